@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from scripts import charts
+
 from experiments import training, words
 from experiments.study import (
     SEEDS,
@@ -20,7 +22,6 @@ from experiments.study import (
     show,
     show_runs,
 )
-from veneer.tools.report import charts
 
 SOURCE = "[Biderman et al. 2024](https://arxiv.org/abs/2405.09673), section 4.3"
 LORA, FULL = "LoRA, rank 8", "full fine-tuning"

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from scripts import charts
 
 import veneer
 from experiments.study import (
@@ -33,7 +34,6 @@ from experiments.study import (
 from experiments.training import add_bottlenecks
 from veneer import models
 from veneer.errors import sentence
-from veneer.tools.report import charts
 
 BASES = {
     "MiniLM": "MiniLM-L6: 6 blocks of width 384",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from scripts import charts
+
 from experiments import snips, training
 from experiments.study import (
     HU,
@@ -21,7 +23,6 @@ from experiments.study import (
     mean,
     show,
 )
-from veneer.tools.report import charts
 
 STEPS, BATCH, RANK, ALPHA, INNER, WITHIN = 120, 16, 8, 16, 16, 0.01
 TABLES = f"{HU}, tables 2 to 4"

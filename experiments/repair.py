@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from scripts import charts
+
 from experiments import training, words
 from experiments.study import (
     SEEDS,
@@ -21,7 +23,6 @@ from experiments.study import (
     show,
     table,
 )
-from veneer.tools.report import charts
 
 PAPER = "[Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228)"
 #: (cosine below which a direction is an intruder, factor of its singular value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scripts import charts
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -38,7 +39,6 @@ from experiments.training import warmup_schedule
 from veneer.adapter_files import read
 from veneer.errors import sentence
 from veneer.tools.intruders import leading_triples
-from veneer.tools.report import charts
 
 #: ends of the paths of q and v
 ENDS = {"q": "self.query", "v": "self.value"}

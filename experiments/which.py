@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from scripts import charts
+
 import veneer
 from experiments import turned
 from experiments.study import (
@@ -22,7 +24,6 @@ from experiments.study import (
     mean,
     show,
 )
-from veneer.tools.report import charts
 
 WEIGHTS: dict[str, str | list[str]] = {
     "query": ["q_proj"],

@@ -18,9 +18,9 @@ for _folder in (ROOT, ROOT / "benchmarks"):
         sys.path.append(str(_folder))
 
 from benchmarks import runner  # noqa: E402
+from scripts import charts  # noqa: E402
 
 from cases import all_cases  # noqa: E402 (found in the folders above)
-from veneer.tools.report import charts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: second records of the same commits, made from a fresh clone: NAME/COMMIT.json

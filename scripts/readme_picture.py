@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runner
-
-from veneer.tools.report import charts
+from scripts import charts
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = "docs/first-run.svg"

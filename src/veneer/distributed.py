@@ -95,8 +95,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def is_spread(modules: Iterable[nn.Module]) -> bool:
     """Whether weights of these modules are sharded over processes. True also while FSDP2 has
     gathered the weights."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
     modules = list(modules)
     return any(
         is_sharded(parameter) for module in modules for parameter in module._parameters.values()
@@ -168,19 +166,12 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
     if len(member_ranks) < 2 or (alone and not meshes):
         return None
     if alone:
-        problem = "alone=True of a model whose weights are spread over processes"
         raise AdapterError(
-            problem, "a call on every rank", "call save on every rank, without alone"
+            "alone=True of a model whose weights are spread over processes",
+            "a call on every rank",
+            "call save on every rank, without alone",
         )
     store = dist.distributed_c10d._get_default_store()
-    if store is None and meshes:
-        problem = (
-            f"a process group of {dist.get_backend()} without a store, and weights that are spread"
-            " over it"
-        )
-        raise AdapterError(problem, "gloo or nccl", "initialise torch.distributed with one of them")
-    if store is None:  # MPI has no store
-        return None
     return _arrive(store, member_ranks, path, sharded=bool(meshes))
 
 
@@ -190,12 +181,13 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
     this_rank = dist.get_rank()
 
     def warn(problem: str) -> None:
-        expected = "a call on every rank, which compares them"
-        do = (
+        message = sentence(
+            problem,
+            "a call on every rank, which compares them",
             "call save on every rank at about the same time, or on one with alone=True, which does"
-            " not wait"
+            " not wait",
         )
-        warnings.warn(sentence(problem, expected, do), SavedAlone, stacklevel=5)
+        warnings.warn(message, SavedAlone, stacklevel=5)
 
     meeting_key, arrival_keys, earlier_paths = _next_meeting(store, member_ranks, path)
     if earlier_paths and not sharded:
@@ -322,9 +314,10 @@ class Ranks:
         self._raise_reported_error()
         if missing_keys:
             missing_ranks = listing(str(rank_of_key[key]) for key in missing_keys)
-            problem = f"no answer from rank {missing_ranks} within {self.patience:g} s"
             raise AdapterError(
-                problem, "one from every rank", "see what that rank printed; it may be gone"
+                f"no answer from rank {missing_ranks} within {self.patience:g} s",
+                "one from every rank",
+                "see what that rank printed; it may be gone",
             )
         ranks_by_summary: dict[str, list[int]] = {}
         for key, rank in rank_of_key.items():
@@ -334,12 +327,11 @@ class Ranks:
                 f"{summary_of_rank[:12]} on rank {listing(map(str, ranks))}"
                 for summary_of_rank, ranks in ranks_by_summary.items()
             )
-            do = (
-                "look for what differs by rank: a seed, gradients that are not averaged, a base"
-                " that was loaded anew"
-            )
             error = AdapterError(
-                f"{subject} that differs by rank ({differences})", "one on all ranks", do
+                f"{subject} that differs by rank ({differences})",
+                "one on all ranks",
+                "look for what differs by rank: a seed, gradients that are not averaged, a base"
+                " that was loaded anew",
             )
             error.reported_elsewhere = not self.writes
             raise error
@@ -384,12 +376,11 @@ class Ranks:
         while arrived_count < len(self.members):
             self._raise_reported_error()
             if time.monotonic() > deadline:
-                problem = (
-                    f"{arrived_count} of {len(self.members)} ranks at the gathering of a weight"
-                    f" after {self.patience:g} s"
-                )
                 raise AdapterError(
-                    problem, "all of them", "see what the others printed; one may be gone"
+                    f"{arrived_count} of {len(self.members)} ranks at the gathering of a weight"
+                    f" after {self.patience:g} s",
+                    "all of them",
+                    "see what the others printed; one may be gone",
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.1)

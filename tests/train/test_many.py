@@ -18,9 +18,9 @@ import veneer
 from veneer.errors import ConfigError, DataError, SelectionError, TargetError
 from veneer.kernels import spans as kernel
 from veneer.kernels.spans import Span
+from veneer.train import many
 from veneer.train.loss import causal_loss
 from veneer.train.many import LabelLoss
-from veneer.train.many import runs as many
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

@@ -64,10 +64,10 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
     elif isinstance(batch, tuple) and len(batch) == 2:
         inputs, target = batch
     else:
-        problem = f"a {type(batch).__name__} as the batch of {name!r}"
-        expected = "(inputs, target), or a mapping of the model's keyword arguments with labels"
         raise DataError(
-            problem, expected, "pass one of these; the loss gets the target or the labels"
+            f"a {type(batch).__name__} as the batch of {name!r}",
+            "(inputs, target), or a mapping of the model's keyword arguments with labels",
+            "pass one of these; the loss gets the target or the labels",
         )
     if isinstance(inputs, Mapping):
         args, kwargs = (), {**default_inputs, **inputs}
@@ -76,9 +76,8 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     row_counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(row_counts) != 1 or 0 in row_counts:
-        problem = f"tensors {[list(tensor.shape) for tensor in tensors]} in the batch of {name!r}"
         raise DataError(
-            problem,
+            f"tensors {[list(tensor.shape) for tensor in tensors]} in the batch of {name!r}",
             "the same number of rows in each, along its first axis",
             "leave out what has none",
         )
@@ -107,10 +106,10 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
         if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == sum(row_counts):
             slices_by_leaf.append(leaf.split(list(row_counts)))
         elif isinstance(leaf, Tensor) and leaf.requires_grad:
-            problem = f"an output {list(leaf.shape)} of the model, which is of all rows together"
-            do = "let the model not return it, or train the runs one by one"
             raise SelectionError(
-                problem, f"the {sum(row_counts)} rows of the batch along its first axis", do
+                f"an output {list(leaf.shape)} of the model, which is of all rows together",
+                f"the {sum(row_counts)} rows of the batch along its first axis",
+                "let the model not return it, or train the runs one by one",
             )
         else:
             slices_by_leaf.append([leaf] * len(row_counts))
@@ -147,7 +146,8 @@ def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[Adapter
         if separate_leaf.shape != joined_leaf.shape or not torch.allclose(
             wide_leaf, joined_leaf.to(wide_leaf.dtype), rtol=0, atol=tolerance, equal_nan=True
         ):
-            problem = "a model whose output of some rows depends on which others are in the batch"
             raise SelectionError(
-                problem, "rows that are computed each alone", "train its adapters one by one"
+                "a model whose output of some rows depends on which others are in the batch",
+                "rows that are computed each alone",
+                "train its adapters one by one",
             )

@@ -18,10 +18,9 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """The optimiser's state as {"key:parameter name": tensor}. ``parameter_names``: the names of
     the parameters, in the optimiser's order."""
-    state = optimizer.state_dict()["state"]
     return {
         f"{state_key}:{parameter_names[index]}": value.detach().cpu().contiguous()
-        for index, parameter_state in state.items()
+        for index, parameter_state in optimizer.state_dict()["state"].items()
         for state_key, value in parameter_state.items()
     }
 

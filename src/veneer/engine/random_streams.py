@@ -114,15 +114,13 @@ class RandomStream:
         states_before, self.states = self.states, generator_states(self.devices)
         set_generator_states(self.devices, self._outer_states)
         if torch._C._current_graph_task_id() != -1 and not equal_states(states_before, self.states):
-            problem = (
+            raise SelectionError(
                 "random numbers in a layer that activation checkpointing computes again, on rows "
-                "of several runs"
-            )
-            do = (
+                "of several runs",
+                "the numbers of the first time",
                 "set dropout to 0 or turn checkpointing off, or let batches of other shapes keep "
-                "the runs apart"
+                "the runs apart",
             )
-            raise SelectionError(problem, "the numbers of the first time", do)
 
 
 def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -161,10 +159,10 @@ class DropoutByAdapter(TorchFunctionMode):
             for value in values
         ]
         if not has_all_rows[0]:
-            problem = f"dropout of a tensor {list(values[0].shape)} of the base"
-            do = "set the base's own dropout to 0, or its modules to eval()"
             raise SelectionError(
-                problem, f"the {self.assignment.count} rows of the batch along its first axis", do
+                f"dropout of a tensor {list(values[0].shape)} of the base",
+                f"the {self.assignment.count} rows of the batch along its first axis",
+                "set the base's own dropout to 0, or its modules to eval()",
             )
         split_values = [
             value.split(self.row_counts) if has_rows else value

@@ -220,9 +220,11 @@ class StepEngine:
                 losses = self._compute_values(group, result.failures, keep_going, _check_loss)
             if len(group) > 1 and not equal_states(states_before, generator_states(self._devices)):
                 names = ", ".join(map(repr, group))
-                problem = f"random numbers that the base drew for rows of {names} together"
-                do = "set its own dropout to 0, or its modules to eval()"
-                raise SelectionError(problem, "numbers of each run's own", do)
+                raise SelectionError(
+                    f"random numbers that the base drew for rows of {names} together",
+                    "numbers of each run's own",
+                    "set its own dropout to 0, or its modules to eval()",
+                )
             if losses:
                 factors = [
                     torch.full_like(loss, group[name].weight) for name, loss in losses.items()
@@ -348,5 +350,8 @@ def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[
 def _check_loss(name: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        problem = f"loss {shape} of adapter {name!r}"
-        raise ConfigError(problem, "a scalar with a gradient", "return a mean or a sum")
+        raise ConfigError(
+            f"loss {shape} of adapter {name!r}",
+            "a scalar with a gradient",
+            "return a mean or a sum",
+        )

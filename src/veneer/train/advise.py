@@ -51,14 +51,38 @@ class Advice(NamedTuple):
     source: str
 
 
+#: the settings that depend neither on the data nor on the base
+FIXED_ADVICE = (
+    Advice(
+        "alpha",
+        32.0,
+        "alpha / r: the best rate is then nearly the same for every rank",
+        f"{LORA_PAPER}; {LORA_WITHOUT_REGRET}",
+    ),
+    Advice(
+        "targets",
+        "all-linear",
+        "attention alone learns less, at as many numbers too",
+        f"{LORA_WITHOUT_REGRET}; {QLORA_PAPER}",
+    ),
+    Advice(
+        "batch_size",
+        8,
+        "adapters lose more by a large batch than full training does",
+        LORA_WITHOUT_REGRET,
+    ),
+)
+
+
 @with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     """Return (advice for the data and base of `config`, the prepared data). Reads no weights.
     Raises the errors that `fit` raises for the data or the base."""
     if config.task != "sft":
-        problem = f"task {config.task}, of whose rows nobody knows how much they teach"
         raise ConfigError(
-            problem, "task sft", "start from the defaults, and try a few rates with `veneer sweep`"
+            f"task {config.task}, of whose rows nobody knows how much they teach",
+            "task sft",
+            "start from the defaults, and try a few rates with `veneer sweep`",
         )
     task = TASKS["sft"](config)
     task.read_data()
@@ -69,7 +93,7 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     advice = [
         _advise_rank(trained_tokens, rank_parameters),
         _advise_rate(width, model_type, prepared.steps),
-        *_fixed_advice(),
+        *FIXED_ADVICE,
     ]
     return advice, prepared
 
@@ -106,30 +130,6 @@ def _advise_rate(width: int, model_type: str, steps: int) -> Advice:
             source = f"{source}; {LORA_WITHOUT_REGRET}"
         reason += f"; half as much again for a run of {steps} steps, since B begins at 0"
     return Advice("learning_rate", float(f"{rate:.2g}"), reason, source)
-
-
-def _fixed_advice() -> list[Advice]:
-    """The settings that depend neither on the data nor on the base."""
-    return [
-        Advice(
-            "alpha",
-            32.0,
-            "alpha / r: the best rate is then nearly the same for every rank",
-            f"{LORA_PAPER}; {LORA_WITHOUT_REGRET}",
-        ),
-        Advice(
-            "targets",
-            "all-linear",
-            "attention alone learns less, at as many numbers too",
-            f"{LORA_WITHOUT_REGRET}; {QLORA_PAPER}",
-        ),
-        Advice(
-            "batch_size",
-            8,
-            "adapters lose more by a large batch than full training does",
-            LORA_WITHOUT_REGRET,
-        ),
-    ]
 
 
 def _read_base_sizes(config: TrainConfig) -> tuple[int, int, str]:
@@ -188,12 +188,15 @@ def try_out(
     return [
         (
             Advice(
-                setting, best["changes"][setting], f"{reason}; advised was {value:g}", str(folder)
+                entry.setting,
+                best["changes"][entry.setting],
+                f"{reason}; advised was {entry.value:g}",
+                str(folder),
             )
-            if setting in best["changes"]
-            else Advice(setting, value, previous_reason, source)
+            if entry.setting in best["changes"]
+            else entry
         )
-        for setting, value, previous_reason, source in advice
+        for entry in advice
     ]
 
 

@@ -67,11 +67,11 @@ class RateSweep:
         smoothed_losses = self.smoothed_losses
         best_index = min(range(len(smoothed_losses)), key=smoothed_losses.__getitem__)
         if best_index == 0 or smoothed_losses[best_index] > 0.995 * smoothed_losses[0]:
-            problem = (
-                f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
+            raise TrainingError(
+                f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down",
+                "one that falls somewhere",
+                "look at the data (--dry-run shows an example), or start with the default rate",
             )
-            remedy = "look at the data (--dry-run shows an example), or start with the default rate"
-            raise TrainingError(problem, "one that falls somewhere", remedy)
         rate = self.rates[best_index] / 10
         power_of_ten = 10.0 ** math.floor(math.log10(rate))
         return float(f"{round(rate / power_of_ten) * power_of_ten:.0e}")
@@ -136,9 +136,11 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
     does not measure progress; ``TrainingError``: the first loss is not finite.
     """
     if config.task == "grpo":
-        problem = "task grpo, whose loss is zero at every rate"
-        remedy = "try a few rates, and watch reward in log.jsonl"
-        raise ConfigError(problem, "a task whose loss falls as it learns", remedy)
+        raise ConfigError(
+            "task grpo, whose loss is zero at every rate",
+            "a task whose loss falls as it learns",
+            "try a few rates, and watch reward in log.jsonl",
+        )
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
     token_ids, prepared = prepare_data(task)
@@ -173,7 +175,9 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         with as_reference(base.model, task.initial_adapter, task.needs_reference()):
             trainer.train()
     if not callback.losses:
-        problem = "a loss that is not a number at the first step"
-        remedy = "train in fp32 (--precision fp32)"
-        raise TrainingError(problem, "a finite number", remedy)
+        raise TrainingError(
+            "a loss that is not a number at the first step",
+            "a finite number",
+            "train in fp32 (--precision fp32)",
+        )
     return callback.result

@@ -325,9 +325,11 @@ def _check_context(model: Any, prompt_length: int, max_new_tokens: int) -> None:
     the model's context."""
     context = context_tokens(model)
     if context is not None and prompt_length and prompt_length + max_new_tokens > context:
-        problem = f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones"
-        remedy = "shorten the prompt, or ask for fewer new tokens"
-        raise DataError(problem, f"at most {context:,} together, the model's context", remedy)
+        raise DataError(
+            f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones",
+            f"at most {context:,} together, the model's context",
+            "shorten the prompt, or ask for fewer new tokens",
+        )
 
 
 def context_tokens(model: Any) -> int | None:

@@ -58,18 +58,13 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Processes:
     """The processes of one run. `ranks`: None for a run in one process. `same_rows`: whether each
     process computes all rows with a shard of the base (tensor parallelism), instead of computing
-    its share of the rows with the full base."""
+    its share of the rows with the full base. `is_first`: whether this process writes and prints."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks, self.same_rows, self.parent_pid = ranks, False, os.getppid()
-
-    @property
-    def count(self) -> int:
-        return 1 if self.ranks is None else len(self.ranks.members)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.ranks is None else self.ranks.rank
+        self.count = 1 if ranks is None else len(ranks.members)
+        self.rank = 0 if ranks is None else ranks.rank
+        self.is_first = ranks is None or ranks.writes
 
     @property
     def share_count(self) -> int:
@@ -81,18 +76,14 @@ class Processes:
         """The index of this process's share."""
         return 0 if self.same_rows else self.rank
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.ranks is None or self.ranks.writes
-
     def must_have_parent(self) -> None:
         """Raise `TrainingError` if the launcher of this process is gone. Else a new launcher could
         start other processes, which would write to the same output."""
         if self.ranks is not None and os.getppid() != self.parent_pid:
-            remedy = "start it again: it goes on from the last checkpoint"
             raise TrainingError(
-                "the launcher of this process is gone", "torchrun, until the end", remedy
+                "the launcher of this process is gone",
+                "torchrun, until the end",
+                "start it again: it goes on from the last checkpoint",
             )
 
     def joint_work(self, subject: str = "") -> AbstractContextManager[Callable[..., None]]:
@@ -119,9 +110,10 @@ def join() -> Processes:
         os.environ.pop("LOCAL_RANK", None)
         return Processes()
     if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
-        problem = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
         raise ConfigError(
-            problem, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}",
+            "what torchrun sets",
+            "start the run with torchrun, or unset WORLD_SIZE",
         )
     import torch
     import torch.distributed as dist
@@ -236,17 +228,20 @@ def share_config(config: TrainConfig, processes: int, *, compares_rows: bool) ->
     if processes == 1:
         return config
     if config.device_map is not None:
-        problem = f"device_map over {processes} processes, each of which has a device"
-        remedy = "leave out device_map, or run without torchrun"
-        raise ConfigError(problem, "one of the two", remedy)
+        raise ConfigError(
+            f"device_map over {processes} processes, each of which has a device",
+            "one of the two",
+            "leave out device_map, or run without torchrun",
+        )
     batch_size, passes = split_step(config.batch_size, config.grad_accum, processes)
     if compares_rows and batch_size != config.batch_size:
         step = _describe_step(config.batch_size, config.grad_accum, processes)
-        problem = (
+        raise ConfigError(
             f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
+            " compares",
+            f"{config.batch_size} in a forward pass",
+            _division_advice(processes),
         )
-        expected = f"{config.batch_size} in a forward pass"
-        raise ConfigError(f"{problem} compares", expected, _division_advice(processes))
     return config.model_copy(update={"batch_size": batch_size, "grad_accum": passes})
 
 
@@ -270,12 +265,16 @@ def check_divided_settings(
     }
     for name, reason in UNSUPPORTED_SETTINGS[config.parallel].items():
         if settings_in_use[name]:
-            problem = f"parallel {config.parallel} with {name}: {reason}"
-            raise ConfigError(problem, "one of them", "set parallel to ddp, or leave the other out")
+            raise ConfigError(
+                f"parallel {config.parallel} with {name}: {reason}",
+                "one of them",
+                "set parallel to ddp, or leave the other out",
+            )
     if config.shard_size is not None and process_count % config.shard_size:
-        problem = f"shard_size {config.shard_size} of {process_count} processes"
         raise ConfigError(
-            problem, "a number that divides them", "set it to the processes of a machine"
+            f"shard_size {config.shard_size} of {process_count} processes",
+            "a number that divides them",
+            "set it to the processes of a machine",
         )
 
 
@@ -285,8 +284,11 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
     the examples cannot be divided evenly."""
     share_size, remainder = divmod(batch_size * grad_accum, processes)
     if remainder:
-        problem = _describe_step(batch_size, grad_accum, processes)
-        raise ConfigError(problem, "as many for each process", _division_advice(processes))
+        raise ConfigError(
+            _describe_step(batch_size, grad_accum, processes),
+            "as many for each process",
+            _division_advice(processes),
+        )
     passes = next(
         passes
         for passes in range(1, share_size + 1)
@@ -296,11 +298,10 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
 
 
 def _describe_step(batch_size: int, grad_accum: int, processes: int) -> str:
-    examples = (
+    return (
         f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a"
-        " step"
+        f" step, over {processes} processes"
     )
-    return f"{examples}, over {processes} processes"
 
 
 def _division_advice(processes: int) -> str:

@@ -104,15 +104,16 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError as error:
-        problem = f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error})"
-        remedy = "check the address; unset it for a Ray on this machine"
-        raise ConfigError(problem, "one that answers", remedy) from error
+        raise ConfigError(
+            f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error})",
+            "one that answers",
+            "check the address; unset it for a Ray on this machine",
+        ) from error
     try:
         uses_gpus = _use_gpus(workers, say, gpus)
         driver_node = ray.get_runtime_context().get_node_id()
-        driver_affinity = NodeAffinitySchedulingStrategy(driver_node, soft=False)
-        actor_class = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=driver_affinity)
-        channel = actor_class.remote()
+        on_driver = NodeAffinitySchedulingStrategy(driver_node, soft=False)
+        channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=on_driver).remote()
         with tempfile.TemporaryDirectory() as folder:
             trainer = TorchTrainer(
                 _worker,
@@ -208,15 +209,13 @@ def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
     for failure in error.worker_failures.values():
         if hasattr(failure, "recurs") and not getattr(failure, "reported_elsewhere", False):
             raise failure from None
-    problem = (
+    raise TrainingError(
         f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts}"
-        " restarts"
-    )
-    remedy = (
+        " restarts",
+        "workers that live",
         "see what killed it (memory?) in Ray's logs; the same command goes on from the last"
-        " checkpoint"
-    )
-    raise TrainingError(problem, "workers that live", remedy) from None
+        " checkpoint",
+    ) from None
 
 
 class WatchFailures(UserCallback):
@@ -261,9 +260,10 @@ def _worker(config: dict[str, Any]) -> None:
         try:
             os.chdir(config["folder"])  # relative paths must mean the same as in the driver
         except OSError as error:
-            problem = f"no folder {config['folder']} on the node {os.uname().nodename}"
             raise ConfigError(
-                problem, "the driver's, on a file system that all share", "start it in such one"
+                f"no folder {config['folder']} on the node {os.uname().nodename}",
+                "the driver's, on a file system that all share",
+                "start it in such one",
             ) from error
         with redirect_stderr(_ChannelFile(channel)) if is_first else nullcontext():
             result = config["work"](lambda: is_first and ray.get(channel.stop_requested.remote()))

@@ -42,14 +42,13 @@ def gathered_blocks(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         for parameter in module._parameters.values():
             owners_by_id[id(parameter)].add(module)
-    separate_blocks = [
+    return [
         block
-        for block in candidates
+        for block in reversed(candidates)
         if all(
             owners_by_id[id(parameter)] <= {*block.modules()} for parameter in block.parameters()
         )
     ]
-    return separate_blocks[::-1]
 
 
 def load(task: Task, device: torch.device, console: Console) -> Base:

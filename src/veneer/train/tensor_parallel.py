@@ -152,13 +152,11 @@ def cut_layers(model: Any, process_count: int, rank: int) -> list[CutLayer]:
     if not problems and not any(layer.weights for layer in layers):
         problems.append("no plan of transformers that cuts matrices")
     if problems:
-        problem = (
-            f"parallel tp over {process_count} processes of {type(model).__name__}, with"
-            f" {listing(problems)}"
-        )
-        remedy = "set parallel to fsdp or ddp"
         raise ConfigError(
-            problem, "a model that transformers' plan cuts evenly, and adapters A, B", remedy
+            f"parallel tp over {process_count} processes of {type(model).__name__}, with"
+            f" {listing(problems)}",
+            "a model that transformers' plan cuts evenly, and adapters A, B",
+            "set parallel to fsdp or ddp",
         )
     return layers
 
@@ -193,22 +191,25 @@ def _unsupported_adapters(path: str, layer: CutLayer) -> Iterator[str]:
         for name, change in adapter.changes.items():
             unknown_parameters = {*change._parameters, *change._buffers} - {*PARTITION_BY_PARAMETER}
             supported_resolves = (VARIANTS["lora"].resolve, VARIANTS["dora"].resolve)
-            if unknown_parameters or change.variant.resolve not in supported_resolves:
-                yield f"variant {change.variant.name!r} at {path}"
-            if (
-                change.rows is not None
-                or change.tokens is not None
-                or change.frozen_input is not None
-            ):
-                yield f"an adapter of some rows of {path}"
-            if (
-                change.storage.name != "plain"
-                or change.layer.out_axis
-                or name not in (layer.weights or {name})
-            ):
-                yield f"{path}, whose {name} is no plain matrix [out, in]"
-            if layer.partition == EXPERTS and change.dropout:
-                yield f"dropout at {path}: each process would drop the same places of its part"
+            problems = {
+                f"variant {change.variant.name!r} at {path}": (
+                    unknown_parameters or change.variant.resolve not in supported_resolves
+                ),
+                f"an adapter of some rows of {path}": (
+                    change.rows is not None
+                    or change.tokens is not None
+                    or change.frozen_input is not None
+                ),
+                f"{path}, whose {name} is no plain matrix [out, in]": (
+                    change.storage.name != "plain"
+                    or change.layer.out_axis
+                    or name not in (layer.weights or {name})
+                ),
+                f"dropout at {path}: each process would drop the same places of its part": (
+                    layer.partition == EXPERTS and change.dropout
+                ),
+            }
+            yield from (problem for problem, applies in problems.items() if applies)
 
 
 def _keep_shard(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.device) -> None:

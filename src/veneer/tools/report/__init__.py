@@ -198,9 +198,8 @@ def examine(
         if aligned_weight.alias_of is None
     ]
     if not aligned_weights:
-        problem = f"{saved_adapter.path}, which changes no weight at a low rank"
         raise AdapterError(
-            problem,
+            f"{saved_adapter.path}, which changes no weight at a low rank",
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )

@@ -1,11 +1,8 @@
-"""Charts for reports, the demo and the pages in docs/: lines and ranges as SVG, heat maps as tables
-with shaded cells. A page with them needs neither scripts nor the network.
+"""Charts for reports and the demo, as HTML fragments: lines as SVG, heat maps as tables with shaded
+cells. A page with them needs neither scripts nor the network.
 
-    lines, heat_map, table      HTML fragments for a page with the style sheet ``page.css``, which
-                                sets the colours of light and dark mode. A chart is as wide as its
-                                column
-    lines_file, ranges_file     SVG files, readable on light and on dark pages, with the same bytes
-                                on every machine
+The style sheet ``page.css`` sets their colours in light and dark mode. A chart is as wide as its
+column.
 """
 
 from __future__ import annotations
@@ -19,31 +16,14 @@ from typing import Any
 WIDTH, HEIGHT, LEFT_MARGIN, BOTTOM_MARGIN, TOP_MARGIN, RIGHT_MARGIN = 400, 250, 40, 36, 26, 10
 #: the number of line colours in the style sheet
 COLOURS = 8
-#: line colours of SVG files, visible on white and on black
-FILE_COLOURS = (
-    "#c8691f",
-    "#3d86b8",
-    "#2f9a55",
-    "#cf4a4e",
-    "#857d70",
-    "#8a63b0",
-    "#b08a1f",
-    "#2d9a96",
-)
-#: height of a line of text or a range, in SVG units
-ROW_HEIGHT = 18
-#: a chart of ranges, in SVG units: its width, the left margin (for names), and the right margin
-RANGE_WIDTH, RANGE_LEFT_MARGIN, RANGE_RIGHT_MARGIN = 640, 240, 20
-_TEXT_STYLE = "text { font: 12px system-ui, sans-serif; fill: #8a8479; }"
-
 #: (x, y) of the points of a line
 Points = Sequence[tuple[float, float]]
 
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> str:
     """A chart of several lines as HTML, with a legend below it. ``options``: further arguments of
-    ``_line_elements``."""
-    elements = _line_elements(series, x=x, y=y, **options)
+    ``line_elements``."""
+    elements = line_elements(series, x=x, y=y, **options)
     if not elements:
         return "<p>Nothing to draw: every value is 0.</p>"
     legend = "".join(
@@ -58,37 +38,11 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> st
     )
 
 
-def lines_file(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> str:
-    """The text of an SVG file with the chart of ``lines`` and its legend."""
-    elements = _line_elements(series, x=x, y=y, **options)
-    if not elements:
-        raise ValueError(
-            f"Found: no point above 0 in {', '.join(series)}. Expected: one. Do: leave log_y out."
-        )
-    legend = [*series] if len(series) > 1 else []
-    for number, name in enumerate(legend):
-        top = HEIGHT + ROW_HEIGHT * number + 6
-        elements.append(
-            f'<line class="s{number % COLOURS}" x1="{LEFT_MARGIN}" x2="{LEFT_MARGIN + 22}"'
-            f' y1="{top}" y2="{top}"/>'
-        )
-        elements.append(f'<text x="{LEFT_MARGIN + 30}" y="{top + 4}">{escape(name)}</text>')
-    style = (
-        f"{_TEXT_STYLE} .axis {{ stroke: #8a847955; }}"
-        " polyline, path { fill: none; stroke-width: 1.75; }"
-        " circle { fill: currentColor; stroke: none; }"
-        f" line {{ stroke-width: 1.75; }} line.axis {{ stroke-width: 1; }} {_colour_style()}"
-    )
-    title = f"{y} by {x}: {', '.join(series)}"
-    return _svg_file(WIDTH, HEIGHT + ROW_HEIGHT * len(legend), title, style, elements)
-
-
-def _line_elements(
+def line_elements(
     series: Mapping[str, Points],
     *,
     x: str,
     y: str,
-    log_y: bool = False,
     top: float | None = None,
     mark: float | None = None,
     bottom: float | None = 0.0,
@@ -100,42 +54,34 @@ def _line_elements(
     Args:
         series: points (x, y) of each line, by its name in the legend.
         x, y: labels of the axes.
-        log_y: use a logarithmic y axis; points with y = 0 are dropped.
         bottom, top: limits of the y axis; None: the extremes of the values. Values below
             ``bottom`` extend the axis.
         mark: the x value of a dashed vertical line; None draws none.
         faint: the points of lines in the background, which have no legend.
         dots: draw points instead of lines.
     """
-    series = {
-        name: [point for point in points if not log_y or point[1] > 0]
-        for name, points in series.items()
-    }
     points = [point for line_points in (*series.values(), *faint) for point in line_points]
     if not points:
         return []
     x_limits = min(point[0] for point in points), max(point[0] for point in points)
     y_min, y_max = min(point[1] for point in points), max(point[1] for point in points)
-    y_min = y_min if log_y or bottom is None else min(bottom, y_min)
-    y_max = y_max if log_y or top is None else top
+    y_min = y_min if bottom is None else min(bottom, y_min)
+    y_max = y_max if top is None else top
     if y_min == y_max and bottom is None:  # centre a single value
         y_min, y_max = y_min - (abs(y_min) / 20 or 1), y_max + (abs(y_max) / 20 or 1)
-    y_scale = _scale(math.log10(y_min), math.log10(y_max)) if log_y else _scale(y_min, y_max)
+    x_scale, y_scale = _scale(*x_limits), _scale(y_min, y_max)
 
     def svg_point(point: tuple[float, float]) -> str:
-        y_value = math.log10(point[1]) if log_y else point[1]
         x = LEFT_MARGIN + x_scale(point[0]) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
-        return f"{x:.1f},{_y_position(y_scale(y_value)):.1f}"
+        return f"{x:.1f},{_y_position(y_scale(point[1])):.1f}"
 
-    x_scale = _scale(*x_limits)
-    elements = [_draw_axes(y_scale, log_y, x_limits, x_scale, x, y)]
+    elements = [_draw_axes(y_scale, x_limits, x_scale, x, y)]
     if mark is not None and x_limits[0] <= mark <= x_limits[1]:
         mark_x = LEFT_MARGIN + x_scale(mark) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
         elements.append(
             f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{mark_x:.1f}"'
-            f' x2="{mark_x:.1f}" '
+            f' x2="{mark_x:.1f}" y1="{TOP_MARGIN}" y2="{HEIGHT - BOTTOM_MARGIN}"/>'
         )
-        elements.append(f'y1="{TOP_MARGIN}" y2="{HEIGHT - BOTTOM_MARGIN}"/>')
     elements += [_polyline("axis", map(svg_point, line_points)) for line_points in faint]
     for number, line_points in enumerate(series.values()):
         svg_points = [svg_point(point) for point in line_points]
@@ -155,7 +101,6 @@ def _circles(css_class: str, svg_points: Iterable[str]) -> list[str]:
 
 def _draw_axes(
     y_scale: Callable[[float], float],
-    log_y: bool,
     x_limits: tuple[float, float],
     x_scale: Callable[[float], float],
     x: str,
@@ -170,15 +115,13 @@ def _draw_axes(
         or len({f"{_value_at(y_scale, share):.{count}g}" for share in axis_shares}) == 5
     )
     for share in axis_shares:
-        y_value = _value_at(y_scale, share)
-        label = f"{10**y_value:.1g}" if log_y else f"{y_value:.{digit_count}g}"
         elements.append(
             f'<line class="axis" x1="{LEFT_MARGIN}" x2="{WIDTH - RIGHT_MARGIN}"'
             f' y1="{_y_position(share):.1f}" y2="{_y_position(share):.1f}"/>'
         )
         elements.append(
             f'<text x="{LEFT_MARGIN - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
-            f"{label}</text>"
+            f"{_value_at(y_scale, share):.{digit_count}g}</text>"
         )
     # axes of integers, such as ranks and indices of singular values, get integer ticks
     is_integer_axis = all(float(value).is_integer() for value in x_limits) and x_limits[0] >= 1
@@ -273,75 +216,15 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<th{attribute}>{escape(heading.removeprefix('>'))}</th>"
         for heading, attribute in zip(headings, cell_attributes, strict=True)
     )
-    body = ""
-    for row in rows:
-        cells = zip(row, cell_attributes, strict=True)
-        cells_html = "".join(f"<td{attribute}>{escape(text)}</td>" for text, attribute in cells)
-        body += f"<tr>{cells_html}</tr>"
+    row_cells = [
+        "".join(
+            f"<td{attribute}>{escape(text)}</td>"
+            for text, attribute in zip(row, cell_attributes, strict=True)
+        )
+        for row in rows
+    ]
+    body = "".join(f"<tr>{cells}</tr>" for cells in row_cells)
     return (
         f'<div class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
-    )
-
-
-def ranges_file(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], *, x: str) -> str:
-    """The text of an SVG file with panels below each other. A panel has a row for each name: a line
-    from the least to the greatest value, and a dot at the middle one. ``panels``: (middle, least,
-    greatest) by name, by panel title. The x axis starts at 0 and is the same in all panels."""
-    axis_end = max(
-        (greatest for ranges in panels.values() for _, _, greatest in ranges.values()), default=0
-    )
-    scale = (RANGE_WIDTH - RANGE_LEFT_MARGIN - RANGE_RIGHT_MARGIN) / (axis_end or 1)
-    elements, top = [], 0
-    for title, ranges in panels.items():
-        elements.append(f'<text class="title" x="4" y="{top + 16}">{escape(title)}</text>')
-        top += ROW_HEIGHT + 6
-        bottom = top + ROW_HEIGHT * len(ranges)
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            grid_x = RANGE_LEFT_MARGIN + axis_end * share * scale
-            elements.append(
-                f'<line class="axis" x1="{grid_x:.1f}" x2="{grid_x:.1f}" y1="{top}"'
-                f' y2="{bottom}"/><text x="{grid_x:.1f}" y="{bottom + 14}"'
-                f' text-anchor="middle">{axis_end * share:.3g}</text>'
-            )
-        for number, (name, (middle, least, greatest)) in enumerate(ranges.items()):
-            centre = top + ROW_HEIGHT * number + ROW_HEIGHT / 2
-            css_class = f"s{number % COLOURS}"
-            x1, middle_x, x2 = (
-                RANGE_LEFT_MARGIN + number_in_range * scale
-                for number_in_range in (least, middle, greatest)
-            )
-            elements.append(
-                f'<text x="{RANGE_LEFT_MARGIN - 8}" y="{centre + 4}"'
-                f' text-anchor="end">{escape(name)}</text>'
-                f'<line class="{css_class}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{centre}"'
-                f' y2="{centre}"/>'
-                f'<circle class="{css_class}" cx="{middle_x:.1f}" cy="{centre}"'
-                ' r="4"/>'
-            )
-        top = bottom + ROW_HEIGHT + 10
-    elements.append(
-        f'<text x="{(RANGE_LEFT_MARGIN + RANGE_WIDTH) / 2}" y="{top + 6}"'
-        f' text-anchor="middle">{escape(x)}</text>'
-    )
-    style = (
-        f"{_TEXT_STYLE} .title {{ font-weight: 600; }} .axis {{ stroke: #8a847955; }}"
-        " line { stroke-width: 2.5; } line.axis { stroke-width: 1; }"
-        f" circle {{ fill: currentColor; }} {_colour_style()}"
-    )
-    return _svg_file(RANGE_WIDTH, top + 14, f"{x}: {', '.join(panels)}", style, elements)
-
-
-def _colour_style() -> str:
-    return " ".join(
-        f".s{number} {{ stroke: {colour}; color: {colour}; }}"
-        for number, colour in enumerate(FILE_COLOURS)
-    )
-
-
-def _svg_file(width: float, height: float, label: str, style: str, elements: Sequence[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
-        f' height="{height}" role="img" aria-label="{escape(label, quote=True)}">'
-        f"<style>{style}</style>{''.join(elements)}</svg>\n"
     )

@@ -32,20 +32,18 @@ def page(facts: Facts) -> str:
     """The HTML page of a report."""
     adapter_facts = facts["about"]
     base_name = facts["base"] or adapter_facts["base"] or "an unnamed base"
+    full_names = ", ".join(facts["in_full"])
     introduction = (
         f"{adapter_facts['variant']}, rank {adapter_facts['rank']},"
-        f" alpha {adapter_facts['alpha']:g}, {adapter_facts['parameters']:,} numbers, on "
-    )
-    introduction += f"{base_name}. " + (
-        "" if adapter_facts["verified"] else "Written by another library: nothing to verify it by. "
-    )
-    introduction += (
-        "" if facts["base"] else "Without --base nothing is said of the base's own weights. "
-    )
-    introduction += (
-        f"Trained in full and not looked at here: {', '.join(facts['in_full'])}."
-        if facts["in_full"]
-        else ""
+        f" alpha {adapter_facts['alpha']:g}, {adapter_facts['parameters']:,} numbers, on"
+        f" {base_name}. "
+        + (
+            ""
+            if adapter_facts["verified"]
+            else "Written by another library: nothing to verify it by. "
+        )
+        + ("" if facts["base"] else "Without --base nothing is said of the base's own weights. ")
+        + (f"Trained in full and not looked at here: {full_names}." if full_names else "")
     )
     sections = "".join(
         f"<section>{section}</section>"
@@ -121,23 +119,27 @@ def _rank_section(facts: Facts) -> str:
     series = {kind: _mean_spectrum(spectra) for kind, spectra in spectra_by_kind.items()}
     loss_points = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
     largest_rank = facts["cuts"][-1]["rank"]
-    rows_by_rank = {
-        row["at"] or largest_rank: row
+    loss_by_rank = {
+        row["at"] or largest_rank: row["data"]
         for row in facts.get("losses", {}).get("rows", ())
         if row["what"] in ("rank", "adapter")
     }
-    has_losses = any(row["data"] is not None for row in rows_by_rank.values())
+    has_losses = any(loss is not None for loss in loss_by_rank.values())
     headings = [
         ">rank",
         ">lost, of ‖ΔW‖",
         ">kept, of ‖ΔW‖²",
         *([">loss on the data"] if has_losses else []),
     ]
-    table_rows = []
-    for cut in facts["cuts"]:
-        loss = rows_by_rank.get(cut["rank"], {}).get("data")
-        table_rows.append([str(cut["rank"]), f"{cut['lost']:.1%}", f"{1 - cut['lost'] ** 2:.1%}"])
-        table_rows[-1] += [_format_loss(loss)] if has_losses else []
+    table_rows = [
+        [
+            str(cut["rank"]),
+            f"{cut['lost']:.1%}",
+            f"{1 - cut['lost'] ** 2:.1%}",
+            *([_format_loss(loss_by_rank.get(cut["rank"]))] if has_losses else []),
+        ]
+        for cut in facts["cuts"]
+    ]
     note = (
         "Truncated after training, which says what is spare; training at a smaller rank may do"
         " better than that."
@@ -251,7 +253,7 @@ def _similarity_section(facts: Facts) -> str:
 
 
 def _forgetting_section(facts: Facts) -> str:
-    layers = [layer for layer in facts["layers"] if layer["intruders"] is not None]
+    layers = facts["layers"]
     vector_count = sum(len(layer["cosines"]) for layer in layers)
     intruders, control = (sum(layer["intruders"][index] for layer in layers) for index in (0, 1))
     series = {
@@ -275,14 +277,13 @@ def _forgetting_section(facts: Facts) -> str:
         f" singular values, {control}. The base's leading directions outlive a change that is small"
         " beside them."
     )
-    explanation += (
-        ""
-        if intruders > control
-        else " It has no more intruders than chance makes: they do not tell what was forgotten."
-    )
-    caption, intruder_facts = "Intruders by block and kind", {"layers": layers}
+    if intruders <= control:
+        explanation += (
+            " It has no more intruders than chance makes: they do not tell what was forgotten."
+        )
+    caption = "Intruders by block and kind"
     intruder_map = (
-        _layer_heat_map(intruder_facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
+        _layer_heat_map(facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
         if intruders
         else ""
     )
@@ -336,25 +337,33 @@ def _loss_table(facts: Facts) -> str:
 
 def _layer_table(facts: Facts) -> str:
     has_base, has_intruders = bool(facts["base"]), bool(facts["leading"])
-    headings = ["weight", ">rank", ">effective", ">for 90 %", ">for 99 %", ">‖ΔW‖"]
-    headings += [
+    headings = [
+        "weight",
+        ">rank",
+        ">effective",
+        ">for 90 %",
+        ">for 99 %",
+        ">‖ΔW‖",
         *([">‖W′−W‖/‖W‖"] if has_base else []),
         *([">intruders", ">random"] if has_intruders else []),
     ]
-    rows = []
-    for layer in facts["layers"]:
-        row = [
+    rows = [
+        [
             layer["path"],
             str(layer["rank"]),
             f"{layer['effective_rank']:.1f}",
             str(layer["rank_90"]),
+            str(layer["rank_99"]),
+            f"{layer['norm']:.3g}",
+            *(
+                ["∞" if layer["relative"] is None else f"{layer['relative']:.2%}"]
+                if has_base
+                else []
+            ),
+            *(map(str, layer["intruders"]) if has_intruders else []),
         ]
-        row += [str(layer["rank_99"]), f"{layer['norm']:.3g}"]
-        row += (
-            ["∞" if layer["relative"] is None else f"{layer['relative']:.2%}"] if has_base else []
-        )
-        row += [str(layer["intruders"][index]) for index in (0, 1)] if has_intruders else []
-        rows.append(row)
+        for layer in facts["layers"]
+    ]
     return f"<details><summary>All {len(rows)} weights</summary>{table(headings, rows)}</details>"
 
 

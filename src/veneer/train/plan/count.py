@@ -212,14 +212,13 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
         with torch.no_grad(), count_on_meta(), _OperationCounter(model, 0) as counter:
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             cache: Any = next(value for value in output.values() if hasattr(value, "layers"))
-        tensors = [
-            value
+        # integer tensors of a cache are counters, not keys or values
+        cache_bytes = sum(
+            value.nbytes
             for layer in cache.layers
             for value in vars(layer).values()
-            if isinstance(value, Tensor)
-        ]
-        # integer tensors of a cache are counters, not keys or values
-        cache_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
+            if isinstance(value, Tensor) and value.is_floating_point()
+        )
         return Cost(saved_bytes=cache_bytes, forward_work=counter.work)
 
     total, _ = _count_distinct_blocks(model, run)
@@ -265,11 +264,10 @@ def _count_distinct_blocks(
                     )
                 )
     except Exception as error:  # the model's own code may fail on tensors without data
-        problem = (
-            f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
-        )
         raise ConfigError(
-            problem, "a model whose shapes do not depend on its data", "plan a like one"
+            f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})",
+            "a model whose shapes do not depend on its data",
+            "plan a like one",
         ) from error
     finally:
         _set_block_list(model, path, block_list)
@@ -369,8 +367,11 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         return max(
             module_lists, key=lambda entry: sum(weight.numel() for weight in entry[1].parameters())
         )
-    problem = f"{type(model).__name__}, which has no list of blocks"
-    raise ConfigError(problem, "a transformer of transformers, whose blocks repeat", "plan one")
+    raise ConfigError(
+        f"{type(model).__name__}, which has no list of blocks",
+        "a transformer of transformers, whose blocks repeat",
+        "plan one",
+    )
 
 
 def _set_block_list(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
@@ -403,10 +404,10 @@ class _OperationCounter(TorchDispatchMode):
         self.work: Work = Counter()
         self.hidden_size, self.live_bytes, self.peak_bytes = hidden_size, 0, 0
         self.storages: dict[int, tuple[Any, int, bool]] = {}
-        tensors = [*model.parameters(), *model.buffers()]
-        self.model_storages = {tensor.untyped_storage()._cdata for tensor in tensors}
-        self.model_storages |= {
-            p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.model_storages = {
+            tensor.untyped_storage()._cdata
+            for tensor in (*model.parameters(), *model.buffers(), *gradients)
         }
 
     def measure_live_bytes(self) -> tuple[int, int]:
@@ -461,12 +462,9 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"):
         left_factor, right_factor = (args[1], args[2]) if "add" in name else (args[0], args[1])
-        if name != "_grouped_mm":
-            return 2 * left_factor.numel() * right_factor.shape[-1]
-        if right_factor.dim() == 3:  # each row times the matrix of its group
-            return 2 * left_factor.numel() * right_factor.shape[-1]
-        # the gradient of a stack of matrices
-        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]
+        # also for grouped products: of rows with the matrix of their group, or (the gradient of a
+        # stack of matrices) of two matrices
+        return 2 * left_factor.numel() * right_factor.shape[-1]
     flop_formula = flop_registry.get(func._overloadpacket)
     operations = (
         int(flop_formula(*args, **kwargs, out_val=output)) if flop_formula is not None else 0

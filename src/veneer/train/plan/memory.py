@@ -145,12 +145,11 @@ def shard_base(
         - cost.peak_bytes
         + (cost.loss_peak_bytes if peaks_at_loss else cost.backward_peak_bytes)
     )
-    gathered_bytes = {"gathered": root_bytes + (0 if peaks_at_loss else two_block_bytes)}
-    return (
-        bytes_by_use
-        | {"base": -(-bytes_by_use["base"] // devices), "workspace": workspace}
-        | gathered_bytes
-    )
+    return bytes_by_use | {
+        "base": -(-bytes_by_use["base"] // devices),
+        "workspace": workspace,
+        "gathered": root_bytes + (0 if peaks_at_loss else two_block_bytes),
+    }
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
@@ -202,8 +201,8 @@ def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> 
 
 
 class ConcurrentRun(NamedTuple):
-    """One of several runs that train at once (``train/many``). Runs with equal ``rows_key`` train
-    on the same rows in each step, and share forwards."""
+    """One of several runs that train at once (``train/many.py``). Runs with equal ``rows_key``
+    train on the same rows in each step, and share forwards."""
 
     config: Any
     parameters: Sequence[nn.Parameter]
@@ -248,11 +247,13 @@ def _breakdown_at_once(
     """Bytes by use of runs that train at once. ``gradients_wait``: whether gradients of some runs
     already exist while other runs compute their forward."""
     config = next(iter(runs.values())).config
-    options = {
-        "accumulate": 2 if gradients_wait else config.grad_accum,
-        "checkpointing": config.activation_checkpointing,
-    }
-    bytes_by_use = memory_breakdown(model, config.optimiser, step, **options)
+    bytes_by_use = memory_breakdown(
+        model,
+        config.optimiser,
+        step,
+        accumulate=2 if gradients_wait else config.grad_accum,
+        checkpointing=config.activation_checkpointing,
+    )
     optimiser_bytes = sum(
         state_bytes(parameter, run.config.optimiser)
         for run in runs.values()
@@ -276,9 +277,13 @@ def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[s
         chunked_loss=process_count == 1,
     )
     checkpointing = config.activation_checkpointing
-    options = {"checkpointing": checkpointing, "offload": config.offload_activations}
     bytes_by_use = memory_breakdown(
-        model, config.optimiser, step, accumulate=config.grad_accum, **options
+        model,
+        config.optimiser,
+        step,
+        accumulate=config.grad_accum,
+        checkpointing=checkpointing,
+        offload=config.offload_activations,
     )
     if process_count > 1:
         blocks = [(1, weight_bytes(block)[0]) for block in gathered_blocks(model)]

@@ -43,14 +43,9 @@ class Load:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        count_fields = ("prompt", "answer", "adapters", "rows", "devices")
-        invalid = [name for name in count_fields if getattr(self, name) < 1] + ["requests"] * (
-            self.requests <= 0
-        )
-        if invalid:
-            problem = ", ".join(f"{name}={getattr(self, name)!r}" for name in invalid)
+        if self.requests <= 0:
             raise ConfigError(
-                problem, "counts of at least 1, and more than 0 requests a second", "correct it"
+                f"requests={self.requests!r}", "more than 0 requests a second", "correct it"
             )
 
 
@@ -136,10 +131,11 @@ def _expected_weight_bytes(model: Any, base_bytes: int, rows: int) -> float:
     """Expected bytes of the weights that one step reads. Of a stack of experts, a step reads the
     experts to which it routes at least one row."""
     config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(
-        config, "n_routed_experts", None
+    experts = (
+        getattr(config, "num_local_experts", None)
+        or getattr(config, "n_routed_experts", None)
+        or getattr(config, "num_experts", None)
     )
-    experts = experts or getattr(config, "num_experts", None)
     experts_per_token = getattr(config, "num_experts_per_tok", None)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()

@@ -18,11 +18,12 @@ that are summed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from veneer.errors import ConfigError, nearest, sentence
+from veneer.errors import ConfigError, sentence
 from veneer.train.plan.count import Cost, Step, Work, count_step
 from veneer.train.plan.hardware import SLACK, Hardware
 from veneer.train.plan.memory import memory_breakdown, packed_linears, shard_base, weight_bytes
@@ -53,19 +54,6 @@ class Run:
     checkpointing: bool = False
     offload: bool = False
     quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        invalid = [name for name in ("batch", "length", "accumulate") if getattr(self, name) < 1]
-        if invalid or not 0 < self.labelled <= 1:
-            problem = (
-                ", ".join(f"{name}={getattr(self, name)!r}" for name in invalid)
-                or f"labelled={self.labelled!r}"
-            )
-            raise ConfigError(problem, "counts of at least 1, and a share in (0, 1]", "correct it")
-        if self.quantize not in (None, "nf4", "fp4", "int8"):
-            raise ConfigError(
-                f"quantize={self.quantize!r}", "nf4, fp4 or int8", "choose one, or leave it out"
-            )
 
 
 @dataclass(frozen=True)
@@ -111,19 +99,16 @@ class Planner:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in self.trained)
         self.total = sum(parameter.numel() for parameter in model.parameters()) - self.trainable
-        self._steps: dict[Any, Step] = {}
+        self._count_step = functools.cache(functools.partial(count_step, model))
 
     def step(self, run: Run, chunked_loss: bool = True) -> Step:
-        key = run.batch, run.length, run.labelled, run.quantize is None, chunked_loss
-        if key not in self._steps:
-            self._steps[key] = count_step(
-                self.model,
-                *key[:2],
-                labelled_share=run.labelled,
-                is_plain=key[3],
-                chunked_loss=chunked_loss,
-            )
-        return self._steps[key]
+        return self._count_step(
+            run.batch,
+            run.length,
+            labelled_share=run.labelled,
+            is_plain=run.quantize is None,
+            chunked_loss=chunked_loss,
+        )
 
     def plan(
         self, run: Run, strategy: str = "ddp", devices: int = 1, hardware: Hardware | None = None
@@ -131,11 +116,11 @@ class Planner:
         """Plan one run.
 
         Raises:
-            ConfigError: the strategy is unknown or impossible. Impossible are rows that cannot be
-                divided, packed weights that would be sharded, and tp for a model without a plan in
-                transformers or on a number of devices that does not divide the heads.
+            ConfigError: the strategy is impossible: rows that cannot be divided, packed weights
+                that would be sharded, or tp for a model without a plan in transformers or on a
+                number of devices that does not divide the heads.
         """
-        _check_strategy(run, strategy, devices)
+        _check_packed_weights(run, strategy, devices)
         tokens = run.batch * run.length * run.accumulate
         if strategy != "tp":
             batch, passes = split_step(run.batch, run.accumulate, devices)
@@ -211,15 +196,17 @@ class Planner:
             ):
                 sharded_bytes += parameter.nbytes
         if not sharded_bytes:
-            problem = (
-                f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
+            raise ConfigError(
+                f"strategy tp for {type(self.model).__name__}, for which transformers has no plan",
+                "ddp or fsdp",
+                "choose one of them",
             )
-            raise ConfigError(problem, "ddp or fsdp", "choose one of them")
         heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
         if heads is not None and heads % devices:
-            problem = f"strategy tp on {devices} devices, and {heads} heads of keys and values"
             raise ConfigError(
-                problem, "a number of devices that divides them", "take fewer devices"
+                f"strategy tp on {devices} devices, and {heads} heads of keys and values",
+                "a number of devices that divides them",
+                "take fewer devices",
             )
         return sharded_bytes
 
@@ -232,17 +219,14 @@ class Planner:
         return work
 
 
-def _check_strategy(run: Run, strategy: str, devices: int) -> None:
-    """Raise ``ConfigError`` for an unknown strategy, or one that does not support packed
-    weights."""
-    if strategy not in STRATEGIES or devices < 1:
-        problem = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
-        raise ConfigError(problem, f"at least 1, and {', '.join(STRATEGIES)}", "choose one")
+def _check_packed_weights(run: Run, strategy: str, devices: int) -> None:
+    """Raise ``ConfigError`` if the strategy would shard packed weights."""
     if run.quantize is not None and devices > 1 and strategy != "ddp":
-        problem = (
-            f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
+        raise ConfigError(
+            f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread",
+            "ddp",
+            "choose it, or leave out quantize",
         )
-        raise ConfigError(problem, "ddp", "choose it, or leave out quantize")
 
 
 def plan_all(
@@ -308,10 +292,9 @@ def recommend(
         plan_all(planner, variations[-1][1], device_counts, strategies, hardware)[0],
         key=lambda plan: plan.total,
     )
-    smallest_need = f"{smallest.total / 2**30:.1f} GiB at the least"
-    problem = f"nothing fits: {smallest_need}, on {smallest.devices} devices by {smallest.strategy}"
     return sentence(
-        problem,
+        f"nothing fits: {smallest.total / 2**30:.1f} GiB at the least, on {smallest.devices}"
+        f" devices by {smallest.strategy}",
         f"{hardware.usable_memory / 2**30:.1f} GiB of {hardware.name}",
         "take more or larger devices",
     )

@@ -15,7 +15,7 @@ the same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -50,10 +50,6 @@ class CohortMember:
 
     task: Task
     adapter: TrainedAdapter
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return self.adapter.parameters
 
     @property
     def order_seed(self) -> int:
@@ -101,16 +97,13 @@ class Cohort:
         self._step_rows: dict[int, Iterator[list[list[int]]]] = {}
         self._checked_configs: list[Any] = []
         try:
-            self._for_each(
-                tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from)
-            )
-            decay_flags = _find_decay_flags(model)
-            self._for_each(
-                self.runs,
-                lambda name: self._start_candidate(
-                    name, tasks[name], output, resumed_from, decay_flags
-                ),
-            )
+            for name, task in tasks.items():
+                try:
+                    self._begin_candidate(name, task, output, resumed_from)
+                except VeneerError as error:
+                    self.failed[name] = str(error)
+                    if name in self.runs:
+                        self.runs.remove(name)
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
                 raise_all(TargetError, "The sweep cannot begin", problems)
@@ -118,45 +111,19 @@ class Cohort:
             self.close()
             raise
 
-    def _for_each(self, names: Iterable[str], action: Callable[[str], None]) -> None:
-        """Run ``action`` for each candidate. If it raises, record the failure and detach the
-        adapter."""
-        for name in [*names]:
-            try:
-                action(name)
-            except VeneerError as error:
-                self.failed[name] = str(error)
-                if name in self.runs:
-                    self.runs.remove(name)
-
-    def _attach_candidate(self, name: str, task: Task, resumed_from: Path | None) -> None:
-        config = task.config
-        if resumed_from is not None:
-            self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
-            return
-        calibration = calibration_arguments(task, self.prepared.train, self.model)
-        adapter_config = lora_config(config, self.model, {})
-        self.runs.add(name, adapter_config, seed=config.seed, **calibration)
-        # candidates with equal adapter configs need only one check
-        if config.check and adapter_config not in self._checked_configs:
-            check(self.model, task.example(self.prepared, self.model.device), name)
-            self._checked_configs.append(adapter_config)
-
-    def _start_candidate(
-        self,
-        name: str,
-        task: Task,
-        output: Path,
-        resumed_from: Path | None,
-        decay_flags: Mapping[int, bool],
+    def _begin_candidate(
+        self, name: str, task: Task, output: Path, resumed_from: Path | None
     ) -> None:
-        """Create a candidate's optimiser and schedule, and restore their state from a
-        checkpoint."""
+        """Attach a candidate's adapter, and create its optimiser and schedule: new ones, or as they
+        were in a checkpoint."""
+        if resumed_from is None:
+            self._attach_new_adapter(name, task)
+        else:
+            folder = resumed_from / name / checkpoint.ADAPTER
+            self.runs.add(name, folder, seed=task.config.seed)
         adapter = self.runs.engine.adapters[name]
         arguments, steps = arguments_of(task.config, output, self.prepared), self.prepared.steps
-        adapter.optimizer = _create_optimizer(
-            arguments, self.model, adapter.parameters, decay_flags
-        )
+        adapter.optimizer = _create_optimizer(arguments, self.model, adapter.parameters)
         adapter.scheduler = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=adapter.optimizer,
@@ -164,11 +131,20 @@ class Cohort:
             num_training_steps=steps,
         )
         if resumed_from is not None:
-            state_dict = torch.load(resumed_from / name / STATE, weights_only=True)
-            adapter.load_state_dict(state_dict)
+            adapter.load_state_dict(torch.load(resumed_from / name / STATE, weights_only=True))
         else:  # transformers' Trainer also seeds after the adapter is attached
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
+
+    def _attach_new_adapter(self, name: str, task: Task) -> None:
+        config = task.config
+        calibration = calibration_arguments(task, self.prepared.train, self.model)
+        adapter_config = lora_config(config, self.model, {})
+        self.runs.add(name, adapter_config, seed=config.seed, **calibration)
+        # candidates with equal adapter configs need only one check
+        if config.check and adapter_config not in self._checked_configs:
+            check(self.model, task.example(self.prepared, self.model.device), name)
+            self._checked_configs.append(adapter_config)
 
     def begin(self, step: int) -> None:
         """Begin with the rows of the step after `step`."""
@@ -186,9 +162,11 @@ class Cohort:
         """The row indices of each step, as a list of forward passes, for candidates with this
         order of rows."""
         config = self._first_task.config
-        lengths = self.prepared.train.lengths
         sampler = EpochSampler(
-            [*lengths], config.batch_size * config.grad_accum, order_seed, config.group_by_length
+            [*self.prepared.train.lengths],
+            config.batch_size * config.grad_accum,
+            order_seed,
+            config.group_by_length,
         )
         for epoch in range(self.prepared.steps):
             sampler.set_epoch(epoch)
@@ -199,14 +177,10 @@ class Cohort:
             for i in range(0, len(passes), config.grad_accum):
                 yield passes[i : i + config.grad_accum]
 
-    @property
-    def steps_an_epoch(self) -> int:
-        return steps_an_epoch(self._first_task.config, len(self.prepared.train))
-
     def step(self) -> dict[str, float]:
         """Train one step. Returns each candidate's loss. Candidates whose loss or gradient is not
         finite are dropped and listed in `failed`."""
-        if self._step % self.steps_an_epoch == 0:
+        if self._step % steps_an_epoch(self._first_task.config, len(self.prepared.train)) == 0:
             self.draw_loader_seed()
         passes_by_seed = {
             order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()
@@ -295,33 +269,20 @@ def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
     return loss.total / max(loss.items, 1)
 
 
-def _find_decay_flags(model: Any) -> dict[int, bool]:
-    """By the id of each trainable parameter, whether weight decay applies to it. The order is that
-    of the model's parameters."""
-    decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
-    return {
-        id(parameter): name in decayed_names
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 def _create_optimizer(
-    arguments: Any, model: Any, parameters: list[nn.Parameter], decay_flags: Mapping[int, bool]
+    arguments: Any, model: Any, parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
-    one candidate."""
-    parameters_by_id = {id(parameter): parameter for parameter in parameters}
+    one candidate, in the order of the model's parameters."""
+    decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
+    ids = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    trained = [(name, value) for name, value in model.named_parameters() if id(value) in ids]
     groups = [
         {
-            "params": [
-                parameters_by_id[key]
-                for key, is_decayed in decay_flags.items()
-                if key in parameters_by_id and is_decayed is group_decayed
-            ],
+            "params": [value for name, value in trained if (name in decayed_names) is is_decayed],
             "weight_decay": weight_decay,
         }
-        for group_decayed, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
+        for is_decayed, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -332,6 +293,9 @@ def _create_optimizer(
     if not (
         isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
     ) or options.keys() & {"params", "model"}:
-        problem = f"optimiser {arguments.optim}, which looks at the whole model"
-        raise ConfigError(problem, "one that takes parameters", "choose for example adamw")
+        raise ConfigError(
+            f"optimiser {arguments.optim}, which looks at the whole model",
+            "one that takes parameters",
+            "choose for example adamw",
+        )
     return optimizer_class(groups, **options)

@@ -29,30 +29,31 @@ def page(facts: Facts) -> str:
     sweep = facts["sweep"]
     introduction = (
         f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried:"
-        f" {', '.join(sweep['axes'])}"
+        f" {', '.join(sweep['axes'])} ({facts['sampler']}). "
     )
-    introduction += f" ({facts['sampler']}). "
     if facts["rungs"]:
         introduction += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
         if sweep["judged_by"] == "training":
             introduction += (
                 ", judged by their mean loss in training over the latter half of the steps up to"
-                " there"
+                " there, which is their last loss here"
             )
-            introduction += ", which is their last loss here"
         introduction += ". "
     introduction += (
         f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says"
         " otherwise."
     )
-    sections = [
-        _winner_section(facts),
-        _curves_section(candidates),
-        _quality_section(candidates),
-        _spread_section(facts),
-        _candidates_section(candidates, sweep),
-    ]
-    section_html = "".join(f"<section>{section}</section>" for section in sections if section)
+    section_html = "".join(
+        f"<section>{section}</section>"
+        for section in (
+            _winner_section(facts),
+            _curves_section(candidates),
+            _quality_section(candidates),
+            _spread_section(facts),
+            _candidates_section(candidates, sweep),
+        )
+        if section
+    )
     footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
     return document(
         f"Sweep of {len(candidates)} candidates",
@@ -108,10 +109,6 @@ def _winner_section(facts: Facts) -> str:
     )
 
 
-def _candidate_label(candidate: Facts) -> str:
-    return f"{candidate['name']}: {format_changes(candidate['changes'])}"
-
-
 def _curves_section(candidates: Sequence[Facts]) -> str:
     drawn_candidates = [candidate for candidate in candidates if candidate["measured"]]
     held_out_curves = [
@@ -140,7 +137,8 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
             for candidate, curve in labelled_curves
         ]
         series = {
-            _candidate_label(candidate): curve for candidate, curve in labelled_curves[:COLOURS]
+            f"{candidate['name']}: {format_changes(candidate['changes'])}": curve
+            for candidate, curve in labelled_curves[:COLOURS]
         }
         faint_curves = [curve for _, curve in labelled_curves[COLOURS:]]
         chart = lines(series, x="step", y=y_label, bottom=None, faint=faint_curves)

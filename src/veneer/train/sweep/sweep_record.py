@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from veneer.train import checkpoint
-from veneer.train.processes import Processes
 from veneer.train.sweep.sweep_settings import SEED_AXES
 
 #: names of files and folders in the output folder of a sweep
@@ -111,9 +109,8 @@ class State:
 
     def finished_candidates(self) -> list[Candidate]:
         """Candidates that ran to their end, the best first."""
-        finished = [candidate for candidate in self.candidates if candidate.status == FINISHED]
         return sorted(
-            finished,
+            (candidate for candidate in self.candidates if candidate.status == FINISHED),
             key=lambda candidate: float("inf") if candidate.loss is None else candidate.loss,
         )
 
@@ -172,17 +169,6 @@ def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_format_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def write_checkpoint(output: Path, total_steps: int, fill: Callable[[Path], None]) -> None:
-    """Write a checkpoint, then remove older ones.
-
-    Args:
-        total_steps: number of steps of all cohorts so far; it names the checkpoint.
-        fill: writes the files of the checkpoint into a folder.
-    """
-    checkpoint.write(output, total_steps, fill, Processes())
-    remove_checkpoints(output, except_for=checkpoint.path_of(output, total_steps))
 
 
 def remove_checkpoints(output: Path, except_for: Path | None = None) -> None:

@@ -59,7 +59,6 @@ from veneer.train.sweep.sweep_record import (
     State,
     format_changes,
     remove_checkpoints,
-    write_checkpoint,
 )
 from veneer.train.sweep.sweep_settings import Sweep, check_sweep_support
 from veneer.train.sweep.table import print_overview
@@ -158,21 +157,20 @@ class _SweepRun:
         epoch_steps = steps_an_epoch(self.config, len(self.prepared.train))
         last_rung = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last_rung > epoch_steps:
-            problem = (
+            raise ConfigError(
                 f"judged_by training, a rung at step {last_rung} and an epoch of {epoch_steps},"
-                " after which rows come again"
+                " after which rows come again",
+                "rungs within the first epoch",
+                "name earlier ones, or set judged_by: held_out",
             )
-            remedy = "name earlier ones, or set judged_by: held_out"
-            raise ConfigError(problem, "rungs within the first epoch", remedy)
 
     # ---- candidates
 
-    def _next_candidates(self) -> list[Candidate]:
-        """The next candidates: those of one cohort if the sampler needs the results of earlier
-        candidates, else all."""
+    def _next_candidates(self, existing_count: int) -> list[Candidate]:
+        """The candidates after the first `existing_count`: those of one cohort if the sampler needs
+        the results of earlier candidates, else all."""
         count = self.settings.at_once if self.search.adaptive else self.search.count
         changes_by_name = self.search.ask(count)
-        existing_count = len(self.state.candidates)
         return [
             Candidate(name, (existing_count + index) // self.settings.at_once, changes)
             for index, (name, changes) in enumerate(changes_by_name.items())
@@ -206,7 +204,7 @@ class _SweepRun:
         replayed: dict[str, dict[str, Any]] = {}
         for cohort in range(self.state.cohort + 1):
             if not replayed or self.search.adaptive:
-                candidates = self._repeat_next_candidates(len(replayed))
+                candidates = self._next_candidates(len(replayed))
                 replayed |= {candidate.name: candidate.changes for candidate in candidates}
             for step, losses in self.state.losses_by_step(cohort):
                 if step < self.steps:
@@ -225,14 +223,6 @@ class _SweepRun:
             if can_continue and (problem := self._make_task(candidate)):
                 raise ConfigError(f"Found: {problem}")
 
-    def _repeat_next_candidates(self, count: int) -> list[Candidate]:
-        """Call `_next_candidates` as when the sweep had `count` candidates."""
-        all_candidates, self.state.candidates = self.state.candidates, self.state.candidates[:count]
-        try:
-            return self._next_candidates()
-        finally:
-            self.state.candidates = all_candidates
-
     def _report_ends(self, cohort: int) -> None:
         """Report the last losses of a cohort to the search."""
         for candidate in self.state.in_cohort(cohort):
@@ -245,16 +235,17 @@ class _SweepRun:
         set_seed(self.config.seed)
         self.model = self.task.load().model
         if "seed" in self.settings.axes and Names(self.model).fresh_parameters():
-            problem = (
+            raise ConfigError(
                 "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
-                " the seed"
+                " the seed",
+                "one base for all candidates",
+                "take the axis data_seed",
             )
-            raise ConfigError(problem, "one base for all candidates", "take the axis data_seed")
         resume_from, folder_exists = self.resume_from, False
         if resume_from is not None:
             self._replay()
         else:
-            self._add_candidates(self._next_candidates())
+            self._add_candidates(self._next_candidates(0))
         while self.state.in_cohort(self.state.cohort):
             cohort = self._attach_cohort(resume_from)
             if not folder_exists:
@@ -269,8 +260,8 @@ class _SweepRun:
                 cohort.close()
             self._report_ends(self.state.cohort)
             self.state.cohort, self.state.step = self.state.cohort + 1, 0
-            if not self.state.in_cohort(self.state.cohort) and (added := self._next_candidates()):
-                self._add_candidates(added)
+            if not self.state.in_cohort(self.state.cohort):
+                self._add_candidates(self._next_candidates(len(self.state.candidates)))
         return self._finish_sweep()
 
     def _open_output(self, cohort: Cohort) -> None:
@@ -294,25 +285,22 @@ class _SweepRun:
 
     def _attach_cohort(self, resume_from: Path | None) -> Cohort:
         """Attach the candidates of the current cohort that have not ended."""
-        candidates = {
-            candidate.name: candidate for candidate in self.state.in_cohort(self.state.cohort)
-        }
-        active_names = [
-            name
-            for name, candidate in candidates.items()
+        candidates = self.state.in_cohort(self.state.cohort)
+        active_candidates = [
+            candidate
+            for candidate in candidates
             if candidate.status in (WAITING, RUNNING, FINISHED)
         ]
-        tasks = {name: self.tasks[name] for name in active_names}
+        tasks = {candidate.name: self.tasks[candidate.name] for candidate in active_candidates}
         cohort = Cohort(self.model, tasks, self.prepared, self.output, resume_from, self.keep_going)
-        for name in active_names:
-            candidate = candidates[name]
-            if name in cohort.failed:
-                candidate.status, candidate.note = FAILED, cohort.failed[name]
+        for candidate in active_candidates:
+            if candidate.name in cohort.failed:
+                candidate.status, candidate.note = FAILED, cohort.failed[candidate.name]
             else:
                 candidate.status = RUNNING
-                candidate.parameters = cohort.runs[name].summary().trainable
+                candidate.parameters = cohort.runs[candidate.name].summary().trainable
         if all(candidate.status == FAILED for candidate in self.state.candidates):
-            problems = [f"candidate {name}: {failed.note}" for name, failed in candidates.items()]
+            problems = [f"candidate {candidate.name}: {candidate.note}" for candidate in candidates]
             raise_all(TargetError, "The sweep cannot begin", problems)
         cohort.begin(self.state.step)
         return cohort
@@ -390,7 +378,9 @@ class _SweepRun:
             )
             state.write(folder / STATE)
 
-        write_checkpoint(self.output, state.cohort * self.steps + state.step, fill)
+        total_steps = state.cohort * self.steps + state.step
+        checkpoint.write(self.output, total_steps, fill, Processes())
+        remove_checkpoints(self.output, except_for=checkpoint.path_of(self.output, total_steps))
 
     def _finish_cohort(self, cohort: Cohort) -> None:
         """Mark the remaining candidates of a cohort as finished. If one of them is the best so far,
@@ -410,10 +400,9 @@ class _SweepRun:
     def _single_run_config(self, candidate: Candidate) -> TrainConfig:
         return single_run_config(self.tasks[candidate.name].config, self.output, self.eval_steps)
 
-    def facts(self) -> dict[str, Any]:
-        """The contents of `sweep.json`."""
+    def _build_result(self, interrupted: bool) -> SweepResult:
         config, state_facts = self.config, self.state.facts()
-        facts = {
+        facts: dict[str, Any] = {
             "base": config.base,
             "data": config.data,
             "task": config.task,
@@ -427,18 +416,17 @@ class _SweepRun:
             "command": None,
             "config": None,
         }
-        if state_facts["best"] is not None:
+        best_folder = None
+        if self.state.best is not None:
             best_folder = self.output / BEST
-            facts["folder"] = str(best_folder)
-            facts["command"] = ["veneer", "train", str(best_folder / TRAIN)]
-            winner_config = self._single_run_config(self.state[state_facts["best"]])
-            facts["config"] = changed_settings(winner_config)
-        return {**facts, **self.winner_facts, **state_facts}
-
-    def _build_result(self, interrupted: bool) -> SweepResult:
-        facts = self.facts()
-        best = facts["folder"] and Path(facts["folder"])
-        return SweepResult(self.output, best, interrupted, facts)
+            winner_config = self._single_run_config(self.state[self.state.best])
+            facts |= {
+                "folder": str(best_folder),
+                "command": ["veneer", "train", str(best_folder / TRAIN)],
+                "config": changed_settings(winner_config),
+            }
+        facts |= {**self.winner_facts, **state_facts}
+        return SweepResult(self.output, best_folder, interrupted, facts)
 
     def _finish_sweep(self) -> SweepResult:
         if self.state.best is None:
@@ -447,9 +435,10 @@ class _SweepRun:
                 for candidate in self.state.candidates
                 if candidate.note
             )
-            remedy = "lower the learning rates, or train in fp32 (--precision fp32)"
             raise TrainingError(
-                f"no candidate that ran to its end ({notes})", "one at least", remedy
+                f"no candidate that ran to its end ({notes})",
+                "one at least",
+                "lower the learning rates, or train in fp32 (--precision fp32)",
             )
         best = self.state[self.state.best]
         self.model = None  # frees memory: the repetition loads the base again

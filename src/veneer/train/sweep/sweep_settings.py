@@ -86,39 +86,49 @@ class Sweep(BaseModel):
         for component in (self.sampler, self.pruner):
             if isinstance(component, dict) and not isinstance(component.get("name"), str):
                 raise ValueError(f"{component}; expected a name, and options of Optuna's")
-        if self.sampler == "grid" and (ranges or self.candidates):
-            conflict = (
-                f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
-            )
-            raise ValueError(
-                f"sampler grid and {conflict}; expected lists of values alone, all of which are"
-                " tried"
-            )
-        if self.sampler_name != "grid" and self.candidates is None:
-            raise ValueError(
-                "no `candidates:`; expected how many to draw, since not every combination is tried"
-            )
-        if self.sampler_name == "random" and not ranges and (self.candidates or 0) > combinations:
-            problem = (
+        by_training = self.judged_by == "training"
+        grid_conflict = (
+            f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
+        )
+        problems: list[tuple[Any, str]] = [
+            (
+                self.sampler == "grid" and (ranges or self.candidates),
+                f"sampler grid and {grid_conflict}; expected lists of values alone, all of which"
+                " are tried",
+            ),
+            (
+                self.sampler_name != "grid" and self.candidates is None,
+                "no `candidates:`; expected how many to draw, since not every combination is tried",
+            ),
+            (
+                self.sampler_name == "random"
+                and not ranges
+                and (self.candidates or 0) > combinations,
                 f"candidates: {self.candidates}, and {combinations} combinations of the axes'"
-                " values"
-            )
-            raise ValueError(f"{problem}; expected no more, since each is tried once")
-        if self.pruner is not None and self.rungs is not None:
-            raise ValueError("pruner and rungs; expected one of them")
-        if self.judged_by == "training" and (self.pruner is not None or self.rungs == []):
-            raise ValueError(
+                " values; expected no more, since each is tried once",
+            ),
+            (
+                self.pruner is not None and self.rungs is not None,
+                "pruner and rungs; expected one of them",
+            ),
+            (
+                by_training and (self.pruner is not None or self.rungs == []),
                 "judged_by training and no rungs, where alone it counts; expected rungs, or"
-                " held_out"
-            )
-        if self.judged_by == "training" and "dropout" in self.axes:
-            problem = (
+                " held_out",
+            ),
+            (
+                by_training and "dropout" in self.axes,
                 "judged_by training and axis 'dropout', which raises the loss in training of those"
-                " that have more"
-            )
-            raise ValueError(f"{problem}; expected judged_by held_out")
-        if any(rung <= 0 for rung in self.rungs or ()):
-            raise ValueError(f"rungs {self.rungs}; expected steps, or shares of a run")
+                " that have more; expected judged_by held_out",
+            ),
+            (
+                any(rung <= 0 for rung in self.rungs or ()),
+                f"rungs {self.rungs}; expected steps, or shares of a run",
+            ),
+        ]
+        for applies, problem in problems:
+            if applies:
+                raise ValueError(problem)
         return self
 
     @property
@@ -137,9 +147,11 @@ class Sweep(BaseModel):
         """The steps after which the weaker candidates end. Raises `ConfigError` for a rung beyond
         the end of the run."""
         if late_rungs := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
-            problem = f"rung {late_rungs[0]:g} in a run of {steps} steps"
-            remedy = "name an earlier step, or a share such as 0.3"
-            raise ConfigError(problem, f"less than {steps}", remedy)
+            raise ConfigError(
+                f"rung {late_rungs[0]:g} in a run of {steps} steps",
+                f"less than {steps}",
+                "name an earlier step, or a share such as 0.3",
+            )
         rungs = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
         steps_of_rungs = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in rungs}
         return sorted(step for step in steps_of_rungs if step < steps)
@@ -157,12 +169,13 @@ def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
     }
     section = fields.pop("sweep", None)
     if not isinstance(section, dict):
-        problem = (
+        raise ConfigError(
             f"{path}"
             f" {'without a section' if section is None else f'with a {type(section).__name__} as'}"
-            " `sweep:`"
+            " `sweep:`",
+            "what to try, as in `sweep: {axes: {rank: [4, 16]}}`",
+            "add it",
         )
-        raise ConfigError(problem, "what to try, as in `sweep: {axes: {rank: [4, 16]}}`", "add it")
     return make_config(fields, str(path)), make_sweep(section, str(path))
 
 
@@ -204,5 +217,8 @@ def check_sweep_support(config: TrainConfig) -> None:
                 f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"
             )
     if config.eval_data is None and not config.eval_fraction:
-        problem, expected = "nothing to evaluate on", "rows by which candidates are compared"
-        raise ConfigError(problem, expected, "give eval_data, or eval_fraction: 0.05")
+        raise ConfigError(
+            "nothing to evaluate on",
+            "rows by which candidates are compared",
+            "give eval_data, or eval_fraction: 0.05",
+        )

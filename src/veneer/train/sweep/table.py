@@ -3,7 +3,6 @@ line for each evaluation elsewhere."""
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -37,25 +36,17 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self._running = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._running and self.live is not None:
-            self.live.stop()
+    def __exit__(self, *exception: object) -> None:
+        if self.live is not None:
+            self.live.stop()  # does nothing if it was not started
 
     def __call__(self, state: State, steps: int) -> None:
         if self.live is not None:
-            if not self._running:  # start the display once there is something to show
-                self.live.start()
-                self._running = True
+            self.live.start()  # at the first step, when there is something to show; else no effect
             self.live.update(candidate_table(state, steps), refresh=True)
             return
         cohort = state.in_cohort(state.cohort)
@@ -148,7 +139,9 @@ def print_overview(
         say(console, line)
     if cohort.members and not console.quiet:  # the estimate counts a step, which takes time
         runs = {
-            name: memory.ConcurrentRun(member.task.config, member.parameters, member.order_seed)
+            name: memory.ConcurrentRun(
+                member.task.config, member.adapter.parameters, member.order_seed
+            )
             for name, member in cohort.members.items()
         }
         estimate = memory.estimate_at_once(model, runs, *task.largest_batch(prepared))

@@ -22,13 +22,14 @@ from veneer.train.tasks import Task
 
 def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> TrainConfig:
     """The configuration with which `veneer train` repeats a candidate."""
-    overrides = {
-        "output": output / "again",
-        "eval_every": eval_steps,
-        "overwrite": False,
-        "resume": None,
-    }
-    return config.model_copy(update=overrides)
+    return config.model_copy(
+        update={
+            "output": output / "again",
+            "eval_every": eval_steps,
+            "overwrite": False,
+            "resume": None,
+        }
+    )
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:

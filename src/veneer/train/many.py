@@ -1,5 +1,12 @@
-"""``train_many`` and ``Runs``: adapters by name, with batches and losses in the caller's form, on
-the step engine (``veneer/engine``).
+"""Train several adapters at once on one base: rows of one batch belong to different runs.
+
+    runs = veneer.train_many(model, {"a": LoraConfig(rank=8), "b": LoraConfig(variant="dora")})
+    losses = runs.backward({"a": (x, y), "b": (u, v)}, loss)    # the base is computed once for all
+
+The caller passes a model, configs, and batches of each run, and gets the gradients of each run's
+parameters, as a separate loop would compute them. The caller also provides each run's optimiser,
+schedule, clipping, accumulation and order of the data. The step engine (``veneer/engine``) computes
+the passes.
 
 A causal language model has a separate forward here, which computes −log p of the labels without all
 logits, so that runs share its output head too.
@@ -33,6 +40,9 @@ class LabelLoss(NamedTuple):
 
     function: Callable[[Tensor], Tensor]
 
+    def __call__(self, losses: Tensor, target: Any) -> Tensor:
+        return self.function(losses)
+
 
 def train_many(
     model: nn.Module,
@@ -56,9 +66,8 @@ def train_many(
         TargetError: the problems of all configs. The model is unchanged.
     """
     if unwrap(model) is not model:
-        problem = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
         raise ConfigError(
-            problem,
+            f"a {type(model).__name__} around a {type(unwrap(model)).__name__}",
             "the model itself: what wraps it sees one call of all runs",
             "pass the model inside",
         )
@@ -180,33 +189,33 @@ class Runs(Mapping[str, Handle]):
         weights = weights or {}
         unknown = [name for name in (*batches, *weights) if name not in self]
         if unknown:
-            problem = f"a batch or weight for {unknown[0]!r}"
-            raise DataError(problem, f"one of {', '.join(self) or 'no run'}", "add the run first")
+            raise DataError(
+                f"a batch or weight for {unknown[0]!r}",
+                f"one of {', '.join(self) or 'no run'}",
+                "add the run first",
+            )
         losses: dict[str, Any] = {
             name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches
         }
         for name, function in losses.items():
-            if not (callable(function) or isinstance(function, LabelLoss)):
-                problem = f"no loss for adapter {name!r}"
+            if not callable(function):
                 raise ConfigError(
-                    problem,
+                    f"no loss for adapter {name!r}",
                     "(output, target) -> scalar for each batch",
                     "pass one for all, or one by name",
                 )
         mean_loss_names = {name for name, function in losses.items() if function is causal_loss}
         forward = partial(_causal_forward, mean_loss_names)
-        requests = {}
-        for name, batch in batches.items():
-            adapter_batch, weight = self.engine.read_batch(name, batch), weights.get(name, 1.0)
-            function = losses[name]
-            if isinstance(function, LabelLoss):
-                label_loss = partial(_apply_label_loss, function)
-                requests[name] = PassRequest(adapter_batch, label_loss, forward, weight)
-            elif function is causal_loss:
-                requests[name] = PassRequest(adapter_batch, _mean, forward, weight)
-            else:
-                requests[name] = PassRequest(adapter_batch, function, None, weight)
-        return requests
+        label_loss_names = {name for name in losses if isinstance(losses[name], LabelLoss)}
+        return {
+            name: PassRequest(
+                self.engine.read_batch(name, batch),
+                loss=_mean if name in mean_loss_names else losses[name],
+                forward=forward if name in mean_loss_names | label_loss_names else None,
+                weight=weights.get(name, 1.0),
+            )
+            for name, batch in batches.items()
+        }
 
     def label_losses(
         self, batches: Mapping[str, Any], *, accuracy: bool = False
@@ -244,8 +253,9 @@ def _causal_forward(
     computed by a loss that needs less memory."""
     if len(batches) == 1 and not mean_loss_names.isdisjoint(batches):
         ((name, batch),) = batches.items()
-        inputs = {**_keyword_inputs(name, batch), "labels": batch.target}
-        return {name: causal_loss(model, inputs)}
+        return {
+            name: causal_loss(model, {**_keyword_inputs(name, batch), "labels": batch.target})
+        }
     return {name: rows.losses for name, rows in _label_losses(model, batches).items()}
 
 
@@ -270,15 +280,12 @@ def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
     """The keyword arguments of a language model's batch. Raises ``DataError`` for positional
     arguments or missing labels."""
     if batch.args or not isinstance(batch.target, Tensor) or len(batch.target) != batch.row_count:
-        problem = f"a batch of {name!r} without labels [{batch.row_count}, tokens]"
         raise DataError(
-            problem, "keyword arguments of the model, with labels", "pass input_ids and labels"
+            f"a batch of {name!r} without labels [{batch.row_count}, tokens]",
+            "keyword arguments of the model, with labels",
+            "pass input_ids and labels",
         )
     return batch.kwargs
-
-
-def _apply_label_loss(loss: LabelLoss, losses: Tensor, target: Any) -> Tensor:
-    return loss.function(losses)
 
 
 def _mean(losses: Tensor, target: Any) -> Tensor:
