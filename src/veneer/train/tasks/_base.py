@@ -34,6 +34,7 @@ from veneer.models.load import Base
 from veneer.precision import at_least_float32
 from veneer.registry import Registry
 from veneer.train import data, prepare
+from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import TrainConfig
 from veneer.train.further import REFERENCE, read_initial_adapter
 from veneer.train.prepare import Prepared
@@ -147,7 +148,7 @@ class Task(ABC):
         load_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        #: keyword arguments of `models.load_base`
+        #: keyword arguments of `models.load_head`
         self.load_options = (
             {name: getattr(config, name) for name in LOAD_OPTIONS}
             if load_options is None
@@ -237,8 +238,12 @@ class Task(ABC):
         ]
 
     def load(self) -> Base:
-        """Load the base with the head of the task, and the processor."""
-        return Base(self.model(), self.processor, self.config.base)
+        """Load the base with the head of the task, and the processor. Raises `ConfigError` for a
+        language model that is not causal, although its config does not say so."""
+        model = self.model()
+        if self.generates_text():
+            must_not_see_later_tokens(model, self.config.base)
+        return Base(model, self.processor, self.config.base)
 
     def model(self, **fields: Any) -> Any:
         """Load the base by the class `auto_class`. ``fields``: values for the model's config."""
@@ -288,7 +293,7 @@ class Task(ABC):
 
 #: least number of tokens of an example row (`Task.example`), so that attention mixes several tokens
 MIN_TOKENS = 8
-#: the fields of the configuration that `models.load_base` takes
+#: the fields of the configuration that `models.load_head` takes
 LOAD_OPTIONS = ("precision", "device", "attention", "quantize", "device_map")
 #: the fields of the configuration that `Task.record` writes. `reward` is missing because it names
 #: code: whoever evaluates the adapter must name the code to run.

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from veneer.errors import DataError
 from veneer.train import data, row_shape, tokens
-from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import log_probabilities
 from veneer.train.tasks._base import (
-    Base,
     Rows,
     RowSegment,
     Task,
@@ -32,11 +30,6 @@ from veneer.train.tokens import IGNORED
 
 class CausalTask(Task):
     """Base class of tasks that train a causal language model on answers."""
-
-    def load(self) -> Base:
-        base = super().load()
-        must_not_see_later_tokens(base.model, self.config.base)
-        return base
 
     def tokenise_answers(
         self, records: data.Records, rows: list[dict[str, Any]]

@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 
-from veneer import models
 from veneer.train import data, prepare, tokens
-from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
 from veneer.train.tasks._base import (
-    Base,
     RowSegment,
     Task,
     TaskLoss,
@@ -61,11 +58,6 @@ class Sft(Task):
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         return self.token_segments("", row["input_ids"], row["labels"])
-
-    def load(self) -> Base:
-        base = models.load_base(self.config.base, **self.load_options)
-        must_not_see_later_tokens(base.model, self.config.base)
-        return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return token_batch(
