@@ -43,7 +43,6 @@ from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.make_trainer import make_trainer
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
 from veneer.train.processes import Processes, check_divided_settings, join, share_config
@@ -60,6 +59,7 @@ from veneer.train.run_summary import print_summary
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tasks._base import LOAD_OPTIONS
 from veneer.train.tensor_parallel import cut_model
+from veneer.train.trainer import TaskTrainer
 
 
 @dataclass(frozen=True)
@@ -293,6 +293,18 @@ def load_model(
     base = load_base()._replace(tokenizer=task.processor)
     handle = attach_adapter(task, base.model, prepared, token_ids, resume_point)
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
+
+
+def make_trainer(
+    task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any
+) -> Any:
+    """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
+    `TaskTrainer`."""
+    if task.name == "sft":  # imported only here, because trl takes half a second to import
+        from veneer.train.sft_trainer import AdapterTrainer
+
+        return AdapterTrainer(model, hidden_state_cache=hidden_state_cache, **options)
+    return TaskTrainer(model, task=task, **options)
 
 
 def _hash_parameter_counts(handle: Any) -> str:
