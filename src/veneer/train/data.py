@@ -29,7 +29,7 @@ from veneer.train.row_shape import (
     TOOLS,
     Columns,
     Kind,
-    check_text_or_chat,
+    check_texts_or_chats,
     detect_columns,
     json_type,
     list_names,
@@ -225,18 +225,8 @@ def _build_records(
                     f" {list_names(row)}.\nExpected {column!r} in every row, as in the first.\nDo:"
                     " add it, or remove that row."
                 )
-        checked_row = {
-            field: check_text_or_chat(row[column], field, column, f"{source}, {location}")
-            for field, column in column_by_field.items()
-        }
-        if kind == "prompt" and isinstance(checked_row["prompt"], str) is not isinstance(
-            checked_row["completion"], str
-        ):
-            raise DataError(
-                f"{source}, {location}: prompt is {json_type(checked_row['prompt'])}, completion"
-                f" {json_type(checked_row['completion'])}.\nExpected both to be text, or both to be"
-                " lists of messages.\nDo: bring both into one form."
-            )
+        fields = {field: row[column] for field, column in column_by_field.items()}
+        checked_row = check_texts_or_chats(fields, f"{source}, {location}", column_by_field)
         has_chat = any(isinstance(value, list) for value in checked_row.values())
         if has_chat and row.get(TOOLS) is not None:
             checked_row[TOOLS] = parse_tools(row[TOOLS], f"{source}, {location}")
