@@ -216,7 +216,7 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
             problem, "the adapter that holds the head", "name its folder with --adapter"
         )
     folder = None if request.adapter is None else resolve(request.adapter)
-    tokenizer = None if folder is None else adapter_tokenizer(folder)
+    tokenizer = adapter_tokenizer({} if folder is None else {"default": folder})
     task.read_data()
     task.open_base()
     task.processor = task.processor if tokenizer is None else tokenizer
