@@ -54,11 +54,6 @@ class HiddenStateCache:
         #: the outputs of a block after its hidden states; None if a block returns no tuple
         self.extra_outputs: tuple[Any, ...] | None = None
 
-    @property
-    def bytes(self) -> int:
-        """Current size of the cache in bytes."""
-        return sum(hidden.nbytes for hidden in self.states.values())
-
     @contextmanager
     def use_for(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
         """A context in which the model's forward on a batch reads the hidden states from the cache.

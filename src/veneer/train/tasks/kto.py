@@ -42,7 +42,7 @@ class Kto(CausalTask):
             )
         is_good = [
             _parse_label(row["label"], f"{records.source}, {location}")
-            for row, location in _rows_with_locations(records)
+            for row, location in zip(records.rows, records.locations, strict=True)
         ]
         prompt_completions = [
             {column: row[column] for column in ("prompt", "completion")} for row in records.rows
@@ -133,10 +133,6 @@ def losses(rewards: Tensor, drift: Tensor, is_good: Tensor, beta: float) -> Tens
     # a single row at the end of the data has no other row's answer to be paired with
     shifted_rewards = rewards - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
     return 1 - torch.sigmoid(beta * torch.where(is_good, shifted_rewards, -shifted_rewards))
-
-
-def _rows_with_locations(records: data.Records) -> Any:
-    return zip(records.rows, records.locations, strict=True)
 
 
 def _parse_label(label: Any, location: str) -> bool:
