@@ -114,8 +114,11 @@ def chat_command(
         attention=attention,
         trusted=trust_remote_code,
     )
-    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    sampling |= sampling_options(loaded_base.model, temperature, top_p, top_k)
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        **sampling_options(loaded_base.model, temperature, top_p, top_k),
+    }
     conversation = Conversation(loaded_base.model, loaded_base.tokenizer, tuple(folders), sampling)
     if system is not None:
         conversation.system_command(system)

@@ -140,8 +140,13 @@ def _measure_losses(
         select_adapter: Any,
         source_names: Any = None,
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {"what": kind, "at": setting, "removed": removed_share}
-        row |= {"data": None, "general": None}
+        row: dict[str, Any] = {
+            "what": kind,
+            "at": setting,
+            "removed": removed_share,
+            "data": None,
+            "general": None,
+        }
         label = f"{kind} {setting if setting is not None else ''}"
         for name in source_names or examples:
             status.update(f"Measuring {label} on {request._asdict()[name]} …")

@@ -303,14 +303,12 @@ class TrainConfig(BaseModel):
 
     @field_validator(
         "targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers", "layers",
-        "resume", "reward", mode="before",
+        "reward", mode="before",
     )  # fmt: skip
     @classmethod
     def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
         """Split a comma-separated text, which is how a flag gives a list. A single value becomes a
         list of one element, except for `targets`."""
-        if info.field_name == "resume":
-            return None if value == "auto" else value
         if isinstance(value, str) and "," in value:
             value = split_commas(value)
         if info.field_name == "targets":

@@ -454,13 +454,12 @@ def _collect_metrics(config: TrainConfig, task: Task, result: Result) -> dict[st
         "steps": result.steps,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-    }
-    metrics |= {
         "seconds": result.seconds,
         "tokens": result.tokens,
         "trainable_parameters": summary.trainable,
+        "total_parameters": summary.total,
+        "peak_memory_bytes": memory.peak_memory(),
     }
-    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak_memory()}
     if evaluations := [loss for _, loss in result.eval_losses]:
         metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
         lines = [
