@@ -51,17 +51,14 @@ def advise_command(
             f"{output}, which exists", "a new file", "name another, or pass --overwrite"
         )
     run_folder = output.with_suffix("") if output is not None else Path("run")
-    settings = make_config(
-        {
-            "base": base,
-            "data": data,
-            "output": str(run_folder),
-            "epochs": epochs,
-            "eval_fraction": eval_fraction,
-            "max_length": max_length,
-            "overwrite": overwrite,
-        }
-    )
+    fields = {
+        "base": base,
+        "data": data,
+        "output": str(run_folder),
+        "epochs": epochs,
+        "eval_fraction": eval_fraction,
+    }
+    settings = make_config({**fields, "max_length": max_length, "overwrite": overwrite})
 
     from veneer.cli import console
     from veneer.fileio.atomic import write_whole

@@ -270,6 +270,7 @@ def parse_number(word: str, argument: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        problem = f"{word!r} in {argument!r}"
-        raise ConfigError(problem, "a number after '='", "write, for instance, 0.5")
+        raise ConfigError(
+            f"{word!r} in {argument!r}", "a number after '='", "write, for instance, 0.5"
+        )
     return number

@@ -205,9 +205,10 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
 
     task = task_from_record(record, request.base, request.data, request.loading_options, **options)
     if request.adapter is None and not task.evaluates_base:
-        problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(
-            problem, "the adapter that holds the head", "name its folder with --adapter"
+            f"task {task.name} without an adapter, whose base has a head of random weights",
+            "the adapter that holds the head",
+            "name its folder with --adapter",
         )
     folder = None if request.adapter is None else resolve(request.adapter)
     tokenizer = adapter_tokenizer({} if folder is None else {"default": folder})

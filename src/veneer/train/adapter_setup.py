@@ -123,9 +123,10 @@ def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
     if isinstance(rows, Examples):
         return {"batches": list(_calibration_batches(rows, model.device, "gradient" in needs))}
     if "gradient" in needs:
-        problem = f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own"
         raise ConfigError(
-            problem, "task sft", "choose a variant that starts from inputs, such as eva"
+            f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own",
+            "task sft",
+            "choose a variant that starts from inputs, such as eva",
         )
     first_batches = (task.inputs(task.collate([row])) for row in rows.rows[:CALIBRATION_ROWS])
     return {"batches": [move_batch(model.device, batch) for batch in first_batches]}

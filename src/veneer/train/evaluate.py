@@ -122,12 +122,11 @@ def exact_match_rate(
         if row.get(TOOLS) or (
             isinstance(answer, list) and any("tool_calls" in message for message in answer)
         ):
-            problem = (
-                f"{rows.source}, {location}: tools, or calls of them, among what should be exactly"
-                " right"
-            )
             raise DataError(
-                problem, "texts, which can be compared", "leave out --exact, or remove that row"
+                f"{rows.source}, {location}: tools, or calls of them, among what should be exactly"
+                " right",
+                "texts, which can be compared",
+                "leave out --exact, or remove that row",
             )
     prompts = [row["prompt"] for row in rows.rows]
     answers = generate(

@@ -145,8 +145,11 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
     `fraction` of the rows, at least one row, is held out; equal seeds give equal splits."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
-        problem = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
-        raise ConfigError(problem, "at least one", "lower it")
+        raise ConfigError(
+            f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on",
+            "at least one",
+            "lower it",
+        )
     held_out_indices = set(random.Random(seed).sample(range(len(rows)), count))
     return rows.select([i for i in range(len(rows)) if i not in held_out_indices]), rows.select(
         sorted(held_out_indices)

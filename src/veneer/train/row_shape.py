@@ -251,8 +251,11 @@ def parse_tools(value: Any, location: str) -> list[Any]:
         tools = None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
-    problem = f"{location} holds {TOOLS} that are none: {snippet(to_json(value))}"
-    raise DataError(problem, "a list of JSON schemas of functions", "fix it, or remove that row")
+    raise DataError(
+        f"{location} holds {TOOLS} that are none: {snippet(to_json(value))}",
+        "a list of JSON schemas of functions",
+        "fix it, or remove that row",
+    )
 
 
 def list_names(names: Iterable[str]) -> str:

@@ -177,10 +177,11 @@ def _must_share_form(rows: Records) -> None:
     ]
     for form, location in zip(forms, rows.locations, strict=True):
         if form != forms[0]:
-            problem = (
-                f"{rows.source}, {location} holds {form}, but {rows.locations[0]} holds {forms[0]}"
+            raise DataError(
+                f"{rows.source}, {location} holds {form}, but {rows.locations[0]} holds {forms[0]}",
+                "one form in all rows",
+                "bring them into one form",
             )
-            raise DataError(problem, "one form in all rows", "bring them into one form")
 
 
 def _must_show_tools(rows: Records, tokenizer: Any) -> None:
@@ -199,15 +200,13 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
         if omitted := [
             word for word, is_in_row in occurs.items() if is_in_row and word not in template
         ]:
-            problem = (
+            raise DataError(
                 f"{rows.source}, {location} holds {omitted[0]}, and the base's chat template has no"
-                " place for them"
-            )
-            remedy = (
+                " place for them",
+                f"a chat template that shows {omitted[0]}",
                 "choose a base whose template has, or write the calls as the content of the"
-                " messages"
+                " messages",
             )
-            raise DataError(problem, f"a chat template that shows {omitted[0]}", remedy)
 
 
 def _append_end(
@@ -316,9 +315,11 @@ def render_chat(messages: list[Any], tokenizer: Any, location: str, **options: A
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TEMPLATE_ERRORS as error:
-        problem = f"{location}: a chat that the base's chat template refuses ({first_line(error)})"
-        remedy = "change the messages of this chat, or remove it"
-        raise DataError(problem, "roles, and an order of them, that it takes", remedy) from error
+        raise DataError(
+            f"{location}: a chat that the base's chat template refuses ({first_line(error)})",
+            "roles, and an order of them, that it takes",
+            "change the messages of this chat, or remove it",
+        ) from error
 
 
 def _prefix_length(prefix: list[int], full_tokens: list[int], location: str) -> int:

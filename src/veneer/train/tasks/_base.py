@@ -422,8 +422,11 @@ def apply_max_length(
         )
     retained_indices = [i for i in range(len(rows)) if text_lengths[i] <= limit]
     if not retained_indices:
-        problem = f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens"
-        raise DataError(problem, f"some with at most {limit:,}", "raise max_length")
+        raise DataError(
+            f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens",
+            f"some with at most {limit:,}",
+            "raise max_length",
+        )
     return retained_indices, [rows[i] for i in retained_indices], 0
 
 
@@ -431,8 +434,11 @@ def read_text_column(records: data.Records, column: str) -> list[str]:
     """The values of a column of texts. Raises `DataError` if a value is empty or no text."""
     for row, location in zip(records.rows, records.locations, strict=True):
         if not isinstance(row[column], str) or not row[column].strip():
-            problem = f"{records.source}, {location}: {column} is {row[column]!r}"[:300]
-            raise DataError(problem, "text", "fix or remove that row")
+            raise DataError(
+                f"{records.source}, {location}: {column} is {row[column]!r}"[:300],
+                "text",
+                "fix or remove that row",
+            )
     return [row[column] for row in records.rows]
 
 

@@ -78,8 +78,11 @@ class PreferenceTask(CausalTask):
             index for index in answer_examples[0].record_indices if index in positions[1]
         ]
         if not retained_indices:
-            problem = f"no pair of {records.source} whose answers are both short enough"
-            raise DataError(problem, "at least one", "raise max_length")
+            raise DataError(
+                f"no pair of {records.source} whose answers are both short enough",
+                "at least one",
+                "raise max_length",
+            )
         encoded_rows, lengths, trained_counts = [], [], []
         for index in retained_indices:
             pair_positions = [answer_positions[index] for answer_positions in positions]

@@ -67,9 +67,8 @@ class Classify(Task):
             or not isinstance(labels, list)
             or not all(isinstance(label, str) for label in labels)
         ):
-            problem = f"an adapter that says of its task {dict(self.recorded_settings)}"[:300]
             raise ConfigError(
-                problem,
+                f"an adapter that says of its task {dict(self.recorded_settings)}"[:300],
                 "a kind of rows and a list of labels",
                 "name an adapter of the task classify",
             )
@@ -159,9 +158,11 @@ class Classify(Task):
         valid_labels = {*self.labels}
         for labels, location in zip(label_names, locations, strict=True):
             if unknown_labels := [label for label in labels if label not in valid_labels]:
-                problem = f"{location}: the label {unknown_labels[0]!r}"
-                expected = f"one of {listing(self.labels)}, as in the training data"
-                raise DataError(problem, expected, "fix or remove that row")
+                raise DataError(
+                    f"{location}: the label {unknown_labels[0]!r}",
+                    f"one of {listing(self.labels)}, as in the training data",
+                    "fix or remove that row",
+                )
 
     @cached_property
     def _has_head(self) -> bool:
@@ -313,12 +314,12 @@ class Classify(Task):
             fields["pad_token_id"] = padding_token(self.processor)
         head_labels = getattr(config_of(self.config.base), "num_labels", None)
         if self._has_head and head_labels != len(self.labels):
-            problem = (
+            raise DataError(
                 f"{self.config.base}, whose head knows {head_labels} labels, and data with"
-                f" {len(self.labels)}"
+                f" {len(self.labels)}",
+                "the labels of the head, or no head",
+                "name a base without a head, or change the labels of the data",
             )
-            remedy = "name a base without a head, or change the labels of the data"
-            raise DataError(problem, "the labels of the head, or no head", remedy)
         model = self.model(**fields)
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)

@@ -59,9 +59,10 @@ class Embed(Task):
     def encode(self, records: data.Records) -> Rows:
         has_labels = "label" in records.rows[0]
         if has_labels and "negative" in records.rows[0]:
-            problem = f"{records.source} has both `negative` and `label`"
             raise DataError(
-                problem, "one of them", "remove one, or name the columns to read with --columns"
+                f"{records.source} has both `negative` and `label`",
+                "one of them",
+                "remove one, or name the columns to read with --columns",
             )
         text_columns = [
             column for column in ("anchor", "positive", "negative") if column in records.rows[0]

@@ -55,9 +55,8 @@ class Seq2seq(Task):
     def open_base(self) -> Any:
         config = config_of(self.config.base)
         if not getattr(config, "is_encoder_decoder", False):
-            problem = f"{self.config.base}, a {config.model_type} model"
             raise ConfigError(
-                problem,
+                f"{self.config.base}, a {config.model_type} model",
                 "an encoder with a decoder, such as T5 or Whisper",
                 "choose another base or task",
             )
@@ -106,9 +105,8 @@ class Seq2seq(Task):
                 )
                 if max_samples is not None and len(samples) > max_samples:
                     seconds = len(samples) / sample_rate
-                    problem = f"{records.source}, {location}: {seconds:.1f} s of audio"
                     raise DataError(
-                        problem,
+                        f"{records.source}, {location}: {seconds:.1f} s of audio",
                         f"at most {max_samples / sample_rate:.1f} s, what the base hears at once",
                         "cut it",
                     )
@@ -181,8 +179,11 @@ class Seq2seq(Task):
         base = super().load()
         config: Any = base.model.config
         if getattr(config, "decoder_start_token_id", None) is None:
-            problem = f"{self.config.base}, whose config has no decoder_start_token_id"
-            raise ConfigError(problem, "the token that answers begin with", "add it to config.json")
+            raise ConfigError(
+                f"{self.config.base}, whose config has no decoder_start_token_id",
+                "the token that answers begin with",
+                "add it to config.json",
+            )
         self.dtype = next(
             value.dtype for value in base.model.parameters() if value.is_floating_point()
         )
