@@ -430,6 +430,12 @@ def apply_max_length(
     return retained_indices, [rows[i] for i in retained_indices], 0
 
 
+def cut_before_end(values: list[int], limit: int) -> list[int]:
+    """The token ids, or labels, of at most `limit` tokens of a sequence. The last token remains: it
+    is the special token with which texts of encoders, and answers of decoders, end."""
+    return values if len(values) <= limit else [*values[: limit - 1], values[-1]]
+
+
 def read_text_column(records: data.Records, column: str) -> list[str]:
     """The values of a column of texts. Raises `DataError` if a value is empty or no text."""
     for row, location in zip(records.rows, records.locations, strict=True):

@@ -34,6 +34,7 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    cut_before_end,
     labelled_loss,
     pad_rows,
     padding_token,
@@ -227,20 +228,14 @@ class Classify(Task):
         """Apply the maximal length to encoded rows. ``text_columns``: the texts by column; empty
         for words."""
         limit = self.max_length()
-
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
-            # an encoder's sequence ends with a special token, which must remain
-            ids = [*row["ids"][: limit - 1], row["ids"][-1]]
-            labels = (
-                row["labels"]
-                if len(row["labels"]) == 1
-                else [*row["labels"][: limit - 1], row["labels"][-1]]
-            )
-            return {"ids": ids, "labels": labels}
-
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
-            records, rows, lengths, self.config, limit, truncate_row
+            records,
+            rows,
+            lengths,
+            self.config,
+            limit,
+            lambda row: {name: cut_before_end(values, limit) for name, values in row.items()},
         )
         if len(text_columns) == 2:  # token types mark the text of each token, if the base uses them
             token_types = self.processor(

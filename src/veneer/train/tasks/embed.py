@@ -31,6 +31,7 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    cut_before_end,
     pad_rows,
     padding_token,
     read_text_column,
@@ -79,16 +80,13 @@ class Embed(Task):
                 row["label"] = _parse_cosine(record["label"], f"{records.source}, {location}")
         limit = self.max_length()
         text_lengths = [max(map(len, row["ids"])) for row in rows]
-
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
-            # an encoder's sequence ends with a special token, which must remain
-            shortened_texts = [
-                ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in row["ids"]
-            ]
-            return {**row, "ids": shortened_texts}
-
         retained_indices, rows, truncated_count = apply_max_length(
-            records, rows, text_lengths, self.config, limit, truncate_row
+            records,
+            rows,
+            text_lengths,
+            self.config,
+            limit,
+            lambda row: {**row, "ids": [cut_before_end(ids, limit) for ids in row["ids"]]},
         )
         lengths = [len(text_columns) * max(map(len, row["ids"])) for row in rows]
         return Rows(

@@ -29,6 +29,7 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    cut_before_end,
     labelled_loss,
     pad_rows,
     padding_token,
@@ -120,19 +121,14 @@ class Seq2seq(Task):
             ]
         limit = self.max_length()
         text_lengths = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
-
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
-            # prompt and answer both end with the end-of-text token, which must remain
-            long_fields = [
-                name for name in ("ids", "labels") if name in row and len(row[name]) > limit
-            ]
-            return {
-                **row,
-                **{name: [*row[name][: limit - 1], row[name][-1]] for name in long_fields},
-            }
-
+        sequences = {"labels"} if self.is_speech else {"ids", "labels"}
         retained_indices, rows, truncated_count = apply_max_length(
-            records, rows, text_lengths, self.config, limit, truncate_row
+            records,
+            rows,
+            text_lengths,
+            self.config,
+            limit,
+            lambda row: row | {name: cut_before_end(row[name], limit) for name in sequences},
         )
         # rows of similar length share a batch; the length of audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
