@@ -259,8 +259,8 @@ class Task(ABC):
         measures may be missing."""
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
-        """The number of items that the loss of a batch sums; by default one for each row."""
-        return len(batch["labels"])
+        """The number of items that the loss of a batch sums; by default one for each label."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model's forward, taken from a batch."""

@@ -335,9 +335,6 @@ class Classify(Task):
             batch["token_type_ids"] = pad_rows([row["token_types"] for row in rows], 0)
         return batch if self.row_kind == "words" else {**batch, "labels": batch["labels"][:, 0]}
 
-    def count_items(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"] != IGNORED).sum())
-
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         return labelled_loss(model(**self.inputs(batch)).logits, batch["labels"])
 

@@ -203,9 +203,6 @@ class Seq2seq(Task):
         )
         return {**inputs, "labels": pad_rows(labels, IGNORED)}
 
-    def count_items(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"] != IGNORED).sum())
-
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the model's forward. `decoder_input_ids` are the labels shifted
         right by one position, after the start token. Audio features are cast to the dtype of the
