@@ -7,7 +7,6 @@ chosen, rejected (and prompt)   →   [2b, s]: the chosen answers of b rows, the
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,19 +16,17 @@ from torch import Tensor
 from veneer.errors import DataError
 from veneer.train import data, row_shape, tokens
 from veneer.train.loss import log_probabilities
-from veneer.train.tasks._base import (
-    Rows,
-    RowSegment,
-    Task,
-    TaskLoss,
-    padding_token,
-    token_batch,
-)
+from veneer.train.tasks._base import Rows, RowSegment, Task, padding_token, token_batch
 from veneer.train.tokens import IGNORED
 
 
 class CausalTask(Task):
     """Base class of tasks that train a causal language model on answers."""
+
+    @property
+    def beta(self) -> float:
+        """Strength of the preference; the default is that of the papers of dpo, kto and orpo."""
+        return 0.1 if self.config.beta is None else self.config.beta
 
     def tokenise_answers(
         self, records: data.Records, rows: list[dict[str, Any]]
@@ -134,9 +131,6 @@ class PreferenceTask(CausalTask):
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["input_ids"]) // 2
-
-    @abstractmethod
-    def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss: ...
 
 
 def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -20,8 +20,6 @@ from torch.nn.functional import logsigmoid
 from veneer.train.tasks._base import TaskLoss, reference, register
 from veneer.train.tasks._preferences import PreferenceTask, answer_log_probabilities, pair_measures
 
-BETA = 0.1  # the default of the paper
-
 
 @register
 class Dpo(PreferenceTask):
@@ -31,8 +29,8 @@ class Dpo(PreferenceTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         with reference(model):
             reference_log_p = answer_log_probabilities(model, batch)
-        beta = BETA if self.config.beta is None else self.config.beta
-        chosen, rejected = rewards(answer_log_probabilities(model, batch), reference_log_p, beta)
+        log_p = answer_log_probabilities(model, batch)
+        chosen, rejected = rewards(log_p, reference_log_p, self.beta)
         return TaskLoss(
             -logsigmoid(chosen - rejected).sum(), len(chosen), pair_measures(chosen, rejected)
         )

@@ -49,10 +49,6 @@ class Embed(Task):
     measures, loss_unit = ("accuracy", "error"), "pair"
     compares_rows = True
 
-    def open_base(self) -> Any:
-        self.processor = models.load_tokenizer(self.config.base)
-        return self.processor
-
     def load(self) -> Base:
         self.encoder = models.load_encoder(self.config.base, **self.load_options)
         return Base(self.encoder.model, self.processor, self.config.base)

@@ -25,8 +25,6 @@ from veneer.train.tasks._base import Rows, RowSegment, TaskLoss, reference, regi
 from veneer.train.tasks._preferences import CausalTask, answer_log_probabilities
 from veneer.train.tokens import IGNORED
 
-BETA = 0.1  # the default of the paper
-
 
 @register
 class Kto(CausalTask):
@@ -113,12 +111,11 @@ class Kto(CausalTask):
                 answer_log_probabilities(model, mismatched_inputs) - reference_log_p[len(is_good) :]
             )
         rewards = answer_log_probabilities(model, matched_inputs) - reference_log_p[: len(is_good)]
-        beta = BETA if self.config.beta is None else self.config.beta
         signs = torch.where(is_good.to(rewards.device), 1.0, -1.0).to(rewards.dtype)
-        signed_rewards = (beta * rewards * signs).detach()
+        signed_rewards = (self.beta * rewards * signs).detach()
         sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
         return TaskLoss(
-            losses(rewards, drift, is_good.to(rewards.device), beta).sum(), len(is_good), sums
+            losses(rewards, drift, is_good.to(rewards.device), self.beta).sum(), len(is_good), sums
         )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from veneer import models
 from veneer.precision import at_least_float32
 from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, padding_token, register
 from veneer.train.tasks._preferences import PreferenceTask, pair_measures
@@ -26,10 +25,6 @@ class Reward(PreferenceTask):
     auto_class = "AutoModelForSequenceClassification"
     evaluates_base = False  # an untrained head gives no baseline
     uses_single_forward = True
-
-    def open_base(self) -> Any:
-        self.processor = models.load_tokenizer(self.config.base)
-        return self.processor
 
     def load(self) -> Base:
         model = self.model(num_labels=1, pad_token_id=padding_token(self.processor))
