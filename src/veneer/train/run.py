@@ -35,11 +35,17 @@ from veneer.fileio.hashing import hash_json
 from veneer.kernels.draws import sample_seed
 from veneer.models.load import Base
 from veneer.models.remote_code import trust_remote_code
-from veneer.train import callbacks as watch
 from veneer.train import checkpoint, sharding, vocabulary
 from veneer.train.adapter_setup import attach_adapter, invoked_example
 from veneer.train.arguments import arguments_of
-from veneer.train.callbacks import say
+from veneer.train.callbacks import (
+    LossLog,
+    ProgressBar,
+    StopOnNan,
+    StopOnSignal,
+    format_duration,
+    say,
+)
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
@@ -158,10 +164,10 @@ def _fit_locked(
             _check_gradients(task, base.model, prepared, handle)
     _divide_base(config, parallel, base.model, arguments.device, processes)
     log_lines = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
-    stop = watch.StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
-    bar = watch.ProgressBar(console, resume_point[1] if resume_point else 0, task)
+    stop = StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
+    bar = ProgressBar(console, resume_point[1] if resume_point else 0, task)
     early_stop = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
-    log = watch.LossLog(output, log_lines, task)
+    log = LossLog(output, log_lines, task)
     trainer = make_trainer(
         task,
         base.model,
@@ -170,7 +176,7 @@ def _fit_locked(
         train_dataset=prepared.train_set,
         eval_dataset=prepared.eval_set,
         processing_class=base.tokenizer,
-        callbacks=[log, watch.StopOnNan(), stop, bar, *early_stop, *callbacks],
+        callbacks=[log, StopOnNan(), stop, bar, *early_stop, *callbacks],
         adapter=handle,
         base_name=config.base,
     )
@@ -439,7 +445,7 @@ def _finish_run(
     loss_change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
     say(
         console,
-        f"Done     {result.steps:,} steps in {watch.format_duration(result.seconds)}:"
+        f"Done     {result.steps:,} steps in {format_duration(result.seconds)}:"
         f" {loss_change}",
     )
     say(console, f"Adapter  {result.adapter}")
