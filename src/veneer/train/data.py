@@ -366,12 +366,11 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             _check_unique_columns(names, path)
             for row in filter(None, reader):
                 if len(row) != len(names):
-                    problem = (
+                    raise DataError(
                         f"{path}, line {reader.line_num} has {len(row)} fields; expected"
-                        f" {len(names)}"
+                        f" {len(names)}, as in the header.\nDo: quote fields that hold commas or"
+                        " line breaks."
                     )
-                    remedy = "quote fields that hold commas or line breaks"
-                    raise DataError(f"{problem}, as in the header.\nDo: {remedy}.")
                 yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise DataError(

@@ -394,7 +394,7 @@ def apply_max_length(
     Args:
         text_lengths: by row, the number of tokens of its longest text.
         limit: the maximal number of tokens of a text.
-        truncate: a function that truncates a row.
+        truncate: a function that truncates a row, and leaves one within the limit as it is.
 
     Returns:
         (indices of the retained rows, the retained rows, number of truncated rows).
@@ -402,24 +402,16 @@ def apply_max_length(
     long_indices = [i for i, length in enumerate(text_lengths) if length > limit]
     if long_indices and config.too_long == "error":
         longest_index = max(long_indices, key=text_lengths.__getitem__)
-        problem = (
-            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than"
-            f" {limit:,} tokens"
-        )
         length = text_lengths[longest_index]
-        problem += f"; the longest, {records.locations[longest_index]}, has {length:,}"
-        remedy = (
+        raise DataError(
+            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than"
+            f" {limit:,} tokens; the longest, {records.locations[longest_index]}, has {length:,}",
+            f"at most {limit:,}",
             f"raise it with --max-length {length} (if the model allows it), or choose --too-long"
-            " truncate or "
+            " truncate or drop",
         )
-        raise DataError(problem, f"at most {limit:,}", f"{remedy}drop")
     if config.too_long == "truncate":
-        long_set = {*long_indices}
-        return (
-            [*range(len(rows))],
-            [truncate(row) if i in long_set else row for i, row in enumerate(rows)],
-            len(long_indices),
-        )
+        return [*range(len(rows))], [*map(truncate, rows)], len(long_indices)
     retained_indices = [i for i in range(len(rows)) if text_lengths[i] <= limit]
     if not retained_indices:
         raise DataError(
