@@ -16,6 +16,7 @@ import torch
 
 from veneer.errors import ConfigError, raise_all, sentence
 from veneer.train.config import TrainConfig
+from veneer.train.prepare import Rows
 
 
 def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -52,14 +53,14 @@ def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({token_ids[text] for text in trained_texts}))
 
 
-def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int, ...]:
+def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int, ...]:
     """The token ids of ``invocation``; none if the configuration has no invocation. ``rows``: the
-    tokenised rows of the data, if the task has such rows. Raises ``ConfigError`` if no row contains
-    the tokens, because then nothing would train."""
+    rows of the data, which only the task sft holds as ``input_ids``. Raises ``ConfigError`` if none
+    of these contains the tokens, because then nothing would train."""
     if config.invocation is None:
         return ()
     ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
-    examples = getattr(rows, "input_ids", None)
+    examples = [row["input_ids"] for row in rows.rows if "input_ids" in row]
     if not ids or (examples and not any(map(partial(_contains_tokens, ids), examples))):
         raise ConfigError(
             f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows",

@@ -18,14 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 
 from veneer import models
 from veneer.attach import adapters_of, unwrap, use
@@ -37,7 +35,7 @@ from veneer.train import data, prepare
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import TrainConfig
 from veneer.train.further import REFERENCE, read_initial_adapter
-from veneer.train.prepare import Prepared
+from veneer.train.prepare import Prepared, Rows
 from veneer.train.tokens import IGNORED, label_runs
 
 __all__ = ["TASKS", "Prepared", "RowSegment", "Rows", "Task", "TaskLoss", "register"]
@@ -69,39 +67,6 @@ class RowSegment(NamedTuple):
     is_trained: bool
     name: str
     text: str
-
-
-@dataclass(frozen=True)
-class Rows(Dataset[dict[str, Any]]):
-    """The rows of a data set, each an input of the task's `collate`.
-
-    Fields:
-        lengths: number of tokens by row, for grouping rows of similar length; 0 for images.
-        record_indices: by row, the index of its record in the data.
-        trained_counts: by row, the number of its tokens that reach the output head.
-        dropped, truncated: number of records that were dropped or cut, because they were too long.
-    """
-
-    rows: list[dict[str, Any]]
-    lengths: list[int]
-    record_indices: list[int]
-    trained_counts: list[int] = field(default_factory=list)
-    dropped: int = 0
-    truncated: int = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-    @property
-    def trained_tokens(self) -> int:
-        """The number of tokens that reach the output head."""
-        return sum(self.trained_counts)
-
-    def dataset(self) -> Rows:
-        return self
 
 
 def extract_settings(record: Mapping[str, Any]) -> dict[str, Any]:

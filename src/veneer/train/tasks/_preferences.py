@@ -28,9 +28,7 @@ class CausalTask(Task):
         """Strength of the preference; the default is that of the papers of dpo, kto and orpo."""
         return 0.1 if self.config.beta is None else self.config.beta
 
-    def tokenise_answers(
-        self, records: data.Records, rows: list[dict[str, Any]]
-    ) -> tokens.Examples:
+    def tokenise_answers(self, records: data.Records, rows: list[dict[str, Any]]) -> Rows:
         """Tokenise rows that hold a prompt and a completion (texts or chats), or one text. The
         tokens of the completion, or of the text, are the labels."""
         shape = "prompt" if "prompt" in rows[0] else "text"
@@ -84,7 +82,7 @@ class PreferenceTask(CausalTask):
         for index in retained_indices:
             pair_positions = [answer_positions[index] for answer_positions in positions]
             answers = [
-                (examples.input_ids[i], examples.labels[i])
+                (examples[i]["input_ids"], examples[i]["labels"])
                 for examples, i in zip(answer_examples, pair_positions, strict=True)
             ]
             encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})

@@ -48,13 +48,11 @@ class Kto(CausalTask):
         examples = self.tokenise_answers(records, prompt_completions)
         rows = [
             {
-                "ids": ids,
-                "start": next(i for i, label in enumerate(labels) if label != IGNORED),
+                "ids": example["input_ids"],
+                "start": next(i for i, label in enumerate(example["labels"]) if label != IGNORED),
                 "good": is_good[index],
             }
-            for ids, labels, index in zip(
-                examples.input_ids, examples.labels, examples.record_indices, strict=True
-            )
+            for example, index in zip(examples.rows, examples.record_indices, strict=True)
         ]
         trained_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]

@@ -12,6 +12,7 @@ from veneer.train import data, prepare, tokens
 from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
 from veneer.train.tasks._base import (
+    Rows,
     RowSegment,
     Task,
     TaskLoss,
@@ -29,12 +30,18 @@ class Sft(Task):
     uses_single_forward = True
 
     def prepare(self) -> Prepared:
-        pack = (
-            (lambda examples, length: prepare.pack(examples.dataset(), length))
-            if self.config.packing
-            else None
+        return prepare.prepare(
+            self.config, self.records, self.encode, self.max_length(), self._make_dataset
         )
-        return prepare.prepare(self.config, self.records, self.encode, self.max_length(), pack)
+
+    def _make_dataset(self, rows: Rows, length: int) -> Any:
+        """The rows as the tokenised data set that `trl.SFTTrainer` expects; with `packing`, several
+        of them in a row."""
+        from datasets import Dataset
+
+        columns = {name: [row[name] for row in rows.rows] for name in ("input_ids", "labels")}
+        dataset = Dataset.from_dict(columns)
+        return prepare.pack(dataset, length) if self.config.packing else dataset
 
     def read(self, source: str, split: str) -> data.Records:
         config = self.config
@@ -46,7 +53,7 @@ class Sft(Task):
         )
         return data.read(source, columns, split=split)
 
-    def encode(self, records: data.Records) -> tokens.Examples:
+    def encode(self, records: data.Records) -> Rows:
         config = self.config
         return tokens.tokenise(
             records,
@@ -74,9 +81,8 @@ class Sft(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        ids = torch.tensor(
-            [prepared.train.input_ids[short_row_index(prepared.train.lengths)][:64]], device=device
-        )
+        short_row = prepared.train[short_row_index(prepared.train.lengths)]
+        ids = torch.tensor([short_row["input_ids"][:64]], device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
@@ -87,7 +93,9 @@ class Sft(Task):
         longest_rows = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
             : config.batch_size
         ]
-        labelled_tokens = sum(label != IGNORED for i in longest_rows for label in train.labels[i])
+        labelled_tokens = sum(
+            label != IGNORED for i in longest_rows for label in train[i]["labels"]
+        )
         return len(longest_rows) * train.lengths[longest_rows[0]], labelled_tokens
 
     def describe_size(self, rows: Any) -> str:
