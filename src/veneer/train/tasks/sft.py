@@ -86,17 +86,10 @@ class Sft(Task):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
-        train, config = prepared.train, self.config
-        if config.packing:
-            batch_tokens = prepared.max_length * config.batch_size
-            return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
-        longest_rows = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
-            : config.batch_size
-        ]
-        labelled_tokens = sum(
-            label != IGNORED for i in longest_rows for label in train[i]["labels"]
-        )
-        return len(longest_rows) * train.lengths[longest_rows[0]], labelled_tokens
+        if not self.config.packing:
+            return super().largest_batch(prepared)
+        train, batch_tokens = prepared.train, prepared.max_length * self.config.batch_size
+        return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
 
     def describe_size(self, rows: Any) -> str:
         return (
