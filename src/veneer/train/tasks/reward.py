@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from veneer.precision import at_least_float32
@@ -42,10 +41,5 @@ class Reward(PreferenceTask):
         scores = model(**self.inputs(batch)).logits[:, 0]  # [2b]
         chosen, rejected = scores.to(at_least_float32(scores.dtype)).chunk(2)
         return TaskLoss(
-            pair_losses(chosen, rejected).sum(), len(chosen), pair_measures(chosen, rejected)
+            -logsigmoid(chosen - rejected).sum(), len(chosen), pair_measures(chosen, rejected)
         )
-
-
-def pair_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The loss of each of b pairs, [b], from the rewards of their answers, [b] each."""
-    return -logsigmoid(chosen - rejected)
