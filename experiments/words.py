@@ -81,7 +81,7 @@ def general_text(
     """Rows of `width` tokens of general text, from the row `first` of each kind: Python's language
     reference (`pydoc_data`), licence texts of installed packages, and scikit-learn's descriptions
     of data sets. None of it is letters or phonemes."""
-    from veneer.train.tokens import Examples
+    from veneer.train.prepare import Rows
 
     if cell.get("toy"):
         width = 8
@@ -91,7 +91,8 @@ def general_text(
         pieces = [ids[row * width : (row + 1) * width] for row in range(first, first + rows)]
         if len(pieces[-1]) < width:
             raise RuntimeError(f"{kind} has {len(ids)} tokens, fewer than {(first + rows) * width}")
-        examples.append(Examples(pieces, pieces, [*range(rows)]))
+        token_rows = [{"input_ids": piece, "labels": piece} for piece in pieces]
+        examples.append(Rows(token_rows, [width] * rows, [*range(rows)]))
     return examples
 
 

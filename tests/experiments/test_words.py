@@ -95,10 +95,10 @@ def test_general_text_aside_is_not_that_of_the_results(tmp_path):
     from veneer import models
 
     tokenizer = models.load_tokenizer(words.write_toy_base(tmp_path / "base"))
-    first, second = (
-        words.general_text({"toy": True}, tokenizer, first=start, rows=2)[0].input_ids
-        for start in (0, 2)
+    texts = (
+        words.general_text({"toy": True}, tokenizer, first=start, rows=2)[0] for start in (0, 2)
     )
+    first, second = ([row["input_ids"] for row in text.rows] for text in texts)
     assert [len(row) for row in first] == [8, 8]
     assert not {tuple(row) for row in first} & {tuple(row) for row in second}
 

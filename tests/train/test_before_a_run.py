@@ -54,7 +54,7 @@ def test_a_dry_run_says_what_the_run_says_and_writes_nothing(make: Make, tmp_pat
 
 
 def test_a_dry_run_loads_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load_base", None)
+    monkeypatch.setattr(models, "load_head", None)
     assert "Nothing was written" in said(
         dry_run, make(variant="dora", cache_lower=True, layers=[1])
     )
@@ -226,7 +226,7 @@ def test_a_base_that_is_quantised_already_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise Loaded
 
-    monkeypatch.setattr(models, "load_base", load)
+    monkeypatch.setattr(models, "load_head", load)
     config = base_config(make().base)
     config.quantization_config = {"quant_method": "any"}
     monkeypatch.setattr("veneer.train.dry_run.config_of", lambda _: config)

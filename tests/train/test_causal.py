@@ -81,7 +81,7 @@ def test_a_base_that_is_no_causal_language_model_is_refused_before_it_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(models, "load_base", load)
+    monkeypatch.setattr(models, "load_head", load)
     config = make(base=str(folder), data=str(write_rows(tmp_path / "rows.jsonl", sums(8))))
     with pytest.raises(ConfigError, match=message) as error:
         fit(config, quiet=True)

@@ -19,15 +19,15 @@ from veneer.train import data, tokens
 from veneer.train.data import Columns
 from veneer.train.evaluate import exact_match_rate
 from veneer.train.generate import generate
-from veneer.train.prepare import sample_prompt
+from veneer.train.prepare import Rows, sample_prompt
 
 TOKENIZER = tiny_tokenizer()
 ROWS = sums(4)
 
 
-def learnt(examples: tokens.Examples, i: int = 0) -> str:
+def learnt(examples: Rows, i: int = 0) -> str:
     """The text that the loss counts in example i."""
-    return TOKENIZER.decode([label for label in examples.labels[i] if label != tokens.IGNORED])
+    return TOKENIZER.decode([label for label in examples[i]["labels"] if label != tokens.IGNORED])
 
 
 def _csv(path: Path) -> Path:
@@ -94,7 +94,7 @@ def test_completions_alone_are_learnt_unless_told_otherwise(tmp_path: Path) -> N
         write_rows(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "cd", "other": 1}])
     )
     examples = tokens.tokenise(rows, TOKENIZER, max_length=10)
-    assert TOKENIZER.decode(examples.input_ids[0]) == "abcd<|im_end|>"
+    assert TOKENIZER.decode(examples[0]["input_ids"]) == "abcd<|im_end|>"
     assert learnt(examples) == "cd<|im_end|>"
     assert examples.trained_tokens == 3
     assert (
@@ -115,7 +115,7 @@ CHAT = [
 def test_a_chat_learns_each_assistant_turn_and_its_end(tmp_path: Path) -> None:
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
     examples = tokens.tokenise(rows, TOKENIZER, max_length=300)
-    text = TOKENIZER.decode(examples.input_ids[0])
+    text = TOKENIZER.decode(examples[0]["input_ids"])
     assert text == TOKENIZER.apply_chat_template(CHAT, tokenize=False)
     assert learnt(examples) == "yo<|im_end|>\nbye<|im_end|>\n"
 
@@ -160,7 +160,8 @@ def test_tokens_that_merge_across_the_border_do_not_change_the_prompt(tmp_path: 
     )
     merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]))
-    assert tokens.tokenise(rows, merging, max_length=9).input_ids == [[1, 2, 0]]  # not [3, 0]
+    (row,) = tokens.tokenise(rows, merging, max_length=9).rows
+    assert row["input_ids"] == [1, 2, 0]  # not [3, 0]
 
 
 def test_columns_of_other_names_can_be_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tests.support.tiny import sums, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -16,7 +17,7 @@ from veneer.train import data, tokens
 from veneer.train.evaluate import collate, evaluate
 from veneer.train.loss import causal_loss, token_loss
 from veneer.train.order import EpochSampler
-from veneer.train.prepare import pack, split
+from veneer.train.prepare import Rows, pack, split
 from veneer.train.run import fit
 
 STEPS, BATCH, RATE = 8, 4, 5e-3
@@ -27,7 +28,7 @@ def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "sums.jsonl", sums(32))
 
 
-def examples(rows: Path) -> tokens.Examples:
+def examples(rows: Path) -> Rows:
     return tokens.tokenise(data.read(rows), tiny_tokenizer(), max_length=64)
 
 
@@ -66,15 +67,11 @@ def plain_trainer(
     """transformers' own Trainer with the model's own loss; the examples are laid out in the order
     of our batches."""
     handle, found = attach(base), examples(rows)
-    laid = [
-        {"input_ids": found.input_ids[i], "labels": found.labels[i]}
-        for batch in order(rows)
-        for i in batch
-    ]
+    laid = [found[i] for batch in order(rows) for i in batch]
 
     def collator(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids, labels = [row["input_ids"] for row in batch], [row["labels"] for row in batch]
-        return collate(tokens.Examples(ids, labels, list(range(len(ids)))), list(range(len(ids))))
+        indices, lengths = list(range(len(batch))), [len(row["input_ids"]) for row in batch]
+        return collate(Rows(batch, lengths, indices), indices)
 
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE, use_cpu=True,
@@ -143,7 +140,8 @@ def test_packing_keeps_examples_apart(base: Path, rows: Path) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     handle, found = attach(base), examples(rows)
-    packed = pack(found.dataset(), 64)
+    columns = {name: [row[name] for row in found.rows] for name in ("input_ids", "labels")}
+    packed = pack(Dataset.from_dict(columns), 64)
     assert len(packed) < len(found) / 2
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     results = [token_loss(handle.model, collator([packed[i]])) for i in range(len(packed))]

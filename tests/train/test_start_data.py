@@ -13,6 +13,7 @@ import veneer
 from veneer import models
 from veneer.errors import ConfigError
 from veneer.train import adapter_setup
+from veneer.train.prepare import Rows
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS
 
@@ -49,8 +50,7 @@ def test_a_run_starts_where_attach_starts_with_the_first_rows(
     task.open_base()
     rows = task.prepare().train
     batches = [
-        {"input_ids": torch.tensor([rows.input_ids[i]]), "labels": torch.tensor([rows.labels[i]])}
-        for i in range(5)
+        {name: torch.tensor([rows[i][name]]) for name in ("input_ids", "labels")} for i in range(5)
     ]
     torch.manual_seed(config.seed)
     lora = veneer.LoraConfig(rank=4, variant=variant, targets=["q_proj", "down_proj"], dropout=0.1)
@@ -62,9 +62,11 @@ def test_a_run_starts_where_attach_starts_with_the_first_rows(
 
 
 def test_rows_of_which_nothing_is_learnt_are_passed_by(make: Callable[..., Any]) -> None:
-    examples = adapter_setup.Examples(
-        [[1, 2, 3], [4, 5, 6]], [[1, -100, -100], [-100, 5, 6]], [0, 1], 0, 0
-    )
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [1, -100, -100]},
+        {"input_ids": [4, 5, 6], "labels": [-100, 5, 6]},
+    ]
+    examples = Rows(rows, [3, 3], [0, 1], [0, 2])
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     task = TASKS["sft"](make(variant="lora_ga"))

@@ -459,10 +459,10 @@ def test_tools_and_their_calls_reach_the_template_and_calls_are_learnt(
     records = read_chat(tmp_path, tools)
     assert records.unused == ()
     examples = tokenise(records, tokenizer, max_length=2000)
-    text = tokenizer.decode(examples.input_ids[0])
+    text = tokenizer.decode(examples[0]["input_ids"])
     assert text.startswith('tools [{"type": "function"')
     assert "user:one more\n" in text
-    learnt = tokenizer.decode([label for label in examples.labels[0] if label != -100])
+    learnt = tokenizer.decode([label for label in examples[0]["labels"] if label != -100])
     assert '"arguments": {"a": 1}' in learnt
     assert learnt.endswith("two\n")
     assert "one more" not in learnt

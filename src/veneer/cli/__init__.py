@@ -145,14 +145,14 @@ def extra_with_module(module: str) -> str | None:
         )
         if name_match and extra_match and name_match[0].replace("_", "-").lower() == package:
             extras.append(extra_match[1])
-    ranked = sorted(
+    return min(
         extras,
         key=lambda extra: (
             _EXTRAS_BY_SIZE.index(extra) if extra in _EXTRAS_BY_SIZE else len(_EXTRAS_BY_SIZE),
             extra,
         ),
+        default=None,
     )
-    return next(iter(ranked), None)
 
 
 def missing_package_message(error: ModuleNotFoundError) -> str | None:

@@ -114,8 +114,11 @@ def chat_command(
         attention=attention,
         trusted=trust_remote_code,
     )
-    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    sampling |= sampling_options(loaded_base.model, temperature, top_p, top_k)
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        **sampling_options(loaded_base.model, temperature, top_p, top_k),
+    }
     conversation = Conversation(loaded_base.model, loaded_base.tokenizer, tuple(folders), sampling)
     if system is not None:
         conversation.system_command(system)
@@ -193,8 +196,11 @@ class Conversation:
             if name.endswith("_command")
         }
         if command not in commands:
-            problem = f"/{command}{nearest(command, [*commands, 'quit'])}"
-            raise ConfigError(problem, "a command", "say /help, or begin a text with two slashes")
+            raise ConfigError(
+                f"/{command}{nearest(command, [*commands, 'quit'])}",
+                "a command",
+                "say /help, or begin a text with two slashes",
+            )
         commands[command](argument.strip())
         return True
 
@@ -203,8 +209,11 @@ class Conversation:
             self.note(f"Adapters: {', '.join(self.adapter_names) or 'none'}. {self.label} answers.")
             return
         if name not in self.adapter_names:
-            problem = f"no adapter {name!r}{nearest(name, self.adapter_names)}"
-            raise SelectionError(problem, self._expected_names(), "choose one of these")
+            raise SelectionError(
+                f"no adapter {name!r}{nearest(name, self.adapter_names)}",
+                self._expected_names(),
+                "choose one of these",
+            )
         self.selection = name
         self.note(f"{self.label} answers.")
 
@@ -247,9 +256,10 @@ class Conversation:
 
     def system_command(self, text: str) -> None:
         if text and not self.has_template:
-            problem = "a system message, and a base without a chat template"
             raise ConfigError(
-                problem, "a base with one", "leave it out: the base continues what you write"
+                "a system message, and a base without a chat template",
+                "a base with one",
+                "leave it out: the base continues what you write",
             )
         self.system = text or None
         self.note("There is a system message." if text else "There is no system message.")
@@ -262,13 +272,16 @@ class Conversation:
         try:
             words = shlex.split(text)
         except ValueError as error:  # an unclosed quote
-            advice = "say, for instance, /save 'my chats.jsonl'"
-            problem = f"/save {text} ({error})"
-            raise ConfigError(problem, "a file for a conversation", advice) from error
-        if len(words) != 1 or not self.turns:
-            problem = f"/save {text}" if len(words) != 1 else "/save before anything was said"
             raise ConfigError(
-                problem, "a file for a conversation", "say, for instance, /save chats.jsonl"
+                f"/save {text} ({error})",
+                "a file for a conversation",
+                "say, for instance, /save 'my chats.jsonl'",
+            ) from error
+        if len(words) != 1 or not self.turns:
+            raise ConfigError(
+                f"/save {text}" if len(words) != 1 else "/save before anything was said",
+                "a file for a conversation",
+                "say, for instance, /save chats.jsonl",
             )
         history = self.history(self.label)
         row = {"messages": history} if self.has_template else {"text": history}
@@ -353,9 +366,10 @@ class Conversation:
         sampling = dict(self.sampling)
         if context is not None:
             if prompt_length >= context:
-                problem = f"a conversation of {prompt_length:,} tokens"
                 raise DataError(
-                    problem, f"fewer than {context:,}, the model's context", "say /reset, or less"
+                    f"a conversation of {prompt_length:,} tokens",
+                    f"fewer than {context:,}, the model's context",
+                    "say /reset, or less",
                 )
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - prompt_length)
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))

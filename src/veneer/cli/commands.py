@@ -58,8 +58,11 @@ def _check_option_values(
             continue
         value = next(words, "")
         if value.partition("=")[0] in param_by_flag:
-            advice = f"give one, or write {word}={value} if that is the value"
-            raise ConfigError(f"{word} without a value, before {value}", "a value", advice)
+            raise ConfigError(
+                f"{word} without a value, before {value}",
+                "a value",
+                f"give one, or write {word}={value} if that is the value",
+            )
 
 
 class _LazyGroup(TyperGroup):

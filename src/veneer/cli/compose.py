@@ -88,7 +88,13 @@ def compose_command(
     repair_options = {"factor": factor, "count": intruders, "threshold": threshold}
     repair_options = {name: value for name, value in repair_options.items() if value is not None}
     if repair:
-        _refuse_flags_with_repair({**options, "layer": layer})
+        unsuitable_options = {**options, "layer": layer}
+        if flags := [f"--{name}" for name, value in unsuitable_options.items() if value]:
+            raise ConfigError(
+                f"--repair with {flags[0]}",
+                "one adapter as it is",
+                "compose first, and repair what that wrote",
+            )
         _repair(output, adapters, base, repair_options, overwrite, as_json)
         return
     if repair_options:
@@ -120,16 +126,6 @@ def _print_report(
     else:
         out.print(str(report), soft_wrap=True)
         out.print(f"written to {output}", soft_wrap=True)
-
-
-def _refuse_flags_with_repair(options: dict[str, Any]) -> None:
-    """Raise ConfigError if an option that --repair does not take has a value."""
-    if flags := [f"--{name}" for name, value in options.items() if value]:
-        raise ConfigError(
-            f"--repair with {flags[0]}",
-            "one adapter as it is",
-            "compose first, and repair what that wrote",
-        )
 
 
 def _repair(

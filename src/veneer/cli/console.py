@@ -38,13 +38,6 @@ out = SafeConsole(markup=False, highlight=False, emoji=False)
 err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
-class _MessageFormatter(logging.Formatter):
-    """Formats a record as its message alone."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage()
-
-
 class _StderrHandler(logging.Handler):
     """Prints Veneer's log records as lines on stderr."""
 
@@ -54,7 +47,7 @@ class _StderrHandler(logging.Handler):
 
 def setup_logging(formatter: logging.Formatter | None = None) -> None:
     """Print Veneer's log records (level INFO and above) on stderr. ``formatter``: None prints only
-    the messages. Calling this again only changes the formatter."""
+    the messages and tracebacks. Calling this again only changes the formatter."""
     logger = logging.getLogger("veneer")
     handlers = [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]
     if not handlers:
@@ -62,7 +55,7 @@ def setup_logging(formatter: logging.Formatter | None = None) -> None:
         logger.addHandler(handlers[0])
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    handlers[0].setFormatter(formatter or _MessageFormatter())
+    handlers[0].setFormatter(formatter or logging.Formatter())
 
 
 def share_log_handlers(name: str) -> None:
@@ -181,7 +174,7 @@ def open_base_and_adapters(
     folders = {name: resolve(adapter) for name, adapter in adapters.items()}
     for folder in folders.values():
         veneer.adapter_files.read(folder)
-    tokenizer = _common_tokenizer(folders)
+    tokenizer = adapter_tokenizer(folders)
     with trust_remote_code(base, trusted):
         must_be_causal(base)
         loaded_base = load_base(base, **loading_options)
@@ -208,16 +201,11 @@ def tokenizer_for(base: str, adapter: str | None) -> Any:
     from veneer.store.library import resolve
 
     setup_logging()
-    tokenizer = None if adapter is None else adapter_tokenizer(resolve(adapter))
-    return tokenizer or load_tokenizer(base)
+    folders = {} if adapter is None else {"default": resolve(adapter)}
+    return adapter_tokenizer(folders) or load_tokenizer(base)
 
 
-def adapter_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer in the folder of an adapter that trains tokens, or return None."""
-    return _common_tokenizer({"": folder})
-
-
-def _common_tokenizer(folders: Mapping[str, Path]) -> Any:
+def adapter_tokenizer(folders: Mapping[str, Path]) -> Any:
     """Load the tokenizer that contains all tokens that these adapters train, or return None."""
     from veneer.adapter_files.file_names import common_tokenizer
     from veneer.models.load import tokenizer_at
@@ -282,6 +270,7 @@ def parse_number(word: str, argument: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        problem = f"{word!r} in {argument!r}"
-        raise ConfigError(problem, "a number after '='", "write, for instance, 0.5")
+        raise ConfigError(
+            f"{word!r} in {argument!r}", "a number after '='", "write, for instance, 0.5"
+        )
     return number

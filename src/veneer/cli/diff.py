@@ -9,18 +9,17 @@ from typer import Argument, Exit, Option
 
 from veneer.cli.options import ADAPTER_HELP, AsJson
 
-ShownLayers = Annotated[
-    int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)
-]
-ExitCode = Annotated[bool, Option("--exit-code", help="End with code 1 if they differ.")]
-
 
 def diff_command(
     a: Annotated[str, Argument(metavar="A", help=ADAPTER_HELP)],
     b: Annotated[str, Argument(metavar="B", help=ADAPTER_HELP)],
-    layers: ShownLayers = 12,
+    layers: Annotated[
+        int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)
+    ] = 12,
     as_json: AsJson = False,
-    exit_code: ExitCode = False,
+    exit_code: Annotated[
+        bool, Option("--exit-code", help="End with code 1 if they differ.")
+    ] = False,
 ) -> None:
     """Show in which layers two adapters change a model, by how much, and how much the directions of
     their changes differ.
@@ -39,17 +38,15 @@ def diff_command(
 
     comparison = compare(resolve(a), resolve(b))
     if as_json:
-        facts = asdict(comparison) | {
+        facts = {
             "a": str(comparison.a),
             "b": str(comparison.b),
             "identical": comparison.identical,
-        }
-        facts |= {
             "same_change": comparison.same_change,
             "difference": comparison.relative,
             "cosine": comparison.cosine,
         }
-        echo_json(facts)
+        echo_json(asdict(comparison) | facts)
     else:
         out.print(str(comparison), soft_wrap=True)
         if comparison.layers and not comparison.same_change:

@@ -4,8 +4,6 @@ and of the base with an adapter."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from typer import Argument, Option
@@ -133,12 +131,11 @@ def eval_command(
         "--completion-column": completion_column,
         "--text-column": text_column,
     }
-    measure = _choose_measurement(request, task, options, sft_options, sft_columns, columns, reward)
     with remote_code.trust_remote_code(base, trust_remote_code):
-        measure()
+        _measure(request, task, options, sft_options, sft_columns, columns, reward)
 
 
-def _choose_measurement(
+def _measure(
     request: _Request,
     task: str | None,
     options: dict[str, Any],
@@ -146,9 +143,9 @@ def _choose_measurement(
     sft_columns: dict[str, str | None],
     columns: list[str] | None,
     reward: list[str] | None,
-) -> Callable[[], None]:
-    """The function that measures as the adapter's task does. ``ConfigError``: a flag does not fit
-    the task."""
+) -> None:
+    """Measure as the adapter's task does, and print the results. ``ConfigError``: a flag does not
+    fit the task."""
     from veneer.errors import ConfigError
 
     if request.only_adapter and request.adapter is None:
@@ -169,14 +166,11 @@ def _choose_measurement(
             f"{flags[0]} for task {task_name}", expected, f"leave {flags[0]} out, or name a --task"
         )
     if task_name == "sft":
-        return partial(
-            _measure_sft,
-            request,
-            {**options, **sft_options, "columns": tuple(sft_columns.values())},
-        )
-    task_columns = ",".join(columns or ()) or None
-    task_options = {**options, "columns": task_columns, "reward": merge_flag_values(reward)}
-    return partial(_measure_task, request, task_record, task_options)
+        _measure_sft(request, {**options, **sft_options, "columns": tuple(sft_columns.values())})
+    else:
+        task_columns = ",".join(columns or ()) or None
+        task_options = {"columns": task_columns, "reward": merge_flag_values(reward)}
+        _measure_task(request, task_record, {**options, **task_options})
 
 
 def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
@@ -211,12 +205,13 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
 
     task = task_from_record(record, request.base, request.data, request.loading_options, **options)
     if request.adapter is None and not task.evaluates_base:
-        problem = f"task {task.name} without an adapter, whose base has a head of random weights"
         raise ConfigError(
-            problem, "the adapter that holds the head", "name its folder with --adapter"
+            f"task {task.name} without an adapter, whose base has a head of random weights",
+            "the adapter that holds the head",
+            "name its folder with --adapter",
         )
     folder = None if request.adapter is None else resolve(request.adapter)
-    tokenizer = None if folder is None else adapter_tokenizer(folder)
+    tokenizer = adapter_tokenizer({} if folder is None else {"default": folder})
     task.read_data()
     task.open_base()
     task.processor = task.processor if tokenizer is None else tokenizer

@@ -55,9 +55,10 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
         if (source := getattr(request, name)) is not None
     }
     if request.report.suffix.lower() not in (".html", ".htm") or not request.report.parent.is_dir():
-        problem = f"--report {request.report}"
         raise ConfigError(
-            problem, "a file .html in a folder that exists", "name, for instance, report.html"
+            f"--report {request.report}",
+            "a file .html in a folder that exists",
+            "name, for instance, report.html",
         )
     if sources and request.base is None:
         raise ConfigError(
@@ -140,8 +141,13 @@ def _measure_losses(
         select_adapter: Any,
         source_names: Any = None,
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {"what": kind, "at": setting, "removed": removed_share}
-        row |= {"data": None, "general": None}
+        row: dict[str, Any] = {
+            "what": kind,
+            "at": setting,
+            "removed": removed_share,
+            "data": None,
+            "general": None,
+        }
         label = f"{kind} {setting if setting is not None else ''}"
         for name in source_names or examples:
             status.update(f"Measuring {label} on {request._asdict()[name]} …")

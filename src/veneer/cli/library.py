@@ -117,19 +117,19 @@ def tag_command(
     out.print(f"{entry.name}: {', '.join(entry.tags) or 'no tags'}", soft_wrap=True)
 
 
-Grace = Annotated[
-    float,
-    Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0),
-]
-Rebuild = Annotated[
-    bool,
-    Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters."),
-]
-
-
 def gc_command(
-    grace: Grace = 3600.0,
-    rebuild: Rebuild = False,
+    grace: Annotated[
+        float,
+        Option(
+            help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0
+        ),
+    ] = 3600.0,
+    rebuild: Annotated[
+        bool,
+        Option(
+            "--rebuild", help="First make a damaged index anew, from its copy and the adapters."
+        ),
+    ] = False,
     library: Library = None,
 ) -> None:
     """Delete adapters without a name, and temporary files of killed commands.

@@ -105,9 +105,10 @@ def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str
     from veneer.fileio.atomic import must_not_exist
 
     if len(paths) < 3:
-        problem = f"{len(paths)} paths ({' '.join(paths)})"
         raise ConfigError(
-            problem, "a base, one or more adapters, and a new folder", "name them in this order"
+            f"{len(paths)} paths ({' '.join(paths)})",
+            "a base, one or more adapters, and a new folder",
+            "name them in this order",
         )
     base, *adapters, output = paths
     weighted_adapters = [split_weight(adapter) for adapter in adapters]

@@ -177,18 +177,18 @@ def _read_settings(config: Path | None, flags: dict[str, Any]) -> Any:
         {"data": "", "output": "", **fields}, "the arguments" if config is None else str(config)
     )
     if settings.task != "sft":
-        problem = (
-            f"task {settings.task}, whose steps have other passes than one forward and one backward"
-            " of each row"
-        )
         raise ConfigError(
-            problem, "task sft", "plan an sft run with as many rows (--base, --batch-size)"
+            f"task {settings.task}, whose steps have other passes than one forward and one backward"
+            " of each row",
+            "task sft",
+            "plan an sft run with as many rows (--base, --batch-size)",
         )
     unplanned_fields = ("adapter", "add_tokens", "trainable_tokens")
     if names := [name for name in unplanned_fields if getattr(settings, name)]:
-        problem = f"{', '.join(names)}, for which a plan would read an adapter or a tokenizer"
         raise ConfigError(
-            problem, "a run that starts a new adapter of layers", "run `veneer train --dry-run`"
+            f"{', '.join(names)}, for which a plan would read an adapter or a tokenizer",
+            "a run that starts a new adapter of layers",
+            "run `veneer train --dry-run`",
         )
     return settings
 

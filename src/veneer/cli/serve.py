@@ -262,9 +262,10 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
     keyring = Keyring() if key_file is None else read_keys(key_file)
     may_any_train = keyring.keys is None or any(key.train for key in keyring.keys)
     if train is not None and not may_any_train:
-        problem = f"--train with {key_file}, of whose keys none may train"
         raise ConfigError(
-            problem, "train = true in an entry", "add it to the keys that may, or leave out --train"
+            f"--train with {key_file}, of whose keys none may train",
+            "train = true in an entry",
+            "add it to the keys that may, or leave out --train",
         )
     return keyring
 
@@ -275,11 +276,10 @@ def _check_vllm_flags(options: dict[str, Any]) -> None:
 
     option_values = {name: None if value is False else value for name, value in options.items()}
     if flags := used_flags(option_values):
-        advice = (
-            "leave them out and configure vLLM by its environment, or serve with --engine veneer"
-        )
         raise ConfigError(
-            f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", advice
+            f"{listing(flags)} with --engine vllm",
+            "vLLM's own ways to load a base",
+            "leave them out and configure vLLM by its environment, or serve with --engine veneer",
         )
 
 

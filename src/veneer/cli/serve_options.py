@@ -40,21 +40,30 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
     for key, value in read_yaml(path).items():
         param = param_by_spelling.get(key.replace("-", "_"))
         if param is None:
-            suggestion = nearest(key, param_by_spelling, 1)
-            problem = f"the option {key!r}{suggestion} in {path}"
-            problems.append(sentence(problem, "one of `veneer serve --help`", "check the spelling"))
+            problems.append(
+                sentence(
+                    f"the option {key!r}{nearest(key, param_by_spelling, 1)} in {path}",
+                    "one of `veneer serve --help`",
+                    "check the spelling",
+                )
+            )
         elif param.name in values:
-            problem = f"{key!r} and another spelling of it in {path}"
-            problems.append(sentence(problem, "one of them", "leave one out"))
+            problems.append(
+                sentence(
+                    f"{key!r} and another spelling of it in {path}", "one of them", "leave one out"
+                )
+            )
         elif value is not None:
             try:
                 values[param.name] = _as_argument(value, param.multiple)
             except TypeError as error:
-                problem, expected = (
-                    f"{error} for {key!r} in {path}",
-                    "a value, as the flag takes it",
+                problems.append(
+                    sentence(
+                        f"{error} for {key!r} in {path}",
+                        "a value, as the flag takes it",
+                        "write one",
+                    )
                 )
-                problems.append(sentence(problem, expected, "write one"))
     raise_all(ConfigError, f"{path} was not taken", problems)
     return values
 

@@ -28,45 +28,65 @@ if TYPE_CHECKING:
 FLAG_ALIASES = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 
-#: flags for an action instead of the training run, with their help
-ACTION_FLAGS = {
-    "dry_run": (
-        "Do everything up to the first step (data, targets, memory, an example) and write nothing."
-    ),
-    "find_rate": "Sweep the learning rate over a few steps, suggest one, and write nothing.",
-}
-
-
 #: the default number of restarts after the death of a worker process
 DEFAULT_RESTARTS = 3
-#: options for launchers other than torchrun: (type, help, bounds) of each flag
-LAUNCHER_OPTIONS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "launcher": (
-        Literal["ray"],
-        "ray: start workers on a Ray cluster, or on this machine if there is none.",
-        {},
+
+ConfigFile = Annotated[Path | None, Argument(help="YAML file with any of the settings below.")]
+DryRun = Annotated[
+    bool,
+    Option(
+        "--dry-run",
+        help=(
+            "Do everything up to the first step (data, targets, memory, an example) and write"
+            " nothing."
+        ),
+        rich_help_panel="Instead of a run",
     ),
-    "workers": (
-        int,
-        "With --launcher: how many, each with a GPU if the cluster has any.",
-        {"min": 1},
+]
+FindRate = Annotated[
+    bool,
+    Option(
+        "--find-rate",
+        help="Sweep the learning rate over a few steps, suggest one, and write nothing.",
+        rich_help_panel="Instead of a run",
     ),
-    "max_restarts": (
-        int,
-        f"With --launcher: how often they start again when one dies (default: {DEFAULT_RESTARTS}).",
-        {"min": 0},
+]
+Launcher = Annotated[
+    Literal["ray"] | None,
+    Option(
+        help="ray: start workers on a Ray cluster, or on this machine if there is none.",
+        rich_help_panel="Several processes",
     ),
-}
+]
+Workers = Annotated[
+    int | None,
+    Option(
+        help="With --launcher: how many, each with a GPU if the cluster has any.",
+        rich_help_panel="Several processes",
+        min=1,
+    ),
+]
+MaxRestarts = Annotated[
+    int | None,
+    Option(
+        help=(
+            "With --launcher: how often they start again when one dies (default:"
+            f" {DEFAULT_RESTARTS})."
+        ),
+        rich_help_panel="Several processes",
+        min=0,
+    ),
+]
 
 
 def train_command(
-    config: Path | None,
+    config: ConfigFile = None,
     *,
-    dry_run: bool = False,
-    find_rate: bool = False,
-    launcher: str | None = None,
-    workers: int | None = None,
-    max_restarts: int | None = None,
+    dry_run: DryRun = False,
+    find_rate: FindRate = False,
+    launcher: Launcher = None,
+    workers: Workers = None,
+    max_restarts: MaxRestarts = None,
     **flags: Any,
 ) -> None:
     """Fine-tune a base model with an adapter. Each setting can be in the YAML file or be given as a
@@ -138,28 +158,43 @@ def _check_flags(
     max_restarts: int | None,
 ) -> None:
     """Raise ``ConfigError`` for command-line options that contradict each other."""
-    if dry_run and find_rate:
-        raise ConfigError(
-            "--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"
-        )
-    if (dry_run or find_rate) and (process_count > 1 or launcher):
-        problem = f"--{'dry-run' if dry_run else 'find-rate'} "
-        problem += f"with --launcher {launcher}" if launcher else f"in {process_count} processes"
-        raise ConfigError(problem, "one process", "run it without a launcher")
-    if launcher and process_count > 1:
-        problem = (
-            f"--launcher {launcher} in {process_count} processes that another launcher started"
-        )
-        raise ConfigError(problem, "one launcher", "run it without torchrun")
-    if launcher and workers is None:
-        raise ConfigError(
-            f"--launcher {launcher} without --workers", "how many to start", "add --workers N"
-        )
-    for flag, value in (("--workers", workers), ("--max-restarts", max_restarts)):
-        if value is not None and launcher is None:
-            raise ConfigError(
-                f"{flag} without --launcher", "a launcher that starts them", "add --launcher ray"
-            )
+    action = "--dry-run" if dry_run else "--find-rate"
+    remedy = "run it without a launcher"
+    starts_workers = ("a launcher that starts them", "add --launcher ray")
+    problems = [  # (whether there is the problem, the texts of the error)
+        (
+            dry_run and find_rate,
+            ("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"),
+        ),
+        (
+            (dry_run or find_rate) and launcher,
+            (f"{action} with --launcher {launcher}", "one process", remedy),
+        ),
+        (
+            (dry_run or find_rate) and process_count > 1,
+            (f"{action} in {process_count} processes", "one process", remedy),
+        ),
+        (
+            launcher and process_count > 1,
+            (
+                f"--launcher {launcher} in {process_count} processes that another launcher started",
+                "one launcher",
+                "run it without torchrun",
+            ),
+        ),
+        (
+            launcher and workers is None,
+            (f"--launcher {launcher} without --workers", "how many to start", "add --workers N"),
+        ),
+        (workers is not None and not launcher, ("--workers without --launcher", *starts_workers)),
+        (
+            max_restarts is not None and not launcher,
+            ("--max-restarts without --launcher", *starts_workers),
+        ),
+    ]
+    for is_wrong, texts in problems:
+        if is_wrong:
+            raise ConfigError(*texts)
 
 
 def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:
@@ -296,44 +331,32 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """The command's signature: a parameter for each field of `TrainConfig` and each other flag."""
-    config_argument = Argument(help="YAML file with any of the settings below.")
-    parameter_types: dict[str, Any] = {"config": Annotated[Path | None, config_argument]}
-    for name, field_info in TrainConfig.model_fields.items():
-        schema_extra: Any = field_info.json_schema_extra
-        spelling = name.replace("_", "-")
-        flag = (
-            f"--{spelling}/--no-{spelling}"
-            if bool in (field_info.annotation, *get_args(field_info.annotation))
-            else f"--{spelling}"
+    """The command's signature: its own parameters, and one for each field of `TrainConfig` in place
+    of `flags`."""
+    config, *options, _ = inspect.signature(train_command, eval_str=True).parameters.values()
+    settings = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_flag_type(field_info.annotation), _flag_option(name, field_info)],
         )
-        option = Option(
-            flag,
-            *FLAG_ALIASES.get(name, ()),
-            help=_flag_help(field_info),
-            rich_help_panel=schema_extra["panel"],
-        )
-        parameter_types[name] = Annotated[_flag_type(field_info.annotation), option]
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    defaults: dict[str, Any] = {}
-    for name, description in ACTION_FLAGS.items():
-        option = Option(
-            f"--{name.replace('_', '-')}", help=description, rich_help_panel="Instead of a run"
-        )
-        parameter_types[name], defaults[name] = Annotated[bool, option], False
-    for name, (flag_type, description, bounds) in LAUNCHER_OPTIONS.items():
-        option = Option(
-            f"--{name.replace('_', '-')}",
-            help=description,
-            rich_help_panel="Several processes",
-            **bounds,
-        )
-        parameter_types[name] = Annotated[flag_type | None, option]
-    parameters = (
-        inspect.Parameter(name, keyword_only, default=defaults.get(name), annotation=annotation)
-        for name, annotation in parameter_types.items()
+        for name, field_info in TrainConfig.model_fields.items()
+    ]
+    return inspect.Signature([config, *settings, *options])
+
+
+def _flag_option(name: str, field_info: Any) -> Any:
+    """The flag of a field."""
+    flag = f"--{name.replace('_', '-')}"
+    if bool in (field_info.annotation, *get_args(field_info.annotation)):
+        flag += f"/--no-{flag.removeprefix('--')}"
+    return Option(
+        flag,
+        *FLAG_ALIASES.get(name, ()),
+        help=_flag_help(field_info),
+        rich_help_panel=field_info.json_schema_extra["panel"],
     )
-    return inspect.Signature([*parameters])
 
 
 def _flag_help(field_info: Any) -> str:

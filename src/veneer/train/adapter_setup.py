@@ -22,11 +22,10 @@ from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary
 from veneer.train.config import TrainConfig
 from veneer.train.further import TRAINED, load_to_train
-from veneer.train.prepare import Prepared
+from veneer.train.prepare import Prepared, Rows
 from veneer.train.run_record import ResumePoint
 from veneer.train.tasks import Task
 from veneer.train.tasks._base import move_batch
-from veneer.train.tokens import IGNORED, Examples
 from veneer.variants import VARIANTS
 
 #: number of rows of calibration data
@@ -112,7 +111,7 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
     )
 
 
-def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
+def calibration_arguments(task: Task, rows: Rows, model: Any) -> dict[str, Any]:
     """The arguments of ``attach`` that the task's variant needs from the data: ``batches``, or
     none. Other arguments, such as LoftQ's original weights, are left to the caller. Raises
     ``ConfigError`` for a variant that needs gradients and a task whose loss is not the model's."""
@@ -120,32 +119,29 @@ def calibration_arguments(task: Task, rows: Any, model: Any) -> dict[str, Any]:
     needs = VARIANTS[variant].needs & {"inputs", "gradient"}
     if not needs:
         return {}
-    if isinstance(rows, Examples):
+    if task.name == "sft":
         return {"batches": list(_calibration_batches(rows, model.device, "gradient" in needs))}
     if "gradient" in needs:
-        problem = f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own"
         raise ConfigError(
-            problem, "task sft", "choose a variant that starts from inputs, such as eva"
+            f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own",
+            "task sft",
+            "choose a variant that starts from inputs, such as eva",
         )
     first_batches = (task.inputs(task.collate([row])) for row in rows.rows[:CALIBRATION_ROWS])
     return {"batches": [move_batch(model.device, batch) for batch in first_batches]}
 
 
 def _calibration_batches(
-    examples: Examples, device: torch.device, with_labels: bool
+    rows: Rows, device: torch.device, with_labels: bool
 ) -> Iterator[dict[str, Any]]:
     """The first ``CALIBRATION_ROWS`` rows that have a label, in the order of the data, as keyword
     arguments of the model."""
     labelled_rows = (
-        row
-        for row, labels in enumerate(examples.labels)
-        if any(label != IGNORED for label in labels[1:])
+        row for row, count in zip(rows.rows, rows.trained_counts, strict=True) if count
     )
     for row in islice(labelled_rows, CALIBRATION_ROWS):
-        ids = torch.tensor([examples.input_ids[row]], device=device)
-        labels = (
-            {"labels": torch.tensor([examples.labels[row]], device=device)} if with_labels else {}
-        )
+        ids = torch.tensor([row["input_ids"]], device=device)
+        labels = {"labels": torch.tensor([row["labels"]], device=device)} if with_labels else {}
         yield {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

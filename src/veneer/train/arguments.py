@@ -88,29 +88,25 @@ def _check_settings(config: TrainConfig, is_on_cpu: bool) -> None:
     """Raise `ConfigError` for an unknown optimiser or tracker, and for offloading activations on a
     CPU. transformers would refuse the first two later, with a traceback."""
     if config.offload_activations and is_on_cpu:
-        problem = (
+        raise ConfigError(
             "offload_activations, and a run on the processor, whose activations are in main memory"
-            " already"
-        )
-        remedy = (
+            " already",
+            "a GPU",
             "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
-            " batch_size"
+            " batch_size",
         )
-        raise ConfigError(problem, "a GPU", remedy)
     optimisers = [str(name.value) for name in OptimizerNames]
     if config.optimiser not in optimisers:
-        problem = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
         raise ConfigError(
-            problem, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
+            f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}",
+            "one that transformers knows",
+            f"choose for example {listing(optimisers, 4)}",
         )
     for tracker in config.trackers:
         if tracker not in (installed_trackers := get_available_reporting_integrations()):
-            problem = (
-                f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown"
-                " or not installed"
-            )
             raise ConfigError(
-                problem,
+                f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown"
+                " or not installed",
                 f"one that is (here: {listing(installed_trackers)})",
                 "install its package, or correct it",
             )

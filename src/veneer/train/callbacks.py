@@ -75,13 +75,11 @@ class StopOnNan(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
-                problem = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
-                remedy = (
-                    "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision"
-                    " fp32)"
-                )
                 raise TrainingError(
-                    problem, "a finite number", f"{remedy}; the last checkpoint is intact"
+                    f"the {name.replace('_', ' ')} is {value} at step {state.global_step}",
+                    "a finite number",
+                    "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision"
+                    " fp32); the last checkpoint is intact",
                 )
 
 

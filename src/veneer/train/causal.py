@@ -43,12 +43,10 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
     # In one batch, equal inputs give equal logits, except for the order of sums on a GPU.
     tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
     if (first_logits - second_logits).norm() > tolerance * first_logits.norm():
-        problem = (
+        raise ConfigError(
             f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
-            " after them"
-        )
-        remedy = (
+            " after them",
+            "a causal language model, which cannot see its labels",
             "choose a causal base; to train another kind of model, call veneer.attach on it in"
-            " Python"
+            " Python",
         )
-        raise ConfigError(problem, "a causal language model, which cannot see its labels", remedy)

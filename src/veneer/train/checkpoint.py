@@ -68,9 +68,10 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
     killed runs. Raises `OutputExistsError` if another process writes its run there."""
 
     def make_refusal(holder: str) -> OutputExistsError:
-        problem = f"{holder}, which writes its run to {output}"
         return OutputExistsError(
-            problem, "one run for an output folder", "wait for it, or choose another output"
+            f"{holder}, which writes its run to {output}",
+            "one run for an output folder",
+            "wait for it, or choose another output",
         )
 
     def hold_output_lock() -> None:

@@ -91,12 +91,13 @@ class ChunkedCrossEntropy:
         """The loss of each of n labels, [n], as a differentiable function of the rows [n, h].
         Raises `NotImplementedError` if the head has parameters that train."""
         if self.parameter_gradients:
-            problem = (
-                "the losses of each label of a head that trains, whose gradient is known of"
-                " their sum"
-            )
             raise NotImplementedError(
-                sentence(problem, "a frozen head", "use token_loss or log_probabilities")
+                sentence(
+                    "the losses of each label of a head that trains, whose gradient is known of"
+                    " their sum",
+                    "a frozen head",
+                    "use token_loss or log_probabilities",
+                )
             )
         losses = -torch.cat(self.log_p).squeeze(1)
         if not self.row_gradients:
@@ -125,9 +126,12 @@ class _PrecomputedRowGradients(torch.autograd.Function):
 
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():  # autograd would treat the precomputed gradients as constants
-        problem = "create_graph=True through token_loss, which keeps no graph of the head"
         raise NotImplementedError(
-            sentence(problem, "one derivative", "differentiate model(**inputs).loss instead")
+            sentence(
+                "create_graph=True through token_loss, which keeps no graph of the head",
+                "one derivative",
+                "differentiate model(**inputs).loss instead",
+            )
         )
 
 

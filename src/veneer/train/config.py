@@ -38,9 +38,6 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
-#: settings that earlier versions lacked, and what these versions did, where that is not the default
-IMPLIED_SETTINGS = {"group_by_length": True}
-
 # Fields that the adapter's files define if `adapter` names an adapter to train further.
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
@@ -305,23 +302,13 @@ class TrainConfig(BaseModel):
         return {field: column for field, _, column in pairs}
 
     @field_validator(
-        "targets",
-        "exclude",
-        "train_also",
-        "add_tokens",
-        "trainable_tokens",
-        "trackers",
-        "layers",
-        "resume",
-        "reward",
-        mode="before",
-    )
+        "targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers", "layers",
+        "reward", mode="before",
+    )  # fmt: skip
     @classmethod
     def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
         """Split a comma-separated text, which is how a flag gives a list. A single value becomes a
         list of one element, except for `targets`."""
-        if info.field_name == "resume":
-            return None if value == "auto" else value
         if isinstance(value, str) and "," in value:
             value = split_commas(value)
         if info.field_name == "targets":
@@ -345,48 +332,61 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_agreement(self) -> TrainConfig:
-        if self.task == "sft" and self.columns:
-            raise ValueError(
+        sft_names, adapter_names = map(self._list_changed, (SFT_FIELDS, ADAPTER_FIELDS))
+        is_evaluated = self.eval_data is not None or self.eval_fraction > 0
+        problems = [  # (whether there is the problem, its description)
+            (
+                self.task == "sft" and self.columns,
                 "columns is for the other tasks; name the columns of sft with prompt_column and its"
-                " like"
-            )
-        if bool(self.reward) is not (self.task == "grpo"):
-            raise ValueError(
-                "task grpo needs reward: FILE.py:NAME of a function"
-                if self.task == "grpo"
-                else "reward needs task grpo"
-            )
-        if self.task != "sft" and (names := self._list_changed(SFT_FIELDS)):
-            raise ValueError(
-                f"{names} given for task {self.task}; expected task sft (the columns of other tasks"
-                " are named in columns)"
-            )
-        if self.invocation is not None and (self.packing or self.task not in INVOKED_TASKS):
-            raise ValueError(
+                " like",
+            ),
+            (
+                self.task == "grpo" and not self.reward,
+                "task grpo needs reward: FILE.py:NAME of a function",
+            ),
+            (self.task != "grpo" and self.reward, "reward needs task grpo"),
+            (
+                self.task != "sft" and sft_names,
+                f"{sft_names} given for task {self.task}; expected task sft (the columns of other"
+                " tasks are named in columns)",
+            ),
+            (
+                self.invocation is not None and (self.packing or self.task not in INVOKED_TASKS),
                 f"invocation is for rows of one sequence, of the tasks {', '.join(INVOKED_TASKS)};"
-                f" found {'packing' if self.packing else f'task {self.task}'}"
-            )
-        if self.eval_data is not None and self.eval_fraction:
-            raise ValueError("eval_data and eval_fraction are both given; expected one of them")
-        if self.early_stopping and self.eval_data is None and not self.eval_fraction:
-            raise ValueError(
-                "early_stopping needs something to evaluate on: give eval_data or eval_fraction"
-            )
-        if self.early_stopping and (self.save_every or 0) % (self.eval_every or 1):
-            raise ValueError(
+                f" found {'packing' if self.packing else f'task {self.task}'}",
+            ),
+            (
+                self.eval_data is not None and self.eval_fraction,
+                "eval_data and eval_fraction are both given; expected one of them",
+            ),
+            (
+                self.early_stopping and not is_evaluated,
+                "early_stopping needs something to evaluate on: give eval_data or eval_fraction",
+            ),
+            (
+                self.early_stopping and (self.save_every or 0) % (self.eval_every or 1),
                 f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must"
-                f" be a multiple of eval_every ({self.eval_every})"
-            )
-        if self.shard_size is not None and self.parallel != "fsdp":
-            raise ValueError(f"shard_size is for parallel fsdp; found parallel {self.parallel}")
-        if self.device is not None and self.device_map is not None:
-            raise ValueError(
-                "device and device_map are both given; expected one: a map places all of the model"
-            )
-        if self.adapter is not None and (names := self._list_changed(ADAPTER_FIELDS)):
-            raise ValueError(f"{names} beside adapter, which has its own: leave one of them out")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite are both given; expected one of them")
+                f" be a multiple of eval_every ({self.eval_every})",
+            ),
+            (
+                self.shard_size is not None and self.parallel != "fsdp",
+                f"shard_size is for parallel fsdp; found parallel {self.parallel}",
+            ),
+            (
+                self.device is not None and self.device_map is not None,
+                "device and device_map are both given; expected one: a map places all of the model",
+            ),
+            (
+                self.adapter is not None and adapter_names,
+                f"{adapter_names} beside adapter, which has its own: leave one of them out",
+            ),
+            (
+                self.resume and self.overwrite,
+                "resume and overwrite are both given; expected one of them",
+            ),
+        ]
+        if descriptions := [text for is_wrong, text in problems if is_wrong]:
+            raise ValueError(descriptions[0])
         return self
 
     def _list_changed(self, fields: tuple[str, ...]) -> str:

@@ -29,7 +29,7 @@ from veneer.train.row_shape import (
     TOOLS,
     Columns,
     Kind,
-    check_text_or_chat,
+    check_texts_or_chats,
     detect_columns,
     json_type,
     list_names,
@@ -132,10 +132,11 @@ def select_fields(
     """
     column_names, names = column_names or {}, list(located_rows[0][1])
     if unknown := [field for field in column_names if field not in (*required, *optional)]:
-        problem = (
-            f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*required, *optional])}"
+        raise DataError(
+            f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*required, *optional])}",
+            f"one of {', '.join([*required, *optional])}",
+            "correct it",
         )
-        raise DataError(problem, f"one of {', '.join([*required, *optional])}", "correct it")
     column_by_field = {field: column_names.get(field, field) for field in required}
     column_by_field |= {
         field: column_names.get(field, field)
@@ -153,20 +154,21 @@ def select_fields(
             for field, column in column_by_field.items()
             if column in missing_columns
         ]
-        remedy = (
-            f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
+        raise DataError(
+            problem,
+            f"the columns {list_names(column_by_field.values())}",
+            f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}",
         )
-        raise DataError(problem, f"the columns {list_names(column_by_field.values())}", remedy)
     for location, row in located_rows:
         if missing_columns := [
             column for column in column_by_field.values() if row.get(column) is None
         ]:
-            problem = (
+            raise DataError(
                 f"{source}, {location} holds nothing in {missing_columns[0]!r};"
-                f" it has {list_names(row)}"
+                f" it has {list_names(row)}",
+                f"{missing_columns[0]!r} in every row, as in the first",
+                "add it, or remove that row",
             )
-            expected = f"{missing_columns[0]!r} in every row, as in the first"
-            raise DataError(problem, expected, "add it, or remove that row")
     rows = [
         {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
     ]
@@ -225,18 +227,8 @@ def _build_records(
                     f" {list_names(row)}.\nExpected {column!r} in every row, as in the first.\nDo:"
                     " add it, or remove that row."
                 )
-        checked_row = {
-            field: check_text_or_chat(row[column], field, column, f"{source}, {location}")
-            for field, column in column_by_field.items()
-        }
-        if kind == "prompt" and isinstance(checked_row["prompt"], str) is not isinstance(
-            checked_row["completion"], str
-        ):
-            raise DataError(
-                f"{source}, {location}: prompt is {json_type(checked_row['prompt'])}, completion"
-                f" {json_type(checked_row['completion'])}.\nExpected both to be text, or both to be"
-                " lists of messages.\nDo: bring both into one form."
-            )
+        fields = {field: row[column] for field, column in column_by_field.items()}
+        checked_row = check_texts_or_chats(fields, f"{source}, {location}", column_by_field)
         has_chat = any(isinstance(value, list) for value in checked_row.values())
         if has_chat and row.get(TOOLS) is not None:
             checked_row[TOOLS] = parse_tools(row[TOOLS], f"{source}, {location}")
@@ -327,18 +319,20 @@ def _parse_json(text: str, location: str) -> Any:
         raise
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
-        problem = f"{location}, with {surrogate}, one half of a surrogate pair"
         raise DataError(
-            problem, "text that UTF-8 can encode", "write both halves, or remove this one"
+            f"{location}, with {surrogate}, one half of a surrogate pair",
+            "text that UTF-8 can encode",
+            "write both halves, or remove this one",
         ) from error
     except RecursionError as error:
         raise DataError(
             f"{location}, which is nested too deep", "rows of text", "fix or remove it"
         ) from error
     except ValueError as error:
-        problem = f"{location}, with a number that cannot be read ({first_line(error)})"
         raise DataError(
-            problem, "numbers of a usual size", "fix or remove it, or write it as text"
+            f"{location}, with a number that cannot be read ({first_line(error)})",
+            "numbers of a usual size",
+            "fix or remove it, or write it as text",
         ) from error
 
 
@@ -372,12 +366,11 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             _check_unique_columns(names, path)
             for row in filter(None, reader):
                 if len(row) != len(names):
-                    problem = (
+                    raise DataError(
                         f"{path}, line {reader.line_num} has {len(row)} fields; expected"
-                        f" {len(names)}"
+                        f" {len(names)}, as in the header.\nDo: quote fields that hold commas or"
+                        " line breaks."
                     )
-                    remedy = "quote fields that hold commas or line breaks"
-                    raise DataError(f"{problem}, as in the header.\nDo: {remedy}.")
                 yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise DataError(
@@ -403,8 +396,11 @@ def _check_unique_columns(names: Sequence[str], path: Path) -> None:
     """Raise `DataError` for two columns of the same name: a row as a dict would hold only the
     last."""
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        problem = f"{path} has the column {repeated[0]!r} {names.count(repeated[0])} times"
-        raise DataError(problem, "columns of different names", "rename or remove one of them")
+        raise DataError(
+            f"{path} has the column {repeated[0]!r} {names.count(repeated[0])} times",
+            "columns of different names",
+            "rename or remove one of them",
+        )
 
 
 #: by the suffix of a file, its reader, which yields (location, row)

@@ -60,7 +60,7 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
         model = task.load().model
     handle = attach_adapter(task, model, prepared, token_ids)
     hidden_state_cache = HiddenStateCache(model) if config.cache_lower else None
-    print_summary(task, model, handle, prepared, hidden_state_cache, console)
+    print_summary(task, model, handle, prepared, hidden_state_cache, console, Processes())
     completed_steps = 0 if resume_point is None else resume_point[1]
     # There is no bound for grpo, whose answers may be short, nor for encoder-decoder models, whose
     # encoder and decoder read different tokens.

@@ -17,7 +17,6 @@ from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
 from veneer.train.tasks._base import RECORDED_FIELDS, extract_settings, move_batch, token_batch
-from veneer.train.tokens import Examples
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluation:
+def evaluate(model: Any, examples: Rows, *, batch_size: int = 8) -> Evaluation:
     """Evaluate a causal language model on examples. Restores the model's training mode."""
     row_order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
     total_loss, token_count, correct_count, training = 0.0, 0, 0, model.training
@@ -101,13 +100,11 @@ def task_from_record(
     return TASKS[name](task_config, extract_settings(record), load_options)
 
 
-def collate(
-    examples: Examples, row_indices: list[int], device: Any = "cpu"
-) -> dict[str, torch.Tensor]:
+def collate(examples: Rows, row_indices: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [b, s] of the examples at `row_indices`, padded on the
     right."""
-    ids = [examples.input_ids[i] for i in row_indices]
-    labels = [examples.labels[i] for i in row_indices]
+    ids = [examples[i]["input_ids"] for i in row_indices]
+    labels = [examples[i]["labels"] for i in row_indices]
     return move_batch(device, token_batch(ids, labels, 0))
 
 
@@ -122,12 +119,11 @@ def exact_match_rate(
         if row.get(TOOLS) or (
             isinstance(answer, list) and any("tool_calls" in message for message in answer)
         ):
-            problem = (
-                f"{rows.source}, {location}: tools, or calls of them, among what should be exactly"
-                " right"
-            )
             raise DataError(
-                problem, "texts, which can be compared", "leave out --exact, or remove that row"
+                f"{rows.source}, {location}: tools, or calls of them, among what should be exactly"
+                " right",
+                "texts, which can be compared",
+                "leave out --exact, or remove that row",
             )
     prompts = [row["prompt"] for row in rows.rows]
     answers = generate(

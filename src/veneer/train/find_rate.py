@@ -26,8 +26,7 @@ from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
-from veneer.train.make_trainer import make_trainer
-from veneer.train.run import load_model, prepare_data
+from veneer.train.run import load_model, make_trainer, prepare_data
 from veneer.train.tasks import TASKS
 
 #: the first and the last learning rate of the test, and its number of steps

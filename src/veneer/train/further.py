@@ -48,9 +48,11 @@ def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
     folder = resolve(adapter)
     files = read(folder)
     if files.tokens:
-        problem = f"adapter {adapter}, which trains tokens"
-        remedy = "merge it (`veneer merge`), and train on the merged base"
-        raise ConfigError(problem, "changes of weights alone", remedy)
+        raise ConfigError(
+            f"adapter {adapter}, which trains tokens",
+            "changes of weights alone",
+            "merge it (`veneer merge`), and train on the merged base",
+        )
     task = files.metadata.get("provenance", {}).get("task")
     return InitialAdapter(folder, content_hash(folder), task if isinstance(task, dict) else {})
 
@@ -69,12 +71,9 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
     ]
     if untrained_paths:
         handle.detach()
-        problem = (
-            f"{listing(sorted({*untrained_paths}))}, of random weights, which the adapter"
-            f" {initial_adapter.folder} does not train"
-        )
         raise ConfigError(
-            problem,
+            f"{listing(sorted({*untrained_paths}))}, of random weights, which the adapter"
+            f" {initial_adapter.folder} does not train",
             "an adapter of this task",
             "name one, or merge this one and train on the merged base",
         )

@@ -54,11 +54,6 @@ class HiddenStateCache:
         #: the outputs of a block after its hidden states; None if a block returns no tuple
         self.extra_outputs: tuple[Any, ...] | None = None
 
-    @property
-    def bytes(self) -> int:
-        """Current size of the cache in bytes."""
-        return sum(hidden.nbytes for hidden in self.states.values())
-
     @contextmanager
     def use_for(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
         """A context in which the model's forward on a batch reads the hidden states from the cache.
@@ -149,9 +144,10 @@ class HiddenStateCache:
                 module.training = mode
         if not torch.allclose(logits, reference, rtol=0, atol=1e-3 * float(reference.abs().max())):
             self.states.clear()
-            problem = "blocks above that read more of the lower ones than their hidden states"
             raise ConfigError(
-                problem, "a stack of blocks, each on the output of the one before", REMEDY
+                "blocks above that read more of the lower ones than their hidden states",
+                "a stack of blocks, each on the output of the one before",
+                REMEDY,
             )
 
 
@@ -187,8 +183,11 @@ def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
                 value for name, value in config_fields if name.endswith(("dropout", "_pdrop"))
             ]
             if any(isinstance(p, float | int) and p > 0 for p in dropout_rates):
-                problem = "a base with dropout, which draws anew each time"
-                raise ConfigError(problem, "dropout of 0 in the base's configuration", REMEDY)
+                raise ConfigError(
+                    "a base with dropout, which draws anew each time",
+                    "dropout of 0 in the base's configuration",
+                    REMEDY,
+                )
             return list(stack[:lowest_index]), len(stack)
     longest_stack = max(stacks, key=lambda path: len(stacks[path]), default="")
     outside_name = next(

@@ -171,9 +171,10 @@ def label_losses(
         getattr(unwrap(model), "config", None), "output_router_logits", False
     )
     if adds_balancing_loss and torch.is_grad_enabled():
-        problem = "output_router_logits=True, for a loss of the balance of experts over all rows"
         raise ConfigError(
-            problem, "losses of each row", "set it to False, or train the adapters one by one"
+            "output_router_logits=True, for a loss of the balance of experts over all rows",
+            "losses of each row",
+            "set it to False, or train the adapters one by one",
         )
     target = labels[:, 1:]
     has_label, body_path = target != IGNORED, find_body(model)

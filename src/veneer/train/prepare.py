@@ -6,8 +6,10 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch.utils.data import Dataset
 
 from veneer import models
 from veneer.errors import ConfigError
@@ -21,11 +23,41 @@ MAX_PROMPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
+class Rows(Dataset[dict[str, Any]]):
+    """The rows of a data set, each an input of the task's `collate`.
+
+    Fields:
+        lengths: number of tokens by row, for grouping rows of similar length; 0 for images.
+        record_indices: by row, the index of its record in the data.
+        trained_counts: by row, the number of its tokens that reach the output head.
+        dropped, truncated: number of records that were dropped or cut, because they were too long.
+    """
+
+    rows: list[dict[str, Any]]
+    lengths: list[int]
+    record_indices: list[int]
+    trained_counts: list[int] = field(default_factory=list)
+    dropped: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    @property
+    def trained_tokens(self) -> int:
+        """The number of tokens that reach the output head."""
+        return sum(self.trained_counts)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """The data of a run, ready for the trainer, and the number of steps.
 
     Fields:
-        train, evaluation: the rows, as `tokens.Examples` or `tasks.Rows`.
+        train, evaluation: the rows.
         train_set, eval_set: the same rows as the trainer's data sets.
         max_length: maximal number of tokens of a row.
         hashes: by data set, the hash of its source.
@@ -33,8 +65,8 @@ class Prepared:
         prompt: a sample prompt from the data, a text or a chat; None if no prompt is short enough.
     """
 
-    train: Any
-    evaluation: Any
+    train: Rows
+    evaluation: Rows | None
     train_set: Any
     eval_set: Any
     max_length: int
@@ -63,17 +95,16 @@ def check_length(length: int | None, context: int | None, base: str) -> int:
 def prepare(
     config: TrainConfig,
     read: Callable[[str, str], data.Records],
-    encode: Callable[[data.Records], Any],
+    encode: Callable[[data.Records], Rows],
     length: int,
-    make_dataset: Callable[[Any, int], Any] | None = None,
+    make_dataset: Callable[[Rows, int], Any] | None = None,
 ) -> Prepared:
     """Read, check, split and encode the data of `config`, and count the steps.
 
     Args:
         read: (source, split) -> records.
         encode: records -> examples.
-        make_dataset: (examples, length) -> the trainer's data set; by default the examples'
-            `dataset()`.
+        make_dataset: (examples, length) -> the trainer's data set; by default the examples.
     """
     rows = read(config.data, config.split)
     held_out_records = read(config.eval_data, "train") if config.eval_data is not None else None
@@ -88,7 +119,7 @@ def prepare(
     )
     examples = {name: encode(split_records) for name, split_records in records.items()}
     sets = {
-        name: encoded.dataset() if make_dataset is None else make_dataset(encoded, length)
+        name: encoded if make_dataset is None else make_dataset(encoded, length)
         for name, encoded in examples.items()
     }
     process_count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -145,8 +176,11 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
     `fraction` of the rows, at least one row, is held out; equal seeds give equal splits."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
-        problem = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
-        raise ConfigError(problem, "at least one", "lower it")
+        raise ConfigError(
+            f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on",
+            "at least one",
+            "lower it",
+        )
     held_out_indices = set(random.Random(seed).sample(range(len(rows)), count))
     return rows.select([i for i in range(len(rows)) if i not in held_out_indices]), rows.select(
         sorted(held_out_indices)

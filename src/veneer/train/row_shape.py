@@ -116,22 +116,31 @@ def _refuse_other_tasks(names: list[str], first_row: dict[str, Any], source: str
         )
 
 
-def check_texts_or_chats(row: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """Check each value of a row of prompt and completion, or of text (`check_text_or_chat`), and
-    return the row. Raises `DataError`, also if some values are texts and others are chats."""
+def check_texts_or_chats(
+    row: Mapping[str, Any], location: str, column_by_field: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Check each value of a row of messages, of prompt and completion, or of text, and return the
+    row with parsed messages. Raises `DataError`, also if a prompt is a text and its completion a
+    chat, or the reverse.
+
+    Args:
+        column_by_field: the column of each field, for errors; by default the field's name.
+    """
+    columns = column_by_field or {}
     checked = {
-        field: check_text_or_chat(value, field, field, location) for field, value in row.items()
+        field: _check_text_or_chat(value, field, columns.get(field, field), location)
+        for field, value in row.items()
     }
     if len({isinstance(value, str) for value in checked.values()}) > 1:
         types = ", ".join(f"{field} is {json_type(value)}" for field, value in checked.items())
-        problem = f"{location}: {types}"
         raise DataError(
-            problem, "all of them text, or all lists of messages", "bring them into one form"
+            f"{location}: {types}.\nExpected both to be text, or both to be lists of messages.\nDo:"
+            " bring both into one form."
         )
     return checked
 
 
-def check_text_or_chat(value: Any, field: str, column: str, location: str) -> Any:
+def _check_text_or_chat(value: Any, field: str, column: str, location: str) -> Any:
     """The text or the parsed messages in a column of a row. Raises `DataError` for other values."""
     if field != "messages" and isinstance(value, str):
         return value
@@ -242,8 +251,11 @@ def parse_tools(value: Any, location: str) -> list[Any]:
         tools = None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
-    problem = f"{location} holds {TOOLS} that are none: {snippet(to_json(value))}"
-    raise DataError(problem, "a list of JSON schemas of functions", "fix it, or remove that row")
+    raise DataError(
+        f"{location} holds {TOOLS} that are none: {snippet(to_json(value))}",
+        "a list of JSON schemas of functions",
+        "fix it, or remove that row",
+    )
 
 
 def list_names(names: Iterable[str]) -> str:

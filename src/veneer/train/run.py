@@ -35,15 +35,20 @@ from veneer.fileio.hashing import hash_json
 from veneer.kernels.draws import sample_seed
 from veneer.models.load import Base
 from veneer.models.remote_code import trust_remote_code
-from veneer.train import callbacks as watch
 from veneer.train import checkpoint, sharding, vocabulary
 from veneer.train.adapter_setup import attach_adapter, invoked_example
 from veneer.train.arguments import arguments_of
-from veneer.train.callbacks import say
+from veneer.train.callbacks import (
+    LossLog,
+    ProgressBar,
+    StopOnNan,
+    StopOnSignal,
+    format_duration,
+    say,
+)
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.make_trainer import make_trainer
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
 from veneer.train.processes import Processes, check_divided_settings, join, share_config
@@ -60,6 +65,7 @@ from veneer.train.run_summary import print_summary
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tasks._base import LOAD_OPTIONS
 from veneer.train.tensor_parallel import cut_model
+from veneer.train.trainer import TaskTrainer
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,10 @@ def _fit_locked(
             _check_gradients(task, base.model, prepared, handle)
     _divide_base(config, parallel, base.model, arguments.device, processes)
     log_lines = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
-    stop = watch.StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
-    bar = watch.ProgressBar(console, resume_point[1] if resume_point else 0, task)
+    stop = StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
+    bar = ProgressBar(console, resume_point[1] if resume_point else 0, task)
     early_stop = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
-    log = watch.LossLog(output, log_lines, task)
+    log = LossLog(output, log_lines, task)
     trainer = make_trainer(
         task,
         base.model,
@@ -170,7 +176,7 @@ def _fit_locked(
         train_dataset=prepared.train_set,
         eval_dataset=prepared.eval_set,
         processing_class=base.tokenizer,
-        callbacks=[log, watch.StopOnNan(), stop, bar, *early_stop, *callbacks],
+        callbacks=[log, StopOnNan(), stop, bar, *early_stop, *callbacks],
         adapter=handle,
         base_name=config.base,
     )
@@ -293,6 +299,18 @@ def load_model(
     base = load_base()._replace(tokenizer=task.processor)
     handle = attach_adapter(task, base.model, prepared, token_ids, resume_point)
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
+
+
+def make_trainer(
+    task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any
+) -> Any:
+    """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
+    `TaskTrainer`."""
+    if task.name == "sft":  # imported only here, because trl takes half a second to import
+        from veneer.train.sft_trainer import AdapterTrainer
+
+        return AdapterTrainer(model, hidden_state_cache=hidden_state_cache, **options)
+    return TaskTrainer(model, task=task, **options)
 
 
 def _hash_parameter_counts(handle: Any) -> str:
@@ -427,7 +445,7 @@ def _finish_run(
     loss_change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
     say(
         console,
-        f"Done     {result.steps:,} steps in {watch.format_duration(result.seconds)}:"
+        f"Done     {result.steps:,} steps in {format_duration(result.seconds)}:"
         f" {loss_change}",
     )
     say(console, f"Adapter  {result.adapter}")
@@ -442,13 +460,12 @@ def _collect_metrics(config: TrainConfig, task: Task, result: Result) -> dict[st
         "steps": result.steps,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-    }
-    metrics |= {
         "seconds": result.seconds,
         "tokens": result.tokens,
         "trainable_parameters": summary.trainable,
+        "total_parameters": summary.total,
+        "peak_memory_bytes": memory.peak_memory(),
     }
-    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak_memory()}
     if evaluations := [loss for _, loss in result.eval_losses]:
         metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
         lines = [

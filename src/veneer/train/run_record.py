@@ -19,7 +19,7 @@ from rich.console import Console
 from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import checkpoint
 from veneer.train.callbacks import say
-from veneer.train.config import FREE_ON_RESUME, IMPLIED_SETTINGS, TrainConfig
+from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.prepare import Prepared
 from veneer.train.tasks import Task
 
@@ -60,9 +60,10 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     run = checkpoint.read_json(output / checkpoint.RUN)
     is_wrong_kind = run is not None and ("sweep" in run) is (sweep is None)
     if is_wrong_kind or (run is None and checkpoint.has_foreign_files(output)):
-        remedy = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(
-            f"{output} is not empty and holds no Veneer {kind}", "a new folder", remedy
+            f"{output} is not empty and holds no Veneer {kind}",
+            "a new folder",
+            "choose another output; Veneer replaces nothing that it did not write",
         )
     if run is None or run["status"] == checkpoint.CLEARED:
         if config.resume:
@@ -73,11 +74,13 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
     if run["status"] == "finished" and config.overwrite:
         return False
     if run["status"] == "finished":
-        remedy = "choose another output, or pass --overwrite to replace it"
-        raise OutputExistsError(f"{output} holds a finished {kind}", "a new folder", remedy)
-    # settings that the run's version of Veneer did not have are as that version computed
-    implied = {**TrainConfig.defaults(), **IMPLIED_SETTINGS}
-    recorded_settings = {**implied, **run["config"], "sweep": run.get("sweep")}
+        raise OutputExistsError(
+            f"{output} holds a finished {kind}",
+            "a new folder",
+            "choose another output, or pass --overwrite to replace it",
+        )
+    # settings that the run's version of Veneer did not have had their default values
+    recorded_settings = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
     current_settings = {**config.content(), "sweep": sweep}
     changed_names = [
         name
@@ -118,9 +121,11 @@ def find_resume_point(
     if config.adapter is not None:
         changed_inputs = "the data, or the adapter that it trains further,"
     kind = "sweep" if "sweep" in run else "run"
-    problem = f"{changed_inputs} have changed since the unfinished {kind} in {output} began"
-    remedy = "restore them, choose another output, or pass --overwrite to start over"
-    raise ConfigError(problem, "the same bytes, to resume it exactly", remedy)
+    raise ConfigError(
+        f"{changed_inputs} have changed since the unfinished {kind} in {output} began",
+        "the same bytes, to resume it exactly",
+        "restore them, choose another output, or pass --overwrite to start over",
+    )
 
 
 def write_status(

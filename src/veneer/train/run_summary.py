@@ -23,11 +23,10 @@ def print_summary(
     prepared: Prepared,
     hidden_state_cache: HiddenStateCache | None,
     console: Console,
-    processes: Processes | None = None,
+    processes: Processes,
 ) -> None:
     """Print the base, the data, the steps, the estimated memory, the cached blocks and the
     adapter."""
-    processes = processes or Processes()
     config, train = task.config, prepared.train
     long_examples = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(

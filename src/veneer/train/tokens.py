@@ -9,8 +9,6 @@ turns, or all of a row that is only a text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -18,50 +16,12 @@ from jinja2 import TemplateError
 from veneer.errors import DataError
 from veneer.models.messages import first_line
 from veneer.train.data import TOOLS, Records
+from veneer.train.prepare import Rows
 
 IGNORED = -100  # the label that torch's cross-entropy skips
 
 #: errors of a chat template: that of its `raise_exception`, and those of values that it cannot use
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised rows.
-
-    Fields:
-        input_ids, labels: by row, its token ids and as many labels.
-        record_indices: by row, the index of its record in the data.
-        dropped, truncated: number of records that were dropped or cut, because they were too long.
-    """
-
-    input_ids: list[list[int]]
-    labels: list[list[int]]
-    record_indices: list[int]
-    dropped: int = 0
-    truncated: int = 0
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.input_ids]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of tokens with a label."""
-        return sum(label != IGNORED for labels in self.labels for label in labels[1:])
-
-    def dataset(self) -> Any:
-        """A `datasets.Dataset` with the columns input_ids and labels, as `trl.SFTTrainer` expects a
-        tokenised data set."""
-        from datasets import Dataset
-
-        return Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
 
 
 def tokenise(
@@ -71,8 +31,9 @@ def tokenise(
     max_length: int,
     too_long: Literal["error", "truncate", "drop"] = "error",
     completion_only: bool = True,
-) -> Examples:
-    """Token ids and labels of every row, at most `max_length` tokens each.
+) -> Rows:
+    """The rows {"input_ids", "labels"} of every record, at most `max_length` tokens each. Their
+    trained counts leave out the first token, which has no context to be predicted from.
 
     Args:
         too_long: what to do with a longer row. "truncate" keeps the beginning of the row if this
@@ -85,7 +46,8 @@ def tokenise(
             template or whose template refuses it.
     """
     encode, labels_all = _make_encoder(rows, tokenizer), rows.kind != "text" and not completion_only
-    examples: list[tuple[list[int], list[int], int]] = []
+    examples: list[dict[str, Any]] = []
+    record_indices: list[int] = []
     long_rows: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
@@ -94,7 +56,6 @@ def tokenise(
             token if flag or labels_all else IGNORED
             for token, flag in zip(tokens, is_labelled, strict=True)
         ]
-        # a first token has no context to be predicted from, so it never counts
         has_label = any(target != IGNORED for target in targets[1:max_length])
         if len(tokens) > max_length:
             long_rows.append((len(tokens), i))
@@ -110,11 +71,18 @@ def tokenise(
                 " empty.\nExpected at least one token that the loss counts.\nDo: fix or remove"
                 " that row."
             )
-        examples.append((tokens[:max_length], targets[:max_length], i))
+        examples.append({"input_ids": tokens[:max_length], "labels": targets[:max_length]})
+        record_indices.append(i)
     if not examples or (long_rows and too_long == "error"):
         raise _length_error(rows, long_rows, max_length, too_long)
-    ids, labels, record_indices = map(list, zip(*examples, strict=True))
-    return Examples(ids, labels, record_indices, dropped=len(rows) - len(ids), truncated=truncated)
+    return Rows(
+        examples,
+        [len(example["input_ids"]) for example in examples],
+        record_indices,
+        [sum(label != IGNORED for label in example["labels"][1:]) for example in examples],
+        dropped=len(rows) - len(examples),
+        truncated=truncated,
+    )
 
 
 def _length_error(
@@ -177,10 +145,11 @@ def _must_share_form(rows: Records) -> None:
     ]
     for form, location in zip(forms, rows.locations, strict=True):
         if form != forms[0]:
-            problem = (
-                f"{rows.source}, {location} holds {form}, but {rows.locations[0]} holds {forms[0]}"
+            raise DataError(
+                f"{rows.source}, {location} holds {form}, but {rows.locations[0]} holds {forms[0]}",
+                "one form in all rows",
+                "bring them into one form",
             )
-            raise DataError(problem, "one form in all rows", "bring them into one form")
 
 
 def _must_show_tools(rows: Records, tokenizer: Any) -> None:
@@ -199,15 +168,13 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
         if omitted := [
             word for word, is_in_row in occurs.items() if is_in_row and word not in template
         ]:
-            problem = (
+            raise DataError(
                 f"{rows.source}, {location} holds {omitted[0]}, and the base's chat template has no"
-                " place for them"
-            )
-            remedy = (
+                " place for them",
+                f"a chat template that shows {omitted[0]}",
                 "choose a base whose template has, or write the calls as the content of the"
-                " messages"
+                " messages",
             )
-            raise DataError(problem, f"a chat template that shows {omitted[0]}", remedy)
 
 
 def _append_end(
@@ -316,9 +283,11 @@ def render_chat(messages: list[Any], tokenizer: Any, location: str, **options: A
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TEMPLATE_ERRORS as error:
-        problem = f"{location}: a chat that the base's chat template refuses ({first_line(error)})"
-        remedy = "change the messages of this chat, or remove it"
-        raise DataError(problem, "roles, and an order of them, that it takes", remedy) from error
+        raise DataError(
+            f"{location}: a chat that the base's chat template refuses ({first_line(error)})",
+            "roles, and an order of them, that it takes",
+            "change the messages of this chat, or remove it",
+        ) from error
 
 
 def _prefix_length(prefix: list[int], full_tokens: list[int], location: str) -> int:

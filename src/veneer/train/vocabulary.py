@@ -16,6 +16,7 @@ import torch
 
 from veneer.errors import ConfigError, raise_all, sentence
 from veneer.train.config import TrainConfig
+from veneer.train.prepare import Rows
 
 
 def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
@@ -25,11 +26,12 @@ def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
     if not (config.add_tokens or config.trainable_tokens):
         return ()
     if not hasattr(tokenizer, "get_vocab"):
-        problem = (
+        raise ConfigError(
             f"add_tokens or trainable_tokens for task {config.task!r}, which learns from its data"
-            " how rows are read"
+            " how rows are read",
+            "a task that begins with a tokenizer",
+            "leave them out",
         )
-        raise ConfigError(problem, "a task that begins with a tokenizer", "leave them out")
     blank_texts = [text for text in config.add_tokens if not text.strip()]
     if blank_texts:
         raise ConfigError(
@@ -51,21 +53,21 @@ def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({token_ids[text] for text in trained_texts}))
 
 
-def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Any) -> tuple[int, ...]:
+def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int, ...]:
     """The token ids of ``invocation``; none if the configuration has no invocation. ``rows``: the
-    tokenised rows of the data, if the task has such rows. Raises ``ConfigError`` if no row contains
-    the tokens, because then nothing would train."""
+    rows of the data, which only the task sft holds as ``input_ids``. Raises ``ConfigError`` if none
+    of these contains the tokens, because then nothing would train."""
     if config.invocation is None:
         return ()
     ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
-    examples = getattr(rows, "input_ids", None)
+    examples = [row["input_ids"] for row in rows.rows if "input_ids" in row]
     if not ids or (examples and not any(map(partial(_contains_tokens, ids), examples))):
-        problem = f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows"
-        remedy = (
+        raise ConfigError(
+            f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows",
+            "rows that hold these tokens one after the other",
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
-            " that no token joins with it, such as special tokens"
+            " that no token joins with it, such as special tokens",
         )
-        raise ConfigError(problem, "rows that hold these tokens one after the other", remedy)
     return ids
 
 

@@ -18,14 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 
 from veneer import models
 from veneer.attach import adapters_of, unwrap, use
@@ -34,9 +32,10 @@ from veneer.models.load import Base
 from veneer.precision import at_least_float32
 from veneer.registry import Registry
 from veneer.train import data, prepare
+from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import TrainConfig
 from veneer.train.further import REFERENCE, read_initial_adapter
-from veneer.train.prepare import Prepared
+from veneer.train.prepare import Prepared, Rows
 from veneer.train.tokens import IGNORED, label_runs
 
 __all__ = ["TASKS", "Prepared", "RowSegment", "Rows", "Task", "TaskLoss", "register"]
@@ -68,39 +67,6 @@ class RowSegment(NamedTuple):
     is_trained: bool
     name: str
     text: str
-
-
-@dataclass(frozen=True)
-class Rows(Dataset[dict[str, Any]]):
-    """The rows of a data set, each an input of the task's `collate`.
-
-    Fields:
-        lengths: number of tokens by row, for grouping rows of similar length; 0 for images.
-        record_indices: by row, the index of its record in the data.
-        trained_counts: by row, the number of its tokens that reach the output head.
-        dropped, truncated: number of records that were dropped or cut, because they were too long.
-    """
-
-    rows: list[dict[str, Any]]
-    lengths: list[int]
-    record_indices: list[int]
-    trained_counts: list[int] = field(default_factory=list)
-    dropped: int = 0
-    truncated: int = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-    @property
-    def trained_tokens(self) -> int:
-        """The number of tokens that reach the output head."""
-        return sum(self.trained_counts)
-
-    def dataset(self) -> Rows:
-        return self
 
 
 def extract_settings(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +113,7 @@ class Task(ABC):
         load_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        #: keyword arguments of `models.load_base`
+        #: keyword arguments of `models.load_head`
         self.load_options = (
             {name: getattr(config, name) for name in LOAD_OPTIONS}
             if load_options is None
@@ -237,8 +203,12 @@ class Task(ABC):
         ]
 
     def load(self) -> Base:
-        """Load the base with the head of the task, and the processor."""
-        return Base(self.model(), self.processor, self.config.base)
+        """Load the base with the head of the task, and the processor. Raises `ConfigError` for a
+        language model that is not causal, although its config does not say so."""
+        model = self.model()
+        if self.generates_text():
+            must_not_see_later_tokens(model, self.config.base)
+        return Base(model, self.processor, self.config.base)
 
     def model(self, **fields: Any) -> Any:
         """Load the base by the class `auto_class`. ``fields``: values for the model's config."""
@@ -254,8 +224,8 @@ class Task(ABC):
         measures may be missing."""
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
-        """The number of items that the loss of a batch sums; by default one for each row."""
-        return len(batch["labels"])
+        """The number of items that the loss of a batch sums; by default one for each label."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model's forward, taken from a batch."""
@@ -288,7 +258,7 @@ class Task(ABC):
 
 #: least number of tokens of an example row (`Task.example`), so that attention mixes several tokens
 MIN_TOKENS = 8
-#: the fields of the configuration that `models.load_base` takes
+#: the fields of the configuration that `models.load_head` takes
 LOAD_OPTIONS = ("precision", "device", "attention", "quantize", "device_map")
 #: the fields of the configuration that `Task.record` writes. `reward` is missing because it names
 #: code: whoever evaluates the adapter must name the code to run.
@@ -389,7 +359,7 @@ def apply_max_length(
     Args:
         text_lengths: by row, the number of tokens of its longest text.
         limit: the maximal number of tokens of a text.
-        truncate: a function that truncates a row.
+        truncate: a function that truncates a row, and leaves one within the limit as it is.
 
     Returns:
         (indices of the retained rows, the retained rows, number of truncated rows).
@@ -397,37 +367,41 @@ def apply_max_length(
     long_indices = [i for i, length in enumerate(text_lengths) if length > limit]
     if long_indices and config.too_long == "error":
         longest_index = max(long_indices, key=text_lengths.__getitem__)
-        problem = (
-            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than"
-            f" {limit:,} tokens"
-        )
         length = text_lengths[longest_index]
-        problem += f"; the longest, {records.locations[longest_index]}, has {length:,}"
-        remedy = (
+        raise DataError(
+            f"{len(long_indices)} of {len(rows)} examples of {records.source} with more than"
+            f" {limit:,} tokens; the longest, {records.locations[longest_index]}, has {length:,}",
+            f"at most {limit:,}",
             f"raise it with --max-length {length} (if the model allows it), or choose --too-long"
-            " truncate or "
+            " truncate or drop",
         )
-        raise DataError(problem, f"at most {limit:,}", f"{remedy}drop")
     if config.too_long == "truncate":
-        long_set = {*long_indices}
-        return (
-            [*range(len(rows))],
-            [truncate(row) if i in long_set else row for i, row in enumerate(rows)],
-            len(long_indices),
-        )
+        return [*range(len(rows))], [*map(truncate, rows)], len(long_indices)
     retained_indices = [i for i in range(len(rows)) if text_lengths[i] <= limit]
     if not retained_indices:
-        problem = f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens"
-        raise DataError(problem, f"some with at most {limit:,}", "raise max_length")
+        raise DataError(
+            f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens",
+            f"some with at most {limit:,}",
+            "raise max_length",
+        )
     return retained_indices, [rows[i] for i in retained_indices], 0
+
+
+def cut_before_end(values: list[int], limit: int) -> list[int]:
+    """The token ids, or labels, of at most `limit` tokens of a sequence. The last token remains: it
+    is the special token with which texts of encoders, and answers of decoders, end."""
+    return values if len(values) <= limit else [*values[: limit - 1], values[-1]]
 
 
 def read_text_column(records: data.Records, column: str) -> list[str]:
     """The values of a column of texts. Raises `DataError` if a value is empty or no text."""
     for row, location in zip(records.rows, records.locations, strict=True):
         if not isinstance(row[column], str) or not row[column].strip():
-            problem = f"{records.source}, {location}: {column} is {row[column]!r}"[:300]
-            raise DataError(problem, "text", "fix or remove that row")
+            raise DataError(
+                f"{records.source}, {location}: {column} is {row[column]!r}"[:300],
+                "text",
+                "fix or remove that row",
+            )
     return [row[column] for row in records.rows]
 
 

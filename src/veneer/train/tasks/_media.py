@@ -46,15 +46,17 @@ def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or not pixels.size:
-        problem = f"{location}: an image of shape {pixels.shape}"
         raise DataError(
-            problem,
+            f"{location}: an image of shape {pixels.shape}",
             "[h][w], [h][w][1] or [h][w][3], or the path of a file",
             "fix or remove that row",
         )
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
-        problem = f"{location}: an image of {pixels.min()} to {pixels.max()}"
-        raise DataError(problem, "numbers of 0 to 255", "scale them, or remove that row")
+        raise DataError(
+            f"{location}: an image of {pixels.min()} to {pixels.max()}",
+            "numbers of 0 to 255",
+            "scale them, or remove that row",
+        )
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8)
 
 
@@ -97,16 +99,14 @@ def read_audio(value: Any, location: str, folder: Path, rate: int) -> np.ndarray
         except (TypeError, ValueError):
             samples = np.zeros((0, 0))
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
-        problem = f"{location}: audio of shape {samples.shape}"
         raise DataError(
-            problem,
+            f"{location}: audio of shape {samples.shape}",
             "one channel of finite numbers, or the path of a .wav file",
             "fix or remove that row",
         )
     if recorded_rate != rate:
-        problem = f"{location}: audio of {recorded_rate} samples a second"
         raise DataError(
-            problem,
+            f"{location}: audio of {recorded_rate} samples a second",
             f"{rate}, as the base hears",
             f"resample it, such as ffmpeg -i in.wav -ar {rate} out.wav",
         )

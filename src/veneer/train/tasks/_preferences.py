@@ -7,7 +7,6 @@ chosen, rejected (and prompt)   →   [2b, s]: the chosen answers of b rows, the
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,31 +15,20 @@ from torch import Tensor
 
 from veneer.errors import DataError
 from veneer.train import data, row_shape, tokens
-from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import log_probabilities
-from veneer.train.tasks._base import (
-    Base,
-    Rows,
-    RowSegment,
-    Task,
-    TaskLoss,
-    padding_token,
-    token_batch,
-)
+from veneer.train.tasks._base import Rows, RowSegment, Task, padding_token, token_batch
 from veneer.train.tokens import IGNORED
 
 
 class CausalTask(Task):
     """Base class of tasks that train a causal language model on answers."""
 
-    def load(self) -> Base:
-        base = super().load()
-        must_not_see_later_tokens(base.model, self.config.base)
-        return base
+    @property
+    def beta(self) -> float:
+        """Strength of the preference; the default is that of the papers of dpo, kto and orpo."""
+        return 0.1 if self.config.beta is None else self.config.beta
 
-    def tokenise_answers(
-        self, records: data.Records, rows: list[dict[str, Any]]
-    ) -> tokens.Examples:
+    def tokenise_answers(self, records: data.Records, rows: list[dict[str, Any]]) -> Rows:
         """Tokenise rows that hold a prompt and a completion (texts or chats), or one text. The
         tokens of the completion, or of the text, are the labels."""
         shape = "prompt" if "prompt" in rows[0] else "text"
@@ -85,13 +73,16 @@ class PreferenceTask(CausalTask):
             index for index in answer_examples[0].record_indices if index in positions[1]
         ]
         if not retained_indices:
-            problem = f"no pair of {records.source} whose answers are both short enough"
-            raise DataError(problem, "at least one", "raise max_length")
+            raise DataError(
+                f"no pair of {records.source} whose answers are both short enough",
+                "at least one",
+                "raise max_length",
+            )
         encoded_rows, lengths, trained_counts = [], [], []
         for index in retained_indices:
             pair_positions = [answer_positions[index] for answer_positions in positions]
             answers = [
-                (examples.input_ids[i], examples.labels[i])
+                (examples[i]["input_ids"], examples[i]["labels"])
                 for examples, i in zip(answer_examples, pair_positions, strict=True)
             ]
             encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})
@@ -138,9 +129,6 @@ class PreferenceTask(CausalTask):
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["input_ids"]) // 2
-
-    @abstractmethod
-    def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss: ...
 
 
 def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:

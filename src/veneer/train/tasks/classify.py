@@ -34,6 +34,7 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    cut_before_end,
     labelled_loss,
     pad_rows,
     padding_token,
@@ -67,9 +68,8 @@ class Classify(Task):
             or not isinstance(labels, list)
             or not all(isinstance(label, str) for label in labels)
         ):
-            problem = f"an adapter that says of its task {dict(self.recorded_settings)}"[:300]
             raise ConfigError(
-                problem,
+                f"an adapter that says of its task {dict(self.recorded_settings)}"[:300],
                 "a kind of rows and a list of labels",
                 "name an adapter of the task classify",
             )
@@ -159,9 +159,11 @@ class Classify(Task):
         valid_labels = {*self.labels}
         for labels, location in zip(label_names, locations, strict=True):
             if unknown_labels := [label for label in labels if label not in valid_labels]:
-                problem = f"{location}: the label {unknown_labels[0]!r}"
-                expected = f"one of {listing(self.labels)}, as in the training data"
-                raise DataError(problem, expected, "fix or remove that row")
+                raise DataError(
+                    f"{location}: the label {unknown_labels[0]!r}",
+                    f"one of {listing(self.labels)}, as in the training data",
+                    "fix or remove that row",
+                )
 
     @cached_property
     def _has_head(self) -> bool:
@@ -226,20 +228,14 @@ class Classify(Task):
         """Apply the maximal length to encoded rows. ``text_columns``: the texts by column; empty
         for words."""
         limit = self.max_length()
-
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
-            # an encoder's sequence ends with a special token, which must remain
-            ids = [*row["ids"][: limit - 1], row["ids"][-1]]
-            labels = (
-                row["labels"]
-                if len(row["labels"]) == 1
-                else [*row["labels"][: limit - 1], row["labels"][-1]]
-            )
-            return {"ids": ids, "labels": labels}
-
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
-            records, rows, lengths, self.config, limit, truncate_row
+            records,
+            rows,
+            lengths,
+            self.config,
+            limit,
+            lambda row: {name: cut_before_end(values, limit) for name, values in row.items()},
         )
         if len(text_columns) == 2:  # token types mark the text of each token, if the base uses them
             token_types = self.processor(
@@ -313,12 +309,12 @@ class Classify(Task):
             fields["pad_token_id"] = padding_token(self.processor)
         head_labels = getattr(config_of(self.config.base), "num_labels", None)
         if self._has_head and head_labels != len(self.labels):
-            problem = (
+            raise DataError(
                 f"{self.config.base}, whose head knows {head_labels} labels, and data with"
-                f" {len(self.labels)}"
+                f" {len(self.labels)}",
+                "the labels of the head, or no head",
+                "name a base without a head, or change the labels of the data",
             )
-            remedy = "name a base without a head, or change the labels of the data"
-            raise DataError(problem, "the labels of the head, or no head", remedy)
         model = self.model(**fields)
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
@@ -338,9 +334,6 @@ class Classify(Task):
         if "token_types" in rows[0]:
             batch["token_type_ids"] = pad_rows([row["token_types"] for row in rows], 0)
         return batch if self.row_kind == "words" else {**batch, "labels": batch["labels"][:, 0]}
-
-    def count_items(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         return labelled_loss(model(**self.inputs(batch)).logits, batch["labels"])

@@ -14,13 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from veneer.train.tasks._base import TaskLoss, reference, register
 from veneer.train.tasks._preferences import PreferenceTask, answer_log_probabilities, pair_measures
-
-BETA = 0.1  # the default of the paper
 
 
 @register
@@ -31,18 +28,8 @@ class Dpo(PreferenceTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         with reference(model):
             reference_log_p = answer_log_probabilities(model, batch)
-        beta = BETA if self.config.beta is None else self.config.beta
-        chosen, rejected = rewards(answer_log_probabilities(model, batch), reference_log_p, beta)
+        log_p = answer_log_probabilities(model, batch)
+        chosen, rejected = (self.beta * (log_p - reference_log_p)).chunk(2)  # rewards, [b] each
         return TaskLoss(
             -logsigmoid(chosen - rejected).sum(), len(chosen), pair_measures(chosen, rejected)
         )
-
-
-def rewards(log_p: Tensor, reference_log_p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The rewards β · (log π - log π₀) of b chosen and of b rejected answers, [b] each.
-
-    Args:
-        log_p, reference_log_p: log π and log π₀ of the answers, the chosen answers first, [2b].
-    """
-    chosen, rejected = (beta * (log_p - reference_log_p)).chunk(2)
-    return chosen, rejected

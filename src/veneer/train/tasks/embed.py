@@ -31,6 +31,7 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    cut_before_end,
     pad_rows,
     padding_token,
     read_text_column,
@@ -48,10 +49,6 @@ class Embed(Task):
     measures, loss_unit = ("accuracy", "error"), "pair"
     compares_rows = True
 
-    def open_base(self) -> Any:
-        self.processor = models.load_tokenizer(self.config.base)
-        return self.processor
-
     def load(self) -> Base:
         self.encoder = models.load_encoder(self.config.base, **self.load_options)
         return Base(self.encoder.model, self.processor, self.config.base)
@@ -59,9 +56,10 @@ class Embed(Task):
     def encode(self, records: data.Records) -> Rows:
         has_labels = "label" in records.rows[0]
         if has_labels and "negative" in records.rows[0]:
-            problem = f"{records.source} has both `negative` and `label`"
             raise DataError(
-                problem, "one of them", "remove one, or name the columns to read with --columns"
+                f"{records.source} has both `negative` and `label`",
+                "one of them",
+                "remove one, or name the columns to read with --columns",
             )
         text_columns = [
             column for column in ("anchor", "positive", "negative") if column in records.rows[0]
@@ -78,16 +76,13 @@ class Embed(Task):
                 row["label"] = _parse_cosine(record["label"], f"{records.source}, {location}")
         limit = self.max_length()
         text_lengths = [max(map(len, row["ids"])) for row in rows]
-
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
-            # an encoder's sequence ends with a special token, which must remain
-            shortened_texts = [
-                ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in row["ids"]
-            ]
-            return {**row, "ids": shortened_texts}
-
         retained_indices, rows, truncated_count = apply_max_length(
-            records, rows, text_lengths, self.config, limit, truncate_row
+            records,
+            rows,
+            text_lengths,
+            self.config,
+            limit,
+            lambda row: {**row, "ids": [cut_before_end(ids, limit) for ids in row["ids"]]},
         )
         lengths = [len(text_columns) * max(map(len, row["ids"])) for row in rows]
         return Rows(

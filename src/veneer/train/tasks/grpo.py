@@ -103,12 +103,11 @@ class Grpo(CausalTask):
     def encode(self, records: data.Records) -> Rows:
         prompt_limit = self.max_length() - self.config.answer_tokens
         if prompt_limit < 1:
-            problem = (
-                f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens"
-                " in all"
-            )
             raise ConfigError(
-                problem, "room for a prompt", "lower answer_tokens, or raise max_length"
+                f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens"
+                " in all",
+                "room for a prompt",
+                "lower answer_tokens, or raise max_length",
             )
         rows = []
         for row, location in zip(records.rows, records.locations, strict=True):

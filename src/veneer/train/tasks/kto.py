@@ -25,8 +25,6 @@ from veneer.train.tasks._base import Rows, RowSegment, TaskLoss, reference, regi
 from veneer.train.tasks._preferences import CausalTask, answer_log_probabilities
 from veneer.train.tokens import IGNORED
 
-BETA = 0.1  # the default of the paper
-
 
 @register
 class Kto(CausalTask):
@@ -42,7 +40,7 @@ class Kto(CausalTask):
             )
         is_good = [
             _parse_label(row["label"], f"{records.source}, {location}")
-            for row, location in _rows_with_locations(records)
+            for row, location in zip(records.rows, records.locations, strict=True)
         ]
         prompt_completions = [
             {column: row[column] for column in ("prompt", "completion")} for row in records.rows
@@ -50,13 +48,11 @@ class Kto(CausalTask):
         examples = self.tokenise_answers(records, prompt_completions)
         rows = [
             {
-                "ids": ids,
-                "start": next(i for i, label in enumerate(labels) if label != IGNORED),
+                "ids": example["input_ids"],
+                "start": next(i for i, label in enumerate(example["labels"]) if label != IGNORED),
                 "good": is_good[index],
             }
-            for ids, labels, index in zip(
-                examples.input_ids, examples.labels, examples.record_indices, strict=True
-            )
+            for example, index in zip(examples.rows, examples.record_indices, strict=True)
         ]
         trained_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
@@ -113,12 +109,11 @@ class Kto(CausalTask):
                 answer_log_probabilities(model, mismatched_inputs) - reference_log_p[len(is_good) :]
             )
         rewards = answer_log_probabilities(model, matched_inputs) - reference_log_p[: len(is_good)]
-        beta = BETA if self.config.beta is None else self.config.beta
         signs = torch.where(is_good.to(rewards.device), 1.0, -1.0).to(rewards.dtype)
-        signed_rewards = (beta * rewards * signs).detach()
+        signed_rewards = (self.beta * rewards * signs).detach()
         sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
         return TaskLoss(
-            losses(rewards, drift, is_good.to(rewards.device), beta).sum(), len(is_good), sums
+            losses(rewards, drift, is_good.to(rewards.device), self.beta).sum(), len(is_good), sums
         )
 
 
@@ -133,10 +128,6 @@ def losses(rewards: Tensor, drift: Tensor, is_good: Tensor, beta: float) -> Tens
     # a single row at the end of the data has no other row's answer to be paired with
     shifted_rewards = rewards - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
     return 1 - torch.sigmoid(beta * torch.where(is_good, shifted_rewards, -shifted_rewards))
-
-
-def _rows_with_locations(records: data.Records) -> Any:
-    return zip(records.rows, records.locations, strict=True)
 
 
 def _parse_label(label: Any, location: str) -> bool:

@@ -23,16 +23,13 @@ from veneer.train.tasks._base import TaskLoss, register
 from veneer.train.tasks._preferences import PreferenceTask, pair_measures
 from veneer.train.tokens import IGNORED
 
-BETA = 0.1  # λ of the paper
-
 
 @register
 class Orpo(PreferenceTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         label_counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
         chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / label_counts).chunk(2)
-        beta = BETA if self.config.beta is None else self.config.beta
-        total = (-chosen - beta * log_ratio(chosen, rejected)).sum()
+        total = (-chosen - self.beta * log_ratio(chosen, rejected)).sum()
         return TaskLoss(total, len(chosen), pair_measures(chosen, rejected))
 
 

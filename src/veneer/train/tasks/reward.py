@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from veneer import models
 from veneer.precision import at_least_float32
 from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, padding_token, register
 from veneer.train.tasks._preferences import PreferenceTask, pair_measures
@@ -26,10 +24,6 @@ class Reward(PreferenceTask):
     auto_class = "AutoModelForSequenceClassification"
     evaluates_base = False  # an untrained head gives no baseline
     uses_single_forward = True
-
-    def open_base(self) -> Any:
-        self.processor = models.load_tokenizer(self.config.base)
-        return self.processor
 
     def load(self) -> Base:
         model = self.model(num_labels=1, pad_token_id=padding_token(self.processor))
@@ -47,10 +41,5 @@ class Reward(PreferenceTask):
         scores = model(**self.inputs(batch)).logits[:, 0]  # [2b]
         chosen, rejected = scores.to(at_least_float32(scores.dtype)).chunk(2)
         return TaskLoss(
-            pair_losses(chosen, rejected).sum(), len(chosen), pair_measures(chosen, rejected)
+            -logsigmoid(chosen - rejected).sum(), len(chosen), pair_measures(chosen, rejected)
         )
-
-
-def pair_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The loss of each of b pairs, [b], from the rewards of their answers, [b] each."""
-    return -logsigmoid(chosen - rejected)

@@ -29,6 +29,7 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
+    cut_before_end,
     labelled_loss,
     pad_rows,
     padding_token,
@@ -55,9 +56,8 @@ class Seq2seq(Task):
     def open_base(self) -> Any:
         config = config_of(self.config.base)
         if not getattr(config, "is_encoder_decoder", False):
-            problem = f"{self.config.base}, a {config.model_type} model"
             raise ConfigError(
-                problem,
+                f"{self.config.base}, a {config.model_type} model",
                 "an encoder with a decoder, such as T5 or Whisper",
                 "choose another base or task",
             )
@@ -106,9 +106,8 @@ class Seq2seq(Task):
                 )
                 if max_samples is not None and len(samples) > max_samples:
                     seconds = len(samples) / sample_rate
-                    problem = f"{records.source}, {location}: {seconds:.1f} s of audio"
                     raise DataError(
-                        problem,
+                        f"{records.source}, {location}: {seconds:.1f} s of audio",
                         f"at most {max_samples / sample_rate:.1f} s, what the base hears at once",
                         "cut it",
                     )
@@ -122,19 +121,14 @@ class Seq2seq(Task):
             ]
         limit = self.max_length()
         text_lengths = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
-
-        def truncate_row(row: dict[str, Any]) -> dict[str, Any]:
-            # prompt and answer both end with the end-of-text token, which must remain
-            long_fields = [
-                name for name in ("ids", "labels") if name in row and len(row[name]) > limit
-            ]
-            return {
-                **row,
-                **{name: [*row[name][: limit - 1], row[name][-1]] for name in long_fields},
-            }
-
+        sequences = {"labels"} if self.is_speech else {"ids", "labels"}
         retained_indices, rows, truncated_count = apply_max_length(
-            records, rows, text_lengths, self.config, limit, truncate_row
+            records,
+            rows,
+            text_lengths,
+            self.config,
+            limit,
+            lambda row: row | {name: cut_before_end(row[name], limit) for name in sequences},
         )
         # rows of similar length share a batch; the length of audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
@@ -181,8 +175,11 @@ class Seq2seq(Task):
         base = super().load()
         config: Any = base.model.config
         if getattr(config, "decoder_start_token_id", None) is None:
-            problem = f"{self.config.base}, whose config has no decoder_start_token_id"
-            raise ConfigError(problem, "the token that answers begin with", "add it to config.json")
+            raise ConfigError(
+                f"{self.config.base}, whose config has no decoder_start_token_id",
+                "the token that answers begin with",
+                "add it to config.json",
+            )
         self.dtype = next(
             value.dtype for value in base.model.parameters() if value.is_floating_point()
         )
@@ -205,9 +202,6 @@ class Seq2seq(Task):
             return_tensors="pt",
         )
         return {**inputs, "labels": pad_rows(labels, IGNORED)}
-
-    def count_items(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the model's forward. `decoder_input_ids` are the labels shifted

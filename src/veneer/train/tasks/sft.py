@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from veneer import models
 from veneer.train import data, prepare, tokens
-from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
 from veneer.train.tasks._base import (
-    Base,
+    Rows,
     RowSegment,
     Task,
     TaskLoss,
@@ -32,12 +30,18 @@ class Sft(Task):
     uses_single_forward = True
 
     def prepare(self) -> Prepared:
-        pack = (
-            (lambda examples, length: prepare.pack(examples.dataset(), length))
-            if self.config.packing
-            else None
+        return prepare.prepare(
+            self.config, self.records, self.encode, self.max_length(), self._make_dataset
         )
-        return prepare.prepare(self.config, self.records, self.encode, self.max_length(), pack)
+
+    def _make_dataset(self, rows: Rows, length: int) -> Any:
+        """The rows as the tokenised data set that `trl.SFTTrainer` expects; with `packing`, several
+        of them in a row."""
+        from datasets import Dataset
+
+        columns = {name: [row[name] for row in rows.rows] for name in ("input_ids", "labels")}
+        dataset = Dataset.from_dict(columns)
+        return prepare.pack(dataset, length) if self.config.packing else dataset
 
     def read(self, source: str, split: str) -> data.Records:
         config = self.config
@@ -49,7 +53,7 @@ class Sft(Task):
         )
         return data.read(source, columns, split=split)
 
-    def encode(self, records: data.Records) -> tokens.Examples:
+    def encode(self, records: data.Records) -> Rows:
         config = self.config
         return tokens.tokenise(
             records,
@@ -61,11 +65,6 @@ class Sft(Task):
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         return self.token_segments("", row["input_ids"], row["labels"])
-
-    def load(self) -> Base:
-        base = models.load_base(self.config.base, **self.load_options)
-        must_not_see_later_tokens(base.model, self.config.base)
-        return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return token_batch(
@@ -82,21 +81,15 @@ class Sft(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        ids = torch.tensor(
-            [prepared.train.input_ids[short_row_index(prepared.train.lengths)][:64]], device=device
-        )
+        short_row = prepared.train[short_row_index(prepared.train.lengths)]
+        ids = torch.tensor([short_row["input_ids"][:64]], device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
-        train, config = prepared.train, self.config
-        if config.packing:
-            batch_tokens = prepared.max_length * config.batch_size
-            return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
-        longest_rows = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
-            : config.batch_size
-        ]
-        labelled_tokens = sum(label != IGNORED for i in longest_rows for label in train.labels[i])
-        return len(longest_rows) * train.lengths[longest_rows[0]], labelled_tokens
+        if not self.config.packing:
+            return super().largest_batch(prepared)
+        train, batch_tokens = prepared.train, prepared.max_length * self.config.batch_size
+        return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
 
     def describe_size(self, rows: Any) -> str:
         return (
