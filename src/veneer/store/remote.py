@@ -295,52 +295,55 @@ def _hub_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
     address = remote.url
     try:
         yield
-    except VeneerError:
-        raise
-    except (
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        errors.HTTPError,
-        OSError,
-        ValueError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+    except (errors.HTTPError, OSError, ValueError) as error:  # the base classes of its errors
+        if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
         responses = (getattr(cause, "response", None) for cause in (error, error.__cause__))
         status = next(
             (response.status_code for response in responses if response is not None), None
         )
-        login = "log in with `hf auth login`"
-        if isinstance(error, errors.GatedRepoError):
-            texts = (
+        login, message = "log in with `hf auth login`", _summarise(error)
+        # the texts of the first case that applies
+        cases = (
+            (
+                isinstance(error, errors.GatedRepoError),
                 f"{address} is gated",
                 f"leave to {action} it",
                 f"accept its terms on its page, and {login}",
-            )
-        elif isinstance(error, errors.RevisionNotFoundError):
-            texts = (
+            ),
+            (
+                isinstance(error, errors.RevisionNotFoundError),
                 f"no revision {remote.revision!r} of {address}",
                 "a branch, a tag or a commit",
                 "check the spelling",
-            )
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            do = f"check the spelling; for a private one {login}"
-            texts = f"no repository {address}, or one that you may not see", f"one to {action}", do
-        elif status in (401, 403):
-            texts = f"no permission to {action} {address}", "it", f"{login} as somebody who may"
-        elif status is None and not isinstance(error, ValueError):
-            do = (
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled"
-                " before needs none"
-            )
-            texts = (
-                f"the hub cannot be reached for {address} ({_summarise(error)})",
+            ),
+            (
+                isinstance(error, errors.RepositoryNotFoundError),
+                f"no repository {address}, or one that you may not see",
+                f"one to {action}",
+                f"check the spelling; for a private one {login}",
+            ),
+            (
+                status in (401, 403),
+                f"no permission to {action} {address}",
+                "it",
+                f"{login} as somebody who may",
+            ),
+            (
+                status is None and not isinstance(error, ValueError),
+                f"the hub cannot be reached for {address} ({message})",
                 "a network",
-                do,
-            )
-        else:
-            do = "see what it says, or try again later"
-            texts = f"the hub refused to {action} {address} ({_summarise(error)})", "an answer", do
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled"
+                " before needs none",
+            ),
+            (
+                True,
+                f"the hub refused to {action} {address} ({message})",
+                "an answer",
+                "see what it says, or try again later",
+            ),
+        )
+        texts = next(texts for applies, *texts in cases if applies)
         raise RemoteError(*texts) from error
 
 
@@ -436,26 +439,29 @@ def store_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
         if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
         address, message = remote.url, _summarise(error)
-        if isinstance(error, FileNotFoundError):
-            suffix = f"@{remote.revision}" if remote.revision else ""
-            texts = (
-                f"nothing at {address}{suffix}",
+        revision = f"@{remote.revision}" if remote.revision else ""
+        # the texts of the first case that applies
+        cases = (
+            (
+                isinstance(error, FileNotFoundError),
+                f"nothing at {address}{revision}",
                 "an adapter that was pushed there",
                 "check the place",
-            )
-        elif isinstance(error, PermissionError):
-            texts = (
+            ),
+            (
+                isinstance(error, PermissionError),
                 f"no permission to {action} {address} ({message})",
                 "it",
                 "check the credentials",
-            )
-        else:
-            do = "check the network, the place and the credentials"
-            texts = (
+            ),
+            (
+                True,
                 f"{address} cannot be used ({type(error).__name__}: {message})",
                 f"a place to {action}",
-                do,
-            )
+                "check the network, the place and the credentials",
+            ),
+        )
+        texts = next(texts for applies, *texts in cases if applies)
         raise RemoteError(*texts) from error
 
 
