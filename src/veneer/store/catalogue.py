@@ -3,10 +3,12 @@
     FolderSource(DIR)        DIR/french/adapter_config.json is the adapter "french"
     LibrarySource(library)   the names of a library
     RemoteSource(PLACE)      PLACE/french, pulled into the cache
-    any other ``Source``     such as a training service's checkpoints
+    any other source         such as a training service's checkpoints
 
-    source.list()            {name: Location} at this moment
-    source.resolve(name)     the Location of one name
+    source.list()            {name: Location} at this moment; ``OSError`` or ``VeneerError`` if the
+                             source cannot be read
+    source.resolve(name)     the Location of one name; ``VeneerError`` if there is no such adapter
+    source.address           identifies the source in messages
     Catalogue.refresh()      names that were added, removed or changed since the last call
 
 The server, vLLM's resolver, the training service and `veneer chat` find adapters here. A ``Bank``
@@ -22,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError, LibraryError, RemoteError, VeneerError
 from veneer.formats import peft
@@ -38,21 +40,6 @@ class Location(NamedTuple):
     version: Hashable = ()
 
 
-class Source(Protocol):
-    """A storage of adapters by name. ``address`` identifies it in messages."""
-
-    address: str
-
-    def list(self) -> Mapping[str, Location]:
-        """The location of each adapter, by name. ``OSError`` or ``VeneerError``: the source cannot
-        be read."""
-        ...
-
-    def resolve(self, name: str) -> Location:
-        """The location of one adapter. ``VeneerError``: there is no adapter of this name."""
-        ...
-
-
 class FolderSource:
     """The adapters in the subfolders of a folder. ``resolve`` takes any relative path below the
     folder."""
@@ -62,12 +49,12 @@ class FolderSource:
 
     def list(self) -> dict[str, Location]:
         with os.scandir(self.folder) as entries:
-            entries_with_valid_names = [entry for entry in entries if NAME.fullmatch(entry.name)]
             paths = {
                 entry.name: resolve_within(self.folder, entry.name)
                 if entry.is_symlink()
                 else self.folder / entry.name
-                for entry in entries_with_valid_names
+                for entry in entries
+                if NAME.fullmatch(entry.name)
             }
         return {
             name: self.locate(path)
