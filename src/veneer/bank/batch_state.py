@@ -286,29 +286,16 @@ class BatchAssignment:
         of the layer)."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
-            first = 0
-            for row in range(1, self.row_count + 1):
-                if row == self.row_count or self.rows[row] != self.rows[first]:
-                    changes = (
-                        (resident.layer_changes.get(layer.key), weight)
-                        for resident, weight in self.rows[first]
-                    )
-                    factors = [
-                        (change.A, change.B, weight)
-                        for change, weight in changes
-                        if change is not None
-                    ]
-                    runs.append(
-                        (
-                            first,
-                            row,
-                            [
-                                (A.to(layer.weight_dtype), B.to(layer.weight_dtype), w)
-                                for A, B, w in factors
-                            ],
-                        )
-                    )
-                    first = row
+            first, dtype = 0, layer.weight_dtype
+            for blend, rows in itertools.groupby(self.rows):
+                end = first + len(list(rows))
+                factors = [
+                    (change.A.to(dtype), change.B.to(dtype), weight)
+                    for resident, weight in blend
+                    if (change := resident.layer_changes.get(layer.key)) is not None
+                ]
+                runs.append((first, end, factors))
+                first = end
             self.run_cache[layer.key] = runs
         return self.run_cache[layer.key]
 
@@ -339,10 +326,8 @@ class BatchAssignment:
                 ]
                 for blend in self.rows
             ]
-            row_changes, weights = (
-                [[change for change, _ in weighted_changes] for weighted_changes in rows],
-                None,
-            )
+            row_changes = [[change for change, _ in weighted_changes] for weighted_changes in rows]
+            weights = None
             if any(weight != 1 for weighted_changes in rows for _, weight in weighted_changes):
                 row_weights = [
                     torch.tensor([weight for change, weight in changes for _ in change.A])

@@ -86,8 +86,6 @@ class VllmAdapters:
         budget: the most bytes of adapter files that vLLM may have loaded.
     """
 
-    crowded = False
-
     def __init__(
         self, post: Post, base: str, folder: Path, rank: int, budget: int | None = None, *,
         verify_base: bool = True,
