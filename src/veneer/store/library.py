@@ -155,12 +155,11 @@ class Library:
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
         """The entries, sorted by name: all, or those with ``tag``, or for ``base``
         (``Entry.base``)."""
-        entries = (
+        return tuple(
             entry
             for _, entry in sorted(self._read_entries().items())
-            if tag is None or tag in entry.tags
+            if (tag is None or tag in entry.tags) and (base is None or base == entry.base)
         )
-        return tuple(entry for entry in entries if base is None or base == entry.base)
 
     def add(
         self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False

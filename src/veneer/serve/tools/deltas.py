@@ -196,13 +196,10 @@ def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
 def join_deltas(deltas: Iterable[Delta]) -> list[str | Call]:
     """The texts and calls of a complete answer, in the order of the answer."""
     segments: list[str | Call] = []
-    for delta in deltas:
+    for delta in merge_deltas(deltas):
         last = segments[-1] if segments else None
         if isinstance(delta, TextDelta):
-            if isinstance(last, str):
-                segments[-1] = last + delta.text
-            else:
-                segments.append(delta.text)
+            segments.append(delta.text)
         elif delta.name is not None:
             segments.append(Call(delta.id or "", delta.name, delta.arguments))
         elif isinstance(last, Call):
