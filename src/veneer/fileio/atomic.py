@@ -164,9 +164,11 @@ def _refuse_conflicts(path: Path, writes: Sequence[str], removes: Sequence[str])
     ]
     for names, old_kind, new_kind in ((folders, "folder", "file"), (files, "file", "folder")):
         if names:
-            conflict = f"{path}, in which {listing(names, 3)} is a {old_kind}"
-            expected = f"a {new_kind}, or nothing, in its place"
-            raise OutputExistsError(conflict, expected, "choose another path")
+            raise OutputExistsError(
+                f"{path}, in which {listing(names, 3)} is a {old_kind}",
+                f"a {new_kind}, or nothing, in its place",
+                "choose another path",
+            )
 
 
 def _pattern_index(name: str, patterns: Sequence[str]) -> int:

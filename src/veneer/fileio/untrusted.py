@@ -324,10 +324,11 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
             continue
         target = Path(os.path.realpath(file))
         if not any(target.is_relative_to(parent) for parent in folders):
-            problem = f"{file}, a link to {target}, which lies outside the folder"
             problems.append(
                 sentence(
-                    problem, "files of the folder's own", "put a copy of the file in its place"
+                    f"{file}, a link to {target}, which lies outside the folder",
+                    "files of the folder's own",
+                    "put a copy of the file in its place",
                 )
             )
         elif not file.is_file():

@@ -126,12 +126,13 @@ class Embedder:
             )
             if self._refuses_calls or is_crowded:
                 account_kind = "key" if owner else "adapter"
-                problem = (
+                message = sentence(
                     f"{self.waiting} texts that wait, {account_count} of them of the same"
-                    f" {account_kind}"
+                    f" {account_kind}",
+                    f"at most {self.queue}, with room for others",
+                    "send it again later",
                 )
-                expected = f"at most {self.queue}, with room for others"
-                raise Busy(sentence(problem, expected, "send it again later"), 1.0)
+                raise Busy(message, 1.0)
             self.running, self.waiting = self.running + 1, self.waiting + len(texts)
             self._waiting_by_account[call.account] += len(texts)
         try:

@@ -234,7 +234,7 @@ class VllmAdapters:
             status, text = self._post("/v1/load_lora_adapter", body)
             if status != 200:
                 problem = f"an adapter that vLLM refuses ({text[:500]})"
-                raise AdapterError(sentence(problem, *ADVICE))
+                raise AdapterError(problem, *ADVICE)
         except BaseException as error:
             if folder is not None and not is_single:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -293,10 +293,12 @@ class VllmAdapters:
                     if not loaded.users and key not in pinned
                 ]
                 if not idle:
-                    problem = f"{total:,} bytes of adapters in use"
                     limit = f"{self._budget:,}" if has_free_slot else f"{MAX_CPU_ADAPTERS} adapters"
-                    expected = f"at most {limit}"
-                    raise BankFullError(problem, expected, "try again later, or raise --memory")
+                    raise BankFullError(
+                        f"{total:,} bytes of adapters in use",
+                        f"at most {limit}",
+                        "try again later, or raise --memory",
+                    )
                 oldest = min(idle, key=lambda loaded: loaded.used_at)
                 del self._loaded[oldest.key]
             self._unload(oldest)

@@ -27,7 +27,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
 
-from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.load import load_tokenizer, pick_dtype, stored_dtype
 from veneer.models.locate import folder_of
@@ -337,8 +336,14 @@ class Call:
 
 
 def engine_lost_refusal() -> Refusal:
-    message = sentence("a vLLM that ended in the middle of it", "one that runs", "send it again")
-    return Refusal(503, message, code="engine_stopped", headers={RETRY_AFTER: "5"})
+    return Refusal(
+        503,
+        "a vLLM that ended in the middle of it",
+        "one that runs",
+        "send it again",
+        code="engine_stopped",
+        headers={RETRY_AFTER: "5"},
+    )
 
 
 @with_trust_of_config

@@ -81,9 +81,11 @@ class VllmProcess:
         try:
             while not self._is_healthy():
                 if (exit_status := self._process.poll()) is not None:
-                    problem = f"vLLM, which ended with status {exit_status} before it was ready"
-                    do = "see its own words above"
-                    raise ConfigError(problem, "one that loads the base", do)
+                    raise ConfigError(
+                        f"vLLM, which ended with status {exit_status} before it was ready",
+                        "one that loads the base",
+                        "see its own words above",
+                    )
                 time.sleep(POLL_SECONDS)
         except BaseException:
             self.close()

@@ -98,9 +98,11 @@ class LibrarySource:
         ``LibraryError``: there is no such name, or its adapter's hash is no longer ``version``."""
         path = self.library.pull(name, cache=cache)
         if version not in ("", path.name):
-            problem = f"{name!r} of {self.address}, which is now {path.name}"
-            do = "ask for what it is now, or give each of them a name of its own"
-            raise LibraryError(problem, version, do)
+            raise LibraryError(
+                f"{name!r} of {self.address}, which is now {path.name}",
+                version,
+                "ask for what it is now, or give each of them a name of its own",
+            )
         return path
 
 
@@ -215,9 +217,11 @@ def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
             adapter, stem = text, Path(text.rpartition(":")[2]).name
             name = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem) or "adapter"
         if name in adapter_by_name:
-            problem = f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})"
-            do = "name them, as in --adapter french=runs/french/adapter"
-            raise ConfigError(problem, "a name of its own for each", do)
+            raise ConfigError(
+                f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})",
+                "a name of its own for each",
+                "name them, as in --adapter french=runs/french/adapter",
+            )
         adapter_by_name[name] = adapter
     return adapter_by_name
 
@@ -264,9 +268,10 @@ class Mirror:
     def __init__(self, address: str, cache: Path | None = None) -> None:
         self._address, self._cache = parse_address(address, None), cache
         if self._address.kind != "store":
-            expected = "a folder, or a place of fsspec such as s3://bucket/adapters"
             raise RemoteError(
-                f"adapters at {address}", expected, "pull what you need into a folder"
+                f"adapters at {address}",
+                "a folder, or a place of fsspec such as s3://bucket/adapters",
+                "pull what you need into a folder",
             )
         self._folders: dict[str, Path] = {}
         self._fetched_stamps: dict[str, str] = {}  # stamp of each fetched adapter

@@ -130,9 +130,11 @@ class Library:
         grace period after the name is removed."""
         path = self._object_folder(self.entry(name).object)
         if not path.is_dir():
-            problem = f"no folder {path}, which {name!r} stands for"
-            do = f"run {self._rebuild_command()}, or add it again"
-            raise LibraryError(problem, "it there", do)
+            raise LibraryError(
+                f"no folder {path}, which {name!r} stands for",
+                "it there",
+                f"run {self._rebuild_command()}, or add it again",
+            )
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
@@ -180,9 +182,10 @@ class Library:
         entry = _read_entry(path, name, object_hash, tags)  # reads and verifies the folder
         with self._edit_entries(create=True) as entries:
             if name in entries and not overwrite:
-                problem = f"an adapter {name!r} in {self.folder}"
                 raise OutputExistsError(
-                    problem, "a new name", "choose another, or allow overwriting"
+                    f"an adapter {name!r} in {self.folder}",
+                    "a new name",
+                    "choose another, or allow overwriting",
                 )
             self._store_object(path, object_hash)
             if name in entries:

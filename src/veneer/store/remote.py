@@ -92,9 +92,10 @@ def push(
     path, target = Path(path), parse_address(place, revision)
     read(path)
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
-        problem = f"a revision, a message or private for {target.url}"
         raise RemoteError(
-            problem, "none: they are the hub's", "leave them out; a push returns its revision"
+            f"a revision, a message or private for {target.url}",
+            "none: they are the hub's",
+            "leave them out; a push returns its revision",
         )
     match target.kind:
         case "hub":
@@ -238,9 +239,10 @@ def _push_hub(path: Path, target: RemoteAddress, message: str, private: bool | N
         api.create_repo(repository, private=private, exist_ok=True)
         # the hub ignores ``private`` for an existing repository
         if private is not None and bool(api.model_info(repository).private) != private:
-            problem = f"{target.url}, which exists and is {'public' if private else 'private'}"
             raise RemoteError(
-                problem, "the other", "change it in its settings on the hub, or choose another name"
+                f"{target.url}, which exists and is {'public' if private else 'private'}",
+                "the other",
+                "change it in its settings on the hub, or choose another name",
             )
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repository, branch=target.revision, exist_ok=True)
@@ -354,9 +356,10 @@ def file_system(remote: RemoteAddress) -> tuple[Any, str]:
     try:
         system, root = fsspec.core.url_to_fs(remote.url)
     except ImportError as error:
-        do = f"install it ({_summarise(error)})"
         raise RemoteError(
-            f"no package for {scheme}:// places", "one that fsspec uses", do
+            f"no package for {scheme}:// places",
+            "one that fsspec uses",
+            f"install it ({_summarise(error)})",
         ) from error
     except ValueError as error:
         expected = "hf://, file://, s3:// or another scheme of fsspec"
@@ -388,9 +391,11 @@ def _push_store(path: Path, target: RemoteAddress) -> str:
 def _pull_store(source: RemoteAddress, cache_folder: Path) -> Path:
     files_hash = source.revision
     if files_hash is not None and not _HASH.fullmatch(files_hash):
-        problem = f"the revision {files_hash!r} of {source.url}"
-        do = "give that, or leave it out for the newest"
-        raise RemoteError(problem, "what `push` returned after the '@'", do)
+        raise RemoteError(
+            f"the revision {files_hash!r} of {source.url}",
+            "what `push` returned after the '@'",
+            "give that, or leave it out for the newest",
+        )
     if files_hash is not None and _is_intact(cache_folder / files_hash, files_hash):
         return cache_folder / files_hash  # needs no network
     with store_errors(source, "read"):

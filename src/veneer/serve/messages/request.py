@@ -90,9 +90,10 @@ class Turn(Strict):
         types = {block.type for block in self.content if not isinstance(block, str)}
         misplaced = types & {"tool_result" if self.role == "assistant" else "tool_use"}
         if misplaced:
-            problem = f"a block of {misplaced.pop()} in a message of {self.role}"
             raise value_error(
-                problem, "tool_use of an assistant, tool_result of a user", "change it"
+                f"a block of {misplaced.pop()} in a message of {self.role}",
+                "tool_use of an assistant, tool_result of a user",
+                "change it",
             )
         return self
 

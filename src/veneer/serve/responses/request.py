@@ -169,9 +169,11 @@ class ResponsesRequest(Strict):
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
         if self.store:
-            problem = "store true, and a server that keeps no response"
             raise value_error(
-                problem, "false", "leave it out, and keep the response yourself", "store"
+                "store true, and a server that keeps no response",
+                "false",
+                "leave it out, and keep the response yourself",
+                "store",
             )
         chat = self.chat()
         has_format = not isinstance(chat.response_format, TextFormat | None)

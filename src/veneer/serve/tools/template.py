@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
-from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.serve.refusal import Refusal
 
@@ -93,19 +92,23 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
         return
     support = template_tools(tokenizer)
     if tools and not support.tools:
-        message = sentence(
+        raise Refusal(
+            400,
             "tools, and a base whose chat template does not show them to the model",
             "a base whose template has tools",
             'leave them out, send tool_choice "none", or serve another base',
+            param="tools",
+            code="template_without_tools",
         )
-        raise Refusal(400, message, param="tools", code="template_without_tools")
     if calls and not support.calls:
-        message = sentence(
+        raise Refusal(
+            400,
             "calls of tools in messages, and a base whose chat template does not show them",
             "a base whose template has tools",
             "leave them out, or serve another base",
+            param="messages",
+            code="template_without_tools",
         )
-        raise Refusal(400, message, param="messages", code="template_without_tools")
 
 
 def template_arguments(text: str) -> Any:
