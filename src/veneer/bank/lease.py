@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.attach import require_finite_weights
 from veneer.bank.batch_state import WeightedAdapters
@@ -63,14 +63,6 @@ class Entry:
         )
 
 
-class Lender(Protocol):
-    """The methods of a bank that its leases call."""
-
-    def _release(self, entries: Sequence[Entry]) -> None:
-        """End one use of each of these entries."""
-        ...
-
-
 class Lease:
     """The right to use adapters, which stay in memory until the lease is released.
 
@@ -80,7 +72,7 @@ class Lease:
     """
 
     def __init__(
-        self, bank: Lender, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
+        self, bank: Any, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
     ) -> None:
         self.adapter_weights = dict(adapter_weights)
         uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
@@ -119,7 +111,7 @@ def full_error(
     return BankFullError(problem, f"at most {capacity:,}", do)
 
 
-def require_live_lease(bank: Lender, lease: Any) -> Lease:
+def require_live_lease(bank: Any, lease: Any) -> Lease:
     """Return ``lease`` if it is a lease of the bank that was not released; else raise
     ``SelectionError``."""
     if (
@@ -133,7 +125,7 @@ def require_live_lease(bank: Lender, lease: Any) -> Lease:
 
 
 def adapters_of_rows(
-    bank: Lender,
+    bank: Any,
     choices: Sequence[Any],
     row_weights: Sequence[Mapping[str, float] | None],
     lease: Lease,
