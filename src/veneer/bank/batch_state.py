@@ -81,10 +81,9 @@ class Layer:
         """The factors of these adapters, one lane for each: A [lanes, r, in], B [lanes, r, out]."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         if self.on_gpu:
-            A, B = self.join_factors(
+            return self.join_factors(
                 [[change] if type(change) is ResolvedLowRank else [] for change in changes]
             )
-            return A, B
         pairs = [
             (change.A, change.B) if type(change) is ResolvedLowRank else self.empty_factors
             for change in changes
@@ -120,7 +119,7 @@ class Layer:
                     A[first : first + rank], B[first : first + rank] = change.A, change.B
         return self.row_loop.to_array(A), self.row_loop.to_array(B), bounds
 
-    def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
+    def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> tuple[Tensor, Tensor]:
         """A [n, r, in] and B [n, r, out] of n rows: the factors of all changes of a row, joined
         along the rank and padded with zeros. They are copied once, in the dtype of the weight, and
         freed after the product."""
@@ -139,7 +138,7 @@ class Layer:
             factors.append(
                 torch.cat(pieces or [zeros]).view(len(rows), max_rank, width).to(self.weight_dtype)
             )
-        return factors
+        return factors[0], factors[1]
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.adapters:
@@ -337,8 +336,7 @@ class BatchAssignment:
                 weights = weights.to(layer.compute_dtype).to(layer.device, non_blocking=True)
             self.row_factor_cache[layer.key] = row_changes, weights
         row_changes, weights = self.row_factor_cache[layer.key]
-        A, B = layer.join_factors(row_changes)
-        return A, B, weights
+        return *layer.join_factors(row_changes), weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
         """For each rounded rank: how rows of ``tokens`` tokens are grouped; a layer's factors."""
