@@ -347,3 +347,17 @@ def override(
         yield
     finally:
         leave(opener)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """A context manager in which every module of a model is in evaluation mode. Then each module
+    has the mode that it had before. Overridden methods ``train`` and ``eval`` are not called."""
+    modules_in_training = [module for module in model.modules() if module.training]
+    try:
+        for module in modules_in_training:
+            module.training = False
+        yield
+    finally:
+        for module in modules_in_training:
+            module.training = True

@@ -105,7 +105,7 @@ class Leases:
 
 @pytest.fixture
 def embedder():
-    made = Embedder(Encoder(), Leases(), normal=False, rows=4, queue=12)
+    made = Embedder(Encoder(), Leases(), Metrics(), normal=False, rows=4, queue=12)
     yield made
     made.model.gate.set()
     made.close()
@@ -138,7 +138,7 @@ def test_a_full_queue(embedder):
 
 
 def test_a_key_with_many_calls_leaves_room_and_time_for_another():
-    made = Embedder(Encoder(), Leases(), normal=False, rows=4, queue=100)
+    made = Embedder(Encoder(), Leases(), Metrics(), normal=False, rows=4, queue=100)
     order = []
 
     def submit(owner, blend, count):
@@ -228,7 +228,7 @@ def test_an_adapter_that_does_not_load(embedder):
 
 
 def test_what_is_open_at_the_end_fails():
-    embedder = Embedder(Encoder(), Leases(), rows=1)
+    embedder = Embedder(Encoder(), Leases(), Metrics(), rows=1)
     embedder.bank.waits = True
     future = embedder.submit([(1,)], {}, 10)
     embedder.close()
@@ -331,6 +331,7 @@ def minilm(tmp_path_factory):
     embedder = Embedder(
         loaded.model,
         bank,
+        Metrics(),
         pad_id=loaded.tokenizer.pad_token_id,
         pooling=loaded.pooling,
         normal=loaded.normal,

@@ -128,14 +128,9 @@ def _has_low_rank(weight_plan: LowRankPlan) -> bool:
 def _use_base(model: nn.Module) -> Iterator[None]:
     """A context manager in which the model runs without adapters, in evaluation mode."""
     model_adapters = adapters_of(model)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with context.override({model_adapters.uid: BASE} if model_adapters else {}):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    selection = {model_adapters.uid: BASE} if model_adapters else {}
+    with context.override(selection), context.evaluation_mode(model):
+        yield
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer import context
 from veneer.attach.layer.adapted_module import with_values
 from veneer.attach.layer.lookup import adapters, changes, need_adapters, selected_name, unwrap
 from veneer.attach.select import use
@@ -91,18 +92,12 @@ class Reference(nn.Module):
     def selected(self) -> Iterator[None]:
         """A context manager in which the model computes as this reference."""
         self._require_unmerged()
-        modules_in_training = [module for module in self._root.modules() if module.training]
-        try:
-            for module in modules_in_training:
-                module.training = False
-            with (
-                use(self._root, self._adapter),
-                with_values(_holders(self._root, self._adapter), self._frozen_copies),
-            ):
-                yield
-        finally:
-            for module in modules_in_training:
-                module.training = True
+        with (
+            context.evaluation_mode(self._root),
+            use(self._root, self._adapter),
+            with_values(_holders(self._root, self._adapter), self._frozen_copies),
+        ):
+            yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # not in ``forward``: trainers replace that method by one that calls submodules directly

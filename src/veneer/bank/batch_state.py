@@ -81,10 +81,9 @@ class Layer:
         """The factors of these adapters, one lane for each: A [lanes, r, in], B [lanes, r, out]."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         if self.on_gpu:
-            A, B = self.join_factors(
+            return self.join_factors(
                 [[change] if type(change) is ResolvedLowRank else [] for change in changes]
             )
-            return A, B
         pairs = [
             (change.A, change.B) if type(change) is ResolvedLowRank else self.empty_factors
             for change in changes
@@ -120,7 +119,7 @@ class Layer:
                     A[first : first + rank], B[first : first + rank] = change.A, change.B
         return self.row_loop.to_array(A), self.row_loop.to_array(B), bounds
 
-    def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
+    def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> tuple[Tensor, Tensor]:
         """A [n, r, in] and B [n, r, out] of n rows: the factors of all changes of a row, joined
         along the rank and padded with zeros. They are copied once, in the dtype of the weight, and
         freed after the product."""
@@ -139,7 +138,7 @@ class Layer:
             factors.append(
                 torch.cat(pieces or [zeros]).view(len(rows), max_rank, width).to(self.weight_dtype)
             )
-        return factors
+        return factors[0], factors[1]
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.adapters:
@@ -286,29 +285,16 @@ class BatchAssignment:
         of the layer)."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
-            first = 0
-            for row in range(1, self.row_count + 1):
-                if row == self.row_count or self.rows[row] != self.rows[first]:
-                    changes = (
-                        (resident.layer_changes.get(layer.key), weight)
-                        for resident, weight in self.rows[first]
-                    )
-                    factors = [
-                        (change.A, change.B, weight)
-                        for change, weight in changes
-                        if change is not None
-                    ]
-                    runs.append(
-                        (
-                            first,
-                            row,
-                            [
-                                (A.to(layer.weight_dtype), B.to(layer.weight_dtype), w)
-                                for A, B, w in factors
-                            ],
-                        )
-                    )
-                    first = row
+            first, dtype = 0, layer.weight_dtype
+            for blend, rows in itertools.groupby(self.rows):
+                end = first + len(list(rows))
+                factors = [
+                    (change.A.to(dtype), change.B.to(dtype), weight)
+                    for resident, weight in blend
+                    if (change := resident.layer_changes.get(layer.key)) is not None
+                ]
+                runs.append((first, end, factors))
+                first = end
             self.run_cache[layer.key] = runs
         return self.run_cache[layer.key]
 
@@ -339,10 +325,8 @@ class BatchAssignment:
                 ]
                 for blend in self.rows
             ]
-            row_changes, weights = (
-                [[change for change, _ in weighted_changes] for weighted_changes in rows],
-                None,
-            )
+            row_changes = [[change for change, _ in weighted_changes] for weighted_changes in rows]
+            weights = None
             if any(weight != 1 for weighted_changes in rows for _, weight in weighted_changes):
                 row_weights = [
                     torch.tensor([weight for change, weight in changes for _ in change.A])
@@ -352,8 +336,7 @@ class BatchAssignment:
                 weights = weights.to(layer.compute_dtype).to(layer.device, non_blocking=True)
             self.row_factor_cache[layer.key] = row_changes, weights
         row_changes, weights = self.row_factor_cache[layer.key]
-        A, B = layer.join_factors(row_changes)
-        return A, B, weights
+        return *layer.join_factors(row_changes), weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
         """For each rounded rank: how rows of ``tokens`` tokens are grouped; a layer's factors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.attach import require_finite_weights
 from veneer.bank.batch_state import WeightedAdapters
@@ -63,14 +63,6 @@ class Entry:
         )
 
 
-class Lender(Protocol):
-    """The methods of a bank that its leases call."""
-
-    def _release(self, entries: Sequence[Entry]) -> None:
-        """End one use of each of these entries."""
-        ...
-
-
 class Lease:
     """The right to use adapters, which stay in memory until the lease is released.
 
@@ -80,7 +72,7 @@ class Lease:
     """
 
     def __init__(
-        self, bank: Lender, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
+        self, bank: Any, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
     ) -> None:
         self.adapter_weights = dict(adapter_weights)
         uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
@@ -119,7 +111,7 @@ def full_error(
     return BankFullError(problem, f"at most {capacity:,}", do)
 
 
-def require_live_lease(bank: Lender, lease: Any) -> Lease:
+def require_live_lease(bank: Any, lease: Any) -> Lease:
     """Return ``lease`` if it is a lease of the bank that was not released; else raise
     ``SelectionError``."""
     if (
@@ -133,7 +125,7 @@ def require_live_lease(bank: Lender, lease: Any) -> Lease:
 
 
 def adapters_of_rows(
-    bank: Lender,
+    bank: Any,
     choices: Sequence[Any],
     row_weights: Sequence[Mapping[str, float] | None],
     lease: Lease,
@@ -165,19 +157,22 @@ def adapters_of_rows(
     )
     for adapter in () if invoked else (adapter for row in rows for adapter, _ in row):
         if adapter.invocation_tokens:
-            problem = f"{adapter.path.name!r} in a bank's rows, which has invocation tokens"
-            expected = "adapters that act on every token"
-            do = "veneer.load it and use veneer.use, or ask `veneer serve`"
-            raise SelectionError(problem, expected, do)
+            raise SelectionError(
+                f"{adapter.path.name!r} in a bank's rows, which has invocation tokens",
+                "adapters that act on every token",
+                "veneer.load it and use veneer.use, or ask `veneer serve`",
+            )
     return rows
 
 
 def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
     """The adapter weights of each row, by name; None for a row whose choice is a lease."""
     if isinstance(choices, str | Mapping) or not len(choices):
-        problem = f"{choices!r} for the rows" if len(choices) else "no rows"
-        do = "name an adapter or None for each row"
-        raise SelectionError(problem, "one choice for each row", do)
+        raise SelectionError(
+            f"{choices!r} for the rows" if len(choices) else "no rows",
+            "one choice for each row",
+            "name an adapter or None for each row",
+        )
     return [None if isinstance(choice, Lease) else weights_of(choice) for choice in choices]
 
 
@@ -192,10 +187,12 @@ def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
     )
     sequence_count = max(beams, sequences)
     if sequence_count > 1 and getattr(model.config, "is_encoder_decoder", False):
-        problem = f"{sequence_count} sequences a row from an encoder and a decoder, of which the"
-        problem += " encoder sees each row once"
-        do = "repeat the rows of the inputs yourself"
-        raise SelectionError(problem, "one sequence a row", do)
+        raise SelectionError(
+            f"{sequence_count} sequences a row from an encoder and a decoder, of which the encoder"
+            " sees each row once",
+            "one sequence a row",
+            "repeat the rows of the inputs yourself",
+        )
     return sequence_count
 
 
@@ -208,7 +205,8 @@ def weights_of(choice: Any) -> dict[str, float]:
     if isinstance(choice, Mapping):
         require_finite_weights(choice)
         return dict(choice)
-    problem = f"{choice!r} for a row"
     raise SelectionError(
-        problem, "None, a name, a blend {name: weight} or a lease", "choose one of these"
+        f"{choice!r} for a row",
+        "None, a name, a blend {name: weight} or a lease",
+        "choose one of these",
     )

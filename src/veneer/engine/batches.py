@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.attach import BASE, walk
+from veneer.attach import BASE
 from veneer.errors import DataError, SelectionError
 
 
@@ -122,18 +122,11 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
 def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[AdapterBatch]) -> None:
     """Raise a SelectionError if the base's output for the first batch changes when the batch is
     joined with other batches. The base runs in eval mode. ``uid``: the id of its adapters."""
-    training_modes = {module: module.training for _, module in walk(model)}
-    for module in training_modes:
-        module.training = False
-    try:
-        with torch.no_grad(), context.override({uid: BASE}):
-            separate_output = model(*batches[0].args, **batches[0].kwargs)
-            args, kwargs = join_batches(batches)
-            row_counts = [batch.row_count for batch in batches]
-            joined_output = split_output(model(*args, **kwargs), row_counts)[0]
-    finally:
-        for module, training in training_modes.items():
-            module.training = training
+    with torch.no_grad(), context.override({uid: BASE}), context.evaluation_mode(model):
+        separate_output = model(*batches[0].args, **batches[0].kwargs)
+        args, kwargs = join_batches(batches)
+        row_counts = [batch.row_count for batch in batches]
+        joined_output = split_output(model(*args, **kwargs), row_counts)[0]
     leaf_pairs = zip(
         pytree.tree_leaves(separate_output), pytree.tree_leaves(joined_output), strict=True
     )

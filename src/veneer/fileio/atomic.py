@@ -81,7 +81,11 @@ def new_folder(
     with disk_errors(path), temporary(path, within=within) as folder:
         (folder / NEW).mkdir()
         yield folder / NEW
-        _flush_and_move(folder, path, overwrite, replaces)
+        mode = _folder_mode(folder)
+        (folder / NEW).chmod(mode)
+        _flush(folder / NEW, mode & 0o666)
+        _move_into_place(folder, path, overwrite, replaces)
+        flush_folder(path.parent)
 
 
 @contextmanager
@@ -108,17 +112,6 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text``, encoded as UTF-8, to ``path`` atomically; an existing file is replaced."""
     with new_file(path, overwrite=True) as file:
         file.write_text(text, encoding="utf-8")
-
-
-def _flush_and_move(
-    temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
-) -> None:
-    """Flush the folder ``new`` in a temporary folder to disk, then move it to ``path``."""
-    new, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
-    new.chmod(mode)
-    _flush(new, mode & 0o666)
-    _move_into_place(temporary_folder, path, overwrite, replaces)
-    flush_folder(path.parent)
 
 
 def _move_into_place(
@@ -171,9 +164,11 @@ def _refuse_conflicts(path: Path, writes: Sequence[str], removes: Sequence[str])
     ]
     for names, old_kind, new_kind in ((folders, "folder", "file"), (files, "file", "folder")):
         if names:
-            conflict = f"{path}, in which {listing(names, 3)} is a {old_kind}"
-            expected = f"a {new_kind}, or nothing, in its place"
-            raise OutputExistsError(conflict, expected, "choose another path")
+            raise OutputExistsError(
+                f"{path}, in which {listing(names, 3)} is a {old_kind}",
+                f"a {new_kind}, or nothing, in its place",
+                "choose another path",
+            )
 
 
 def _pattern_index(name: str, patterns: Sequence[str]) -> int:

@@ -49,9 +49,8 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 stream, header.data_start + entry.start, entry.stop - entry.start
             )
             if raw_bytes is None:
-                problem = f"{file} cannot be read (it ended within {name!r}, while it was read)"
                 raise AdapterError(
-                    problem,
+                    f"{file} cannot be read (it ended within {name!r}, while it was read)",
                     "a whole safetensors file",
                     "get the file again, or let nobody write to it",
                 )

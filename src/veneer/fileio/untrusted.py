@@ -238,14 +238,14 @@ def parse(text: str | bytes) -> Any:
     json_bytes = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if len(json_bytes) > MAX_HEADER or sum(map(json_bytes.count, _SEPARATORS)) > MAX_SEPARATORS:
         raise ValueError(f"more than {MAX_SEPARATORS:,} values")
-    json_text = json_bytes.decode("utf-8")
     try:
-        hooks = {
-            "parse_constant": _parse_float,
-            "parse_int": _parse_integer,
-            "parse_float": _parse_float,
-        }
-        value = json.loads(json_text, object_pairs_hook=_unique_keys, **hooks)
+        value = json.loads(
+            json_bytes.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_parse_float,
+            parse_int=_parse_integer,
+            parse_float=_parse_float,
+        )
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     nested_values = [value]  # the values at one depth
@@ -324,10 +324,11 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
             continue
         target = Path(os.path.realpath(file))
         if not any(target.is_relative_to(parent) for parent in folders):
-            problem = f"{file}, a link to {target}, which lies outside the folder"
             problems.append(
                 sentence(
-                    problem, "files of the folder's own", "put a copy of the file in its place"
+                    f"{file}, a link to {target}, which lies outside the folder",
+                    "files of the folder's own",
+                    "put a copy of the file in its place",
                 )
             )
         elif not file.is_file():

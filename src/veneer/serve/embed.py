@@ -70,17 +70,17 @@ class Embedder:
 
     Args:
         model: an encoder of transformers.
+        observer: gets the same calls as the engine's observer.
         pad_id: the token id of padding.
         pooling, normal: how token vectors become a text's vector (``encoders.pool``).
         rows, tokens: the most texts, and the most tokens with padding, of a batch.
         queue: the most texts that may wait.
-        observer: gets the same calls as the engine's observer.
         label_count: the number of labels of the model's head, if it is a classifier.
     """
 
     def __init__(
-        self, model: Any, bank: Any, *, pad_id: int = 0, pooling: str = "mean", normal: bool = True,
-        rows: int = 32, tokens: int = 8192, queue: int = 1024, observer: Any = None,
+        self, model: Any, bank: Any, observer: Any, *, pad_id: int = 0, pooling: str = "mean",
+        normal: bool = True, rows: int = 32, tokens: int = 8192, queue: int = 1024,
         label_count: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.bank, self.pad_id = model, bank, pad_id
@@ -126,12 +126,13 @@ class Embedder:
             )
             if self._refuses_calls or is_crowded:
                 account_kind = "key" if owner else "adapter"
-                problem = (
+                message = sentence(
                     f"{self.waiting} texts that wait, {account_count} of them of the same"
-                    f" {account_kind}"
+                    f" {account_kind}",
+                    f"at most {self.queue}, with room for others",
+                    "send it again later",
                 )
-                expected = f"at most {self.queue}, with room for others"
-                raise Busy(sentence(problem, expected, "send it again later"), 1.0)
+                raise Busy(message, 1.0)
             self.running, self.waiting = self.running + 1, self.waiting + len(texts)
             self._waiting_by_account[call.account] += len(texts)
         try:
@@ -201,7 +202,7 @@ class Embedder:
                 self._calls.push_back(call)
                 break
             max_length = length
-            if not call.next_text and self.observer is not None:
+            if not call.next_text:
                 self.observer.started(call.blend, time.monotonic() - call.submitted_at)
             batch.append((call, call.next_text))
             self._calls.charge(call, len(call.texts[call.next_text]))
@@ -232,8 +233,7 @@ class Embedder:
                 continue
             call.vectors.append(vector)
             if len(call.vectors) == len(call.texts):
-                if self.observer is not None:
-                    self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
+                self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
                 self._end_call(call)
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
@@ -271,11 +271,10 @@ class Embedder:
                 call.result.set_result(call.vectors)
             elif error is not None:
                 call.result.set_exception(error)
-        if self.observer is not None:
-            reason = (
-                "cancelled" if call.result.cancelled() else "error" if error is not None else "stop"
-            )
-            self.observer.finished(call.blend, reason, time.monotonic() - call.submitted_at)
+        reason = (
+            "cancelled" if call.result.cancelled() else "error" if error is not None else "stop"
+        )
+        self.observer.finished(call.blend, reason, time.monotonic() - call.submitted_at)
         with self._changed:
             if call.is_queued and not self._calls.remove(call):
                 self._calls.ended(call)

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from veneer.errors import AdapterError, SelectionError, sentence
+from veneer.errors import AdapterError, SelectionError
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.answers import refusal_of_cause
@@ -221,12 +221,14 @@ async def _tokenize(
         await in_text_thread(service, char_count, lambda group=group: tokenize_group(group))
     longest = max(map(len, ids))
     if longest > service.length:
-        message = sentence(
+        raise Refusal(
+            400,
             f"an input of {longest} tokens",
             f"at most {service.length}",
             "shorten it, or send truncate_prompt_tokens = -1",
+            param="input",
+            code="context_length_exceeded",
         )
-        raise Refusal(400, message, param="input", code="context_length_exceeded")
     if not min(map(len, ids)):
         raise Refusal(400, "a text without a token", "at least one", "send some text")
     return ids, token_types
@@ -235,12 +237,14 @@ async def _tokenize(
 def embedder_of(service: Service) -> Embedder:
     """The embedder of a service. ``Refusal``: the base is a causal language model."""
     if service.embedder is None:
-        message = sentence(
+        raise Refusal(
+            400,
             "a causal language model",
             "an encoder",
             "serve one, such as a sentence-transformers model",
+            param="model",
+            code="no_embeddings",
         )
-        raise Refusal(400, message, param="model", code="no_embeddings")
     return service.embedder
 
 

@@ -135,12 +135,12 @@ def _make_embedder(encoder: Any, bank: Bank, rows: int, queue: int, metrics: Met
     return Embedder(
         encoder.model,
         bank,
+        metrics,
         pad_id=encoder.tokenizer.pad_token_id or 0,
         pooling=encoder.pooling,
         normal=encoder.normal,
         rows=rows,
         queue=queue,
-        observer=metrics,
         label_count=encoder.labels,
     )
 

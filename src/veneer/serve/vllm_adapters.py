@@ -86,8 +86,6 @@ class VllmAdapters:
         budget: the most bytes of adapter files that vLLM may have loaded.
     """
 
-    crowded = False
-
     def __init__(
         self, post: Post, base: str, folder: Path, rank: int, budget: int | None = None, *,
         verify_base: bool = True,
@@ -229,13 +227,14 @@ class VllmAdapters:
             copies = {name: entry.copy for name, entry in entries.items() if entry.copy}
             folder = next(iter(copies.values())) if is_single else self._compose(weights, copies)
             size = (folder / peft.TENSORS).stat().st_size
-            loaded = LoadedBlend(self._next_name(), key, folder, size, is_composed=not is_single)
+            vllm_name = f"veneer-{self._secret}-{next(self._numbers)}"
+            loaded = LoadedBlend(vllm_name, key, folder, size, is_composed=not is_single)
             self._make_room(size)
             body = {"lora_name": loaded.name, "lora_path": str(folder)}
             status, text = self._post("/v1/load_lora_adapter", body)
             if status != 200:
                 problem = f"an adapter that vLLM refuses ({text[:500]})"
-                raise AdapterError(sentence(problem, *ADVICE))
+                raise AdapterError(problem, *ADVICE)
         except BaseException as error:
             if folder is not None and not is_single:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -245,9 +244,6 @@ class VllmAdapters:
         self.on_event("load", label, time.monotonic() - start)
         log.info("Loaded %s into vLLM", dict(weights))
         return loaded
-
-    def _next_name(self) -> str:
-        return f"veneer-{self._secret}-{next(self._numbers)}"
 
     def _copy(self, name: str, path: Path) -> Path:
         """Copy an adapter folder, and verify the copy and its base."""
@@ -297,11 +293,12 @@ class VllmAdapters:
                     if not loaded.users and key not in pinned
                 ]
                 if not idle:
-                    problem = f"{total:,} bytes of adapters in use"
-                    expected = f"at most {MAX_CPU_ADAPTERS} adapters"
-                    if has_free_slot:
-                        expected = f"at most {self._budget:,}"
-                    raise BankFullError(problem, expected, "try again later, or raise --memory")
+                    limit = f"{self._budget:,}" if has_free_slot else f"{MAX_CPU_ADAPTERS} adapters"
+                    raise BankFullError(
+                        f"{total:,} bytes of adapters in use",
+                        f"at most {limit}",
+                        "try again later, or raise --memory",
+                    )
                 oldest = min(idle, key=lambda loaded: loaded.used_at)
                 del self._loaded[oldest.key]
             self._unload(oldest)

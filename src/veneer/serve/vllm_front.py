@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
 
-from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.load import load_tokenizer, pick_dtype, stored_dtype
 from veneer.models.locate import folder_of
@@ -119,13 +118,16 @@ async def forward(request: Request, service: Serving, key: Asker) -> Response:
     if not service.ready:
         raise service.unready_refusal()
     if path in SALTED_PATHS and key.owner and not body.get("cache_salt"):
-        body["cache_salt"] = _salt(service, key.owner)
-    call = Call(service, blend, path, model, body)
+        # it keeps the prefixes of a key apart from those of other keys in vLLM's cache
+        secret_and_owner = f"{service.engine.secret}\0{key.owner}"
+        body["cache_salt"] = hashlib.sha256(secret_and_owner.encode()).hexdigest()
     priority = body.get("priority")
     ticket = Ticket(
         key.owner, counted_as(blend), key_of(blend), priority if isinstance(priority, int) else 0
     )
-    return await unless_disconnected(request, call.answer(ticket))
+    return await unless_disconnected(
+        request, Call(service, blend, path, model, body, ticket).answer()
+    )
 
 
 for _path in FORWARDED_PATHS:
@@ -159,11 +161,6 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
     return body
 
 
-def _salt(service: Service, owner: str) -> str:
-    """A salt with which vLLM's cache keeps the prefixes of a key apart from those of other keys."""
-    return hashlib.sha256(f"{service.engine.secret}\0{owner}".encode()).hexdigest()
-
-
 class ForwardedStream(StreamingResponse):
     """A stream of vLLM's events. The call ends even if no event is read."""
 
@@ -171,99 +168,101 @@ class ForwardedStream(StreamingResponse):
         self,
         events: AsyncIterator[bytes],
         response: httpx.Response,
-        call_end: CallEnd,
+        call: Call,
         media_type: str,
     ) -> None:
         super().__init__(events, response.status_code, media_type=media_type)
-        self._response, self._call_end = response, call_end
+        self._response, self._call = response, call
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._call_end.end("cancelled")
+            self._call.end("cancelled")
             await self._response.aclose()
 
 
 @dataclass
 class Call:
-    """One request to vLLM. ``model``: the client's name of the model or the blend."""
+    """One request to vLLM, from its wait for a turn to its end. ``model``: the client's name of the
+    model or the blend."""
 
     service: Service
     blend: dict[str, float]
     path: str
     model: str
     body: dict[str, Any]
+    ticket: Ticket
+    arrived_at: float = field(default_factory=time.monotonic)
+    lease: Lease = field(default_factory=lambda: Lease(None))
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    has_ended: bool = False
 
-    async def answer(self, ticket: Ticket) -> Response:
+    async def answer(self) -> Response:
         """Wait for the request's turn, load its blend, and return vLLM's answer. ``Busy``, or an
         error of ``VllmAdapters.acquire``."""
         engine, observer = self.service.engine, self.service.metrics
-        record, arrived_at = CURRENT_RECORD.get(), time.monotonic()
+        record = CURRENT_RECORD.get()
         if record is not None:
             record.ask(self.blend, 0)
         deadline = asyncio.get_running_loop().time() + self.service.timeout
         try:
             async with asyncio.timeout_at(deadline):
-                await engine.gate.enter(ticket)
+                await engine.gate.enter(self.ticket)
         except TimeoutError as error:
-            observer.finished(self.blend, "timeout", time.monotonic() - arrived_at)
+            observer.finished(self.blend, "timeout", time.monotonic() - self.arrived_at)
             raise timeout_refusal() from error
-        wait_seconds = time.monotonic() - arrived_at
+        wait_seconds = time.monotonic() - self.arrived_at
         observer.started(self.blend, wait_seconds)
         if record is not None:
             record.queue_seconds = wait_seconds
-        call_end = CallEnd(self, ticket, arrived_at)
         try:
             async with asyncio.timeout_at(deadline):
-                bank = self.service.bank
-                lease = call_end.lease = bank.find(self.blend) or await self._load_blend()
-                response = await self._send(lease)
-                return await self._relay(response, call_end, deadline)
+                self.lease = self.service.bank.find(self.blend) or await self._load_blend()
+                return await self._relay(await self._send(), deadline)
         except (TimeoutError, httpx.TimeoutException) as error:
-            call_end.end("timeout")
+            self.end("timeout")
             raise timeout_refusal() from error
         except httpx.TransportError as error:
-            call_end.end("error")
+            self.end("error")
             raise engine_lost_refusal() from error
         except asyncio.CancelledError:
-            call_end.end("cancelled")
+            self.end("cancelled")
             raise
         except BaseException:
-            call_end.end("error")
+            self.end("error")
             raise
 
     async def _load_blend(self) -> Lease:
         loading = asyncio.ensure_future(asyncio.to_thread(self.service.bank.acquire, self.blend))
         return await await_or_undo(loading, Lease.release)
 
-    async def _send(self, lease: Lease) -> httpx.Response:
+    async def _send(self) -> httpx.Response:
         record = CURRENT_RECORD.get()
         headers = {"content-type": "application/json"}
         if record is not None:
             headers[ID_HEADER] = record.request_id
-        body = {**self.body, "model": lease.name or self.service.base}
+        body = {**self.body, "model": self.lease.name or self.service.base}
         content = json.dumps(body).encode()
         return await self.service.engine.send("POST", self.path, content, headers)
 
-    async def _relay(
-        self, response: httpx.Response, call_end: CallEnd, deadline: float
-    ) -> Response:
+    async def _relay(self, response: httpx.Response, deadline: float) -> Response:
         """Return vLLM's answer to the client, with the client's name of the model."""
         media_type = response.headers.get("content-type", "application/json")
         if media_type.startswith("text/event-stream"):
-            events = self._forward_events(response, call_end, deadline)
-            return ForwardedStream(events, response, call_end, media_type)
+            events = self._forward_events(response, deadline)
+            return ForwardedStream(events, response, self, media_type)
         try:
-            content = self._rename_model(await response.aread(), call_end.lease)
+            content = self._rename_model(await response.aread())
         finally:
             await response.aclose()
-        call_end.count_usage(content if media_type.startswith("application/json") else b"")
-        call_end.end("stop" if response.status_code < 400 else "error")
+        self._count_usage(content if media_type.startswith("application/json") else b"")
+        self.end("stop" if response.status_code < 400 else "error")
         return Response(content, response.status_code, media_type=media_type)
 
     async def _forward_events(
-        self, response: httpx.Response, call_end: CallEnd, deadline: float
+        self, response: httpx.Response, deadline: float
     ) -> AsyncIterator[bytes]:
         """Yield vLLM's events line by line. Only a line feed ends a line: vLLM writes other
         separators, such as U+2028, into its JSON as they are."""
@@ -277,9 +276,9 @@ class Call:
                 if chunk is None and rest:
                     lines, rest = [*lines, rest], b""
                 for line in lines:
-                    call_end.count_event(line)
+                    self._count_event(line)
                     event_count += line.startswith(b"data: ")
-                    yield self._rename_model(line + b"\n", call_end.lease)
+                    yield self._rename_model(line + b"\n")
                 if chunk is None:
                     break
             outcome = "stop"
@@ -288,67 +287,63 @@ class Call:
         except httpx.TransportError:
             outcome, refusal = "error", engine_lost_refusal()
         finally:
-            call_end.end(outcome)
+            self.end(outcome)
         if refusal is not None:
             yield refusal.error_event(self.path, event_count)
 
-    def _rename_model(self, content: bytes, lease: Lease | None) -> bytes:
+    def _rename_model(self, content: bytes) -> bytes:
         """Replace vLLM's name of the model by the client's."""
-        if lease is None or lease.name is None:
+        if self.lease.name is None:
             return content
-        return content.replace(lease.name.encode(), json.dumps(self.model)[1:-1].encode())
+        return content.replace(self.lease.name.encode(), json.dumps(self.model)[1:-1].encode())
 
-
-class CallEnd:
-    """Ends a call once, for whatever reason: releases its lease and its row, and records it."""
-
-    def __init__(self, call: Call, ticket: Ticket, arrived_at: float) -> None:
-        self._call, self._ticket, self._arrived_at = call, ticket, arrived_at
-        self.lease: Lease | None = None
-        self._prompt_tokens = self._generated_tokens = 0
-        self._has_ended = False
-
-    def count_usage(self, content: bytes) -> None:
+    def _count_usage(self, content: bytes) -> None:
         """Count the tokens that a complete answer's field ``usage`` has."""
         try:
             usage = json.loads(content).get("usage") or {}
         except (ValueError, AttributeError):
             return
-        self._prompt_tokens = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
-        self._generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
+        self.prompt_tokens = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+        self.generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
-    def count_event(self, line: bytes) -> None:
+    def _count_event(self, line: bytes) -> None:
         """Count a line of a stream: an event with data is about one token."""
         if not line.startswith(b"data: {"):
             return
         record = CURRENT_RECORD.get()
-        if not self._generated_tokens:
-            seconds = time.monotonic() - self._arrived_at
-            self._call.service.metrics.first_token(self._call.blend, seconds)
+        if not self.generated_tokens:
+            seconds = time.monotonic() - self.arrived_at
+            self.service.metrics.first_token(self.blend, seconds)
             if record is not None:
                 record.first_token_seconds = seconds
-        self._generated_tokens += 1
+        self.generated_tokens += 1
 
     def end(self, outcome: str) -> None:
-        """End the call, unless it has ended. ``outcome``: the reason, for metrics and the log."""
-        if self._has_ended:
+        """Release the call's lease and its row, and record its end, unless it has ended before.
+        ``outcome``: the reason, for metrics and the log."""
+        if self.has_ended:
             return
-        self._has_ended = True
-        call, observer, record = self._call, self._call.service.metrics, CURRENT_RECORD.get()
-        if self.lease is not None:
-            self.lease.release()
-        call.service.engine.gate.leave(self._ticket, self._generated_tokens or 1)
-        observer.tokens(call.blend, self._prompt_tokens, self._generated_tokens)
-        observer.finished(call.blend, outcome, time.monotonic() - self._arrived_at)
+        self.has_ended = True
+        observer, record = self.service.metrics, CURRENT_RECORD.get()
+        self.lease.release()
+        self.service.engine.gate.leave(self.ticket, self.generated_tokens or 1)
+        observer.tokens(self.blend, self.prompt_tokens, self.generated_tokens)
+        observer.finished(self.blend, outcome, time.monotonic() - self.arrived_at)
         if record is not None:
-            record.prompt_tokens = self._prompt_tokens
-            record.generated_tokens = self._generated_tokens
+            record.prompt_tokens = self.prompt_tokens
+            record.generated_tokens = self.generated_tokens
             record.end(outcome)
 
 
 def engine_lost_refusal() -> Refusal:
-    message = sentence("a vLLM that ended in the middle of it", "one that runs", "send it again")
-    return Refusal(503, message, code="engine_stopped", headers={RETRY_AFTER: "5"})
+    return Refusal(
+        503,
+        "a vLLM that ended in the middle of it",
+        "one that runs",
+        "send it again",
+        code="engine_stopped",
+        headers={RETRY_AFTER: "5"},
+    )
 
 
 @with_trust_of_config

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -53,7 +54,7 @@ class VllmProcess:
 
     def __init__(
         self, command_line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
-        on_exit: Callable[[int], None] = lambda status: None, folder: Any = None,
+        on_exit: Callable[[int], None], folder: TemporaryDirectory[str],
     ) -> None:  # fmt: skip
         self._command_line, self._socket = command_line, address
         self._on_exit, self._timeout = on_exit, timeout
@@ -80,9 +81,11 @@ class VllmProcess:
         try:
             while not self._is_healthy():
                 if (exit_status := self._process.poll()) is not None:
-                    problem = f"vLLM, which ended with status {exit_status} before it was ready"
-                    do = "see its own words above"
-                    raise ConfigError(problem, "one that loads the base", do)
+                    raise ConfigError(
+                        f"vLLM, which ended with status {exit_status} before it was ready",
+                        "one that loads the base",
+                        "see its own words above",
+                    )
                 time.sleep(POLL_SECONDS)
         except BaseException:
             self.close()
@@ -108,8 +111,7 @@ class VllmProcess:
         self.ready = False
         if not self._closing:
             log.error("vLLM ended by itself, with status %d; this server ends too", exit_status)
-            if self._folder is not None:
-                self._folder.cleanup()
+            self._folder.cleanup()
             self._on_exit(exit_status)
 
     @property
@@ -172,8 +174,7 @@ class VllmProcess:
                 process.kill()
                 process.wait()
         self._sync_client.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._folder.cleanup()
 
 
 class Ticket:

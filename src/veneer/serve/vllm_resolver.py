@@ -106,16 +106,14 @@ class BaseProofs:
                 for words, names in (("other numbers in", different), ("none of", missing))
                 if names
             ]
-            base = base_record.get("name") or base_record.get("architecture")
-            expected = f"the base that it was trained on, {base}"
-            do = (
+            trained_base = base_record.get("name") or base_record.get("architecture")
+            message = sentence(
+                f"{' and '.join(differences)} in {trained_base}",
+                f"the base that it was trained on, {trained_base}",
                 "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights,"
-                " quantised"
+                " quantised",
             )
-            problem = f"{' and '.join(differences)} in {base}"
-            raise BaseMismatchError(
-                f"The adapter was made for another base. {sentence(problem, expected, do)}"
-            )
+            raise BaseMismatchError(f"The adapter was made for another base. {message}")
         proven_count = sum(fingerprint is not None for fingerprint in fingerprints.values())
         return f"{proven_count} of {len(recorded)} tensors proven"
 

@@ -4,8 +4,10 @@
     LibrarySource(library)   the names of a library
     RemoteSource(PLACE)      PLACE/french, pulled into the cache
 
-    source.list()            {name: Location} at this moment
-    source.resolve(name)     the Location of one name
+    source.list()            {name: Location} at this moment; ``OSError`` or ``VeneerError`` if the
+                             source cannot be read
+    source.resolve(name)     the Location of one name; ``VeneerError`` if there is no such adapter
+    source.address           identifies the source in messages
     Catalogue.refresh()      names that were added, removed or changed since the last call
 
 The server, vLLM's resolver and `veneer chat` find adapters here. A ``Bank`` gets the folders that a
@@ -21,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError, LibraryError, RemoteError, VeneerError
 from veneer.formats import peft
@@ -37,21 +39,6 @@ class Location(NamedTuple):
     version: Hashable = ()
 
 
-class Source(Protocol):
-    """A storage of adapters by name. ``address`` identifies it in messages."""
-
-    address: str
-
-    def list(self) -> Mapping[str, Location]:
-        """The location of each adapter, by name. ``OSError`` or ``VeneerError``: the source cannot
-        be read."""
-        ...
-
-    def resolve(self, name: str) -> Location:
-        """The location of one adapter. ``VeneerError``: there is no adapter of this name."""
-        ...
-
-
 class FolderSource:
     """The adapters in the subfolders of a folder. ``resolve`` takes any relative path below the
     folder."""
@@ -61,12 +48,12 @@ class FolderSource:
 
     def list(self) -> dict[str, Location]:
         with os.scandir(self.folder) as entries:
-            entries_with_valid_names = [entry for entry in entries if NAME.fullmatch(entry.name)]
             paths = {
                 entry.name: resolve_within(self.folder, entry.name)
                 if entry.is_symlink()
                 else self.folder / entry.name
-                for entry in entries_with_valid_names
+                for entry in entries
+                if NAME.fullmatch(entry.name)
             }
         return {
             name: self.locate(path)
@@ -110,9 +97,11 @@ class LibrarySource:
         ``LibraryError``: there is no such name, or its adapter's hash is no longer ``version``."""
         path = self.library.pull(name, cache=cache)
         if version not in ("", path.name):
-            problem = f"{name!r} of {self.address}, which is now {path.name}"
-            do = "ask for what it is now, or give each of them a name of its own"
-            raise LibraryError(problem, version, do)
+            raise LibraryError(
+                f"{name!r} of {self.address}, which is now {path.name}",
+                version,
+                "ask for what it is now, or give each of them a name of its own",
+            )
         return path
 
 
@@ -227,9 +216,11 @@ def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
             adapter, stem = text, Path(text.rpartition(":")[2]).name
             name = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem) or "adapter"
         if name in adapter_by_name:
-            problem = f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})"
-            do = "name them, as in --adapter french=runs/french/adapter"
-            raise ConfigError(problem, "a name of its own for each", do)
+            raise ConfigError(
+                f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})",
+                "a name of its own for each",
+                "name them, as in --adapter french=runs/french/adapter",
+            )
         adapter_by_name[name] = adapter
     return adapter_by_name
 
@@ -276,9 +267,10 @@ class Mirror:
     def __init__(self, address: str, cache: Path | None = None) -> None:
         self._address, self._cache = parse_address(address, None), cache
         if self._address.kind != "store":
-            expected = "a folder, or a place of fsspec such as s3://bucket/adapters"
             raise RemoteError(
-                f"adapters at {address}", expected, "pull what you need into a folder"
+                f"adapters at {address}",
+                "a folder, or a place of fsspec such as s3://bucket/adapters",
+                "pull what you need into a folder",
             )
         self._folders: dict[str, Path] = {}
         self._fetched_stamps: dict[str, str] = {}  # stamp of each fetched adapter

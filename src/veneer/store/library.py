@@ -130,9 +130,11 @@ class Library:
         grace period after the name is removed."""
         path = self._object_folder(self.entry(name).object)
         if not path.is_dir():
-            problem = f"no folder {path}, which {name!r} stands for"
-            do = f"run {self._rebuild_command()}, or add it again"
-            raise LibraryError(problem, "it there", do)
+            raise LibraryError(
+                f"no folder {path}, which {name!r} stands for",
+                "it there",
+                f"run {self._rebuild_command()}, or add it again",
+            )
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
@@ -155,12 +157,11 @@ class Library:
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
         """The entries, sorted by name: all, or those with ``tag``, or for ``base``
         (``Entry.base``)."""
-        entries = (
+        return tuple(
             entry
             for _, entry in sorted(self._read_entries().items())
-            if tag is None or tag in entry.tags
+            if (tag is None or tag in entry.tags) and (base is None or base == entry.base)
         )
-        return tuple(entry for entry in entries if base is None or base == entry.base)
 
     def add(
         self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False
@@ -181,9 +182,10 @@ class Library:
         entry = _read_entry(path, name, object_hash, tags)  # reads and verifies the folder
         with self._edit_entries(create=True) as entries:
             if name in entries and not overwrite:
-                problem = f"an adapter {name!r} in {self.folder}"
                 raise OutputExistsError(
-                    problem, "a new name", "choose another, or allow overwriting"
+                    f"an adapter {name!r} in {self.folder}",
+                    "a new name",
+                    "choose another, or allow overwriting",
                 )
             self._store_object(path, object_hash)
             if name in entries:
@@ -230,11 +232,7 @@ class Library:
             # this raises for a damaged index, so that nothing is deleted
             used_hashes = {entry.object for entry in self._read_entries().values()}
             objects = self.folder / OBJECTS
-            leftovers = [
-                *self.folder.glob(".*.tmp"),
-                *objects.glob(".*.tmp"),
-                *objects.glob(".*.replaced"),
-            ]
+            leftovers = [*self.folder.glob(".*.tmp"), *objects.glob(".*.tmp")]
             sizes = {path: _size(path) for path in leftovers}
             # first, because they may hold files of a partly deleted object; ``sweep`` keeps what a
             # running process writes

@@ -92,9 +92,10 @@ def push(
     path, target = Path(path), parse_address(place, revision)
     read(path)
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
-        problem = f"a revision, a message or private for {target.url}"
         raise RemoteError(
-            problem, "none: they are the hub's", "leave them out; a push returns its revision"
+            f"a revision, a message or private for {target.url}",
+            "none: they are the hub's",
+            "leave them out; a push returns its revision",
         )
     match target.kind:
         case "hub":
@@ -238,9 +239,10 @@ def _push_hub(path: Path, target: RemoteAddress, message: str, private: bool | N
         api.create_repo(repository, private=private, exist_ok=True)
         # the hub ignores ``private`` for an existing repository
         if private is not None and bool(api.model_info(repository).private) != private:
-            problem = f"{target.url}, which exists and is {'public' if private else 'private'}"
             raise RemoteError(
-                problem, "the other", "change it in its settings on the hub, or choose another name"
+                f"{target.url}, which exists and is {'public' if private else 'private'}",
+                "the other",
+                "change it in its settings on the hub, or choose another name",
             )
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repository, branch=target.revision, exist_ok=True)
@@ -295,52 +297,55 @@ def _hub_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
     address = remote.url
     try:
         yield
-    except VeneerError:
-        raise
-    except (
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        errors.HTTPError,
-        OSError,
-        ValueError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+    except (errors.HTTPError, OSError, ValueError) as error:  # the base classes of its errors
+        if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
         responses = (getattr(cause, "response", None) for cause in (error, error.__cause__))
         status = next(
             (response.status_code for response in responses if response is not None), None
         )
-        login = "log in with `hf auth login`"
-        if isinstance(error, errors.GatedRepoError):
-            texts = (
+        login, message = "log in with `hf auth login`", _summarise(error)
+        # the texts of the first case that applies
+        cases = (
+            (
+                isinstance(error, errors.GatedRepoError),
                 f"{address} is gated",
                 f"leave to {action} it",
                 f"accept its terms on its page, and {login}",
-            )
-        elif isinstance(error, errors.RevisionNotFoundError):
-            texts = (
+            ),
+            (
+                isinstance(error, errors.RevisionNotFoundError),
                 f"no revision {remote.revision!r} of {address}",
                 "a branch, a tag or a commit",
                 "check the spelling",
-            )
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            do = f"check the spelling; for a private one {login}"
-            texts = f"no repository {address}, or one that you may not see", f"one to {action}", do
-        elif status in (401, 403):
-            texts = f"no permission to {action} {address}", "it", f"{login} as somebody who may"
-        elif status is None and not isinstance(error, ValueError):
-            do = (
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled"
-                " before needs none"
-            )
-            texts = (
-                f"the hub cannot be reached for {address} ({_summarise(error)})",
+            ),
+            (
+                isinstance(error, errors.RepositoryNotFoundError),
+                f"no repository {address}, or one that you may not see",
+                f"one to {action}",
+                f"check the spelling; for a private one {login}",
+            ),
+            (
+                status in (401, 403),
+                f"no permission to {action} {address}",
+                "it",
+                f"{login} as somebody who may",
+            ),
+            (
+                status is None and not isinstance(error, ValueError),
+                f"the hub cannot be reached for {address} ({message})",
                 "a network",
-                do,
-            )
-        else:
-            do = "see what it says, or try again later"
-            texts = f"the hub refused to {action} {address} ({_summarise(error)})", "an answer", do
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled"
+                " before needs none",
+            ),
+            (
+                True,
+                f"the hub refused to {action} {address} ({message})",
+                "an answer",
+                "see what it says, or try again later",
+            ),
+        )
+        texts = next(texts for applies, *texts in cases if applies)
         raise RemoteError(*texts) from error
 
 
@@ -351,9 +356,10 @@ def file_system(remote: RemoteAddress) -> tuple[Any, str]:
     try:
         system, root = fsspec.core.url_to_fs(remote.url)
     except ImportError as error:
-        do = f"install it ({_summarise(error)})"
         raise RemoteError(
-            f"no package for {scheme}:// places", "one that fsspec uses", do
+            f"no package for {scheme}:// places",
+            "one that fsspec uses",
+            f"install it ({_summarise(error)})",
         ) from error
     except ValueError as error:
         expected = "hf://, file://, s3:// or another scheme of fsspec"
@@ -385,9 +391,11 @@ def _push_store(path: Path, target: RemoteAddress) -> str:
 def _pull_store(source: RemoteAddress, cache_folder: Path) -> Path:
     files_hash = source.revision
     if files_hash is not None and not _HASH.fullmatch(files_hash):
-        problem = f"the revision {files_hash!r} of {source.url}"
-        do = "give that, or leave it out for the newest"
-        raise RemoteError(problem, "what `push` returned after the '@'", do)
+        raise RemoteError(
+            f"the revision {files_hash!r} of {source.url}",
+            "what `push` returned after the '@'",
+            "give that, or leave it out for the newest",
+        )
     if files_hash is not None and _is_intact(cache_folder / files_hash, files_hash):
         return cache_folder / files_hash  # needs no network
     with store_errors(source, "read"):
@@ -436,26 +444,29 @@ def store_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
         if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
         address, message = remote.url, _summarise(error)
-        if isinstance(error, FileNotFoundError):
-            suffix = f"@{remote.revision}" if remote.revision else ""
-            texts = (
-                f"nothing at {address}{suffix}",
+        revision = f"@{remote.revision}" if remote.revision else ""
+        # the texts of the first case that applies
+        cases = (
+            (
+                isinstance(error, FileNotFoundError),
+                f"nothing at {address}{revision}",
                 "an adapter that was pushed there",
                 "check the place",
-            )
-        elif isinstance(error, PermissionError):
-            texts = (
+            ),
+            (
+                isinstance(error, PermissionError),
                 f"no permission to {action} {address} ({message})",
                 "it",
                 "check the credentials",
-            )
-        else:
-            do = "check the network, the place and the credentials"
-            texts = (
+            ),
+            (
+                True,
                 f"{address} cannot be used ({type(error).__name__}: {message})",
                 f"a place to {action}",
-                do,
-            )
+                "check the network, the place and the credentials",
+            ),
+        )
+        texts = next(texts for applies, *texts in cases if applies)
         raise RemoteError(*texts) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from veneer.context import evaluation_mode
 from veneer.errors import ConfigError
 
 #: number of tokens of a test row, and of the leading tokens that both test rows share
@@ -31,14 +32,11 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(ROW_TOKENS) * 7 + 3).remainder(vocab_size).repeat(2, 1)
     ids[1, SHARED_TOKENS:] = (ids[1, SHARED_TOKENS:] + vocab_size // 2).remainder(vocab_size)
-    ids, training = ids.to(model.device), model.training
-    model.eval()
-    try:
+    ids = ids.to(model.device)
+    with evaluation_mode(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[
             :, :SHARED_TOKENS
         ]
-    finally:
-        model.train(training)
     first_logits, second_logits = logits.double()
     # In one batch, equal inputs give equal logits, except for the order of sums on a GPU.
     tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from veneer.context import evaluation_mode
 from veneer.errors import DataError
 from veneer.train.config import make_config
 from veneer.train.data import TOOLS, Records
@@ -42,19 +43,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Rows, *, batch_size: int = 8) -> Evaluation:
-    """Evaluate a causal language model on examples. Restores the model's training mode."""
+    """Evaluate a causal language model on examples. The modules keep their training modes."""
     row_order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
-    total_loss, token_count, correct_count, training = 0.0, 0, 0, model.training
-    model.eval()
-    try:
+    total_loss, token_count, correct_count = 0.0, 0, 0
+    with evaluation_mode(model):
         for start in range(0, len(row_order), batch_size):
             row_indices = row_order[start : start + batch_size]
             result = token_loss(model, collate(examples, row_indices, model.device), accuracy=True)
             total_loss += float(result.total)
             token_count += int(result.items)
             correct_count += int(result.correct)
-    finally:
-        model.train(training)
     return Evaluation(
         total_loss / max(token_count, 1),
         correct_count / max(token_count, 1),
@@ -68,16 +66,13 @@ def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) ->
     """The loss and the measures of a task other than sft, as means over the items of all rows, and
     the number of "items"."""
     row_order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
-    total_loss, items, sums, training = 0.0, 0, dict[str, float](), model.training
-    model.eval()
-    try:
+    total_loss, items, sums = 0.0, 0, dict[str, float]()
+    with evaluation_mode(model):
         for start in range(0, len(row_order), batch_size):
             batch = task.collate([rows[i] for i in row_order[start : start + batch_size]])
             loss = task.loss(model, move_batch(model.device, batch))
             total_loss, items = total_loss + float(loss.total), items + loss.items
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.sums.items()}
-    finally:
-        model.train(training)
     means = {name: value / max(items, 1) for name, value in {"loss": total_loss, **sums}.items()}
     return {**means, "items": items}
 

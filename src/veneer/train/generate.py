@@ -21,12 +21,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from veneer.context import evaluation_mode
 from veneer.errors import ConfigError, DataError
 from veneer.kernels.draws import generators, perturb, sample_seed
 from veneer.models.load import context_length_of
@@ -139,7 +140,7 @@ def continuations(
     needs_streaming = bool(stop) or say is not None or should_stop is not None
     has_penalties = penalties and changes_greedy_tokens(model.generation_config)
     end_tokens = find_end_tokens(model, tokenizer)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         if (
             rollouts == "engine"
             and prompt_ids
@@ -160,16 +161,6 @@ def continuations(
         return _answer_by_generate(
             model, tokenizer, prompt_ids, options, stream_options, sampling, batch_size, penalties
         )
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _base_stop_strings(model: Any) -> list[str]:

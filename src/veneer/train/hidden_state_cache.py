@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach import unwrap
+from veneer.context import evaluation_mode
 from veneer.errors import ConfigError
 
 #: model inputs on which the hidden states of a row may depend
@@ -131,17 +132,12 @@ class HiddenStateCache:
     def _test_cached_states(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
         """Raise ``ConfigError`` unless the model computes the same logits from the hidden states as
         from the row."""
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.eval()
+        with evaluation_mode(model):
             reference = model(**row, use_cache=False).logits
             # a forward on a different row replaces any state that lower blocks keep in the model
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
             with self._replace_blocks(hidden.to(reference.device)[None]):
                 logits = model(**row, use_cache=False).logits
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if not torch.allclose(logits, reference, rtol=0, atol=1e-3 * float(reference.abs().max())):
             self.states.clear()
             raise ConfigError(

@@ -18,9 +18,7 @@ from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.chat_messages import (
-    Function,
     FunctionCall,
-    FunctionName,
     Message,
     NamedChoice,
     Tool,
@@ -92,9 +90,10 @@ class Turn(Strict):
         types = {block.type for block in self.content if not isinstance(block, str)}
         misplaced = types & {"tool_result" if self.role == "assistant" else "tool_use"}
         if misplaced:
-            problem = f"a block of {misplaced.pop()} in a message of {self.role}"
             raise value_error(
-                problem, "tool_use of an assistant, tool_result of a user", "change it"
+                f"a block of {misplaced.pop()} in a message of {self.role}",
+                "tool_use of an assistant, tool_result of a user",
+                "change it",
             )
         return self
 
@@ -108,7 +107,7 @@ class Turn(Strict):
             calls = [_call(block) for block in blocks if isinstance(block, ToolUse)]
             return [_message("assistant", text, tool_calls=calls)]
         results = [
-            _message("tool", _text(block.content), tool_call_id=block.tool_use_id)
+            _message("tool", block.content, tool_call_id=block.tool_use_id)
             for block in blocks
             if isinstance(block, ToolResult)
         ]
@@ -121,7 +120,7 @@ class ClientTool(Strict):
     type: Literal["custom"] = "custom"
     name: ToolName
     description: str = ""
-    input_schema: dict[str, Any]
+    parameters: Annotated[dict[str, Any], Field(alias="input_schema")]
     strict: bool | None = None
 
 
@@ -151,44 +150,27 @@ class Conversation(Strict, ABC):
         if self.messages[-1].role == "assistant":
             problem = "a last message of the assistant, whose text the answer would go on with"
             raise value_error(problem, "a message of the user", "put it last", "messages")
-        check_history(self.chat_messages(), "messages")
-        check_tools(self._chat_tools(), self._chat_tool_choice(), False, "messages")
+        chat = self.chat()
+        check_tools(chat.tools, chat.tool_choice, False, "messages")
         return self
 
-    def chat_messages(self) -> list[Message]:
-        """All messages of the chat, the system prompt first."""
-        system = [] if self.system is None else [_message("system", _text(self.system))]
-        return [*system, *(message for turn in self.messages for message in turn.messages())]
-
-    def _chat_tools(self) -> list[Tool]:
-        return [
-            Tool.model_construct(
-                type="function",
-                function=Function.model_construct(
-                    name=tool.name,
-                    description=tool.description,
-                    parameters=tool.input_schema,
-                    strict=tool.strict,
-                ),
-            )
-            for tool in self.tools
-        ]
-
-    def _chat_tool_choice(self) -> Any:
-        if isinstance(self.tool_choice, ToolNameChoice):
-            function = FunctionName.model_construct(name=self.tool_choice.name)
-            return NamedChoice.model_construct(type="function", function=function)
-        if self.tool_choice is None:
-            return None
-        return "required" if self.tool_choice.type == "any" else self.tool_choice.type
-
     def chat(self) -> ChatRequest:
-        """This request as a chat request, which is not validated again."""
-        choice, messages = self.tool_choice, self.chat_messages()
-        check_history(messages, "messages")  # sets the names of the tools' results
+        """This request as a chat request, of which only the history is validated again. A tool here
+        has the fields of a chat request's ``Function``, and a choice the name that ``FunctionName``
+        has, so they are used as such."""
+        system = [] if self.system is None else [_message("system", self.system)]
+        messages = [*system, *(message for turn in self.messages for message in turn.messages())]
+        check_history(messages, "messages")  # sets the names of the tools' results, too
+        choice = self.tool_choice
+        chat_choice: Any = None if choice is None else choice.type
+        if isinstance(choice, ToolNameChoice):
+            chat_choice = NamedChoice.model_construct(type="function", function=choice)
+        elif chat_choice == "any":
+            chat_choice = "required"
         return ChatRequest.model_construct(
             model=self.model, adapters=self.adapters, messages=messages,
-            tools=self._chat_tools(), tool_choice=self._chat_tool_choice(),
+            tools=[Tool.model_construct(type="function", function=tool) for tool in self.tools],
+            tool_choice=chat_choice,
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
         )  # fmt: skip
 
@@ -215,16 +197,11 @@ class MessagesRequest(Conversation):
         return super().chat().model_copy(update={**field_values, "stop": stop})
 
 
-def _message(role: str, text: str, **fields: Any) -> Message:
-    return Message.model_construct(role=role, content=text, **fields)
+def _message(role: str, content: str | list[TextBlock], **fields: Any) -> Message:
+    return Message.model_construct(role=role, content=content, **fields)
 
 
 def _call(block: ToolUse) -> ToolCall:
     arguments = json.dumps(block.input, ensure_ascii=False)
     function = FunctionCall.model_construct(name=block.name, arguments=arguments)
     return ToolCall.model_construct(id=block.id, function=function)
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    """Content as one text."""
-    return content if isinstance(content, str) else "".join(block.text for block in content)

@@ -10,9 +10,6 @@ from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.chat_messages import (
-    Function,
-    FunctionCall,
-    FunctionName,
     Message,
     NamedChoice,
     Tool,
@@ -25,7 +22,6 @@ from veneer.serve.refusal import CUSTOM_ERROR_TYPE, value_error
 from veneer.serve.schemas import (
     Blend,
     ChatRequest,
-    JsonSchema,
     ObjectFormat,
     SchemaFormat,
     TextFormat,
@@ -113,15 +109,6 @@ class FlatTool(Strict):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def chat_tool(self) -> Tool:
-        function = Function.model_construct(
-            name=self.name,
-            description=self.description,
-            parameters=self.parameters,
-            strict=self.strict,
-        )
-        return Tool.model_construct(type="function", function=function)
-
 
 class FlatChoice(Strict):
     type: Literal["function"]
@@ -182,34 +169,24 @@ class ResponsesRequest(Strict):
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
         if self.store:
-            problem = "store true, and a server that keeps no response"
             raise value_error(
-                problem, "false", "leave it out, and keep the response yourself", "store"
+                "store true, and a server that keeps no response",
+                "false",
+                "leave it out, and keep the response yourself",
+                "store",
             )
-        check_history(self.messages(), "input")
-        has_format = not isinstance(self._text_format(), TextFormat | None)
-        check_tools(self._chat_tools(), self._chat_tool_choice(), has_format, "text")
+        chat = self.chat()
+        has_format = not isinstance(chat.response_format, TextFormat | None)
+        check_tools(chat.tools, chat.tool_choice, has_format, "text")
         return self
-
-    def _chat_tools(self) -> list[Tool]:
-        return [tool.chat_tool() for tool in self.tools]
-
-    def _chat_tool_choice(self) -> Any:
-        if not isinstance(self.tool_choice, FlatChoice):
-            return self.tool_choice
-        function = FunctionName.model_construct(name=self.tool_choice.name)
-        return NamedChoice.model_construct(type="function", function=function)
-
-    def _text_format(self) -> TextFormat | ObjectFormat | FlatSchemaFormat | None:
-        return None if self.text is None else self.text.format
 
     def messages(self) -> list[Message]:
         """The messages of the chat. Tool calls that follow an assistant's text or another call
         become one message with it."""
         messages: list[Message] = []
 
-        def add(role: str, text: str, **fields: Any) -> None:
-            messages.append(Message.model_construct(role=role, content=text, **fields))
+        def add(role: str, content: str | list[ContentPart], **fields: Any) -> None:
+            messages.append(Message.model_construct(role=role, content=content, **fields))
 
         if self.instructions:
             add("system", self.instructions)
@@ -218,34 +195,34 @@ class ResponsesRequest(Strict):
             return messages
         for entry in self.input:
             if isinstance(entry, InputMessage):
-                add(entry.role, _text(entry.content))
+                add(entry.role, entry.content)
             elif isinstance(entry, InputResult):
-                add("tool", _text(entry.output), tool_call_id=entry.call_id)
+                add("tool", entry.output, tool_call_id=entry.call_id)
             else:
                 if not messages or messages[-1].role != "assistant":
                     add("assistant", "", tool_calls=[])
-                function = FunctionCall.model_construct(name=entry.name, arguments=entry.arguments)
-                call = ToolCall.model_construct(id=entry.call_id, function=function)
+                call = ToolCall.model_construct(id=entry.call_id, function=entry)
                 messages[-1].tool_calls.append(call)
         return messages
 
     def chat(self) -> ChatRequest:
-        """This request as a chat request, which is not validated again."""
-        answer_format = self._text_format()
-        if isinstance(answer_format, FlatSchemaFormat):
-            schema = JsonSchema.model_construct(schema_=answer_format.schema_)
-            answer_format = SchemaFormat.model_construct(type="json_schema", json_schema=schema)
+        """This request as a chat request, of which only the history is validated again. The flat
+        objects here have the fields of the nested objects of a chat request (``Function``,
+        ``FunctionCall``, ``FunctionName``, ``JsonSchema``), so they are used as such."""
         messages = self.messages()
-        check_history(messages, "input")  # sets the names of the tools' results
+        check_history(messages, "input")  # sets the names of the tools' results, too
+        answer_format: Any = None if self.text is None else self.text.format
+        if isinstance(answer_format, FlatSchemaFormat):
+            answer_format = SchemaFormat.model_construct(
+                type="json_schema", json_schema=answer_format
+            )
+        choice: Any = self.tool_choice
+        if isinstance(choice, FlatChoice):
+            choice = NamedChoice.model_construct(type="function", function=choice)
         return ChatRequest.model_construct(
             model=self.model, adapters=self.adapters, messages=messages,
-            tools=self._chat_tools(),
-            tool_choice=self._chat_tool_choice(), parallel_tool_calls=self.parallel_tool_calls,
+            tools=[Tool.model_construct(type="function", function=tool) for tool in self.tools],
+            tool_choice=choice, parallel_tool_calls=self.parallel_tool_calls,
             response_format=answer_format, temperature=self.temperature, top_p=self.top_p,
             top_k=self.top_k, seed=self.seed, max_tokens=self.max_output_tokens, stream=self.stream,
         )  # fmt: skip
-
-
-def _text(content: str | list[ContentPart]) -> str:
-    """Content as one text."""
-    return content if isinstance(content, str) else "".join(block.text for block in content)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from veneer.errors import ConfigError, listing, nearest, sentence
+from veneer.errors import ConfigError, listing, nearest
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Grammar
 from veneer.serve.tools.deltas import CallParser
@@ -85,12 +85,14 @@ def call_reading(
         new_id = CallParser.new_id if parser_class is None else parser_class.new_id
         return CallReading(partial(parser_type, tools, prefix, new_id))
     if parser_class is None:
-        message = sentence(
+        raise Refusal(
+            400,
             "tools, and a base whose notation of calls is not known",
             "one of " + listing(PARSERS, 20),
             "have the server started with --tool-call-parser, or force a call by tool_choice",
+            param="tools",
+            code="no_tool_parser",
         )
-        raise Refusal(400, message, param="tools", code="no_tool_parser")
     markers = _marker_ids(tokenizer, parser_class.markers)
     grammar = strict_grammar(parser_class, tools, strict, markers) if strict else None
     return CallReading(partial(parser_class, tools, prefix), markers, grammar)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import secrets
 import string
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -62,17 +61,23 @@ def short_id(prefix: str) -> str:
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
 
 
-class CallParser(ABC):
+class CallParser:
     """A parser of one answer. ``parameters``: by tool name, the JSON schema of a tool's parameters.
     ``prefix``: the beginning of the ids of calls. ``new_id``: a function that makes an id from the
     prefix; None: the class's function.
 
-    A subclass parses ``_buffer`` in ``_step``, and passes text to ``_emit_text`` and calls to
-    ``_emit_call`` and ``_emit_arguments``."""
+    A subclass parses ``_buffer`` in a method ``_step_STATE`` for each of its states, and passes
+    text to ``_emit_text`` and calls to ``_emit_call`` and ``_emit_arguments``."""
 
     #: special tokens whose text the parser needs
     markers: ClassVar[tuple[str, ...]] = ()
     new_id: ClassVar[NewId] = staticmethod(call_id)
+    first_state: ClassVar[str] = "text"
+    #: the tag that ends a text and begins a call ("": none does), and the state after it
+    call_tag: ClassVar[str] = ""
+    after_call_tag: ClassVar[str]
+    #: other tags that end a text; they are left out of the answer
+    other_tags: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -82,7 +87,7 @@ class CallParser(ABC):
     ) -> None:
         self._parameters, self._id_prefix = parameters or {}, prefix
         self._new_id = new_id or type(self).new_id
-        self._buffer, self._held_space = "", ""
+        self._buffer, self._held_space, self._state = "", "", self.first_state
         self._deltas: list[Delta] = []
         self.calls = 0  # number of calls so far
 
@@ -106,10 +111,20 @@ class CallParser(ABC):
         """OpenAI's ``finish_reason``. ``engine_reason``: why the engine ended the answer."""
         return "tool_calls" if engine_reason == "stop" and self.calls else engine_reason
 
-    @abstractmethod
     def _step(self, *, at_end: bool) -> bool:
         """Parse the beginning of the buffer. Return False if nothing more can be parsed before more
         text arrives. ``at_end``: no more text arrives, so the buffer must be empty afterwards."""
+        return getattr(self, f"_step_{self._state}")(at_end=at_end)
+
+    def _step_text(self, *, at_end: bool) -> bool:
+        """Parse a text up to the next tag."""
+        tags = (self.call_tag, *self.other_tags) if self.call_tag else ()
+        position, tag = self._find_tag(tags, at_end=at_end)
+        self._emit_text(self._consume(position))
+        self._consume(len(tag))
+        if tag and tag == self.call_tag:
+            self._state = self.after_call_tag
+        return bool(tag)
 
     def _emit_text(self, text: str) -> None:
         """Emit text. White space at its end is held back, because white space before and between
@@ -181,13 +196,10 @@ def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
 def join_deltas(deltas: Iterable[Delta]) -> list[str | Call]:
     """The texts and calls of a complete answer, in the order of the answer."""
     segments: list[str | Call] = []
-    for delta in deltas:
+    for delta in merge_deltas(deltas):
         last = segments[-1] if segments else None
         if isinstance(delta, TextDelta):
-            if isinstance(last, str):
-                segments[-1] = last + delta.text
-            else:
-                segments.append(delta.text)
+            segments.append(delta.text)
         elif delta.name is not None:
             segments.append(Call(delta.id or "", delta.name, delta.arguments))
         elif isinstance(last, Call):

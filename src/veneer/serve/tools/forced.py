@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.serve.tools.deltas import CallParser
-from veneer.serve.tools.json_calls import JsonCall
+from veneer.serve.tools.json_calls import JsonCall, JsonCallParser
 
 #: the largest number of calls in one answer: without a bound, a small model writes calls until its
 #: tokens are used up
@@ -87,12 +87,8 @@ class NamedCall(CallParser):
         return False
 
 
-class ListedCalls(CallParser):
+class ListedCalls(JsonCallParser):
     """A parser of an answer that is a list of calls."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._call: JsonCall | None = None
 
     def _step(self, *, at_end: bool) -> bool:
         if self._call is None:

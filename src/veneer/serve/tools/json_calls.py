@@ -14,24 +14,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from veneer.serve.tools.deltas import CallParser, NewId, short_id
 
 #: the largest number of characters between a tag and the arguments, which contain the tool's name
 MAX_HEADER = 512
-
-
-def match_header(
-    pattern: re.Pattern[str], text: str, *, at_end: bool
-) -> re.Match[str] | str | None:
-    """Match the header, the text before the first "{". Return "" if the header may be incomplete,
-    and None if it does not match."""
-    position = text.find("{", 0, MAX_HEADER)
-    if position < 0 and len(text) < MAX_HEADER and not at_end:
-        return ""
-    return pattern.fullmatch(text[: max(position, 0)])
 
 
 class ValueScanner:
@@ -180,80 +169,85 @@ def _parse_string(text: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-class ObjectCallParser(CallParser):
-    """The base of parsers of calls that are objects with name and arguments (``JsonCall``)."""
+class JsonCallParser(CallParser):
+    """The base of parsers of calls with JSON arguments. In the state "object", a call is an object
+    with name and arguments (``JsonCall``). In the state "header", it is a text with the name, and
+    then the arguments."""
+
+    #: the states after an object that is a call, and after one that breaks off behind its name
+    after_object: ClassVar[str]
+    after_broken_object: ClassVar[str] = "text"
+    #: the text between the tag and the arguments, with groups for the name and perhaps the id
+    header: ClassVar[re.Pattern[str]]
+    after_arguments: ClassVar[str] = "text"
+    #: the tag that ends a call, and a tag that follows if a model leaves it out
+    close_tags: ClassVar[tuple[str, str]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._call: JsonCall | None = None
+        self._scanner = ValueScanner()
 
-    def _start_object(self) -> None:
-        self._call = JsonCall(self._emit_call, self._emit_arguments)
-
-    def _read_object(self, prefix: str, *, at_end: bool) -> JsonCall | None:
-        """Read the current call, which follows ``prefix``; return it when it has ended, else None.
-        If the object turns out to be no call, it becomes text."""
-        call = self._call
-        assert call is not None
+    def _step_object(self, *, at_end: bool) -> bool:
+        call = self._call = self._call or JsonCall(self._emit_call, self._emit_arguments)
         self._consume(call.read(self._buffer))
         if not (call.is_complete or call.has_failed or at_end):
-            return None
-        if not call.has_name:
-            self._emit_text(prefix + call.text)
-        self._call = None
-        return call
-
-
-class Hermes(ObjectCallParser):
-    """The notation of Hermes 2 Pro, Qwen 2.5 and Qwen 3: a JSON object between two tags."""
-
-    OPEN, CLOSE = "<tool_call>", "</tool_call>"
-    markers: ClassVar[tuple[str, ...]] = (OPEN, CLOSE)
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._awaits_close_tag = False
-
-    def _step(self, *, at_end: bool) -> bool:
-        if self._awaits_close_tag:
-            return self._read_close(at_end=at_end)
-        if self._call is None:
-            position, tag = self._find_tag((self.OPEN,), at_end=at_end)
-            self._emit_text(self._consume(position))
-            if tag:
-                self._consume(len(tag))
-                self._start_object()
-            return bool(tag)
-        call = self._read_object(self.OPEN, at_end=at_end)
-        if call is None:
             return False
-        self._awaits_close_tag = call.has_name
+        self._call = None
+        self._state = self.after_object if call.is_complete else self.after_broken_object
+        if not call.has_name:  # the object is no call, so it is text
+            self._emit_text(self.call_tag + call.text)
+            self._state = "text"
         return True
 
-    def _read_close(self, *, at_end: bool) -> bool:
-        """Read up to the tag that ends a call, or up to the next call if that tag is missing."""
-        position, tag = self._find_tag((self.CLOSE, self.OPEN), at_end=at_end)
-        self._consume(position + (len(tag) if tag == self.CLOSE else 0))
-        self._awaits_close_tag = not (tag or at_end)
+    def _step_header(self, *, at_end: bool) -> bool:
+        position = self._buffer.find("{", 0, MAX_HEADER)
+        if position < 0 and len(self._buffer) < MAX_HEADER and not at_end:
+            return False
+        match = self.header.fullmatch(self._buffer[: max(position, 0)])
+        if match is None:  # the tag begins no call, so it is text
+            self._emit_text(self.call_tag)
+            self._state = "text"
+            return True
+        self._consume(match.end())
+        self._emit_call(*match.groups())
+        self._scanner, self._state = ValueScanner(), "arguments"
+        return True
+
+    def _step_arguments(self, *, at_end: bool) -> bool:
+        end_position, has_ended = self._scanner.scan(self._buffer)
+        self._emit_arguments(self._consume(end_position))
+        if has_ended:
+            self._state = self.after_arguments
+        return has_ended
+
+    def _step_close(self, *, at_end: bool) -> bool:
+        """Skip the rest of a call, with the tag that ends it."""
+        position, tag = self._find_tag(self.close_tags, at_end=at_end)
+        self._consume(position + (len(tag) if tag == self.close_tags[0] else 0))
+        if tag or at_end:
+            self._state = "text"
         return bool(tag)
 
 
-class Llama3Json(ObjectCallParser):
+class Hermes(JsonCallParser):
+    """The notation of Hermes 2 Pro, Qwen 2.5 and Qwen 3: a JSON object between two tags."""
+
+    call_tag, after_call_tag = "<tool_call>", "object"
+    after_object = after_broken_object = "close"
+    close_tags = ("</tool_call>", call_tag)
+    markers = (call_tag, "</tool_call>")
+
+
+class Llama3Json(JsonCallParser):
     """The notation of Llama 3.1 to 3.3: the answer is an object, or several with ";" between."""
 
     PYTHON = "<|python_tag|>"
-    markers: ClassVar[tuple[str, ...]] = (PYTHON,)
+    markers = (PYTHON,)
+    first_state = after_object = "start"
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._is_text = False
-
-    def _step(self, *, at_end: bool) -> bool:
-        if self._is_text:
-            self._emit_text(self._consume(len(self._buffer)))
-            return False
-        if self._call is not None:
-            return self._read_call(at_end=at_end)
+    def _step_start(self, *, at_end: bool) -> bool:
+        """Find out whether an object follows. Otherwise the rest of the answer is text."""
         text = self._buffer.lstrip()
         if self.calls:
             text = text.lstrip("; \n")
@@ -261,46 +255,23 @@ class Llama3Json(ObjectCallParser):
             self._buffer = text[len(self.PYTHON) :]
             return True
         if text.startswith("{"):
-            self._buffer = text
-            self._start_object()
+            self._buffer, self._state = text, "object"
             return True
         if self.PYTHON.startswith(text) and not at_end:
             return False
-        self._is_text = True
-        return True
-
-    def _read_call(self, *, at_end: bool) -> bool:
-        call = self._read_object("", at_end=at_end)
-        if call is None:
-            return False
-        self._is_text = not call.is_complete
+        self._state = "text"
         return True
 
 
-class Mistral(ObjectCallParser):
+class Mistral(JsonCallParser):
     """The notation of Mistral: a list of objects after a special token, or since 2025 the name and
     the arguments of a call."""
 
-    OPEN = "[TOOL_CALLS]"
-    markers: ClassVar[tuple[str, ...]] = (OPEN, "[CALL_ID]", "[ARGS]")
+    call_tag, after_call_tag = "[TOOL_CALLS]", "open"
+    markers = (call_tag, "[CALL_ID]", "[ARGS]")
     new_id: ClassVar[NewId] = staticmethod(short_id)
-    HEADER = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?(?:\[ARGS\])?\s*")
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._state, self._open_tag = "text", ""
-        self._scanner = ValueScanner()
-
-    def _step(self, *, at_end: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(at_end=at_end)
-
-    def _step_text(self, *, at_end: bool) -> bool:
-        position, tag = self._find_tag((self.OPEN,), at_end=at_end)
-        self._emit_text(self._consume(position))
-        if tag:
-            self._open_tag = self._consume(len(tag))
-            self._state = "open"
-        return bool(tag)
+    after_object = "list"
+    header = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?(?:\[ARGS\])?\s*")
 
     def _step_open(self, *, at_end: bool) -> bool:
         """After the special token: find out which of the two notations follows."""
@@ -318,107 +289,34 @@ class Mistral(ObjectCallParser):
     def _step_list(self, *, at_end: bool) -> bool:
         text = self._buffer.lstrip(", \n\r\t")
         if text.startswith("{"):
-            self._buffer, self._state = text, "call"
-            self._start_object()
+            self._buffer, self._state = text, "object"
             return True
         if text or at_end:
             self._buffer, self._state = text.removeprefix("]"), "text"
             return bool(self._buffer)
         return False
 
-    def _step_call(self, *, at_end: bool) -> bool:
-        call = self._read_object(self._open_tag, at_end=at_end)
-        if call is None:
-            return False
-        self._state = "list" if call.is_complete else "text"
-        return True
 
-    def _step_header(self, *, at_end: bool) -> bool:
-        header = match_header(self.HEADER, self._buffer, at_end=at_end)
-        if header == "":
-            return False
-        if not isinstance(header, re.Match):  # the special token begins no call, so it is text
-            self._emit_text(self._open_tag)
-            self._state = "text"
-            return True
-        self._consume(header.end())
-        self._emit_call(header[1], header[2])
-        self._scanner, self._state = ValueScanner(), "arguments"
-        return True
-
-    def _step_arguments(self, *, at_end: bool) -> bool:
-        end_position, has_ended = self._scanner.scan(self._buffer)
-        self._emit_arguments(self._consume(end_position))
-        if has_ended:
-            self._state = "text"
-        return has_ended
-
-
-class DeepSeek(CallParser):
+class DeepSeek(JsonCallParser):
     """The notation of DeepSeek: calls between special tokens, each with a header before its
     arguments."""
 
     BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-    CALL, CALL_END, SEPARATOR = (
-        "<｜tool▁call▁begin｜>",
-        "<｜tool▁call▁end｜>",
-        "<｜tool▁sep｜>",
-    )
-    markers: ClassVar[tuple[str, ...]] = (BEGIN, END, CALL, CALL_END, SEPARATOR)
-    HEADER: ClassVar[re.Pattern[str]]
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._state = "text"
-        self._scanner = ValueScanner()
-
-    def _step(self, *, at_end: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(at_end=at_end)
-
-    def _step_text(self, *, at_end: bool) -> bool:
-        tags: Sequence[str] = (self.BEGIN, self.CALL, self.END)
-        position, tag = self._find_tag(tags, at_end=at_end)
-        self._emit_text(self._consume(position))
-        self._consume(len(tag))
-        if tag == self.CALL:
-            self._state = "header"
-        return bool(tag)
-
-    def _step_header(self, *, at_end: bool) -> bool:
-        header = match_header(self.HEADER, self._buffer, at_end=at_end)
-        if header == "":
-            return False
-        if not isinstance(header, re.Match):
-            self._emit_text(self.CALL)
-            self._state = "text"
-            return True
-        self._consume(header.end())
-        self._emit_call(header[1])
-        self._scanner, self._state = ValueScanner(), "arguments"
-        return True
-
-    def _step_arguments(self, *, at_end: bool) -> bool:
-        end_position, has_ended = self._scanner.scan(self._buffer)
-        self._emit_arguments(self._consume(end_position))
-        if has_ended:
-            self._state = "close"
-        return has_ended
-
-    def _step_close(self, *, at_end: bool) -> bool:
-        position, tag = self._find_tag((self.CALL_END, self.END), at_end=at_end)
-        self._consume(position + len(tag))
-        if tag or at_end:
-            self._state = "text"
-        return bool(tag)
+    CALL_END, SEPARATOR = "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+    call_tag, after_call_tag = "<｜tool▁call▁begin｜>", "header"
+    other_tags = (BEGIN, END)
+    after_arguments = "close"
+    close_tags = (CALL_END, END)
+    markers = (BEGIN, END, call_tag, CALL_END, SEPARATOR)
 
 
 class DeepSeekV3(DeepSeek):
     """The notation of DeepSeek V3 and R1: the arguments are a Markdown code block."""
 
-    HEADER = re.compile(rf"\s*\w+\s*{DeepSeek.SEPARATOR}\s*([\w.-]+)\s*```json\s*")
+    header = re.compile(rf"\s*\w+\s*{DeepSeek.SEPARATOR}\s*([\w.-]+)\s*```json\s*")
 
 
 class DeepSeekV31(DeepSeek):
     """The notation of DeepSeek V3.1: the arguments follow the separator."""
 
-    HEADER = re.compile(rf"\s*([\w.-]+)\s*{DeepSeek.SEPARATOR}\s*")
+    header = re.compile(rf"\s*([\w.-]+)\s*{DeepSeek.SEPARATOR}\s*")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from veneer.serve.tools.deltas import CallParser
 
@@ -25,15 +25,12 @@ class Pythonic(CallParser):
     """A parser of an answer that is a list of calls, or text."""
 
     START, END = "<|python_start|>", "<|python_end|>"
-    markers: ClassVar[tuple[str, ...]] = (START, END)
+    markers = (START, END)
+    first_state = "start"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._state = "start"
         self._position, self._bracket_depth, self._quote = 0, 0, ""
-
-    def _step(self, *, at_end: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(at_end=at_end)
 
     def _step_start(self, *, at_end: bool) -> bool:
         text = self._buffer.lstrip().removeprefix(self.START).lstrip()
@@ -46,10 +43,6 @@ class Pythonic(CallParser):
             return False
         self._state = "text"
         return True
-
-    def _step_text(self, *, at_end: bool) -> bool:
-        self._emit_text(self._consume(len(self._buffer)))
-        return False
 
     def _step_call(self, *, at_end: bool) -> bool:
         """Scan quotes and brackets up to the comma after a call, or up to the end of the list."""

@@ -73,11 +73,14 @@ class _GrammarWriter:
         """A tag as an element of the grammar: a special token, or a literal."""
         return f"<[{self._special_ids[text]}]>" if text in self._special_ids else json.dumps(text)
 
-    def between_texts(self, tag: str, call: str, free_tags: Sequence[str] = ()) -> str:
-        """Rules of an answer that is text, in which the rule ``call`` follows each ``tag``. Special
-        tokens of ``free_tags`` may occur in the text."""
+    def between_texts(self, parser_class: type[CallParser], call: str) -> str:
+        """Rules of an answer that is text, in which the rule ``call`` follows each tag that begins
+        a call. Other tags that are special tokens may occur in the text."""
+        tag = parser_class.call_tag
         free_tokens = " | ".join(
-            self.tag(free_tag) for free_tag in free_tags if free_tag in self._special_ids
+            self.tag(free_tag)
+            for free_tag in parser_class.other_tags
+            if free_tag in self._special_ids
         )
         text_prefix = f"(TEXT ({free_tokens}))* " if free_tokens else ""
         rules = f"start: (head call)* {text_prefix}TEXT\ncall: {call}\n"
@@ -134,8 +137,8 @@ def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any] = JSON_OPTI
 
 
 def _hermes(writer: _GrammarWriter) -> str:
-    call = f"WS object WS {writer.tag(Hermes.CLOSE)}"
-    return writer.between_texts(Hermes.OPEN, call) + writer.object_rules()
+    call = f"WS object WS {writer.tag(Hermes.close_tags[0])}"
+    return writer.between_texts(Hermes, call) + writer.object_rules()
 
 
 def _llama3_json(writer: _GrammarWriter) -> str:
@@ -154,40 +157,34 @@ def _mistral(writer: _GrammarWriter) -> str:
         )
     )
     object_list = '"[" WS object (WS "," WS object)* WS "]"'
-    rules = writer.between_texts(Mistral.OPEN, f"WS {object_list} | WS ({named_calls})")
+    rules = writer.between_texts(Mistral, f"WS {object_list} | WS ({named_calls})")
     return rules + writer.object_rules() + "ID: /[A-Za-z0-9]{9}/\n"
 
 
 def _deepseek_v3(writer: _GrammarWriter) -> str:
-    separator = writer.tag(DeepSeek.SEPARATOR)
-    return _deepseek(
-        writer,
-        lambda name, number: (
-            f'"function" {separator} {json.dumps(name)} WS "```json" WS arguments_{number} WS "```"'
-        ),
-    )
+    return _deepseek(writer, '"function" {separator} {name} WS "```json" WS {arguments} WS "```"')
 
 
 def _deepseek_v31(writer: _GrammarWriter) -> str:
+    return _deepseek(writer, "{name} {separator} WS {arguments}")
+
+
+def _deepseek(writer: _GrammarWriter, call_template: str) -> str:
     separator = writer.tag(DeepSeek.SEPARATOR)
-    return _deepseek(
-        writer,
-        lambda name, number: f"{json.dumps(name)} {separator} WS arguments_{number}",
+    calls = writer.tool_choice(
+        lambda name, number: call_template.format(
+            name=json.dumps(name), separator=separator, arguments=f"arguments_{number}"
+        )
     )
-
-
-def _deepseek(writer: _GrammarWriter, write: Callable[[str, int], str]) -> str:
-    call = f"WS ({writer.tool_choice(write)}) WS {writer.tag(DeepSeek.CALL_END)}"
-    free_tags = (DeepSeek.BEGIN, DeepSeek.END)
-    return writer.between_texts(DeepSeek.CALL, call, free_tags) + writer.argument_rules()
+    call = f"WS ({calls}) WS {writer.tag(DeepSeek.CALL_END)}"
+    return writer.between_texts(DeepSeek, call) + writer.argument_rules()
 
 
 def _qwen3_xml(writer: _GrammarWriter) -> str:
     call = writer.tool_choice(
         lambda name, number: f'{json.dumps(name + ">")} WS parameters_{number} "</function>"'
     )
-    free_tags = (Qwen3Xml.OPEN, Qwen3Xml.CLOSE)
-    rules = [writer.between_texts(Qwen3Xml.FUNCTION, call, free_tags)]
+    rules = [writer.between_texts(Qwen3Xml, call)]
     for number, name in enumerate(writer.names):
         properties = writer.properties(name)
         if properties is None:

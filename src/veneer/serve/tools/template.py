@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
-from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.serve.refusal import Refusal
 
@@ -60,22 +59,15 @@ class TemplateTools:
     calls: bool
 
 
-#: cache: tokenizer -> (its chat template, what the template shows)
-_TEMPLATE_TOOLS_CACHE: WeakKeyDictionary[Any, tuple[str, TemplateTools]] = WeakKeyDictionary()
-
-
-def template_tools(tokenizer: Any) -> TemplateTools:
-    """What the chat template of a tokenizer shows; from the cache if the template is unchanged."""
-    template = str(tokenizer.chat_template)
-    cached = _TEMPLATE_TOOLS_CACHE.get(tokenizer)
-    if cached is None or cached[0] != template:
-        chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [TOOL]))
-        support = TemplateTools(
-            tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [TOOL]),
-            calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
-        )
-        cached = _TEMPLATE_TOOLS_CACHE[tokenizer] = (template, support)
-    return cached[1]
+@lru_cache(maxsize=8)
+def template_tools(tokenizer: Any, template: str) -> TemplateTools:
+    """What the chat template of a tokenizer shows. ``template``: the template, so that the cache
+    notices another one."""
+    chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [TOOL]))
+    return TemplateTools(
+        tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [TOOL]),
+        calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
+    )
 
 
 def _shows(tokenizer: Any, probe: str, chat: Sequence[Any], tools: Sequence[Any] | None) -> bool:
@@ -91,21 +83,25 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
     messages. ``Refusal``: the template does not show them."""
     if not (tools or calls):
         return
-    support = template_tools(tokenizer)
+    support = template_tools(tokenizer, str(tokenizer.chat_template))
     if tools and not support.tools:
-        message = sentence(
+        raise Refusal(
+            400,
             "tools, and a base whose chat template does not show them to the model",
             "a base whose template has tools",
             'leave them out, send tool_choice "none", or serve another base',
+            param="tools",
+            code="template_without_tools",
         )
-        raise Refusal(400, message, param="tools", code="template_without_tools")
     if calls and not support.calls:
-        message = sentence(
+        raise Refusal(
+            400,
             "calls of tools in messages, and a base whose chat template does not show them",
             "a base whose template has tools",
             "leave them out, or serve another base",
+            param="messages",
+            code="template_without_tools",
         )
-        raise Refusal(400, message, param="messages", code="template_without_tools")
 
 
 def template_arguments(text: str) -> Any:

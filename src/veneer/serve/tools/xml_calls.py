@@ -29,35 +29,23 @@ MAX_REFERENCES = 8
 class Qwen3Xml(CallParser):
     """A parser for Qwen 3 Coder and models with the same notation."""
 
-    OPEN, CLOSE = "<tool_call>", "</tool_call>"
-    FUNCTION, FUNCTION_END = "<function=", "</function>"
-    PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+    FUNCTION_END, PARAMETER, PARAMETER_END = "</function>", "<parameter=", "</parameter>"
     NAME: ClassVar[re.Pattern[str]] = re.compile(r"\s*([^<>\s]+)\s*>")
-    markers: ClassVar[tuple[str, ...]] = (OPEN, CLOSE)
+    call_tag, after_call_tag = "<function=", "function"
+    markers = other_tags = ("<tool_call>", "</tool_call>")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._state, self._tool_name, self._argument_name = "text", "", ""
+        self._tool_name = self._argument_name = ""
         self._value_pieces: list[str] = []
         self._argument_count = 0  # number of arguments of the current call
-
-    def _step(self, *, at_end: bool) -> bool:
-        return getattr(self, f"_step_{self._state}")(at_end=at_end)
-
-    def _step_text(self, *, at_end: bool) -> bool:
-        position, tag = self._find_tag((self.OPEN, self.CLOSE, self.FUNCTION), at_end=at_end)
-        self._emit_text(self._consume(position))
-        self._consume(len(tag))
-        if tag == self.FUNCTION:
-            self._state = "function"
-        return bool(tag)
 
     def _step_function(self, *, at_end: bool) -> bool:
         name = self._read_name(at_end=at_end)
         if name == "":
             return False
         if name is None:
-            self._emit_text(self.FUNCTION)
+            self._emit_text(self.call_tag)
             self._state = "text"
             return True
         self._tool_name, self._argument_count, self._state = name, 0, "inside"
@@ -125,10 +113,9 @@ def json_value(text: str, schema: Any, root: Any = None) -> Any:
     if not types or "string" in types:
         return None if "null" in types and text.strip() == "null" else text
     try:
-        value = parse(text.strip().lower() if types <= {"boolean", "null"} else text)
+        return parse(text.strip().lower() if types <= {"boolean", "null"} else text)
     except ValueError:
         return text
-    return value
 
 
 def json_types(schema: Any, root: Any = None, visited: set[int] | None = None) -> set[str]:

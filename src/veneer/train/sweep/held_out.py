@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from veneer.context import evaluation_mode
 from veneer.train.many import Runs
 from veneer.train.tasks import Task
 from veneer.train.tasks._base import move_batch
@@ -24,9 +25,8 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
     """The loss and measures of each run of `tasks` on `rows`, as means over their items."""
     task, model = next(iter(tasks.values())), runs.model
     sums: dict[str, dict[str, float]] = {name: {} for name in tasks}
-    item_counts, training = dict.fromkeys(tasks, 0), model.training
-    model.eval()
-    try:
+    item_counts = dict.fromkeys(tasks, 0)
+    with evaluation_mode(model):
         for names, indices in plan_passes(list(tasks), rows.lengths, task.config.batch_size):
             batch = move_batch(model.device, task.collate([rows[i] for i in indices]))
             batch_sums = _batch_sums(runs, {name: tasks[name] for name in names}, batch)
@@ -36,8 +36,6 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
                     measure: sums[name].get(measure, 0.0) + float(value)
                     for measure, value in measures.items()
                 }
-    finally:
-        model.train(training)
     return {
         name: {measure: value / max(item_counts[name], 1) for measure, value in measures.items()}
         for name, measures in sums.items()

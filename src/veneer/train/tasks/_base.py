@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from veneer import models
 from veneer.attach import adapters_of, unwrap, use
+from veneer.context import evaluation_mode
 from veneer.errors import ConfigError, DataError
 from veneer.models.load import Base
 from veneer.precision import at_least_float32
@@ -333,16 +334,11 @@ def reference(model: Any) -> Iterator[None]:
     reference is the base without an adapter, which needs no second copy of the weights. In a run
     that trains an adapter further, the reference is that adapter as it was loaded."""
     unwrapped = unwrap(model)
-    training, adapters = unwrapped.training, adapters_of(unwrapped)
-    unwrapped.eval()
-    try:
-        reference_name = (
-            None if adapters is None or REFERENCE not in adapters.configs else REFERENCE
-        )
-        with torch.no_grad(), nullcontext() if adapters is None else use(unwrapped, reference_name):
-            yield
-    finally:
-        unwrapped.train(training)
+    adapters = adapters_of(unwrapped)
+    reference_name = None if adapters is None or REFERENCE not in adapters.configs else REFERENCE
+    selection = nullcontext() if adapters is None else use(unwrapped, reference_name)
+    with torch.no_grad(), evaluation_mode(unwrapped), selection:
+        yield
 
 
 def apply_max_length(
