@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 from tests.serve.training.conftest import Local
@@ -110,6 +111,26 @@ def test_a_number_that_does_not_come_is_answered_and_the_run_goes_on(base, tmp_p
         with pytest.raises(Failed, match="no request 2"):
             client.result(late)
         assert "missing_requests:sum" not in run.step(0.0)["metrics"]
+
+
+def test_numbers_that_do_not_come_are_answered_though_no_more_bytes_may_wait(
+    base, tmp_path, monkeypatch
+):
+    service = open_service(base, None, train=str(tmp_path))
+    training = training_of(service)
+    with listening(service) as (url, _):
+        run = Client(url).run()
+        run.pass_(texts(0))
+        run.number += 3  # 2, 3 and 4 are lost on their way
+        stepped = run.ask_step(0.02)
+        monkeypatch.setattr(active_runs_, "MAX_WAITING_BYTES", 1)
+        monkeypatch.setattr(training_, "MISSING_SECONDS", 0.0)
+        for _ in range(200):
+            training.clean_up()
+            if (promise := training.worker.queue.promise(run.id, 5)) and promise.done():
+                break
+            time.sleep(0.05)
+        assert run.client.result(stepped)["metrics"]["missing_requests:sum"] == 3
 
 
 def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):

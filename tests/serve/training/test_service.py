@@ -807,6 +807,17 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch
         )
         assert response.status_code == 503
         assert "disk is full" in response.json()["error"]["message"]
+        monkeypatch.undo()
+        path = run.save("kept")
+        monkeypatch.setattr(store, "change_checkpoint", lambda *_, **__: nowhere())
+        path = path.replace("tinker://", "/training_runs/").replace("/weights/", "/checkpoints/weights/")
+        for method, ending, body in (
+            ("POST", "publish", None),
+            ("DELETE", "publish", None),
+            ("PUT", "ttl", {"ttl_seconds": 7200}),
+        ):
+            response = run.client.http.request(method, f"{path}/{ending}", json=body)
+            assert response.status_code == 503
 
 
 def test_a_run_has_so_many_waiting(client, monkeypatch):

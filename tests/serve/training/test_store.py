@@ -58,6 +58,15 @@ def test_a_read_waits_for_no_writer(store):
     assert store.request(run, 0)["done"] == 1  # what a call has written, the next one reads
 
 
+def test_a_sampling_session_that_is_begun_again_counts_its_clients_on(store):
+    session = store.new_session("", None, None)
+    store.add_sampler("s", session, "", None)
+    assert store.add_sampler_client("s") == 1
+    store.add_sampler("s", session, "", "tinker://r/weights/last")
+    assert store.add_sampler_client("s") == 2
+    assert store.sampler("s")["path"] == "tinker://r/weights/last"
+
+
 def test_checkpoints_are_adapters_by_name(store):
     """One that is called "now" is not taken for its run as it is at that moment."""
     run = "s:train:0"

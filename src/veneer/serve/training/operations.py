@@ -161,7 +161,7 @@ class Operations:
         if not CHECKPOINT_NAME.fullmatch(name):
             raise DataError(
                 f"the name {name[:200]!r}",
-                "1 to 128 letters, digits and '._-', beginning with a letter or digit",
+                "1 to 128 letters, digits and '._-', beginning with none of '.-'",
                 "choose another",
             )
         checkpoint = Checkpoint(active_run.run_id, kind, name)

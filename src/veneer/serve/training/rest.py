@@ -153,22 +153,24 @@ async def delete_checkpoint(checkpoint: OwnedCheckpoint, training: TrainingDep) 
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def publish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
+async def publish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Allow every key of this server to read a checkpoint."""
-    training.store.change_checkpoint(checkpoint, public=1)
+    await training.write(partial(training.store.change_checkpoint, checkpoint, public=1))
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
-def unpublish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
+async def unpublish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
     """Let the owner's key alone read a checkpoint."""
-    training.store.change_checkpoint(checkpoint, public=0)
+    await training.write(partial(training.store.change_checkpoint, checkpoint, public=0))
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-def set_ttl(checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: TrainingDep) -> None:
+async def set_ttl(
+    checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: TrainingDep
+) -> None:
     """Change when a checkpoint expires."""
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
-    training.store.change_checkpoint(checkpoint, expires=expires)
+    await training.write(partial(training.store.change_checkpoint, checkpoint, expires=expires))
 
 
 @router.get("/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls")

@@ -462,8 +462,10 @@ class Store:
     # samplers
 
     def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
+        """Add a sampling session, or change the checkpoint of one; its clients stay counted."""
         self._index.execute(
-            "INSERT OR REPLACE INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)",
+            "INSERT INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET path = excluded.path",
             id,
             session,
             owner,

@@ -27,6 +27,7 @@ from veneer.errors import SelectionError, VeneerError, sentence
 from veneer.fileio.hashing import digest
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Busy
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, adapter_folder
 from veneer.serve.training.quotas import check_quota
@@ -305,9 +306,12 @@ class Training:
                     "each number once",
                     "send it again, with the next number",
                 )
-                self.worker.queue.accept(
-                    run_id, number, MISSING, json.dumps({"error": error}).encode()
-                )
+                body = json.dumps({"error": error}).encode()
+                try:
+                    self.worker.queue.accept(run_id, number, MISSING, body)
+                except Busy:  # the next check answers it, when the numbers before it are answered
+                    missing_requests[run_id] = number, missing[1]
+                    break
         self._missing_requests = missing_requests
 
     def _unused_checkpoints(self, now: float) -> list[Checkpoint]:
