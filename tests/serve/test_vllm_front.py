@@ -26,7 +26,7 @@ from tests.support.hostile import remove_record
 from tests.support.service import make_adapter
 from tests.support.tiny import write_tiny
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, BankFullError, ConfigError
 from veneer.serve import vllm, vllm_front
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.settings import settings_of
@@ -195,6 +195,9 @@ def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
         assert len(it.state["loaded"]) == 1
         full = it.post(model="french", prompt="hi")
         assert full.status_code == 503
+        with pytest.raises(BankFullError):
+            it.service.bank.pin("french")
+        assert [one.name for one in it.service.bank.status() if one.pinned] == ["german"]
         assert it.post("/v1/load_lora_adapter", lora_name="german", pin=False).status_code == 200
         it.text("french")
         assert len(it.state["loaded"]) == 1

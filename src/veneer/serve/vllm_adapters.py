@@ -138,8 +138,11 @@ class VllmAdapters:
             self.on_event("remove", name, 0.0)
 
     def pin(self, name: str) -> None:
-        self._entry_of(name).pinned = True
-        self.acquire({name: 1.0}).release()
+        lease = self.acquire({name: 1.0})
+        try:
+            self._entry_of(name).pinned = True
+        finally:
+            lease.release()
 
     def unpin(self, name: str) -> None:
         self._entry_of(name).pinned = False

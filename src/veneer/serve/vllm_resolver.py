@@ -108,7 +108,7 @@ class BaseProofs:
             ]
             trained_base = base_record.get("name") or base_record.get("architecture")
             message = sentence(
-                f"{' and '.join(differences)} in {trained_base}",
+                f"{' and '.join(differences)} in {base}",
                 f"the base that it was trained on, {trained_base}",
                 "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights,"
                 " quantised",

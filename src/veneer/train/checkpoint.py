@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
             yield
     finally:
         if processes.is_first and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()  # the run could not begin and wrote nothing
+            with suppress(OSError):  # another run may have begun there since
+                output.rmdir()  # the run could not begin and wrote nothing
 
 
 def has_foreign_files(output: Path) -> bool:
