@@ -194,14 +194,12 @@ class Guard:
             raise no_key(headers)
 
     def _extension_at(self, path: str) -> Extension | None:
-        return next(
-            (
-                extension
-                for extension in self.service.extensions
-                if path.startswith(extension.path_prefix)
-            ),
-            None,
+        matches = (
+            extension
+            for extension in self.service.extensions
+            if path.startswith(extension.path_prefix)
         )
+        return next(matches, None)
 
     def _is_private(self, path: str) -> bool:
         """Whether requests for a path need a key."""
