@@ -104,8 +104,11 @@ class Message(Strict):
             )
         if (self.tool_call_id is None) == (self.role == "tool"):
             article = "no" if self.role == "tool" else "a"
-            problem = f"{article} tool_call_id in a message of {self.role}"
-            raise value_error(problem, "one in a message of tool", "change it")
+            raise value_error(
+                f"{article} tool_call_id in a message of {self.role}",
+                "one in a message of tool",
+                "change it",
+            )
         return self
 
     @property
@@ -139,9 +142,11 @@ def check_history(messages: Sequence[Message], param: str) -> None:
         function_names |= {call.id: call.function.name for call in message.tool_calls}
         if message.tool_call_id is not None:
             if message.tool_call_id not in function_names:
-                problem = f"a tool's result for the call {message.tool_call_id[:80]!r}"
                 raise value_error(
-                    problem, "a call of an earlier message", "send that message too", param
+                    f"a tool's result for the call {message.tool_call_id[:80]!r}",
+                    "a call of an earlier message",
+                    "send that message too",
+                    param,
                 )
             message.name = message.name or function_names[message.tool_call_id]
 
@@ -158,14 +163,20 @@ def check_tools(
             f"two tools named {duplicate!r}", "names that differ", "rename one", "tools"
         )
     if isinstance(choice, NamedChoice) and choice.function.name not in names:
-        problem = f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request"
-        raise value_error(problem, "a name in tools", "check the spelling", "tool_choice")
+        raise value_error(
+            f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request",
+            "a name in tools",
+            "check the spelling",
+            "tool_choice",
+        )
     if choice == "required" and not names:
         raise value_error(
             "tool_choice 'required' without tools", "both", "add tools", "tool_choice"
         )
     if has_format and names and choice != "none":
-        problem = f"{param} beside tools that may be called"
         raise value_error(
-            problem, "one of them", 'leave one out, or send tool_choice "none"', param
+            f"{param} beside tools that may be called",
+            "one of them",
+            'leave one out, or send tool_choice "none"',
+            param,
         )
