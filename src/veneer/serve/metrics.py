@@ -61,7 +61,7 @@ class Metrics:
     ) -> None:
         self.registry = registry = CollectorRegistry()
         self._is_registered, self._max_labelled = is_registered, max_labelled
-        self._lock = threading.Lock()  # guards ``_labelled`` and each series with an adapter label
+        self._lock = threading.RLock()  # guards ``_labelled`` and each series with an adapter label
         self._labelled: set[str] = set()  # adapters with a label of their own
         self._request_counts: Counts[str] = Counts()  # by adapter, with or without a label
 
@@ -112,9 +112,6 @@ class Metrics:
         token_counters = (self.prompt_tokens, self.generated_tokens)
         self._adapter_counters = (self.requests, *token_counters, *self.events.values())
 
-    def queued(self, blend: Mapping[str, float]) -> None:
-        """Does nothing, because requests are counted when they end, and gauges show the queue."""
-
     def started(self, blend: Mapping[str, float], seconds: float) -> None:
         self.queue_seconds.observe(seconds)
 
@@ -160,25 +157,20 @@ class Metrics:
         self, counter: Counter, blend: Mapping[str, float], amount: float, *labels: str
     ) -> None:
         with self._lock:
-            counter.labels(self._label(blend), *labels).inc(amount)
+            counter.labels(self.label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
         """The label under which a blend is counted."""
-        with self._lock:
-            return self._label(blend)
-
-    def _label(self, blend: Mapping[str, float]) -> str:
-        if not blend:
-            return BASE
-        if len(blend) > 1:
-            return BLEND
+        if len(blend) != 1:
+            return BLEND if blend else BASE
         (name,) = blend
-        if not self._is_registered(name):
-            return UNLOADED
-        if name not in self._labelled:
-            if len(self._labelled) >= self._max_labelled:
-                return OVERFLOW
-            self._labelled.add(name)
+        with self._lock:
+            if not self._is_registered(name):
+                return UNLOADED
+            if name not in self._labelled:
+                if len(self._labelled) >= self._max_labelled:
+                    return OVERFLOW
+                self._labelled.add(name)
         return _label_of(name)
 
     def _count_request(self, name: str) -> None:
