@@ -123,9 +123,10 @@ def read_keys(path: str | Path) -> Keyring:
             raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
         entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"a key file {path} that cannot be read ({error})"
         raise ConfigError(
-            problem, "a list of keys in TOML", "see `veneer keygen --help`"
+            f"a key file {path} that cannot be read ({error})",
+            "a list of keys in TOML",
+            "see `veneer keygen --help`",
         ) from error
     tables = entries.get("keys") if entries.keys() <= {"keys"} else None
     if not isinstance(tables, list) or not tables:
@@ -262,8 +263,8 @@ def generate(
         "adapters": list(adapters),
         "base": base,
         "admin": admin,
+        **({"train": True} if train else {}),
     }
-    entry |= {"train": True} if train else {}
     raise_all(ConfigError, "No key was made", list(_entry_problems(entry)))
     lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]
     return key, "\n".join(["[[keys]]", *lines, ""])

@@ -107,6 +107,8 @@ def _check_tokens(sampling: Sampling, vocabulary: int) -> None:
     }
     for name, tokens in fields.items():
         if tokens and max(tokens) >= vocabulary:
-            expected = f"ids from 0 to {vocabulary - 1}"
-            do = "leave that word out" if name == "bad_words" else "use its tokenizer"
-            raise RequestError(f"token {max(tokens)} in {name}", expected, do)
+            raise RequestError(
+                f"token {max(tokens)} in {name}",
+                f"ids from 0 to {vocabulary - 1}",
+                "leave that word out" if name == "bad_words" else "use its tokenizer",
+            )

@@ -59,7 +59,7 @@ class RequestState:
         self.lease: Any = None
         self.acts_from: float = 0  # the number of its token from which its adapters act
         self.namespace: Namespace | None = None  # within which its computed tokens are cached
-        self.started: int | None = None  # its place in the order of starts
+        self.started = -1  # the number of requests that got a row before it; -1 before it got one
         self.row: Row | None = None  # from the start of its prefill
         self.ids = list(request.prompt)  # the prompt, then the sampled tokens
         self.length = 0  # tokens whose keys and values are in the row
@@ -69,10 +69,8 @@ class RequestState:
         self.prompt_logits: Tensor | None = None  # [vocabulary], behind its prompt
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
-        self._new, self._stopped = (
-            "",
-            False,
-        )  # sampled text that is not delivered yet; whether a stop string ended it
+        # sampled text that is not delivered yet; whether a stop string ended it
+        self._new, self._stopped = "", False
 
     @property
     def is_scored(self) -> bool:

@@ -62,8 +62,9 @@ def read_state(folder: Path) -> ServedState:
     except FileNotFoundError:
         return ServedState()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = f"{file}, which is damaged ({error})"
-        raise ConfigError(problem, "what the server wrote", "mend or delete it") from error
+        raise ConfigError(
+            f"{file}, which is damaged ({error})", "what the server wrote", "mend or delete it"
+        ) from error
 
 
 def write_state(folder: Path, state: ServedState) -> None:
