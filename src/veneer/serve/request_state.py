@@ -90,8 +90,11 @@ class RequestState:
         tokens = next(filter(None, (adapter.invocation_tokens for adapter in adapters)), ())
         if tokens and len(adapters) > 1:
             names = ", ".join(repr(name) for name in lease.adapter_weights)
-            problem = f"a blend of {names}, of which one has invocation tokens"
-            raise RequestError(problem, "adapters that act on every token", "ask for one of them")
+            raise RequestError(
+                f"a blend of {names}, of which one has invocation tokens",
+                "adapters that act on every token",
+                "ask for one of them",
+            )
         start = find_starts(torch.tensor([self.request.prompt]), tokens)[0] if tokens else 0
         self.acts_from = math.inf if start is None else start
         self.lease = lease

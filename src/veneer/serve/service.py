@@ -302,8 +302,14 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
     characters that wait is bounded, because a large text takes a second, and a short text must not
     wait behind forty of them. ``Busy``: too many characters wait already."""
     if service.waiting_chars and service.waiting_chars + size > limits.READING:
-        problem = f"{service.waiting_chars:,} characters that wait to be read"
-        raise Busy(sentence(problem, f"at most {limits.READING:,}", "send it again later"), 2.0)
+        raise Busy(
+            sentence(
+                f"{service.waiting_chars:,} characters that wait to be read",
+                f"at most {limits.READING:,}",
+                "send it again later",
+            ),
+            2.0,
+        )
 
     def release(_: Any) -> None:
         service.waiting_chars -= size
