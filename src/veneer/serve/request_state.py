@@ -48,7 +48,11 @@ class RequestState:
         )
         sampling = request.sampling
         alternatives = sampling.prompt_logprobs
-        self.score = None if alternatives is None else PromptScore(request.prompt, alternatives)
+        self.score = (
+            None
+            if alternatives is None
+            else PromptScore(request.prompt, alternatives, detokenizer.text)
+        )
         self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.markers)
         self.submitted = time.monotonic()
         self.started_at: float | None = None  # when prefill began for the first time
@@ -136,18 +140,7 @@ class RequestState:
     def send_prompt(self) -> None:
         """Deliver the prompt's tokens with their log-probabilities, once all are computed."""
         assert self.score is not None
-        text_of = self._detokenizer.text
-        tokens = tuple(
-            Token(
-                score.token,
-                text_of(score.token),
-                score.logprob,
-                tuple((id, text_of(id), logprob) for id, logprob in score.top),
-                score.rank,
-            )
-            for score in self.score.tokens
-        )
-        self._send(prompt=tokens)
+        self._send(prompt=tuple(self.score.tokens))
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """Deliver the last piece, with ``finish``."""
