@@ -203,17 +203,12 @@ class Catalogue:
         with self._lock:
             self._sync()
 
-    @property
-    def pinned(self) -> tuple[str, ...]:
-        """The names of registered adapters that are to stay in memory."""
-        pinned = self._served_names.state.pinned | self._always_pinned
-        return tuple(sorted(filter(self.known, pinned)))
-
     def follow_pins(self) -> None:
         """Load and pin the adapters that this server or another server of the folder has pinned
         since the last call, and unpin others. An adapter that cannot be loaded is logged; it does
         not stop the server."""
-        pinned, previous_pins = frozenset(self.pinned), self._applied_pins
+        pinned = self._served_names.state.pinned | self._always_pinned
+        pinned, previous_pins = frozenset(filter(self.known, pinned)), self._applied_pins
         self._applied_pins = pinned  # set first, so that a failure is not retried every second
         for name in sorted(pinned ^ previous_pins):
             try:
