@@ -105,7 +105,6 @@ class ServedNames:
         """The adapter that a client's path names: a name of the library, or a relative path that
         lies in the folder after links are followed. ``Refusal``: the path is invalid or has no
         adapter. ``LibraryError``: the library has no such name."""
-        self.changeable_folder()
         source: Any = self.source
         if isinstance(source, LibrarySource):
             return source.resolve(path)

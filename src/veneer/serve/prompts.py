@@ -114,7 +114,7 @@ def chat_tokens(
     text = render(message_dicts, tools)
     check_fits(tokenizer, text, length, "messages")
     values = [value for entry in message_dicts for name, value in entry.items() if name != "role"]
-    client_texts = list(_texts([values, tools]))
+    client_texts = _texts([values, tools])
     joined_texts = "\0".join(client_texts)
     if normalized or any(token in joined_texts for token in special_texts.values()):
         ids = _tokenize_marked(
@@ -154,20 +154,21 @@ def _check_arguments(
             raise Refusal(400, problem, expected, "leave it out", param="chat_template_kwargs")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a JSON value, including keys that the client chose."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (key for key in value if key not in API_KEYS)
-        yield from _texts(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from _texts(child)
+def _texts(value: Any) -> list[str]:
+    """Every text in a JSON value, including keys that the client chose."""
+    texts: list[str] = []
+
+    def collect(text: str) -> str:
+        texts.append(text)
+        return text
+
+    _map_texts(value, collect)
+    return texts
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a JSON value in which ``change`` was applied to every text of ``_texts``."""
+    """A copy of a JSON value in which ``change`` was applied to every text, including keys that the
+    client chose."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
