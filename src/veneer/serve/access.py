@@ -27,10 +27,9 @@ import secrets
 import threading
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,28 +158,26 @@ class KeyHolder(Protocol):
     keys: Keyring
 
 
-def reload_keys(holder: KeyHolder, path: Path) -> None:
-    """Replace the keys of ``holder`` by the keys in a file. An invalid file changes nothing and is
-    logged."""
-    try:
-        holder.keys = read_keys(path)
-    except ConfigError as error:
-        log.error("The keys stay as they were. %s", error)
-    else:
-        log.info("%d keys were read from %s", len(holder.keys.keys or ()), path)
-
-
-class FileWatch:
-    """A thread that calls ``on_change`` when a file is written, replaced or removed. It also calls
-    ``on_change`` once when it starts, because the file may have changed while the base was
+class KeyWatch:
+    """A thread that reloads the keys of ``holder`` when their file is written, replaced or removed.
+    It also reloads them once when it starts, because the file may have changed while the base was
     loaded."""
 
-    def __init__(self, path: Path, on_change: Callable[[], None]) -> None:
-        self._path, self._on_change, self._stop = path, on_change, threading.Event()
+    def __init__(self, holder: KeyHolder, path: Path) -> None:
+        self._holder, self._path, self._stop = holder, path, threading.Event()
         threading.Thread(target=self._watch, name="veneer-keys", daemon=True).start()
 
     def close(self) -> None:
         self._stop.set()
+
+    def reload(self) -> None:
+        """Replace the keys by those in the file. An invalid file changes nothing and is logged."""
+        try:
+            self._holder.keys = read_keys(self._path)
+        except ConfigError as error:
+            log.error("The keys stay as they were. %s", error)
+        else:
+            log.info("%d keys were read from %s", len(self._holder.keys.keys or ()), self._path)
 
     def _watch(self) -> None:
         previous_signature = None
@@ -188,7 +185,7 @@ class FileWatch:
             signature = _file_signature(self._path)
             if signature != previous_signature:
                 previous_signature = signature
-                self._on_change()
+                self.reload()
             self._stop.wait(WATCH_SECONDS)
 
 
@@ -199,11 +196,6 @@ def _file_signature(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def follow_keys(holder: KeyHolder, path: Path) -> FileWatch:
-    """Reload a server's keys whenever their file changes."""
-    return FileWatch(path, partial(reload_keys, holder, path))
 
 
 def _entry_problems(entry: Any) -> Iterable[str]:

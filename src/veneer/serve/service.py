@@ -23,7 +23,7 @@ from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits, refusal
-from veneer.serve.access import FileWatch, Key, Keyring
+from veneer.serve.access import Key, Keyring, KeyWatch
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
 from veneer.serve.extension import Extension
@@ -61,7 +61,7 @@ class Service:
     cors: tuple[str, ...] = ()  # origins of web pages that may send requests
     docs: bool = False  # whether /docs is served
     tracer: Tracer | None = None
-    key_watch: FileWatch | None = None
+    key_watch: KeyWatch | None = None
     draining: bool = False
     waiting_chars: int = 0  # characters that wait for the tokenizer; only the event loop changes it
     started: int = field(default_factory=lambda: int(time.time()))  # in seconds since 1970
