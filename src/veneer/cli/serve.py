@@ -335,7 +335,7 @@ def _listen(
     from veneer.cli.console import share_log_handlers
     from veneer.serve import page
     from veneer.serve.access import KeyWatch
-    from veneer.serve.listen import make_server
+    from veneer.serve.listen import Server
 
     share_log_handlers("uvicorn")  # uvicorn's tracebacks are lines of the log too
     with closing(service):
@@ -347,7 +347,7 @@ def _listen(
             path = listener.key_file.absolute()
             service.key_watch = KeyWatch(service, path)
             reload = service.key_watch.reload  # called on SIGHUP
-        make_server(app, service.drain, listener.grace, announce, reload).run([server_socket])
+        Server(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
 

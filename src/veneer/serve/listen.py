@@ -91,9 +91,11 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that drains before it stops.
+    """A uvicorn server that drains before it stops. ``run([bind(host, port)])`` serves until a
+    signal or ``should_exit`` stops it.
 
     Args:
+        app: the application.
         drain: blocks until no request runs, for at most as many seconds as it is given.
         grace: seconds for draining.
         started: called when the server listens.
@@ -101,9 +103,14 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float,
-        started: Callable[[], None], reload: Callable[[], None] | None = None,
+        self, app: Any, drain: Callable[[float], Any], grace: float,
+        started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
+        config: Any = uvicorn.Config(
+            app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_keep_alive=30,
+        )  # fmt: skip
+        config.timeout_graceful_shutdown = CLOSE_SECONDS  # declared as a whole number of seconds
         super().__init__(config)
         self._reload = reload
         self._drain, self._grace, self._on_started, self._draining = drain, grace, started, False
@@ -190,17 +197,3 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def make_server(
-    app: Any, drain: Callable[[float], Any], grace: float,
-    started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
-) -> Server:  # fmt: skip
-    """A server for an application. ``run([bind(host, port)])`` serves until a signal or
-    ``should_exit`` stops it."""
-    config: Any = uvicorn.Config(
-        app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=30,
-    )  # fmt: skip
-    config.timeout_graceful_shutdown = CLOSE_SECONDS  # declared as a whole number of seconds
-    return Server(config, drain, grace, started, reload)
