@@ -351,12 +351,14 @@ class Engine:
             (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
         ]
         rows: list[Any] = [state.row for state in running]
-        lengths = [state.length for state in running]
-        tokens_of_rows = [state.ids[-1] for state in running]
         try:
             with self._select_adapters(leases):
                 logits = self._forward.together(
-                    self._batch.memory.slots, rows, tokens_of_rows, lengths, pieces
+                    self._batch.memory.slots,
+                    rows,
+                    [state.ids[-1] for state in running],
+                    [state.length for state in running],
+                    pieces,
                 )
             finite = torch.isfinite(logits[len(running) :].amax(-1)).tolist()
         except Exception:
