@@ -198,44 +198,53 @@ def _file_signature(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _entry_problems(entry: Any) -> Iterable[str]:
+def _entry_problems(entry: Any) -> list[str]:
     """Describe each problem of a [[keys]] table."""
     if not isinstance(entry, dict):
-        yield sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")
-        return
-    if unknown := sorted(entry.keys() - KEY_FIELDS):
-        yield sentence(f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling")
-    if not isinstance(entry.get("name"), str) or not _NAME_PATTERN.fullmatch(entry["name"]):
-        yield sentence(
-            f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key"
-        )
-    if not isinstance(entry.get("sha256"), str) or not _HASH_PATTERN.fullmatch(entry["sha256"]):
-        yield sentence(
-            "no sha256 of 64 small hexadecimal digits",
-            "the hash of the key",
-            "run `veneer keygen NAME`",
-        )
-    patterns = entry.get("adapters", [])
+        return [sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")]
+    unknown = sorted(entry.keys() - KEY_FIELDS)
+    name, sha256, patterns = entry.get("name"), entry.get("sha256"), entry.get("adapters", [])
     are_valid_patterns = isinstance(patterns, list) and all(
         isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
     )
-    if not are_valid_patterns:
-        yield sentence(
+    quotas = {field: entry.get(field, 0) for field in QUOTAS}
+    flags = {field: entry.get(field, False) for field in ("base", "admin", "train")}
+    # whether a field is valid, and the texts of the error if it is not
+    checks = [
+        (not unknown, f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling"),
+        (
+            isinstance(name, str) and _NAME_PATTERN.fullmatch(name),
+            f"name {name!r}",
+            "1 to 64 letters, digits and '._@-'",
+            "name the key",
+        ),
+        (
+            isinstance(sha256, str) and _HASH_PATTERN.fullmatch(sha256),
+            "no sha256 of 64 small hexadecimal digits",
+            "the hash of the key",
+            "run `veneer keygen NAME`",
+        ),
+        (
+            are_valid_patterns,
             f"adapters {patterns!r}",
             "a list of names or patterns",
             'write, for instance, ["french-*"]',
-        )
-    for field in QUOTAS:
-        limit = entry.get(field, 0)
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            yield sentence(
-                f"{field} {limit!r}",
+        ),
+        *(
+            (
+                isinstance(quota, int) and not isinstance(quota, bool) and quota >= 0,
+                f"{field} {quota!r}",
                 "a number, 0 or more",
                 "write one, or leave it out for no limit",
             )
-    for field in ("base", "admin", "train"):
-        if not isinstance(entry.get(field, False), bool):
-            yield sentence(f"{field} {entry[field]!r}", "true or false", "write one of them")
+            for field, quota in quotas.items()
+        ),
+        *(
+            (isinstance(flag, bool), f"{field} {flag!r}", "true or false", "write one of them")
+            for field, flag in flags.items()
+        ),
+    ]
+    return [sentence(*texts) for is_valid, *texts in checks if not is_valid]
 
 
 def generate(
@@ -257,6 +266,6 @@ def generate(
         "admin": admin,
         **({"train": True} if train else {}),
     }
-    raise_all(ConfigError, "No key was made", list(_entry_problems(entry)))
+    raise_all(ConfigError, "No key was made", _entry_problems(entry))
     lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]
     return key, "\n".join(["[[keys]]", *lines, ""])
