@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from veneer.serve import limits
 from veneer.serve.body_rules import Name, Strict
-from veneer.serve.refusal import value_error
+from veneer.serve.refusal import raise_first_error, value_error
 from veneer.serve.tools.template import template_arguments
 
 ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{limits.TOOL_NAME}}}$")]
@@ -157,26 +157,35 @@ def check_tools(
     """Refuse tools that have equal names, a ``choice`` that names no tool, and tools in a request
     whose field ``param`` demands an answer of a certain format (``has_format``)."""
     names = [tool.function.name for tool in tools]
-    if len(set(names)) < len(names):
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise value_error(
-            f"two tools named {duplicate!r}", "names that differ", "rename one", "tools"
-        )
-    if isinstance(choice, NamedChoice) and choice.function.name not in names:
-        raise value_error(
-            f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request",
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    chosen_name = choice.function.name if isinstance(choice, NamedChoice) else ""
+    raise_first_error(
+        (
+            duplicate is not None,
+            f"two tools named {duplicate!r}",
+            "names that differ",
+            "rename one",
+            "tools",
+        ),
+        (
+            chosen_name and chosen_name not in names,
+            f"tool_choice {chosen_name[:80]!r}, which is no tool of the request",
             "a name in tools",
             "check the spelling",
             "tool_choice",
-        )
-    if choice == "required" and not names:
-        raise value_error(
-            "tool_choice 'required' without tools", "both", "add tools", "tool_choice"
-        )
-    if has_format and names and choice != "none":
-        raise value_error(
+        ),
+        (
+            choice == "required" and not names,
+            "tool_choice 'required' without tools",
+            "both",
+            "add tools",
+            "tool_choice",
+        ),
+        (
+            has_format and names and choice != "none",
             f"{param} beside tools that may be called",
             "one of them",
             'leave one out, or send tool_choice "none"',
             param,
-        )
+        ),
+    )

@@ -137,21 +137,25 @@ def _check_arguments(
     if not client_arguments:
         return
     reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
-    template = str(tokenizer.chat_template)
+    template, variables = str(tokenizer.chat_template), "variables of the base's chat template"
     for name, value in client_arguments.items():
-        problem, expected = "", "variables of the base's chat template"
         is_off = value is None or value is False
-        if name in reserved:
-            problem = "which is not the template's"
-        elif not is_off and not re.search(rf"\b{re.escape(name)}\b", template):
-            problem = "which the template does not read"
-        elif isinstance(value, list | dict):
-            problem, expected = "a list or an object", "a text, a number, true or false"
-        elif isinstance(value, str) and any(token in value for token in special_texts):
-            problem, expected = "which holds the text of a special token", "text that is none"
-        if problem:
-            problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
-            raise Refusal(400, problem, expected, "leave it out", param="chat_template_kwargs")
+        is_read = is_off or re.search(rf"\b{re.escape(name)}\b", template)
+        is_special = isinstance(value, str) and any(token in value for token in special_texts)
+        rules = (
+            (name in reserved, "which is not the template's", variables),
+            (not is_read, "which the template does not read", variables),
+            (
+                isinstance(value, list | dict),
+                "a list or an object",
+                "a text, a number, true or false",
+            ),
+            (is_special, "which holds the text of a special token", "text that is none"),
+        )
+        for is_broken, problem, expected in rules:
+            if is_broken:
+                problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
+                raise Refusal(400, problem, expected, "leave it out", param="chat_template_kwargs")
 
 
 def _texts(value: Any) -> list[str]:

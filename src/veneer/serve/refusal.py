@@ -177,6 +177,14 @@ def value_error(
     )
 
 
+def raise_first_error(*rules: tuple[object, str, str, str, str]) -> None:
+    """Raise the error of the first rule that is broken. Each rule: whether it is broken, and the
+    arguments of ``value_error``."""
+    for is_broken, *texts in rules:
+        if is_broken:
+            raise value_error(*texts)
+
+
 def describe_value(value: Any) -> str:
     """Describe a JSON value by its type and size, without the text in it."""
     match value:

@@ -21,7 +21,7 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import describe_value, value_error
+from veneer.serve.refusal import describe_value, raise_first_error, value_error
 from veneer.serve.requests import Sampling
 from veneer.serve.sampling_fields import SamplingFields, TemplateFields, TokenId, limit_entries
 from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
@@ -161,40 +161,45 @@ class GenerationRequest(Strict, SamplingFields, ABC):
 
     @model_validator(mode="after")
     def _check_generation_fields(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise value_error(
+        is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
+        token_limit = self.token_limit()
+        raise_first_error(
+            (
+                self.stream_options is not None and not self.stream,
                 "stream_options without stream",
                 "both, or neither",
                 "add stream = true",
                 "stream_options",
-            )
-        if self.stream and self.prompt_logprobs is not None:
-            raise value_error(
-                "prompt_logprobs with stream", "one of them", "leave out stream", "prompt_logprobs"
-            )
-        is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
-        if self.structured_outputs is not None and not is_text:
-            raise value_error(
+            ),
+            (
+                self.stream and self.prompt_logprobs is not None,
+                "prompt_logprobs with stream",
+                "one of them",
+                "leave out stream",
+                "prompt_logprobs",
+            ),
+            (
+                self.structured_outputs is not None and not is_text,
                 "structured_outputs beside response_format",
                 "one of them",
                 "send one",
                 "structured_outputs",
-            )
-        token_limit = self.token_limit()
-        if token_limit == 0 and self.prompt_alternative_count() is None:
-            raise value_error(
+            ),
+            (
+                token_limit == 0 and self.prompt_alternative_count() is None,
                 "the number 0 in max_tokens",
                 "at least 1, or 0 with echo or prompt_logprobs",
                 "ask for more",
                 "max_tokens",
-            )
-        if token_limit is not None and self.min_tokens > token_limit:
-            raise value_error(
+            ),
+            (
+                token_limit is not None and self.min_tokens > token_limit,
                 f"min_tokens {self.min_tokens} and max_tokens {token_limit}",
                 "at most max_tokens",
                 "change one of them",
                 "min_tokens",
-            )
+            ),
+        )
         return self
 
     def sampling(
@@ -269,24 +274,24 @@ class ChatRequest(GenerationRequest, TemplateFields):
         param = "response_format" if has_format else "structured_outputs"
         has_format = has_format or self.structured_outputs is not None
         check_tools(self.tools, self.tool_choice, has_format, param)
-        if self.top_logprobs and not self.logprobs:
-            raise value_error(
+        token_limits = (self.max_tokens, self.max_completion_tokens)
+        raise_first_error(
+            (
+                self.top_logprobs and not self.logprobs,
                 "top_logprobs without logprobs",
                 "both, or neither",
                 "add logprobs = true",
                 "top_logprobs",
-            )
-        if (
-            None not in (self.max_tokens, self.max_completion_tokens)
-            and self.max_tokens != self.max_completion_tokens
-        ):
-            raise value_error(
+            ),
+            (
+                None not in token_limits and self.max_tokens != self.max_completion_tokens,
                 f"max_tokens {self.max_tokens} beside max_completion_tokens"
                 f" {self.max_completion_tokens}",
                 "one of them",
                 "leave out max_tokens, the older name",
                 "max_tokens",
-            )
+            ),
+        )
         return self
 
     @property
