@@ -148,7 +148,7 @@ class ServedNames:
     def remember(self, name: str, location: Location, path: str | None, pin: bool | None) -> None:
         """Record in ``served.json`` that a name is served. ``path``: the client's ``lora_path``;
         ``pin``: whether the adapter is pinned from now on, None for no change."""
-        with self._change_state() as state:
+        with lock_state(self.changeable_folder()) as state:
             names, pinned = dict(state.names), state.pinned
             if self.list_source().get(name, Location(Path())).path == location.path:
                 names.pop(name, None)
@@ -156,29 +156,21 @@ class ServedNames:
                 names[name] = path
             if pin is not None:
                 pinned = pinned | {name} if pin else pinned - {name}
-            self.state = ServedState(names, pinned, state.hidden - {name})
+            self._write(ServedState(names, pinned, state.hidden - {name}), state)
 
     def forget(self, name: str) -> None:
         """Record in ``served.json`` that a name is not served."""
-        with self._change_state() as state:
+        with lock_state(self.changeable_folder()) as state:
             names = {key: path for key, path in state.names.items() if key != name}
             hidden = state.hidden | ({name} if name in self.list_source() else frozenset())
-            self.state = replace(state, names=names, pinned=state.pinned - {name}, hidden=hidden)
+            pinned = state.pinned - {name}
+            self._write(replace(state, names=names, pinned=pinned, hidden=hidden), state)
 
-    @contextmanager
-    def _change_state(self) -> Iterator[ServedState]:
-        """Yield the content of ``served.json``, under a lock. At the end of the block, write
-        ``self.state`` to the file."""
-        folder, previous_state = self.changeable_folder(), self.state
-        with lock_state(folder):
-            current = read_state(folder)
-            yield current
-            if self.state != current:
-                try:
-                    write_state(folder, self.state)
-                except OSError:
-                    self.state = previous_state
-                    raise
+    def _write(self, state: ServedState, old_state: ServedState) -> None:
+        """Make ``state`` the content of ``served.json``, which is ``old_state``."""
+        if state != old_state:
+            write_state(self.changeable_folder(), state)
+        self.state = state
 
 
 class Catalogue:

@@ -75,9 +75,9 @@ def write_state(folder: Path, state: ServedState) -> None:
 
 
 @contextmanager
-def lock_state(folder: Path) -> Iterator[None]:
-    """Within this block, no other server changes ``served.json`` in the folder. The folder itself
-    is locked, because a read-only mount cannot have a lock file."""
+def lock_state(folder: Path) -> Iterator[ServedState]:
+    """Yield the content of ``served.json`` in the folder, which no other server changes within this
+    block. The folder itself is locked, because a read-only mount cannot have a lock file."""
     import fcntl  # here, so that a system without fcntl can serve, though not change adapters
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -89,7 +89,7 @@ def lock_state(folder: Path) -> Iterator[None]:
                 "The adapter folder cannot be locked (%s): let no other server change it",
                 error.strerror,
             )
-        yield
+        yield read_state(folder)
     finally:
         # closing is not enough: a process forked meanwhile also has the descriptor, and so the lock
         with suppress(OSError):
