@@ -98,17 +98,20 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise value_error(
-                f"tool_calls in a message of {self.role}", "an assistant's", "leave it out"
-            )
-        if (self.tool_call_id is None) == (self.role == "tool"):
-            article = "no" if self.role == "tool" else "a"
-            raise value_error(
-                f"{article} tool_call_id in a message of {self.role}",
+        raise_first_error(
+            (
+                self.tool_calls and self.role != "assistant",
+                f"tool_calls in a message of {self.role}",
+                "an assistant's",
+                "leave it out",
+            ),
+            (
+                (self.tool_call_id is None) == (self.role == "tool"),
+                f"{'no' if self.role == 'tool' else 'a'} tool_call_id in a message of {self.role}",
                 "one in a message of tool",
                 "change it",
-            )
+            ),
+        )
         return self
 
     @property

@@ -177,7 +177,7 @@ def value_error(
     )
 
 
-def raise_first_error(*rules: tuple[object, str, str, str, str]) -> None:
+def raise_first_error(*rules: tuple[object, *tuple[str, ...]]) -> None:
     """Raise the error of the first rule that is broken. Each rule: whether it is broken, and the
     arguments of ``value_error``."""
     for is_broken, *texts in rules:
