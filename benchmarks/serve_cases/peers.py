@@ -262,7 +262,7 @@ def main() -> None:
     from veneer.serve.access import Keyring
     from veneer.serve.api import Service, create
     from veneer.serve.catalogue import Catalogue
-    from veneer.serve.listen import bind, make_server
+    from veneer.serve.listen import Server, bind
     from veneer.serve.metrics import Metrics
 
     logging.basicConfig(level=logging.INFO)
@@ -286,7 +286,7 @@ def main() -> None:
     listening = bind("127.0.0.1", options.port)
     engine.start()
     try:
-        make_server(create(service), service.drain, 5).run([listening])
+        Server(create(service), service.drain, 5).run([listening])
     finally:
         service.close()
 

@@ -181,7 +181,8 @@ def test_a_loaded_name_is_there_after_a_restart(folder):
     assert catalogue.root("fr") == "runs/7/adapter"
     again = opened(folder)
     assert again.refresh() == ("fr", "french", "german")
-    assert again.pinned == ("fr",)
+    again.follow_pins()
+    assert again._bank.pinned == {"fr"}
     assert again._bank.paths["fr"] == folder.resolve() / "runs/7/adapter"
 
 

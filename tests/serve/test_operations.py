@@ -18,7 +18,7 @@ from tests.support.api_server import BASE, fake_service, listening, serving, unt
 
 from veneer.errors import ConfigError
 from veneer.serve import docs_page, limits, page
-from veneer.serve.access import Key, Keyring, follow_keys, generate, hash_of
+from veneer.serve.access import Key, Keyring, KeyWatch, generate, hash_of
 from veneer.serve.api import create
 from veneer.serve.request_log import JsonFormatter, RequestRecord, TextFormatter, request_id_of
 from veneer.serve.schemas import ChatRequest
@@ -389,7 +389,7 @@ def test_a_server_has_the_keys_of_its_file_as_they_are(tmp_path, monkeypatch, ca
     caplog.set_level(logging.INFO, "veneer.serve")
     holder, path = Holder(), tmp_path / "keys.toml"
     (first,) = keys_file(path, "first")
-    watch = follow_keys(holder, path)
+    watch = KeyWatch(holder, path)
     try:
         until(lambda: holder.keys.find(f"Bearer {first}"))
         path.write_text("no keys at all")

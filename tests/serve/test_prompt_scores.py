@@ -141,7 +141,7 @@ def test_the_pieces_of_a_prompt_take_the_time_that_the_gap_leaves(opened):
 
 
 def test_scores_that_are_computed_again_are_taken_once():
-    score = PromptScore((3, 1, 2), 1)
+    score = PromptScore((3, 1, 2), 1, str)
     logits = torch.eye(4)
     score.take(0, logits[:2])
     first = list(score.tokens)
@@ -149,7 +149,7 @@ def test_scores_that_are_computed_again_are_taken_once():
     assert (score.length, score.done, score.tokens) == (2, False, first)
     score.take(1, logits[1:3])
     assert (score.length, score.done, score.tokens) == (3, True, first)
-    assert [token.token for token in score.tokens] == [3, 1, 2]
+    assert [token.id for token in score.tokens] == [3, 1, 2]
 
 
 def test_a_prompt_may_fill_the_context_if_nothing_follows(opened):

@@ -30,7 +30,7 @@ from veneer.errors import AdapterError, SelectionError
 from veneer.serve.access import Keyring
 from veneer.serve.api import create
 from veneer.serve.catalogue import Catalogue
-from veneer.serve.listen import bind, make_server
+from veneer.serve.listen import Server, bind
 from veneer.serve.metrics import Metrics
 from veneer.serve.requests import Busy, Piece, Request, Token
 from veneer.serve.service import Service
@@ -255,7 +255,7 @@ def listening(
 ) -> Iterator[tuple[str, Any]]:
     """Run a service on a free port, and yield (its address, its server)."""
     is_up, socket = threading.Event(), bind("127.0.0.1", 0)
-    server = make_server(create(service, *routers), service.drain, grace, is_up.set)
+    server = Server(create(service, *routers), service.drain, grace, is_up.set)
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     assert is_up.wait(20)
@@ -299,7 +299,7 @@ def main() -> None:
     service = fake_service(folder, "french", words=20, pause=pause)
     socket = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{socket.getsockname()[1]}"
-    server = make_server(create(service), service.drain, grace, lambda: print(address, flush=True))
+    server = Server(create(service), service.drain, grace, lambda: print(address, flush=True))
     server.run([socket])
     service.close()
 

@@ -334,8 +334,8 @@ def _listen(
 
     from veneer.cli.console import share_log_handlers
     from veneer.serve import page
-    from veneer.serve.access import follow_keys, reload_keys
-    from veneer.serve.listen import make_server
+    from veneer.serve.access import KeyWatch
+    from veneer.serve.listen import Server
 
     share_log_handlers("uvicorn")  # uvicorn's tracebacks are lines of the log too
     with closing(service):
@@ -345,9 +345,9 @@ def _listen(
         if listener.key_file is not None:
             # not the target of a symbolic link, because the link may change while the server runs
             path = listener.key_file.absolute()
-            service.key_watch = follow_keys(service, path)
-            reload = partial(reload_keys, service, path)  # called on SIGHUP
-        make_server(app, service.drain, listener.grace, announce, reload).run([server_socket])
+            service.key_watch = KeyWatch(service, path)
+            reload = service.key_watch.reload  # called on SIGHUP
+        Server(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
 

@@ -27,10 +27,9 @@ import secrets
 import threading
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,9 +122,10 @@ def read_keys(path: str | Path) -> Keyring:
             raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
         entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"a key file {path} that cannot be read ({error})"
         raise ConfigError(
-            problem, "a list of keys in TOML", "see `veneer keygen --help`"
+            f"a key file {path} that cannot be read ({error})",
+            "a list of keys in TOML",
+            "see `veneer keygen --help`",
         ) from error
     tables = entries.get("keys") if entries.keys() <= {"keys"} else None
     if not isinstance(tables, list) or not tables:
@@ -158,28 +158,26 @@ class KeyHolder(Protocol):
     keys: Keyring
 
 
-def reload_keys(holder: KeyHolder, path: Path) -> None:
-    """Replace the keys of ``holder`` by the keys in a file. An invalid file changes nothing and is
-    logged."""
-    try:
-        holder.keys = read_keys(path)
-    except ConfigError as error:
-        log.error("The keys stay as they were. %s", error)
-    else:
-        log.info("%d keys were read from %s", len(holder.keys.keys or ()), path)
-
-
-class FileWatch:
-    """A thread that calls ``on_change`` when a file is written, replaced or removed. It also calls
-    ``on_change`` once when it starts, because the file may have changed while the base was
+class KeyWatch:
+    """A thread that reloads the keys of ``holder`` when their file is written, replaced or removed.
+    It also reloads them once when it starts, because the file may have changed while the base was
     loaded."""
 
-    def __init__(self, path: Path, on_change: Callable[[], None]) -> None:
-        self._path, self._on_change, self._stop = path, on_change, threading.Event()
+    def __init__(self, holder: KeyHolder, path: Path) -> None:
+        self._holder, self._path, self._stop = holder, path, threading.Event()
         threading.Thread(target=self._watch, name="veneer-keys", daemon=True).start()
 
     def close(self) -> None:
         self._stop.set()
+
+    def reload(self) -> None:
+        """Replace the keys by those in the file. An invalid file changes nothing and is logged."""
+        try:
+            self._holder.keys = read_keys(self._path)
+        except ConfigError as error:
+            log.error("The keys stay as they were. %s", error)
+        else:
+            log.info("%d keys were read from %s", len(self._holder.keys.keys or ()), self._path)
 
     def _watch(self) -> None:
         previous_signature = None
@@ -187,7 +185,7 @@ class FileWatch:
             signature = _file_signature(self._path)
             if signature != previous_signature:
                 previous_signature = signature
-                self._on_change()
+                self.reload()
             self._stop.wait(WATCH_SECONDS)
 
 
@@ -200,49 +198,53 @@ def _file_signature(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def follow_keys(holder: KeyHolder, path: Path) -> FileWatch:
-    """Reload a server's keys whenever their file changes."""
-    return FileWatch(path, partial(reload_keys, holder, path))
-
-
-def _entry_problems(entry: Any) -> Iterable[str]:
+def _entry_problems(entry: Any) -> list[str]:
     """Describe each problem of a [[keys]] table."""
     if not isinstance(entry, dict):
-        yield sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")
-        return
-    if unknown := sorted(entry.keys() - KEY_FIELDS):
-        yield sentence(f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling")
-    if not isinstance(entry.get("name"), str) or not _NAME_PATTERN.fullmatch(entry["name"]):
-        yield sentence(
-            f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key"
-        )
-    if not isinstance(entry.get("sha256"), str) or not _HASH_PATTERN.fullmatch(entry["sha256"]):
-        yield sentence(
-            "no sha256 of 64 small hexadecimal digits",
-            "the hash of the key",
-            "run `veneer keygen NAME`",
-        )
-    patterns = entry.get("adapters", [])
+        return [sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")]
+    unknown = sorted(entry.keys() - KEY_FIELDS)
+    name, sha256, patterns = entry.get("name"), entry.get("sha256"), entry.get("adapters", [])
     are_valid_patterns = isinstance(patterns, list) and all(
         isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
     )
-    if not are_valid_patterns:
-        yield sentence(
+    quotas = {field: entry.get(field, 0) for field in QUOTAS}
+    flags = {field: entry.get(field, False) for field in ("base", "admin", "train")}
+    # whether a field is valid, and the texts of the error if it is not
+    checks = [
+        (not unknown, f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling"),
+        (
+            isinstance(name, str) and _NAME_PATTERN.fullmatch(name),
+            f"name {name!r}",
+            "1 to 64 letters, digits and '._@-'",
+            "name the key",
+        ),
+        (
+            isinstance(sha256, str) and _HASH_PATTERN.fullmatch(sha256),
+            "no sha256 of 64 small hexadecimal digits",
+            "the hash of the key",
+            "run `veneer keygen NAME`",
+        ),
+        (
+            are_valid_patterns,
             f"adapters {patterns!r}",
             "a list of names or patterns",
             'write, for instance, ["french-*"]',
-        )
-    for field in QUOTAS:
-        limit = entry.get(field, 0)
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            yield sentence(
-                f"{field} {limit!r}",
+        ),
+        *(
+            (
+                isinstance(quota, int) and not isinstance(quota, bool) and quota >= 0,
+                f"{field} {quota!r}",
                 "a number, 0 or more",
                 "write one, or leave it out for no limit",
             )
-    for field in ("base", "admin", "train"):
-        if not isinstance(entry.get(field, False), bool):
-            yield sentence(f"{field} {entry[field]!r}", "true or false", "write one of them")
+            for field, quota in quotas.items()
+        ),
+        *(
+            (isinstance(flag, bool), f"{field} {flag!r}", "true or false", "write one of them")
+            for field, flag in flags.items()
+        ),
+    ]
+    return [sentence(*texts) for is_valid, *texts in checks if not is_valid]
 
 
 def generate(
@@ -262,8 +264,8 @@ def generate(
         "adapters": list(adapters),
         "base": base,
         "admin": admin,
+        **({"train": True} if train else {}),
     }
-    entry |= {"train": True} if train else {}
-    raise_all(ConfigError, "No key was made", list(_entry_problems(entry)))
+    raise_all(ConfigError, "No key was made", _entry_problems(entry))
     lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]
     return key, "\n".join(["[[keys]]", *lines, ""])

@@ -40,9 +40,8 @@ class Admission:
         self.admitted: list[RequestState] = []  # their adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
         self._wake, self._end = wake, end
-        self._without: set[Key] = (
-            set()
-        )  # adapters for which there is no memory before a lease is given back
+        # adapters for which there is no memory before a lease is given back
+        self._without: set[Key] = set()
 
     @property
     def loaded(self) -> list[RequestState]:

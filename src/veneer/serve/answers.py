@@ -2,7 +2,7 @@
 events.
 
     engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
-    ``complete_body`` or ``events``
+    ``AnswerWriter.complete`` or ``AnswerWriter.events``
 
 The queue needs no bound, since an answer has at most ``max_tokens`` pieces. When a client
 disconnects, the task that reads the pieces is cancelled or closed, and ``Answers`` cancels the
@@ -25,7 +25,7 @@ from veneer.errors import sentence
 from veneer.serve.refusal import RETRY_AFTER, Refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Cause, Piece, Request, Token
-from veneer.serve.schemas import ChatRequest, GenerationRequest
+from veneer.serve.schemas import ChatRequest, GenerationRequest, StreamOptions
 from veneer.serve.tools.choose import CallReading
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
 
@@ -108,25 +108,20 @@ class AnswerWriter:
         echoed_texts: Sequence[str], shows_internal_errors: bool,
         reading: CallReading | None = None,
     ) -> None:  # fmt: skip
-        self.is_chat, self.model = isinstance(body, ChatRequest), body.model
+        self.body, self.is_chat = body, isinstance(body, ChatRequest)
         self.created = int(time.time())
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{body.request_id or uuid.uuid4().hex}"
         self.answer_count, self.prompt_tokens = body.n * len(prompts), sum(map(len, prompts))
-        self.answers_per_prompt = body.n
         self.echoed_texts = echoed_texts or [""] * self.answer_count
         self.shows_internal_errors = shows_internal_errors
         self.alternative_count = body.alternative_count()
-        self.prompt_logprobs = body.prompt_logprobs
-        self.has_logprobs = self.alternative_count is not None
+        has_logprobs = self.alternative_count is not None
         self.allows_one_call = isinstance(body, ChatRequest) and not body.parallel_tool_calls
         # list the log-probabilities of the prompt's tokens before the answer's
-        self.echoes_logprobs = body.echo and self.has_logprobs and not self.is_chat
+        self.echoes_logprobs = body.echo and has_logprobs and not self.is_chat
         # building such a body may take seconds
-        self.is_large = self.has_logprobs or self.prompt_logprobs is not None
-        options = body.stream_options
-        self.includes_usage = options is not None and options.include_usage
-        self.continuous_usage = options is not None and options.continuous_usage_stats
-        self.ids_as_tokens = body.return_tokens_as_token_ids
+        self.is_large = has_logprobs or body.prompt_logprobs is not None
+        self.stream_options = body.stream_options or StreamOptions()
         # the prompt's token ids for each answer; None if the client does not ask for them
         self.prompt_ids: list[list[int]] | None = None
         if body.return_token_ids:
@@ -138,10 +133,67 @@ class AnswerWriter:
         self.parsers = [reading.new_parser() for _ in range(self.answer_count)] if reading else []
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
-        return await complete_body(answers, self)
+        """The response body with all answers, once all have ended. ``Refusal``: an answer
+        failed."""
+        pieces_by_answer = await collect_pieces(answers, self)
 
-    def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-        return events(self, first, pieces)
+        def build_body() -> dict[str, Any]:
+            choices = [_choice(self, i, pieces) for i, pieces in enumerate(pieces_by_answer)]
+            generated = sum(len(piece.tokens) for pieces in pieces_by_answer for piece in pieces)
+            prompt = [token for piece in pieces_by_answer[0] for token in piece.prompt]
+            cached = {i: pieces[-1].cached for i, pieces in enumerate(pieces_by_answer)}
+            usage = self.usage_counts(generated, cached)
+            return self.response_object(choices, usage=usage, **self.prompt_fields(prompt))
+
+        # in a thread: 16 answers of 2,000 tokens with 20 alternatives each take seconds
+        return await asyncio.to_thread(build_body) if self.is_large else build_body()
+
+    async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
+        """Yield the answers as server-sent events. ``first`` was taken from ``pieces`` before, to
+        find out whether the first answer fails. An answer that fails ends the stream with an event
+        {"error": …} and without [DONE]."""
+        generated = 0
+        offsets = [0 if self.echoes_logprobs else len(text) for text in self.echoed_texts]
+        has_prompt_ids = [False] * self.answer_count  # whether a completion's prompt ids were sent
+        indexed_piece: tuple[int, Piece] | None = first
+        cached: dict[int, int] = {}
+        usage = self._usage_so_far(0, {})
+        async with aclosing(pieces):
+            for index, echoed_text in enumerate(self.echoed_texts):
+                if self.is_chat:
+                    delta = {"delta": {"role": "assistant", "content": echoed_text}}
+                    yield _event(self, index, delta, usage=usage, **self.prompt_fields())
+                elif echoed_text and not self.echoes_logprobs:
+                    content = {"text": echoed_text, **self.token_id_fields(index, (), first=True)}
+                    yield _event(self, index, content, usage=usage)
+                    has_prompt_ids[index] = True
+            while indexed_piece is not None:
+                index, piece = indexed_piece
+                if refusal := failure(piece, self.shows_internal_errors):
+                    yield _encode_event(refusal.body())
+                    return
+                generated += len(piece.tokens)
+                cached[index] = piece.cached
+                usage = self._usage_so_far(generated, cached)
+                tokens, text = piece.tokens, piece.text
+                if self.echoes_logprobs and piece.prompt:
+                    tokens, text = (*piece.prompt, *tokens), self.echoed_texts[index] + text
+                logprobs = _logprobs(self, tokens, offsets[index])
+                offsets[index] += sum(len(token.text) for token in tokens)
+                if self.is_chat:
+                    for event in _chat_events(self, index, piece, logprobs, usage):
+                        yield event
+                elif text or tokens or piece.finish:
+                    is_first = not has_prompt_ids[index]
+                    token_ids = self.token_id_fields(index, piece.tokens, first=is_first)
+                    has_prompt_ids[index] = True
+                    content = {"text": text, **token_ids}
+                    yield _event(self, index, content, logprobs, piece.finish, usage)
+                indexed_piece = await anext(pieces, None)
+            if self.stream_options.include_usage:
+                usage = self.usage_counts(generated, cached)
+                yield _encode_event(self.response_object([], chunk=True, usage=usage))
+            yield b"data: [DONE]\n\n"
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
         """The text and tool calls that ``piece`` of answer ``index`` completes."""
@@ -159,7 +211,7 @@ class AnswerWriter:
 
     def token_name(self, id: int, text: str) -> str:
         """How an answer shows a token: by its text, or by its id."""
-        return f"token_id:{id}" if self.ids_as_tokens else text
+        return f"token_id:{id}" if self.body.return_tokens_as_token_ids else text
 
     def token_id_fields(
         self, index: int, tokens: Sequence[Token], *, first: bool
@@ -183,7 +235,7 @@ class AnswerWriter:
     def prompt_logprob_fields(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """The field ``prompt_logprobs`` in vLLM's format: for each token of the prompt a table by
         token id, and None for the first token, which nothing predicts."""
-        count = self.prompt_logprobs
+        count = self.body.prompt_logprobs
         if count is None or not tokens:
             return {}
 
@@ -204,7 +256,7 @@ class AnswerWriter:
         number counts."""
         cached_by_prompt: dict[int, int] = {}
         for index, tokens in cached.items():
-            prompt_index = index // self.answers_per_prompt
+            prompt_index = index // self.body.n
             cached_by_prompt[prompt_index] = min(tokens, cached_by_prompt.get(prompt_index, tokens))
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -213,13 +265,18 @@ class AnswerWriter:
             "prompt_tokens_details": {"cached_tokens": sum(cached_by_prompt.values())},
         }
 
+    def _usage_so_far(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any] | None:
+        """The field ``usage`` of a chunk; None if only the last chunk of a stream has the usage."""
+        is_continuous = self.stream_options.continuous_usage_stats
+        return self.usage_counts(generated, cached) if is_continuous else None
+
     def response_object(
         self, choices: list[Any], *, chunk: bool = False, **fields: Any
     ) -> dict[str, Any]:
         object_type = f"chat.completion{'.chunk' * chunk}" if self.is_chat else "text_completion"
         return {
-            "id": self.id, "object": object_type, "created": self.created, "model": self.model,
-            "choices": choices, **fields,
+            "id": self.id, "object": object_type, "created": self.created,
+            "model": self.body.model, "choices": choices, **fields,
         }  # fmt: skip
 
 
@@ -229,10 +286,14 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
         case "timeout":
             return timeout_refusal()
         case "cancelled":
-            message = sentence(
-                "an answer that was cancelled", "one that ends", "send the request again"
+            return Refusal(
+                503,
+                "an answer that was cancelled",
+                "one that ends",
+                "send the request again",
+                code="cancelled",
+                headers={RETRY_AFTER: "5"},
             )
-            return Refusal(503, message, code="cancelled", headers={RETRY_AFTER: "5"})
         case "error":
             reason = piece.error or "no reason given"
             return refusal_of_cause(reason, piece.cause, shows_internal_errors)
@@ -278,24 +339,6 @@ async def collect_pieces(answers: Answers, writer: AnswerWriter) -> list[list[Pi
     return pieces_by_answer
 
 
-async def complete_body(answers: Answers, writer: AnswerWriter) -> dict[str, Any]:
-    """The response body with all answers, once all have ended. ``Refusal``: an answer failed."""
-    pieces_by_answer = await collect_pieces(answers, writer)
-    generated = sum(
-        len(piece.tokens) for answer_pieces in pieces_by_answer for piece in answer_pieces
-    )
-
-    def build_body() -> dict[str, Any]:
-        choices = [_choice(writer, index, pieces) for index, pieces in enumerate(pieces_by_answer)]
-        prompt = [token for piece in pieces_by_answer[0] for token in piece.prompt]
-        cached = {index: pieces[-1].cached for index, pieces in enumerate(pieces_by_answer)}
-        usage = writer.usage_counts(generated, cached)
-        return writer.response_object(choices, usage=usage, **writer.prompt_fields(prompt))
-
-    # in a thread: 16 answers of 2,000 tokens with 20 alternatives each take seconds
-    return await asyncio.to_thread(build_body) if writer.is_large else build_body()
-
-
 def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The choice object of answer ``index``, from all of its pieces."""
     echoed_text, text = writer.echoed_texts[index], "".join(piece.text for piece in pieces)
@@ -304,17 +347,19 @@ def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[s
     echoed_tokens = prompt if writer.echoes_logprobs else []
     start = 0 if echoed_tokens else len(echoed_text)
     logprobs = _logprobs(writer, [*echoed_tokens, *tokens], start)
-    message: dict[str, Any] = {"role": "assistant", "content": echoed_text + text, "refusal": None}
-    if writer.parsers:
-        deltas = [delta for piece in pieces for delta in writer.deltas(index, piece)]
-        message |= _message_fields(echoed_text, join_deltas(deltas))
-    content: dict[str, Any] = (
-        {"message": message} if writer.is_chat else {"text": echoed_text + text}
-    )
-    extra_fields = writer.token_id_fields(index, tokens, first=True)
-    extra_fields |= {} if writer.is_chat else writer.prompt_logprob_fields(prompt)
-    content |= {"logprobs": logprobs, "finish_reason": writer.finish_reason(index, pieces[-1])}
-    return {"index": index, **content, **extra_fields}
+    content: dict[str, Any] = {"text": echoed_text + text}
+    if writer.is_chat:
+        blocks = join_deltas(delta for piece in pieces for delta in writer.deltas(index, piece))
+        message = {"role": "assistant", "content": None, "refusal": None}
+        content = {"message": message | _message_fields(echoed_text, blocks)}
+    return {
+        "index": index,
+        **content,
+        "logprobs": logprobs,
+        "finish_reason": writer.finish_reason(index, pieces[-1]),
+        **writer.token_id_fields(index, tokens, first=True),
+        **({} if writer.is_chat else writer.prompt_logprob_fields(prompt)),
+    }
 
 
 def _message_fields(echoed_text: str, blocks: Sequence[str | Call]) -> dict[str, Any]:
@@ -343,14 +388,15 @@ def _chat_delta(delta: Delta) -> dict[str, Any]:
     return {"tool_calls": [call]}
 
 
-def _tool_events(
+def _chat_events(
     writer: AnswerWriter, index: int, piece: Piece, logprobs: Any, usage: Mapping[str, Any] | None
 ) -> Iterator[bytes]:
-    """The events of one piece of an answer that may contain tool calls. The first event has the
-    piece's token ids, even if its text is not certain yet."""
+    """The events of one piece of a chat's answer. The first event has the piece's log-probabilities
+    and token ids, even if its text is not certain yet."""
     token_ids = writer.token_id_fields(index, piece.tokens, first=False)
     deltas = [_chat_delta(delta) for delta in writer.deltas(index, piece)]
-    for delta in deltas or [{}] * bool(piece.tokens):
+    empty_delta = {} if writer.parsers else {"content": ""}
+    for delta in deltas or [empty_delta] * bool(piece.tokens):
         yield _event(writer, index, {"delta": delta, **token_ids}, logprobs, usage=usage)
         logprobs, token_ids = None, {}
     if piece.finish:
@@ -368,60 +414,6 @@ def _logprobs(writer: AnswerWriter, tokens: Sequence[Token], start: int) -> dict
     )
 
 
-async def events(
-    writer: AnswerWriter, first: tuple[int, Piece], pieces: Pieces
-) -> AsyncIterator[bytes]:
-    """Yield the answers as server-sent events. ``first`` was taken from ``pieces`` before, to find
-    out whether the first answer fails. An answer that fails ends the stream with an event
-    {"error": …} and without [DONE]."""
-    generated = 0
-    offsets = [0 if writer.echoes_logprobs else len(text) for text in writer.echoed_texts]
-    has_prompt_ids = [writer.is_chat] * writer.answer_count  # whether the prompt's ids were sent
-    indexed_piece: tuple[int, Piece] | None = first
-    cached: dict[int, int] = {}
-    async with aclosing(pieces):
-        for index, echoed_text in enumerate(writer.echoed_texts):
-            if writer.is_chat:
-                delta = {"delta": {"role": "assistant", "content": echoed_text}}
-                yield _event(writer, index, delta, **writer.prompt_fields())
-            elif echoed_text and not writer.echoes_logprobs:
-                content = {"text": echoed_text, **writer.token_id_fields(index, (), first=True)}
-                yield _event(writer, index, content)
-                has_prompt_ids[index] = True
-        while indexed_piece is not None:
-            index, piece = indexed_piece
-            if refusal := failure(piece, writer.shows_internal_errors):
-                yield _encode_event(refusal.body())
-                return
-            generated += len(piece.tokens)
-            cached[index] = piece.cached
-            tokens, text = piece.tokens, piece.text
-            if writer.echoes_logprobs and piece.prompt:
-                tokens, text = (*piece.prompt, *tokens), writer.echoed_texts[index] + text
-            logprobs = _logprobs(writer, tokens, offsets[index])
-            offsets[index] += sum(len(token.text) for token in tokens)
-            usage = writer.usage_counts(generated, cached) if writer.continuous_usage else None
-            if writer.parsers:
-                for event in _tool_events(writer, index, piece, logprobs, usage):
-                    yield event
-                indexed_piece = await anext(pieces, None)
-                continue
-            if text or tokens or (piece.finish and not writer.is_chat):
-                content = {"delta": {"content": text}} if writer.is_chat else {"text": text}
-                first_chunk = not has_prompt_ids[index]
-                content |= writer.token_id_fields(index, piece.tokens, first=first_chunk)
-                has_prompt_ids[index] = True
-                finish_reason = None if writer.is_chat else piece.finish
-                yield _event(writer, index, content, logprobs, finish_reason, usage)
-            if writer.is_chat and piece.finish:
-                yield _event(writer, index, {"delta": {}}, None, piece.finish, usage)
-            indexed_piece = await anext(pieces, None)
-        if writer.includes_usage:
-            usage = writer.usage_counts(generated, cached)
-            yield _encode_event(writer.response_object([], chunk=True, usage=usage))
-        yield b"data: [DONE]\n\n"
-
-
 def _event(
     writer: AnswerWriter,
     index: int,
@@ -433,11 +425,8 @@ def _event(
 ) -> bytes:
     """The event of a chunk of answer ``index``."""
     choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-    if writer.includes_usage:
-        if writer.continuous_usage:
-            fields["usage"] = writer.usage_counts(0, {}) if usage is None else usage
-        else:
-            fields["usage"] = None
+    if writer.stream_options.include_usage:
+        fields["usage"] = usage
     return _encode_event(writer.response_object([choice], chunk=True, **fields))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -73,14 +72,10 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROU
     """The application of a service, with the routes of ``core`` and of ``routers``."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
-    for core_router in core:
-        app.include_router(core_router)
-    for extension in service.extensions:
-        routers = (*extension.routers, *routers)
-    if service.docs:
-        routers = (*routers, docs_page.router)
-    for extra_router in routers:
-        app.include_router(extra_router)
+    extension_routers = [router for extension in service.extensions for router in extension.routers]
+    docs_routers = [docs_page.router] if service.docs else []
+    for included_router in (*core, *extension_routers, *routers, *docs_routers):
+        app.include_router(included_router)
     app.add_exception_handler(RequestValidationError, _answer_invalid_body)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(VeneerError, _answer_veneer_error)
@@ -135,8 +130,10 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
 
 def _model_card(service: Service, name: str | None) -> dict[str, Any]:
     """The model object of OpenAI's API for an adapter, or for the base if ``name`` is None."""
-    shared_fields = {"object": "model", "created": service.started, "owned_by": "veneer"}
-    shared_fields |= {"max_model_len": service.length, "dtype": service.dtype}
+    shared_fields = {
+        "object": "model", "created": service.started, "owned_by": "veneer",
+        "max_model_len": service.length, "dtype": service.dtype,
+    }  # fmt: skip
     if name is None:
         return {"id": service.base, **shared_fields, "root": service.source, "parent": None}
     root = service.catalogue.root(name)
@@ -211,9 +208,11 @@ async def responses(
     body: ResponsesRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
     """Answer a chat, as OpenAI's Responses API does."""
-    client_names = {"messages": "input", "response_format": "text"}
     return await _answer_chat(
-        request, body.chat(), lambda writer: ResponsesView(writer, body), client_names=client_names
+        request,
+        body.chat(),
+        lambda writer: ResponsesView(writer, body),
+        client_names={"messages": "input", "response_format": "text"},
     )
 
 
@@ -256,8 +255,9 @@ async def _answer_chat(
         blend = await _authorized_blend(service, key, body)
         prompt, reading = await _read_chat(service, body, call_prefix)
         token_limit = body.token_limit()
-        truncate = body.truncate_prompt_tokens
-        prompt = prompts.truncate_prompt(prompt, truncate, token_limit, service.length)
+        prompt = prompts.truncate_prompt(
+            prompt, body.truncate_prompt_tokens, token_limit, service.length
+        )
         max_tokens = prompts.answer_token_limit([prompt], token_limit, service.length, is_chat=True)
         echoed_texts = [body.messages[-1].text] * body.n if body.echo else []
         writer = AnswerWriter(body, [prompt], echoed_texts, key.admin, reading)
@@ -284,13 +284,9 @@ async def _read_chat(
 
     def tokenize_chat() -> tuple[tuple[int, ...], CallReading | None]:
         prompt = prompts.chat_tokens(
-            service.tokenizer,
-            body.messages,
-            max_prompt_tokens,
-            tools,
-            body.template_arguments(),
+            service.tokenizer, body.messages, max_prompt_tokens, tools, body.template_arguments(),
             add_special_tokens=body.add_special_tokens,
-        )
+        )  # fmt: skip
         if not tools:
             return prompt, None
         schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
@@ -316,10 +312,10 @@ async def completions(
     blend = await _authorized_blend(service, key, body)
     prompt_inputs, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
     if len(prompt_inputs) * body.n > limits.ANSWERS:
-        problem = f"{len(prompt_inputs)} prompts with n = {body.n}"
         raise Refusal(
-            400, problem, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
-        )
+            400, f"{len(prompt_inputs)} prompts with n = {body.n}",
+            f"at most {limits.ANSWERS} answers", "send several requests", param="n",
+        )  # fmt: skip
     uncut_prompts = await read_texts(
         service,
         prompt_inputs,
@@ -386,10 +382,10 @@ async def _authorized_blend(
     not use them, the base generates no text, or the requested grammar is too large."""
     blend = await resolve_blend(service, key, body.model, body.adapters)
     if service.engine is None:
-        message = sentence(
-            "an encoder", "a causal language model", "use /v1/embeddings, or serve another base"
-        )
-        raise Refusal(400, message, param="model", code="not_generative")
+        raise Refusal(
+            400, "an encoder", "a causal language model",
+            "use /v1/embeddings, or serve another base", param="model", code="not_generative",
+        )  # fmt: skip
     prompts.check_grammar(body.schema_of_answer(), body.grammar_of_answer())
     return blend
 
@@ -409,9 +405,10 @@ async def _generate_response(
     key: Key = request.state.key
     _check_prompt_logprobs(body, tokens)
     if body.min_tokens > max_tokens:
-        expected = f"at most {max_tokens}, which there may be"
-        problem = f"min_tokens {body.min_tokens}"
-        raise Refusal(400, problem, expected, "ask for fewer", param="min_tokens")
+        raise Refusal(
+            400, f"min_tokens {body.min_tokens}", f"at most {max_tokens}, which there may be",
+            "ask for fewer", param="min_tokens",
+        )  # fmt: skip
     bad_words: list[tuple[int, ...]] = []
     if body.bad_words:
         char_count = sum(map(len, body.bad_words))
@@ -444,14 +441,15 @@ async def _generate_response(
             if writer.is_large
             else JSONResponse(content)
         )
-    with ExitStack() as on_failure:
-        on_failure.callback(answers.cancel)
-        pieces = answers.pieces()
+    pieces = answers.pieces()
+    try:
         # wait for the first piece: an answer that fails before it starts gets an HTTP error status
         first = await unless_disconnected(request, anext(pieces))
         if refused := failure(first[1], writer.shows_internal_errors):
             raise refused
-        on_failure.pop_all()
+    except BaseException:
+        answers.cancel()
+        raise
     return EventStream(answers, view.events(first, pieces))
 
 
@@ -462,10 +460,11 @@ def _check_prompt_logprobs(body: GenerationRequest, tokens: Tokens) -> None:
         return
     logprob_count = (1 + alternative_count) * body.n * sum(map(len, tokens))
     if logprob_count > limits.PROMPT_LOGPROBS:
-        problem = f"{logprob_count:,} log-probabilities of prompts"
-        expected = f"at most {limits.PROMPT_LOGPROBS:,}"
-        param = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
-        raise Refusal(400, problem, expected, "send fewer prompts at once", param=param)
+        raise Refusal(
+            400, f"{logprob_count:,} log-probabilities of prompts",
+            f"at most {limits.PROMPT_LOGPROBS:,}", "send fewer prompts at once",
+            param="echo" if body.prompt_logprobs is None else "prompt_logprobs",
+        )  # fmt: skip
 
 
 @router.post("/v1/embeddings")
@@ -476,17 +475,17 @@ async def embeddings(
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = embedder_of(service)
     if body.dimensions not in (None, embedder.width):
-        message = sentence(
-            f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out"
-        )
-        raise Refusal(400, message, param="dimensions")
+        raise Refusal(
+            400, f"dimensions {body.dimensions}", f"{embedder.width}, the model's own",
+            "leave it out", param="dimensions",
+        )  # fmt: skip
     tokens = await read_texts(service, body.input, "input", service.length)
     longest_input = max(map(len, tokens))
     if longest_input > service.length:
-        message = sentence(
-            f"an input of {longest_input} tokens", f"at most {service.length}", "shorten it"
-        )
-        raise Refusal(400, message, param="input", code="context_length_exceeded")
+        raise Refusal(
+            400, f"an input of {longest_input} tokens", f"at most {service.length}", "shorten it",
+            param="input", code="context_length_exceeded",
+        )  # fmt: skip
     vectors = await vectors_of(request, service, key, tokens, blend)
     encode = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [

@@ -65,7 +65,7 @@ class Batch:
         run if all of its prompt is in the row."""
         if not self.memory.start(state):
             return False
-        if state.started is None:
+        if state.started < 0:
             state.started, state.cached = next(self._starts), state.length
             moment, blend = time.monotonic(), state.request.blend
             state.started_at = moment
@@ -99,11 +99,7 @@ class Batch:
             size = len(order[0].ids) - order[0].length
             rows, order = 0, sorted(order, key=lambda s: abs(len(s.ids) - s.length - size))
         scored = order[0].is_scored
-        tokens = (
-            budget.scored_tokens(rows, len(order))
-            if scored
-            else budget.tokens(rows, len(order), self.together)
-        )
+        tokens = budget.tokens(rows, len(order), self.together, scored=scored)
         if not tokens:
             return []
         order = [state for state in order if state.is_scored == scored]
@@ -168,15 +164,10 @@ class Batch:
         """Make room for the next token of each running row. If memory runs out, preempt the
         requests that started last, the latest first. Each is yielded before the next attempt, which
         may fail, so that the caller can put it back."""
-        for state in sorted(self.running, key=_start_order):
+        for state in sorted(self.running, key=lambda state: state.started):
             while not self.memory.widen(state):
-                last = max([*self.filling, *self.running], key=_start_order)
+                last = max([*self.filling, *self.running], key=lambda state: state.started)
                 self.remove(last)
                 last.length = 0
                 self._notify("preempted", last.request.blend)
                 yield last
-
-
-def _start_order(state: RequestState) -> int:
-    """The number of requests that got a row before this one."""
-    return -1 if state.started is None else state.started

@@ -22,14 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import (
-    AdapterError,
-    BankFullError,
-    LibraryError,
-    VeneerError,
-    nearest,
-    sentence,
-)
+from veneer.errors import AdapterError, BankFullError, LibraryError, VeneerError, nearest
 from veneer.serve.refusal import Refusal
 from veneer.serve.served_state import ServedState, lock_state, read_state, write_state
 from veneer.store import catalogue as store_catalogue
@@ -62,8 +55,6 @@ class ServedNames:
         """The location of each adapter that is served now, by name. ``ConfigError``,
         ``LibraryError``, ``RemoteError`` or ``OSError``: the source or ``served.json`` cannot be
         read."""
-        if self.source is None:
-            return {}
         locations = self.list_source()
         if self.folder is None:
             return locations
@@ -93,38 +84,49 @@ class ServedNames:
         """The adapter folder, whose names the API may change. ``Refusal``: the source is remote, or
         there is none."""
         if isinstance(self.source, RemoteSource):
-            problem = f"adapters that are those of {self.source.address}"
-            expected = "a change at that place, which is seen in seconds"
-            do = "`veneer push` it there, or delete it there"
-            raise Refusal(400, problem, expected, do, code="remote_adapters")
+            raise Refusal(
+                400,
+                f"adapters that are those of {self.source.address}",
+                "a change at that place, which is seen in seconds",
+                "`veneer push` it there, or delete it there",
+                code="remote_adapters",
+            )
         if self.folder is None:
-            problem = "a server without an adapter folder"
-            message = sentence(problem, "one", "start it with --adapters DIR")
-            raise Refusal(400, message, code="no_adapter_folder")
+            raise Refusal(
+                400,
+                "a server without an adapter folder",
+                "one",
+                "start it with --adapters DIR",
+                code="no_adapter_folder",
+            )
         return self.folder
 
     def resolve_path(self, path: str) -> Location:
         """The adapter that a client's path names: a name of the library, or a relative path that
         lies in the folder after links are followed. ``Refusal``: the path is invalid or has no
         adapter. ``LibraryError``: the library has no such name."""
-        self.changeable_folder()
         source: Any = self.source
         if isinstance(source, LibrarySource):
             return source.resolve(path)
         steps = path.split("/")
         if not path.isprintable() or "\\" in path or not {"", ".", ".."}.isdisjoint(steps):
-            problem = f"lora_path {path[:200]!r}"
-            expected = (
-                "a path relative to the adapter folder, without '.', '..' or control characters"
+            raise Refusal(
+                400,
+                f"lora_path {path[:200]!r}",
+                "a path relative to the adapter folder, without '.', '..' or control characters",
+                "name a folder in the adapter folder",
+                param="lora_path",
+                code="bad_path",
             )
-            message = sentence(problem, expected, "name a folder in the adapter folder")
-            raise Refusal(400, message, param="lora_path", code="bad_path")
         try:
             return source.resolve(path)
         except LibraryError as error:
-            error_type = "NotFoundError"
             raise Refusal(
-                404, str(error), param="lora_path", code="not_found", error_type=error_type
+                404,
+                str(error),
+                param="lora_path",
+                code="not_found",
+                error_type="NotFoundError",
             ) from error
 
     def relocate(self, location: Location) -> Location:
@@ -146,7 +148,7 @@ class ServedNames:
     def remember(self, name: str, location: Location, path: str | None, pin: bool | None) -> None:
         """Record in ``served.json`` that a name is served. ``path``: the client's ``lora_path``;
         ``pin``: whether the adapter is pinned from now on, None for no change."""
-        with self._change_state() as state:
+        with lock_state(self.changeable_folder()) as state:
             names, pinned = dict(state.names), state.pinned
             if self.list_source().get(name, Location(Path())).path == location.path:
                 names.pop(name, None)
@@ -154,29 +156,21 @@ class ServedNames:
                 names[name] = path
             if pin is not None:
                 pinned = pinned | {name} if pin else pinned - {name}
-            self.state = ServedState(names, pinned, state.hidden - {name})
+            self._write(ServedState(names, pinned, state.hidden - {name}), state)
 
     def forget(self, name: str) -> None:
         """Record in ``served.json`` that a name is not served."""
-        with self._change_state() as state:
+        with lock_state(self.changeable_folder()) as state:
             names = {key: path for key, path in state.names.items() if key != name}
             hidden = state.hidden | ({name} if name in self.list_source() else frozenset())
-            self.state = replace(state, names=names, pinned=state.pinned - {name}, hidden=hidden)
+            pinned = state.pinned - {name}
+            self._write(replace(state, names=names, pinned=pinned, hidden=hidden), state)
 
-    @contextmanager
-    def _change_state(self) -> Iterator[ServedState]:
-        """Yield the content of ``served.json``, under a lock. At the end of the block, write
-        ``self.state`` to the file."""
-        folder, previous_state = self.changeable_folder(), self.state
-        with lock_state(folder):
-            current = read_state(folder)
-            yield current
-            if self.state != current:
-                try:
-                    write_state(folder, self.state)
-                except OSError:
-                    self.state = previous_state
-                    raise
+    def _write(self, state: ServedState, old_state: ServedState) -> None:
+        """Make ``state`` the content of ``served.json``, which is ``old_state``."""
+        if state != old_state:
+            write_state(self.changeable_folder(), state)
+        self.state = state
 
 
 class Catalogue:
@@ -200,17 +194,12 @@ class Catalogue:
         with self._lock:
             self._sync()
 
-    @property
-    def pinned(self) -> tuple[str, ...]:
-        """The names of registered adapters that are to stay in memory."""
-        pinned = self._served_names.state.pinned | self._always_pinned
-        return tuple(sorted(filter(self.known, pinned)))
-
     def follow_pins(self) -> None:
         """Load and pin the adapters that this server or another server of the folder has pinned
         since the last call, and unpin others. An adapter that cannot be loaded is logged; it does
         not stop the server."""
-        pinned, previous_pins = frozenset(self.pinned), self._applied_pins
+        pinned = self._served_names.state.pinned | self._always_pinned
+        pinned, previous_pins = frozenset(filter(self.known, pinned)), self._applied_pins
         self._applied_pins = pinned  # set first, so that a failure is not retried every second
         for name in sorted(pinned ^ previous_pins):
             try:
@@ -299,11 +288,14 @@ class Catalogue:
                 and not inplace
                 and (has_new_path or (resident and pin is None))
             ):
-                do = "If you want to load the adapter in place, set 'load_inplace' to True."
-                message = f"The lora adapter {name!r} has already been loaded. {do}"
-                error_type = "InvalidUserInput"
-                code = "already_loaded"
-                raise Refusal(400, message, param="lora_name", code=code, error_type=error_type)
+                raise Refusal(
+                    400,
+                    f"The lora adapter {name!r} has already been loaded. If you want to load the"
+                    " adapter in place, set 'load_inplace' to True.",
+                    param="lora_name",
+                    code="already_loaded",
+                    error_type="InvalidUserInput",
+                )
             if has_new_path or inplace or not (resident or pin is False):
                 self._bank.add(location.path, name=name, replace=old_location is not None)
                 self._adapters.accept(name, location)
@@ -330,19 +322,28 @@ class Catalogue:
             self._sync()
             if name not in self._adapters:
                 suggestion = nearest(name, self._adapters.names)
-                message = f"The lora adapter {name[:128]!r} cannot be found{suggestion}."
-                code, error_type = "model_not_found", "NotFoundError"
-                raise Refusal(404, message, param="lora_name", code=code, error_type=error_type)
+                raise Refusal(
+                    404,
+                    f"The lora adapter {name[:128]!r} cannot be found{suggestion}.",
+                    param="lora_name",
+                    code="model_not_found",
+                    error_type="NotFoundError",
+                )
             self._served_names.forget(name)
             self._unregister(name)
         log.info("Unloaded adapter %r", name)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name) or name == self.base:
-            letters = "1 to 128 letters, digits, '_', '-' and '.', the first no '-' or '.'"
-            expected = f"{letters}, and not the base's {self.base!r}"
-            message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
-            raise Refusal(400, message, param="lora_name", code="bad_name")
+            raise Refusal(
+                400,
+                f"lora_name {name[:128]!r}",
+                "1 to 128 letters, digits, '_', '-' and '.', the first no '-' or '.', and not the"
+                f" base's {self.base!r}",
+                "choose another",
+                param="lora_name",
+                code="bad_name",
+            )
 
     def _locate(self, name: str, path: str | None, old_location: Location | None) -> Location:
         """The location of the adapter to load: at ``path``, or else the location of the name."""
@@ -350,8 +351,12 @@ class Catalogue:
             return self._served_names.resolve_path(path)
         location = old_location or self._served_names.list_source().get(name)
         if location is None:
-            message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
-            raise Refusal(400, message, param="lora_path", error_type="InvalidUserInput")
+            raise Refusal(
+                400,
+                "Both 'lora_name' and 'lora_path' must be provided for a name that is new.",
+                param="lora_path",
+                error_type="InvalidUserInput",
+            )
         # the files may have changed since the last listing
         return self._served_names.relocate(location)
 
@@ -417,6 +422,10 @@ def _refuse_disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        problem = f"an adapter folder that cannot be read or written ({reason})"
-        do = "see to it; nothing was changed"
-        raise Refusal(503, problem, "one that can", do, code="disk") from error
+        raise Refusal(
+            503,
+            f"an adapter folder that cannot be read or written ({reason})",
+            "one that can",
+            "see to it; nothing was changed",
+            code="disk",
+        ) from error

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from veneer.serve import limits
 from veneer.serve.body_rules import Name, Strict
-from veneer.serve.refusal import value_error
+from veneer.serve.refusal import raise_first_error, value_error
 from veneer.serve.tools.template import template_arguments
 
 ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{limits.TOOL_NAME}}}$")]
@@ -98,14 +98,20 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise value_error(
-                f"tool_calls in a message of {self.role}", "an assistant's", "leave it out"
-            )
-        if (self.tool_call_id is None) == (self.role == "tool"):
-            article = "no" if self.role == "tool" else "a"
-            problem = f"{article} tool_call_id in a message of {self.role}"
-            raise value_error(problem, "one in a message of tool", "change it")
+        raise_first_error(
+            (
+                self.tool_calls and self.role != "assistant",
+                f"tool_calls in a message of {self.role}",
+                "an assistant's",
+                "leave it out",
+            ),
+            (
+                (self.tool_call_id is None) == (self.role == "tool"),
+                f"{'no' if self.role == 'tool' else 'a'} tool_call_id in a message of {self.role}",
+                "one in a message of tool",
+                "change it",
+            ),
+        )
         return self
 
     @property
@@ -139,9 +145,11 @@ def check_history(messages: Sequence[Message], param: str) -> None:
         function_names |= {call.id: call.function.name for call in message.tool_calls}
         if message.tool_call_id is not None:
             if message.tool_call_id not in function_names:
-                problem = f"a tool's result for the call {message.tool_call_id[:80]!r}"
                 raise value_error(
-                    problem, "a call of an earlier message", "send that message too", param
+                    f"a tool's result for the call {message.tool_call_id[:80]!r}",
+                    "a call of an earlier message",
+                    "send that message too",
+                    param,
                 )
             message.name = message.name or function_names[message.tool_call_id]
 
@@ -152,20 +160,35 @@ def check_tools(
     """Refuse tools that have equal names, a ``choice`` that names no tool, and tools in a request
     whose field ``param`` demands an answer of a certain format (``has_format``)."""
     names = [tool.function.name for tool in tools]
-    if len(set(names)) < len(names):
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise value_error(
-            f"two tools named {duplicate!r}", "names that differ", "rename one", "tools"
-        )
-    if isinstance(choice, NamedChoice) and choice.function.name not in names:
-        problem = f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request"
-        raise value_error(problem, "a name in tools", "check the spelling", "tool_choice")
-    if choice == "required" and not names:
-        raise value_error(
-            "tool_choice 'required' without tools", "both", "add tools", "tool_choice"
-        )
-    if has_format and names and choice != "none":
-        problem = f"{param} beside tools that may be called"
-        raise value_error(
-            problem, "one of them", 'leave one out, or send tool_choice "none"', param
-        )
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    chosen_name = choice.function.name if isinstance(choice, NamedChoice) else ""
+    raise_first_error(
+        (
+            duplicate is not None,
+            f"two tools named {duplicate!r}",
+            "names that differ",
+            "rename one",
+            "tools",
+        ),
+        (
+            chosen_name and chosen_name not in names,
+            f"tool_choice {chosen_name[:80]!r}, which is no tool of the request",
+            "a name in tools",
+            "check the spelling",
+            "tool_choice",
+        ),
+        (
+            choice == "required" and not names,
+            "tool_choice 'required' without tools",
+            "both",
+            "add tools",
+            "tool_choice",
+        ),
+        (
+            has_format and names and choice != "none",
+            f"{param} beside tools that may be called",
+            "one of them",
+            'leave one out, or send tool_choice "none"',
+            param,
+        ),
+    )

@@ -54,8 +54,13 @@ def preflight_response(origins: Collection[str], headers: Any) -> Response:
     origin is not allowed."""
     origin = headers["origin"]
     if ANY_ORIGIN not in origins and origin not in origins:
-        problem, expected = f"the origin {origin[:200]!r}", "one that the server allows"
-        raise Refusal(403, problem, expected, "start the server with --cors ORIGIN", code="origin")
+        raise Refusal(
+            403,
+            f"the origin {origin[:200]!r}",
+            "one that the server allows",
+            "start the server with --cors ORIGIN",
+            code="origin",
+        )
     requested_names = headers.get("access-control-request-headers", "")
     response_headers = {
         "access-control-allow-methods": ALLOWED_METHODS,

@@ -9,7 +9,7 @@ cannot reach.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -116,14 +116,14 @@ def _type_of(schema: Schema) -> str:
         values = schema.get("enum", [schema.get("const")])
         return escape(", ".join(map(repr, values)))
     if schema.get("type") == "array":
-        return f"list of {_type_of(schema.get('items', {}))}{''.join(_bounds(schema))}"
+        return f"list of {_type_of(schema.get('items', {}))}{_bounds(schema)}"
     if isinstance(schema.get("additionalProperties"), Mapping):
         return f"object of {_type_of(schema['additionalProperties'])}"
-    return escape(str(schema.get("type", "anything"))) + "".join(_bounds(schema))
+    return escape(str(schema.get("type", "anything"))) + _bounds(schema)
 
 
-def _bounds(schema: Schema) -> Iterator[str]:
-    """Yield each bound that a schema sets, in words."""
+def _bounds(schema: Schema) -> str:
+    """The bounds that a schema sets, in words."""
     words_by_field = {
         "minimum": "at least",
         "exclusiveMinimum": "above",
@@ -134,6 +134,6 @@ def _bounds(schema: Schema) -> Iterator[str]:
         "minItems": "at least so many:",
         "maxItems": "at most so many:",
     }
-    for field, words in words_by_field.items():
-        if field in schema:
-            yield f", {words} {schema[field]:,}"
+    return "".join(
+        f", {words} {schema[field]:,}" for field, words in words_by_field.items() if field in schema
+    )

@@ -33,7 +33,7 @@ from veneer.models.decode.forward import Forward, context, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.grammars import Schemas
-from veneer.serve.memory import Memory, default_limit, give_back, longest_row
+from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
 from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
 from veneer.serve.prompt_scores import scored_per_call
@@ -66,10 +66,10 @@ class Engine:
         length: most tokens of a prompt and its answer together; the model's limit and
         ``cache_memory`` may reduce it.
         prefill: most prompt tokens of one call.
-        observer: is told what happens: queued(blend), started(blend, waited), looked_up(blend,
-            tokens, cached), first_token(blend, seconds), next_token(blend, seconds since the one
-            before), tokens(blend, prompt, generated), preempted(blend), finished(blend, reason,
-            seconds). Called by the engine's thread, queued by the client's.
+        observer: is told what happens: started(blend, waited), looked_up(blend, tokens, cached),
+            first_token(blend, seconds), next_token(blend, seconds since the one before),
+            tokens(blend, prompt, generated), preempted(blend), finished(blend, reason, seconds).
+            Called by the engine's thread.
         turn: a context manager around each step, so that other code does not change the model's
         layers meanwhile.
         cache_memory: most bytes of keys and values, of rows and cached prefixes together; None is
@@ -90,14 +90,14 @@ class Engine:
         prefix_cache: bool = True, gap: float | None = None,
     ) -> None:  # fmt: skip
         most = context(model.config)
-        self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
+        self.length, self.rows = min(length, most or length), rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
         self._turn = nullcontext() if turn is None else turn
         self._forward = Forward(model.eval())
         try:
             self._forward.prove(self.length, lambda count: self._select_adapters([None] * count))
             device = self._forward.device
-            self.cache_memory = default_limit(device) if cache_memory is None else cache_memory
+            self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
             self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
         except BaseException:
             self._forward.close()
@@ -134,12 +134,16 @@ class Engine:
         sampling, size, most = request.sampling, len(request.prompt), request.sampling.max_tokens
         scored_alone = most == 0 and sampling.prompt_logprobs is not None  # no answer needs room
         if not 0 < size <= self.length - (not scored_alone):
-            expected = f"1 to {self.length - 1}, and room for an answer"
-            raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
-        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
-            expected = f"ids from 0 to {self._vocabulary - 1}"
             raise RequestError(
-                "a token that the model does not have", expected, "use its tokenizer"
+                f"a prompt of {size} tokens",
+                f"1 to {self.length - 1}, and room for an answer",
+                "shorten it",
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
+            raise RequestError(
+                "a token that the model does not have",
+                f"ids from 0 to {self._vocabulary - 1}",
+                "use its tokenizer",
             )
         if most < 1 and not scored_alone:
             raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
@@ -161,7 +165,6 @@ class Engine:
                 )
             self._scheduler.add(state)
             self._live += 1
-            self._notify_observer("queued", request.blend)
             self._poke()
         return state
 
@@ -348,12 +351,14 @@ class Engine:
             (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
         ]
         rows: list[Any] = [state.row for state in running]
-        lengths = [state.length for state in running]
-        tokens_of_rows = [state.ids[-1] for state in running]
         try:
             with self._select_adapters(leases):
                 logits = self._forward.together(
-                    self._batch.memory.slots, rows, tokens_of_rows, lengths, pieces
+                    self._batch.memory.slots,
+                    rows,
+                    [state.ids[-1] for state in running],
+                    [state.length for state in running],
+                    pieces,
                 )
             finite = torch.isfinite(logits[len(running) :].amax(-1)).tolist()
         except Exception:
@@ -426,7 +431,8 @@ class Engine:
             ("next_token", before) if state.generated else ("first_token", state.submitted)
         )
         self._notify_observer(event, state.request.blend, state.sampled_at - since)
-        self._charge(state, 1)
+        with self._wake:
+            self._scheduler.charge(state, 1)
         self._notify_observer("tokens", state.request.blend, 0, 1)
         try:
             finish = state.accept(sampled, self._eos)
@@ -458,9 +464,8 @@ class Engine:
         self._admission.release(state)
         with self._wake:
             (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
-        state.end(
-            finish, error, cause
-        )  # last, so that a client that sees the last piece finds the place free
+        # last, so that a client that sees the last piece finds the place free
+        state.end(finish, error, cause)
         with self._wake:
             self._live -= 1
             self._poke()  # another request may wait for its memory
@@ -485,10 +490,6 @@ class Engine:
         return Batch(
             memory, self._prefill_budget, self._scheduler, self._wake, self._notify_observer
         )
-
-    def _charge(self, state: RequestState, tokens: float) -> None:
-        with self._wake:
-            self._scheduler.charge(state, tokens)
 
     def _notify_observer(self, event: str, *values: Any) -> None:
         if self._observer is None:

@@ -97,9 +97,10 @@ class Schemas:
         try:
             import llguidance.hf
         except ImportError as error:
-            expected = "the library that keeps answers to schemas"
             raise RequestError(
-                f"{noun}, and no llguidance", expected, "pip install 'veneer[serve]'"
+                f"{noun}, and no llguidance",
+                "the library that keeps answers to schemas",
+                "pip install 'veneer[serve]'",
             ) from error
         if self._ll_tokenizer is None:
             do = "ask without a schema"
@@ -112,10 +113,11 @@ class Schemas:
                     self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos
                 )
             except Exception as error:
-                problem = (
-                    f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
-                )
-                raise RequestError(problem, "a fast tokenizer", do) from error
+                raise RequestError(
+                    f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})",
+                    "a fast tokenizer",
+                    do,
+                ) from error
         try:
             if isinstance(schema, Grammar):
                 compiled = llguidance.grammar_from(schema.kind, schema.text)
@@ -147,11 +149,17 @@ def error_of(matcher: Any, problem: str, noun: str = "a schema") -> RequestError
     """The error to raise for a matcher that stopped with an error."""
     reason = matcher.get_error().partition("\n")[0][:500]
     if matcher.stop_reason() in LIMIT_REASONS or _LIMIT_MESSAGE.search(reason):
-        excess = f"{noun} that needs more than the limits of its matcher ({reason})"
-        return GrammarLimitError(excess, "one within llguidance's limits", "simplify it")
+        return GrammarLimitError(
+            f"{noun} that needs more than the limits of its matcher ({reason})",
+            "one within llguidance's limits",
+            "simplify it",
+        )
     return _bad_grammar(noun, problem, reason)
 
 
 def _bad_grammar(noun: str, problem: str, reason: Any) -> RequestError:
-    expected = f"{noun.replace('a schema', 'a JSON schema')} of what llguidance supports"
-    return RequestError(f"{noun} {problem} ({str(reason)[:500]})", expected, "simplify it")
+    return RequestError(
+        f"{noun} {problem} ({str(reason)[:500]})",
+        f"{noun.replace('a schema', 'a JSON schema')} of what llguidance supports",
+        "simplify it",
+    )

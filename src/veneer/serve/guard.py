@@ -82,7 +82,10 @@ class Guard:
             await self._check_and_run(scope, receive, reply)
         except Exception:
             if not record.status:
-                await _unexpected_error().response(scope["path"])(scope, receive, reply)
+                refusal = Refusal(
+                    500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
+                )
+                await refusal.response(scope["path"])(scope, receive, reply)
             raise  # uvicorn logs it
         finally:
             CURRENT_RECORD.reset(token)
@@ -160,12 +163,14 @@ class Guard:
         if owner != "":  # without keys, all clients share one limit
             room = min(room, room - self.body_bytes[owner])
         if byte_count > room:
-            problem = "more bodies at one time than this server holds"
-            expected = (
-                f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
+            raise Refusal(
+                429,
+                "more bodies at one time than this server holds",
+                f"at most {limits.BODIES:,} bytes together, half of what others leave for one key",
+                "send it again in a second",
+                code="too_many_bodies",
+                headers={RETRY_AFTER: "1"},
             )
-            message = sentence(problem, expected, "send it again in a second")
-            raise Refusal(429, message, code="too_many_bodies", headers={RETRY_AFTER: "1"})
 
     def _check_access(self, scope: Any, headers: Headers, key: Any) -> None:
         """``Refusal``: the Host header is wrong, the server drains, or the path needs a key."""
@@ -173,9 +178,11 @@ class Guard:
         host_name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
         if hosts is not None and host_name not in hosts:
-            expected = f"one of {', '.join(hosts)}, as this server has no keys"
             raise Refusal(
-                403, f"host {host[:100]!r}", expected, "use that address, or start it with --keys"
+                403,
+                f"host {host[:100]!r}",
+                f"one of {', '.join(hosts)}, as this server has no keys",
+                "use that address, or start it with --keys",
             )
         path = scope["path"]
         answers_always = path in (*OPERATOR_PATHS, "/") or path.startswith(PAGE_FILES)
@@ -223,29 +230,30 @@ def _check_headers(scope: Any, headers: Headers) -> None:
         "content-length" in headers or scope["http_version"] == "1.0"
     ):
         # RFC 9112, 6.1: such a proxy could take a part of the body for the next request
-        problem = (
+        raise Refusal(
+            400,
             "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with"
-            " Transfer-Encoding"
+            " Transfer-Encoding",
+            "one way to say where it ends",
+            "send Content-Length alone",
         )
-        raise Refusal(400, problem, "one way to say where it ends", "send Content-Length alone")
     if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
         raise Refusal(
             431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"
         )
 
 
-def _unexpected_error() -> Refusal:
-    """The answer where a route raised an unexpected exception."""
-    return Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug")
-
-
 def no_key(headers: Any) -> Refusal:
     """The answer to a request that has no valid key."""
     problem = "a key that is not known" if credentials(headers) else "no key"
-    message = sentence(
-        problem, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key"
+    return Refusal(
+        401,
+        problem,
+        "a header 'Authorization: Bearer KEY'",
+        "ask whoever runs the server for a key",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
     )
-    return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def _read_body(
@@ -253,8 +261,9 @@ async def _read_body(
 ) -> bytes | None:
     """Read the complete body; None if the client disconnected. ``reserve`` is called with the size
     of each chunk, in bytes. ``Refusal``: the body is too large or too slow."""
-    expected = f"at most {max_bytes:,} bytes"
-    too_large = sentence("a body that is too large", expected, "send less at once")
+    too_large = sentence(
+        "a body that is too large", f"at most {max_bytes:,} bytes", "send less at once"
+    )
     declared_length, body = headers.get("content-length", "0"), bytearray()
     if (
         not declared_length.isdecimal()
@@ -276,5 +285,9 @@ async def _read_body(
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:
-        expected = f"all of it within {limits.BODY_SECONDS:g} s"
-        raise Refusal(408, "a body that did not arrive", expected, "send it faster") from None
+        raise Refusal(
+            408,
+            "a body that did not arrive",
+            f"all of it within {limits.BODY_SECONDS:g} s",
+            "send it faster",
+        ) from None

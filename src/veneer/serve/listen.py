@@ -91,9 +91,11 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that drains before it stops.
+    """A uvicorn server that drains before it stops. ``run([bind(host, port)])`` serves until a
+    signal or ``should_exit`` stops it.
 
     Args:
+        app: the application.
         drain: blocks until no request runs, for at most as many seconds as it is given.
         grace: seconds for draining.
         started: called when the server listens.
@@ -101,9 +103,14 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float,
-        started: Callable[[], None], reload: Callable[[], None] | None = None,
+        self, app: Any, drain: Callable[[float], Any], grace: float,
+        started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
+        config: Any = uvicorn.Config(
+            app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_keep_alive=30,
+        )  # fmt: skip
+        config.timeout_graceful_shutdown = CLOSE_SECONDS  # declared as a whole number of seconds
         super().__init__(config)
         self._reload = reload
         self._drain, self._grace, self._on_started, self._draining = drain, grace, started, False
@@ -116,10 +123,11 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
             hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-            if hangup is None or threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            if self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN:  # nohup
+            if (
+                hangup is None
+                or threading.current_thread() is not threading.main_thread()
+                or (self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN)  # nohup
+            ):
                 yield
                 return
             previous_handler = signal.signal(hangup, self._handle_hangup)
@@ -176,11 +184,11 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
-        problem, do = (
+        raise ConfigError(
             f"{host}:{port}, {error.strerror or error}",
+            "a free address of this machine",
             "choose another with --host and --port",
-        )
-        raise ConfigError(problem, "a free address of this machine", do) from error
+        ) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -189,17 +197,3 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def make_server(
-    app: Any, drain: Callable[[float], Any], grace: float,
-    started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
-) -> Server:  # fmt: skip
-    """A server for an application. ``run([bind(host, port)])`` serves until a signal or
-    ``should_exit`` stops it."""
-    config: Any = uvicorn.Config(
-        app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False
-    )
-    config.server_header = config.proxy_headers = False
-    config.timeout_keep_alive, config.timeout_graceful_shutdown = 30, CLOSE_SECONDS
-    return Server(config, drain, grace, started, reload)

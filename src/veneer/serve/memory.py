@@ -249,17 +249,19 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
     return shared if is_known else min(shared, length - 1)
 
 
-def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> int:
+def longest_row(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     """The tokens of the longest row that ``limit`` bytes hold, at most ``length``. ``ConfigError``:
     they hold none."""
     token = sum(form.nbytes for form in forms) + max(form.largest for form in forms)
-    if limit is None or token * -(-length // BLOCK) * BLOCK <= limit:
+    if token * -(-length // BLOCK) * BLOCK <= limit:
         return length
     tokens = limit // token // BLOCK * BLOCK
     if not tokens:
-        problem = f"{limit:,} bytes for keys and values"
-        expected = f"at least {token * BLOCK:,}, which {BLOCK} tokens take"
-        raise ConfigError(problem, expected, "raise --cache-memory")
+        raise ConfigError(
+            f"{limit:,} bytes for keys and values",
+            f"at least {token * BLOCK:,}, which {BLOCK} tokens take",
+            "raise --cache-memory",
+        )
     log.warning(
         "%s bytes for keys and values hold rows of %d tokens, not of %d: --cache-memory sets them",
         f"{limit:,}",
@@ -267,11 +269,6 @@ def longest_row(forms: Sequence[LayerForm], limit: int | None, length: int) -> i
         length,
     )
     return tokens
-
-
-def default_limit(device: torch.device) -> int:
-    """The bytes for keys and values if ``--cache-memory`` is not set: half of the free memory."""
-    return free_bytes(device) // 2
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,7 +18,7 @@ import math
 import threading
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +61,7 @@ class Metrics:
     ) -> None:
         self.registry = registry = CollectorRegistry()
         self._is_registered, self._max_labelled = is_registered, max_labelled
-        self._lock = threading.Lock()  # guards ``_labelled`` and each series with an adapter label
+        self._lock = threading.RLock()  # guards ``_labelled`` and each series with an adapter label
         self._labelled: set[str] = set()  # adapters with a label of their own
         self._request_counts: Counts[str] = Counts()  # by adapter, with or without a label
 
@@ -112,9 +112,6 @@ class Metrics:
         token_counters = (self.prompt_tokens, self.generated_tokens)
         self._adapter_counters = (self.requests, *token_counters, *self.events.values())
 
-    def queued(self, blend: Mapping[str, float]) -> None:
-        """Does nothing, because requests are counted when they end, and gauges show the queue."""
-
     def started(self, blend: Mapping[str, float], seconds: float) -> None:
         self.queue_seconds.observe(seconds)
 
@@ -160,25 +157,20 @@ class Metrics:
         self, counter: Counter, blend: Mapping[str, float], amount: float, *labels: str
     ) -> None:
         with self._lock:
-            counter.labels(self._label(blend), *labels).inc(amount)
+            counter.labels(self.label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
         """The label under which a blend is counted."""
-        with self._lock:
-            return self._label(blend)
-
-    def _label(self, blend: Mapping[str, float]) -> str:
-        if not blend:
-            return BASE
-        if len(blend) > 1:
-            return BLEND
+        if len(blend) != 1:
+            return BLEND if blend else BASE
         (name,) = blend
-        if not self._is_registered(name):
-            return UNLOADED
-        if name not in self._labelled:
-            if len(self._labelled) >= self._max_labelled:
-                return OVERFLOW
-            self._labelled.add(name)
+        with self._lock:
+            if not self._is_registered(name):
+                return UNLOADED
+            if name not in self._labelled:
+                if len(self._labelled) >= self._max_labelled:
+                    return OVERFLOW
+                self._labelled.add(name)
         return _label_of(name)
 
     def _count_request(self, name: str) -> None:
@@ -241,8 +233,8 @@ class Metrics:
 
     def page(self, *, adapters: bool = True) -> bytes:
         """The page in Prometheus' text format. ``adapters=False`` gives sums over all adapters."""
-        shown_metrics: Any = _ShownMetrics(self.registry, adapters)
-        return generate_latest(shown_metrics)
+        registry: Any = SimpleNamespace(collect=partial(_shown_metrics, self.registry, adapters))
+        return generate_latest(registry)
 
 
 class _ResidentBytes(Collector):
@@ -256,37 +248,30 @@ class _ResidentBytes(Collector):
         for entry in self._bank.status():
             if entry.resident:
                 sizes[self._metrics.label({entry.name: 1.0})] += entry.bytes
-        help_ = "Bytes of an adapter in memory."
-        family = GaugeMetricFamily("veneer_adapter_resident_bytes", help_, labels=["adapter"])
+        family = GaugeMetricFamily(
+            "veneer_adapter_resident_bytes", "Bytes of an adapter in memory.", labels=["adapter"]
+        )
         for label, size in sizes.items():
             family.add_metric([label], size)
         yield family
 
 
-@dataclass
-class _ShownMetrics:
+def _shown_metrics(registry: CollectorRegistry, adapters: bool) -> Iterator[Metric]:
     """The metrics of a registry as the page shows them. ``adapters=False``: sums over all adapters.
     The creation times of series are left out: they would be a third of the page."""
-
-    registry: CollectorRegistry
-    adapters: bool
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self.registry.collect():
-            shown_metric = Metric(metric.name, metric.documentation, metric.type, metric.unit)
-            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-            for sample in metric.samples:
-                is_hidden = self.adapters and sample.labels.get("adapter") == REMOVED
-                if not is_hidden and not sample.name.endswith("_created"):
-                    labels = tuple(
-                        label
-                        for label in sample.labels.items()
-                        if self.adapters or label[0] != "adapter"
-                    )
-                    sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
-            for (name, labels), value in sums.items():
-                shown_metric.add_sample(name, dict(labels), value)
-            yield shown_metric
+    for metric in registry.collect():
+        shown_metric = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+        sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for sample in metric.samples:
+            is_hidden = adapters and sample.labels.get("adapter") == REMOVED
+            if not is_hidden and not sample.name.endswith("_created"):
+                labels = tuple(
+                    label for label in sample.labels.items() if adapters or label[0] != "adapter"
+                )
+                sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
+        for (name, labels), value in sums.items():
+            shown_metric.add_sample(name, dict(labels), value)
+        yield shown_metric
 
 
 def _label_of(name: str) -> str:

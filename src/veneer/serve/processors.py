@@ -33,14 +33,12 @@ class AllowedTokens(LogitsProcessor):
     """Forbid all tokens except the allowed ones."""
 
     def __init__(self, allowed: Collection[int]) -> None:
-        self._allowed, self._banned = sorted(allowed), torch.empty(0)
+        self._allowed = torch.tensor(sorted(allowed))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not len(self._banned):
-            banned = torch.ones(scores.shape[-1], dtype=torch.bool)
-            banned[self._allowed] = False
-            self._banned = banned.to(scores.device)
-        return scores.masked_fill(self._banned, -torch.inf)
+        self._allowed = self._allowed.to(scores.device)
+        allowed_scores = scores.index_select(-1, self._allowed)
+        return torch.full_like(scores, -torch.inf).index_copy(-1, self._allowed, allowed_scores)
 
 
 class PromptRepetitionPenalty(LogitsProcessor):
@@ -107,6 +105,8 @@ def _check_tokens(sampling: Sampling, vocabulary: int) -> None:
     }
     for name, tokens in fields.items():
         if tokens and max(tokens) >= vocabulary:
-            expected = f"ids from 0 to {vocabulary - 1}"
-            do = "leave that word out" if name == "bad_words" else "use its tokenizer"
-            raise RequestError(f"token {max(tokens)} in {name}", expected, do)
+            raise RequestError(
+                f"token {max(tokens)} in {name}",
+                f"ids from 0 to {vocabulary - 1}",
+                "leave that word out" if name == "bad_words" else "use its tokenizer",
+            )

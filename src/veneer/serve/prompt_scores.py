@@ -12,11 +12,13 @@ dropped before the next piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from veneer.serve.requests import Token
 
 #: largest size of the logits of a forward call in bytes, and the smallest number of its tokens
 LOGIT_BYTES, MIN_TOKENS = 64 * 2**20, 16
@@ -28,27 +30,17 @@ def scored_per_call(max_tokens: int, vocabulary: int) -> int:
     return max(MIN_TOKENS, min(max_tokens, LOGIT_BYTES // (4 * vocabulary)))
 
 
-@dataclass(frozen=True)
-class TokenScore:
-    """The score of a prompt token. ``top``: (id, log-probability) of the most likely tokens at its
-    position. ``rank``: the token's rank among all tokens there, from 1. The first token of a prompt
-    has no score."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    rank: int | None = None
-
-
 @dataclass(eq=False)
 class PromptScore:
-    """The scores of a prompt's tokens, as far as they are computed. ``alternatives``: how many most
-    likely tokens to record at each position."""
+    """A prompt's tokens with their log-probabilities, as far as these are computed.
+    ``alternatives``: how many most likely tokens to record at each position. ``text_of``: gives the
+    text of a token id."""
 
     prompt: Sequence[int]
     alternatives: int
+    text_of: Callable[[int], str]
     length: int = 0  # number of prompt tokens whose logits were computed
-    tokens: list[TokenScore] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -60,20 +52,19 @@ class PromptScore:
         logits = logits[max(0, self.length - start) :]
         start, self.length = self.length, self.length + len(logits)
         if not self.tokens:
-            self.tokens.append(TokenScore(self.prompt[0]))
+            self.tokens.append(Token(self.prompt[0], self.text_of(self.prompt[0])))
         next_tokens = self.prompt[start + 1 : self.length + 1]
         if next_tokens:
-            self.tokens += _score_tokens(logits[: len(next_tokens)], next_tokens, self.alternatives)
+            self._add(next_tokens, logits[: len(next_tokens)])
 
-
-def _score_tokens(logits: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenScore]:
-    """The scores of n tokens, each by the row of ``logits`` [n, vocabulary] that predicts it."""
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
-    ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
-    top = logprobs.topk(min(max(alternatives, 1), logprobs.shape[-1]))
-    columns = (tokens, chosen[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), ranks)
-    return [
-        TokenScore(token, logprob, tuple(zip(ids, values, strict=True))[:alternatives], rank)
-        for token, logprob, ids, values, rank in zip(*columns, strict=True)
-    ]
+    def _add(self, tokens: Sequence[int], logits: Tensor) -> None:
+        """Add n tokens, each scored by the row of ``logits`` [n, vocabulary] that predicts it."""
+        logprobs = logits.float().log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
+        ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
+        top = logprobs.topk(min(max(self.alternatives, 1), logprobs.shape[-1]))
+        columns = (tokens, chosen[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), ranks)
+        for token, logprob, ids, values, rank in zip(*columns, strict=True):
+            best = list(zip(ids, values, strict=True))[: self.alternatives]
+            alternatives = tuple((id, self.text_of(id), value) for id, value in best)
+            self.tokens.append(Token(token, self.text_of(token), logprob, alternatives, rank))

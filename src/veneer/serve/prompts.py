@@ -21,7 +21,6 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.chat_messages import Message
 from veneer.serve.refusal import Refusal
@@ -79,10 +78,14 @@ def chat_tokens(
             message cannot be tokenised as ordinary text.
     """
     if not getattr(tokenizer, "chat_template", None):
-        message = sentence(
-            "a base without a chat template", "one that was made for chats", "use /v1/completions"
+        raise Refusal(
+            400,
+            "a base without a chat template",
+            "one that was made for chats",
+            "use /v1/completions",
+            param="messages",
+            code="no_chat_template",
         )
-        raise Refusal(400, message, param="messages", code="no_chat_template")
 
     check_template(
         tokenizer, tools=bool(tools), calls=any(message.tool_calls for message in messages)
@@ -94,12 +97,14 @@ def chat_tokens(
                 list(chat), tools=list(tools) or None, tokenize=False, **arguments
             )
         except ERRORS as error:
-            message = sentence(
+            raise Refusal(
+                400,
                 f"messages that the template refuses ({error})",
                 "a chat that it takes",
                 "see its base",
-            )
-            raise Refusal(400, message, param="messages", code="template") from error
+                param="messages",
+                code="template",
+            ) from error
 
     message_dicts = [message.template_dict() for message in messages]
     special_texts, normalized = _special_tokens(
@@ -109,7 +114,7 @@ def chat_tokens(
     text = render(message_dicts, tools)
     check_fits(tokenizer, text, length, "messages")
     values = [value for entry in message_dicts for name, value in entry.items() if name != "role"]
-    client_texts = list(_texts([values, tools]))
+    client_texts = _texts([values, tools])
     joined_texts = "\0".join(client_texts)
     if normalized or any(token in joined_texts for token in special_texts.values()):
         ids = _tokenize_marked(
@@ -132,37 +137,42 @@ def _check_arguments(
     if not client_arguments:
         return
     reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
-    template = str(tokenizer.chat_template)
+    template, variables = str(tokenizer.chat_template), "variables of the base's chat template"
     for name, value in client_arguments.items():
-        problem, expected = "", "variables of the base's chat template"
         is_off = value is None or value is False
-        if name in reserved:
-            problem = "which is not the template's"
-        elif not is_off and not re.search(rf"\b{re.escape(name)}\b", template):
-            problem = "which the template does not read"
-        elif isinstance(value, list | dict):
-            problem, expected = "a list or an object", "a text, a number, true or false"
-        elif isinstance(value, str) and any(token in value for token in special_texts):
-            problem, expected = "which holds the text of a special token", "text that is none"
-        if problem:
-            problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
-            raise Refusal(400, problem, expected, "leave it out", param="chat_template_kwargs")
+        is_read = is_off or re.search(rf"\b{re.escape(name)}\b", template)
+        is_special = isinstance(value, str) and any(token in value for token in special_texts)
+        rules = (
+            (name in reserved, "which is not the template's", variables),
+            (not is_read, "which the template does not read", variables),
+            (
+                isinstance(value, list | dict),
+                "a list or an object",
+                "a text, a number, true or false",
+            ),
+            (is_special, "which holds the text of a special token", "text that is none"),
+        )
+        for is_broken, problem, expected in rules:
+            if is_broken:
+                problem = f"{name[:100]!r} in chat_template_kwargs, {problem}"
+                raise Refusal(400, problem, expected, "leave it out", param="chat_template_kwargs")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a JSON value, including keys that the client chose."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (key for key in value if key not in API_KEYS)
-        yield from _texts(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from _texts(child)
+def _texts(value: Any) -> list[str]:
+    """Every text in a JSON value, including keys that the client chose."""
+    texts: list[str] = []
+
+    def collect(text: str) -> str:
+        texts.append(text)
+        return text
+
+    _map_texts(value, collect)
+    return texts
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a JSON value in which ``change`` was applied to every text of ``_texts``."""
+    """A copy of a JSON value in which ``change`` was applied to every text, including keys that the
+    client chose."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -269,8 +279,14 @@ def _tokenize_marked(
 
 
 def _special_token_refusal(expected: str) -> Refusal:
-    problem = "the text of a special token in a message"
-    return Refusal(400, problem, expected, "leave it out", param="messages", code="special_token")
+    return Refusal(
+        400,
+        "the text of a special token in a message",
+        expected,
+        "leave it out",
+        param="messages",
+        code="special_token",
+    )
 
 
 def prompt_tokens(
@@ -308,12 +324,15 @@ def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
     while prefix_length < len(text):
         count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
         if count > length + CUT_MARGIN:
-            problem = (
+            raise Refusal(
+                400,
                 f"a text of {len(text):,} characters, of which the first {prefix_length:,} are"
-                f" {count:,} tokens"
+                f" {count:,} tokens",
+                f"at most {length:,} tokens",
+                "shorten it",
+                param=param,
+                code="context_length_exceeded",
             )
-            message = sentence(problem, f"at most {length:,} tokens", "shorten it")
-            raise Refusal(400, message, param=param, code="context_length_exceeded")
         prefix_length *= 4
 
 
@@ -353,13 +372,11 @@ def answer_token_limit(
     remaining_tokens = length - longest
     needed_tokens = 1 if token_limit is None else token_limit  # 0: only score the prompt
     if needed_tokens > remaining_tokens:
-        problem = f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}"
-        message = sentence(
-            problem, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
-        )
         raise Refusal(
             400,
-            message,
+            f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}",
+            f"at most {length} tokens together",
+            "shorten the prompt, or ask for fewer",
             param="messages" if is_chat else "prompt",
             code="context_length_exceeded",
         )
@@ -382,11 +399,10 @@ def truncate_prompt(
     if truncate is None:
         return prompt
     if truncate > length:
-        expected = f"at most {length}, the context"
         raise Refusal(
             400,
             f"truncate_prompt_tokens {truncate}",
-            expected,
+            f"at most {length}, the context",
             "ask for fewer",
             param="truncate_prompt_tokens",
         )
@@ -411,9 +427,13 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
 def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> None:
     """Refuse a JSON schema, or another grammar, that would take too long to compile."""
     if grammar is not None and len(grammar.text) > limits.SCHEMA:
-        problem = f"a {grammar.kind} of {len(grammar.text):,} bytes"
-        expected = f"at most {limits.SCHEMA:,} bytes"
-        raise Refusal(400, problem, expected, "simplify it", param="structured_outputs")
+        raise Refusal(
+            400,
+            f"a {grammar.kind} of {len(grammar.text):,} bytes",
+            f"at most {limits.SCHEMA:,} bytes",
+            "simplify it",
+            param="structured_outputs",
+        )
     check_schema(schema)
 
 
@@ -422,11 +442,10 @@ def check_schema(schema: Mapping[str, Any] | None) -> None:
     size = len(json.dumps(schema))
     if size > limits.SCHEMA or _nesting_depth(schema) > limits.SCHEMA_DEPTH:
         depth_text = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
-        expected = f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels"
         raise Refusal(
             400,
             f"a schema of {size:,} bytes{depth_text}",
-            expected,
+            f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels",
             "simplify it",
             param="response_format",
         )

@@ -114,31 +114,39 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
 
 def timeout_refusal() -> Refusal:
     """The refusal of an answer that did not end in time."""
-    message = sentence(
-        "an answer that took too long", "one within the time limit", "ask for fewer tokens"
+    return Refusal(
+        504,
+        "an answer that took too long",
+        "one within the time limit",
+        "ask for fewer tokens",
+        code="timeout",
+        headers={"x-should-retry": "false"},
     )
-    return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 def no_such_model(name: str) -> Refusal:
     """The refusal of a model that does not exist, and of one that the key may not use: a client
     cannot tell them apart."""
     short_name = name if len(name) <= 120 else f"{name[:120]}…"
-    message = (
+    return Refusal(
+        404,
         f"The model {short_name!r} does not exist, or you do not have access to it. GET /v1/models"
-        " lists yours."
+        " lists yours.",
+        param="model",
+        code="model_not_found",
     )
-    return Refusal(404, message, param="model", code="model_not_found")
 
 
 def draining_refusal() -> Refusal:
     """The refusal of a server that shuts down."""
-    message = sentence(
+    return Refusal(
+        503,
         "a server that is shutting down",
         "one that takes requests",
         "send it to another, or try later",
+        code="draining",
+        headers={RETRY_AFTER: "5"},
     )
-    return Refusal(503, message, code="draining", headers={RETRY_AFTER: "5"})
 
 
 def error_refusal(error: VeneerError) -> Refusal:
@@ -167,6 +175,14 @@ def value_error(
     return PydanticCustomError(
         CUSTOM_ERROR_TYPE, "{words}", {"words": sentence(problem, expected, do), "param": param}
     )
+
+
+def raise_first_error(*rules: tuple[object, *tuple[str, ...]]) -> None:
+    """Raise the error of the first rule that is broken. Each rule: whether it is broken, and the
+    arguments of ``value_error``."""
+    for is_broken, *texts in rules:
+        if is_broken:
+            raise value_error(*texts)
 
 
 def describe_value(value: Any) -> str:

@@ -33,15 +33,6 @@ def request_id_of(client_ids: Sequence[str]) -> str:
     return client_ids[0] if is_valid else uuid.uuid4().hex
 
 
-def blend_name(blend: Mapping[str, float]) -> str:
-    """The name of a blend in the log, such as "base", "french" or "french*0.7+german*0.3"."""
-    if not blend:
-        return "base"
-    if len(blend) == 1:
-        return next(iter(blend))
-    return "+".join(f"{name}*{weight:g}" for name, weight in blend.items())
-
-
 @dataclass
 class RequestRecord:
     """The log record of one HTTP request. Only the event loop changes it.
@@ -96,8 +87,13 @@ class RequestRecord:
 
     @property
     def adapter(self) -> str | None:
-        """The name of the blend in the log; None if no model was needed."""
-        return None if self.blend is None else blend_name(self.blend)
+        """The name of the blend in the log, such as "base", "french" or "french*0.7+german*0.3";
+        None if no model was needed."""
+        if self.blend is None:
+            return None
+        if len(self.blend) > 1:
+            return "+".join(f"{name}*{weight:g}" for name, weight in self.blend.items())
+        return next(iter(self.blend), "base")
 
     def fields(self) -> dict[str, Any]:
         """The fields of a JSON line, which are the same for every request."""
@@ -127,8 +123,9 @@ class RequestRecord:
                 f"adapter={self.adapter}",
                 f"finish={reasons}",
                 f"prompt={self.prompt_tokens}",
+                f"cached={self.cached_tokens}",
+                f"generated={self.generated_tokens}",
             ]
-            words += [f"cached={self.cached_tokens}", f"generated={self.generated_tokens}"]
         for name, seconds in (("queue", self.queue_seconds), ("first", self.first_token_seconds)):
             words += [] if seconds is None else [f"{name}={_milliseconds(seconds):g}ms"]
         return " ".join(words)
@@ -167,8 +164,11 @@ class JsonFormatter(logging.Formatter):
     """JSON lines. The line of a request has the fields of its record, and no message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        level = record.levelname.lower()
-        entry = {"time": _timestamp(record), "level": level, "logger": record.name}
+        entry = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
         request_fields = getattr(record, "request", None)
         entry |= {"message": record.getMessage()} if request_fields is None else request_fields
         if record.exc_info:

@@ -48,7 +48,11 @@ class RequestState:
         )
         sampling = request.sampling
         alternatives = sampling.prompt_logprobs
-        self.score = None if alternatives is None else PromptScore(request.prompt, alternatives)
+        self.score = (
+            None
+            if alternatives is None
+            else PromptScore(request.prompt, alternatives, detokenizer.text)
+        )
         self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.markers)
         self.submitted = time.monotonic()
         self.started_at: float | None = None  # when prefill began for the first time
@@ -59,7 +63,7 @@ class RequestState:
         self.lease: Any = None
         self.acts_from: float = 0  # the number of its token from which its adapters act
         self.namespace: Namespace | None = None  # within which its computed tokens are cached
-        self.started: int | None = None  # its place in the order of starts
+        self.started = -1  # the number of requests that got a row before it; -1 before it got one
         self.row: Row | None = None  # from the start of its prefill
         self.ids = list(request.prompt)  # the prompt, then the sampled tokens
         self.length = 0  # tokens whose keys and values are in the row
@@ -69,10 +73,8 @@ class RequestState:
         self.prompt_logits: Tensor | None = None  # [vocabulary], behind its prompt
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
-        self._new, self._stopped = (
-            "",
-            False,
-        )  # sampled text that is not delivered yet; whether a stop string ended it
+        # sampled text that is not delivered yet; whether a stop string ended it
+        self._new, self._stopped = "", False
 
     @property
     def is_scored(self) -> bool:
@@ -92,8 +94,11 @@ class RequestState:
         tokens = next(filter(None, (adapter.invocation_tokens for adapter in adapters)), ())
         if tokens and len(adapters) > 1:
             names = ", ".join(repr(name) for name in lease.adapter_weights)
-            problem = f"a blend of {names}, of which one has invocation tokens"
-            raise RequestError(problem, "adapters that act on every token", "ask for one of them")
+            raise RequestError(
+                f"a blend of {names}, of which one has invocation tokens",
+                "adapters that act on every token",
+                "ask for one of them",
+            )
         start = find_starts(torch.tensor([self.request.prompt]), tokens)[0] if tokens else 0
         self.acts_from = math.inf if start is None else start
         self.lease = lease
@@ -135,18 +140,7 @@ class RequestState:
     def send_prompt(self) -> None:
         """Deliver the prompt's tokens with their log-probabilities, once all are computed."""
         assert self.score is not None
-        text_of = self._detokenizer.text
-        tokens = tuple(
-            Token(
-                score.token,
-                text_of(score.token),
-                score.logprob,
-                tuple((id, text_of(id), logprob) for id, logprob in score.top),
-                score.rank,
-            )
-            for score in self.score.tokens
-        )
-        self._send(prompt=tokens)
+        self._send(prompt=tuple(self.score.tokens))
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """Deliver the last piece, with ``finish``."""

@@ -122,14 +122,8 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         draw = _Draw(
             _rows_of(processed_logits, random_rows).float(), [rows[i] for i in random_rows]
         )
-        is_every_row = len(random_rows) == len(rows)
-        results[1] = (
-            draw.tokens
-            if is_every_row
-            else tokens.index_copy(0, _tensor_like(random_rows, tokens), draw.tokens)
-        )
-        needs_sort = draw.needs_sort
-        results.append(needs_sort if is_every_row else _spread(needs_sort, random_rows, len(rows)))
+        results[1] = tokens.index_copy(0, _tensor_like(random_rows, tokens), draw.tokens)
+        results.append(_spread(draw.needs_sort, random_rows, len(rows)))
     # copy all results to the CPU at once: each copy waits for the device
     packed = torch.stack([result.to(tokens.dtype) for result in results])
     finite, chosen_tokens, *unsorted = packed.tolist()
@@ -237,9 +231,6 @@ class _Draw:
         )
         if nucleus_rows:
             tokens, needs_sort = self._draw_nucleus(nucleus_rows)
-            if len(nucleus_rows) == len(rows):
-                self.tokens, self.needs_sort = tokens, needs_sort
-                return
             row_indices = _tensor_like(nucleus_rows, tokens)
             self.tokens = self.tokens.index_copy(0, row_indices, tokens)
             self.needs_sort = _spread(needs_sort, nucleus_rows, len(rows))

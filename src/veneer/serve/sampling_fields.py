@@ -32,44 +32,47 @@ MAX_FIELDS = 16
 GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")}
 
 
-def _limit_biases(value: Any) -> Any:
-    """Refuse a ``logit_bias`` with too many entries, before the entries are validated."""
-    if isinstance(value, dict) and len(value) > limits.BIASES:
-        expected = f"at most {limits.BIASES:,}"
-        raise value_error(f"{len(value):,} tokens in logit_bias", expected, "leave some out")
-    return value
+def limit_entries(most: int, content: str, do: str = "leave some out") -> BeforeValidator:
+    """A validator that refuses an object with more than ``most`` entries, before the entries are
+    validated. ``content``: says of what there are too many."""
 
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise value_error(f"{len(value):,} {content}", f"at most {most:,}", do)
+        return value
 
-def _limit_structured_outputs(value: Any) -> Any:
-    """Refuse ``structured_outputs`` with too many fields, before the fields are validated."""
-    if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        expected = f"at most {MAX_FIELDS}"
-        raise value_error(f"{len(value):,} fields in structured_outputs", expected, "send one form")
-    return value
+    return BeforeValidator(check)
 
 
 def _limit_template_arguments(value: Any) -> Any:
     """Refuse ``chat_template_kwargs`` that are too large."""
     byte_count = len(json.dumps(value)) if isinstance(value, dict) else 0
     if byte_count > limits.TEMPLATE_KWARGS:
-        expected = f"at most {limits.TEMPLATE_KWARGS:,}"
         raise value_error(
-            f"{byte_count:,} bytes in chat_template_kwargs", expected, "leave some out"
+            f"{byte_count:,} bytes in chat_template_kwargs",
+            f"at most {limits.TEMPLATE_KWARGS:,}",
+            "leave some out",
         )
     return value
 
 
 def _refuse_zero(value: int) -> int:
     if value == 0:
-        do = "leave it out, or send the number of tokens to keep"
-        raise value_error("truncate_prompt_tokens 0", "-1, or at least 1", do)
+        raise value_error(
+            "truncate_prompt_tokens 0",
+            "-1, or at least 1",
+            "leave it out, or send the number of tokens to keep",
+        )
     return value
 
 
 def _refuse_unprintable(value: str) -> str:
     if not re.fullmatch(r"[!-~]+", value):
-        expected = "letters, digits and signs of ASCII, without a space"
-        raise value_error("a request_id with other characters", expected, "choose another")
+        raise value_error(
+            "a request_id with other characters",
+            "letters, digits and signs of ASCII, without a space",
+            "choose another",
+        )
     return value
 
 
@@ -142,10 +145,11 @@ class StructuredOutputs(BaseModel):
         }
         sent_names = [name for name, value in constraints.items() if value is not None]
         if len(sent_names) != 1:
-            problem = f"{' and '.join(sent_names) or 'nothing'} in structured_outputs"
-            expected = f"one of {', '.join(constraints)}"
             raise value_error(
-                problem, expected, "send one form of the answer", "structured_outputs"
+                f"{' and '.join(sent_names) or 'nothing'} in structured_outputs",
+                f"one of {', '.join(constraints)}",
+                "send one form of the answer",
+                "structured_outputs",
             )
         if isinstance(self.json_, str):
             try:
@@ -153,9 +157,11 @@ class StructuredOutputs(BaseModel):
             except ValueError:
                 schema = None
             if not isinstance(schema, dict):
-                do = "check structured_outputs.json"
                 raise value_error(
-                    "a text that is no JSON schema", "an object", do, "structured_outputs"
+                    "a text that is no JSON schema",
+                    "an object",
+                    "check structured_outputs.json",
+                    "structured_outputs",
                 )
             self.json_ = schema
         return self
@@ -179,7 +185,9 @@ class SamplingFields(BaseModel):
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    logit_bias: Annotated[dict[TokenText, Bias], BeforeValidator(_limit_biases)] = {}
+    logit_bias: Annotated[
+        dict[TokenText, Bias], limit_entries(limits.BIASES, "tokens in logit_bias")
+    ] = {}
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stop_token_ids: Annotated[
         list[TokenId], Field(fail_fast=True, max_length=limits.STOP_TOKENS)
@@ -193,7 +201,8 @@ class SamplingFields(BaseModel):
         | None
     ) = None
     structured_outputs: Annotated[
-        StructuredOutputs | None, BeforeValidator(_limit_structured_outputs)
+        StructuredOutputs | None,
+        limit_entries(MAX_FIELDS, "fields in structured_outputs", "send one form"),
     ] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     truncate_prompt_tokens: Truncation | None = None

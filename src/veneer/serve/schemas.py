@@ -21,21 +21,12 @@ from veneer.serve.chat_messages import (
     check_history,
     check_tools,
 )
-from veneer.serve.refusal import describe_value, value_error
+from veneer.serve.refusal import describe_value, raise_first_error, value_error
 from veneer.serve.requests import Sampling
-from veneer.serve.sampling_fields import SamplingFields, TemplateFields
+from veneer.serve.sampling_fields import SamplingFields, TemplateFields, TokenId, limit_entries
 from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
 
 T = TypeVar("T")
-
-
-def _limit_blend(value: Any) -> Any:
-    """Refuse a blend with too many adapters, before its entries are validated."""
-    if isinstance(value, dict) and len(value) > limits.BLEND:
-        raise value_error(
-            f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out"
-        )
-    return value
 
 
 def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
@@ -60,8 +51,11 @@ def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
             )
         if element_types != {int} and len(value) > max_inputs:
             noun = "texts" if element_types == {str} else "lists of tokens"
-            problem = f"{len(value):,} {noun} in {field}"
-            raise value_error(problem, f"at most {max_inputs}", "send several requests")
+            raise value_error(
+                f"{len(value):,} {noun} in {field}",
+                f"at most {max_inputs}",
+                "send several requests",
+            )
         return value
 
     return check
@@ -90,11 +84,12 @@ def _check_stops(value: Any) -> Any:
 
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=limits.STOPS)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Weight = Annotated[float, Field(ge=-limits.WEIGHT, le=limits.WEIGHT)]
 Blend = Annotated[
-    dict[Name, Weight], BeforeValidator(_limit_blend), Field(min_length=1, max_length=limits.BLEND)
+    dict[Name, Weight],
+    limit_entries(limits.BLEND, "adapters in a blend"),
+    Field(min_length=1, max_length=limits.BLEND),
 ]
 
 
@@ -165,32 +160,46 @@ class GenerationRequest(Strict, SamplingFields, ABC):
     echo: bool = False
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise value_error(
+    def _check_generation_fields(self) -> Self:
+        is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
+        token_limit = self.token_limit()
+        raise_first_error(
+            (
+                self.stream_options is not None and not self.stream,
                 "stream_options without stream",
                 "both, or neither",
                 "add stream = true",
                 "stream_options",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_sampling_fields(self) -> Self:
-        if self.stream and self.prompt_logprobs is not None:
-            do = "leave out stream"
-            raise value_error("prompt_logprobs with stream", "one of them", do, "prompt_logprobs")
-        is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
-        if self.structured_outputs is not None and not is_text:
-            problem = "structured_outputs beside response_format"
-            raise value_error(problem, "one of them", "send one", "structured_outputs")
-        token_limit = self.token_limit()
-        if token_limit == 0 and self.prompt_alternative_count() is None:
-            expected = "at least 1, or 0 with echo or prompt_logprobs"
-            raise value_error("the number 0 in max_tokens", expected, "ask for more", "max_tokens")
-        if token_limit is not None and self.min_tokens > token_limit:
-            problem = f"min_tokens {self.min_tokens} and max_tokens {token_limit}"
-            raise value_error(problem, "at most max_tokens", "change one of them", "min_tokens")
+            ),
+            (
+                self.stream and self.prompt_logprobs is not None,
+                "prompt_logprobs with stream",
+                "one of them",
+                "leave out stream",
+                "prompt_logprobs",
+            ),
+            (
+                self.structured_outputs is not None and not is_text,
+                "structured_outputs beside response_format",
+                "one of them",
+                "send one",
+                "structured_outputs",
+            ),
+            (
+                token_limit == 0 and self.prompt_alternative_count() is None,
+                "the number 0 in max_tokens",
+                "at least 1, or 0 with echo or prompt_logprobs",
+                "ask for more",
+                "max_tokens",
+            ),
+            (
+                token_limit is not None and self.min_tokens > token_limit,
+                f"min_tokens {self.min_tokens} and max_tokens {token_limit}",
+                "at most max_tokens",
+                "change one of them",
+                "min_tokens",
+            ),
+        )
         return self
 
     def sampling(
@@ -203,20 +212,15 @@ class GenerationRequest(Strict, SamplingFields, ABC):
         """The sampling settings of answer ``answer_index``. Each answer of a request has a seed of
         its own. ``defaults``: the base's defaults for fields that the client leaves out.
         ``bad_words``: the token sequences of that field."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        seed = None if self.seed is None else sample_seed(self.seed, answer_index)
-        temperature = _first_set(self.temperature, defaults.temperature, 1.0)
-        top_p = _first_set(self.top_p, defaults.top_p, 1.0)
-        top_k = _first_set(self.top_k, defaults.top_k, 0)
         return Sampling(
             max_tokens,
-            temperature,
-            max(top_p, 1e-6),
-            max(top_k, 0),
-            seed,
-            stop,
-            self.alternative_count(),
-            self.schema_of_answer(),
+            temperature=_first_set(self.temperature, defaults.temperature, 1.0),
+            top_p=max(_first_set(self.top_p, defaults.top_p, 1.0), 1e-6),
+            top_k=max(_first_set(self.top_k, defaults.top_k, 0), 0),
+            seed=None if self.seed is None else sample_seed(self.seed, answer_index),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=self.alternative_count(),
+            schema=self.schema_of_answer(),
             prompt_logprobs=self.prompt_alternative_count(),
             **self.sampling_options(bad_words),
         )
@@ -257,7 +261,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
     add_special_tokens: bool = False
 
     @model_validator(mode="after")
-    def _check_echo(self) -> Self:
+    def _check_chat_fields(self) -> Self:
         if self.echo and self.messages[-1].role != "assistant":
             raise value_error(
                 "echo, and a last message that is not the assistant's",
@@ -265,15 +269,29 @@ class ChatRequest(GenerationRequest, TemplateFields):
                 "leave out echo",
                 "echo",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_calls(self) -> Self:
         check_history(self.messages, "messages")
         has_format = not isinstance(self.response_format, TextFormat | None)
         param = "response_format" if has_format else "structured_outputs"
         has_format = has_format or self.structured_outputs is not None
         check_tools(self.tools, self.tool_choice, has_format, param)
+        token_limits = (self.max_tokens, self.max_completion_tokens)
+        raise_first_error(
+            (
+                self.top_logprobs and not self.logprobs,
+                "top_logprobs without logprobs",
+                "both, or neither",
+                "add logprobs = true",
+                "top_logprobs",
+            ),
+            (
+                None not in token_limits and self.max_tokens != self.max_completion_tokens,
+                f"max_tokens {self.max_tokens} beside max_completion_tokens"
+                f" {self.max_completion_tokens}",
+                "one of them",
+                "leave out max_tokens, the older name",
+                "max_tokens",
+            ),
+        )
         return self
 
     @property
@@ -305,28 +323,6 @@ class ChatRequest(GenerationRequest, TemplateFields):
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @model_validator(mode="after")
-    def _check_field_pairs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise value_error(
-                "top_logprobs without logprobs",
-                "both, or neither",
-                "add logprobs = true",
-                "top_logprobs",
-            )
-        if (
-            None not in (self.max_tokens, self.max_completion_tokens)
-            and self.max_tokens != self.max_completion_tokens
-        ):
-            problem = (
-                f"max_tokens {self.max_tokens} beside max_completion_tokens"
-                f" {self.max_completion_tokens}"
-            )
-            raise value_error(
-                problem, "one of them", "leave out max_tokens, the older name", "max_tokens"
-            )
-        return self
 
     def alternative_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None

@@ -62,8 +62,9 @@ def read_state(folder: Path) -> ServedState:
     except FileNotFoundError:
         return ServedState()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = f"{file}, which is damaged ({error})"
-        raise ConfigError(problem, "what the server wrote", "mend or delete it") from error
+        raise ConfigError(
+            f"{file}, which is damaged ({error})", "what the server wrote", "mend or delete it"
+        ) from error
 
 
 def write_state(folder: Path, state: ServedState) -> None:
@@ -74,9 +75,9 @@ def write_state(folder: Path, state: ServedState) -> None:
 
 
 @contextmanager
-def lock_state(folder: Path) -> Iterator[None]:
-    """Within this block, no other server changes ``served.json`` in the folder. The folder itself
-    is locked, because a read-only mount cannot have a lock file."""
+def lock_state(folder: Path) -> Iterator[ServedState]:
+    """Yield the content of ``served.json`` in the folder, which no other server changes within this
+    block. The folder itself is locked, because a read-only mount cannot have a lock file."""
     import fcntl  # here, so that a system without fcntl can serve, though not change adapters
 
     descriptor = os.open(folder, os.O_RDONLY)
@@ -88,7 +89,7 @@ def lock_state(folder: Path) -> Iterator[None]:
                 "The adapter folder cannot be locked (%s): let no other server change it",
                 error.strerror,
             )
-        yield
+        yield read_state(folder)
     finally:
         # closing is not enough: a process forked meanwhile also has the descriptor, and so the lock
         with suppress(OSError):

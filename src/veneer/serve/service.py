@@ -23,7 +23,7 @@ from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits, refusal
-from veneer.serve.access import FileWatch, Key, Keyring
+from veneer.serve.access import Key, Keyring, KeyWatch
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
 from veneer.serve.extension import Extension
@@ -61,7 +61,7 @@ class Service:
     cors: tuple[str, ...] = ()  # origins of web pages that may send requests
     docs: bool = False  # whether /docs is served
     tracer: Tracer | None = None
-    key_watch: FileWatch | None = None
+    key_watch: KeyWatch | None = None
     draining: bool = False
     waiting_chars: int = 0  # characters that wait for the tokenizer; only the event loop changes it
     started: int = field(default_factory=lambda: int(time.time()))  # in seconds since 1970
@@ -95,10 +95,13 @@ class Service:
         """The refusal of a request while the service is not ready."""
         if self.draining:
             return refusal.draining_refusal()
-        message = sentence(
-            "an engine that does not run", "one that does", "look at the log, start it again"
+        return Refusal(
+            503,
+            "an engine that does not run",
+            "one that does",
+            "look at the log, start it again",
+            code="engine_stopped",
         )
-        return Refusal(503, message, code="engine_stopped")
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests and wait up to ``seconds`` for the running ones."""
@@ -169,18 +172,6 @@ def _parse_model(model: Any, body: bytes) -> Any:
         raise RequestValidationError(error.errors(include_url=False), body=value) from error
 
 
-def _with_large_bodies(
-    handle: Callable[[Any], Coroutine[Any, Any, Response]], model: Any
-) -> Callable[[Any], Coroutine[Any, Any, Response]]:
-    """A request handler that parses a large body in a thread before it calls ``handle``."""
-
-    async def parse_and_handle(request: Any) -> Response:
-        await request.parse_large_body(model)
-        return await handle(request)
-
-    return parse_and_handle
-
-
 class Route(APIRoute):
     """A route that parses bodies strictly, large ones in a thread, and answers HEAD like GET."""
 
@@ -193,11 +184,16 @@ class Route(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         model = None if self.body_field is None else self.body_field.field_info.annotation
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            handle = _with_large_bodies(handle, model)
+        has_schema = isinstance(model, type) and issubclass(model, BaseModel)
+
+        async def parse_and_handle(request: Any) -> Response:
+            if has_schema:
+                await request.parse_large_body(model)
+            return await handle(request)
 
         async def handle_strictly(request: Request) -> Response:
-            return await self.respond(handle, _StrictRequest(request.scope, request.receive))
+            request = _StrictRequest(request.scope, request.receive)
+            return await self.respond(parse_and_handle, request)
 
         return handle_strictly
 
@@ -236,10 +232,13 @@ async def _key(request: Request) -> Key:
 
 async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
     if not key.admin:
-        message = sentence(
-            f"key {key.name!r}, which is no admin key", "one with admin = true", "use another"
+        raise Refusal(
+            403,
+            f"key {key.name!r}, which is no admin key",
+            "one with admin = true",
+            "use another",
+            code="admin_only",
         )
-        raise Refusal(403, message, code="admin_only")
     return key
 
 
@@ -257,11 +256,13 @@ async def requested_adapters(
     if blend is None:
         blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
     elif model != service.base:
-        problem = f"adapters beside the model {model[:120]!r}"
-        message = sentence(
-            problem, f"model {service.base!r}", "name the base, and each adapter in adapters"
+        raise Refusal(
+            400,
+            f"adapters beside the model {model[:120]!r}",
+            f"model {service.base!r}",
+            "name the base, and each adapter in adapters",
+            param="adapters",
         )
-        raise Refusal(400, message, param="adapters")
     # a blend whose weights are all zero is the base
     if not key.may_use(blend) or not (any(blend.values()) or key.base):
         raise refusal.no_such_model(next(iter(blend)) if len(blend) == 1 else model)
@@ -301,8 +302,14 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
     characters that wait is bounded, because a large text takes a second, and a short text must not
     wait behind forty of them. ``Busy``: too many characters wait already."""
     if service.waiting_chars and service.waiting_chars + size > limits.READING:
-        problem = f"{service.waiting_chars:,} characters that wait to be read"
-        raise Busy(sentence(problem, f"at most {limits.READING:,}", "send it again later"), 2.0)
+        raise Busy(
+            sentence(
+                f"{service.waiting_chars:,} characters that wait to be read",
+                f"at most {limits.READING:,}",
+                "send it again later",
+            ),
+            2.0,
+        )
 
     def release(_: Any) -> None:
         service.waiting_chars -= size

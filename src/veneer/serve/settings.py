@@ -75,50 +75,52 @@ def settings_of(base: str, **options: Any) -> Settings:
     ``memory`` and ``cache_memory`` such as "2GiB", ``gap`` such as "150ms", ``precision`` also as
     torch's name of a dtype, ``pin`` and ``cors`` as one text or several. ``ConfigError``: an option
     has an invalid value."""
-    memory, pin, precision = (
-        options.get("memory"),
-        options.get("pin") or (),
-        options.get("precision", Settings.precision),
-    )
-    precision = _PRECISION_OF_DTYPE.get(precision, precision)
+    precision = options.get("precision", Settings.precision)
+    options["precision"] = precision = _PRECISION_OF_DTYPE.get(precision, precision)
     if precision not in _PRECISIONS:
-        problem, expected = (
+        raise ConfigError(
             f"--precision {precision!r}",
             f"one of {listing((*_PRECISIONS, *_PRECISION_OF_DTYPE))}",
+            "check the spelling",
         )
-        raise ConfigError(problem, expected, "check the spelling")
     options["name"] = options.get("name") or default_name(base)
-    options["memory"] = bytes_in(None if memory is None else str(memory))
-    cache_memory, gap = options.get("cache_memory"), options.get("gap")
-    options["cache_memory"] = bytes_in(
-        None if cache_memory is None else str(cache_memory), "--cache-memory"
-    )
-    options["gap"] = seconds_in(None if gap is None else str(gap))
-    options["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
-    origins = options.get("cors") or ()
-    options["cors"] = checked_origins((origins,) if isinstance(origins, str) else origins)
+    options["memory"] = bytes_in(options.get("memory"))
+    options["cache_memory"] = bytes_in(options.get("cache_memory"), "--cache-memory")
+    options["gap"] = seconds_in(options.get("gap"))
+    options["pin"] = _as_texts(options.get("pin"))
+    options["cors"] = checked_origins(_as_texts(options.get("cors")))
     if options.get("log_format", "text") not in FORMATS:
-        problem = f"--log-format {options['log_format']!r}"
-        raise ConfigError(problem, f"one of {listing(FORMATS)}", "check the spelling")
+        raise ConfigError(
+            f"--log-format {options['log_format']!r}",
+            f"one of {listing(FORMATS)}",
+            "check the spelling",
+        )
     for name in ("rows", "length", "queue"):
         count = options.get(name)
         if count is not None and (type(count) is not int or count < 1):
-            problem = f"--{name} {count!r}"
-            raise ConfigError(problem, "a whole number from 1", "write, for instance, 16")
-    return Settings(base, **{**options, "precision": precision})
+            raise ConfigError(
+                f"--{name} {count!r}", "a whole number from 1", "write, for instance, 16"
+            )
+    return Settings(base, **options)
+
+
+def _as_texts(value: Any) -> tuple[str, ...]:
+    """The texts of an option that is one text, several, or None."""
+    value = value or ()
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
     """The distinct ``origins``. ``ConfigError``: no browser would send one of them as it is."""
     origins = tuple(dict.fromkeys(origins))
-    invalid = [origin for origin in origins if origin != "*" and not _ORIGIN.fullmatch(origin)]
     problems = [
         sentence(
             f"--cors {origin!r}",
             "an origin: scheme, host and port, in small letters and without a path, or '*'",
             "write, for instance, https://app.example.com or http://localhost:3000",
         )
-        for origin in invalid
+        for origin in origins
+        if origin != "*" and not _ORIGIN.fullmatch(origin)
     ]
     raise_all(ConfigError, "No server was started", problems)
     return origins
@@ -127,15 +129,19 @@ def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
 def must_have_keys_for_any_origin(settings: Settings, open_to_all: bool) -> None:
     """``ConfigError``: the server accepts requests of every web page, and needs no keys."""
     if open_to_all and "*" in settings.cors:
-        do = "name the origins, or give --keys FILE"
-        raise ConfigError("--cors '*' without keys", "keys, or origins by name", do)
+        raise ConfigError(
+            "--cors '*' without keys",
+            "keys, or origins by name",
+            "name the origins, or give --keys FILE",
+        )
 
 
-def bytes_in(text: str | None, flag: str = "--memory") -> int | None:
+def bytes_in(value: str | int | None, flag: str = "--memory") -> int | None:
     """Parse a number of bytes such as "2GiB" or "500MB". ``flag``: the option with this value, for
     errors."""
-    if text is None:
+    if value is None:
         return None
+    text = str(value)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     count = int(float(match[1]) * _BYTE_UNITS[match[2]]) if match and match[2] in _BYTE_UNITS else 0
     if count < 1:
@@ -145,10 +151,11 @@ def bytes_in(text: str | None, flag: str = "--memory") -> int | None:
     return count
 
 
-def seconds_in(text: str | None) -> float | None:
+def seconds_in(value: str | float | None) -> float | None:
     """Parse a duration such as "150ms" or "0.2s"; returns seconds."""
-    if text is None:
+    if value is None:
         return None
+    text = str(value)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*", text.lower())
     seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
     if seconds <= 0:

@@ -116,9 +116,8 @@ def _check_adapters_exist(settings: Settings) -> None:
         return
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)
     if unknown := [name for name in settings.pin if name not in adapters]:
-        problem = f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], adapters)}"
         raise ConfigError(
-            problem,
+            f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], adapters)}",
             f"one of {listing(adapters, 8)}" if adapters else "an adapter",
             "check --pin and --adapters",
         )
@@ -150,8 +149,11 @@ def _load_encoder(settings: Settings) -> Any:
     options = {name: getattr(settings, name) for name in names}
     options["no_prefix_cache"] = None if settings.prefix_cache else True
     if flags := used_flags(options):
-        problem = f"{listing(flags)} for {settings.base}, an encoder"
-        raise ConfigError(problem, "a causal language model", "leave them out")
+        raise ConfigError(
+            f"{listing(flags)} for {settings.base}, an encoder",
+            "a causal language model",
+            "leave them out",
+        )
     return models.load_encoder(
         settings.base, precision=settings.precision, device=settings.device, with_head=True
     )

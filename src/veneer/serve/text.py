@@ -74,9 +74,9 @@ class Text:
         if token in self._markers:
             new_text = self._decode_certain(is_final=True) + self._markers[token]
             self._ids, self._context_count, self._returned_text = [], 0, ""
-            return self._hold_back(new_text, is_final=False) if watched else (new_text, False)
-        self._ids.append(token)
-        new_text = self._decode_certain(is_final=False)
+        else:
+            self._ids.append(token)
+            new_text = self._decode_certain(is_final=False)
         return self._hold_back(new_text, is_final=False) if watched else (new_text, False)
 
     def end(self) -> str:

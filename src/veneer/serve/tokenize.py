@@ -83,14 +83,13 @@ async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[
             adds_special = body.add_special_tokens is not False
             ids = list(tokenizer(text, add_special_tokens=adds_special)["input_ids"])
         else:
-            arguments = body.template_arguments()
             ids = list(
                 prompts.chat_tokens(
                     tokenizer,
                     body.messages,
                     max_tokens,
                     tools,
-                    arguments,
+                    body.template_arguments(),
                     add_special_tokens=bool(body.add_special_tokens),
                 )
             )
@@ -112,15 +111,17 @@ async def detokenize(body: DetokenizeRequest, service: Serving, key: Asker) -> d
     await _check_model(service, key, body.model)
     max_tokens = prompts.max_prompt_tokens(service.length, -1)
     if len(body.tokens) > max_tokens:
-        problem, expected = f"{len(body.tokens):,} tokens", f"at most {max_tokens:,}"
-        raise Refusal(400, problem, expected, "send fewer at once", param="tokens")
-    if max(body.tokens) >= service.vocabulary:
-        problem, expected = f"token {max(body.tokens)}", f"tokens below {service.vocabulary}"
-        raise Refusal(400, problem, expected, "check the tokenizer", param="tokens")
-    text = await in_text_thread(
-        service, len(body.tokens), lambda: service.tokenizer.decode(body.tokens)
-    )
-    return {"prompt": text}
+        raise Refusal(
+            400,
+            f"{len(body.tokens):,} tokens",
+            f"at most {max_tokens:,}",
+            "send fewer at once",
+            param="tokens",
+        )
+    tokenizer = service.tokenizer
+    # token ids are only checked
+    ids = prompts.prompt_tokens(tokenizer, body.tokens, service.vocabulary, max_tokens, "tokens")
+    return {"prompt": await in_text_thread(service, len(ids), lambda: tokenizer.decode(ids))}
 
 
 @router.get("/version")

@@ -31,7 +31,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from veneer.errors import ConfigError, listing
 from veneer.serve import limits
-from veneer.serve.access import Keyring, follow_keys, read_keys
+from veneer.serve.access import Keyring, KeyWatch, read_keys
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.guard import LOOPBACK
 from veneer.serve.request_log import formatter_of
@@ -88,7 +88,7 @@ class Replica:
         self.name = serve.get_replica_context().replica_id.unique_id
         self.service = start(replace(settings, cors=()), _keyring(keys))  # the gateway does CORS
         if keys is not None:
-            self.service.key_watch = follow_keys(self.service, Path(keys))
+            self.service.key_watch = KeyWatch(self.service, Path(keys))
         self.service.hosts = hosts
         self.application = create(self.service, page.router)
 
@@ -130,7 +130,7 @@ class Gateway:
             settings.cors,
         )
         if keys is not None:
-            follow_keys(self.gateway, Path(keys))  # until this process ends
+            KeyWatch(self.gateway, Path(keys))  # until this process ends
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.gateway.app
