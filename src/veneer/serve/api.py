@@ -290,7 +290,7 @@ async def _read_chat(
         if not tools:
             return prompt, None
         schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
-        prompts.check_schema({name: schemas[name] for name in body.strict_tools})
+        prompts.check_schema({name: schemas[name] for name in body.strict_tools}, "tools")
         reading = call_reading(
             schemas,
             body.forced_tool,
@@ -386,7 +386,9 @@ async def _authorized_blend(
             400, "an encoder", "a causal language model",
             "use /v1/embeddings, or serve another base", param="model", code="not_generative",
         )  # fmt: skip
-    prompts.check_grammar(body.schema_of_answer(), body.grammar_of_answer())
+    prompts.check_grammar(
+        body.schema_of_answer(), body.grammar_of_answer(), body.schema_param()
+    )
     return blend
 
 

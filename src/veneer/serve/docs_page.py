@@ -24,7 +24,7 @@ Schema = Mapping[str, Any]
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
-    text = await asyncio.to_thread(render, request.app.openapi())
+    text = await asyncio.to_thread(lambda: render(request.app.openapi()))
     headers = {**page.HEADERS, "Cache-Control": "no-cache"}
     return Response(text, media_type="text/html; charset=utf-8", headers=headers)
 

@@ -424,8 +424,11 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
     return [sequence for sequence in sequences if sequence]
 
 
-def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> None:
-    """Refuse a JSON schema, or another grammar, that would take too long to compile."""
+def check_grammar(
+    schema: Mapping[str, Any] | None, grammar: Grammar | None, schema_param: str
+) -> None:
+    """Refuse a JSON schema, which is in the field ``schema_param``, or another grammar that would
+    take too long to compile."""
     if grammar is not None and len(grammar.text) > limits.SCHEMA:
         raise Refusal(
             400,
@@ -434,11 +437,12 @@ def check_grammar(schema: Mapping[str, Any] | None, grammar: Grammar | None) -> 
             "simplify it",
             param="structured_outputs",
         )
-    check_schema(schema)
+    check_schema(schema, schema_param)
 
 
-def check_schema(schema: Mapping[str, Any] | None) -> None:
-    """Refuse a JSON schema that would take too long to compile."""
+def check_schema(schema: Mapping[str, Any] | None, param: str) -> None:
+    """Refuse a JSON schema, which is in the field ``param``, that would take too long to
+    compile."""
     size = len(json.dumps(schema))
     if size > limits.SCHEMA or _nesting_depth(schema) > limits.SCHEMA_DEPTH:
         depth_text = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
@@ -447,7 +451,7 @@ def check_schema(schema: Mapping[str, Any] | None) -> None:
             f"a schema of {size:,} bytes{depth_text}",
             f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels",
             "simplify it",
-            param="response_format",
+            param=param,
         )
 
 

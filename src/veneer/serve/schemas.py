@@ -239,6 +239,10 @@ class GenerationRequest(Strict, SamplingFields, ABC):
         the prompt."""
         return self.prompt_logprobs
 
+    def schema_param(self) -> str:
+        """The field that holds the JSON schema that the answer must follow."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The JSON schema that the answer must follow."""
         if self.structured_outputs is not None:
