@@ -384,6 +384,9 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
          "Found: no field 'response_format.json_schema.schema'."),
         ({"response_format": {"type": "xml"}}, "in response_format. Expected: "),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "b" * 70_000}}}},
+         "Found: a schema of 70,"),
+        ({"structured_outputs": {"json": {"a": "b" * 70_000}}}, "Found: a schema of 70,"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_body_is_said_of_what_was_sent(it, fields, said):
