@@ -148,7 +148,7 @@ def match(
         warn_module_only(path, [plan.path for plan in matching.low_rank if plan.module_only])
     elif verify_base:
         must_be_base(cache.names, adapter_files, cache.fingerprints)
-    return matching.load_plan()
+    return LoadPlan(adapter_files, matching.plans, matching.adapter_parameters, matching.full)
 
 
 class _Match:
@@ -335,14 +335,12 @@ class _Match:
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
             tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
-            sizes = {
-                ref: tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha))
-                for ref, layer in layers.items()
-            }
-            module_only = self.module_only
             specs = {
-                ref: TargetSpec(rank, alpha, module_only=ref in module_only)
-                for ref, (rank, alpha) in sizes.items()
+                ref: TargetSpec(
+                    *tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha)),
+                    module_only=ref in self.module_only,
+                )
+                for ref, layer in layers.items()
             }
         else:
             specs = self.specs_from_record(recorded_changes)
@@ -487,6 +485,3 @@ class _Match:
                 "those of every target",
                 "get the whole file",
             )
-
-    def load_plan(self) -> LoadPlan:
-        return LoadPlan(self.adapter_files, self.plans, self.adapter_parameters, self.full)

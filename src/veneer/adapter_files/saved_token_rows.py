@@ -92,13 +92,10 @@ def trains_one_name(
     module ``ref`` and of the modules ``trained_paths``."""
     refs = names.holders_of(ref, refs_by_id)
     changed_paths = {*trained_paths, ref[0]}
-    if _is_input_embedding(names, ref[0]):
+    input_embedding = getattr(names.model, "get_input_embeddings", lambda: None)()
+    if names.modules[ref[0]] is input_embedding:
         changed_paths |= {*_paths_tied_to_input(names)}
     return any(path not in changed_paths for path, _ in refs)
-
-
-def _is_input_embedding(names: Names, path: str) -> bool:
-    return getattr(names.model, "get_input_embeddings", lambda: None)() is names.modules[path]
 
 
 def _paths_tied_to_input(names: Names) -> Iterator[str]:

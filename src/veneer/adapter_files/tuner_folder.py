@@ -131,13 +131,14 @@ def tuner_folder(
         if product is None:
             continue
         products[module_path] = product
-        groups, out, in_ = *product.B.shape[:2], product.A.shape[2]
-        assert groups == 1
         # PEFT allows a rank above min(out, in)
+        out, in_ = product.B.shape[1], product.A.shape[2]
         rank = min(peft_paths.rank_alpha_scale(lora_config, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
-        sizes[f"{module_path}.weight"] = rank, _alpha(tuner, change.scale, rank)
+        # the alpha for which the variant has the scale of the change at this rank
+        alpha = change.scale / VARIANTS[tuner.variant].scale(1.0, rank)
+        sizes[f"{module_path}.weight"] = rank, alpha
         parameters |= {
             f"{module_path}.weight.{name}": parameter
             for name, parameter in change.parameters.items()
@@ -176,11 +177,6 @@ def tuner_folder(
         tuple(sorted(paths)),
         value_count,
     )
-
-
-def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
-    """The alpha for which the variant has this scale at this rank."""
-    return scale / VARIANTS[tuner.variant].scale(1.0, rank)
 
 
 def _plain_product(
