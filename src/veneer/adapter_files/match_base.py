@@ -133,8 +133,10 @@ def _warn_unproven(
         and recorded_names.isdisjoint(tensor.names)
         and full_names.isdisjoint(tensor.names)
     ]
-    paths_by_problem = {"parameters of this model are not in its record": unlisted_paths}
-    paths_by_problem["tensors of its record are not in this model"] = missing_names
+    paths_by_problem = {
+        "parameters of this model are not in its record": unlisted_paths,
+        "tensors of its record are not in this model": missing_names,
+    }
     counts = [
         f"{len(paths)} {problem} ({listing(paths, 3)})"
         for problem, paths in paths_by_problem.items()

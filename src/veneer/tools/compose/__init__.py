@@ -355,7 +355,15 @@ def _combine_changes(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
             combined_layers[alias.entry_path] = tied_layer.with_magnitude(blend.magnitude)
-        reports.append(_report_layer(aligned_weight, weights, blend, layer.rank))
+        reports.append(
+            LayerReport(
+                path=aligned_weight.model_path,
+                ranks=tuple(aligned_weight.layers[index].low.rank for index in weights),
+                rank=layer.rank,
+                norm=blend.norm,
+                error=blend.error / blend.norm if blend.norm else 0.0,
+            )
+        )
     ordered_layers = {
         aligned_weight.entry_path: combined_layers[aligned_weight.entry_path]
         for aligned_weight in aligned_weights
@@ -386,14 +394,6 @@ def _source_weights(
                 if (weight := weigh_adapter(names, source_index))
             }
     return weights_by_path
-
-
-def _report_layer(
-    aligned_weight: AlignedWeight, weights: Mapping[int, float], blend: Blend, rank: int
-) -> LayerReport:
-    ranks = tuple(aligned_weight.layers[source_index].low.rank for source_index in weights)
-    relative_error = blend.error / blend.norm if blend.norm else 0.0
-    return LayerReport(aligned_weight.model_path, ranks, rank, blend.norm, relative_error)
 
 
 def _combine_change(

@@ -239,13 +239,13 @@ def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
 
 def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> list[WeightPair]:
     """The pairs with a difference. ``ExtractError``: there is none, or a value is not finite."""
-    changed_pairs, non_finite_paths = [], []
-    for pair in weight_pairs:
-        is_changed, is_finite = pair.compare()
-        changed_pairs += [pair] if is_changed else []
-        non_finite_paths += (
-            [] if is_finite or (pair.model_weight.is_buffer and not is_changed) else [pair.path]
-        )
+    comparisons = [(pair, *pair.compare()) for pair in weight_pairs]
+    changed_pairs = [pair for pair, is_changed, _ in comparisons if is_changed]
+    non_finite_paths = [
+        pair.path
+        for pair, is_changed, is_finite in comparisons
+        if not is_finite and (is_changed or not pair.model_weight.is_buffer)
+    ]
     if non_finite_paths:
         problem = f"NaN or infinity in {listing(non_finite_paths, 40)}"
         raise ExtractError(

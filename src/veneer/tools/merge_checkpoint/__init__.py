@@ -16,7 +16,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,14 @@ def _write_merge(
         )
     lock = out.with_name(f".{out.name}.merging.lock")
     with (
-        hold_lock(lock, partial(_busy_error, out)),
+        hold_lock(
+            lock,
+            lambda holder: MergeError(
+                f"{holder}, which merges into {out}",
+                "one at a time",
+                "wait for it, or choose another folder",
+            ),
+        ),
         new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as folder,
     ):
         layer_reports = CheckpointWriter(job, folder).write(progress)
@@ -124,12 +130,6 @@ def _write_merge(
         report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layer_reports))
         (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes)
-
-
-def _busy_error(out: Path, holder: str) -> MergeError:
-    """The error if another process (``holder``) holds the lock of ``out``."""
-    problem = f"{holder}, which merges into {out}"
-    return MergeError(problem, "one at a time", "wait for it, or choose another folder")
 
 
 def prove(

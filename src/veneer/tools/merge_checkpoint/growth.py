@@ -96,12 +96,8 @@ class GrownCheckpoint(Checkpoint):
         row_count, shape = self.file_rows[name], self.shape(name)
         tensor = torch.zeros(shape, dtype=self.dtype(name))
         if row_count:  # else the files lack this tensor
-            tensor[:row_count] = Checkpoint.read(self.with_file_rows(name), name)
+            tensor[:row_count] = _resize_tensors(self, {name: row_count}).read(name)
         return tensor if rows is None else tensor[rows]
-
-    def with_file_rows(self, name: str) -> Checkpoint:
-        """The checkpoint, in which this tensor has only the rows that its file stores."""
-        return _resize_tensors(self, {name: self.file_rows[name]})
 
 
 def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:

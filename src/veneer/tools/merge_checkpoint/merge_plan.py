@@ -279,23 +279,19 @@ def _collect_edits(
     ``adapters_by_name``: the adapters by their names on the model; ``path_by_id``: the path of each
     tensor of the model by its id."""
     edits: dict[str, TensorEdit] = {}
-    problems_by_adapter = {
-        name: (*split_tie_problems(model, name), *output_change_problems(model, name))
-        for name in adapters_by_name
-    }
-    all_problems = [
-        f"{adapters_by_name[name][0]}: {problem}"
-        for name, adapter_problems in problems_by_adapter.items()
-        for problem in adapter_problems
+    problems = [
+        f"{folder}: {problem}"
+        for name, (folder, _) in adapters_by_name.items()
+        for problem in (*split_tie_problems(model, name), *output_change_problems(model, name))
     ]
-    raise_all(MergeError, "Nothing was merged", all_problems)
+    raise_all(MergeError, "Nothing was merged", problems)
     for adapter_name, (_, adapter_weight) in adapters_by_name.items():
         for module_path, module, weight, change in changes(model, adapter_name):
             target: Any = module._parameters.get(weight)
             is_rewritten = (
                 type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
+                and getattr(module, "max_norm", None) is not None
             )
-            is_rewritten = is_rewritten and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or is_rewritten:
                 problem = (
                     f"a change of {parameter_path(module_path, weight)!r}, which is computed or"
