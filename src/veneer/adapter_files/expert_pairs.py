@@ -60,16 +60,13 @@ def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]
     renamed_paths = _map_renamed_layers(adapter_files, names, expert_matches)
     if not expert_matches and not renamed_paths:
         return adapter_files
-    stacks, stacked_paths = {}, set()
-    if expert_matches:
-        stacks, stacked_paths = _group_by_stack(adapter_files, names, expert_matches)
+    stacks, stacked_paths = _group_by_stack(adapter_files, names, expert_matches)
     is_rslora = bool(adapter_files.peft_config.get("use_rslora"))
-    stack_layers = {
-        weight_path: _stack_changes(weight_path, expert_changes, names, is_rslora, problems)
-        for weight_path, expert_changes in stacks.items()
-    }
     parameter_layers = {
-        weight_path: layer for weight_path, layer in stack_layers.items() if layer is not None
+        weight_path: layer
+        for weight_path, expert_changes in stacks.items()
+        if (layer := _stack_changes(weight_path, expert_changes, names, is_rslora, problems))
+        is not None
     }
     module_layers: dict[str, peft.PeftLayer] = {}
     for path, weight_path in renamed_paths.items():

@@ -241,8 +241,11 @@ class _Card:
 
     def settings(self) -> dict[str, Any]:
         config = self.provenance["config"] or self.record.get("config") or {}
-        nonempty = {name: value for name, value in config.items() if value not in (None, [], "")}
-        settings = {name: value for name, value in nonempty.items() if name not in _ELSEWHERE}
+        settings = {
+            name: value
+            for name, value in config.items()
+            if value not in (None, [], "") and name not in _ELSEWHERE
+        }
         settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
         return {
             **settings,

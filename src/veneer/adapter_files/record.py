@@ -184,22 +184,26 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
             "no base, changes or config in it", "all three", "save it again with this Veneer"
         )
         return
-    text_values = [
-        base_record.get("name") or "",
-        base_record.get("architecture") or "",
-        *fingerprints.values(),
-        *record["hashes"].values(),
-    ]
-    mappings = [record.get(name, {}) for name in ("versions", "provenance")] + [
-        base_record.get("quantized", {})
-    ]
     rest_fingerprints, fresh_names = base_record.get("rest", {}), base_record.get("fresh", [])
-    if isinstance(rest_fingerprints, dict) and isinstance(fresh_names, list):
-        text_values += [*rest_fingerprints.values(), *fresh_names]
-    else:
-        mappings.append(None)
-    if not all(isinstance(value, str) for value in text_values) or not all(
+    mappings = [
+        rest_fingerprints,
+        base_record.get("quantized", {}),
+        record.get("versions", {}),
+        record.get("provenance", {}),
+    ]
+    has_containers = isinstance(fresh_names, list) and all(
         isinstance(mapping, dict) for mapping in mappings
+    )
+    if not has_containers or not all(
+        isinstance(text, str)
+        for text in (
+            base_record.get("name") or "",
+            base_record.get("architecture") or "",
+            *fingerprints.values(),
+            *rest_fingerprints.values(),
+            *fresh_names,
+            *record["hashes"].values(),
+        )
     ):
         expected = "text for names and hashes; versions, provenance and quantized by name"
         yield sentence("fields of other types", expected, "get another copy")

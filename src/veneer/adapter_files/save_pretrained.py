@@ -279,9 +279,11 @@ def _save_from_state(
 
 def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
     has_same_type = type(candidate) is type(current.detach()) or candidate is current
-    if not has_same_type or candidate.shape != current.shape:
-        return False
-    return candidate.data_ptr() == current.data_ptr()
+    return (
+        has_same_type
+        and candidate.shape == current.shape
+        and candidate.data_ptr() == current.data_ptr()
+    )
 
 
 @torch.no_grad()
