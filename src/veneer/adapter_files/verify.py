@@ -289,11 +289,12 @@ class _Verification:
         """Check that every value is finite, and warn of unusual dtypes."""
         problems = number_checks.number_problems(tensors, "get another copy")
         self.log.add_problems("numbers", problems, "every number is finite")
-        dtypes = {tensor.dtype for tensor in tensors.values()}
         dtype_names = sorted(
-            str(dtype).removeprefix("torch.")
-            for dtype in dtypes
-            if dtype in number_checks.FLOAT_DTYPES
+            {
+                str(tensor.dtype).removeprefix("torch.")
+                for tensor in tensors.values()
+                if tensor.dtype in number_checks.FLOAT_DTYPES
+            }
         )
         if len(dtype_names) > 1:
             self.log.add("warning", "numbers", f"stored in several types: {', '.join(dtype_names)}")

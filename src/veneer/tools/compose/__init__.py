@@ -213,17 +213,14 @@ def _provenance(
         }
         for saved_adapter, weight in zip(adapters, weights, strict=True)
     ]
-    option_fields = {"rank": options.rank, "energy": options.energy}
-    option_fields |= (
-        {"density": options.density, "seed": options.seed}
-        if options.method in MERGE_METHODS
-        else {}
-    )
-    option_fields |= (
-        {"layers": {pattern: list_factors(factor) for pattern, factor in layers.items()}}
-        if layers
-        else {}
-    )
+    is_merge = options.method in MERGE_METHODS
+    option_fields = {
+        "rank": options.rank,
+        "energy": options.energy,
+        "density": options.density if is_merge else None,
+        "seed": options.seed if is_merge else None,
+        "layers": {pattern: list_factors(factor) for pattern, factor in layers.items()} or None,
+    }
     return {
         "method": options.method,
         **{field: option for field, option in option_fields.items() if option is not None},

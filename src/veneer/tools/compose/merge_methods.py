@@ -85,9 +85,7 @@ def merge_vectors(
             )
         return vector.where(vector.abs() >= thresholds[index], 0)
 
-    total = sparsify(0)
-    for index in range(1, len(vectors)):
-        total = total + sparsify(index)
+    total = sum(map(sparsify, range(1, len(vectors))), start=sparsify(0))
     if not method.elects_sign:
         return total
     # for each entry: the mean over the vectors that have the sign of the sum; 0 if the sum is 0
