@@ -107,20 +107,17 @@ def _map_renamed_layers(
 ) -> dict[str, str]:
     """{path in the file: path of the parameter in the model} of each layer that transformers 5
     renamed, or replaced by a parameter without a module, such as a router."""
-    parameter_paths = {}
-    for path, layer in adapter_files.low.items():
-        is_module = path in names.canonical
-        if (
-            is_module
-            and kind_for(names.modules[names.canonical[path]], "weight") is not GENERAL_KIND
-        ):
-            continue
-        if (
-            path not in expert_paths
-            and layer.suffixes == LORA_SUFFIXES
-            and not peft.targets_parameter(path, layer)
-        ):
-            parameter_paths[path] = f"{path}.weight"
+    parameter_paths = {
+        path: f"{path}.weight"
+        for path, layer in adapter_files.low.items()
+        if path not in expert_paths
+        and layer.suffixes == LORA_SUFFIXES
+        and not peft.targets_parameter(path, layer)
+        and (
+            path not in names.canonical
+            or kind_for(names.modules[names.canonical[path]], "weight") is GENERAL_KIND
+        )
+    }
     locations = (
         map_checkpoint_names(names.model, parameter_paths.values()) if parameter_paths else {}
     )

@@ -385,9 +385,11 @@ class _Match:
             if path is None or parameter_name not in own_parameters(self.names.modules[path]):
                 self.add_missing_module(weight_path, module_path)
             else:
-                module_only, rows = change.get("module_only", False), change.get("rows")
                 specs[path, parameter_name] = TargetSpec(
-                    change["rank"], change["alpha"], rows, module_only=module_only
+                    change["rank"],
+                    change["alpha"],
+                    change.get("rows"),
+                    module_only=change.get("module_only", False),
                 )
         return specs
 
@@ -466,9 +468,7 @@ class _Match:
         expected_refs = {
             (path, weight_names[path])
             for path in peft_paths.expected_paths(config, weight_names) or ()
-        }
-        expected_refs = {
-            ref for ref in expected_refs if weight_of(names.modules[ref[0]], ref[1]) is not None
+            if weight_of(names.modules[path], weight_names[path]) is not None
         }
         expected_refs |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
         missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())

@@ -36,12 +36,11 @@ def _token_changes(names: Names, adapter_name: str) -> Iterator[tuple[str, str, 
 
 def file_tensors(names: Names, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of the adapter's trained token rows, by their key in PEFT's file."""
-    token_changes = _token_changes(names, adapter_name)
     return {
         peft.tensor_key(path, peft_tokens.LORA_ROWS_SUFFIX): (
             peft_mapping.file_tensor(change.token_rows)
         )
-        for path, _, change in token_changes
+        for path, _, change in _token_changes(names, adapter_name)
     }
 
 

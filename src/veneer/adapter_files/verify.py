@@ -122,11 +122,11 @@ class _Verification:
             for name in file_names.CORE
             if (path / name).is_file() and not location_problems(path, [name])
         }
-        config, file_content = None, None
-        if peft.CONFIG in readable:
-            config = log.try_step("config", read_json, path / peft.CONFIG)
-        if peft.TENSORS in readable:
-            file_content = log.try_step("tensors", read_tensors, path / peft.TENSORS)
+        has_config, has_tensors = peft.CONFIG in readable, peft.TENSORS in readable
+        config = log.try_step("config", read_json, path / peft.CONFIG) if has_config else None
+        file_content = (
+            log.try_step("tensors", read_tensors, path / peft.TENSORS) if has_tensors else None
+        )
         if file_content is None:
             return
         tensors, header = file_content
@@ -199,10 +199,9 @@ class _Verification:
             for content, has_changed in checks.items()
             if has_changed
         ]
-        for problem in problems:
-            self.log.add("error", "record", problem)
-        if checks and not problems:
-            self.log.add("ok", "record", f"the hashes are right: {', '.join(checks)}")
+        if checks or problems:
+            success = f"the hashes are right: {', '.join(checks)}"
+            self.log.add_problems("record", problems, success)
         return bool(checks) and not problems, parameters
 
     def check_layers(

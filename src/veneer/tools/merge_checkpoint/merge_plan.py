@@ -140,8 +140,8 @@ def plan_merge(
             notes = [
                 *_quantization_notes(adapters, saved_adapters),
                 *(str(warning.message) for warning in caught_warnings),
+                *(f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}),
             ]
-            notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
             merge_plan = _plan_from_model(
                 target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
             )
