@@ -180,11 +180,12 @@ class _Card:
         ]
         if not eval_metrics or not data or not self.is_language_model:
             return []
-        dataset = {"name": _display_name(data), "type": _hub_id(data) or "private"}
-        results = [
-            {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": eval_metrics}
-        ]
-        return [{"name": self.title, "results": results}]
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": _display_name(data), "type": _hub_id(data) or "private"},
+            "metrics": eval_metrics,
+        }
+        return [{"name": self.title, "results": [result]}]
 
     def summary(self) -> str:
         paths = self.record.get("changes", {})

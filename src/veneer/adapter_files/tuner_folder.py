@@ -121,7 +121,6 @@ def tuner_folder(
 ) -> TunerFolder:
     """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
     not fit the base."""
-    needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
     changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weights)
     lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
@@ -165,17 +164,16 @@ def tuner_folder(
         peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0]
         for key in tuner_tensors
     }
-    value_count = sum(tensor.numel() for tensor in tuner_tensors.values())
     return TunerFolder(
-        tuner,
-        config,
-        plain_config,
-        plain_tensors,
-        parameters,
-        sizes,
-        needs_base_shapes,
-        tuple(sorted(paths)),
-        value_count,
+        tuner=tuner,
+        source=config,
+        config=plain_config,
+        tensors=plain_tensors,
+        parameters=parameters,
+        sizes=sizes,
+        needs_base_shapes=peft_tuners.needs_base_shapes(tuner, weights),
+        paths=tuple(sorted(paths)),
+        value_count=sum(tensor.numel() for tensor in tuner_tensors.values()),
     )
 
 

@@ -180,9 +180,13 @@ def compose(
     path = write_derived(
         out, sources, entries, params, variant=variant, overwrite=overwrite, provenance=provenance
     )
-    verified = all(source.record is not None for source in sources)
     return ComposeReport(
-        path, options.method, tuple(adapter_weights), tuple(reports), verified, tuple(notes)
+        path=path,
+        method=options.method,
+        weights=tuple(adapter_weights),
+        layers=tuple(reports),
+        verified=all(source.record is not None for source in sources),
+        notes=tuple(notes),
     )
 
 
@@ -205,14 +209,6 @@ def _provenance(
 ) -> dict[str, Any]:
     """The provenance that the record of the new adapter holds: the options, and for each adapter
     the name of its folder, the hash of its record, and its weight."""
-    adapter_entries = [
-        {
-            "adapter": saved_adapter.path.name,
-            "record": saved_adapter.metadata.get("hashes", {}).get("record"),
-            "weight": weight,
-        }
-        for saved_adapter, weight in zip(adapters, weights, strict=True)
-    ]
     is_merge = options.method in MERGE_METHODS
     option_fields = {
         "rank": options.rank,
@@ -224,7 +220,14 @@ def _provenance(
     return {
         "method": options.method,
         **{field: option for field, option in option_fields.items() if option is not None},
-        "of": adapter_entries,
+        "of": [
+            {
+                "adapter": saved_adapter.path.name,
+                "record": saved_adapter.metadata.get("hashes", {}).get("record"),
+                "weight": weight,
+            }
+            for saved_adapter, weight in zip(adapters, weights, strict=True)
+        ],
     }
 
 

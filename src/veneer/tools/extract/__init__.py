@@ -195,17 +195,17 @@ def _report(
         )
         raise ExtractError(problem, "something to write", "widen targets or keep")
     return ExtractReport(
-        out,
-        tuple(product.report for product in products),
-        tuple(
+        path=out,
+        layers=tuple(product.report for product in products),
+        whole=tuple(
             Kept(pair.path, torch.Size(pair.base.shape).numel(), pair.change(), reason)
             for pair, reason in full_pairs
         ),
-        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
-        unchanged_count,
-        model_pair.tuned.unread,
-        least,
-        0.0,
+        lost=tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
+        unchanged=unchanged_count,
+        unread=model_pair.tuned.unread,
+        least=least,
+        seconds=0.0,
     )
 
 
@@ -298,19 +298,15 @@ def _factor_change(
         methods.add(method)
     base_energy = sum(svd.energy(pair.base.read(rows).reshape(1, -1)) for rows in pair.rows)
     A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
-    method = "exact" if methods == {"exact"} else "randomised"
-    relative_change = (change_energy / base_energy) ** 0.5 if base_energy else math.inf
-    seconds = time.perf_counter() - start_time
-    relative_error = (error_energy / change_energy) ** 0.5
     report = Extracted(
-        pair.path,
-        (pair.dims.groups, pair.dims.out, pair.dims.in_),
-        rank,
-        change_energy**0.5,
-        relative_change,
-        relative_error,
-        method,
-        seconds,
+        path=pair.path,
+        dims=(pair.dims.groups, pair.dims.out, pair.dims.in_),
+        rank=rank,
+        change=change_energy**0.5,
+        relative=(change_energy / base_energy) ** 0.5 if base_energy else math.inf,
+        error=(error_energy / change_energy) ** 0.5,
+        method="exact" if methods == {"exact"} else "randomised",
+        seconds=time.perf_counter() - start_time,
     )
     return _Product(pair, A, B, fingerprint, report)
 

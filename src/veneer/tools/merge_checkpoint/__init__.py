@@ -194,14 +194,13 @@ def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
     """The record that the result holds in ``RECORD``. It contains no paths of this machine."""
-    adapter_entries = [
-        {"name": path.name, "weight": weight, "content": content_hash(path)}
-        for path, weight in job.adapters
-    ]
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,
-        "adapters": adapter_entries,
+        "adapters": [
+            {"name": path.name, "weight": weight, "content": content_hash(path)}
+            for path, weight in job.adapters
+        ],
         "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
         "rounding": job.rounding,
         "layers": {

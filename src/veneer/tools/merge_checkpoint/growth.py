@@ -106,9 +106,8 @@ def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
     if not grown_sizes:
         return checkpoint
     resized = _resize_tensors(checkpoint, grown_sizes)
-    file_rows = {name: checkpoint.shape(name)[0] for name in grown_sizes}
     return GrownCheckpoint(
-        resized.folder, resized.files, resized.index, resized.index_name, resized.file_of, file_rows
+        **vars(resized), file_rows={name: checkpoint.shape(name)[0] for name in grown_sizes}
     )
 
 
@@ -207,9 +206,11 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
     index = checkpoint.index
     if index is not None:
         index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(tensors, file)}}
-    file_rows = {**getattr(checkpoint, "file_rows", {}), **dict.fromkeys(tensors, 0)}
-    files = {**checkpoint.files, file: replace(header, tensors=entries)}
-    file_of_tensor = {**checkpoint.file_of, **dict.fromkeys(tensors, file)}
     return GrownCheckpoint(
-        checkpoint.folder, files, index, checkpoint.index_name, file_of_tensor, file_rows
+        folder=checkpoint.folder,
+        files={**checkpoint.files, file: replace(header, tensors=entries)},
+        index=index,
+        index_name=checkpoint.index_name,
+        file_of={**checkpoint.file_of, **dict.fromkeys(tensors, file)},
+        file_rows={**getattr(checkpoint, "file_rows", {}), **dict.fromkeys(tensors, 0)},
     )
