@@ -217,15 +217,13 @@ def _stack_changes(
             A[expert, start:stop] = layer.A
             B[expert, rows, start:stop] = _scale_matrix(layer.B, layer.scale / (scale or 1))
             start = stop
-    alpha_per_scale = math.sqrt(rank) if is_rslora else rank
-    stacked_A, stacked_B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     return replace(
         first_layer,
         target_path=weight_path,
-        A=stacked_A,
-        B=stacked_B,
+        A=A.flatten(0, 1),
+        B=B.permute(1, 2, 0).flatten(1),
         rank=rank,
-        alpha=scale * alpha_per_scale,
+        alpha=scale * (math.sqrt(rank) if is_rslora else rank),
     )
 
 

@@ -220,8 +220,13 @@ def write(
     )
     record = None
     if base is not None:
-        record = {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
-        record = seal_record(record, tensors, peft_config, provenance, parameters)
+        record = seal_record(
+            {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()},
+            tensors,
+            peft_config,
+            provenance,
+            parameters,
+        )
     texts_by_file = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
         texts_by_file[RECORD] = json.dumps(record, indent=2) + "\n"

@@ -53,12 +53,16 @@ def build_adapter(
             base_record = {**base_record, "weights": weights}
             if target_format != "dense":  # ``compute_deltas`` includes the token rows
                 changes = replace_token_changes(model, deltas.ADAPTER_NAME, saved_adapter, changes)
-    facts = {
-        "base": base_record,
-        "provenance": saved_adapter.metadata.get("provenance", {}),
-        "variant": saved_adapter.config.variant,
-    }
-    return Adapter(changes, saved_adapter.full, facts, compute_deltas)
+    return Adapter(
+        changes=changes,
+        full=saved_adapter.full,
+        metadata={
+            "base": base_record,
+            "provenance": saved_adapter.metadata.get("provenance", {}),
+            "variant": saved_adapter.config.variant,
+        },
+        deltas=compute_deltas,
+    )
 
 
 def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:

@@ -51,14 +51,21 @@ def read_source(
     if any(has_magnitude) and not all(has_magnitude):
         problem = f"{source}, where {sum(has_magnitude)} of {len(has_magnitude)} layers are DoRA"
         raise AdapterError(problem, "all of them or none", "merge it with the tool that made it")
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": contents.base_name,
-        "r": 1,
-        "lora_alpha": 1,
-        "fan_in_fan_out": contents.transposed,
-    }
-    config_only = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
+    config_only = AdapterFiles(
+        path=source,
+        config=LoraConfig(),
+        peft_config={
+            "peft_type": "LORA",
+            "base_model_name_or_path": contents.base_name,
+            "r": 1,
+            "lora_alpha": 1,
+            "fan_in_fan_out": contents.transposed,
+        },
+        record=None,
+        low={},
+        full={},
+        adapter_parameters={},
+    )
     write_derived(scratch, [config_only], contents.low, variant=contents.variant)
     return folder.read(scratch), contents, {}
 

@@ -135,8 +135,7 @@ def extract(
     weight_pairs, names = pair_weights(model_pair), Names(model_pair.structure)
     changed_pairs = _find_changed(weight_pairs, model_pair)
     name = _free_adapter_name(model_pair.structure)
-    exclude_patterns = (exclude,) if isinstance(exclude, str) else exclude
-    selection = select_weights(names, changed_pairs, targets, exclude_patterns, keep_patterns, name)
+    selection = select_weights(names, changed_pairs, targets, exclude, keep_patterns, name)
     has_float64 = any(pair.base.dtype == torch.float64 for pair in selection.low_rank)
     dtype = torch.float64 if has_float64 else torch.float32
     products, full_pairs = [], list(selection.full)
@@ -150,13 +149,6 @@ def extract(
             products.append(product)
     unchanged_count = len(weight_pairs) - len(changed_pairs)
     report = _report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
-    extraction_record = {
-        "from": model_pair.tuned.label,
-        "rank": rank,
-        "energy": energy,
-        "kept": report.kept,
-        "lost": [entry.path for entry in report.lost],
-    }
     _write(
         model_pair,
         name,
@@ -165,7 +157,16 @@ def extract(
         dtype,
         out,
         base_name=base_name or model_pair.base_name,
-        provenance={"extracted": extraction_record, **(provenance or {})},
+        provenance={
+            "extracted": {
+                "from": model_pair.tuned.label,
+                "rank": rank,
+                "energy": energy,
+                "kept": report.kept,
+                "lost": [entry.path for entry in report.lost],
+            },
+            **(provenance or {}),
+        },
         overwrite=overwrite,
     )
     return replace(report, seconds=time.perf_counter() - start_time)

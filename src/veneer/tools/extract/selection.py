@@ -50,7 +50,7 @@ def select_weights(
     names: Names,
     changed_pairs: Sequence[WeightPair],
     targets: Targets,
-    exclude: Sequence[str],
+    exclude: str | Sequence[str],
     keep: Sequence[str],
     adapter_name: str,
 ) -> Selection:

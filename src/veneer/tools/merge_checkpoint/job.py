@@ -205,10 +205,12 @@ def plan_job(
         if model is None and verify_base and by_fingerprints
         else None
     )
-    merge_plan = plan_merge(
-        checkpoint, weighted_paths, saved_adapters, model if stub_model is None else stub_model
+    merge_plan = replace(
+        plan_merge(
+            checkpoint, weighted_paths, saved_adapters, model if stub_model is None else stub_model
+        ),
+        by_fingerprints=stub_model is not None,
     )
-    merge_plan = replace(merge_plan, by_fingerprints=stub_model is not None)
     checkpoint = add_tensors(grow_checkpoint(checkpoint, merge_plan.sizes), merge_plan.added)
     return MergeJob(
         checkpoint, merge_plan, tuple(weighted_paths), dtype, rounding, verify_base, tokenizer

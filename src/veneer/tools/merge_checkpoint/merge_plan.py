@@ -208,17 +208,17 @@ def _plan_from_model(
             edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
     fingerprints = _expected_fingerprints(model, adapters_by_name, saved_adapters, path_by_id)
     return MergePlan(
-        {tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
-        {
+        edits={tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
+        split_tensors={
             path: _order_tensors(slices_by_path[path])
             for path in edits
             if any(param_slice.index for param_slice in slices_by_path[path].values())
         },
-        {
+        fingerprints={
             path: (_order_tensors(slices_by_path[path]), edits[path].shape, expected_by_adapter)
             for path, expected_by_adapter in fingerprints.items()
         },
-        tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
+        notes=tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
         added=added,
     )
 
