@@ -362,7 +362,7 @@ def test_a_derived_adapter_proves_what_all_its_sources_prove(tmp_path):
 @pytest.fixture
 def hashed(monkeypatch) -> list[int]:
     """The sizes of the weights that are hashed."""
-    base_proof.clear_fingerprints()
+    base_proof._CACHE.clear()
     sizes: list[int] = []
     plain = base_proof.fingerprint
     monkeypatch.setattr(

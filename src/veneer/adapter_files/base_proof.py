@@ -13,9 +13,9 @@ that the adapter has a copy of, such as running statistics.
 
 A fingerprint is cached until its weight is garbage-collected. It is valid while the weight has the
 same memory, shape and dtype, torch's version counter has not moved, and a sample of the weight's
-elements is unchanged. The cache misses writes of a few elements through ``.data``; code that writes
-so calls ``clear_fingerprints``. Rejected: the version counter alone. Torch does not count writes
-through ``.data``, which much code uses to initialise weights or to add to them.
+elements is unchanged. The cache misses writes of a few elements through ``.data``. Rejected: the
+version counter alone. Torch does not count writes through ``.data``, which much code uses to
+initialise weights or to add to them.
 """
 
 from __future__ import annotations
@@ -141,12 +141,6 @@ def fingerprint_without_rows(
         return hashing.fingerprint_without_rows(
             _values_of(tensor, bits or {}).dense(), rows, hash_kind
         )
-
-
-def clear_fingerprints() -> None:
-    """Empty the cache, so that the next save or load hashes the base again."""
-    with _HASHING_LOCK:
-        _CACHE.clear()
 
 
 @contextmanager
