@@ -141,5 +141,5 @@ def merge_by_method(
         if options.rank is None and options.energy is None
         else options.rank
     )
-    low_rank, error = nearest_product(delta, rank, options.energy, seed)
+    low_rank, error = nearest_product(delta, rank, options.energy)
     return Blend(low_rank, None, float(delta.norm()), error)
