@@ -260,14 +260,20 @@ def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> N
     """``AdapterError`` unless at most one of the three options is given and its value is valid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
     used_options = [name for name, option in options.items() if option is not None]
-    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not (
-        type(energy) in (int, float) and 0 < energy <= 1
-    )
     checks = [
         (len(used_options) > 1, listing(used_options), "one of them", "leave the others out"),
-        (rank_is_invalid, f"rank={rank!r}", "a number of at least 1", "choose one"),
-        (energy_is_invalid, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
+        (
+            rank is not None and (type(rank) is not int or rank < 1),
+            f"rank={rank!r}",
+            "a number of at least 1",
+            "choose one",
+        ),
+        (
+            energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1),
+            f"energy={energy!r}",
+            "a share in (0, 1]",
+            "choose one",
+        ),
     ]
     problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
     raise_all(AdapterError, "This cannot be made a product", problems)

@@ -211,29 +211,31 @@ def _report(
 
 
 def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
-    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not (
-        isinstance(energy, int | float) and 0 < energy < 1
-    )
-    least_is_invalid = not (isinstance(least, int | float) and 0 <= least <= 1)
-    share = "a share between 0 and 1"
-    rank_and_energy = f"rank={rank!r} and energy={energy!r}"
-    usual_fix = "give rank=16, or energy=0.95"
     checks = [
-        ((rank is None) == (energy is None), rank_and_energy, "one of them", usual_fix),
         (
-            rank_is_invalid,
+            (rank is None) == (energy is None),
+            f"rank={rank!r} and energy={energy!r}",
+            "one of them",
+            "give rank=16, or energy=0.95",
+        ),
+        (
+            rank is not None and (type(rank) is not int or rank < 1),
             f"rank={rank!r}",
             "a whole number of at least 1",
             "use 16, or energy=0.95",
         ),
         (
-            energy_is_invalid,
+            energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1),
             f"energy={energy!r}",
-            share,
+            "a share between 0 and 1",
             "use 0.95, or 0.999 to lose next to nothing",
         ),
-        (least_is_invalid, f"least={least!r}", "a share from 0 to 1", "use 0.5"),
+        (
+            not (isinstance(least, int | float) and 0 <= least <= 1),
+            f"least={least!r}",
+            "a share from 0 to 1",
+            "use 0.5",
+        ),
     ]
     return [sentence(*error_texts) for failed, *error_texts in checks if failed]
 
