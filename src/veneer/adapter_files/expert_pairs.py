@@ -164,8 +164,9 @@ def _group_by_stack(
             continue
         weight_path, index = matches[0].path, list(matches[0].index)
         expert_rows = index[1] if len(index) > 1 else slice(None)
-        change = _ExpertChange(index[0].start, expert_rows, adapter_files.low[path])
-        stacks.setdefault(weight_path, []).append(change)
+        stacks.setdefault(weight_path, []).append(
+            _ExpertChange(expert=index[0].start, rows=expert_rows, layer=adapter_files.low[path])
+        )
         stacked_paths.add(path)
     return stacks, stacked_paths
 

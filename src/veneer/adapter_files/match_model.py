@@ -444,14 +444,14 @@ class _Match:
         for module_path, name in plan.holders:
             saved_weight = self.full.get(module_path, {}).pop(name, None)
             trained_rows = plan.tokens or ()  # the adapter replaces these rows of the base
-            dense = plan.storage.dense(weight)
             if saved_weight is not None and fingerprint_without_rows(
                 saved_weight, trained_rows
-            ) != fingerprint_without_rows(dense, trained_rows):
-                path = self.adapter_files.path
-                problem = f"another weight of {module_path!r} in {path} than in this model"
+            ) != fingerprint_without_rows(plan.storage.dense(weight), trained_rows):
                 raise BaseMismatchError(
-                    problem, "the base that it was trained on", "load that base"
+                    f"another weight of {module_path!r} in {self.adapter_files.path} than in this"
+                    " model",
+                    "the base that it was trained on",
+                    "load that base",
                 )
 
     def check_complete(self) -> None:

@@ -262,10 +262,9 @@ def differs_from_record(
 def vocabulary_size(adapter_files: AdapterFiles) -> int:
     """The number of rows of the embeddings with trained tokens: by the record, or else the smallest
     number of rows that includes all these tokens."""
-    changes = adapter_files.metadata.get("changes", {}).values()
     return max(
         [
-            *(change.get("of", 0) for change in changes),
+            *(change.get("of", 0) for change in adapter_files.metadata.get("changes", {}).values()),
             *(token_rows.ids[-1] + 1 for token_rows in adapter_files.tokens.values()),
             0,
         ]

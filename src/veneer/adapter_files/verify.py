@@ -200,8 +200,7 @@ class _Verification:
             if has_changed
         ]
         if checks or problems:
-            success = f"the hashes are right: {', '.join(checks)}"
-            self.log.add_problems("record", problems, success)
+            self.log.add_problems("record", problems, f"the hashes are right: {', '.join(checks)}")
         return bool(checks) and not problems, parameters
 
     def check_layers(
@@ -286,8 +285,11 @@ class _Verification:
 
     def check_numbers(self, tensors: Mapping[str, Tensor]) -> None:
         """Check that every value is finite, and warn of unusual dtypes."""
-        problems = number_checks.number_problems(tensors, "get another copy")
-        self.log.add_problems("numbers", problems, "every number is finite")
+        self.log.add_problems(
+            "numbers",
+            number_checks.number_problems(tensors, "get another copy"),
+            "every number is finite",
+        )
         dtype_names = sorted(
             {
                 str(tensor.dtype).removeprefix("torch.")

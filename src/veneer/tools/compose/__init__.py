@@ -419,8 +419,10 @@ def _combine_change(
         # A single change with weight 1 needs no base. PEFT stores some variants at a higher rank
         # than they need; compact() lowers the rank.
         low_rank = layers[0].low.compact().to(dtype)
-        entry = layers[0].with_low_rank(low_rank).with_magnitude(magnitudes[0])
-        return Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0), entry
+        return (
+            Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0),
+            layers[0].with_low_rank(low_rank).with_magnitude(magnitudes[0]),
+        )
     frozen_weight = None
     if is_dora or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:

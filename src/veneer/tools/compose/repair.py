@@ -149,13 +149,12 @@ def repair(
         },
         **(provenance or {}),
     }
-    variant = "dora" if any(layer.extras for layer in entries.values()) else "lora"
     folder = write_derived(
         out,
         [saved_adapter],
         entries,
         params,
-        variant=variant,
+        variant="dora" if any(layer.extras for layer in entries.values()) else "lora",
         provenance=provenance,
         overwrite=overwrite,
     )

@@ -149,10 +149,11 @@ def conversion(
         left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
         require_supported(saved_adapter, source_format, target, base_info)
         if saved_adapter.tuner is not None and to == "peft":
-            lora_folder = write_derived(
-                Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+            saved_adapter = folder.read(
+                write_derived(
+                    Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+                )
             )
-            saved_adapter = folder.read(lora_folder)
         weights_only = not FORMATS[source_format].peft
         adapted_base = partial(_adapted_base, base_info, saved_adapter, verify_base, weights_only)
         if to == "veneer":

@@ -106,11 +106,10 @@ def deltas_of_file(
             delta = low_rank.delta(torch.float64).reshape(-1, *input_shape).float()
             deltas[change.weight] = delta.mT if kind in ("embedding", "Conv1D") else delta
     unknown_deltas += [(weight or "the model", "which is trained in full") for weight in full]
-    problems = [
+    return deltas, [
         sentence(f"a change of {weight!r}, {reason}", "the base beside it", "give the base")
         for weight, reason in unknown_deltas
     ]
-    return deltas, problems
 
 
 def install_deltas(
@@ -163,8 +162,7 @@ def install_deltas(
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
     for plan in low_rank_plans:  # ``deltas`` may name a tied weight by another of its names
-        factor_ref = next(ref for ref in plan.holders if ref in factors)
-        factors[plan.ref] = factors[factor_ref]
+        factors[plan.ref] = next(factors[ref] for ref in plan.holders if ref in factors)
     install_adapter(model, ADAPTER_NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for module_path, _, module_parameters in adapters(model, ADAPTER_NAME):

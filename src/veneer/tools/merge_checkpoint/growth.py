@@ -79,8 +79,11 @@ def vocabulary_parameters(model: Any) -> dict[int, nn.Parameter]:
 
 def _vocabulary_layers(model: Any) -> list[Any]:
     """The embedding and the head of a model, without those that it lacks."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [layer for layer in layers if layer is not None]
+    return [
+        layer
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+        if layer is not None
+    ]
 
 
 @dataclass(frozen=True)

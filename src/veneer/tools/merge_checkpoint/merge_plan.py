@@ -142,10 +142,13 @@ def plan_merge(
                 *(str(warning.message) for warning in caught_warnings),
                 *(f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}),
             ]
-            merge_plan = _plan_from_model(
-                target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
+            return replace(
+                _plan_from_model(
+                    target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
+                ),
+                sizes=sizes,
+                head=head,
             )
-            return replace(merge_plan, sizes=sizes, head=head)
         finally:
             for name in adapters_by_name:
                 detach(target_model, name)
