@@ -584,7 +584,7 @@ def test_random_factors_are_nearly_the_best(shape):
     dense = (
         torch.randn(shape, dtype=torch.float64) @ torch.diag(0.9 ** torch.arange(shape[2])).double()
     )
-    low, left = nearest_product(dense, 3, None, "0")
+    low, left = nearest_product(dense, 3, None)
     best = float(torch.linalg.svdvals(dense)[:, 3:].norm())
     assert low.rank == 3
     assert left == pytest.approx(float((low.delta() - dense).norm()))

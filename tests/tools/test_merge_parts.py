@@ -1,9 +1,8 @@
-"""Parts of a merge of a checkpoint: a base that becomes shorter, writes that take less than all,
-and the bytes that workers may hold together."""
+"""Parts of a merge of a checkpoint: a base that becomes shorter, and the bytes that workers may
+hold together."""
 
 from __future__ import annotations
 
-import io
 import threading
 
 import pytest
@@ -14,7 +13,7 @@ from tests.support.checkpoints import tiny, trained
 from veneer.errors import CheckpointError
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import merge_checkpoint, merged_files
-from veneer.tools.merge_checkpoint.merged_files import CheckpointWriter, _ByteBudget, write_all
+from veneer.tools.merge_checkpoint.merged_files import CheckpointWriter, _ByteBudget
 
 
 def test_a_source_that_ends_too_early(tmp_path, monkeypatch):
@@ -42,16 +41,6 @@ def test_a_tensor_of_a_file_that_became_shorter(tmp_path):
         file.truncate(checkpoint.start("a") + 8)
     with pytest.raises(CheckpointError, match="ended within 'a'"):
         checkpoint.read("a")
-
-
-def test_a_write_that_takes_some_bytes_is_continued():
-    class Reluctant(io.BytesIO):
-        def write(self, data):
-            return super().write(bytes(data[:7]))
-
-    target, data = Reluctant(), bytes(range(100))
-    write_all(target, memoryview(data))
-    assert target.getvalue() == data
 
 
 def test_workers_hold_no_more_bytes_than_the_limit():

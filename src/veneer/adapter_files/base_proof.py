@@ -13,9 +13,9 @@ that the adapter has a copy of, such as running statistics.
 
 A fingerprint is cached until its weight is garbage-collected. It is valid while the weight has the
 same memory, shape and dtype, torch's version counter has not moved, and a sample of the weight's
-elements is unchanged. The cache misses writes of a few elements through ``.data``; code that writes
-so calls ``clear_fingerprints``. Rejected: the version counter alone. Torch does not count writes
-through ``.data``, which much code uses to initialise weights or to add to them.
+elements is unchanged. The cache misses writes of a few elements through ``.data``. Rejected: the
+version counter alone. Torch does not count writes through ``.data``, which much code uses to
+initialise weights or to add to them.
 """
 
 from __future__ import annotations
@@ -57,21 +57,13 @@ class WeightValues:
     stored: Mapping[str, Tensor]
     anchor: Any
 
-    def dense(self, as_loaded: bool = False) -> Tensor:
-        """The weight as a dense tensor.
-
-        Some packed weights round their scales in the first forward call. The tensor is the weight
-        after this call, or before it if ``as_loaded``: earlier releases of Veneer took the
-        fingerprints before the call."""
+    def dense(self) -> Tensor:
+        """The weight as a dense tensor. Some packed weights round their scales in the first forward
+        call. The tensor is the weight after this call."""
+        dense = self.anchor
         with torch.no_grad():
-            if self.storage is None:
-                dense = self.anchor
-            else:
-                stored = (
-                    self.stored
-                    if as_loaded
-                    else self.storage.after_first_call(self.weight, self.stored)
-                )
+            if self.storage is not None:
+                stored = self.storage.after_first_call(self.weight, self.stored)
                 dense = self.storage.decode(self.weight, stored)
         full_tensor = getattr(dense, "full_tensor", None)  # a sharded weight has this method
         return dense if full_tensor is None else full_tensor()
@@ -105,7 +97,7 @@ def _values_of(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -
     return WeightValues(weight.weight, weight.storage, stored, weight.weight)
 
 
-#: the fingerprints {(hash kind, as_loaded): (version, fingerprint)}, by ``WeightValues.anchor``
+#: the fingerprints {hash kind: (version, fingerprint)}, by ``WeightValues.anchor``
 _CACHE: Any = WeakIdKeyDictionary()
 #: held while hashing, so that two threads do not compute the same fingerprint
 _HASHING_LOCK = threading.RLock()
@@ -115,7 +107,6 @@ def fingerprints_of(
     tensors: Sequence[ModuleWeight],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
     hash_kind: str = XXH3,
-    as_loaded: bool = False,
 ) -> list[str]:
     """The fingerprint of each tensor, from the cache if the tensor has not changed.
 
@@ -123,51 +114,20 @@ def fingerprints_of(
         bits: the stored tensors of merged weights before the merge, by the ``id`` of the weight
             (``stored_weights.bits_before_merge``).
         hash_kind: the hash, XXH3 or SHA256. Only fingerprints of one hash can be compared.
-        as_loaded: see ``WeightValues.dense``.
     """
     with _HASHING_LOCK, _prepare_storages(tensors):
         all_values = [_values_of(tensor, bits or {}) for tensor in tensors]
         versions = [values.version() for values in all_values]
         fingerprints: list[str] = []
         for values, version in zip(all_values, versions, strict=True):
-            cached_version, digest = _CACHE.get(values.anchor, {}).get(
-                (hash_kind, as_loaded), (None, "")
-            )
+            cached_version, digest = _CACHE.get(values.anchor, {}).get(hash_kind, (None, ""))
             if version is None or cached_version != version:
-                digest = fingerprint(values.dense(as_loaded), hash_kind)
+                digest = fingerprint(values.dense(), hash_kind)
                 # do not cache if another thread wrote to the weight while it was hashed
                 if version is not None and values.version() == version:
-                    _CACHE.setdefault(values.anchor, {})[hash_kind, as_loaded] = version, digest
+                    _CACHE.setdefault(values.anchor, {})[hash_kind] = version, digest
             fingerprints.append(digest)
         return fingerprints
-
-
-def call_modified_weights(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]:
-    """The packed weights of which the first forward call may change the values permanently."""
-    return [
-        tensor
-        for tensor in tensors
-        if tensor.storage is not None
-        and type(tensor.storage).after_first_call is not Storage.after_first_call
-    ]
-
-
-def earlier_fingerprints(tensors: Sequence[ModuleWeight], hash_kind: str = XXH3) -> dict[str, str]:
-    """The fingerprints, by name, that earlier releases of Veneer took of packed weights: before the
-    first forward call, which may change the values."""
-    packed = call_modified_weights(tensors)
-    fingerprints = zip(
-        packed, fingerprints_of(packed, hash_kind=hash_kind, as_loaded=True), strict=True
-    )
-    return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
-
-
-def was_modified_by_call(tensor: ModuleWeight) -> bool:
-    """Whether a forward call has changed the packed weight already, so that the values as they were
-    loaded are lost."""
-    with _HASHING_LOCK, _prepare_storages([tensor]):
-        values = _values_of(tensor, {})
-        return torch.equal(values.dense(), values.dense(as_loaded=True))
 
 
 def fingerprint_without_rows(
@@ -181,12 +141,6 @@ def fingerprint_without_rows(
         return hashing.fingerprint_without_rows(
             _values_of(tensor, bits or {}).dense(), rows, hash_kind
         )
-
-
-def clear_fingerprints() -> None:
-    """Empty the cache, so that the next save or load hashes the base again."""
-    with _HASHING_LOCK:
-        _CACHE.clear()
 
 
 @contextmanager

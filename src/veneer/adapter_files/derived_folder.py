@@ -60,16 +60,14 @@ def write_derived(
     base_record = common_base_record(sources)
     changes = None if base_record is None else _recorded_changes(sources, low)
     first_config = sources[0].config
-    ranks = [layer.rank for layer in low.values()] or [first_config.rank]
     # keep the training dtype in the config only if all new tensors have it
     keeps_dtype = first_config.dtype is not None and all(
         tensor.dtype == getattr(torch, str(first_config.dtype)) for tensor in tensors.values()
     )
-    targets = tuple(dict.fromkeys(layer.target_path for layer in low.values())) or "all"
     new_config = replace(
         first_config,
         variant=variant,
-        rank=max(ranks),
+        rank=max((layer.rank for layer in low.values()), default=first_config.rank),
         alpha=float(peft_config["lora_alpha"]),
         dropout=0.0,
         ranks={},
@@ -77,7 +75,7 @@ def write_derived(
         slices={},
         layers=None,
         exclude=(),
-        targets=targets,
+        targets=tuple(dict.fromkeys(layer.target_path for layer in low.values())) or "all",
         dtype=first_config.dtype if keeps_dtype else None,
     )
     if base_record is not None:
@@ -265,9 +263,6 @@ def _peft_config(
     )
     peft_types = [str(config.get("peft_type")) for config in configs]
     invocation_tokens = configs[0].get("alora_invocation_tokens")
-    full_modules = sorted(
-        {name for config in configs for name in config.get("modules_to_save") or ()}
-    )
     biases = [config.get("bias") or "none" for config in configs]
     fields = {
         "peft_type": next(
@@ -277,7 +272,10 @@ def _peft_config(
         "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
         "lora_dropout": 0.0,
         "target_modules": target_modules if low else peft.NO_TARGETS,
-        "modules_to_save": full_modules or None,
+        "modules_to_save": sorted(
+            {name for config in configs for name in config.get("modules_to_save") or ()}
+        )
+        or None,
         "bias": next((bias for bias in ("all", "lora_only") if bias in biases and full), "none"),
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
         **({"use_dora": True} if variant == "dora" else {}),

@@ -60,16 +60,13 @@ def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]
     renamed_paths = _map_renamed_layers(adapter_files, names, expert_matches)
     if not expert_matches and not renamed_paths:
         return adapter_files
-    stacks, stacked_paths = {}, set()
-    if expert_matches:
-        stacks, stacked_paths = _group_by_stack(adapter_files, names, expert_matches)
+    stacks, stacked_paths = _group_by_stack(adapter_files, names, expert_matches)
     is_rslora = bool(adapter_files.peft_config.get("use_rslora"))
-    stack_layers = {
-        weight_path: _stack_changes(weight_path, expert_changes, names, is_rslora, problems)
-        for weight_path, expert_changes in stacks.items()
-    }
     parameter_layers = {
-        weight_path: layer for weight_path, layer in stack_layers.items() if layer is not None
+        weight_path: layer
+        for weight_path, expert_changes in stacks.items()
+        if (layer := _stack_changes(weight_path, expert_changes, names, is_rslora, problems))
+        is not None
     }
     module_layers: dict[str, peft.PeftLayer] = {}
     for path, weight_path in renamed_paths.items():
@@ -110,20 +107,17 @@ def _map_renamed_layers(
 ) -> dict[str, str]:
     """{path in the file: path of the parameter in the model} of each layer that transformers 5
     renamed, or replaced by a parameter without a module, such as a router."""
-    parameter_paths = {}
-    for path, layer in adapter_files.low.items():
-        is_module = path in names.canonical
-        if (
-            is_module
-            and kind_for(names.modules[names.canonical[path]], "weight") is not GENERAL_KIND
-        ):
-            continue
-        if (
-            path not in expert_paths
-            and layer.suffixes == LORA_SUFFIXES
-            and not peft.targets_parameter(path, layer)
-        ):
-            parameter_paths[path] = f"{path}.weight"
+    parameter_paths = {
+        path: f"{path}.weight"
+        for path, layer in adapter_files.low.items()
+        if path not in expert_paths
+        and layer.suffixes == LORA_SUFFIXES
+        and not peft.targets_parameter(path, layer)
+        and (
+            path not in names.canonical
+            or kind_for(names.modules[names.canonical[path]], "weight") is GENERAL_KIND
+        )
+    }
     locations = (
         map_checkpoint_names(names.model, parameter_paths.values()) if parameter_paths else {}
     )
@@ -170,8 +164,9 @@ def _group_by_stack(
             continue
         weight_path, index = matches[0].path, list(matches[0].index)
         expert_rows = index[1] if len(index) > 1 else slice(None)
-        change = _ExpertChange(index[0].start, expert_rows, adapter_files.low[path])
-        stacks.setdefault(weight_path, []).append(change)
+        stacks.setdefault(weight_path, []).append(
+            _ExpertChange(expert=index[0].start, rows=expert_rows, layer=adapter_files.low[path])
+        )
         stacked_paths.add(path)
     return stacks, stacked_paths
 
@@ -223,15 +218,13 @@ def _stack_changes(
             A[expert, start:stop] = layer.A
             B[expert, rows, start:stop] = _scale_matrix(layer.B, layer.scale / (scale or 1))
             start = stop
-    alpha_per_scale = math.sqrt(rank) if is_rslora else rank
-    stacked_A, stacked_B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     return replace(
         first_layer,
         target_path=weight_path,
-        A=stacked_A,
-        B=stacked_B,
+        A=A.flatten(0, 1),
+        B=B.permute(1, 2, 0).flatten(1),
         rank=rank,
-        alpha=scale * alpha_per_scale,
+        alpha=scale * (math.sqrt(rank) if is_rslora else rank),
     )
 
 

@@ -157,24 +157,25 @@ class AdapterFiles:
     def parameters(self) -> int:
         """The number of trained values. For weights with tensors in ``veneer.safetensors``, these
         tensors count, not the equivalent plain LoRA."""
+        full_tensors = [tensor for tensors in self.full.values() for tensor in tensors.values()]
+        if self.tuner is not None:
+            return self.tuner.value_count + sum(tensor.numel() for tensor in full_tensors)
         variant_paths = {
             path
             for weight_path in self.adapter_parameters
             for path in (weight_path, weight_path.rpartition(".")[0])
         }
-        if self.tuner is not None:
-            return self.tuner.value_count + sum(
-                tensor.numel() for tensors in self.full.values() for tensor in tensors.values()
-            )
-        tensor_groups = (*self.adapter_parameters.values(), *self.full.values())
-        tensors = [tensor for group in tensor_groups for tensor in group.values()]
-        tensors += [token_rows.rows for token_rows in self.tokens.values()]
-        for layer in self.low.values():
-            tensors += (
-                ()
-                if layer.target_path in variant_paths
-                else (layer.A, layer.B, *layer.extras.values())
-            )
+        tensors = [
+            *full_tensors,
+            *(tensor for group in self.adapter_parameters.values() for tensor in group.values()),
+            *(token_rows.rows for token_rows in self.tokens.values()),
+            *(
+                tensor
+                for layer in self.low.values()
+                if layer.target_path not in variant_paths
+                for tensor in (layer.A, layer.B, *layer.extras.values())
+            ),
+        ]
         return sum(tensor.numel() for tensor in tensors)
 
 
@@ -201,7 +202,8 @@ def write(
             tensors, by name) and "fresh" (names). None if the base is unknown: the folder then has
             no record.
         changes: the rank, alpha and rows of each change, by the path of the changed weight.
-        parameters: the tensors of ``veneer.safetensors``. Without any, the file is not written.
+        parameters: the tensors of ``veneer.safetensors``, for a folder with a record. Without any,
+            the file is not written.
         tokenizer: the folder of a tokenizer with added tokens, whose files are copied.
 
     Raises:
@@ -218,10 +220,13 @@ def write(
     )
     record = None
     if base is not None:
-        record = {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
-        record = seal_record(record, tensors, peft_config, provenance, parameters)
-    elif parameters:
-        raise AdapterError("numbers of a variant without a base", "both", "name the base")
+        record = seal_record(
+            {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()},
+            tensors,
+            peft_config,
+            provenance,
+            parameters,
+        )
     texts_by_file = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
         texts_by_file[RECORD] = json.dumps(record, indent=2) + "\n"

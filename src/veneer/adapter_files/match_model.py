@@ -148,7 +148,7 @@ def match(
         warn_module_only(path, [plan.path for plan in matching.low_rank if plan.module_only])
     elif verify_base:
         must_be_base(cache.names, adapter_files, cache.fingerprints)
-    return matching.load_plan()
+    return LoadPlan(adapter_files, matching.plans, matching.adapter_parameters, matching.full)
 
 
 class _Match:
@@ -335,14 +335,12 @@ class _Match:
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
             tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
-            sizes = {
-                ref: tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha))
-                for ref, layer in layers.items()
-            }
-            module_only = self.module_only
             specs = {
-                ref: TargetSpec(rank, alpha, module_only=ref in module_only)
-                for ref, (rank, alpha) in sizes.items()
+                ref: TargetSpec(
+                    *tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha)),
+                    module_only=ref in self.module_only,
+                )
+                for ref, layer in layers.items()
             }
         else:
             specs = self.specs_from_record(recorded_changes)
@@ -387,9 +385,11 @@ class _Match:
             if path is None or parameter_name not in own_parameters(self.names.modules[path]):
                 self.add_missing_module(weight_path, module_path)
             else:
-                module_only, rows = change.get("module_only", False), change.get("rows")
                 specs[path, parameter_name] = TargetSpec(
-                    change["rank"], change["alpha"], rows, module_only=module_only
+                    change["rank"],
+                    change["alpha"],
+                    change.get("rows"),
+                    module_only=change.get("module_only", False),
                 )
         return specs
 
@@ -444,14 +444,14 @@ class _Match:
         for module_path, name in plan.holders:
             saved_weight = self.full.get(module_path, {}).pop(name, None)
             trained_rows = plan.tokens or ()  # the adapter replaces these rows of the base
-            dense = plan.storage.dense(weight)
             if saved_weight is not None and fingerprint_without_rows(
                 saved_weight, trained_rows
-            ) != fingerprint_without_rows(dense, trained_rows):
-                path = self.adapter_files.path
-                problem = f"another weight of {module_path!r} in {path} than in this model"
+            ) != fingerprint_without_rows(plan.storage.dense(weight), trained_rows):
                 raise BaseMismatchError(
-                    problem, "the base that it was trained on", "load that base"
+                    f"another weight of {module_path!r} in {self.adapter_files.path} than in this"
+                    " model",
+                    "the base that it was trained on",
+                    "load that base",
                 )
 
     def check_complete(self) -> None:
@@ -468,9 +468,7 @@ class _Match:
         expected_refs = {
             (path, weight_names[path])
             for path in peft_paths.expected_paths(config, weight_names) or ()
-        }
-        expected_refs = {
-            ref for ref in expected_refs if weight_of(names.modules[ref[0]], ref[1]) is not None
+            if weight_of(names.modules[path], weight_names[path]) is not None
         }
         expected_refs |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
         missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())
@@ -487,6 +485,3 @@ class _Match:
                 "those of every target",
                 "get the whole file",
             )
-
-    def load_plan(self) -> LoadPlan:
-        return LoadPlan(self.adapter_files, self.plans, self.adapter_parameters, self.full)

@@ -149,9 +149,11 @@ class ParameterReader:
         if means_parameter(self.names, ref, self.adapter_files.peft_config):
             layer_kind = GENERAL_KIND  # PEFT stores a parameter alike in every kind of module
         shape = plan.storage.shape(weight_of(module, name))
-        pair = None
-        if layer.suffixes == layer_kind.file_keys:
-            pair = layer_kind.unpack(layer.A, layer.B, module, shape)
+        pair = (
+            layer_kind.unpack(layer.A, layer.B, module, shape)
+            if layer.suffixes == layer_kind.file_keys
+            else None
+        )
         if pair is not None and layer_kind.out_axis != plan.layer.out_axis:
             pair = pair[1].mT, pair[0].mT
         groups, out, in_ = plan.dims

@@ -180,11 +180,12 @@ class _Card:
         ]
         if not eval_metrics or not data or not self.is_language_model:
             return []
-        dataset = {"name": _display_name(data), "type": _hub_id(data) or "private"}
-        results = [
-            {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": eval_metrics}
-        ]
-        return [{"name": self.title, "results": results}]
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": _display_name(data), "type": _hub_id(data) or "private"},
+            "metrics": eval_metrics,
+        }
+        return [{"name": self.title, "results": [result]}]
 
     def summary(self) -> str:
         paths = self.record.get("changes", {})
@@ -241,8 +242,11 @@ class _Card:
 
     def settings(self) -> dict[str, Any]:
         config = self.provenance["config"] or self.record.get("config") or {}
-        nonempty = {name: value for name, value in config.items() if value not in (None, [], "")}
-        settings = {name: value for name, value in nonempty.items() if name not in _ELSEWHERE}
+        settings = {
+            name: value
+            for name, value in config.items()
+            if value not in (None, [], "") and name not in _ELSEWHERE
+        }
         settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
         return {
             **settings,

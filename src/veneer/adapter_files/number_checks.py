@@ -30,12 +30,7 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
         for key, tensor in tensors.items()
         if tensor.dtype not in (*FLOAT_DTYPES, *INTEGER_DTYPES)
     }
-    if bad_dtypes:
-        problem = (
-            f"numbers stored as {listing(sorted(set(map(str, bad_dtypes.values()))))} in"
-            f" {listing(bad_dtypes)}"
-        )
-        yield sentence(problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
+    dtype_names = listing(sorted(set(map(str, bad_dtypes.values()))))
     floats = {
         key: tensor
         for key, tensor in tensors.items()
@@ -48,21 +43,29 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
     nonfinite_keys = [
         key for key, magnitude in largest_magnitudes.items() if not math.isfinite(magnitude)
     ]
-    if nonfinite_keys:
-        yield sentence(
-            f"numbers that are not finite in {listing(nonfinite_keys)}", "finite ones", do
-        )
     oversized_keys = [
         f"{key} ({magnitude:.1e})"
         for key, magnitude in largest_magnitudes.items()
         if MAX_MAGNITUDE < magnitude < math.inf
     ]
-    if oversized_keys:
-        yield sentence(
-            f"numbers beyond {MAX_MAGNITUDE:.0e} in {listing(oversized_keys)}",
+    checks = [
+        (
+            bad_dtypes,
+            f"numbers stored as {dtype_names}",
+            "float64, float32, bfloat16 or float16",
+            "convert them to bfloat16",
+        ),
+        (nonfinite_keys, "numbers that are not finite", "finite ones", do),
+        (
+            oversized_keys,
+            f"numbers beyond {MAX_MAGNITUDE:.0e}",
             "an adapter that did not diverge",
             do,
-        )
+        ),
+    ]
+    for keys, problem, expected, advice in checks:
+        if keys:
+            yield sentence(f"{problem} in {listing(keys)}", expected, advice)
 
 
 def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:

@@ -91,22 +91,22 @@ def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
             file_path = parameter_path(file_path, weight)
         low, _ = change.low_rank(weight_of(module, weight))
         is_complete = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
-        alpha = change.alpha if is_complete else low.scale * low.rank
         layer_kind = kind_for(module, weight)
-        entry = PeftEntry(
-            file_path,
-            target,
-            is_parameter,
-            path,
-            module,
-            weight,
-            change,
-            change.as_read_by(layer_kind, low),
-            change.is_transposed_in(layer_kind),
-            alpha,
-            is_complete,
+        entries.append(
+            PeftEntry(
+                file_path=file_path,
+                target=target,
+                is_parameter=is_parameter,
+                path=path,
+                module=module,
+                weight=weight,
+                change=change,
+                low=change.as_read_by(layer_kind, low),
+                transposed=change.is_transposed_in(layer_kind),
+                alpha=change.alpha if is_complete else low.scale * low.rank,
+                is_complete=is_complete,
+            )
         )
-        entries.append(entry)
     return entries
 
 

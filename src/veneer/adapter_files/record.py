@@ -184,22 +184,26 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
             "no base, changes or config in it", "all three", "save it again with this Veneer"
         )
         return
-    text_values = [
-        base_record.get("name") or "",
-        base_record.get("architecture") or "",
-        *fingerprints.values(),
-        *record["hashes"].values(),
-    ]
-    mappings = [record.get(name, {}) for name in ("versions", "provenance")] + [
-        base_record.get("quantized", {})
-    ]
     rest_fingerprints, fresh_names = base_record.get("rest", {}), base_record.get("fresh", [])
-    if isinstance(rest_fingerprints, dict) and isinstance(fresh_names, list):
-        text_values += [*rest_fingerprints.values(), *fresh_names]
-    else:
-        mappings.append(None)
-    if not all(isinstance(value, str) for value in text_values) or not all(
+    mappings = [
+        rest_fingerprints,
+        base_record.get("quantized", {}),
+        record.get("versions", {}),
+        record.get("provenance", {}),
+    ]
+    has_containers = isinstance(fresh_names, list) and all(
         isinstance(mapping, dict) for mapping in mappings
+    )
+    if not has_containers or not all(
+        isinstance(text, str)
+        for text in (
+            base_record.get("name") or "",
+            base_record.get("architecture") or "",
+            *fingerprints.values(),
+            *rest_fingerprints.values(),
+            *fresh_names,
+            *record["hashes"].values(),
+        )
     ):
         expected = "text for names and hashes; versions, provenance and quantized by name"
         yield sentence("fields of other types", expected, "get another copy")
@@ -217,35 +221,31 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
 def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
     """The problems of one entry of the record's "changes"."""
     fields = change if isinstance(change, dict) else {}
-    rank, alpha, tokens = fields.get("rank"), fields.get("alpha"), fields.get("tokens")
-    min_rank = 0 if tokens else 1
-    if (
-        type(rank) is not int
-        or not min_rank <= rank <= peft.MAX_RANK
-        or type(alpha) not in (int, float)
-    ):
-        expected = f"a rank of at least {min_rank} and a number"
-        yield sentence(
-            f"rank {_short_repr(rank)} and alpha {_short_repr(alpha)} for {weight_path!r}",
-            expected,
-            "get another copy",
-        )
-    if type(fields.get("module_only", False)) is not bool:
-        yield sentence(
-            f"module_only {_short_repr(fields['module_only'])} for {weight_path!r}",
-            "true or false",
-            "get another copy",
-        )
-    for field in ("rows", "tokens"):
-        if field in fields and not _is_range_list(fields[field]):
-            yield sentence(
-                f"{field} {_short_repr(fields[field])} for {weight_path!r}",
-                "(start, stop) pairs",
-                "get another copy",
-            )
-    if "tokens" in fields and type(fields.get("of")) is not int:
-        problem = f"tokens of {_short_repr(fields.get('of'))} rows for {weight_path!r}"
-        yield sentence(problem, "the number of rows of its weight", "get another copy")
+    rank, alpha = fields.get("rank"), fields.get("alpha")
+    module_only, row_count = fields.get("module_only", False), fields.get("of")
+    min_rank = 0 if fields.get("tokens") else 1
+    is_rank_valid = type(rank) is int and min_rank <= rank <= peft.MAX_RANK
+    checks = [
+        (
+            is_rank_valid and type(alpha) in (int, float),
+            f"rank {_short_repr(rank)} and alpha {_short_repr(alpha)}",
+            f"a rank of at least {min_rank} and a number",
+        ),
+        (type(module_only) is bool, f"module_only {_short_repr(module_only)}", "true or false"),
+        *(
+            (_is_range_list(ranges), f"{field} {_short_repr(ranges)}", "(start, stop) pairs")
+            for field, ranges in fields.items()
+            if field in ("rows", "tokens")
+        ),
+        (
+            "tokens" not in fields or type(row_count) is int,
+            f"tokens of {_short_repr(row_count)} rows",
+            "the number of rows of its weight",
+        ),
+    ]
+    for is_valid, problem, expected in checks:
+        if not is_valid:
+            yield sentence(f"{problem} for {weight_path!r}", expected, "get another copy")
 
 
 def _is_range_list(value: Any) -> bool:

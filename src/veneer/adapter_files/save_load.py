@@ -315,10 +315,7 @@ def _proof(
         if weight_id not in replaced_ids | token_weight_ids
     }
     FreshWeights.warn(fresh_refs.values(), "As the adapter is saved", stacklevel=5)
-    # in a model without a head, only the pooler is fresh, and the output does not depend on it
     lost_ids = without_backup(model, adapter_name) if fingerprints is None else frozenset()
-    excluded_ids = replaced_ids.union(lost_ids, () if _has_head(model) else fresh_refs)
-
     lost_paths = [path for path, (weight, _) in weights.items() if id(weight) in lost_ids]
     if lost_paths:
         problem = (
@@ -329,7 +326,12 @@ def _proof(
             problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
     changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
-    excluded_ids = excluded_ids.union(id(tensor.weight) for tensor in changed_weights.values())
+    excluded_ids = replaced_ids.union(
+        (id(weight) for weight, _ in weights.values()),
+        lost_ids,
+        # in a model without a head, only the pooler is fresh, and the output does not depend on it
+        () if _has_head(model) else fresh_refs,
+    )
     unchanged_tensors = [
         tensor for tensor in tensors if id(tensor.weight) not in excluded_ids and tensor.is_readable
     ]

@@ -120,12 +120,12 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     other files."""
     folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
     unsupported_options = [
-        option for option in ("variant", "distributed_checkpoint") if options.get(option)
-    ]
-    unsupported_options += [
-        option
-        for option in ("save_peft_format", "safe_serialization")
-        if options.get(option) is False
+        *(option for option in ("variant", "distributed_checkpoint") if options.get(option)),
+        *(
+            option
+            for option in ("save_peft_format", "safe_serialization")
+            if options.get(option) is False
+        ),
     ]
     if unsupported_options:
         values = [f"{option}={options[option]!r}" for option in unsupported_options]
@@ -279,9 +279,11 @@ def _save_from_state(
 
 def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
     has_same_type = type(candidate) is type(current.detach()) or candidate is current
-    if not has_same_type or candidate.shape != current.shape:
-        return False
-    return candidate.data_ptr() == current.data_ptr()
+    return (
+        has_same_type
+        and candidate.shape == current.shape
+        and candidate.data_ptr() == current.data_ptr()
+    )
 
 
 @torch.no_grad()

@@ -36,12 +36,11 @@ def _token_changes(names: Names, adapter_name: str) -> Iterator[tuple[str, str, 
 
 def file_tensors(names: Names, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of the adapter's trained token rows, by their key in PEFT's file."""
-    token_changes = _token_changes(names, adapter_name)
     return {
         peft.tensor_key(path, peft_tokens.LORA_ROWS_SUFFIX): (
             peft_mapping.file_tensor(change.token_rows)
         )
-        for path, _, change in token_changes
+        for path, _, change in _token_changes(names, adapter_name)
     }
 
 
@@ -92,13 +91,10 @@ def trains_one_name(
     module ``ref`` and of the modules ``trained_paths``."""
     refs = names.holders_of(ref, refs_by_id)
     changed_paths = {*trained_paths, ref[0]}
-    if _is_input_embedding(names, ref[0]):
+    input_embedding = getattr(names.model, "get_input_embeddings", lambda: None)()
+    if names.modules[ref[0]] is input_embedding:
         changed_paths |= {*_paths_tied_to_input(names)}
     return any(path not in changed_paths for path, _ in refs)
-
-
-def _is_input_embedding(names: Names, path: str) -> bool:
-    return getattr(names.model, "get_input_embeddings", lambda: None)() is names.modules[path]
 
 
 def _paths_tied_to_input(names: Names) -> Iterator[str]:
@@ -266,10 +262,9 @@ def differs_from_record(
 def vocabulary_size(adapter_files: AdapterFiles) -> int:
     """The number of rows of the embeddings with trained tokens: by the record, or else the smallest
     number of rows that includes all these tokens."""
-    changes = adapter_files.metadata.get("changes", {}).values()
     return max(
         [
-            *(change.get("of", 0) for change in changes),
+            *(change.get("of", 0) for change in adapter_files.metadata.get("changes", {}).values()),
             *(token_rows.ids[-1] + 1 for token_rows in adapter_files.tokens.values()),
             0,
         ]

@@ -9,7 +9,6 @@ weight of its own (``attach/planning/weight_tying.py``).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -103,7 +102,11 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
                 if (module_path, name) not in layers_by_ref
             }
         )
-    replaced_refs = [ref for ref in names.split_ties(full) if _has_base_shape(names, ref, full)]
+    replaced_refs = [
+        (path, name)
+        for path, name in names.split_ties(full)
+        if full[path][name].shape == weight_of(names.modules[path], name).shape
+    ]
     replaced_refs += _token_refs(names, adapter_files)
     # tensors that are trained in full replace a packed weight, which needs no copy
     unpacked_refs = [
@@ -112,12 +115,6 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
         if type(weight_of(names.modules[ref[0]], ref[1])) is nn.Parameter
     ]
     return list(dict.fromkeys([*low_rank_refs, *unpacked_refs]))
-
-
-def _has_base_shape(
-    names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Tensor]]
-) -> bool:
-    return full[ref[0]][ref[1]].shape == weight_of(names.modules[ref[0]], ref[1]).shape
 
 
 def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:

@@ -238,16 +238,16 @@ def patch_trl(module: Any) -> None:
             else load_model(*args, **kwargs)
         )
 
-    def disable_dropout_in_model(model: nn.Module) -> None:
-        """TRL disables only ``nn.Dropout`` modules, which Veneer's adapters do not have."""
-        assert original_disable is not None
-        original_disable(model)
-        _zero_dropout(model)
-
     module.create_model_from_path = create_model_from_path
     if original_disable is not None:
-        with_metadata = functools.wraps(original_disable)
-        module.disable_dropout_in_model = with_metadata(disable_dropout_in_model)
+
+        @functools.wraps(original_disable)
+        def disable_dropout_in_model(model: nn.Module) -> None:
+            """TRL disables only ``nn.Dropout`` modules, which Veneer's adapters do not have."""
+            original_disable(model)
+            _zero_dropout(model)
+
+        module.disable_dropout_in_model = disable_dropout_in_model
     for name, member in vars(module).items():
         if (
             isinstance(member, type)

@@ -121,7 +121,6 @@ def tuner_folder(
 ) -> TunerFolder:
     """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
     not fit the base."""
-    needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
     changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weights)
     lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
@@ -131,13 +130,14 @@ def tuner_folder(
         if product is None:
             continue
         products[module_path] = product
-        groups, out, in_ = *product.B.shape[:2], product.A.shape[2]
-        assert groups == 1
         # PEFT allows a rank above min(out, in)
+        out, in_ = product.B.shape[1], product.A.shape[2]
         rank = min(peft_paths.rank_alpha_scale(lora_config, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
-        sizes[f"{module_path}.weight"] = rank, _alpha(tuner, change.scale, rank)
+        # the alpha for which the variant has the scale of the change at this rank
+        alpha = change.scale / VARIANTS[tuner.variant].scale(1.0, rank)
+        sizes[f"{module_path}.weight"] = rank, alpha
         parameters |= {
             f"{module_path}.weight.{name}": parameter
             for name, parameter in change.parameters.items()
@@ -164,23 +164,17 @@ def tuner_folder(
         peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0]
         for key in tuner_tensors
     }
-    value_count = sum(tensor.numel() for tensor in tuner_tensors.values())
     return TunerFolder(
-        tuner,
-        config,
-        plain_config,
-        plain_tensors,
-        parameters,
-        sizes,
-        needs_base_shapes,
-        tuple(sorted(paths)),
-        value_count,
+        tuner=tuner,
+        source=config,
+        config=plain_config,
+        tensors=plain_tensors,
+        parameters=parameters,
+        sizes=sizes,
+        needs_base_shapes=peft_tuners.needs_base_shapes(tuner, weights),
+        paths=tuple(sorted(paths)),
+        value_count=sum(tensor.numel() for tensor in tuner_tensors.values()),
     )
-
-
-def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
-    """The alpha for which the variant has this scale at this rank."""
-    return scale / VARIANTS[tuner.variant].scale(1.0, rank)
 
 
 def _plain_product(

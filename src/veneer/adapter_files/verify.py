@@ -122,11 +122,11 @@ class _Verification:
             for name in file_names.CORE
             if (path / name).is_file() and not location_problems(path, [name])
         }
-        config, file_content = None, None
-        if peft.CONFIG in readable:
-            config = log.try_step("config", read_json, path / peft.CONFIG)
-        if peft.TENSORS in readable:
-            file_content = log.try_step("tensors", read_tensors, path / peft.TENSORS)
+        has_config, has_tensors = peft.CONFIG in readable, peft.TENSORS in readable
+        config = log.try_step("config", read_json, path / peft.CONFIG) if has_config else None
+        file_content = (
+            log.try_step("tensors", read_tensors, path / peft.TENSORS) if has_tensors else None
+        )
         if file_content is None:
             return
         tensors, header = file_content
@@ -199,10 +199,8 @@ class _Verification:
             for content, has_changed in checks.items()
             if has_changed
         ]
-        for problem in problems:
-            self.log.add("error", "record", problem)
-        if checks and not problems:
-            self.log.add("ok", "record", f"the hashes are right: {', '.join(checks)}")
+        if checks or problems:
+            self.log.add_problems("record", problems, f"the hashes are right: {', '.join(checks)}")
         return bool(checks) and not problems, parameters
 
     def check_layers(
@@ -287,13 +285,17 @@ class _Verification:
 
     def check_numbers(self, tensors: Mapping[str, Tensor]) -> None:
         """Check that every value is finite, and warn of unusual dtypes."""
-        problems = number_checks.number_problems(tensors, "get another copy")
-        self.log.add_problems("numbers", problems, "every number is finite")
-        dtypes = {tensor.dtype for tensor in tensors.values()}
+        self.log.add_problems(
+            "numbers",
+            number_checks.number_problems(tensors, "get another copy"),
+            "every number is finite",
+        )
         dtype_names = sorted(
-            str(dtype).removeprefix("torch.")
-            for dtype in dtypes
-            if dtype in number_checks.FLOAT_DTYPES
+            {
+                str(tensor.dtype).removeprefix("torch.")
+                for tensor in tensors.values()
+                if tensor.dtype in number_checks.FLOAT_DTYPES
+            }
         )
         if len(dtype_names) > 1:
             self.log.add("warning", "numbers", f"stored in several types: {', '.join(dtype_names)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter_files.findings import FindingLog
+from veneer.adapter_files.findings import FindingLog, Level
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach import UNTIE
 from veneer.errors import listing, sentence
@@ -200,15 +200,34 @@ def _check_full_parameters(
             # PEFT saves the frozen weight of an adapted embedding beside the embedding's change
             different_paths.append(weight_path)
     do = "take the base that it was trained on"
-    if misshapen_paths:
-        problem = f"trained in full with another shape: {listing(misshapen_paths, 4)}"
-        log.add("error", "base", sentence(problem, "the base's", do))
-    if different_paths:
-        problem = f"another weight of {listing(different_paths)} than the file holds of the base"
-        log.add("error", "base", sentence(problem, "its own base", do))
-    if new_paths:
-        problem = f"trained in full, and not in the base: {listing(new_paths)} (a new head?)"
-        log.add("warning", "base", problem)
+    findings: tuple[tuple[Level, list[str], str], ...] = (
+        (
+            "error",
+            misshapen_paths,
+            sentence(
+                f"trained in full with another shape: {listing(misshapen_paths, 4)}",
+                "the base's",
+                do,
+            ),
+        ),
+        (
+            "error",
+            different_paths,
+            sentence(
+                f"another weight of {listing(different_paths)} than the file holds of the base",
+                "its own base",
+                do,
+            ),
+        ),
+        (
+            "warning",
+            new_paths,
+            f"trained in full, and not in the base: {listing(new_paths)} (a new head?)",
+        ),
+    )
+    for level, paths, message in findings:
+        if paths:
+            log.add(level, "base", message)
     _check_tied_values(log, full_tensors, weights)
 
 

@@ -206,31 +206,28 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
         for index in (0, 1)
     ]
     config_a, config_b = (saved_adapter.config.to_dict() for saved_adapter in adapters)
-    config_differences = {
-        field_name: (config_a[field_name], config_b[field_name])
-        for field_name in config_a
-        if config_a[field_name] != config_b[field_name]
-    }
     base_relation, mismatched_weights = _compare_bases(*adapters)
-    layers = [
-        _compare_layer(
-            path, products[0][path], products[1][path], magnitudes[0][path], magnitudes[1][path]
-        )
-        for path in shared_paths
-    ]
-    full_differences = [
-        FullDifference(name, _relative_difference(tensor, full_tensors[1][name]))
-        for name, tensor in full_tensors[0].items()
-        if name in full_tensors[1]
-    ]
     return Difference(
         a=adapters[0].path,
         b=adapters[1].path,
         only_a=exclusive_names[0],
         only_b=exclusive_names[1],
-        layers=tuple(layers),
-        full=tuple(full_differences),
-        config=config_differences,
+        layers=tuple(
+            _compare_layer(
+                path, products[0][path], products[1][path], magnitudes[0][path], magnitudes[1][path]
+            )
+            for path in shared_paths
+        ),
+        full=tuple(
+            FullDifference(name, _relative_difference(tensor, full_tensors[1][name]))
+            for name, tensor in full_tensors[0].items()
+            if name in full_tensors[1]
+        ),
+        config={
+            field_name: (config_a[field_name], config_b[field_name])
+            for field_name in config_a
+            if config_a[field_name] != config_b[field_name]
+        },
         base=base_relation,
         base_weights=mismatched_weights,
     )

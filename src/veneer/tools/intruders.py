@@ -201,7 +201,7 @@ def _random_like(low_rank: LowRank, generator: torch.Generator) -> Tensor:
     return (left_vectors[:, :rank] * S[:rank]) @ right_vectors[:, :rank].mT
 
 
-def leading_triples(matrix: Tensor, count: int, seed: int = 0) -> Triples:
+def leading_triples(matrix: Tensor, count: int) -> Triples:
     """The ``count`` leading singular triples of ``matrix`` [out, in], float64, by descending
     singular value.
 
@@ -211,18 +211,18 @@ def leading_triples(matrix: Tensor, count: int, seed: int = 0) -> Triples:
     B bounds their error. A full SVD is the fallback if they do not converge within min(out, in) / 2
     steps, or if the iteration reaches an invariant subspace (equal singular values).
     """
-    triples = _bidiagonalise(matrix, count, seed) if min(matrix.shape) > FULL_SVD_SIZE else None
+    triples = _bidiagonalise(matrix, count) if min(matrix.shape) > FULL_SVD_SIZE else None
     if triples is not None:
         return triples
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return Triples(U[:, :count], S[:count], Vh[:count].mT)
 
 
-def _bidiagonalise(matrix: Tensor, count: int, seed: int) -> Triples | None:
+def _bidiagonalise(matrix: Tensor, count: int) -> Triples | None:
     """``leading_triples`` by bidiagonalisation; None if the iteration does not converge."""
     max_steps = min(matrix.shape) // 2
     start_vector = torch.randn(
-        matrix.shape[1], generator=torch.Generator().manual_seed(seed), dtype=matrix.dtype
+        matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype
     )
     # U and V have one vector in each row
     U = matrix.new_zeros(max_steps, matrix.shape[0])

@@ -180,9 +180,13 @@ def compose(
     path = write_derived(
         out, sources, entries, params, variant=variant, overwrite=overwrite, provenance=provenance
     )
-    verified = all(source.record is not None for source in sources)
     return ComposeReport(
-        path, options.method, tuple(adapter_weights), tuple(reports), verified, tuple(notes)
+        path=path,
+        method=options.method,
+        weights=tuple(adapter_weights),
+        layers=tuple(reports),
+        verified=all(source.record is not None for source in sources),
+        notes=tuple(notes),
     )
 
 
@@ -205,29 +209,25 @@ def _provenance(
 ) -> dict[str, Any]:
     """The provenance that the record of the new adapter holds: the options, and for each adapter
     the name of its folder, the hash of its record, and its weight."""
-    adapter_entries = [
-        {
-            "adapter": saved_adapter.path.name,
-            "record": saved_adapter.metadata.get("hashes", {}).get("record"),
-            "weight": weight,
-        }
-        for saved_adapter, weight in zip(adapters, weights, strict=True)
-    ]
-    option_fields = {"rank": options.rank, "energy": options.energy}
-    option_fields |= (
-        {"density": options.density, "seed": options.seed}
-        if options.method in MERGE_METHODS
-        else {}
-    )
-    option_fields |= (
-        {"layers": {pattern: list_factors(factor) for pattern, factor in layers.items()}}
-        if layers
-        else {}
-    )
+    is_merge = options.method in MERGE_METHODS
+    option_fields = {
+        "rank": options.rank,
+        "energy": options.energy,
+        "density": options.density if is_merge else None,
+        "seed": options.seed if is_merge else None,
+        "layers": {pattern: list_factors(factor) for pattern, factor in layers.items()} or None,
+    }
     return {
         "method": options.method,
         **{field: option for field, option in option_fields.items() if option is not None},
-        "of": adapter_entries,
+        "of": [
+            {
+                "adapter": saved_adapter.path.name,
+                "record": saved_adapter.metadata.get("hashes", {}).get("record"),
+                "weight": weight,
+            }
+            for saved_adapter, weight in zip(adapters, weights, strict=True)
+        ],
     }
 
 
@@ -355,7 +355,15 @@ def _combine_changes(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
             combined_layers[alias.entry_path] = tied_layer.with_magnitude(blend.magnitude)
-        reports.append(_report_layer(aligned_weight, weights, blend, layer.rank))
+        reports.append(
+            LayerReport(
+                path=aligned_weight.model_path,
+                ranks=tuple(aligned_weight.layers[index].low.rank for index in weights),
+                rank=layer.rank,
+                norm=blend.norm,
+                error=blend.error / blend.norm if blend.norm else 0.0,
+            )
+        )
     ordered_layers = {
         aligned_weight.entry_path: combined_layers[aligned_weight.entry_path]
         for aligned_weight in aligned_weights
@@ -388,14 +396,6 @@ def _source_weights(
     return weights_by_path
 
 
-def _report_layer(
-    aligned_weight: AlignedWeight, weights: Mapping[int, float], blend: Blend, rank: int
-) -> LayerReport:
-    ranks = tuple(aligned_weight.layers[source_index].low.rank for source_index in weights)
-    relative_error = blend.error / blend.norm if blend.norm else 0.0
-    return LayerReport(aligned_weight.model_path, ranks, rank, blend.norm, relative_error)
-
-
 def _combine_change(
     aligned_weight: AlignedWeight,
     weights: Mapping[int, float],
@@ -419,8 +419,10 @@ def _combine_change(
         # A single change with weight 1 needs no base. PEFT stores some variants at a higher rank
         # than they need; compact() lowers the rank.
         low_rank = layers[0].low.compact().to(dtype)
-        entry = layers[0].with_low_rank(low_rank).with_magnitude(magnitudes[0])
-        return Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0), entry
+        return (
+            Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0),
+            layers[0].with_low_rank(low_rank).with_magnitude(magnitudes[0]),
+        )
     frozen_weight = None
     if is_dora or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:

@@ -99,12 +99,9 @@ def _mismatch_problems(
             )
             index_by_shape.setdefault(shape_key, adapter_index)
         if len(index_by_shape) > 1:
-            dims_and_folders = [
-                (shape_key[2], saved_adapters[index].path)
-                for shape_key, index in index_by_shape.items()
-            ]
             descriptions = [
-                f"(groups, out, in) = {dims} in {folder}" for dims, folder in dims_and_folders
+                f"(groups, out, in) = {dims} in {saved_adapters[index].path}"
+                for (_, _, dims, _), index in index_by_shape.items()
             ]
             yield sentence(
                 f"changes of {model_path!r} of {listing(descriptions, 3)}",

@@ -84,8 +84,6 @@ class FrozenWeights:
     def get(self, path: str) -> Tensor | None:
         """The dense parameter or buffer at ``path`` on the CPU; None if the base lacks it.
         ``AdapterError``: it is on the meta device."""
-        if isinstance(self.source, nn.Module) and self.names is None:
-            return None
         weight = None if self._reader is None else self._reader.get(path)
         tensor = None if weight is None else weight.read()
         if tensor is not None and tensor.is_meta:

@@ -29,14 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.kernels.svd import leading, split
 from veneer.lowrank import LowRank, Svd
 
 #: a function that computes a task vector, float64
 ComputeVector = Callable[[], Tensor]
-
-#: the random range finder samples this many directions more than the rank; the power iterations
-#: help where the singular values decrease slowly
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
 
 
 class MergeMethod(NamedTuple):
@@ -85,9 +82,7 @@ def merge_vectors(
             )
         return vector.where(vector.abs() >= thresholds[index], 0)
 
-    total = sparsify(0)
-    for index in range(1, len(vectors)):
-        total = total + sparsify(index)
+    total = sum(map(sparsify, range(1, len(vectors))), start=sparsify(0))
     if not method.elects_sign:
         return total
     # for each entry: the mean over the vectors that have the sign of the sum; 0 if the sum is 0
@@ -107,24 +102,18 @@ def seeded_generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(hash_number)
 
 
-def nearest_product(
-    delta: Tensor, rank: int | None, energy: float | None, seed: str
-) -> tuple[LowRank, float]:
+def nearest_product(delta: Tensor, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
     """(the low-rank product nearest to ΔW = ``delta`` [g, out, in], ‖ΔW − product‖). The product
-    has ``rank``, or the lowest rank that keeps the share ``energy`` of ‖ΔW‖². Zero rows and columns
-    stay zero.
-
-    The SVD is exact if ``energy`` is given or ``rank`` is near min(out, in). Otherwise a random
-    range finder approximates it (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4).
-    """
-    full_rank = min(delta.shape[1:])
-    if rank is None or 3 * (rank + OVERSAMPLING) > full_rank:
+    has ``rank``, at most min(out, in), or the lowest rank that keeps the share ``energy`` of ‖ΔW‖².
+    Zero rows and columns stay zero."""
+    if rank is None:
         svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
+        low_rank, _ = svd.cut(svd.rank_for(energy or 1.0))
     else:
-        svd = _randomised_svd(delta, rank + OVERSAMPLING, seeded_generator(seed))
-    low_rank, _ = svd.cut(
-        min(rank or full_rank, full_rank) if energy is None else svd.rank_for(energy)
-    )
+        rank = min(rank, *delta.shape[1:])
+        factors = [split(matrix, leading(matrix, rank)[0]) for matrix in delta]
+        A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
+        low_rank = LowRank(A, B, 1.0)
     zero_rows = (delta == 0).all(2, keepdim=True)
     zero_columns = (delta == 0).all(1, keepdim=True)
     low_rank = LowRank(
@@ -133,15 +122,3 @@ def nearest_product(
         low_rank.scale,
     ).compact()
     return low_rank, float((delta - low_rank.delta()).norm())
-
-
-def _randomised_svd(delta: Tensor, sample_count: int, generator: torch.Generator) -> Svd:
-    start_vectors = torch.randn(
-        delta.shape[0], delta.shape[2], sample_count, generator=generator, dtype=delta.dtype
-    )
-    Q = torch.linalg.qr(delta @ start_vectors.to(delta.device))[0]
-    for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(delta.mT @ Q)[0]
-        Q = torch.linalg.qr(delta @ Q)[0]
-    projected_U, S, V = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
-    return Svd(Q @ projected_U, S, V)

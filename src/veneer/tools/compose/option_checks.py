@@ -44,7 +44,6 @@ def _weight_checks(
     factors = [number for factor in layers.values() for number in list_factors(factor)]
     numbers = [*weights, *factors]
     all_finite, weight_count = all(map(_is_finite_number, numbers)), len(weights)
-    all_zero = all_finite and weight_count > 0 and not any(weights)
     mismatched_patterns = [
         pattern
         for pattern, factor in layers.items()
@@ -59,7 +58,12 @@ def _weight_checks(
             "leave them out to weigh all by 1",
         ),
         (not all_finite, f"weights {numbers}", "finite numbers", "correct them"),
-        (all_zero, "weights that are all 0", "one that is not", "there would be nothing to write"),
+        (
+            all_finite and weight_count > 0 and not any(weights),
+            "weights that are all 0",
+            "one that is not",
+            "there would be nothing to write",
+        ),
         (
             bool(mismatched_patterns),
             f"factors of {listing(mismatched_patterns)} for other than {adapter_count} adapters",
@@ -72,8 +76,6 @@ def _weight_checks(
 def _method_checks(
     method: str, rank: int | None, energy: float | None, density: float | None
 ) -> list[_Check]:
-    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not _is_share(energy)
     has_limit = rank is not None or energy is not None
     is_merge_method = method in MERGE_METHODS
     paper_density = MERGE_METHODS[method].paper_density if is_merge_method else None
@@ -84,8 +86,18 @@ def _method_checks(
             " | ".join(METHODS),
             'use "sum"',
         ),
-        (rank_is_invalid, f"rank={rank!r}", "a whole number of at least 1", "use 16"),
-        (energy_is_invalid, f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"),
+        (
+            rank is not None and (type(rank) is not int or rank < 1),
+            f"rank={rank!r}",
+            "a whole number of at least 1",
+            "use 16",
+        ),
+        (
+            energy is not None and not _is_share(energy),
+            f"energy={energy!r}",
+            "a share of ‖ΔW‖² in (0, 1]",
+            "use 0.99",
+        ),
         (
             rank is not None and energy is not None,
             "both a rank and an energy",

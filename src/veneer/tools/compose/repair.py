@@ -149,18 +149,16 @@ def repair(
         },
         **(provenance or {}),
     }
-    variant = "dora" if any(layer.extras for layer in entries.values()) else "lora"
     folder = write_derived(
         out,
         [saved_adapter],
         entries,
         params,
-        variant=variant,
+        variant="dora" if any(layer.extras for layer in entries.values()) else "lora",
         provenance=provenance,
         overwrite=overwrite,
     )
-    removed = _removed_share(reports, intruders)
-    return RepairReport(folder, float(factor), tuple(reports), removed)
+    return RepairReport(folder, float(factor), tuple(reports), _removed_share(reports, intruders))
 
 
 def _removed_share(
@@ -192,17 +190,13 @@ def _check_arguments(base: Source | None, factor: Any) -> None:
 
 def _report_weight(weight_intruders: WeightIntruders, rank: int, factor: float) -> RepairedWeight:
     intruder_norm = math.hypot(*(float(triples.S.norm()) for triples in weight_intruders.intruders))
-    removed = (
-        intruder_norm * (1 - factor) / weight_intruders.distance
-        if weight_intruders.distance
-        else 0.0
-    )
+    distance = weight_intruders.distance
     return RepairedWeight(
-        weight_intruders.aligned_weight.model_path,
-        len(weight_intruders.cosines),
-        weight_intruders.count,
-        rank,
-        removed,
+        path=weight_intruders.aligned_weight.model_path,
+        looked_at=len(weight_intruders.cosines),
+        intruders=weight_intruders.count,
+        rank=rank,
+        removed=intruder_norm * (1 - factor) / distance if distance else 0.0,
     )
 
 

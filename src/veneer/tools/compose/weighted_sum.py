@@ -22,7 +22,7 @@ from torch import Tensor
 from veneer.errors import AdapterError
 from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
-from veneer.variants.dora import row_norms
+from veneer.variants import dora
 
 #: a row of G with a smaller absolute value counts as 0
 MIN_GAIN = 1e-6
@@ -101,7 +101,7 @@ def sum_with_magnitudes(
     # The magnitude is computed from the rounded factors, so that a reader of the file gets the
     # gain G.
     low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
-    return Blend(low_rank, (G.flatten() * row_norms(W, low_rank)).to(dtype), norm, error)
+    return Blend(low_rank, (G.flatten() * dora.row_norms(W, low_rank)).to(dtype), norm, error)
 
 
 def gain_of(term: Term, W: Tensor) -> Tensor:
@@ -109,9 +109,8 @@ def gain_of(term: Term, W: Tensor) -> Tensor:
     as in ``variants/dora.py``."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
-    norms = row_norms(W, term.low_rank)
-    gain = term.magnitude.double().flatten() / norms.masked_fill(norms == 0, 1)
-    return torch.where(norms == 0, torch.ones_like(gain), gain).view(W.shape[:2])
+    norms = dora.row_norms(W, term.low_rank)
+    return dora.gain_of(term.magnitude.double().flatten(), norms).view(W.shape[:2])
 
 
 def merge_by_method(
@@ -141,5 +140,5 @@ def merge_by_method(
         if options.rank is None and options.energy is None
         else options.rank
     )
-    low_rank, error = nearest_product(delta, rank, options.energy, seed)
+    low_rank, error = nearest_product(delta, rank, options.energy)
     return Blend(low_rank, None, float(delta.norm()), error)

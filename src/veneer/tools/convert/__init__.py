@@ -149,10 +149,11 @@ def conversion(
         left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
         require_supported(saved_adapter, source_format, target, base_info)
         if saved_adapter.tuner is not None and to == "peft":
-            lora_folder = write_derived(
-                Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+            saved_adapter = folder.read(
+                write_derived(
+                    Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+                )
             )
-            saved_adapter = folder.read(lora_folder)
         weights_only = not FORMATS[source_format].peft
         adapted_base = partial(_adapted_base, base_info, saved_adapter, verify_base, weights_only)
         if to == "veneer":
@@ -279,32 +280,33 @@ def check_conversion_options(
         AdapterError: ``rank``, ``energy`` and ``whole`` contradict each other.
     """
     formats_with_parts = [name for name in FORMATS.names() if FORMATS[name].parts]
-    dtype_is_unknown = dtype is not None and dtype not in DTYPES
-    part_is_unknown = part is not None and part not in PARTS
-    part_is_unused = part is not None and not {source_format, target_format} & set(
-        formats_with_parts
-    )
-    dtype_is_fixed = dtype is not None and target_format == "veneer"
-    rank_is_unused = source_format != "dense" and not (
-        rank is None and energy is None and not whole
-    )
     checks = [
-        (dtype_is_unknown, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
-        (part_is_unknown, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),
         (
-            part_is_unused,
+            dtype is not None and dtype not in DTYPES,
+            f"dtype {dtype!r}",
+            f"one of {', '.join(DTYPES)}",
+            "choose one",
+        ),
+        (
+            part is not None and part not in PARTS,
+            f"part {part!r}",
+            f"one of {', '.join(PARTS)}",
+            "choose one",
+        ),
+        (
+            part is not None and not {source_format, target_format} & {*formats_with_parts},
             f"a part, from {source_format} to {target_format}",
             f"one for {listing(formats_with_parts)} alone",
             "leave it out",
         ),
         (
-            dtype_is_fixed,
+            dtype is not None and target_format == "veneer",
             f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train",
             "none",
             'leave it out, or choose "peft"',
         ),
         (
-            rank_is_unused,
+            source_format != "dense" and (rank is not None or energy is not None or whole),
             f"rank, energy or whole for a {source_format} adapter",
             "them for dense changes alone",
             "leave them out",

@@ -55,14 +55,12 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
         target = weight_of(module, weight)
         low_rank, gain = change.resolve(target)
         base_weight = change.storage.dense(target).double()
-        if gain is None:  # (W + ΔW) - W would lose digits
-            deltas[parameter_path(path, weight)] = change.layer.fold(
-                low_rank.delta(torch.float64), base_weight.shape
-            )
-        else:
-            deltas[parameter_path(path, weight)] = (
-                change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
-            )
+        deltas[parameter_path(path, weight)] = (
+            # (W + ΔW) - W would lose digits
+            change.layer.fold(low_rank.delta(torch.float64), base_weight.shape)
+            if gain is None
+            else change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
+        )
     for path, module, parameters in adapters(model, name):
         for name_in_module, tensor in parameters.full.state_dict().items():
             base_value = {**module._parameters, **module._buffers}[name_in_module]
@@ -108,11 +106,10 @@ def deltas_of_file(
             delta = low_rank.delta(torch.float64).reshape(-1, *input_shape).float()
             deltas[change.weight] = delta.mT if kind in ("embedding", "Conv1D") else delta
     unknown_deltas += [(weight or "the model", "which is trained in full") for weight in full]
-    problems = [
+    return deltas, [
         sentence(f"a change of {weight!r}, {reason}", "the base beside it", "give the base")
         for weight, reason in unknown_deltas
     ]
-    return deltas, problems
 
 
 def install_deltas(
@@ -165,8 +162,7 @@ def install_deltas(
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
     for plan in low_rank_plans:  # ``deltas`` may name a tied weight by another of its names
-        factor_ref = next(ref for ref in plan.holders if ref in factors)
-        factors[plan.ref] = factors[factor_ref]
+        factors[plan.ref] = next(factors[ref] for ref in plan.holders if ref in factors)
     install_adapter(model, ADAPTER_NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for module_path, _, module_parameters in adapters(model, ADAPTER_NAME):
@@ -262,14 +258,20 @@ def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> N
     """``AdapterError`` unless at most one of the three options is given and its value is valid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
     used_options = [name for name, option in options.items() if option is not None]
-    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not (
-        type(energy) in (int, float) and 0 < energy <= 1
-    )
     checks = [
         (len(used_options) > 1, listing(used_options), "one of them", "leave the others out"),
-        (rank_is_invalid, f"rank={rank!r}", "a number of at least 1", "choose one"),
-        (energy_is_invalid, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
+        (
+            rank is not None and (type(rank) is not int or rank < 1),
+            f"rank={rank!r}",
+            "a number of at least 1",
+            "choose one",
+        ),
+        (
+            energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1),
+            f"energy={energy!r}",
+            "a share in (0, 1]",
+            "choose one",
+        ),
     ]
     problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
     raise_all(AdapterError, "This cannot be made a product", problems)

@@ -48,17 +48,25 @@ def build_adapter(
     }
     if saved_adapter.tokens:
         with adapted_base() as model:
-            fingerprints = token_fingerprints(Names(model), saved_adapter)
-            weights = {**base_record.get("weights", {}), **fingerprints}
-            base_record = {**base_record, "weights": weights}
+            base_record = {
+                **base_record,
+                "weights": {
+                    **base_record.get("weights", {}),
+                    **token_fingerprints(Names(model), saved_adapter),
+                },
+            }
             if target_format != "dense":  # ``compute_deltas`` includes the token rows
                 changes = replace_token_changes(model, deltas.ADAPTER_NAME, saved_adapter, changes)
-    facts = {
-        "base": base_record,
-        "provenance": saved_adapter.metadata.get("provenance", {}),
-        "variant": saved_adapter.config.variant,
-    }
-    return Adapter(changes, saved_adapter.full, facts, compute_deltas)
+    return Adapter(
+        changes=changes,
+        full=saved_adapter.full,
+        metadata={
+            "base": base_record,
+            "provenance": saved_adapter.metadata.get("provenance", {}),
+            "variant": saved_adapter.config.variant,
+        },
+        deltas=compute_deltas,
+    )
 
 
 def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
@@ -67,8 +75,7 @@ def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRank
     recorded_changes = saved_adapter.metadata.get("changes") or {}
     attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
     fused_modules = {attention for attention in attention_paths if attention is not None}
-    config = saved_adapter.peft_config
-    may_be_transposed = peft.may_be_transposed(config)
+    may_be_transposed = peft.may_be_transposed(saved_adapter.peft_config)
     changes = []
     for path, layer in saved_adapter.low.items():
         weight = _weight_name(path, layer, recorded_changes, fused_modules, facts)

@@ -135,8 +135,7 @@ def extract(
     weight_pairs, names = pair_weights(model_pair), Names(model_pair.structure)
     changed_pairs = _find_changed(weight_pairs, model_pair)
     name = _free_adapter_name(model_pair.structure)
-    exclude_patterns = (exclude,) if isinstance(exclude, str) else exclude
-    selection = select_weights(names, changed_pairs, targets, exclude_patterns, keep_patterns, name)
+    selection = select_weights(names, changed_pairs, targets, exclude, keep_patterns, name)
     has_float64 = any(pair.base.dtype == torch.float64 for pair in selection.low_rank)
     dtype = torch.float64 if has_float64 else torch.float32
     products, full_pairs = [], list(selection.full)
@@ -150,13 +149,6 @@ def extract(
             products.append(product)
     unchanged_count = len(weight_pairs) - len(changed_pairs)
     report = _report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
-    extraction_record = {
-        "from": model_pair.tuned.label,
-        "rank": rank,
-        "energy": energy,
-        "kept": report.kept,
-        "lost": [entry.path for entry in report.lost],
-    }
     _write(
         model_pair,
         name,
@@ -165,7 +157,16 @@ def extract(
         dtype,
         out,
         base_name=base_name or model_pair.base_name,
-        provenance={"extracted": extraction_record, **(provenance or {})},
+        provenance={
+            "extracted": {
+                "from": model_pair.tuned.label,
+                "rank": rank,
+                "energy": energy,
+                "kept": report.kept,
+                "lost": [entry.path for entry in report.lost],
+            },
+            **(provenance or {}),
+        },
         overwrite=overwrite,
     )
     return replace(report, seconds=time.perf_counter() - start_time)
@@ -195,57 +196,59 @@ def _report(
         )
         raise ExtractError(problem, "something to write", "widen targets or keep")
     return ExtractReport(
-        out,
-        tuple(product.report for product in products),
-        tuple(
+        path=out,
+        layers=tuple(product.report for product in products),
+        whole=tuple(
             Kept(pair.path, torch.Size(pair.base.shape).numel(), pair.change(), reason)
             for pair, reason in full_pairs
         ),
-        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
-        unchanged_count,
-        model_pair.tuned.unread,
-        least,
-        0.0,
+        lost=tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
+        unchanged=unchanged_count,
+        unread=model_pair.tuned.unread,
+        least=least,
+        seconds=0.0,
     )
 
 
 def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
-    rank_is_invalid = rank is not None and (type(rank) is not int or rank < 1)
-    energy_is_invalid = energy is not None and not (
-        isinstance(energy, int | float) and 0 < energy < 1
-    )
-    least_is_invalid = not (isinstance(least, int | float) and 0 <= least <= 1)
-    share = "a share between 0 and 1"
-    rank_and_energy = f"rank={rank!r} and energy={energy!r}"
-    usual_fix = "give rank=16, or energy=0.95"
     checks = [
-        ((rank is None) == (energy is None), rank_and_energy, "one of them", usual_fix),
         (
-            rank_is_invalid,
+            (rank is None) == (energy is None),
+            f"rank={rank!r} and energy={energy!r}",
+            "one of them",
+            "give rank=16, or energy=0.95",
+        ),
+        (
+            rank is not None and (type(rank) is not int or rank < 1),
             f"rank={rank!r}",
             "a whole number of at least 1",
             "use 16, or energy=0.95",
         ),
         (
-            energy_is_invalid,
+            energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1),
             f"energy={energy!r}",
-            share,
+            "a share between 0 and 1",
             "use 0.95, or 0.999 to lose next to nothing",
         ),
-        (least_is_invalid, f"least={least!r}", "a share from 0 to 1", "use 0.5"),
+        (
+            not (isinstance(least, int | float) and 0 <= least <= 1),
+            f"least={least!r}",
+            "a share from 0 to 1",
+            "use 0.5",
+        ),
     ]
     return [sentence(*error_texts) for failed, *error_texts in checks if failed]
 
 
 def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> list[WeightPair]:
     """The pairs with a difference. ``ExtractError``: there is none, or a value is not finite."""
-    changed_pairs, non_finite_paths = [], []
-    for pair in weight_pairs:
-        is_changed, is_finite = pair.compare()
-        changed_pairs += [pair] if is_changed else []
-        non_finite_paths += (
-            [] if is_finite or (pair.model_weight.is_buffer and not is_changed) else [pair.path]
-        )
+    comparisons = [(pair, *pair.compare()) for pair in weight_pairs]
+    changed_pairs = [pair for pair, is_changed, _ in comparisons if is_changed]
+    non_finite_paths = [
+        pair.path
+        for pair, is_changed, is_finite in comparisons
+        if not is_finite and (is_changed or not pair.model_weight.is_buffer)
+    ]
     if non_finite_paths:
         problem = f"NaN or infinity in {listing(non_finite_paths, 40)}"
         raise ExtractError(
@@ -298,19 +301,15 @@ def _factor_change(
         methods.add(method)
     base_energy = sum(svd.energy(pair.base.read(rows).reshape(1, -1)) for rows in pair.rows)
     A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
-    method = "exact" if methods == {"exact"} else "randomised"
-    relative_change = (change_energy / base_energy) ** 0.5 if base_energy else math.inf
-    seconds = time.perf_counter() - start_time
-    relative_error = (error_energy / change_energy) ** 0.5
     report = Extracted(
-        pair.path,
-        (pair.dims.groups, pair.dims.out, pair.dims.in_),
-        rank,
-        change_energy**0.5,
-        relative_change,
-        relative_error,
-        method,
-        seconds,
+        path=pair.path,
+        dims=(pair.dims.groups, pair.dims.out, pair.dims.in_),
+        rank=rank,
+        change=change_energy**0.5,
+        relative=(change_energy / base_energy) ** 0.5 if base_energy else math.inf,
+        error=(error_energy / change_energy) ** 0.5,
+        method="exact" if methods == {"exact"} else "randomised",
+        seconds=time.perf_counter() - start_time,
     )
     return _Product(pair, A, B, fingerprint, report)
 

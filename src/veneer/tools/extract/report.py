@@ -95,13 +95,11 @@ class ExtractReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
-        summary = {
+        return {
             "path": str(self.path),
             "kept": self.kept,
             "numbers": self.numbers,
             "unchanged": self.unchanged,
-        }
-        return summary | {
             "seconds": self.seconds,
             "lossy": [layer.path for layer in self.lossy],
             "layers": [

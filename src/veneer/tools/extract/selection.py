@@ -50,7 +50,7 @@ def select_weights(
     names: Names,
     changed_pairs: Sequence[WeightPair],
     targets: Targets,
-    exclude: Sequence[str],
+    exclude: str | Sequence[str],
     keep: Sequence[str],
     adapter_name: str,
 ) -> Selection:
@@ -118,12 +118,16 @@ def plan(
             *full_names.get(path, ()),
             *(() if pair.model_weight.is_buffer else (name,)),
         )
-    full_names = {**dict.fromkeys(full_names, ()), **with_ties(names, full_names)}
     buffer_modules = frozenset(
         pair.model_weight.ref[0] for pair in full_pairs if pair.model_weight.is_buffer
     )
     return complete_plans(
-        names, config, low_rank_plans, full_names, problems, full_modules=buffer_modules
+        names,
+        config,
+        low_rank_plans,
+        with_ties(names, full_names),
+        problems,
+        full_modules=buffer_modules,
     )
 
 
@@ -146,13 +150,11 @@ def _matching_refs(names: Names, patterns: Sequence[str], problems: list[str]) -
     refs: set[ParamRef] = set()
     for pattern in patterns:
         module_paths = [child for path in names.matching(pattern) for child in names.children(path)]
-        modules = [(path, names.modules[path]) for path in module_paths]
         matches = [
             (path, name)
-            for path, module in modules
-            for name in (*own_parameters(module), *module._buffers)
-        ]
-        matches = matches or names.parameters_matching(pattern)
+            for path in module_paths
+            for name in (*own_parameters(names.modules[path]), *names.modules[path]._buffers)
+        ] or names.parameters_matching(pattern)
         if not matches:
             problem = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
             problems.append(sentence(problem, "a name of this model", "correct or remove it"))

@@ -190,8 +190,13 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
         structure = models.meta_model(folder) if model is None else unwrap(model)
         base_weights = folder_weights(structure, folder)
     tuned_weights = _read_tuned(tuned, structure, has_config=model is None)
-    is_meta = base_name is not None and model is None
-    model_pair = ModelPair(structure, is_meta, base_name, base_weights, tuned_weights)
+    model_pair = ModelPair(
+        structure=structure,
+        is_meta=base_name is not None and model is None,
+        base_name=base_name,
+        base=base_weights,
+        tuned=tuned_weights,
+    )
     for source in (base, tuned):
         if isinstance(source, nn.Module) and (
             meta_paths := [path for path, p in source.named_parameters() if p.is_meta]

@@ -16,7 +16,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,14 @@ def _write_merge(
         )
     lock = out.with_name(f".{out.name}.merging.lock")
     with (
-        hold_lock(lock, partial(_busy_error, out)),
+        hold_lock(
+            lock,
+            lambda holder: MergeError(
+                f"{holder}, which merges into {out}",
+                "one at a time",
+                "wait for it, or choose another folder",
+            ),
+        ),
         new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as folder,
     ):
         layer_reports = CheckpointWriter(job, folder).write(progress)
@@ -124,12 +130,6 @@ def _write_merge(
         report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layer_reports))
         (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes)
-
-
-def _busy_error(out: Path, holder: str) -> MergeError:
-    """The error if another process (``holder``) holds the lock of ``out``."""
-    problem = f"{holder}, which merges into {out}"
-    return MergeError(problem, "one at a time", "wait for it, or choose another folder")
 
 
 def prove(
@@ -194,14 +194,13 @@ def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
     """The record that the result holds in ``RECORD``. It contains no paths of this machine."""
-    adapter_entries = [
-        {"name": path.name, "weight": weight, "content": content_hash(path)}
-        for path, weight in job.adapters
-    ]
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,
-        "adapters": adapter_entries,
+        "adapters": [
+            {"name": path.name, "weight": weight, "content": content_hash(path)}
+            for path, weight in job.adapters
+        ],
         "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
         "rounding": job.rounding,
         "layers": {

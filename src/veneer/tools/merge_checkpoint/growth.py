@@ -79,8 +79,11 @@ def vocabulary_parameters(model: Any) -> dict[int, nn.Parameter]:
 
 def _vocabulary_layers(model: Any) -> list[Any]:
     """The embedding and the head of a model, without those that it lacks."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [layer for layer in layers if layer is not None]
+    return [
+        layer
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+        if layer is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,8 @@ class GrownCheckpoint(Checkpoint):
         row_count, shape = self.file_rows[name], self.shape(name)
         tensor = torch.zeros(shape, dtype=self.dtype(name))
         if row_count:  # else the files lack this tensor
-            tensor[:row_count] = Checkpoint.read(self.with_file_rows(name), name)
+            tensor[:row_count] = _resize_tensors(self, {name: row_count}).read(name)
         return tensor if rows is None else tensor[rows]
-
-    def with_file_rows(self, name: str) -> Checkpoint:
-        """The checkpoint, in which this tensor has only the rows that its file stores."""
-        return _resize_tensors(self, {name: self.file_rows[name]})
 
 
 def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
@@ -110,9 +109,8 @@ def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
     if not grown_sizes:
         return checkpoint
     resized = _resize_tensors(checkpoint, grown_sizes)
-    file_rows = {name: checkpoint.shape(name)[0] for name in grown_sizes}
     return GrownCheckpoint(
-        resized.folder, resized.files, resized.index, resized.index_name, resized.file_of, file_rows
+        **vars(resized), file_rows={name: checkpoint.shape(name)[0] for name in grown_sizes}
     )
 
 
@@ -211,9 +209,11 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
     index = checkpoint.index
     if index is not None:
         index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(tensors, file)}}
-    file_rows = {**getattr(checkpoint, "file_rows", {}), **dict.fromkeys(tensors, 0)}
-    files = {**checkpoint.files, file: replace(header, tensors=entries)}
-    file_of_tensor = {**checkpoint.file_of, **dict.fromkeys(tensors, file)}
     return GrownCheckpoint(
-        checkpoint.folder, files, index, checkpoint.index_name, file_of_tensor, file_rows
+        folder=checkpoint.folder,
+        files={**checkpoint.files, file: replace(header, tensors=entries)},
+        index=index,
+        index_name=checkpoint.index_name,
+        file_of={**checkpoint.file_of, **dict.fromkeys(tensors, file)},
+        file_rows={**getattr(checkpoint, "file_rows", {}), **dict.fromkeys(tensors, 0)},
     )

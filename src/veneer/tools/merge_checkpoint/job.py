@@ -62,8 +62,12 @@ class MergeJob:
     @property
     def aux_changes(self) -> ConfigChanges:
         """What changes in the base's configuration and tokenizer."""
-        vocabulary_size = max(self.merge_plan.sizes.values(), default=None)
-        return ConfigChanges(self.dtype, vocabulary_size, self.tokenizer, self.merge_plan.head)
+        return ConfigChanges(
+            dtype=self.dtype,
+            vocabulary_size=max(self.merge_plan.sizes.values(), default=None),
+            tokenizer=self.tokenizer,
+            head=self.merge_plan.head,
+        )
 
     def output_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the result."""
@@ -194,8 +198,8 @@ def plan_job(
         (adapter, 1.0) if isinstance(adapter, str | Path) else adapter for adapter in adapters
     ]
     weighted_paths = [(Path(path), float(weight)) for path, weight in adapter_pairs]
-    folder = Path(base).expanduser()
-    checkpoint = open_checkpoint(folder)  # first, because reading the adapters takes longer
+    # first, because reading the adapters takes longer
+    checkpoint = open_checkpoint(Path(base).expanduser())
     saved_adapters = [read(path) for path, _ in weighted_paths]
     for saved_adapter in saved_adapters:
         saved_adapter.refuse_invocation_tokens("a merge")
@@ -205,10 +209,12 @@ def plan_job(
         if model is None and verify_base and by_fingerprints
         else None
     )
-    merge_plan = plan_merge(
-        checkpoint, weighted_paths, saved_adapters, model if stub_model is None else stub_model
+    merge_plan = replace(
+        plan_merge(
+            checkpoint, weighted_paths, saved_adapters, model if stub_model is None else stub_model
+        ),
+        by_fingerprints=stub_model is not None,
     )
-    merge_plan = replace(merge_plan, by_fingerprints=stub_model is not None)
     checkpoint = add_tensors(grow_checkpoint(checkpoint, merge_plan.sizes), merge_plan.added)
     return MergeJob(
         checkpoint, merge_plan, tuple(weighted_paths), dtype, rounding, verify_base, tokenizer

@@ -140,12 +140,15 @@ def plan_merge(
             notes = [
                 *_quantization_notes(adapters, saved_adapters),
                 *(str(warning.message) for warning in caught_warnings),
+                *(f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}),
             ]
-            notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
-            merge_plan = _plan_from_model(
-                target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
+            return replace(
+                _plan_from_model(
+                    target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
+                ),
+                sizes=sizes,
+                head=head,
             )
-            return replace(merge_plan, sizes=sizes, head=head)
         finally:
             for name in adapters_by_name:
                 detach(target_model, name)
@@ -208,17 +211,17 @@ def _plan_from_model(
             edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
     fingerprints = _expected_fingerprints(model, adapters_by_name, saved_adapters, path_by_id)
     return MergePlan(
-        {tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
-        {
+        edits={tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
+        split_tensors={
             path: _order_tensors(slices_by_path[path])
             for path in edits
             if any(param_slice.index for param_slice in slices_by_path[path].values())
         },
-        {
+        fingerprints={
             path: (_order_tensors(slices_by_path[path]), edits[path].shape, expected_by_adapter)
             for path, expected_by_adapter in fingerprints.items()
         },
-        tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
+        notes=tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
         added=added,
     )
 
@@ -279,23 +282,19 @@ def _collect_edits(
     ``adapters_by_name``: the adapters by their names on the model; ``path_by_id``: the path of each
     tensor of the model by its id."""
     edits: dict[str, TensorEdit] = {}
-    problems_by_adapter = {
-        name: (*split_tie_problems(model, name), *output_change_problems(model, name))
-        for name in adapters_by_name
-    }
-    all_problems = [
-        f"{adapters_by_name[name][0]}: {problem}"
-        for name, adapter_problems in problems_by_adapter.items()
-        for problem in adapter_problems
+    problems = [
+        f"{folder}: {problem}"
+        for name, (folder, _) in adapters_by_name.items()
+        for problem in (*split_tie_problems(model, name), *output_change_problems(model, name))
     ]
-    raise_all(MergeError, "Nothing was merged", all_problems)
+    raise_all(MergeError, "Nothing was merged", problems)
     for adapter_name, (_, adapter_weight) in adapters_by_name.items():
         for module_path, module, weight, change in changes(model, adapter_name):
             target: Any = module._parameters.get(weight)
             is_rewritten = (
                 type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
+                and getattr(module, "max_norm", None) is not None
             )
-            is_rewritten = is_rewritten and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or is_rewritten:
                 problem = (
                     f"a change of {parameter_path(module_path, weight)!r}, which is computed or"

@@ -94,7 +94,7 @@ class CheckpointWriter:
 
     def _write_tensor(self, name: str) -> list[LayerMerge]:
         job = self.job
-        with (self.folder / job.checkpoint.file_of[name]).open("r+b", buffering=0) as target:
+        with (self.folder / job.checkpoint.file_of[name]).open("r+b") as target:
             target.seek(self._offsets[name])
             if job.is_copied(name):
                 self._copy(target, name)
@@ -105,7 +105,7 @@ class CheckpointWriter:
                     self._parameters_by_last_tensor.get(name, ()), {name: tensor}
                 )
                 result, reports = merge_tensor(job, name, tensor, self._use_numba)
-                write_all(target, memoryview(as_bytes(result).numpy().data))
+                target.write(as_bytes(result).numpy().data)
         return reports
 
     def _copy(self, target: BinaryIO, name: str) -> None:
@@ -118,7 +118,7 @@ class CheckpointWriter:
                     problem = f"{checkpoint.file_of[name]}, which became shorter while it was read"
                     do = "let nobody write to it meanwhile"
                     raise CheckpointError(problem, "the base as it was", do)
-                write_all(target, memoryview(block))
+                target.write(block)
                 remaining_bytes -= len(block)
 
 
@@ -143,12 +143,6 @@ def _limit_threads(count: int) -> None:
     # before the thread sets its number.
     torch.get_num_threads()
     torch.set_num_threads(count)
-
-
-def write_all(target: BinaryIO, data: memoryview) -> None:
-    """Write all of ``data`` to an unbuffered file, whose ``write`` may write fewer bytes."""
-    while data:
-        data = data[target.write(data) :]
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
