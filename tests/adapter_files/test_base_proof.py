@@ -20,6 +20,7 @@ import veneer
 from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
 from veneer.attach.layer.names import Names
+from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing
 from veneer.layers import parameter_path
@@ -622,5 +623,22 @@ def test_a_4bit_base_that_was_called_and_a_fresh_one_are_one_base(
     other = packed_model(nested)
     with torch.no_grad():
         other[1].weight.data[0] ^= 255
-    with pytest.raises(BaseMismatchError, match=r"1 of 1 other tensors \(1\.weight\)"):
+    with pytest.raises(BaseMismatchError, match=r"1 of 1 other tensors \(1\.weight\)") as raised:
         veneer.load(other, tmp_path / "a")
+    assert "AVX512" not in str(raised.value)
+
+
+def test_a_record_of_a_4bit_base_as_it_was_loaded_is_read_on_a_fresh_one_and_explained_on_a_called_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # as an earlier Veneer took its fingerprints
+        patch.setattr(
+            BASES["bitsandbytes_4bit"].__class__,
+            "after_first_call",
+            lambda self, weight, stored: stored,
+        )
+        veneer.attach(packed_model(), veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
+    base_proof.clear_fingerprints()
+    veneer.load(packed_model(), tmp_path / "a")
+    with pytest.raises(BaseMismatchError, match=r"AVX512-BF16 has rounded.*load the base anew"):
+        veneer.load(repack(packed_model()), tmp_path / "a")

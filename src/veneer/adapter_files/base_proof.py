@@ -57,13 +57,21 @@ class WeightValues:
     stored: Mapping[str, Tensor]
     anchor: Any
 
-    def dense(self) -> Tensor:
-        """The weight as a dense tensor. Some packed weights round their scales in the first forward
-        call. The tensor is the weight after this call."""
-        dense = self.anchor
+    def dense(self, as_loaded: bool = False) -> Tensor:
+        """The weight as a dense tensor.
+
+        Some packed weights round their scales in the first forward call. The tensor is the weight
+        after this call, or before it if ``as_loaded``: earlier releases of Veneer took the
+        fingerprints before the call."""
         with torch.no_grad():
-            if self.storage is not None:
-                stored = self.storage.after_first_call(self.weight, self.stored)
+            if self.storage is None:
+                dense = self.anchor
+            else:
+                stored = (
+                    self.stored
+                    if as_loaded
+                    else self.storage.after_first_call(self.weight, self.stored)
+                )
                 dense = self.storage.decode(self.weight, stored)
         full_tensor = getattr(dense, "full_tensor", None)  # a sharded weight has this method
         return dense if full_tensor is None else full_tensor()
@@ -97,7 +105,7 @@ def _values_of(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -
     return WeightValues(weight.weight, weight.storage, stored, weight.weight)
 
 
-#: the fingerprints {hash kind: (version, fingerprint)}, by ``WeightValues.anchor``
+#: the fingerprints {(hash kind, as_loaded): (version, fingerprint)}, by ``WeightValues.anchor``
 _CACHE: Any = WeakIdKeyDictionary()
 #: held while hashing, so that two threads do not compute the same fingerprint
 _HASHING_LOCK = threading.RLock()
@@ -107,6 +115,7 @@ def fingerprints_of(
     tensors: Sequence[ModuleWeight],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
     hash_kind: str = XXH3,
+    as_loaded: bool = False,
 ) -> list[str]:
     """The fingerprint of each tensor, from the cache if the tensor has not changed.
 
@@ -114,20 +123,51 @@ def fingerprints_of(
         bits: the stored tensors of merged weights before the merge, by the ``id`` of the weight
             (``stored_weights.bits_before_merge``).
         hash_kind: the hash, XXH3 or SHA256. Only fingerprints of one hash can be compared.
+        as_loaded: see ``WeightValues.dense``.
     """
     with _HASHING_LOCK, _prepare_storages(tensors):
         all_values = [_values_of(tensor, bits or {}) for tensor in tensors]
         versions = [values.version() for values in all_values]
         fingerprints: list[str] = []
         for values, version in zip(all_values, versions, strict=True):
-            cached_version, digest = _CACHE.get(values.anchor, {}).get(hash_kind, (None, ""))
+            cached_version, digest = _CACHE.get(values.anchor, {}).get(
+                (hash_kind, as_loaded), (None, "")
+            )
             if version is None or cached_version != version:
-                digest = fingerprint(values.dense(), hash_kind)
+                digest = fingerprint(values.dense(as_loaded), hash_kind)
                 # do not cache if another thread wrote to the weight while it was hashed
                 if version is not None and values.version() == version:
-                    _CACHE.setdefault(values.anchor, {})[hash_kind] = version, digest
+                    _CACHE.setdefault(values.anchor, {})[hash_kind, as_loaded] = version, digest
             fingerprints.append(digest)
         return fingerprints
+
+
+def call_modified_weights(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]:
+    """The packed weights of which the first forward call may change the values permanently."""
+    return [
+        tensor
+        for tensor in tensors
+        if tensor.storage is not None
+        and type(tensor.storage).after_first_call is not Storage.after_first_call
+    ]
+
+
+def earlier_fingerprints(tensors: Sequence[ModuleWeight], hash_kind: str = XXH3) -> dict[str, str]:
+    """The fingerprints, by name, that earlier releases of Veneer took of packed weights: before the
+    first forward call, which may change the values."""
+    packed = call_modified_weights(tensors)
+    fingerprints = zip(
+        packed, fingerprints_of(packed, hash_kind=hash_kind, as_loaded=True), strict=True
+    )
+    return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
+
+
+def was_modified_by_call(tensor: ModuleWeight) -> bool:
+    """Whether a forward call has changed the packed weight already, so that the values as they were
+    loaded are lost."""
+    with _HASHING_LOCK, _prepare_storages([tensor]):
+        values = _values_of(tensor, {})
+        return torch.equal(values.dense(), values.dense(as_loaded=True))
 
 
 def fingerprint_without_rows(

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from torch import nn
 
-from veneer.adapter_files.base_proof import fingerprint_without_rows, fingerprints_of
+from veneer.adapter_files.base_proof import (
+    call_modified_weights,
+    earlier_fingerprints,
+    fingerprint_without_rows,
+    fingerprints_of,
+    was_modified_by_call,
+)
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach import Names
 from veneer.errors import BaseMismatchError, listing, sentence
@@ -72,13 +78,27 @@ def must_be_base(
         for name, expected in expected_fingerprints.items()
         if expected not in accepted.get(name, (expected,))
     ]
+    mismatched_weights = [
+        base_weight
+        for base_weight in list_weights(names)
+        if base_weight.is_readable and not {*mismatches}.isdisjoint(base_weight.names)
+    ]
+    old_fingerprints = earlier_fingerprints(mismatched_weights, hash_kind)
+    mismatches = [
+        name for name in mismatches if old_fingerprints.get(name) != expected_fingerprints[name]
+    ]
     mismatches += [
         weight_path
         for weight_path, expected in token_weights.items()
         if not _untrained_rows_match(names, adapter_files, weight_path, expected)
     ]
     if mismatches:
-        raise BaseMismatchError(_mismatch_text(adapter_files, mismatches))
+        was_called = any(
+            was_modified_by_call(base_weight)
+            for base_weight in call_modified_weights(mismatched_weights)
+            if not {*mismatches}.isdisjoint(base_weight.names)
+        )
+        raise BaseMismatchError(_mismatch_text(adapter_files, mismatches, was_called))
     _warn_unproven(names, adapter_files, expected_fingerprints, fingerprints, token_weights)
 
 
@@ -171,8 +191,9 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
         )
 
 
-def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str]) -> str:
-    """The text of the error. ``mismatches``: the names of the weights that differ."""
+def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str], was_called: bool) -> str:
+    """The text of the error. ``was_called``: whether a forward call has changed packed weights in
+    ``mismatches``."""
     base_record, counts = adapter_files.metadata["base"], []
     for key, label in (("weights", "adapted layers"), ("rest", "other tensors")):
         names = [name for name in mismatches if name in base_record.get(key, {})]
@@ -194,6 +215,15 @@ def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str]) -> st
         )
         do += (
             "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
+        )
+    if was_called:
+        problem += (
+            ", in 4 bits with scales that a call on a processor with AVX512-BF16 has rounded, as"
+            " bitsandbytes does"
+        )
+        do = (
+            "load the base anew and the adapter before the first call (earlier records know such"
+            f" weights so), or {do}"
         )
     fresh_names = [name for name in base_record.get("fresh", ()) if name in mismatches]
     if fresh_names:

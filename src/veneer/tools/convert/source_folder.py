@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from veneer.adapter_files import folder, save
-from veneer.adapter_files.base_proof import fingerprints_of
+from veneer.adapter_files.base_proof import earlier_fingerprints, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach import Names, detach
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing
-from veneer.fileio.hashing import recorded_hash_kind
+from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.fileio.untrusted import read_json
 from veneer.formats import FORMATS, BaseFacts, Contents, Options, peft, peft_tuners
 from veneer.models.base_weights import list_weights
@@ -138,6 +138,12 @@ def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Pa
         name
         for name, expected in unchanged_weights.items()
         if fingerprint_by_name.get(name, expected) != expected
+    ]
+    earlier_hashes = earlier_fingerprints(tensors, recorded_hash_kind(record)) if mismatches else {}
+    mismatches = [
+        name
+        for name in mismatches
+        if earlier_hashes.get(name) != recorded_fingerprints(record).get(name, "")
     ]
     if mismatches:
         problem = (
