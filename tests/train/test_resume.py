@@ -256,6 +256,19 @@ def test_a_run_that_began_before_a_setting_existed_had_its_default(make: Make, w
     same(fit(config, quiet=True), whole)
 
 
+def test_a_run_that_began_before_rows_came_by_chance_keeps_its_order(make: Make) -> None:
+    config = make("older", group_by_length=True)
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(7)], quiet=True)
+    record = config.output / "run.json"
+    run = json.loads(record.read_text())
+    del run["config"]["group_by_length"]
+    record.write_text(json.dumps(run))
+    with pytest.raises(ConfigError, match="group_by_length: was True, is False"):
+        fit(make("older"), quiet=True)
+    same(fit(config, quiet=True), fit(make("whole-grouped", group_by_length=True), quiet=True))
+
+
 def test_overwrite_resumes_what_can_be_resumed(make: Make, whole: Any) -> None:
     """So that the same command, given again after a kill, goes on rather than starting over."""
     with pytest.raises(ZeroDivisionError):

@@ -19,7 +19,7 @@ from rich.console import Console
 from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import checkpoint
 from veneer.train.callbacks import say
-from veneer.train.config import FREE_ON_RESUME, TrainConfig
+from veneer.train.config import FREE_ON_RESUME, IMPLIED_SETTINGS, TrainConfig
 from veneer.train.prepare import Prepared
 from veneer.train.tasks import Task
 
@@ -79,8 +79,9 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
             "a new folder",
             "choose another output, or pass --overwrite to replace it",
         )
-    # settings that the run's version of Veneer did not have had their default values
-    recorded_settings = {**TrainConfig.defaults(), **run["config"], "sweep": run.get("sweep")}
+    # settings that the run's version of Veneer did not have are as that version computed
+    implied = {**TrainConfig.defaults(), **IMPLIED_SETTINGS}
+    recorded_settings = {**implied, **run["config"], "sweep": run.get("sweep")}
     current_settings = {**config.content(), "sweep": sweep}
     changed_names = [
         name

@@ -70,6 +70,22 @@ def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(
                 again.result(back.ask(route, **{**fields, "path": path.rpartition("/")[2]}))
 
 
+def test_an_index_of_an_earlier_release_is_taken_along(base, tmp_path):
+    with opened(base, tmp_path) as (url, _):
+        run = trained_run(Client(url), 1)
+        run.save("a")
+    with sqlite3.connect(tmp_path / "index.sqlite") as index:
+        index.execute("ALTER TABLE checkpoints DROP COLUMN request")
+    index.close()
+    with opened(base, tmp_path) as (url, _):
+        client = Client(url)
+        client.session = run.client.session
+        back = Run(client, run.id, run.number)
+        with pytest.raises(Failed, match="which exists"):
+            back.save("a")
+        assert back.save("b")
+
+
 def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
     training = training_of(service)

@@ -121,6 +121,9 @@ class Store:
         self._index = Index(self.folder / INDEX)
         try:
             self._index.create_tables(_TABLES)
+            columns = [row["name"] for row in self._index.rows("PRAGMA table_info(checkpoints)")]
+            if "request" not in columns:  # an index of an earlier version
+                self._index.execute("ALTER TABLE checkpoints ADD COLUMN request INTEGER")
         except sqlite3.DatabaseError as error:
             self.close()
             raise ConfigError(
