@@ -121,7 +121,8 @@ def tuner_folder(
 ) -> TunerFolder:
     """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
     not fit the base."""
-    needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
+    # the shapes of VeRA's changes follow from a base
+    needs_base_shapes = tuner.type == "VERA" and weights is None
     changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weights)
     lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}

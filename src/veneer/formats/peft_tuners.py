@@ -35,6 +35,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_fields, peft_paths, peft_tokens
+from veneer.formats.peft_fields import all_values, has_type, is_number
 from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
 
 #: PEFT divides AdaLoRA's alpha by the rank plus EPSILON
@@ -93,25 +94,12 @@ class Tuner:
     read: Callable[[ModuleTensors], VariantChange]
 
 
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
 def _is_anything(value: Any) -> bool:
     return True
 
 
-def _are_masks(value: Any) -> bool:
-    has_lists = isinstance(value, dict) and all(isinstance(mask, list) for mask in value.values())
-    return has_lists and all(_is_flag(flag) for mask in value.values() for flag in mask)
+_is_integer, _is_flag = has_type(int), has_type(bool)
+_are_masks = all_values(dict, all_values(list, _is_flag))
 
 
 def _read_adalora(module: ModuleTensors) -> VariantChange:
@@ -183,15 +171,15 @@ _AXES = {
 }  # fmt: skip
 #: the tests of further fields that LoHa and LoKr share
 _LYCORIS_FIELDS = {
-    "rank_dropout": _is_number,
-    "module_dropout": _is_number,
+    "rank_dropout": is_number,
+    "module_dropout": is_number,
     "init_weights": _is_anything,
     "use_effective_conv2d": _is_flag,
 }
 #: the tests of AdaLoRA's further fields, which schedule its budget of ranks
 _BUDGET_FIELDS = {
     **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _is_integer),
-    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _is_number),
+    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), is_number),
 }
 TUNERS = {
     tuner.type: tuner
@@ -240,7 +228,7 @@ TUNERS = {
             {
                 "projection_prng_key": _is_integer,
                 "save_projection": _is_flag,
-                "d_initial": _is_number,
+                "d_initial": is_number,
                 "init_weights": _is_anything,
             },
             _read_vera,
@@ -349,7 +337,7 @@ def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     lora_config = {name: value for name, value in config.items() if name not in tuner_fields}
     lora_config |= {name: config.get(tuner_name) for name, tuner_name in tuner.fields.items()}
     alpha: Any = lora_config.get("lora_alpha")
-    if tuner.type == "ADALORA" and _is_number(alpha) and alpha <= 0:
+    if tuner.type == "ADALORA" and is_number(alpha) and alpha <= 0:
         lora_config["lora_alpha"] = lora_config["r"]
     if tuner.type == "VERA":  # VeRA has no alpha: its scale is 1
         lora_config["lora_alpha"] = config.get("r")
@@ -376,7 +364,7 @@ def read_changes(
     """(the changes of a file by module path, its other tensors with the keys of LoRA's file).
 
     Args:
-        weights: the shapes of the base's weights, which VeRA needs (``needs_base_shapes``).
+        weights: the shapes of the base's weights, from which those of VeRA's changes follow.
 
     Raises:
         AdapterError: tensors are no change of this tuner.
@@ -457,11 +445,6 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
             "get the whole file again",
         )
     return None
-
-
-def needs_base_shapes(tuner: Tuner, weights: Weights | None) -> bool:
-    """Whether the changes have no known shapes: VeRA's follow from a base, and there is no base."""
-    return tuner.type == "VERA" and weights is None
 
 
 def deviation_reason(kind_name: str, module: Any) -> str | None:
