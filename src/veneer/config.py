@@ -176,10 +176,7 @@ class LoraConfig:
             if isinstance(field_value, Iterable) and not isinstance(field_value, str):
                 object.__setattr__(self, field_name, tuple(field_value))
         object.__setattr__(self, "trainable_tokens", _ids_as_tuples(self.trainable_tokens))
-        if isinstance(self.invocation_tokens, Iterable | int):
-            object.__setattr__(
-                self, "invocation_tokens", _sequence_as_tuple(self.invocation_tokens)
-            )
+        object.__setattr__(self, "invocation_tokens", _sequence_as_tuple(self.invocation_tokens))
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -446,9 +443,9 @@ def _ids_as_tuples(value: Any) -> Any:
 
 
 def _sequence_as_tuple(value: Any) -> Any:
-    """A sequence of token ids as a tuple. Text and sets, which are not sequences of ids, are
-    returned unchanged, for the error message."""
-    if isinstance(value, str | Set | Mapping):
+    """A sequence of token ids as a tuple. Text, sets and other values, which are not sequences of
+    ids, are returned unchanged, for the error message."""
+    if isinstance(value, str | Set | Mapping) or not isinstance(value, Iterable | int):
         return value
     return (value,) if isinstance(value, int) else tuple(value)
 

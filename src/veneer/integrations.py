@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,12 +203,12 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
             _address(value)
             for model in models
             for value in model.state_dict().values()
-            if _is_tensor(value)
+            if isinstance(value, Tensor)
         }
         return {
             key: value
             for key, value in pl_module.state_dict().items()
-            if _is_tensor(value) and _address(value) in addresses
+            if isinstance(value, Tensor) and _address(value) in addresses
         }
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -253,10 +253,6 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
 
 def _quote_names(paths: Iterable[str]) -> str:
     return ", ".join(map(repr, sorted(paths)))
-
-
-def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)
 
 
 def _address(tensor: Tensor) -> int:

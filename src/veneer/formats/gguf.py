@@ -447,20 +447,17 @@ def _join_pairs(
     """Join the changes of gate and up into one change of ``gate_up_proj``. A change that is None is
     zero. The rank stays the same if both have the same A; else it is the sum of their ranks."""
     changed_pairs = [pair for pair in pairs if pair is not None]
-    is_fitting = len(shape) == 3
-    out = shape[1] // len(pairs) if is_fitting else 0
-    for pair_A, B in changed_pairs:  # [E, r, in], [E, out, r] of a stack [E, out, in]
-        is_fitting = (
-            is_fitting
-            and pair_A.dim() == 3
-            and pair_A.shape[1] > 0
-            and pair_A.shape == (shape[0], pair_A.shape[1], shape[2])
-        )
-        is_fitting = is_fitting and B.shape == (shape[0], out, pair_A.shape[1])
+    is_fitting = len(shape) == 3 and all(  # [E, r, in], [E, out, r] of a stack [E, out, in]
+        pair_A.dim() == 3
+        and pair_A.shape[1] > 0
+        and pair_A.shape == (shape[0], pair_A.shape[1], shape[2])
+        and B.shape == (shape[0], shape[1] // len(pairs), pair_A.shape[1])
+        for pair_A, B in changed_pairs
+    )
     if not is_fitting:
         problem = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
         raise AdapterError(problem, "those of its base", "give the base that it was made for")
-    A = changed_pairs[0][0]
+    A, out = changed_pairs[0][0], shape[1] // len(pairs)
     if len(changed_pairs) == len(pairs) and all(
         torch.equal(pair_A, A) for pair_A, _ in changed_pairs
     ):
