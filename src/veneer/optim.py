@@ -298,8 +298,9 @@ class RankBudget:
             )
         raise_all(ConfigError, "This RankBudget cannot be used", problems)
         self.settled = False
-        self._sensitivity, self._uncertainty = (
-            {
+        # moving averages, by their key in the state and then by the path of a parameter
+        self._averages = {
+            name: {
                 key: torch.zeros_like(
                     parameter,
                     dtype=torch.promote_types(parameter.dtype, torch.float32),
@@ -307,8 +308,8 @@ class RankBudget:
                 )
                 for key, parameter in self._parameters()
             }
-            for _ in range(2)
-        )
+            for name in ("sensitivity", "uncertainty")
+        }
 
     def budget(self, step_number: int) -> int:
         """The number of triplets that all layers together keep at this step."""
@@ -345,8 +346,8 @@ class RankBudget:
             advice = "call step after backward and before zero_grad"
             raise ConfigError(f"no gradient at {listing(without_gradient)}", "one", advice)
         for key, parameter in self._parameters():
-            sensitivity = self._sensitivity[key]
-            uncertainty = self._uncertainty[key]
+            sensitivity = self._averages["sensitivity"][key]
+            uncertainty = self._averages["uncertainty"][key]
             gradient = cast(Tensor, parameter.grad)
             new_sensitivity = (parameter * gradient).abs().to(sensitivity)
             # ignore infinite gradients, for which a gradient scaler would skip the step
@@ -364,7 +365,7 @@ class RankBudget:
         in the model's state."""
         averages = {
             name: {key: value.clone() for key, value in averages_of_parameters.items()}
-            for name, averages_of_parameters in self._averages()
+            for name, averages_of_parameters in self._averages.items()
         }
         return {**averages, "settled": self.settled}
 
@@ -374,7 +375,7 @@ class RankBudget:
         Raises:
             ConfigError: other layers, or other sizes; nothing is loaded then.
         """
-        for name, averages in self._averages():
+        for name, averages in self._averages.items():
             loaded_shapes = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
             shapes = {key: tuple(value.shape) for key, value in averages.items()}
             if loaded_shapes != shapes:
@@ -386,14 +387,10 @@ class RankBudget:
                 problem = f"a state that differs at {listing(different_keys)}"
                 advice = "make the RankBudget of the adapter that this state is of"
                 raise ConfigError(problem, "the same layers and sizes", advice)
-        for name, averages in self._averages():
+        for name, averages in self._averages.items():
             for key, average in averages.items():
                 average.copy_(state[name][key])
         self.settled = bool(state["settled"])
-
-    def _averages(self) -> list[tuple[str, dict[str, Tensor]]]:
-        """(key of the state, {path of a parameter: its moving average})."""
-        return [("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)]
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(path, parameter) of each A, B and E."""
@@ -403,10 +400,11 @@ class RankBudget:
 
     def _update_masks(self, budget: int) -> None:
         """Set mask = 1 for the ``budget`` most important triplets of all layers, else 0."""
+        sensitivity, uncertainty = self._averages.values()
         scores = []
         for path in self.layers:
             keys = [f"{path}.{name}".lstrip(".") for name in _TRIPLET_NAMES]
-            A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys)
+            A, B, E = (sensitivity[key] * uncertainty[key] for key in keys)
             scores.append((E + A.mean(dim=2) + B.mean(dim=1)).flatten())  # [g · r]
         device = scores[0].device
         all_scores = torch.cat([score.to(device) for score in scores])

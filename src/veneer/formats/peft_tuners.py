@@ -26,7 +26,7 @@ of a layer's inputs, and a convolution's may be flattened. ``Weights`` gives the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class ModuleTensors:
     tensors: Mapping[str, Tensor]
     rank: int
     scale: float
-    mask: tuple[bool, ...] | None = None
+    mask: Sequence[bool] | None = None
     projections: tuple[Tensor, Tensor] | None = None
 
 
@@ -395,7 +395,6 @@ def read_changes(
         mask = None
         if tuner.type == "ADALORA":
             scale, mask = alpha / (rank + EPSILON), masks.get(f"{module_path}.lora_E")
-        mask = None if mask is None else tuple(mask)
         pair = projections.get(module_path)
         module = ModuleTensors(module_path, module_tensors, rank, scale, mask, pair)
         if problem := _module_problem(tuner, module):

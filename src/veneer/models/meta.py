@@ -283,11 +283,11 @@ def _map_converted(
         if any(target not in state for target in target_names):
             return {}
         sizes = [state[target].shape[0] for target in target_names]
-        stops = [sum(sizes[: count + 1]) for count in range(len(sizes))]
-        row_slices = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
         param_slices = (
-            ParamSlice(target, (), (rows,))
-            for target, rows in zip(target_names, row_slices, strict=True)
+            ParamSlice(target, (), (slice(end - size, end),))
+            for target, size, end in zip(
+                target_names, sizes, itertools.accumulate(sizes), strict=True
+            )
         )
         return {tensors[0][0]: tuple(param_slices)}
     is_stacked = "MergeModulelist" in operation_dims
