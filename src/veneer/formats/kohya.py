@@ -470,10 +470,18 @@ def _header(adapter: Adapter) -> dict[str, str]:
     }
 
 
-TITLE = "safetensors of sd-scripts, ComfyUI and LyCORIS"
 LACKS = (
     "embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training"
 )
 register(
-    Format("kohya", TITLE, LACKS, ".safetensors", recognises, parts=True, read=read, write=write)
+    Format(
+        "kohya",
+        "safetensors of sd-scripts, ComfyUI and LyCORIS",
+        LACKS,
+        ".safetensors",
+        recognises,
+        parts=True,
+        read=read,
+        write=write,
+    )
 )
