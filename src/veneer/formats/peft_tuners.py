@@ -260,31 +260,24 @@ def check_config(
 ) -> None:
     """``peft_fields.check_config``, extended to the configs of ``TUNERS``."""
     tuner = None if by_veneer else tuner_of(config)
-    problems = []
-    for name, test in tuner.extra_fields.items() if tuner is not None else ():
-        value = config.get(name)
-        if value is not None and not test(value):
-            problem = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
-            problems.append(
-                sentence(
-                    problem,
-                    f"what PEFT writes there for {config['peft_type']}",
-                    "get the file again",
-                )
+    if tuner is not None:
+        problems = [
+            sentence(
+                f"{name}={repr(config[name])[:200]} in {peft.CONFIG}",
+                f"what PEFT writes there for {tuner.type}",
+                "get the file again",
             )
-    for name in _LORA_ONLY_FIELDS if tuner is not None else ():
-        if config.get(name):
-            problems.append(
-                sentence(
-                    f"{name} in {peft.CONFIG} of {config['peft_type']}",
-                    "none",
-                    "get the file again",
-                )
-            )
-    raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
-    peft_fields.check_config(
-        config if tuner is None else lora_config_of(tuner, config), by_veneer, with_base
-    )
+            for name, test in tuner.extra_fields.items()
+            if config.get(name) is not None and not test(config[name])
+        ]
+        problems += [
+            sentence(f"{name} in {peft.CONFIG} of {tuner.type}", "none", "get the file again")
+            for name in _LORA_ONLY_FIELDS
+            if config.get(name)
+        ]
+        raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
+        config = lora_config_of(tuner, config)
+    peft_fields.check_config(config, by_veneer, with_base)
 
 
 #: the beginnings of the suffixes of PEFT's tuners. (In a key of LoRA the last segment may be

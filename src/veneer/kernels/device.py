@@ -27,6 +27,7 @@ is a gain. A weight may be a function that reads it (4-bit storage); backward re
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -270,11 +271,8 @@ def _as_matrix(factor: Tensor) -> Tensor:
 
 def _rank_spans(ups: Sequence[Tensor]) -> list[tuple[int, int]]:
     """For each layer, (start, end) of its ranks among the ranks of all layers."""
-    spans, start = [], 0
-    for up in ups:
-        spans.append((start, start + up.shape[1]))
-        start += up.shape[1]
-    return spans
+    ends = itertools.accumulate((up.shape[1] for up in ups), initial=0)
+    return list(itertools.pairwise(ends))
 
 
 def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ Rejected: gathering A and B for each row. In training, these copies take more me
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -54,24 +55,24 @@ class Segments(NamedTuple):
 def segments(ends: Sequence[int], rows: int) -> Segments:
     """The segments of ``rows`` rows that are sorted by expert; ``ends[e]`` is the row after the
     last row of expert e."""
-    bounds, first = [], 0
-    for expert, end in enumerate(ends):
-        if end > first:
-            bounds.append((expert, first, end))
-            first = end
-    return Segments(bounds, [end - start for _, start, end in bounds] + [rows - first], first)
+    bounds = [
+        (expert, first, end)
+        for expert, (first, end) in enumerate(itertools.pairwise([0, *ends]))
+        if end > first
+    ]
+    used_rows = ends[-1] if ends else 0
+    sizes = [end - first for _, first, end in bounds]
+    return Segments(bounds, [*sizes, rows - used_rows], used_rows)
 
 
 def sort_by_expert(ids: Sequence[int], experts: int) -> tuple[list[int], Segments]:
     """For row s with expert ids[s]: (the order that sorts the rows by expert, the segments of the
     sorted rows)."""
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    ends = [0] * experts
+    counts = [0] * experts
     for expert in ids:
-        ends[expert] += 1
-    for expert in range(1, experts):
-        ends[expert] += ends[expert - 1]
-    return order, segments(ends, len(ids))
+        counts[expert] += 1
+    return order, segments([*itertools.accumulate(counts)], len(ids))
 
 
 def linear(

@@ -300,8 +300,10 @@ def context(config: Any) -> int | None:
         *(nested for nested in parameters.values() if isinstance(nested, dict)),
     ):
         if rope.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(rope.get("original_max_position_embeddings") or limits[0])
-            limits.append(getattr(config, "original_max_position_embeddings", None))
+            limits += [
+                rope.get("original_max_position_embeddings") or limits[0],
+                getattr(config, "original_max_position_embeddings", None),
+            ]
     return min((limit for limit in limits if limit), default=None)
 
 
