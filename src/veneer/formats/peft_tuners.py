@@ -337,11 +337,12 @@ def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
         bias = config.get("bias")
         lora_config["bias"] = "lora_only" if bias == "vera_only" else bias
     if tuner.type == "LN_TUNING":
-        targets = config.get("target_modules")
-        target_names = targets if isinstance(targets, list) else []
-        extra_modules = config.get("modules_to_save")
-        extra_names = extra_modules if isinstance(extra_modules, list) else []
-        saved_modules = [*target_names, *extra_names]
+        saved_modules = [
+            name
+            for field in ("target_modules", "modules_to_save")
+            if isinstance(config.get(field), list)
+            for name in config[field]
+        ]
         lora_config |= {
             "r": 1,
             "lora_alpha": 1,
