@@ -332,7 +332,7 @@ def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None
         or len(head._forward_hooks) > 1
         or torch_module._global_forward_hooks
         or next(reversed(head._forward_pre_hooks.values())) is not _take_few_rows
-        or not weight_first.applies(x.flatten(0, -2), head.weight)
+        or not weight_first.suits(x.flatten(0, -2), head.weight)
     ):
         return None
     NOW.head_rows = x
