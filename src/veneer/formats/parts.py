@@ -66,12 +66,10 @@ def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> st
 def refusal_reasons(adapter: Adapter) -> list[str]:
     """The reasons why a file with one A and one B for each module cannot hold an adapter."""
     expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
-    unsupported_changes = [
-        change for change in adapter.changes if change.kind not in ("linear", "conv")
-    ]
     problems = [
         sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
-        for change in unsupported_changes
+        for change in adapter.changes
+        if change.kind not in ("linear", "conv")
     ]
     full_modules = [module_path or "the model" for module_path in adapter.full]
     return problems + [
