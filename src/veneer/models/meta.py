@@ -19,13 +19,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
+import torch
+import torch.nn.functional as F
+
 from veneer.errors import ConfigError
 from veneer.models.locate import config_of
 from veneer.models.messages import first_line, loading
 from veneer.models.remote_code import code_options, without_hub_kernel
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -59,7 +62,6 @@ def meta_model(
     Raises:
         ConfigError: transformers does not know the model.
     """
-    import torch
     import transformers
 
     with loading(str(folder)):
@@ -103,7 +105,6 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
         ConfigError: the source has no configuration of a causal language model that transformers
             supports.
     """
-    import torch
     import transformers
 
     if isinstance(source, Mapping):
@@ -183,9 +184,6 @@ def _flash_attention(
 ) -> Any:
     """Flash attention that ignores the mask. query, key, value: [b, heads, s, d] for b rows of s
     positions; keys and values may have fewer heads. Returns (output [b, s, heads, d], None)."""
-    import torch
-    import torch.nn.functional as F
-
     width = value.shape[-1]
     # flash attention needs one width for all; DeepSeek's values are narrower
     if width != query.shape[-1]:
@@ -199,9 +197,6 @@ def _flash_attention(
 def materialize_meta(model: Any) -> Any:
     """Replace tensors on the meta device by zeros on the CPU, in place. The zeros take no memory
     until they are written to."""
-    import numpy
-    import torch
-
     materialized: dict[Any, Any] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
