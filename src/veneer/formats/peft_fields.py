@@ -138,11 +138,13 @@ def check_config(
     if peft_type != "LORA" and not by_veneer:
         problem = f"peft_type {peft_type!r} and no record"
         problems.append(sentence(problem, "'LORA'", "get the whole folder again"))
-    problems += _missing_fields(config)
-    problems += _init_problems(config, with_base)
-    problems += _option_problems(config, with_base)
-    problems += _invocation_problems(config)
-    problems += _value_problems(config)
+    problems += [
+        *_missing_fields(config),
+        *_init_problems(config, with_base),
+        *_option_problems(config, with_base),
+        *_invocation_problems(config),
+        *_value_problems(config),
+    ]
     problems = problems or list(_bad_patterns(config))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
 
