@@ -59,9 +59,8 @@ def convert_to_lora(
         "init_weights",
         "exclude_modules",
     )
-    common_fields = {name: value for name, value in config.items() if name not in dropped_fields}
     lora_config = {
-        **common_fields,
+        **{name: value for name, value in config.items() if name not in dropped_fields},
         "peft_type": "LORA",
         "r": 1,
         "lora_alpha": 1,
