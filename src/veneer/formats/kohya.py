@@ -210,19 +210,20 @@ def _read_layer(
             problem = f"only {listing(sorted(suffixes))} at {module_name!r}"
             raise AdapterError(problem, "all factors", "get the whole file")
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
-            problem = (
-                f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs"
+            raise AdapterError(
+                f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs",
+                f"one number for each of {shape[0]} outputs",
+                "merge it with LyCORIS (wd_on_output was off)",
             )
-            do = "merge it with LyCORIS (wd_on_output was off)"
-            raise AdapterError(problem, f"one number for each of {shape[0]} outputs", do)
         return build_peft_layer(module_path, *factors, shape=shape, magnitude=magnitude)
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        problem = (
-            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
-        )
-        raise AdapterError(problem, "those of one change", "get the whole file again") from error
+        raise AdapterError(
+            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})",
+            "those of one change",
+            "get the whole file again",
+        ) from error
 
 
 def _read_factors(

@@ -128,12 +128,12 @@ def check_config(
     peft_type = config.get("peft_type")
     # the fields of another ``peft_type`` have other meanings
     if peft_type != "LORA" and not_for_peft(config) is None:
-        problem = f"peft_type {peft_type!r} in {CONFIG}"
-        do = (
+        raise AdapterError(
+            f"peft_type {peft_type!r} in {CONFIG}",
+            "'LORA', or a type that docs/from-peft.md names",
             "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract`"
-            " on the merged model"
+            " on the merged model",
         )
-        raise AdapterError(problem, "'LORA', or a type that docs/from-peft.md names", do)
     problems = []
     if peft_type != "LORA" and not by_veneer:
         problem = f"peft_type {peft_type!r} and no record"

@@ -312,11 +312,12 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         if tuner_segments and not is_valid:
             foreign_keys.append(key)
     if foreign_keys:
-        problem = (
+        raise AdapterError(
             f"tensors of another tuner than {type_}, as {peft.CONFIG} says:"
-            f" {listing(sorted(foreign_keys), 2)}"
+            f" {listing(sorted(foreign_keys), 2)}",
+            f"those of {type_}",
+            "get both files again, of one adapter",
         )
-        raise AdapterError(problem, f"those of {type_}", "get both files again, of one adapter")
 
 
 def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:

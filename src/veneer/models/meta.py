@@ -77,11 +77,12 @@ def meta_model(
         )
         model_class: Any = next(models, None)
         if model_class is None:
-            problem = (
+            raise ConfigError(
                 f"a model {config.model_type!r} of class"
-                f" {' or '.join(filter(None, class_names)) or 'unknown'}"
+                f" {' or '.join(filter(None, class_names)) or 'unknown'}",
+                "a class of transformers",
+                "give the model itself (model=…)",
             )
-            raise ConfigError(problem, "a class of transformers", "give the model itself (model=…)")
         config.__dict__.pop("quantization_config", None)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
