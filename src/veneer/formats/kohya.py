@@ -321,10 +321,10 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     raise_all(AdapterError, "kohya's format cannot hold this adapter", refusal_reasons(adapter))
     locations = locate_modules(adapter.changes, options.part, "kohya")
     if unknown_modules := _modules_unlike_sd3_or_flux(locations, base):
-        problem = f"a transformer with {listing(unknown_modules, 3)}, which is neither SD3 nor Flux"
-        expected = "a model of which ComfyUI or sd-scripts reads kohya's names"
         raise AdapterError(
-            problem, expected, 'convert to "diffusers", whose names ComfyUI reads too'
+            f"a transformer with {listing(unknown_modules, 3)}, which is neither SD3 nor Flux",
+            "a model of which ComfyUI or sd-scripts reads kohya's names",
+            'convert to "diffusers", whose names ComfyUI reads too',
         )
     components = {component for component, _ in locations.values()}
     components |= {name.partition(".")[0] for name in base.shapes}

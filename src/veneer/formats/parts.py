@@ -149,9 +149,8 @@ def choose_components(
     if component is None and (base_components or not base.shapes):
         missing_components = set(layer_counts) - base_components if base.shapes else set()
         if missing_components:
-            problem = f"layers of {listing(sorted(missing_components))}, which this base lacks"
             raise AdapterError(
-                problem,
+                f"layers of {listing(sorted(missing_components))}, which this base lacks",
                 f"those of {listing(sorted(base_components))}",
                 "choose a part, or give both",
             )

@@ -235,12 +235,11 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     if isinstance(init_method, str):
         variant = init_method.partition("_niter")[0].lower()
     if init_method is not True and variant not in _INIT_VARIANTS:
-        do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
         problems.append(
             sentence(
                 f"init_lora_weights={init_method!r}",
                 f"True, or one of {', '.join(_INIT_VARIANTS)}",
-                do,
+                'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")',
             )
         )
     elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):

@@ -248,9 +248,8 @@ def _load_model(
     if quantize is not None:
         config = config_of(name)
         if getattr(config, "quantization_config", None) is not None:
-            problem = f"quantize={quantize!r} for {name}, whose weights are quantised already"
             raise ConfigError(
-                problem,
+                f"quantize={quantize!r} for {name}, whose weights are quantised already",
                 "weights in 16 or 32 bits",
                 "leave out quantize, or name the base they were made of",
             )

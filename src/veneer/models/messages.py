@@ -50,10 +50,10 @@ def explain_error(name: str, error: Exception) -> Exception:
         isinstance(error, (OSError, ValueError, KeyError, RecursionError))
         or type(error).__name__ == "SafetensorError"
     ):
-        problem = f"the model in {name} cannot be loaded ({first_line(error)})"
-        expected = "a complete causal language model that this transformers version knows"
         return ConfigError(
-            problem, expected, "check that the files are complete, or upgrade transformers"
+            f"the model in {name} cannot be loaded ({first_line(error)})",
+            "a complete causal language model that this transformers version knows",
+            "check that the files are complete, or upgrade transformers",
         )
     return error
 
