@@ -168,13 +168,9 @@ class _Linears(Function):
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
-class _Gradients(NamedTuple):
-    """The results of ``backward``: the gradient [T, in] of x through the low-rank products, and the
-    gradients of A and B, in the shapes of ``downs`` and ``ups``."""
-
-    x: Tensor | None
-    downs: Tensor | None
-    ups: Sequence[Tensor | None]
+#: the results of ``backward``: the gradient [T, in] of x through the low-rank products, and the
+#: gradients of A and B, in the shapes of ``downs`` and ``ups``
+_Gradients = tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]
 
 
 class _Batched:
@@ -225,7 +221,7 @@ class _Batched:
                 else tokens.new_empty(tokens.shape)
             )
             torch.bmm(u.mT, A, out=_Batched.by_span(spans, dx))
-        return _Gradients(dx, dA, dB)
+        return dx, dA, dB
 
     @staticmethod
     def by_span(spans: Sequence[Span], x: Tensor) -> Tensor:
@@ -288,9 +284,7 @@ class _OneByOne:
             dA.append(gradient)
             if dx is not None:
                 span.select(dx).copy_(span_dx)
-        return _Gradients(
-            dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
-        )
+        return dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
 
     @staticmethod
     def with_factors(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
