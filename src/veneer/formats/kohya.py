@@ -328,9 +328,10 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         )
     components = {component for component, _ in locations.values()}
     components |= {name.partition(".")[0] for name in base.shapes}
-    encoder_prefix = "lora_te1" if "text_encoder_2" in components else "lora_te"
-    prefixes = {components[0]: prefix for prefix, components in PREFIXES.items()}
-    prefixes |= {"text_encoder": encoder_prefix}
+    prefixes = {
+        **{component: prefix for prefix, (component, *_) in PREFIXES.items()},
+        "text_encoder": "lora_te1" if "text_encoder_2" in components else "lora_te",
+    }
     old_paths = {
         weight: (component, path_before_transformers_5(component, module))
         for weight, (component, module) in locations.items()
