@@ -385,7 +385,7 @@ def test_a_step_with_an_overflow_is_not_counted():
     budget.step(1)
     assert all(
         value.isfinite().all()
-        for part in (budget._sensitivity, budget._uncertainty)
+        for part in budget._averages.values()
         for value in part.values()
     )
 

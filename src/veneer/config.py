@@ -176,10 +176,7 @@ class LoraConfig:
             if isinstance(field_value, Iterable) and not isinstance(field_value, str):
                 object.__setattr__(self, field_name, tuple(field_value))
         object.__setattr__(self, "trainable_tokens", _ids_as_tuples(self.trainable_tokens))
-        if isinstance(self.invocation_tokens, Iterable | int):
-            object.__setattr__(
-                self, "invocation_tokens", _sequence_as_tuple(self.invocation_tokens)
-            )
+        object.__setattr__(self, "invocation_tokens", _sequence_as_tuple(self.invocation_tokens))
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -250,40 +247,43 @@ class LoraConfig:
     def _target_problems(self):
         by_pattern = self.trainable_tokens
         id_lists = by_pattern.values() if isinstance(by_pattern, Mapping) else ()
-        if not all(map(_are_distinct_ids, id_lists or (self.trainable_tokens,))) or (
-            () in id_lists
-        ):
-            expected = "a list of different token ids, or {pattern: such a list}"
-            yield sentence(
-                f"trainable_tokens={self.trainable_tokens!r}", expected, "use e.g. [49152, 49153]"
-            )
         trains_only_tokens = self.targets == () and self.trainable_tokens
-        if (
-            not callable(self.targets)
-            and not _are_patterns(self.targets)
-            and not trains_only_tokens
-        ):
-            expected = "a pattern, a list of patterns or a callable"
-            yield sentence(f"targets={self.targets!r}", expected, 'use "all-linear"')
-        for name in ("exclude", "train_also"):
-            value = getattr(self, name)
-            if value != () and not _are_patterns(value):
-                yield sentence(
-                    f"{name}={value!r}",
-                    "a pattern or a list of patterns",
-                    "name modules of the model",
-                )
+        has_targets = callable(self.targets) or _are_patterns(self.targets)
         are_indices = (
             isinstance(self.layers, tuple)
             and self.layers
             and all(type(index) is int for index in self.layers)
         )
-        if self.layers is not None and not are_indices:
-            yield sentence(
+        checks = [
+            (
+                not all(map(_are_distinct_ids, id_lists or (by_pattern,))) or () in id_lists,
+                f"trainable_tokens={by_pattern!r}",
+                "a list of different token ids, or {pattern: such a list}",
+                "use e.g. [49152, 49153]",
+            ),
+            (
+                not has_targets and not trains_only_tokens,
+                f"targets={self.targets!r}",
+                "a pattern, a list of patterns or a callable",
+                'use "all-linear"',
+            ),
+            *(
+                (
+                    value != () and not _are_patterns(value),
+                    f"{name}={value!r}",
+                    "a pattern or a list of patterns",
+                    "name modules of the model",
+                )
+                for name, value in (("exclude", self.exclude), ("train_also", self.train_also))
+            ),
+            (
+                self.layers is not None and not are_indices,
                 f"layers={self.layers!r}",
                 "a list of block indices",
                 "use e.g. [0, 1, -1], or None for all",
-            )
+            ),
+        ]
+        yield from (sentence(*texts) for failed, *texts in checks if failed)
 
     def _invocation_problems(self):
         """Problems of ``invocation_tokens``, and of other fields that would change the outputs of
@@ -446,9 +446,9 @@ def _ids_as_tuples(value: Any) -> Any:
 
 
 def _sequence_as_tuple(value: Any) -> Any:
-    """A sequence of token ids as a tuple. Text and sets, which are not sequences of ids, are
-    returned unchanged, for the error message."""
-    if isinstance(value, str | Set | Mapping):
+    """A sequence of token ids as a tuple. Text, sets and other values, which are not sequences of
+    ids, are returned unchanged, for the error message."""
+    if isinstance(value, str | Set | Mapping) or not isinstance(value, Iterable | int):
         return value
     return (value,) if isinstance(value, int) else tuple(value)
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,11 @@ def callback(config: LoraConfig | None = None) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not _has_adapter(kwargs["model"]):
-                do = (
-                    "give callback() a config, resume from a checkpoint, or attach (in model_init,"
-                    " if you pass one)"
-                )
                 raise ConfigError(
-                    "a model without an adapter as training begins", "one with an adapter", do
+                    "a model without an adapter as training begins",
+                    "one with an adapter",
+                    "give callback() a config, resume from a checkpoint, or attach (in model_init,"
+                    " if you pass one)",
                 )
 
     return AdapterCallback()
@@ -132,12 +131,9 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
             (path for path in other_paths if _submodule(pl_module, path) is model), None
         )
         if duplicate_path is not None:
-            problem = (
-                f"two lightning_callbacks for one model (module={duplicate_path!r},"
-                f" module={module!r})"
-            )
             raise ConfigError(
-                problem,
+                f"two lightning_callbacks for one model (module={duplicate_path!r},"
+                f" module={module!r})",
                 "one for each part with an adapter",
                 "leave one of them out, or say module=…",
             )
@@ -203,12 +199,12 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
             _address(value)
             for model in models
             for value in model.state_dict().values()
-            if _is_tensor(value)
+            if isinstance(value, Tensor)
         }
         return {
             key: value
             for key, value in pl_module.state_dict().items()
-            if _is_tensor(value) and _address(value) in addresses
+            if isinstance(value, Tensor) and _address(value) in addresses
         }
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -229,12 +225,12 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
         if KEY in checkpoint:
             models, files_by_path = adapted_models(), checkpoint[KEY]["adapters"]
             if unmatched_paths := files_by_path.keys() - models.keys():
-                problem = (
+                raise ConfigError(
                     f"a checkpoint with adapters of {_quote_names(unmatched_paths)}, and callbacks"
-                    f" for {_quote_names(models)} alone"
+                    f" for {_quote_names(models)} alone",
+                    "a callback for each adapter",
+                    "give the trainer a lightning_callback(module=…) for each",
                 )
-                do = "give the trainer a lightning_callback(module=…) for each"
-                raise ConfigError(problem, "a callback for each adapter", do)
             for path, files in files_by_path.items():
                 with tempfile.TemporaryDirectory() as folder:
                     _write_files(files, Path(folder))
@@ -253,10 +249,6 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
 
 def _quote_names(paths: Iterable[str]) -> str:
     return ", ".join(map(repr, sorted(paths)))
-
-
-def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor)
 
 
 def _address(tensor: Tensor) -> int:
@@ -339,11 +331,12 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
     if module is None and len(adapters) == 1:
         (module,) = adapters
     if module not in adapters:
-        problem = (
+        raise AdapterError(
             f"module={module!r} for {checkpoint}, which holds the adapters of"
-            f" {_quote_names(adapters)}"
+            f" {_quote_names(adapters)}",
+            "one of these",
+            "say module=…",
         )
-        raise AdapterError(problem, "one of these", "say module=…")
     with new_folder(folder) as new_files:
         _write_files(adapters[module], new_files)
     return Path(folder)

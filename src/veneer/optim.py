@@ -26,6 +26,8 @@ _TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"
 _A_NAME = re.compile(r"A\d*")
 #: the name of embedding rows that are trained in full, and so are no low-rank factor
 _TOKEN_ROWS = "token_rows"
+#: the problem of a source without low-rank changes
+_NO_FACTORS = ("no A and B", "those of an adapter", "pass a handle, or its named parameters")
 
 
 def lora_plus(
@@ -124,9 +126,7 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
         if (reason := _freeze_problem(parameters, path in shifted_paths))
     ]
     if not low_rank_parameters:
-        problems.append(
-            sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters")
-        )
+        problems.append(sentence(*_NO_FACTORS))
     raise_all(ConfigError, "A cannot be frozen", problems)
     for parameters in low_rank_parameters.values():
         parameters["A"].requires_grad_(False)
@@ -173,12 +173,6 @@ def precondition(
         <= set(names := [name for name, parameter in parameters.items() if parameter.requires_grad])
         or len(set(parameters) & (_NAMES_BESIDE_A | {"A"})) > 2
     ]
-    if not low_rank_parameters:
-        problems.append(
-            sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters")
-        )
-    if not damping > 0:
-        problems.append(sentence(f"damping={damping!r}", "a number above 0", "use e.g. 1e-2"))
     optimizer_ids = {
         id(parameter) for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -187,11 +181,17 @@ def precondition(
         for parameters in low_rank_parameters.values()
         if {"A", "B"} <= parameters.keys()
     ]
-    if any(id(parameter) not in optimizer_ids for pair in factor_pairs for parameter in pair):
-        advice = "pass it handle.parameters(), and call precondition before anything wraps it"
-        problems.append(
-            sentence("an optimiser without some A or B", "one that trains all of them", advice)
-        )
+    checks = [
+        (not low_rank_parameters, *_NO_FACTORS),
+        (not damping > 0, f"damping={damping!r}", "a number above 0", "use e.g. 1e-2"),
+        (
+            any(id(parameter) not in optimizer_ids for pair in factor_pairs for parameter in pair),
+            "an optimiser without some A or B",
+            "one that trains all of them",
+            "pass it handle.parameters(), and call precondition before anything wraps it",
+        ),
+    ]
+    problems += [sentence(*texts) for failed, *texts in checks if failed]
     raise_all(ConfigError, "The gradients cannot be preconditioned", problems)
 
     @torch.no_grad()
@@ -275,31 +275,32 @@ class RankBudget:
         groups = sum(layer.mask.shape[0] for layer in self.layers.values())
         self.first_budget = sum(layer.mask.numel() for layer in self.layers.values())
         self.final_budget = round(final_rank * groups)
-        problems = []
-        if not 0 < self.final_budget <= self.first_budget:
-            rank = self.first_budget / groups
-            problems.append(
-                sentence(
-                    f"final_rank={final_rank!r}", f"above 0, at most {rank:g}", "choose a lower one"
-                )
-            )
-        if not 0 <= warmup < total_steps - final or final < 0 or every < 1:
-            problem = f"total_steps={total_steps}, warmup={warmup}, final={final}, every={every}"
-            problems.append(
-                sentence(
-                    problem,
-                    "warmup + final < total_steps and every ≥ 1",
-                    "leave steps between them",
-                )
-            )
-        if not (0 < beta1 < 1 and 0 < beta2 < 1):
-            problems.append(
-                sentence(f"beta1={beta1}, beta2={beta2}", "numbers in (0, 1)", "use 0.85")
-            )
+        checks = [
+            (
+                not 0 < self.final_budget <= self.first_budget,
+                f"final_rank={final_rank!r}",
+                f"above 0, at most {self.first_budget / groups:g}",
+                "choose a lower one",
+            ),
+            (
+                not 0 <= warmup < total_steps - final or final < 0 or every < 1,
+                f"total_steps={total_steps}, warmup={warmup}, final={final}, every={every}",
+                "warmup + final < total_steps and every ≥ 1",
+                "leave steps between them",
+            ),
+            (
+                not (0 < beta1 < 1 and 0 < beta2 < 1),
+                f"beta1={beta1}, beta2={beta2}",
+                "numbers in (0, 1)",
+                "use 0.85",
+            ),
+        ]
+        problems = [sentence(*texts) for failed, *texts in checks if failed]
         raise_all(ConfigError, "This RankBudget cannot be used", problems)
         self.settled = False
-        self._sensitivity, self._uncertainty = (
-            {
+        # moving averages, by their key in the state and then by the path of a parameter
+        self._averages = {
+            name: {
                 key: torch.zeros_like(
                     parameter,
                     dtype=torch.promote_types(parameter.dtype, torch.float32),
@@ -307,8 +308,8 @@ class RankBudget:
                 )
                 for key, parameter in self._parameters()
             }
-            for _ in range(2)
-        )
+            for name in ("sensitivity", "uncertainty")
+        }
 
     def budget(self, step_number: int) -> int:
         """The number of triplets that all layers together keep at this step."""
@@ -345,8 +346,8 @@ class RankBudget:
             advice = "call step after backward and before zero_grad"
             raise ConfigError(f"no gradient at {listing(without_gradient)}", "one", advice)
         for key, parameter in self._parameters():
-            sensitivity = self._sensitivity[key]
-            uncertainty = self._uncertainty[key]
+            sensitivity = self._averages["sensitivity"][key]
+            uncertainty = self._averages["uncertainty"][key]
             gradient = cast(Tensor, parameter.grad)
             new_sensitivity = (parameter * gradient).abs().to(sensitivity)
             # ignore infinite gradients, for which a gradient scaler would skip the step
@@ -364,7 +365,7 @@ class RankBudget:
         in the model's state."""
         averages = {
             name: {key: value.clone() for key, value in averages_of_parameters.items()}
-            for name, averages_of_parameters in self._averages()
+            for name, averages_of_parameters in self._averages.items()
         }
         return {**averages, "settled": self.settled}
 
@@ -374,7 +375,7 @@ class RankBudget:
         Raises:
             ConfigError: other layers, or other sizes; nothing is loaded then.
         """
-        for name, averages in self._averages():
+        for name, averages in self._averages.items():
             loaded_shapes = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
             shapes = {key: tuple(value.shape) for key, value in averages.items()}
             if loaded_shapes != shapes:
@@ -386,14 +387,10 @@ class RankBudget:
                 problem = f"a state that differs at {listing(different_keys)}"
                 advice = "make the RankBudget of the adapter that this state is of"
                 raise ConfigError(problem, "the same layers and sizes", advice)
-        for name, averages in self._averages():
+        for name, averages in self._averages.items():
             for key, average in averages.items():
                 average.copy_(state[name][key])
         self.settled = bool(state["settled"])
-
-    def _averages(self) -> list[tuple[str, dict[str, Tensor]]]:
-        """(key of the state, {path of a parameter: its moving average})."""
-        return [("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)]
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(path, parameter) of each A, B and E."""
@@ -403,10 +400,11 @@ class RankBudget:
 
     def _update_masks(self, budget: int) -> None:
         """Set mask = 1 for the ``budget`` most important triplets of all layers, else 0."""
+        sensitivity, uncertainty = self._averages.values()
         scores = []
         for path in self.layers:
             keys = [f"{path}.{name}".lstrip(".") for name in _TRIPLET_NAMES]
-            A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys)
+            A, B, E = (sensitivity[key] * uncertainty[key] for key in keys)
             scores.append((E + A.mean(dim=2) + B.mean(dim=1)).flatten())  # [g · r]
         device = scores[0].device
         all_scores = torch.cat([score.to(device) for score in scores])

@@ -29,7 +29,7 @@ def test_values_are_those_of_float64(tokens, in_, out, has_bias):
     x, weight, change = torch.randn(tokens, in_), torch.randn(out, in_), torch.randn(tokens, out)
     bias = torch.randn(out) if has_bias else None
     with weight_first.use():
-        assert weight_first.applies(x, weight)
+        assert weight_first.suits(x, weight)
         total = fused.add_product(change.clone(), x, weight, bias)
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     bound = 2e-6 * (1 + F.linear(x.double().abs(), weight.double().abs()) + change.abs())
@@ -57,8 +57,9 @@ def test_it_is_used_for_a_few_tokens_in_float32_where_asked_for(
 ):
     monkeypatch.setattr(switch, "ENABLED", frozenset(names))
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(4, 8, dtype=dtype)
-    assert not weight_first.applies(x, weight)
+    assert not weight_first.STATE.is_used
     with weight_first.use():
-        assert weight_first.applies(x, weight) is expected
-        assert not weight_first.applies(x, torch.randn(8, 4, dtype=dtype).mT)
-    assert not weight_first.applies(x, weight)
+        assert weight_first.STATE.is_used
+        assert weight_first.suits(x, weight) is expected
+        assert not weight_first.suits(x, torch.randn(8, 4, dtype=dtype).mT)
+    assert not weight_first.STATE.is_used

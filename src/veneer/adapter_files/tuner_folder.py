@@ -171,7 +171,8 @@ def tuner_folder(
         tensors=plain_tensors,
         parameters=parameters,
         sizes=sizes,
-        needs_base_shapes=peft_tuners.needs_base_shapes(tuner, weights),
+        # the shapes of VeRA's changes follow from a base
+        needs_base_shapes=tuner.type == "VERA" and weights is None,
         paths=tuple(sorted(paths)),
         value_count=sum(tensor.numel() for tensor in tuner_tensors.values()),
     )

@@ -91,12 +91,11 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-LACKS = "the factors: what is read back is a product of the same change, not the same numbers"
 register(
     Format(
         "dense",
         "safetensors of ΔW by parameter",
-        LACKS,
+        "the factors: what is read back is a product of the same change, not the same numbers",
         ".safetensors",
         recognises,
         read=read,

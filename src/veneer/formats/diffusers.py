@@ -275,11 +275,10 @@ def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
     return down, up, f"{peft.MAGNITUDE}.weight"
 
 
-TITLE = "safetensors of diffusers pipelines"
 register(
     Format(
         "diffusers",
-        TITLE,
+        "safetensors of diffusers pipelines",
         LACKS,
         ".safetensors",
         recognises,

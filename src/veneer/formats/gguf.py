@@ -284,11 +284,12 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     if not base.shapes:
         raise AdapterError("no base", "one whose weights have names", "give the base's folder")
     if fields.get("general.architecture") != names.architecture_name:
-        problem = (
+        raise AdapterError(
             f"an adapter for {fields.get('general.architecture')!r} and a base of"
-            f" {names.architecture_name!r}"
+            f" {names.architecture_name!r}",
+            "one architecture",
+            "give the base that it was made for",
         )
-        raise AdapterError(problem, "one architecture", "give the base that it was made for")
     layers = _read_layers(path, tensors, names, _read_alpha(path, fields), base)
     positions = {
         weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
@@ -327,17 +328,19 @@ def _read_file(path: Path, library: Any) -> tuple[dict[str, Any], dict[str, Tens
         }
         tensors = {tensor.name: _to_torch(library, tensor) for tensor in file.tensors}
     except Exception as error:  # the reader has no exception class for damaged files
-        problem = (
+        raise AdapterError(
             f"{path}, which cannot be read as GGUF"
-            f" ({str(error).splitlines()[0] if str(error) else error!r})"
-        )
-        raise AdapterError(problem, "a whole GGUF file", "get the file again") from error
+            f" ({str(error).splitlines()[0] if str(error) else error!r})",
+            "a whole GGUF file",
+            "get the file again",
+        ) from error
     if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
-        problem = (
+        raise AdapterError(
             f"{path} with general.type {fields.get('general.type')!r}, adapter.type"
-            f" {fields.get('adapter.type')!r}"
+            f" {fields.get('adapter.type')!r}",
+            "a LoRA adapter",
+            "a model is a base: name its adapter here",
         )
-        raise AdapterError(problem, "a LoRA adapter", "a model is a base: name its adapter here")
     require_finite(tensors, path)
     return fields, tensors
 
@@ -447,20 +450,17 @@ def _join_pairs(
     """Join the changes of gate and up into one change of ``gate_up_proj``. A change that is None is
     zero. The rank stays the same if both have the same A; else it is the sum of their ranks."""
     changed_pairs = [pair for pair in pairs if pair is not None]
-    is_fitting = len(shape) == 3
-    out = shape[1] // len(pairs) if is_fitting else 0
-    for pair_A, B in changed_pairs:  # [E, r, in], [E, out, r] of a stack [E, out, in]
-        is_fitting = (
-            is_fitting
-            and pair_A.dim() == 3
-            and pair_A.shape[1] > 0
-            and pair_A.shape == (shape[0], pair_A.shape[1], shape[2])
-        )
-        is_fitting = is_fitting and B.shape == (shape[0], out, pair_A.shape[1])
+    is_fitting = len(shape) == 3 and all(  # [E, r, in], [E, out, r] of a stack [E, out, in]
+        pair_A.dim() == 3
+        and pair_A.shape[1] > 0
+        and pair_A.shape == (shape[0], pair_A.shape[1], shape[2])
+        and B.shape == (shape[0], shape[1] // len(pairs), pair_A.shape[1])
+        for pair_A, B in changed_pairs
+    )
     if not is_fitting:
         problem = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
         raise AdapterError(problem, "those of its base", "give the base that it was made for")
-    A = changed_pairs[0][0]
+    A, out = changed_pairs[0][0], shape[1] // len(pairs)
     if len(changed_pairs) == len(pairs) and all(
         torch.equal(pair_A, A) for pair_A, _ in changed_pairs
     ):

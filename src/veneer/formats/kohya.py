@@ -210,19 +210,20 @@ def _read_layer(
             problem = f"only {listing(sorted(suffixes))} at {module_name!r}"
             raise AdapterError(problem, "all factors", "get the whole file")
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
-            problem = (
-                f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs"
+            raise AdapterError(
+                f"dora_scale {tuple(magnitude.shape)} at {module_name!r}, which rescales inputs",
+                f"one number for each of {shape[0]} outputs",
+                "merge it with LyCORIS (wd_on_output was off)",
             )
-            do = "merge it with LyCORIS (wd_on_output was off)"
-            raise AdapterError(problem, f"one number for each of {shape[0]} outputs", do)
         return build_peft_layer(module_path, *factors, shape=shape, magnitude=magnitude)
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        problem = (
-            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})"
-        )
-        raise AdapterError(problem, "those of one change", "get the whole file again") from error
+        raise AdapterError(
+            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})",
+            "those of one change",
+            "get the whole file again",
+        ) from error
 
 
 def _read_factors(
@@ -320,16 +321,17 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     raise_all(AdapterError, "kohya's format cannot hold this adapter", refusal_reasons(adapter))
     locations = locate_modules(adapter.changes, options.part, "kohya")
     if unknown_modules := _modules_unlike_sd3_or_flux(locations, base):
-        problem = f"a transformer with {listing(unknown_modules, 3)}, which is neither SD3 nor Flux"
-        expected = "a model of which ComfyUI or sd-scripts reads kohya's names"
         raise AdapterError(
-            problem, expected, 'convert to "diffusers", whose names ComfyUI reads too'
+            f"a transformer with {listing(unknown_modules, 3)}, which is neither SD3 nor Flux",
+            "a model of which ComfyUI or sd-scripts reads kohya's names",
+            'convert to "diffusers", whose names ComfyUI reads too',
         )
     components = {component for component, _ in locations.values()}
     components |= {name.partition(".")[0] for name in base.shapes}
-    encoder_prefix = "lora_te1" if "text_encoder_2" in components else "lora_te"
-    prefixes = {components[0]: prefix for prefix, components in PREFIXES.items()}
-    prefixes |= {"text_encoder": encoder_prefix}
+    prefixes = {
+        **{component: prefix for prefix, (component, *_) in PREFIXES.items()},
+        "text_encoder": "lora_te1" if "text_encoder_2" in components else "lora_te",
+    }
     old_paths = {
         weight: (component, path_before_transformers_5(component, module))
         for weight, (component, module) in locations.items()
@@ -470,10 +472,18 @@ def _header(adapter: Adapter) -> dict[str, str]:
     }
 
 
-TITLE = "safetensors of sd-scripts, ComfyUI and LyCORIS"
 LACKS = (
     "embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training"
 )
 register(
-    Format("kohya", TITLE, LACKS, ".safetensors", recognises, parts=True, read=read, write=write)
+    Format(
+        "kohya",
+        "safetensors of sd-scripts, ComfyUI and LyCORIS",
+        LACKS,
+        ".safetensors",
+        recognises,
+        parts=True,
+        read=read,
+        write=write,
+    )
 )

@@ -66,12 +66,10 @@ def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> st
 def refusal_reasons(adapter: Adapter) -> list[str]:
     """The reasons why a file with one A and one B for each module cannot hold an adapter."""
     expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
-    unsupported_changes = [
-        change for change in adapter.changes if change.kind not in ("linear", "conv")
-    ]
     problems = [
         sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
-        for change in unsupported_changes
+        for change in adapter.changes
+        if change.kind not in ("linear", "conv")
     ]
     full_modules = [module_path or "the model" for module_path in adapter.full]
     return problems + [
@@ -151,9 +149,8 @@ def choose_components(
     if component is None and (base_components or not base.shapes):
         missing_components = set(layer_counts) - base_components if base.shapes else set()
         if missing_components:
-            problem = f"layers of {listing(sorted(missing_components))}, which this base lacks"
             raise AdapterError(
-                problem,
+                f"layers of {listing(sorted(missing_components))}, which this base lacks",
                 f"those of {listing(sorted(base_components))}",
                 "choose a part, or give both",
             )

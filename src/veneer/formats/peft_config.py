@@ -91,20 +91,18 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
     task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
     problems = _unknown_field_problems(values)
-    veneer_fields: dict[str, Any] = {
-        name: values[peft_name] for peft_name, name in _SAME_VALUE.items() if peft_name in values
-    }
-    veneer_fields["targets"] = _target_patterns(values, problems)
     full_modules = _full_module_patterns(values.get("modules_to_save") or (), task_type)
-    veneer_fields["train_also"] = full_modules
-    # PEFT adapts nothing within the modules that it trains in full
-    excluded_weights = _weight_patterns(values.get("exclude_modules") or ())
-    veneer_fields["exclude"] = (*excluded_weights, *full_modules)
-    for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
-        patterns = values.get(peft_name) or {}
-        veneer_fields[name] = {_layer_pattern(key): value for key, value in patterns.items()}
-    veneer_fields["bias"] = BIASES.get(values.get("bias", "none"), values.get("bias"))
-    veneer_fields["variant"] = _variant_name(values, problems)
+    veneer_fields = {
+        **{name: values[key] for key, name in _SAME_VALUE.items() if key in values},
+        "targets": _target_patterns(values, problems),
+        "train_also": full_modules,
+        # PEFT adapts nothing within the modules that it trains in full
+        "exclude": (*_weight_patterns(values.get("exclude_modules") or ()), *full_modules),
+        "ranks": _by_layer_pattern(values.get("rank_pattern") or {}),
+        "alphas": _by_layer_pattern(values.get("alpha_pattern") or {}),
+        "bias": BIASES.get(values.get("bias", "none"), values.get("bias")),
+        "variant": _variant_name(values, problems),
+    }
     return veneer_fields, problems
 
 
@@ -208,10 +206,13 @@ def _as_list(names: Iterable[str]) -> list[str]:
     return [*names] if isinstance(names, list | tuple) else sorted(names)
 
 
-def _layer_pattern(key: str) -> str:
-    """Veneer's pattern for a key of ``rank_pattern``. To PEFT the key is a regular expression
-    that matches the end of a path and may begin at any dot."""
-    return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})"
+def _by_layer_pattern(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``rank_pattern`` or ``alpha_pattern`` by Veneer's patterns. To PEFT a key is a
+    regular expression that matches the end of a path and may begin at any dot."""
+    return {
+        key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})": value
+        for key, value in values.items()
+    }
 
 
 def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
@@ -234,12 +235,11 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     if isinstance(init_method, str):
         variant = init_method.partition("_niter")[0].lower()
     if init_method is not True and variant not in _INIT_VARIANTS:
-        do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
         problems.append(
             sentence(
                 f"init_lora_weights={init_method!r}",
                 f"True, or one of {', '.join(_INIT_VARIANTS)}",
-                do,
+                'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")',
             )
         )
     elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):

@@ -12,11 +12,11 @@ from veneer.formats.peft import CONFIG, MAX_RANK, not_for_peft
 from veneer.formats.peft_paths import layers_patterns
 
 
-def _has_type(*types: type) -> Callable[[Any], bool]:
+def has_type(*types: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in types
 
 
-def _all_values(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def all_values(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """A test whether a value is a list, or a dict, of which every value passes ``test``."""
     return lambda value: (
         isinstance(value, container)
@@ -35,36 +35,36 @@ def _has_token_ids(value: Any) -> bool:
     )
 
 
-_is_number = _has_type(int, float)
-_is_text_list, _is_int_list = _all_values(list, _has_type(str)), _all_values(list, _has_type(int))
+is_number = has_type(int, float)
+_is_text_list, _is_int_list = all_values(list, has_type(str)), all_values(list, has_type(int))
 _RANK_RANGE = f"a whole number from 1 to {MAX_RANK:,}"
 # The fields that Veneer supports or that do not change the result, with their valid values. Null is
 # valid, too. Each entry: (test of a value, description of the valid values, field names).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
-        _has_type(str),
+        has_type(str),
         "text",
         "base_model_name_or_path megatron_core peft_type peft_version revision task_type",
     ),
     (
-        _has_type(bool),
+        has_type(bool),
         "true or false",
         "ensure_weight_tying fan_in_fan_out inference_mode lora_bias",
     ),
-    (_has_type(bool), "true or false", "use_dora use_qalora use_rslora"),
+    (has_type(bool), "true or false", "use_dora use_qalora use_rslora"),
     (
-        _has_type(dict),
+        has_type(dict),
         "an object",
         "auto_mapping corda_config eva_config loftq_config lora_ga_config megatron_config",
     ),
-    (_has_type(dict), "an object", "runtime_config"),
-    (_has_type(bool, str), "true, false or a name", "init_lora_weights"),
-    (_has_type(int), "a whole number", "qalora_group_size"),
-    (_is_number, "a number", "lora_alpha"),
-    (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1", "lora_dropout"),
+    (has_type(dict), "an object", "runtime_config"),
+    (has_type(bool, str), "true, false or a name", "init_lora_weights"),
+    (has_type(int), "a whole number", "qalora_group_size"),
+    (is_number, "a number", "lora_alpha"),
+    (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1", "lora_dropout"),
     (_is_rank, _RANK_RANGE, "r"),
-    (_all_values(dict, _is_rank), f"{_RANK_RANGE} for each pattern", "rank_pattern"),
-    (_all_values(dict, _is_number), "a number for each pattern", "alpha_pattern"),
+    (all_values(dict, _is_rank), f"{_RANK_RANGE} for each pattern", "rank_pattern"),
+    (all_values(dict, is_number), "a number for each pattern", "alpha_pattern"),
     (_is_text_list, "a list of texts", "modules_to_save target_parameters"),
     (
         lambda value: isinstance(value, str) or _is_text_list(value),
@@ -95,10 +95,7 @@ _ADVICE = {
         ' layers")'
     ),
 }
-#: values of ``init_lora_weights`` with which PEFT takes the initial B A off the base's weight: the
-#: file then holds a change of that other weight, and PEFT recomputes the initial B A as it loads
-BASE_CHANGING_INITS = ("pissa", "olora")
-#: values of ``init_lora_weights`` that also change the base, and that cannot be recomputed from it:
+#: values of ``init_lora_weights`` that change the base, and that cannot be recomputed from it:
 #: (beginning of the value, reason)
 _UNREPEATABLE_INITS = (
     ("pissa", "which took a random approximation off the base's weights as it started"),
@@ -109,8 +106,9 @@ _UNREPEATABLE_INITS = (
 
 
 def changes_base_at_load(config: Mapping[str, Any]) -> bool:
-    """Whether the file holds changes of a base that PEFT changes when it loads the folder
-    (``BASE_CHANGING_INITS``)."""
+    """Whether the file holds changes of a base that PEFT changes when it loads the folder. With
+    these values of ``init_lora_weights``, PEFT takes the initial B A off the base's weight; it
+    recomputes the initial B A as it loads."""
     init_method = config.get("init_lora_weights")
     return isinstance(init_method, str) and (
         init_method == "pissa" or init_method.lower() == "olora"
@@ -130,21 +128,23 @@ def check_config(
     peft_type = config.get("peft_type")
     # the fields of another ``peft_type`` have other meanings
     if peft_type != "LORA" and not_for_peft(config) is None:
-        problem = f"peft_type {peft_type!r} in {CONFIG}"
-        do = (
+        raise AdapterError(
+            f"peft_type {peft_type!r} in {CONFIG}",
+            "'LORA', or a type that docs/from-peft.md names",
             "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract`"
-            " on the merged model"
+            " on the merged model",
         )
-        raise AdapterError(problem, "'LORA', or a type that docs/from-peft.md names", do)
     problems = []
     if peft_type != "LORA" and not by_veneer:
         problem = f"peft_type {peft_type!r} and no record"
         problems.append(sentence(problem, "'LORA'", "get the whole folder again"))
-    problems += _missing_fields(config)
-    problems += _init_problems(config, with_base)
-    problems += _option_problems(config, with_base)
-    problems += _invocation_problems(config)
-    problems += _value_problems(config)
+    problems += [
+        *_missing_fields(config),
+        *_init_problems(config, with_base),
+        *_option_problems(config, with_base),
+        *_invocation_problems(config),
+        *_value_problems(config),
+    ]
     problems = problems or list(_bad_patterns(config))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
 

@@ -123,12 +123,11 @@ def applied_tensors(
         saved_modules := ignored_by_module.keys()
         - ignored_tensors({**config, "modules_to_save": None}, tensors, suffixes).keys()
     ):
-        problem = (
-            f"low-rank changes of {listing(sorted(saved_modules), 3)}, which modules_to_save in"
-            f" {peft.CONFIG} names"
-        )
         raise AdapterError(
-            problem, "these modules in full", "correct modules_to_save, or get both files again"
+            f"low-rank changes of {listing(sorted(saved_modules), 3)}, which modules_to_save in"
+            f" {peft.CONFIG} names",
+            "these modules in full",
+            "correct modules_to_save, or get both files again",
         )
     ignored_keys = {key for keys in ignored_by_module.values() for key in keys}
     remaining_tensors = {key: tensor for key, tensor in tensors.items() if key not in ignored_keys}

@@ -59,9 +59,8 @@ def convert_to_lora(
         "init_weights",
         "exclude_modules",
     )
-    common_fields = {name: value for name, value in config.items() if name not in dropped_fields}
     lora_config = {
-        **common_fields,
+        **{name: value for name, value in config.items() if name not in dropped_fields},
         "peft_type": "LORA",
         "r": 1,
         "lora_alpha": 1,
@@ -95,12 +94,13 @@ def split_rows(
         module_path = peft_paths.strip_wrappers(module_key.removeprefix(peft.PREFIX))[0]
         ids = token_ids(config, module_path)
         if rows.dim() != 2 or len(ids) != len(rows) or len(set(ids)) != len(ids) or not ids:
-            problem = (
-                f"rows {tuple(rows.shape)} of tokens at {module_path!r}, and {len(ids)} ids in"
-                f" {peft.CONFIG}"
-            )
             problems.append(
-                sentence(problem, "a row for each of different ids", "get both files again")
+                sentence(
+                    f"rows {tuple(rows.shape)} of tokens at {module_path!r}, and {len(ids)} ids in"
+                    f" {peft.CONFIG}",
+                    "a row for each of different ids",
+                    "get both files again",
+                )
             )
             continue
         order = sorted(range(len(ids)), key=ids.__getitem__)

@@ -26,7 +26,7 @@ of a layer's inputs, and a convolution's may be flattened. ``Weights`` gives the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_fields, peft_paths, peft_tokens
+from veneer.formats.peft_fields import all_values, has_type, is_number
 from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
 
 #: PEFT divides AdaLoRA's alpha by the rank plus EPSILON
@@ -64,7 +65,7 @@ class ModuleTensors:
     tensors: Mapping[str, Tensor]
     rank: int
     scale: float
-    mask: tuple[bool, ...] | None = None
+    mask: Sequence[bool] | None = None
     projections: tuple[Tensor, Tensor] | None = None
 
 
@@ -93,25 +94,12 @@ class Tuner:
     read: Callable[[ModuleTensors], VariantChange]
 
 
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
 def _is_anything(value: Any) -> bool:
     return True
 
 
-def _are_masks(value: Any) -> bool:
-    has_lists = isinstance(value, dict) and all(isinstance(mask, list) for mask in value.values())
-    return has_lists and all(_is_flag(flag) for mask in value.values() for flag in mask)
+_is_integer, _is_flag = has_type(int), has_type(bool)
+_are_masks = all_values(dict, all_values(list, _is_flag))
 
 
 def _read_adalora(module: ModuleTensors) -> VariantChange:
@@ -183,15 +171,15 @@ _AXES = {
 }  # fmt: skip
 #: the tests of further fields that LoHa and LoKr share
 _LYCORIS_FIELDS = {
-    "rank_dropout": _is_number,
-    "module_dropout": _is_number,
+    "rank_dropout": is_number,
+    "module_dropout": is_number,
     "init_weights": _is_anything,
     "use_effective_conv2d": _is_flag,
 }
 #: the tests of AdaLoRA's further fields, which schedule its budget of ranks
 _BUDGET_FIELDS = {
     **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _is_integer),
-    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _is_number),
+    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), is_number),
 }
 TUNERS = {
     tuner.type: tuner
@@ -240,7 +228,7 @@ TUNERS = {
             {
                 "projection_prng_key": _is_integer,
                 "save_projection": _is_flag,
-                "d_initial": _is_number,
+                "d_initial": is_number,
                 "init_weights": _is_anything,
             },
             _read_vera,
@@ -272,31 +260,24 @@ def check_config(
 ) -> None:
     """``peft_fields.check_config``, extended to the configs of ``TUNERS``."""
     tuner = None if by_veneer else tuner_of(config)
-    problems = []
-    for name, test in tuner.extra_fields.items() if tuner is not None else ():
-        value = config.get(name)
-        if value is not None and not test(value):
-            problem = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
-            problems.append(
-                sentence(
-                    problem,
-                    f"what PEFT writes there for {config['peft_type']}",
-                    "get the file again",
-                )
+    if tuner is not None:
+        problems = [
+            sentence(
+                f"{name}={repr(config[name])[:200]} in {peft.CONFIG}",
+                f"what PEFT writes there for {tuner.type}",
+                "get the file again",
             )
-    for name in _LORA_ONLY_FIELDS if tuner is not None else ():
-        if config.get(name):
-            problems.append(
-                sentence(
-                    f"{name} in {peft.CONFIG} of {config['peft_type']}",
-                    "none",
-                    "get the file again",
-                )
-            )
-    raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
-    peft_fields.check_config(
-        config if tuner is None else lora_config_of(tuner, config), by_veneer, with_base
-    )
+            for name, test in tuner.extra_fields.items()
+            if config.get(name) is not None and not test(config[name])
+        ]
+        problems += [
+            sentence(f"{name} in {peft.CONFIG} of {tuner.type}", "none", "get the file again")
+            for name in _LORA_ONLY_FIELDS
+            if config.get(name)
+        ]
+        raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
+        config = lora_config_of(tuner, config)
+    peft_fields.check_config(config, by_veneer, with_base)
 
 
 #: the beginnings of the suffixes of PEFT's tuners. (In a key of LoRA the last segment may be
@@ -331,11 +312,12 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         if tuner_segments and not is_valid:
             foreign_keys.append(key)
     if foreign_keys:
-        problem = (
+        raise AdapterError(
             f"tensors of another tuner than {type_}, as {peft.CONFIG} says:"
-            f" {listing(sorted(foreign_keys), 2)}"
+            f" {listing(sorted(foreign_keys), 2)}",
+            f"those of {type_}",
+            "get both files again, of one adapter",
         )
-        raise AdapterError(problem, f"those of {type_}", "get both files again, of one adapter")
 
 
 def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,18 +331,19 @@ def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     lora_config = {name: value for name, value in config.items() if name not in tuner_fields}
     lora_config |= {name: config.get(tuner_name) for name, tuner_name in tuner.fields.items()}
     alpha: Any = lora_config.get("lora_alpha")
-    if tuner.type == "ADALORA" and _is_number(alpha) and alpha <= 0:
+    if tuner.type == "ADALORA" and is_number(alpha) and alpha <= 0:
         lora_config["lora_alpha"] = lora_config["r"]
     if tuner.type == "VERA":  # VeRA has no alpha: its scale is 1
         lora_config["lora_alpha"] = config.get("r")
         bias = config.get("bias")
         lora_config["bias"] = "lora_only" if bias == "vera_only" else bias
     if tuner.type == "LN_TUNING":
-        targets = config.get("target_modules")
-        target_names = targets if isinstance(targets, list) else []
-        extra_modules = config.get("modules_to_save")
-        extra_names = extra_modules if isinstance(extra_modules, list) else []
-        saved_modules = [*target_names, *extra_names]
+        saved_modules = [
+            name
+            for field in ("target_modules", "modules_to_save")
+            if isinstance(config.get(field), list)
+            for name in config[field]
+        ]
         lora_config |= {
             "r": 1,
             "lora_alpha": 1,
@@ -376,7 +359,7 @@ def read_changes(
     """(the changes of a file by module path, its other tensors with the keys of LoRA's file).
 
     Args:
-        weights: the shapes of the base's weights, which VeRA needs (``needs_base_shapes``).
+        weights: the shapes of the base's weights, from which those of VeRA's changes follow.
 
     Raises:
         AdapterError: tensors are no change of this tuner.
@@ -407,7 +390,6 @@ def read_changes(
         mask = None
         if tuner.type == "ADALORA":
             scale, mask = alpha / (rank + EPSILON), masks.get(f"{module_path}.lora_E")
-        mask = None if mask is None else tuple(mask)
         pair = projections.get(module_path)
         module = ModuleTensors(module_path, module_tensors, rank, scale, mask, pair)
         if problem := _module_problem(tuner, module):
@@ -457,11 +439,6 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
             "get the whole file again",
         )
     return None
-
-
-def needs_base_shapes(tuner: Tuner, weights: Weights | None) -> bool:
-    """Whether the changes have no known shapes: VeRA's follow from a base, and there is no base."""
-    return tuner.type == "VERA" and weights is None
 
 
 def deviation_reason(kind_name: str, module: Any) -> str | None:

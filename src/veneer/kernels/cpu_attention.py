@@ -117,13 +117,13 @@ def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) 
     ):
         return False
     length = query.shape[2]
-    is_plain = type(query) is type(key) is Tensor and not _C._is_any_autocast_enabled()
-    if query.device.type != "cpu" or not (is_plain and is_eager()):
-        return False
-    if mask.shape != (1, 1, length, length):
-        return False
     return (
-        query.shape[0] == 1
+        query.device.type == "cpu"
+        and type(query) is type(key) is Tensor
+        and not _C._is_any_autocast_enabled()
+        and is_eager()
+        and mask.shape == (1, 1, length, length)
+        and query.shape[0] == 1
         and key.shape[2] == length
         and 2 * (len(starts) - 1) * longest**2 <= length**2
     )

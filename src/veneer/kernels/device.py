@@ -27,6 +27,7 @@ is a gain. A weight may be a function that reads it (4-bit storage); backward re
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import VeneerError
-from veneer.kernels import is_eager, reference
+from veneer.kernels import is_eager, reference, split_equally
 from veneer.kernels.dropout import keep_mask
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
@@ -166,16 +167,21 @@ _NO_CONTEXT = nullcontext()  # stateless, so all calls can share it
 
 def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """Cast tensors to ``dtype``, with one launch for all that have the same other dtype."""
-    converted, positions_by_dtype = list(tensors), {}
-    for position, tensor in enumerate(tensors):
+    return _cast_each(tensors, [dtype] * len(tensors))
+
+
+def _cast_each(
+    tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """Cast each tensor to its dtype in ``dtypes``, with one launch for all that have the same dtype
+    before and the same after."""
+    converted, positions_by_dtypes = list(tensors), {}
+    for position, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
         if tensor is not None and tensor.dtype != dtype:
-            positions_by_dtype.setdefault(tensor.dtype, []).append(position)
-    for positions in positions_by_dtype.values():
-        for position, tensor in zip(
-            positions,
-            _cast([cast(Tensor, tensors[position]) for position in positions], dtype),
-            strict=True,
-        ):
+            positions_by_dtypes.setdefault((tensor.dtype, dtype), []).append(position)
+    for (_, dtype), positions in positions_by_dtypes.items():
+        casts = _cast([cast(Tensor, tensors[position]) for position in positions], dtype)
+        for position, tensor in zip(positions, casts, strict=True):
             converted[position] = tensor
     return converted
 
@@ -265,19 +271,16 @@ def _as_matrix(factor: Tensor) -> Tensor:
 
 def _rank_spans(ups: Sequence[Tensor]) -> list[tuple[int, int]]:
     """For each layer, (start, end) of its ranks among the ranks of all layers."""
-    spans, start = [], 0
-    for up in ups:
-        spans.append((start, start + up.shape[1]))
-        start += up.shape[1]
-    return spans
+    ends = itertools.accumulate((up.shape[1] for up in ups), initial=0)
+    return list(itertools.pairwise(ends))
 
 
 def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    weights, biases, A, B, gains = _split_equally(tensors)
+    weights, biases, A, B, gains = split_equally(tensors, 5)
     count, dtype = len(A), settings.dtype
     uncast = [x, *weights, *biases, *map(_as_matrix, A), *map(_as_matrix, B)]
     x_cast, *layer_tensors = same_dtype(uncast, dtype)
-    cast_weights, cast_biases, downs, ups = _split_equally(cast(Any, layer_tensors), 4)
+    cast_weights, cast_biases, downs, ups = split_equally(cast(Any, layer_tensors), 4)
     joined_A = downs[0] if count == 1 else torch.cat(downs)  # [R, in], R: the ranks of all layers
     tokens = cast(Tensor, x_cast).reshape(-1, x.shape[-1])  # [T, in]
     dropped_x, keep_probability = tokens, 1 - settings.dropout
@@ -343,14 +346,14 @@ _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     first, second, third, h, joined_A, *saved_lists = ctx.saved_tensors
     settings, count = ctx.settings, len(ctx.settings.scales)
-    ups, casts, unscaled_outputs = _split_equally(saved_lists[: 3 * count], 3)
+    ups, casts, unscaled_outputs = split_equally(saved_lists[: 3 * count], 3)
     tensors = saved_lists[3 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
-    needs_x, needs = ctx.needs_input_grad[1], _split_equally(ctx.needs_input_grad[2:])
+    needs_x, needs = ctx.needs_input_grad[1], split_equally(ctx.needs_input_grad[2:], 5)
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, x, tensors, gradients)
     _, needs_bias, needs_A, needs_B, needs_gain = needs
-    weights, biases, A, B, gains = _split_equally(tensors)
+    weights, biases, A, B, gains = split_equally(tensors, 5)
     weights = [
         weight if cast_weight is None else cast_weight
         for cast_weight, weight in zip(casts, weights, strict=True)
@@ -393,7 +396,7 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     ]
     parameters = (*biases, *A, *B)
     dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
-    dx, *converted = _convert_gradients([dx, *db, *dA, *dB], [ctx.uncast_dtype or x.dtype, *dtypes])
+    dx, *converted = _cast_each([dx, *db, *dA, *dB], [ctx.uncast_dtype or x.dtype, *dtypes])
     converted = [
         None if gradient is None else gradient.view(parameter.shape)
         for gradient, parameter in zip(converted, parameters, strict=True)
@@ -431,34 +434,12 @@ def _differentiable_gradients(
     )
 
 
-def _convert_gradients(
-    gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """Cast each gradient to its dtype in ``dtypes``, with one launch for each dtype."""
-    converted = list(gradients)
-    for dtype in {*dtypes} - {None}:
-        positions = [position for position, target in enumerate(dtypes) if target == dtype]
-        for position, gradient in zip(
-            positions,
-            same_dtype([gradients[position] for position in positions], cast(Any, dtype)),
-            strict=True,
-        ):
-            converted[position] = gradient
-    return converted
-
-
-def _split_equally(tensors: Sequence, count: int = 5) -> tuple[Any, ...]:
-    """Split a sequence into ``count`` equal slices, such as (weights, biases, A, B, gains)."""
-    size = len(tensors) // count
-    return tuple(tensors[index * size : (index + 1) * size] for index in range(count))
-
-
 def _definition(settings: Settings, x: Tensor, *tensors: Any) -> list[Tensor]:
     """The outputs of the layers by differentiable operations, without dropout."""
     dtype, ys = settings.dtype, []
     x = x.to(dtype)
     for layer, (weight, bias, down, up, gain) in enumerate(
-        zip(*_split_equally(tensors), strict=True)
+        zip(*split_equally(tensors, 5), strict=True)
     ):
         weight = settings.readers[layer](dtype) if weight is None else weight.to(dtype)  # pyright: ignore[reportOptionalCall]
         y = torch.nn.functional.linear(x, weight)

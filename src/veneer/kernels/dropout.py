@@ -47,13 +47,15 @@ def keep_mask(shape: Sequence[int], p: float, seed: int, device: torch.device) -
     return is_kept.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
 
 
-def draw_dropped(count: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """The dropped entries of a tensor of ``count`` numbers, as ``zero_entries`` takes them:
-    indices on a CPU. On other devices a ``keep_mask``, because the host would have to wait for the
-    device to know how many indices there are."""
-    if device.type != "cpu":
-        return keep_mask((count,), p, seed, device)
-    return draw_entries(count, p, seed, device)
+def draw_dropped(x: Tensor, p: float, seed: int) -> Tensor | None:
+    """The dropped entries of x, as ``zero_entries`` takes them: indices on a CPU. On other devices
+    a ``keep_mask``, because the host would have to wait for the device to know how many indices
+    there are. None for p = 0."""
+    if not p:
+        return None
+    if not x.is_cpu:
+        return keep_mask((x.numel(),), p, seed, x.device)
+    return draw_entries(x.numel(), p, seed, x.device)
 
 
 def zero_entries(x: Tensor, dropped: Tensor) -> Tensor:

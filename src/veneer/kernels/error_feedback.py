@@ -58,8 +58,6 @@ MAX_THREADS = 2
 INPUT_DIRECTIONS, ITERATIONS = 16, 6
 #: λ, in units of the mean squared length of a column of F
 RELATIVE_LAMBDA = 0.05
-#: bits of the fraction, and the exponent of the smallest normal number
-FORMATS = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
 #: the bits of a float64 that hold its exponent
 EXPONENT_BITS = 0x7FF0000000000000
 
@@ -330,11 +328,10 @@ def find_neighbours(
     Writes half of their (signed) distance to ``half``, and their mean minus the value to ``mid``;
     both are 0 for a value of that dtype. Values are clamped to finite numbers. ``step`` is only a
     buffer."""
-    fraction_bits, smallest_exponent = FORMATS[dtype]
-    largest = torch.finfo(dtype).max
-    values.clamp_(-largest, largest)
+    numbers = torch.finfo(dtype)
+    values.clamp_(-numbers.max, numbers.max)
     torch.bitwise_and(values.view(torch.int64), EXPONENT_BITS, out=step.view(torch.int64))
-    step.clamp_(min=2.0**smallest_exponent).mul_(2.0**-fraction_bits)
+    step.clamp_(min=numbers.smallest_normal).mul_(numbers.eps)
     torch.div(values, step, out=mid).frac_()
     torch.sign(mid, out=half).mul_(step).mul_(0.5)
     torch.addcmul(half, mid, step, value=-1, out=mid)

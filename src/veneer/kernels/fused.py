@@ -32,7 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import device, dropout, has_amx, reference, weight_first
+from veneer.kernels import (
+    device,
+    dropout,
+    has_amx,
+    reference,
+    split_equally,
+    weight_first,
+    without_autocast,
+)
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 _C: Any = torch._C
@@ -109,11 +117,6 @@ def linears(
 
 
 # ---- products with A or B, which are thin: one side is the rank
-
-
-def dropped_entries(x: Tensor, p: float, seed: int) -> Tensor | None:
-    """Flat indices of the entries of x that dropout with probability p drops; None for p = 0."""
-    return dropout.draw_entries(x.numel(), p, seed, x.device) if p else None
 
 
 def thin_product(thin_factor: Tensor, x: Tensor, dropped: Tensor | None = None) -> Tensor:
@@ -213,26 +216,13 @@ def _form_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tens
     return torch.addmm(weight.mT, down.mT, up.mT, alpha=scale).mT
 
 
-def _without_autocast(gradients: Any) -> Any:
-    """Decorator for a backward: run it without autocast, as forward ran."""
-
-    def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        if not _C._is_any_autocast_enabled():
-            return gradients(ctx, *dys)
-        device_type = next(dy.device.type for dy in dys if dy is not None)
-        with torch.autocast(device_type, enabled=False):
-            return gradients(ctx, *dys)
-
-    return backward
-
-
 # ---- several layers that read the same input
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, *tensors):
-        weights, biases, A, B = _split_tensors(tensors)
+        weights, biases, A, B = split_equally(tensors, 4)
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
         h, casts = None, (None,) * (1 + len(B))
         if settings.form:
@@ -243,7 +233,7 @@ class _Linears(torch.autograd.Function):
             ]
         else:
             joined_A, ups = _join_factors(A, B, x.dtype)
-            dropped = dropped_entries(tokens, settings.dropout, settings.seed)
+            dropped = dropout.draw_dropped(tokens, settings.dropout, settings.seed)
             h = _scale_layers(thin_product(joined_A, tokens, dropped), ups, settings)  # [R, T]
             factors = zip(_split_layers(h, ups), ups, weights, biases, strict=True)
             ys = [
@@ -263,7 +253,7 @@ class _Linears(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, *dys):
         first, second, third, h, joined_A, *saved_lists = ctx.saved_tensors
         ups, tensors = saved_lists[: len(dys)], saved_lists[len(dys) :]
@@ -275,12 +265,12 @@ class _Linears(torch.autograd.Function):
             )
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [T, out]
-        weights, _, A, B = _split_tensors(tensors)
+        weights, _, A, B = split_equally(tensors, 4)
         if joined_A is None:
             joined_A, ups = _join_factors(A, B, x.dtype)
-        _, need_bias, need_A, need_B = _split_tensors(ctx.needs_input_grad[2:])
+        _, need_bias, need_A, need_B = split_equally(ctx.needs_input_grad[2:], 4)
         need_x = ctx.needs_input_grad[1]
-        dropped = dropped_entries(tokens, settings.dropout, settings.seed)
+        dropped = dropout.draw_dropped(tokens, settings.dropout, settings.seed)
         if h is None:
             h = _scale_layers(thin_product(joined_A, tokens, dropped), ups, settings)  # [R, T]
         U, dB = _output_gradients(dys, ups, _split_layers(h, ups), need_B)
@@ -323,8 +313,7 @@ def _output_gradients(
 
 class _Linear(torch.autograd.Function):
     """``_Linears`` for one layer without dropout, with as few Python calls as possible. If ctx is
-    None, nothing is saved for backward. h = x Aᵀ and u = dy B are [T, r] in 16 bits; in float32,
-    they are transposed, [r, T]."""
+    None, nothing is saved for backward."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
@@ -334,15 +323,10 @@ class _Linear(torch.autograd.Function):
         needs_cast = A.dtype != dtype or B.dtype != dtype
         if needs_cast:
             down, up = down.to(dtype), up.to(dtype)
-        if dtype.itemsize < 4:
-            h = torch.mm(tokens, down.mT)  # [T, r]
-            h *= scale
-            change = torch.mm(h, up.mT)
-        else:
-            h = torch.mm(down, tokens.mT)  # [r, T]
-            h *= scale
-            change = torch.mm(h.mT, up.mT)
-        y = add_product(change, tokens, weight, bias)  # [T, out]
+        # [T, r], computed as in ``thin_product``
+        h = torch.mm(tokens, down.mT) if dtype.itemsize < 4 else torch.mm(down, tokens.mT).mT
+        h *= scale
+        y = add_product(torch.mm(h, up.mT), tokens, weight, bias)  # [T, out]
         if ctx is not None:
             ctx.scale, ctx.shape = scale, x.shape
             h = h if down.shape[0] * 8 <= x.shape[-1] else None
@@ -355,7 +339,7 @@ class _Linear(torch.autograd.Function):
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, dy):
         first, second, third, h, down, up, weight, bias, A, B = ctx.saved_tensors
         _, need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad
@@ -367,17 +351,10 @@ class _Linear(torch.autograd.Function):
         dy = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
         if down is None:
             down, up = _as_matrix(A, x.dtype), _as_matrix(B, x.dtype)
-        if x.dtype.itemsize < 4:
-            h = torch.mm(tokens, down.t()).mul_(ctx.scale) if h is None else h  # [T, r]
-            dB = torch.mm(h.t(), dy) if need_B else None  # [r, out]
-            u = torch.mm(dy, up).mul_(ctx.scale)  # [T, r]
-            dA = torch.mm(u.t(), tokens) if need_A else None
-            dx = torch.mm(u, down) if need_x else None
-        else:
-            h = thin_product(down, tokens).mul_(ctx.scale) if h is None else h  # [r, T]
-            u = thin_product(up.t(), dy)
-            dB = torch.mm(h, dy) if need_B else None
-            dx, dA = thin_gradients(u.mul_(ctx.scale), down, tokens, None, need_x, need_A)
+        h = thin_product(down, tokens).mul_(ctx.scale).t() if h is None else h  # [T, r]
+        dB = torch.mm(h.t(), dy) if need_B else None  # [r, out]
+        U = thin_product(up.t(), dy).mul_(ctx.scale)  # [r, T]
+        dx, dA = thin_gradients(U, down, tokens, None, need_x, need_A)
         dx = None if dx is None else dx.addmm_(dy, weight).view(ctx.shape)
         db = dy.sum(0) if need_bias else None
         dA = None if dA is None else match_factor(dA, A)
@@ -424,12 +401,6 @@ def linear_without_graph(
 # ---- gradients of gradients
 
 
-def _split_tensors(tensors: Sequence) -> tuple[Any, ...]:
-    """Split a sequence into (weights, biases, A, B)."""
-    count = len(tensors) // 4
-    return tuple(tensors[index * count : (index + 1) * count] for index in range(4))
-
-
 def _differentiable_gradients(
     ctx: Any,
     scales: Sequence[float],
@@ -447,5 +418,5 @@ def _definition(scales: Sequence[float], x: Tensor, *tensors) -> list[Tensor]:
         reference.matmul_update(
             x, _as_matrix(down, x.dtype), _as_matrix(up, x.dtype), scale, F.linear(x, weight, bias)
         )
-        for weight, bias, down, up, scale in zip(*_split_tensors(tensors), scales, strict=True)
+        for weight, bias, down, up, scale in zip(*split_equally(tensors, 4), scales, strict=True)
     ]

@@ -143,7 +143,8 @@ class _Conv(torch.autograd.Function):
             h, changed_weight = None, _form_weight(weight, down, up, settings.scale)
             y = _convolve(settings, x, changed_weight, bias)
         else:
-            dropped_x = _drop(settings, x, _draw_dropped(settings, x))
+            dropped = dropout.draw_dropped(x, settings.drop_probability, settings.seed)
+            dropped_x = _drop(settings, x, dropped)
             h = _bottleneck(settings, dropped_x, down, weight)
             y = _convolve(settings, x, weight, bias)
             if settings.channels_last:
@@ -204,15 +205,8 @@ def _as_images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def _draw_dropped(settings: Settings, x: Tensor) -> Tensor | None:
-    """The entries of x, in memory order, that dropout sets to zero on the low-rank path; None
-    without dropout."""
-    p = settings.drop_probability
-    return dropout.draw_dropped(x.numel(), p, settings.seed, x.device) if p else None
-
-
 def _drop(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
-    """x with zeros at the dropped entries."""
+    """x with zeros at the dropped entries, which are indices in memory order."""
     if dropped is None:
         return x
     return (
@@ -267,7 +261,7 @@ def _up_gradients(
 def _bottleneck_gradients(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
     """The gradients of x through h, and of A [r, in · |k|], from the gradient of h."""
     dx = dA = None
-    dropped = _draw_dropped(settings, x)
+    dropped = dropout.draw_dropped(x, settings.drop_probability, settings.seed)
     dropped_x = _drop(settings, x, dropped) if need_A else x
     if _is_product(settings.geometry, weight):
         if need_x:

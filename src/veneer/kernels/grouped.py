@@ -19,6 +19,7 @@ Rejected: gathering A and B for each row. In training, these copies take more me
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -26,12 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels import has_amx, reference
+from veneer.kernels import has_amx, reference, without_autocast
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 from veneer.kernels.switch import is_on
 from veneer.precision import at_least_float32
-
-_C: Any = torch._C
 
 #: alignment in bytes that torch's grouped products require of rows on a GPU
 ALIGNMENT_BYTES = 16
@@ -56,24 +55,24 @@ class Segments(NamedTuple):
 def segments(ends: Sequence[int], rows: int) -> Segments:
     """The segments of ``rows`` rows that are sorted by expert; ``ends[e]`` is the row after the
     last row of expert e."""
-    bounds, first = [], 0
-    for expert, end in enumerate(ends):
-        if end > first:
-            bounds.append((expert, first, end))
-            first = end
-    return Segments(bounds, [end - start for _, start, end in bounds] + [rows - first], first)
+    bounds = [
+        (expert, first, end)
+        for expert, (first, end) in enumerate(itertools.pairwise([0, *ends]))
+        if end > first
+    ]
+    used_rows = ends[-1] if ends else 0
+    sizes = [end - first for _, first, end in bounds]
+    return Segments(bounds, [*sizes, rows - used_rows], used_rows)
 
 
 def sort_by_expert(ids: Sequence[int], experts: int) -> tuple[list[int], Segments]:
     """For row s with expert ids[s]: (the order that sorts the rows by expert, the segments of the
     sorted rows)."""
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    ends = [0] * experts
+    counts = [0] * experts
     for expert in ids:
-        ends[expert] += 1
-    for expert in range(1, experts):
-        ends[expert] += ends[expert - 1]
-    return order, segments(ends, len(ids))
+        counts[expert] += 1
+    return order, segments([*itertools.accumulate(counts)], len(ids))
 
 
 def linear(
@@ -203,12 +202,29 @@ class _Grouped(torch.autograd.Function):
         return _forward(scale, row_segments, x, weight, A, B)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # disabling autocast takes as long as a product with A or B, so test first
-        if not _C._is_any_autocast_enabled():
-            return _backward(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):
-            return _backward(ctx, dy)
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        first, second, third, index, weight, A, B = ctx.saved_tensors
+        scale, row_segments = ctx.scale, ctx.row_segments
+        need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
+        saved = SavedInput(first, second, third, ctx.gate)
+        x = restore_input(saved, need_x) if index is None else first
+        if torch.is_grad_enabled():
+
+            def differentiable(x: Tensor, A: Tensor, B: Tensor) -> list[Tensor]:
+                return [definition(x, weight, A, B, scale, row_segments)]
+
+            x = x if index is None else x[index]
+            needs = (need_x, need_A, need_B)
+            dx, dA, dB = reference.gradients_of(differentiable, (x, A, B), needs, [dy], 0.0)
+            return None, None, None, dx, None, dA, dB
+        dy = dy.contiguous()
+        dx, dA, dB = _low_rank_gradients(
+            scale, row_segments, x, index, dy, A, B, need_x, need_A or need_B
+        )
+        if need_x:
+            _add_product(dx, dy, weight.mT, row_segments)
+        return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
 
 
 # This skips ``Function.apply``, which makes a dozen Python calls for the transforms of
@@ -242,24 +258,6 @@ def _source_rows(x: Tensor, source: Tensor | None, any_size: bool) -> Tensor | N
         if is_gather and indices[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:]
         else None
     )
-
-
-def _backward(ctx: Any, dy: Tensor):
-    first, second, third, index, weight, A, B = ctx.saved_tensors
-    scale, row_segments = ctx.scale, ctx.row_segments
-    need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
-    saved = SavedInput(first, second, third, ctx.gate)
-    x = restore_input(saved, need_x) if index is None else first
-    if torch.is_grad_enabled():
-        x = x if index is None else x[index]
-        return _differentiable_gradients(ctx, x, weight, A, B, dy)
-    dy = dy.contiguous()
-    dx, dA, dB = _low_rank_gradients(
-        scale, row_segments, x, index, dy, A, B, need_x, need_A or need_B
-    )
-    if need_x:
-        _add_product(dx, dy, weight.mT, row_segments)
-    return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
 
 
 def _low_rank_gradients(
@@ -297,15 +295,3 @@ def _low_rank_gradients(
         return dx, None, None
     dA, dB = gradients
     return dx, dA.to(A.dtype), dB.to(B.dtype)
-
-
-def _differentiable_gradients(ctx: Any, x, weight, A, B, dy):
-    tensors = x, A, B = [tensor.view_as(tensor) for tensor in (x, A, B)]
-    y = definition(x, weight, A, B, ctx.scale, ctx.row_segments)
-    needs = [ctx.needs_input_grad[position] for position in (3, 5, 6)]
-    differentiated = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    gradients = iter(
-        torch.autograd.grad(y, differentiated, dy, create_graph=True, allow_unused=True)
-    )
-    dx, dA, dB = (next(gradients) if need else None for need in needs)
-    return None, None, None, dx, None, dA, dB

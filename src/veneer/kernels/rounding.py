@@ -29,15 +29,16 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.kernels.error_feedback import directions, faithful
 from veneer.kernels.grid import Grid
 from veneer.kernels.reference import round_once
@@ -86,9 +87,7 @@ class Sums:
     base: float
 
     def __add__(self, sums: Sums) -> Sums:
-        return Sums(
-            *(getattr(self, field.name) + getattr(sums, field.name) for field in fields(self))
-        )
+        return Sums(*map(operator.add, astuple(self), astuple(sums)))
 
     @property
     def retention(self) -> float:
@@ -167,27 +166,19 @@ def fold(
         out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if not has_float64(weight.device):
         wide_device = compute_device(weight.device)
-        low, gain = low.on(wide_device), None if gain is None else gain.to(wide_device)
-        options: Any = {
-            "rounding": rounding,
-            "side": side,
-            "inputs": None if inputs is None else inputs.to(wide_device),
-        }
-        folded = fold(weight.to(wide_device), low, gain, dtype, compiled=compiled, **options)
+        gain = None if gain is None else gain.to(wide_device)
+        inputs = None if inputs is None else inputs.to(wide_device)
+        options: Any = {"rounding": rounding, "side": side, "inputs": inputs, "compiled": compiled}
+        folded = fold(weight.to(wide_device), low.on(wide_device), gain, dtype, **options)
         return replace(folded, weight=out.copy_(folded.weight))
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        old, new, exact_change = weight, out, low.to(torch.float64)
+        exact_change = low.to(torch.float64)
         wide_gain = None if gain is None else gain.double().view(*weight.shape[:2], 1)
-        if side == "outputs":
-            old, new, exact_change = old.mT, new.mT, exact_change.T
-            wide_gain = None if wide_gain is None else wide_gain.mT
-        sums, finite = _nearest(old, exact_change, wide_gain, new, compiled)
-        (change, retention), applied_rounding = _change_and_retention(sums), "nearest"
+        sums, finite = _nearest(weight, exact_change, wide_gain, out, compiled)
+        folded = Folded(out, *_change_and_retention(sums), "nearest", finite, sums)
         if dtype in HALF_DTYPES and finite and _needs_faithful(rounding, sums):
-            protected = directions(exact_change.A, inputs)
-            retention = 1 + faithful(old, exact_change, wide_gain, protected, new) / sums.size
-            applied_rounding = "faithful"
-    return Folded(out, change, retention, applied_rounding, finite, sums)
+            folded = _round_faithfully(folded, weight, exact_change, wide_gain, side, inputs)
+    return folded
 
 
 def fold_onto(
@@ -210,23 +201,34 @@ def fold_onto(
             tensor, or a new float32 tensor if rounding is faithful.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        exact_change = low.to(torch.float64)
+        change = low.to(torch.float64)
         wide_gain = None if gain is None else gain.double().view(*weight.shape[:2], 1)
-        sums = _in_float64(weight, exact_change, wide_gain, None, nearest)
+        sums = _in_float64(weight, change, wide_gain, None, nearest)
         finite = bool(nearest.isfinite().all()) and math.isfinite(sums.size)
         folded = Folded(nearest, *_change_and_retention(sums), "nearest", finite, sums)
-        if not (finite and _needs_faithful(rounding, sums)):
-            return folded
-        out = torch.empty_like(weight, dtype=torch.float32)
-        old, new, levels = weight, out, grid()
-        if side == "outputs":
-            old, new, exact_change = old.mT, new.mT, exact_change.T
-            levels = levels.map_tensors(lambda tensor: tensor.mT)
-            wide_gain = None if wide_gain is None else wide_gain.mT
-        protected = directions(exact_change.A, inputs)
-        rounding_error = faithful(old, exact_change, wide_gain, protected, new, levels)
-        retention = 1 + rounding_error / sums.size
-        return replace(folded, weight=out, retention=retention, rounding="faithful")
+        if finite and _needs_faithful(rounding, sums):
+            folded = replace(folded, weight=torch.empty_like(weight, dtype=torch.float32))
+            folded = _round_faithfully(folded, weight, change, wide_gain, side, inputs, grid())
+    return folded
+
+
+def _round_faithfully(
+    folded: Folded,
+    weight: Tensor,
+    low: LowRank,
+    gain: Tensor | None,
+    side: str,
+    inputs: Tensor | None,
+    grid: Grid | None = None,
+) -> Folded:
+    """Round faithfully into ``folded.weight``. ``low`` and ``gain`` [g, out, 1] are in float64."""
+    new = folded.weight
+    if side == "outputs":
+        weight, new, low = weight.mT, new.mT, low.T
+        gain = None if gain is None else gain.mT
+        grid = None if grid is None else grid.map_tensors(lambda tensor: tensor.mT)
+    rounding_error = faithful(weight, low, gain, directions(low.A, inputs), new, grid)
+    return replace(folded, retention=1 + rounding_error / folded.sums.size, rounding="faithful")
 
 
 def _needs_faithful(rounding: str, sums: Sums) -> bool:
@@ -245,9 +247,7 @@ def _change_and_retention(sums: Sums) -> tuple[float, float]:
 def check_rounding(rounding: str) -> None:
     """Raise ConfigError if ``rounding`` is not in ``ROUNDINGS``."""
     if rounding not in ROUNDINGS:
-        raise ConfigError(
-            sentence(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one")
-        )
+        raise ConfigError(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one")
 
 
 def is_inaccurate(sums: Sums) -> bool:

@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from veneer.kernels import fused, reference
+from veneer.kernels import fused, reference, split_equally, without_autocast
+from veneer.kernels.dropout import draw_dropped
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
-
-_C: Any = torch._C
 
 
 class Span(NamedTuple):
@@ -57,7 +56,7 @@ class Span(NamedTuple):
     def drop_entries(self, x: Tensor) -> Tensor | None:
         """Flat indices of the dropped entries of the span's tokens [t, in]; None without dropout.
         They are the same as in a call on these tokens alone."""
-        return fused.dropped_entries(x, self.dropout, self.seed)
+        return draw_dropped(x, self.dropout, self.seed)
 
 
 def linear(
@@ -138,8 +137,7 @@ class _Linears(Function):
     def forward(
         ctx: Any, spans: tuple[Span, ...], x: Tensor, downs: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        count = len(tensors) // 3
-        ups, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        ups, weights, biases = split_equally(tensors, 3)
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
         changes = [tokens.new_empty(len(tokens), weight.shape[0]) for weight in weights]
         if spans[-1].after - spans[0].first < tokens.shape[0]:
@@ -160,11 +158,9 @@ class _Linears(Function):
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not _C._is_any_autocast_enabled():
-            return _gradients(ctx, dys)
-        with torch.autocast(dys[0].device.type, enabled=False):
-            return _gradients(ctx, dys)
+    @without_autocast
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        return _gradients(ctx, dys)
 
 
 # as in ``fused.py``: skips ``Function.apply``, whose Python calls serve the transforms of
@@ -172,13 +168,9 @@ class _Linears(Function):
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
-class _Gradients(NamedTuple):
-    """The results of ``backward``: the gradient [T, in] of x through the low-rank products, and the
-    gradients of A and B, in the shapes of ``downs`` and ``ups``."""
-
-    x: Tensor | None
-    downs: Tensor | None
-    ups: Sequence[Tensor | None]
+#: the results of ``backward``: the gradient [T, in] of x through the low-rank products, and the
+#: gradients of A and B, in the shapes of ``downs`` and ``ups``
+_Gradients = tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]
 
 
 class _Batched:
@@ -229,7 +221,7 @@ class _Batched:
                 else tokens.new_empty(tokens.shape)
             )
             torch.bmm(u.mT, A, out=_Batched.by_span(spans, dx))
-        return _Gradients(dx, dA, dB)
+        return dx, dA, dB
 
     @staticmethod
     def by_span(spans: Sequence[Span], x: Tensor) -> Tensor:
@@ -292,9 +284,7 @@ class _OneByOne:
             dA.append(gradient)
             if dx is not None:
                 span.select(dx).copy_(span_dx)
-        return _Gradients(
-            dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
-        )
+        return dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
 
     @staticmethod
     def with_factors(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:

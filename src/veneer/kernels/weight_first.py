@@ -65,11 +65,6 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product ``suits`` in a block of ``use``."""
-    return STATE.is_used and suits(x, weight)
-
-
 def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """change [T, out] + x Wᵀ + bias, in place."""
     if bias is not None:

@@ -177,13 +177,13 @@ def _named_by_config(folder: Path) -> BaseWeights:
     if (folder / "config.json").is_file():
         with suppress(ConfigError):  # a model that transformers does not have
             by_name = folder_weights(meta_model(folder), folder).by_name
-    file_weights = {name: _file_weight(checkpoint, name) for name in checkpoint.file_of}
+    file_weights = {
+        name: BaseWeight(
+            checkpoint.shape(name), checkpoint.dtype(name), partial(checkpoint.read, name)
+        )
+        for name in checkpoint.file_of
+    }
     return BaseWeights(str(folder), by_name, file_weights=file_weights)
-
-
-def _file_weight(checkpoint: Checkpoint, name: str) -> BaseWeight:
-    read = partial(checkpoint.read, name)
-    return BaseWeight(checkpoint.shape(name), checkpoint.dtype(name), read)
 
 
 def _match_name(names: Collection[str], name: str) -> str | None:
@@ -376,15 +376,12 @@ def _computed_weight(entry: ModuleWeight, weights: Mapping[str, BaseWeight]) -> 
     (path, name), parametrized = entry.ref, entry.weight
     if entry.is_buffer or not isinstance(parametrized, nn.Module):
         return None
-    sources: dict[str, BaseWeight] = {}
-    state = parametrized.state_dict()
-    for key in state:
-        weight = weights.get(f"{path}.parametrizations.{name}.{key}".lstrip("."))
-        if weight is not None:
-            sources[key] = weight
+    prefix = f"{path}.parametrizations.{name}.".lstrip(".")
     storage: Any = entry.storage
-    if storage is None or len(sources) < len(state):
+    keys = parametrized.state_dict().keys()
+    if storage is None or not all(prefix + key in weights for key in keys):
         return None
+    sources = {key: weights[prefix + key] for key in keys}
 
     def compute() -> Tensor:
         filled_copy = copy.deepcopy(parametrized)

@@ -75,10 +75,10 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
         raise
     # gguf and transformers raise many kinds of errors for damaged or unknown files
     except Exception as error:
-        problem = f"{file} cannot be read as GGUF ({first_line(error)})"
-        do = "fetch the file again, or use the model's safetensors"
         raise ConfigError(
-            problem, "a complete GGUF file of an architecture that transformers converts", do
+            f"{file} cannot be read as GGUF ({first_line(error)})",
+            "a complete GGUF file of an architecture that transformers converts",
+            "fetch the file again, or use the model's safetensors",
         ) from error
     config = type(quantized_model.config)(**quantized_model.config.to_dict())
     config.__dict__.pop("quantization_config", None)

@@ -248,9 +248,8 @@ def _load_model(
     if quantize is not None:
         config = config_of(name)
         if getattr(config, "quantization_config", None) is not None:
-            problem = f"quantize={quantize!r} for {name}, whose weights are quantised already"
             raise ConfigError(
-                problem,
+                f"quantize={quantize!r} for {name}, whose weights are quantised already",
                 "weights in 16 or 32 bits",
                 "leave out quantize, or name the base they were made of",
             )
@@ -274,10 +273,11 @@ def _load_model(
             return getattr(transformers, auto_class).from_pretrained(location, **options)
         except ImportError as error:
             option_names = [key for key in options if key not in ("dtype", "trust_remote_code")]
-            problem = (
-                f"{name} with {', '.join(option_names) or 'its own code'}: {first_line(error)}"
-            )
-            raise ConfigError(problem, "an installed package", "install it") from error
+            raise ConfigError(
+                f"{name} with {', '.join(option_names) or 'its own code'}: {first_line(error)}",
+                "an installed package",
+                "install it",
+            ) from error
 
 
 def _refuse_pickles(location: str, name: str) -> None:
@@ -286,15 +286,13 @@ def _refuse_pickles(location: str, name: str) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
         if pickles:
-            problem = (
+            raise ConfigError(
                 f"{name}, whose weights are in {listing(pickles, 3)} alone: "
-                "pickles, which run code when they are read"
-            )
-            do = (
+                "pickles, which run code when they are read",
+                "weights as safetensors",
                 "get the model as safetensors, or, if you trust its author, load it and save it"
-                " anew with transformers"
+                " anew with transformers",
             )
-            raise ConfigError(problem, "weights as safetensors", do)
 
 
 def _require_attention(attention: str) -> None:

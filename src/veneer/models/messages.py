@@ -32,15 +32,11 @@ def explain_error(name: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
     if needs_remote_code(error):
-        problem = (
-            f"{name} cannot be loaded without running code beside it, or that it names (auto_map)"
-        )
-        do = (
-            "use another; if it is a base, and you have read that code and trust it, pass"
-            " --trust-remote-code"
-        )
         return ConfigError(
-            problem, "a class that transformers has; Veneer runs nobody else's code", do
+            f"{name} cannot be loaded without running code beside it, or that it names (auto_map)",
+            "a class that transformers has; Veneer runs nobody else's code",
+            "use another; if it is a base, and you have read that code and trust it, pass"
+            " --trust-remote-code",
         )
     if not Path(name).expanduser().exists() and not name.startswith("package:"):
         problem = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
@@ -54,10 +50,10 @@ def explain_error(name: str, error: Exception) -> Exception:
         isinstance(error, (OSError, ValueError, KeyError, RecursionError))
         or type(error).__name__ == "SafetensorError"
     ):
-        problem = f"the model in {name} cannot be loaded ({first_line(error)})"
-        expected = "a complete causal language model that this transformers version knows"
         return ConfigError(
-            problem, expected, "check that the files are complete, or upgrade transformers"
+            f"the model in {name} cannot be loaded ({first_line(error)})",
+            "a complete causal language model that this transformers version knows",
+            "check that the files are complete, or upgrade transformers",
         )
     return error
 

@@ -19,13 +19,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
+import torch
+import torch.nn.functional as F
+
 from veneer.errors import ConfigError
 from veneer.models.locate import config_of
 from veneer.models.messages import first_line, loading
 from veneer.models.remote_code import code_options, without_hub_kernel
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -59,7 +62,6 @@ def meta_model(
     Raises:
         ConfigError: transformers does not know the model.
     """
-    import torch
     import transformers
 
     with loading(str(folder)):
@@ -75,11 +77,12 @@ def meta_model(
         )
         model_class: Any = next(models, None)
         if model_class is None:
-            problem = (
+            raise ConfigError(
                 f"a model {config.model_type!r} of class"
-                f" {' or '.join(filter(None, class_names)) or 'unknown'}"
+                f" {' or '.join(filter(None, class_names)) or 'unknown'}",
+                "a class of transformers",
+                "give the model itself (model=…)",
             )
-            raise ConfigError(problem, "a class of transformers", "give the model itself (model=…)")
         config.__dict__.pop("quantization_config", None)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
@@ -103,7 +106,6 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
         ConfigError: the source has no configuration of a causal language model that transformers
             supports.
     """
-    import torch
     import transformers
 
     if isinstance(source, Mapping):
@@ -183,9 +185,6 @@ def _flash_attention(
 ) -> Any:
     """Flash attention that ignores the mask. query, key, value: [b, heads, s, d] for b rows of s
     positions; keys and values may have fewer heads. Returns (output [b, s, heads, d], None)."""
-    import torch
-    import torch.nn.functional as F
-
     width = value.shape[-1]
     # flash attention needs one width for all; DeepSeek's values are narrower
     if width != query.shape[-1]:
@@ -199,9 +198,6 @@ def _flash_attention(
 def materialize_meta(model: Any) -> Any:
     """Replace tensors on the meta device by zeros on the CPU, in place. The zeros take no memory
     until they are written to."""
-    import numpy
-    import torch
-
     materialized: dict[Any, Any] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -283,11 +279,11 @@ def _map_converted(
         if any(target not in state for target in target_names):
             return {}
         sizes = [state[target].shape[0] for target in target_names]
-        stops = [sum(sizes[: count + 1]) for count in range(len(sizes))]
-        row_slices = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
         param_slices = (
-            ParamSlice(target, (), (rows,))
-            for target, rows in zip(target_names, row_slices, strict=True)
+            ParamSlice(target, (), (slice(end - size, end),))
+            for target, size, end in zip(
+                target_names, sizes, itertools.accumulate(sizes), strict=True
+            )
         )
         return {tensors[0][0]: tuple(param_slices)}
     is_stacked = "MergeModulelist" in operation_dims

@@ -99,12 +99,11 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
         and int(module.in_features) % BLOCK  # pyright: ignore[reportArgumentType]
     ]
     if misread_weights:
-        problem = (
-            f"{name} in 4 bits on a CPU, where the rows of {listing(misread_weights, 2)} are no"
-            f" multiples of {BLOCK}"
-        )
         raise ConfigError(
-            problem, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU"
+            f"{name} in 4 bits on a CPU, where the rows of {listing(misread_weights, 2)} are no"
+            f" multiples of {BLOCK}",
+            "whole blocks, as bitsandbytes misreads others on a CPU",
+            "take int8, or a GPU",
         )
 
 

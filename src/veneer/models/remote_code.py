@@ -78,15 +78,13 @@ def refuse_hub_kernel(config: Any, base: str) -> None:
     """Raise a ``ConfigError`` if the config names a kernel of the hub, which transformers would
     fetch and run."""
     if (kernel := hub_kernel(config)) is not None:
-        problem = (
+        raise ConfigError(
             f"{base}, whose config names the attention {kernel!r}: code that would be fetched from"
-            " the hub and run"
-        )
-        do = (
+            " the hub and run",
+            "an attention of transformers' own",
             f'pass --attention sdpa (attention="sdpa"), or --attention {kernel} if you trust that'
-            " code"
+            " code",
         )
-        raise ConfigError(problem, "an attention of transformers' own", do)
 
 
 def without_hub_kernel(config: Any) -> Any:

@@ -63,11 +63,11 @@ MODEL_FILES = (
 def must_hold_no_adapter(folder: Path) -> None:
     """Raise ``OutputExistsError`` if a model is to be written to a folder with an adapter."""
     if (folder / peft.CONFIG).exists():
-        problem = f"{folder}, which holds an adapter, for a whole model"
-        expected = (
-            "a folder of its own: from_pretrained would load both, and change the weights twice"
+        raise OutputExistsError(
+            f"{folder}, which holds an adapter, for a whole model",
+            "a folder of its own: from_pretrained would load both, and change the weights twice",
+            "choose another folder",
         )
-        raise OutputExistsError(problem, expected, "choose another folder")
 
 
 @dataclass(frozen=True)

@@ -290,14 +290,11 @@ def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:
 def _groups_of(runs: Sequence[Run]) -> list[tuple[SizeClass, int, int]]:
     """Each size class of the runs, with the first row of the batch in it and the row after its
     last."""
-    groups: list[tuple[SizeClass, int, int]] = []
+    bounds: dict[SizeClass, tuple[int, int]] = {}
     for run in runs:
-        stop = run.batch_start + run.count
-        if groups and groups[-1][0] is run.size_class:
-            groups[-1] = (run.size_class, groups[-1][1], stop)
-        else:
-            groups.append((run.size_class, run.batch_start, stop))
-    return groups
+        start, _ = bounds.get(run.size_class, (run.batch_start, 0))
+        bounds[run.size_class] = start, run.batch_start + run.count
+    return [(size_class, start, stop) for size_class, (start, stop) in bounds.items()]
 
 
 def _soft_capped_attention(

@@ -45,11 +45,11 @@ class Forward:
             raise ConfigError("a model in training mode", "one in eval mode", "call model.eval()")
         attached = adapters_of(model)
         if attached is not None and attached.default.invocation_tokens:
-            problem = (
-                f"a model whose calls use {attached.default.name!r}, which has invocation tokens"
+            raise ConfigError(
+                f"a model whose calls use {attached.default.name!r}, which has invocation tokens",
+                "a base, or an adapter that acts on every token",
+                "detach it, and give the engine a bank that has its folder",
             )
-            do = "detach it, and give the engine a bank that has its folder"
-            raise ConfigError(problem, "a base, or an adapter that acts on every token", do)
         self.model, self.device = model, next(model.parameters()).device
         self._is_wide = model.dtype.itemsize >= 4
         self.context, self.forms = context(model.config), ()
@@ -94,12 +94,11 @@ class Forward:
         self._is_closed = False
 
     def _refusal(self, problem: str) -> ConfigError:
-        expected = (
-            "an architecture whose attention goes through transformers' attention functions,"
-            " causal, over all tokens or a sliding window"
-        )
         return ConfigError(
-            f"{type(self.model).__name__}, {problem}", expected, "serve it with --engine vllm"
+            f"{type(self.model).__name__}, {problem}",
+            "an architecture whose attention goes through transformers' attention functions,"
+            " causal, over all tokens or a sliding window",
+            "serve it with --engine vllm",
         )
 
     def close(self) -> None:
@@ -300,8 +299,10 @@ def context(config: Any) -> int | None:
         *(nested for nested in parameters.values() if isinstance(nested, dict)),
     ):
         if rope.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(rope.get("original_max_position_embeddings") or limits[0])
-            limits.append(getattr(config, "original_max_position_embeddings", None))
+            limits += [
+                rope.get("original_max_position_embeddings") or limits[0],
+                getattr(config, "original_max_position_embeddings", None),
+            ]
     return min((limit for limit in limits if limit), default=None)
 
 
@@ -330,7 +331,7 @@ def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None
         or len(head._forward_hooks) > 1
         or torch_module._global_forward_hooks
         or next(reversed(head._forward_pre_hooks.values())) is not _take_few_rows
-        or not weight_first.applies(x.flatten(0, -2), head.weight)
+        or not weight_first.suits(x.flatten(0, -2), head.weight)
     ):
         return None
     NOW.head_rows = x

@@ -16,10 +16,10 @@ Memory is taken within a ``Budget``, which cached prefixes (``prefixes.py``) sha
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any
 
@@ -123,15 +123,11 @@ class Slots(Cache):
         wider = self.allocate(length)
         if wider is None:
             return False
-        old, touched = row.size_class, row.touched
-        for source, target in zip(old.layers, wider.size_class.layers, strict=False):
-            for stored, copy in ((source.keys, target.keys), (source.values, target.values)):
-                copy[wider.index, :, :touched] = stored[row.index, :, :touched]
+        self.copy(row, [wider], row.touched)
         # the row keeps its identity: the new object goes in its place, and is released there
-        old.rows[row.index], wider.size_class.rows[wider.index] = wider, row
-        row.size_class, wider.size_class = wider.size_class, old
+        row.size_class.rows[row.index], wider.size_class.rows[wider.index] = wider, row
+        row.size_class, wider.size_class = wider.size_class, row.size_class
         row.index, wider.index = wider.index, row.index
-        wider.touched = touched
         self.release(wider)
         return True
 
@@ -208,38 +204,32 @@ class Slots(Cache):
             (size_class.largest_tensor(size_class.capacity) for size_class in classes), default=0
         )
 
-    @contextlib.contextmanager
     def fill(
         self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
-    ) -> Iterator[None]:
-        """The call in here computes ``width`` tokens of rows, of which ``counts`` are no padding,
+    ) -> AbstractContextManager[None]:
+        """A block whose call computes ``width`` tokens of rows, of which ``counts`` are no padding,
         from columns ``starts`` on."""
-        with self._during_call(self._fill_of(rows, starts, counts, width)):
-            yield
+        return self._during_call(self._fill_of(rows, starts, counts, width))
 
-    @contextlib.contextmanager
     def decode(
         self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor
-    ) -> Iterator[None]:
-        """The call in here computes one token for each of the rows, behind the ``lengths`` tokens
+    ) -> AbstractContextManager[None]:
+        """A block whose call computes one token for each of the rows, behind the ``lengths`` tokens
         that it has. ``positions`` are these numbers as a tensor [n]. Rows are sorted by their
         positions."""
-        with self._during_call(self._decode_of(rows, lengths, positions)):
-            yield
+        return self._during_call(self._decode_of(rows, lengths, positions))
 
-    @contextlib.contextmanager
     def together(
         self,
         rows: Sequence[Row],
         lengths: Sequence[int],
         positions: Tensor,
         pieces: Sequence[tuple[Row, int, int]],
-    ) -> Iterator[None]:
-        """The call in here computes a decode, and ``pieces``: of a row, from a column on, so many
+    ) -> AbstractContextManager[None]:
+        """A block whose call computes a decode, and ``pieces``: of a row, from a column on, so many
         tokens. Each token is a row of the batch."""
         fills = [self._fill_of([row], [start], [count], count) for row, start, count in pieces]
-        with self._during_call(Together(self._decode_of(rows, lengths, positions), fills)):
-            yield
+        return self._during_call(Together(self._decode_of(rows, lengths, positions), fills))
 
     def _fill_of(
         self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
@@ -254,7 +244,7 @@ class Slots(Cache):
             row.touched = max(row.touched, length + 1)
         return call
 
-    @contextlib.contextmanager
+    @contextmanager
     def _during_call(self, call: Fill | Decode | Together) -> Iterator[None]:
         self.call = NOW.call = call
         try:
