@@ -81,11 +81,7 @@ def new_folder(
     with disk_errors(path), temporary(path, within=within) as folder:
         (folder / NEW).mkdir()
         yield folder / NEW
-        mode = _folder_mode(folder)
-        (folder / NEW).chmod(mode)
-        _flush(folder / NEW, mode & 0o666)
-        _move_into_place(folder, path, overwrite, replaces)
-        flush_folder(path.parent)
+        _flush_and_move(folder, path, overwrite, replaces)
 
 
 @contextmanager
@@ -112,6 +108,17 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text``, encoded as UTF-8, to ``path`` atomically; an existing file is replaced."""
     with new_file(path, overwrite=True) as file:
         file.write_text(text, encoding="utf-8")
+
+
+def _flush_and_move(
+    temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
+) -> None:
+    """Flush the folder ``new`` in a temporary folder to disk, then move it to ``path``."""
+    new, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
+    new.chmod(mode)
+    _flush(new, mode & 0o666)
+    _move_into_place(temporary_folder, path, overwrite, replaces)
+    flush_folder(path.parent)
 
 
 def _move_into_place(

@@ -35,6 +35,10 @@ NEW, LOCK, PLAN = "new", "lock", "plan.json"
 FOLDER_LOCK = ".veneer.lock"
 #: names of temporary folders beside NAME, and within it
 _SIBLING, WITHIN = re.compile(r"\.(.+)\.[^.]+\.tmp"), re.compile(r"\.veneer-[^.]+\.tmp")
+#: names of folders that earlier versions of Veneer moved aside for a moment
+_MOVED_ASIDE = re.compile(r"\.(.+)\.replaced")
+
+
 #: attempts to remove a folder that another process changes at the same time
 REMOVALS = 20
 
@@ -64,6 +68,8 @@ def recover(path: Path) -> None:
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
+        elif (match := _MOVED_ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
+            _put_back(sibling, path)
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
         if WITHIN.fullmatch(inner.name):
             _finish_or_remove(inner, path)
@@ -72,7 +78,8 @@ def recover(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Call ``recover`` for every path in ``folder`` that a killed writer was writing."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := _SIBLING.fullmatch(path.name):
+        match = _SIBLING.fullmatch(path.name) or _MOVED_ASIDE.fullmatch(path.name)
+        if match is not None:
             recover(folder / match[1])
 
 
@@ -95,6 +102,17 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
         remove(temporary_folder)
     finally:
         lock.release()
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Rename ``aside``, a folder that an earlier version of Veneer moved aside, back to ``path``;
+    if ``path`` exists again, remove ``aside`` instead."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if os.path.lexists(path):
+        remove(aside)
+    else:
+        aside.rename(path)
 
 
 def _read_plan(temporary_folder: Path) -> dict[str, Any]:

@@ -28,12 +28,16 @@ def throttle_loads(is_busy: Callable[[], bool]) -> None:
     _THREAD.is_busy, _THREAD.slice_start = is_busy, time.thread_time()
 
 
+def is_throttled() -> bool:
+    """Return whether this thread called ``throttle_loads``."""
+    return getattr(_THREAD, "is_busy", None) is not None
+
+
 def throttle(items: Iterable[Item]) -> Iterator[Item]:
     """Yield ``items``, with pauses between them in a thread that called ``throttle_loads``."""
     for item in items:
-        is_busy = getattr(_THREAD, "is_busy", None)
-        if is_busy is not None and time.thread_time() - _THREAD.slice_start > SLICE:
-            if is_busy():
+        if is_throttled() and time.thread_time() - _THREAD.slice_start > SLICE:
+            if _THREAD.is_busy():
                 time.sleep(PAUSE)
             _THREAD.slice_start = time.thread_time()
         yield item

@@ -232,7 +232,11 @@ class Library:
             # this raises for a damaged index, so that nothing is deleted
             used_hashes = {entry.object for entry in self._read_entries().values()}
             objects = self.folder / OBJECTS
-            leftovers = [*self.folder.glob(".*.tmp"), *objects.glob(".*.tmp")]
+            leftovers = [
+                *self.folder.glob(".*.tmp"),
+                *objects.glob(".*.tmp"),
+                *objects.glob(".*.replaced"),
+            ]
             sizes = {path: _size(path) for path in leftovers}
             # first, because they may hold files of a partly deleted object; ``sweep`` keeps what a
             # running process writes
