@@ -303,6 +303,11 @@ def sentence(problem: str, expected: str, do: str) -> str:
     return f"Found: {problem}. Expected: {expected}. Do: {do}."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class if it has no text."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[str]) -> None:
     """Raise one ``error_class`` with ``summary`` and all ``problems``, unless there are none."""
     if len(problems) == 1:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_settings_of_the_caller_change_no_bit(low_precision):
             assert torch.equal(fold(weight, low, rounding="nearest").weight, expected)
     finally:
         setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_torch_before_2_9_has_one_precision_for_all_devices(monkeypatch, precision):
+    weight, low = make_change((1, 64, 300), 0.1)
+    expected = round_once(exact(weight, low), weight.dtype)
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert torch.equal(fold(weight, low, rounding="nearest").weight, expected)
 
 
 def test_sums_that_float32_cannot_hold():

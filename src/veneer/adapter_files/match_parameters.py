@@ -21,7 +21,7 @@ from veneer.adapter_files.peft_mapping import means_parameter
 from veneer.adapter_files.record import PARAMETERS
 from veneer.attach import LowRankPlan, Names
 from veneer.bases import weight_of
-from veneer.errors import listing, sentence
+from veneer.errors import first_line, listing, sentence
 from veneer.formats import peft
 from veneer.layers import GENERAL_KIND, ParamRef, kind_for, parameter_path
 from veneer.lowrank import LowRank
@@ -222,7 +222,7 @@ def _disagreement(
         B = torch.cat([low.B * low.scale, -product.B * product.scale], 2)
         difference = LowRank(A, B, 1.0).norm()
     except (RuntimeError, IndexError, ValueError) as error:
-        return f"shapes that do not fit ({str(error).splitlines()[0]})"
+        return f"shapes that do not fit ({first_line(error)})"
     # another machine may round 16-bit values differently
     if difference > 1e-2 * product.norm():
         return f"another change (off by {difference:.2g})"

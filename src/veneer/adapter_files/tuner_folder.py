@@ -21,7 +21,7 @@ from veneer.adapter_files.peft_mapping import config_fields
 from veneer.attach import Names
 from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, raise_all, sentence
+from veneer.errors import AdapterError, first_line, raise_all, sentence
 from veneer.formats import peft, peft_paths, peft_tuners
 from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
 from veneer.lowrank import LowRank
@@ -199,7 +199,7 @@ def _plain_product(
         dense = product.delta(torch.float64) if product.rank > max_rank else None
     except (RuntimeError, IndexError, ValueError) as error:
         sizes = _format_shapes(parameters)
-        problem = f"{sizes} at {module_path!r} ({str(error).splitlines()[0]})"
+        problem = f"{sizes} at {module_path!r} ({first_line(error)})"
         problems.append(sentence(problem, f"a change of {tuner.type}", "get both files again"))
         return None
     if dense is None:

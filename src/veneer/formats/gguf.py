@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
+from veneer.errors import AdapterError, ConfigError, first_line, listing, raise_all, sentence
 from veneer.formats import (
     Adapter,
     BaseFacts,
@@ -329,8 +329,7 @@ def _read_file(path: Path, library: Any) -> tuple[dict[str, Any], dict[str, Tens
         tensors = {tensor.name: _to_torch(library, tensor) for tensor in file.tensors}
     except Exception as error:  # the reader has no exception class for damaged files
         raise AdapterError(
-            f"{path}, which cannot be read as GGUF"
-            f" ({str(error).splitlines()[0] if str(error) else error!r})",
+            f"{path}, which cannot be read as GGUF ({first_line(error)})",
             "a whole GGUF file",
             "get the file again",
         ) from error

@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
+from veneer.errors import AdapterError, first_line, listing, nearest, raise_all, sentence
 from veneer.formats import (
     Adapter,
     BaseFacts,
@@ -220,7 +220,7 @@ def _read_layer(
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise AdapterError(
-            f"factors at {module_name!r} that do not fit each other ({str(error).splitlines()[0]})",
+            f"factors at {module_name!r} that do not fit each other ({first_line(error)})",
             "those of one change",
             "get the whole file again",
         ) from error

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, listing, raise_all, sentence
+from veneer.errors import AdapterError, first_line, listing, raise_all, sentence
 from veneer.formats import peft, peft_fields, peft_paths, peft_tokens
 from veneer.formats.peft_fields import all_values, has_type, is_number
 from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
@@ -401,7 +401,7 @@ def read_changes(
                 sizes = ", ".join(
                     f"{name} {tuple(tensor.shape)}" for name, tensor in module_tensors.items()
                 )
-                problem = f"{sizes} at {module_path!r} ({str(error).splitlines()[0]})"
+                problem = f"{sizes} at {module_path!r} ({first_line(error)})"
                 problems.append(
                     sentence(problem, f"a change of {tuner.type}", "get both files again")
                 )

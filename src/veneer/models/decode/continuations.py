@@ -59,7 +59,10 @@ def open_forward(model: Any, length: int) -> Forward:
         )
     weight = next(model.parameters())
     autocast = torch.is_autocast_enabled(weight.device.type)
-    state = model.config._attn_implementation, weight.dtype, weight.device, autocast
+    attached = adapters_of(model)
+    invocation_tokens = () if attached is None else attached.default.invocation_tokens
+    attention = model.config._attn_implementation
+    state = attention, weight.dtype, weight.device, autocast, invocation_tokens
     tried_state, verdict = _TRIED.get(model, (None, ()))
     if tried_state != state:
         verdict = None
