@@ -12,11 +12,11 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from veneer.serve.body_rules import HARMLESS, NEUTRAL
+from veneer.serve.encoder_routes import PAIR_NAMES, RerankRequest, ScoreRequest
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.sampling_fields import GUIDED
 from veneer.serve.schemas import ChatRequest, CompletionRequest
-from veneer.serve.score import PAIR_NAMES, RerankRequest, ScoreRequest
 from veneer.serve.tokenize import DetokenizeRequest, TokenizeRequest
 
 RECORD = Path(__file__).with_name("vllm_fields.json")

@@ -279,6 +279,24 @@ def test_files_and_functions_can_be_read_at_once():
     assert all(lines <= LONG_FUNCTIONS[name] for name, lines in long.items())
 
 
+def test_only_tables_of_data_are_formatted_by_hand():
+    """`# fmt: skip` ends an assignment at the top of a module, and nothing else."""
+    wrong = []
+    for file in FILES:
+        lines = file.read_text().splitlines()
+        tables = {
+            node.end_lineno
+            for node in tree(file).body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+        }
+        wrong += [
+            f"{file}:{number}"
+            for number, line in enumerate(lines, 1)
+            if line.endswith("# fmt: skip") and number not in tables
+        ]
+    assert wrong == []
+
+
 def test_ruff_holds_the_complexity():
     config = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["ruff"][
         "lint"

@@ -384,9 +384,7 @@ def test_a_step_with_an_overflow_is_not_counted():
     handle.changes["two"].E.grad.fill_(float("nan"))
     budget.step(1)
     assert all(
-        value.isfinite().all()
-        for part in budget._averages.values()
-        for value in part.values()
+        value.isfinite().all() for part in budget._averages.values() for value in part.values()
     )
 
 

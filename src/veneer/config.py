@@ -384,9 +384,14 @@ def bad_regex(config: LoraConfig) -> list[str]:
     targets = () if callable(config.targets) else pattern_list(config.targets)
     tokens = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
     patterns = [
-        *targets, *config.exclude, *config.train_also,
-        *config.ranks, *config.alphas, *config.slices, *tokens,
-    ]  # fmt: skip
+        *targets,
+        *config.exclude,
+        *config.train_also,
+        *config.ranks,
+        *config.alphas,
+        *config.slices,
+        *tokens,
+    ]
     problems = []
     for pattern in patterns:
         try:

@@ -116,10 +116,17 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path, name: str | None = None, *, trainable: bool = False,
-    verify_base: bool = True, untie: bool | None = None, grow: bool = False,
-    revision: str | None = None, cache_dir: str | Path | None = None,
-) -> Handle:  # fmt: skip
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    verify_base: bool = True,
+    untie: bool | None = None,
+    grow: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Handle:
     """Attach the adapter at ``path`` to ``model``. The path is a folder, a remote address
     (``hf://owner/name``, ``s3://…``) or, if there is no such folder, an id on the Hugging Face hub
     (``owner/name``).
@@ -314,9 +321,14 @@ class Handle:
         from veneer.adapter_files.save_load import save
 
         return save(
-            self.model, path, name=self.name, base_name=base_name, provenance=provenance,
-            overwrite=overwrite, alone=alone,
-        )  # fmt: skip
+            self.model,
+            path,
+            name=self.name,
+            base_name=base_name,
+            provenance=provenance,
+            overwrite=overwrite,
+            alone=alone,
+        )
 
     def detach(self, *, keep_merged: bool = False) -> None:
         detach(self.model, self.name, keep_merged=keep_merged)

@@ -47,3 +47,12 @@ def equal_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of equal shape hold equal numbers. Their dtypes may differ."""
     common_dtype = torch.promote_types(a.dtype, b.dtype)
     return a is b or torch.equal(a.to(common_dtype), b.to(common_dtype))
+
+
+def multiplies_in_float32() -> bool:
+    """Whether float32 products on a CPU have float32's precision, not bfloat16's or TF32's. Before
+    torch 2.9, one setting holds for all devices."""
+    products = getattr(torch.backends.mkldnn, "matmul", None)
+    if products is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return products.fp32_precision in ("none", "ieee")

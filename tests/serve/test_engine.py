@@ -730,8 +730,7 @@ def test_the_observer_is_told(opened):
     engine.close()
     names = [one[0] for one in told]
     assert [
-        names.index(name)
-        for name in ("started", "looked_up", "tokens", "first_token", "finished")
+        names.index(name) for name in ("started", "looked_up", "tokens", "first_token", "finished")
     ] == [0, 1, 2, 3, len(names) - 1]
     assert ("looked_up", {"a": 1.0}, 3, 0) in told
     assert sum(one[2] for one in told if one[0] == "tokens") == 3

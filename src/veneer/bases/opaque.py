@@ -392,9 +392,7 @@ def weight_of(module: nn.Module, name: str) -> Any:
     if (
         name == "weight"
         and (
-            weight is None
-            or weight.dtype.itemsize == 1
-            or "quantization_scheme" in module.__dict__
+            weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
         )
         and is_opaque(module)
     ):

@@ -45,7 +45,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.switch import is_on
 from veneer.kernels.threads import map_on_threads, threads_for
 from veneer.lowrank import LowRank
-from veneer.precision import compute_device, has_float64
+from veneer.precision import compute_device, has_float64, multiplies_in_float32
 
 __all__ = ["Folded", "fold", "fold_onto"]
 
@@ -384,7 +384,7 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
         or old.device.type != "cpu"
     ):
         return None
-    if not _multiplies_in_float32():
+    if not multiplies_in_float32():
         return None
     # [g, out, r], [g, r, 1]
     B, largest_A = (low.B * low.scale).abs(), low.A.abs().amax(2, keepdim=True)
@@ -394,15 +394,6 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
     underflow = low.rank + B.sum(2, keepdim=True) + largest_A.sum(1, keepdim=True)
     rounding_error = (low.rank + 6) * UNIT_ROUNDOFF * largest_change + SMALLEST_NORMAL * underflow
     return torch.where(largest_change > 0, 1.01 * rounding_error, largest_change).float()
-
-
-def _multiplies_in_float32() -> bool:
-    """Whether float32 products on a CPU have float32's precision, not bfloat16's or TF32's. Before
-    torch 2.9, one setting holds for all devices."""
-    products = getattr(torch.backends.mkldnn, "matmul", None)
-    if products is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return products.fp32_precision in ("none", "ieee")
 
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:

@@ -34,9 +34,14 @@ class Admission:
     loaded. ``end(state, "error", message, cause)`` ends a request."""
 
     def __init__(
-        self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any],
-        rows: int, wake: Callable[[], None], end: Callable[..., None],
-    ) -> None:  # fmt: skip
+        self,
+        bank: Any,
+        scheduler: Scheduler[RequestState],
+        lock: AbstractContextManager[Any],
+        rows: int,
+        wake: Callable[[], None],
+        end: Callable[..., None],
+    ) -> None:
         self.admitted: list[RequestState] = []  # their adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
         self._wake, self._end = wake, end

@@ -36,9 +36,12 @@ class Answers:
     """The answers to several requests, of which the engine takes all or none."""
 
     def __init__(
-        self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop,
+        self,
+        engine: Any,
+        requests: Sequence[Request],
+        loop: asyncio.AbstractEventLoop,
         charge: Callable[[int], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Submit the requests to ``engine``. Any thread may call this; the pieces of answers are
         read in ``loop``. ``charge`` is called once with the number of tokens of all prompts and
         answers, when all answers have ended or are cancelled. If submitting fails, it is not
@@ -104,10 +107,13 @@ class AnswerWriter:
     """
 
     def __init__(
-        self, body: GenerationRequest, prompts: Sequence[Sequence[int]],
-        echoed_texts: Sequence[str], shows_internal_errors: bool,
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        echoed_texts: Sequence[str],
+        shows_internal_errors: bool,
         reading: CallReading | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.body, self.is_chat = body, isinstance(body, ChatRequest)
         self.created = int(time.time())
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{body.request_id or uuid.uuid4().hex}"
@@ -275,9 +281,13 @@ class AnswerWriter:
     ) -> dict[str, Any]:
         object_type = f"chat.completion{'.chunk' * chunk}" if self.is_chat else "text_completion"
         return {
-            "id": self.id, "object": object_type, "created": self.created,
-            "model": self.body.model, "choices": choices, **fields,
-        }  # fmt: skip
+            "id": self.id,
+            "object": object_type,
+            "created": self.created,
+            "model": self.body.model,
+            "choices": choices,
+            **fields,
+        }
 
 
 def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:

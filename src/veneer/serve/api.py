@@ -1,9 +1,9 @@
 """The HTTP application: OpenAI's routes, vLLM's routes for adapters, and routes for operators.
-This file holds routes only. ``tokenize.py`` and ``score.py`` have more of vLLM's routes.
+This file holds routes only. ``encoder_routes.py`` and ``tokenize.py`` hold more of them.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
-POST /v1/completions  /v1/chat/completions  /v1/embeddings  /v1/responses
+POST /v1/completions  /v1/chat/completions  /v1/responses
      /v1/messages  /v1/messages/count_tokens (Anthropic's)
 POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 """
@@ -22,10 +22,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError, sentence
-from veneer.serve import docs_page, limits, prompts, refusal, score, tokenize
+from veneer.serve import docs_page, encoder_routes, limits, prompts, refusal, tokenize
 from veneer.serve.access import Key
 from veneer.serve.answers import AnswerWriter, failure
-from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.messages.answer import MessagesView
 from veneer.serve.messages.request import CountRequest, MessagesRequest
@@ -38,12 +37,10 @@ from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.schemas import (
     ChatRequest,
     CompletionRequest,
-    EmbeddingRequest,
     GenerationRequest,
     LoadRequest,
     UnloadRequest,
 )
-from veneer.serve.score import embedder_of, vectors_of
 from veneer.serve.service import (
     Admin,
     Asker,
@@ -52,6 +49,7 @@ from veneer.serve.service import (
     Serving,
     check_model,
     in_text_thread,
+    read_texts,
     requested_adapters,
     resolve_blend,
     unless_disconnected,
@@ -65,7 +63,7 @@ Tokens = list[tuple[int, ...]]
 operations = APIRouter(route_class=Route)
 #: routes that Veneer's own engine answers
 router = APIRouter(route_class=Route)
-CORE_ROUTERS = (operations, router, tokenize.router, score.router)
+CORE_ROUTERS = (operations, router, tokenize.router, encoder_routes.router)
 
 
 def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROUTERS) -> FastAPI:
@@ -131,9 +129,12 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
 def _model_card(service: Service, name: str | None) -> dict[str, Any]:
     """The model object of OpenAI's API for an adapter, or for the base if ``name`` is None."""
     shared_fields = {
-        "object": "model", "created": service.started, "owned_by": "veneer",
-        "max_model_len": service.length, "dtype": service.dtype,
-    }  # fmt: skip
+        "object": "model",
+        "created": service.started,
+        "owned_by": "veneer",
+        "max_model_len": service.length,
+        "dtype": service.dtype,
+    }
     if name is None:
         return {"id": service.base, **shared_fields, "root": service.source, "parent": None}
     root = service.catalogue.root(name)
@@ -235,10 +236,12 @@ async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict
 
 
 async def _answer_chat(
-    request: Request, body: ChatRequest,
+    request: Request,
+    body: ChatRequest,
     view: Callable[[AnswerWriter], Any] = lambda writer: writer,
-    call_prefix: str = "call", client_names: Mapping[str, str] | None = None,
-) -> Response:  # fmt: skip
+    call_prefix: str = "call",
+    client_names: Mapping[str, str] | None = None,
+) -> Response:
     """Answer a chat.
 
     Args:
@@ -284,9 +287,13 @@ async def _read_chat(
 
     def tokenize_chat() -> tuple[tuple[int, ...], CallReading | None]:
         prompt = prompts.chat_tokens(
-            service.tokenizer, body.messages, max_prompt_tokens, tools, body.template_arguments(),
+            service.tokenizer,
+            body.messages,
+            max_prompt_tokens,
+            tools,
+            body.template_arguments(),
             add_special_tokens=body.add_special_tokens,
-        )  # fmt: skip
+        )
         if not tools:
             return prompt, None
         schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
@@ -313,9 +320,12 @@ async def completions(
     prompt_inputs, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
     if len(prompt_inputs) * body.n > limits.ANSWERS:
         raise Refusal(
-            400, f"{len(prompt_inputs)} prompts with n = {body.n}",
-            f"at most {limits.ANSWERS} answers", "send several requests", param="n",
-        )  # fmt: skip
+            400,
+            f"{len(prompt_inputs)} prompts with n = {body.n}",
+            f"at most {limits.ANSWERS} answers",
+            "send several requests",
+            param="n",
+        )
     uncut_prompts = await read_texts(
         service,
         prompt_inputs,
@@ -346,35 +356,6 @@ async def completions(
     return await _generate_response(request, body, blend, tokens, max_tokens, writer, writer)
 
 
-async def read_texts(
-    service: Service,
-    texts: Sequence[Any],
-    param: str,
-    max_prompt_tokens: int,
-    add_special_tokens: bool = True,
-) -> Tokens:
-    """Tokenise texts of at most ``max_prompt_tokens`` tokens each. The tokenizer takes a group of
-    texts at a time, so that other requests are not held up. ``param``: the body's field that has
-    the texts, for errors."""
-    tokens: Tokens = []
-
-    def tokenize_text(text: Any) -> tuple[int, ...]:
-        return prompts.prompt_tokens(
-            service.tokenizer,
-            text,
-            service.vocabulary,
-            max_prompt_tokens,
-            param,
-            add_special_tokens=add_special_tokens,
-        )
-
-    for group in prompts.group_texts(texts):
-        tokens += await in_text_thread(
-            service, sum(map(len, group)), lambda texts=group: list(map(tokenize_text, texts))
-        )
-    return tokens
-
-
 async def _authorized_blend(
     service: Service, key: Key, body: GenerationRequest
 ) -> dict[str, float]:
@@ -383,12 +364,14 @@ async def _authorized_blend(
     blend = await resolve_blend(service, key, body.model, body.adapters)
     if service.engine is None:
         raise Refusal(
-            400, "an encoder", "a causal language model",
-            "use /v1/embeddings, or serve another base", param="model", code="not_generative",
-        )  # fmt: skip
-    prompts.check_grammar(
-        body.schema_of_answer(), body.grammar_of_answer(), body.schema_param()
-    )
+            400,
+            "an encoder",
+            "a causal language model",
+            "use /v1/embeddings, or serve another base",
+            param="model",
+            code="not_generative",
+        )
+    prompts.check_grammar(body.schema_of_answer(), body.grammar_of_answer(), body.schema_param())
     return blend
 
 
@@ -408,9 +391,12 @@ async def _generate_response(
     _check_prompt_logprobs(body, tokens)
     if body.min_tokens > max_tokens:
         raise Refusal(
-            400, f"min_tokens {body.min_tokens}", f"at most {max_tokens}, which there may be",
-            "ask for fewer", param="min_tokens",
-        )  # fmt: skip
+            400,
+            f"min_tokens {body.min_tokens}",
+            f"at most {max_tokens}, which there may be",
+            "ask for fewer",
+            param="min_tokens",
+        )
     bad_words: list[tuple[int, ...]] = []
     if body.bad_words:
         char_count = sum(map(len, body.bad_words))
@@ -463,36 +449,9 @@ def _check_prompt_logprobs(body: GenerationRequest, tokens: Tokens) -> None:
     logprob_count = (1 + alternative_count) * body.n * sum(map(len, tokens))
     if logprob_count > limits.PROMPT_LOGPROBS:
         raise Refusal(
-            400, f"{logprob_count:,} log-probabilities of prompts",
-            f"at most {limits.PROMPT_LOGPROBS:,}", "send fewer prompts at once",
+            400,
+            f"{logprob_count:,} log-probabilities of prompts",
+            f"at most {limits.PROMPT_LOGPROBS:,}",
+            "send fewer prompts at once",
             param="echo" if body.prompt_logprobs is None else "prompt_logprobs",
-        )  # fmt: skip
-
-
-@router.post("/v1/embeddings")
-async def embeddings(
-    body: EmbeddingRequest, request: Request, service: Serving, key: Asker
-) -> Response:
-    """Embed texts, if the base is an encoder."""
-    blend = await requested_adapters(service, key, body.model, body.adapters)
-    embedder = embedder_of(service)
-    if body.dimensions not in (None, embedder.width):
-        raise Refusal(
-            400, f"dimensions {body.dimensions}", f"{embedder.width}, the model's own",
-            "leave it out", param="dimensions",
-        )  # fmt: skip
-    tokens = await read_texts(service, body.input, "input", service.length)
-    longest_input = max(map(len, tokens))
-    if longest_input > service.length:
-        raise Refusal(
-            400, f"an input of {longest_input} tokens", f"at most {service.length}", "shorten it",
-            param="input", code="context_length_exceeded",
-        )  # fmt: skip
-    vectors = await vectors_of(request, service, key, tokens, blend)
-    encode = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
-    data = [
-        {"object": "embedding", "index": i, "embedding": encode(vector)}
-        for i, vector in enumerate(vectors)
-    ]
-    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, tokens)))
-    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+        )

@@ -79,10 +79,19 @@ class Embedder:
     """
 
     def __init__(
-        self, model: Any, bank: Any, observer: Any, *, pad_id: int = 0, pooling: str = "mean",
-        normal: bool = True, rows: int = 32, tokens: int = 8192, queue: int = 1024,
+        self,
+        model: Any,
+        bank: Any,
+        observer: Any,
+        *,
+        pad_id: int = 0,
+        pooling: str = "mean",
+        normal: bool = True,
+        rows: int = 32,
+        tokens: int = 8192,
+        queue: int = 1024,
         label_count: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.bank, self.pad_id = model, bank, pad_id
         self.pooling, self.normal = pooling, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer

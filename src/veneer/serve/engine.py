@@ -21,14 +21,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.errors import sentence
+from veneer.errors import listing, sentence
 from veneer.models.decode.forward import Forward, context, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
@@ -36,8 +36,8 @@ from veneer.serve.grammars import Schemas
 from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
 from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
-from veneer.serve.prompt_scores import scored_per_call
-from veneer.serve.request_state import Deliver, RequestState
+from veneer.serve.prompt_scores import scored_per_call, take_scores
+from veneer.serve.request_state import Deliver, RequestState, last_tokens_of
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import NOT_FINITE, SampledToken, Sampler, sample
 from veneer.serve.scheduler import Scheduler
@@ -84,11 +84,21 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048,
-        prefill: int = 512, queue: int = 256, observer: Any = None,
-        turn: AbstractContextManager[Any] | None = None, *, cache_memory: int | None = None,
-        prefix_cache: bool = True, gap: float | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: Any = None,
+        rows: int = 16,
+        length: int = 2048,
+        prefill: int = 512,
+        queue: int = 256,
+        observer: Any = None,
+        turn: AbstractContextManager[Any] | None = None,
+        *,
+        cache_memory: int | None = None,
+        prefix_cache: bool = True,
+        gap: float | None = None,
+    ) -> None:
         most = context(model.config)
         self.length, self.rows = min(length, most or length), rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
@@ -271,12 +281,11 @@ class Engine:
             with self._turn:
                 self.step()
         except Exception as error:
-            log.exception("a step of the engine failed; what ran is ended")
             computing = {*self._batch.filling, *self._batch.running, *self._called}
             self._batch = self._new_batch()
             for state in computing:
                 state.row = None
-                self._end(state, "error", f"{type(error).__name__}: {error}")
+            self._end_failed(computing, error, "a step of the engine failed")
 
     def _all(self) -> list[RequestState]:
         with self._wake:
@@ -296,8 +305,7 @@ class Engine:
                 if not self._batch.add(state):
                     return
             except Exception as error:
-                log.exception("request %s: no row could be made", state.request.id)
-                self._end(state, "error", f"{type(error).__name__}: {error}")
+                self._end_failed([state], error, "no row could be made")
                 continue
             self._admission.remove(state)
             if state.prompt_logits is not None and state.length == len(state.ids):
@@ -333,8 +341,11 @@ class Engine:
         for state, sampled in zip(states, sampled_tokens, strict=True):
             self._accept(state, sampled)
 
-    def _end_failed(self, states: list[RequestState], error: Exception) -> None:
-        log.error("a call for %d requests failed", len(states), exc_info=error)
+    def _end_failed(
+        self, states: Collection[RequestState], error: Exception, event: str = "a call failed"
+    ) -> None:
+        ids = listing(state.request.id for state in states) or "none"
+        log.error("%s; requests that end: %s", event, ids, exc_info=error)
         for state in states:
             self._end(state, "error", f"{type(error).__name__}: {error}")
 
@@ -350,16 +361,10 @@ class Engine:
         pieces: list[Any] = [
             (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
         ]
-        rows: list[Any] = [state.row for state in running]
+        last_tokens, slots = last_tokens_of(running), self._batch.memory.slots
         try:
             with self._select_adapters(leases):
-                logits = self._forward.together(
-                    self._batch.memory.slots,
-                    rows,
-                    [state.ids[-1] for state in running],
-                    [state.length for state in running],
-                    pieces,
-                )
+                logits = self._forward.together(slots, *last_tokens, pieces)
             finite = torch.isfinite(logits[len(running) :].amax(-1)).tolist()
         except Exception:
             log.warning("a call for rows and prompts failed; each is computed alone", exc_info=True)
@@ -388,12 +393,7 @@ class Engine:
         logits = self._forward.fill(slots, rows, pieces, starts, **options)
         finite = torch.isfinite(logits.amax(-1))
         if scores:
-            by_row = [row[: len(piece)] for row, piece in zip(logits, pieces, strict=True)]
-            for score, start, row in zip(scores, starts, by_row, strict=True):
-                score.take(start, row)
-            logits = torch.stack([row[-1] for row in by_row])
-            rows_finite = zip(finite, pieces, strict=True)
-            finite = torch.stack([row[: len(piece)].all() for row, piece in rows_finite])
+            logits, finite = take_scores(scores, starts, list(map(len, pieces)), logits, finite)
         is_finite = finite.tolist()
         complete = self._batch.note_filled(states, is_finite)
         for number, state in enumerate(states if scores else ()):
@@ -415,9 +415,7 @@ class Engine:
             self._admission.put_back(state)
 
     def _decode(self, states: list[RequestState]) -> Computed:
-        rows: list[Any] = [state.row for state in states]
-        tokens, lengths = [state.ids[-1] for state in states], [state.length for state in states]
-        logits = self._forward.decode(self._batch.memory.slots, rows, tokens, lengths)
+        logits = self._forward.decode(self._batch.memory.slots, *last_tokens_of(states))
         for state in states:
             state.length += 1
         return states, logits
@@ -439,8 +437,7 @@ class Engine:
         except RequestError as error:  # a schema that exceeds the limits of its matcher
             self._end(state, "error", str(error), cause_of(error))
         except Exception as error:
-            log.exception("request %s: a token could not be taken", state.request.id)
-            self._end(state, "error", f"{type(error).__name__}: {error}")
+            self._end_failed([state], error, "a token could not be taken")
         else:
             if finish is not None:
                 self._end(state, finish)

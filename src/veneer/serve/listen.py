@@ -103,13 +103,24 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: Any, drain: Callable[[float], Any], grace: float,
-        started: Callable[[], None] = lambda: None, reload: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        app: Any,
+        drain: Callable[[float], Any],
+        grace: float,
+        started: Callable[[], None] = lambda: None,
+        reload: Callable[[], None] | None = None,
+    ) -> None:
         config: Any = uvicorn.Config(
-            app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_keep_alive=30,
-        )  # fmt: skip
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+        )
         config.timeout_graceful_shutdown = CLOSE_SECONDS  # declared as a whole number of seconds
         super().__init__(config)
         self._reload = reload

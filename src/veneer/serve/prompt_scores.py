@@ -30,6 +30,31 @@ def scored_per_call(max_tokens: int, vocabulary: int) -> int:
     return max(MIN_TOKENS, min(max_tokens, LOGIT_BYTES // (4 * vocabulary)))
 
 
+def take_scores(
+    scores: Sequence[PromptScore],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    logits: Tensor,
+    finite: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add the logits of a call to scores.
+
+    Args:
+        starts, lengths: index of the first token, and the number of tokens, of each score.
+        logits: [scores, tokens, vocabulary], padded to the longest.
+        finite: [scores, tokens], whether the logits of a token are finite.
+
+    Returns:
+        (the logits of the last token of each score [scores, vocabulary], whether all logits of a
+        score are finite [scores]).
+    """
+    for score, start, length, row in zip(scores, starts, lengths, logits, strict=True):
+        score.take(start, row[:length])
+    last_logits = [row[length - 1] for row, length in zip(logits, lengths, strict=True)]
+    all_finite = [row[:length].all() for row, length in zip(finite, lengths, strict=True)]
+    return torch.stack(last_logits), torch.stack(all_finite)
+
+
 @dataclass(eq=False)
 class PromptScore:
     """A prompt's tokens with their log-probabilities, as far as these are computed.

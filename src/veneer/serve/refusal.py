@@ -104,9 +104,12 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         name, content = "event: error\n", self.messages_body()
         if path.startswith(RESPONSES_PATH):
             content = {
-                "type": "error", "code": "server_error", "message": str(self),
-                "param": self.param, "sequence_number": number,
-            }  # fmt: skip
+                "type": "error",
+                "code": "server_error",
+                "message": str(self),
+                "param": self.param,
+                "sequence_number": number,
+            }
         elif not path.startswith(MESSAGES_PATH):
             name, content = "", self.body()
         return f"{name}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,3 +171,12 @@ class RequestState:
                 self.request.id,
             )
             self.cancelled = True
+
+
+def last_tokens_of(states: Sequence[RequestState]) -> tuple[list[Any], list[int], list[int]]:
+    """(rows, last tokens, numbers of computed tokens) of running requests, for a decode call."""
+    return (
+        [state.row for state in states],
+        [state.ids[-1] for state in states],
+        [state.length for state in states],
+    )

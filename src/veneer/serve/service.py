@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.sampling_defaults import SamplingDefaults
-from veneer.serve import limits, refusal
+from veneer.serve import limits, prompts, refusal
 from veneer.serve.access import Key, Keyring, KeyWatch
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
@@ -320,6 +320,35 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
     running = asyncio.get_running_loop().run_in_executor(service.text_executor, run, work)
     running.add_done_callback(release)
     return running
+
+
+async def read_texts(
+    service: Service,
+    texts: Sequence[Any],
+    param: str,
+    max_prompt_tokens: int,
+    add_special_tokens: bool = True,
+) -> list[tuple[int, ...]]:
+    """Tokenise texts of at most ``max_prompt_tokens`` tokens each. The tokenizer takes a group of
+    texts at a time, so that other requests are not held up. ``param``: the body's field that has
+    the texts, for errors."""
+    tokens: list[tuple[int, ...]] = []
+
+    def tokenize_text(text: Any) -> tuple[int, ...]:
+        return prompts.prompt_tokens(
+            service.tokenizer,
+            text,
+            service.vocabulary,
+            max_prompt_tokens,
+            param,
+            add_special_tokens=add_special_tokens,
+        )
+
+    for group in prompts.group_texts(texts):
+        tokens += await in_text_thread(
+            service, sum(map(len, group)), lambda texts=group: list(map(tokenize_text, texts))
+        )
+    return tokens
 
 
 async def await_or_undo(work: asyncio.Future[T], undo: Callable[[T], object]) -> T:

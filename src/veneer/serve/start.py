@@ -93,13 +93,25 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
-        base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank,
-        catalogue=catalogue, keys=keys, metrics=metrics, length=length,
-        vocabulary=int(model.config.get_text_config().vocab_size), engine=engine, embedder=embedder,
-        sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
-        cors=settings.cors, docs=settings.docs, tracer=tracer,
+        base=settings.name,
+        source=settings.base,
+        tokenizer=tokenizer,
+        bank=bank,
+        catalogue=catalogue,
+        keys=keys,
+        metrics=metrics,
+        length=length,
+        vocabulary=int(model.config.get_text_config().vocab_size),
+        engine=engine,
+        embedder=embedder,
+        sampling=sampling,
+        timeout=settings.timeout,
+        dtype=str(model.dtype).removeprefix("torch."),
+        cors=settings.cors,
+        docs=settings.docs,
+        tracer=tracer,
         tool_call_parser=settings.tool_call_parser,
-    )  # fmt: skip
+    )
     if plugin is not None:
         try:
             service.extensions.append(plugin.extend(service, model))
@@ -125,9 +137,13 @@ def _check_adapters_exist(settings: Settings) -> None:
 
 def _load_causal(settings: Settings) -> Any:
     return models.load_base(
-        settings.base, precision=settings.precision, quantize=settings.quantize,
-        device=settings.device, device_map=settings.device_map, attention=settings.attention,
-    )  # fmt: skip
+        settings.base,
+        precision=settings.precision,
+        quantize=settings.quantize,
+        device=settings.device,
+        device_map=settings.device_map,
+        attention=settings.attention,
+    )
 
 
 def _make_embedder(encoder: Any, bank: Bank, rows: int, queue: int, metrics: Metrics) -> Embedder:

@@ -87,9 +87,15 @@ class VllmAdapters:
     """
 
     def __init__(
-        self, post: Post, base: str, folder: Path, rank: int, budget: int | None = None, *,
+        self,
+        post: Post,
+        base: str,
+        folder: Path,
+        rank: int,
+        budget: int | None = None,
+        *,
         verify_base: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._post, self._base, self._folder, self._rank = post, base, folder, rank
         self._budget, self._proofs = budget, BaseProofs() if verify_base else None
         self.on_event: Callable[[str, str, float], None] = lambda kind, name, seconds: None

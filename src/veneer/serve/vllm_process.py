@@ -53,9 +53,15 @@ class VllmProcess:
     """
 
     def __init__(
-        self, command_line: Sequence[str], address: Path, rows: int, queue: int, timeout: float,
-        on_exit: Callable[[int], None], folder: TemporaryDirectory[str],
-    ) -> None:  # fmt: skip
+        self,
+        command_line: Sequence[str],
+        address: Path,
+        rows: int,
+        queue: int,
+        timeout: float,
+        on_exit: Callable[[int], None],
+        folder: TemporaryDirectory[str],
+    ) -> None:
         self._command_line, self._socket = command_line, address
         self._on_exit, self._timeout = on_exit, timeout
         self.gate, self._folder, self.secret = Gate(rows, queue), folder, secrets.token_hex(16)

@@ -38,6 +38,13 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
+#: fields that a flag gives as a text with commas
+LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
+               "layers", "reward")  # fmt: skip
+
+#: settings that earlier versions lacked, and what these versions did, where that is not the default
+IMPLIED_SETTINGS = {"group_by_length": True}
+
 # Fields that the adapter's files define if `adapter` names an adapter to train further.
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
@@ -301,10 +308,7 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{repeated!r} twice; expected one column for each part")
         return {field: column for field, _, column in pairs}
 
-    @field_validator(
-        "targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers", "layers",
-        "reward", mode="before",
-    )  # fmt: skip
+    @field_validator(*LIST_FIELDS, mode="before")
     @classmethod
     def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
         """Split a comma-separated text, which is how a flag gives a list. A single value becomes a

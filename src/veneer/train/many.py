@@ -253,9 +253,7 @@ def _causal_forward(
     computed by a loss that needs less memory."""
     if len(batches) == 1 and not mean_loss_names.isdisjoint(batches):
         ((name, batch),) = batches.items()
-        return {
-            name: causal_loss(model, {**_keyword_inputs(name, batch), "labels": batch.target})
-        }
+        return {name: causal_loss(model, {**_keyword_inputs(name, batch), "labels": batch.target})}
     return {name: rows.losses for name, rows in _label_losses(model, batches).items()}
 
 

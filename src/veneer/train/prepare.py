@@ -164,9 +164,9 @@ def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
 
 def _prompt_of_row(row: dict[str, Any]) -> Any:
     """The prompt or chat of a row. For a row with only a text, its first five words."""
-    for field in ("messages", "prompt"):
-        if field in row:
-            return row[field]
+    for column in ("messages", "prompt"):
+        if column in row:
+            return row[column]
     text = row.get("chosen", row.get("text"))
     return " ".join(text.split(maxsplit=5)[:5]) if isinstance(text, str) else text
 

@@ -445,8 +445,7 @@ def _finish_run(
     loss_change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
     say(
         console,
-        f"Done     {result.steps:,} steps in {format_duration(result.seconds)}:"
-        f" {loss_change}",
+        f"Done     {result.steps:,} steps in {format_duration(result.seconds)}: {loss_change}",
     )
     say(console, f"Adapter  {result.adapter}")
     return replace(

@@ -810,7 +810,9 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch
         monkeypatch.undo()
         path = run.save("kept")
         monkeypatch.setattr(store, "change_checkpoint", lambda *_, **__: nowhere())
-        path = path.replace("tinker://", "/training_runs/").replace("/weights/", "/checkpoints/weights/")
+        path = path.replace("tinker://", "/training_runs/").replace(
+            "/weights/", "/checkpoints/weights/"
+        )
         for method, ending, body in (
             ("POST", "publish", None),
             ("DELETE", "publish", None),

@@ -357,9 +357,15 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     ``own`` are found."""
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        *args: Any, scaling: float | None = None, **further: Any,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        scaling: float | None = None,
+        **further: Any,
+    ) -> tuple[Tensor, Any]:
         if getattr(NOW, "call", None) is not None:
             _note_window("attention", further.get("sliding_window"))
             return attend(query, scaling, further), None

@@ -101,9 +101,15 @@ class MessagesView:
 
     def _empty_message(self) -> dict[str, Any]:
         return {
-            "id": self._id, "type": "message", "role": "assistant", "model": self._model,
-            "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
-        }  # fmt: skip
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(),
+        }
 
     def _end_fields(self, piece: Piece) -> dict[str, Any]:
         """The fields of an ended answer: why it ended, by its last piece, and its usage."""

@@ -168,11 +168,13 @@ class Conversation(Strict, ABC):
         elif chat_choice == "any":
             chat_choice = "required"
         return ChatRequest.model_construct(
-            model=self.model, adapters=self.adapters, messages=messages,
+            model=self.model,
+            adapters=self.adapters,
+            messages=messages,
             tools=[Tool.model_construct(type="function", function=tool) for tool in self.tools],
             tool_choice=chat_choice,
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
-        )  # fmt: skip
+        )
 
 
 class CountRequest(Conversation):

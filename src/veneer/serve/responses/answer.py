@@ -147,18 +147,32 @@ class ResponsesView:
             text_config = {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)}
         choice = body.tool_choice or "auto"
         return {
-            "id": self._id, "object": "response", "created_at": self._created, "status": status,
-            "background": False, "error": None, "incomplete_details": None,
-            "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
-            "model": body.model, "output": self._output,
-            "parallel_tool_calls": body.parallel_tool_calls, "previous_response_id": None,
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "model": body.model,
+            "output": self._output,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
-            "store": False, "temperature": body.temperature, "text": text_config,
+            "store": False,
+            "temperature": body.temperature,
+            "text": text_config,
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump() for tool in body.tools], "top_p": body.top_p,
-            "truncation": "disabled", "usage": self._usage() if status != "in_progress" else None,
-            "user": None, "metadata": {}, **fields,
-        }  # fmt: skip
+            "tools": [tool.model_dump() for tool in body.tools],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": self._usage() if status != "in_progress" else None,
+            "user": None,
+            "metadata": {},
+            **fields,
+        }
 
     def _usage(self) -> dict[str, Any]:
         counts = self._writer.usage_counts(self._generated_tokens, {0: self._cached_tokens})

@@ -220,9 +220,17 @@ class ResponsesRequest(Strict):
         if isinstance(choice, FlatChoice):
             choice = NamedChoice.model_construct(type="function", function=choice)
         return ChatRequest.model_construct(
-            model=self.model, adapters=self.adapters, messages=messages,
+            model=self.model,
+            adapters=self.adapters,
+            messages=messages,
             tools=[Tool.model_construct(type="function", function=tool) for tool in self.tools],
-            tool_choice=choice, parallel_tool_calls=self.parallel_tool_calls,
-            response_format=answer_format, temperature=self.temperature, top_p=self.top_p,
-            top_k=self.top_k, seed=self.seed, max_tokens=self.max_output_tokens, stream=self.stream,
-        )  # fmt: skip
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=answer_format,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            max_tokens=self.max_output_tokens,
+            stream=self.stream,
+        )

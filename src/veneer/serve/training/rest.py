@@ -165,9 +165,7 @@ async def unpublish(checkpoint: OwnedCheckpoint, training: TrainingDep) -> None:
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
-async def set_ttl(
-    checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: TrainingDep
-) -> None:
+async def set_ttl(checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: TrainingDep) -> None:
     """Change when a checkpoint expires."""
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     await training.write(partial(training.store.change_checkpoint, checkpoint, expires=expires))

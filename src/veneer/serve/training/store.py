@@ -462,18 +462,13 @@ class Store:
         )
         self._index.execute(query, owner, _today(), count)
 
-    # samplers
-
     def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
         """Add a sampling session, or change the checkpoint of one; its clients stay counted."""
-        self._index.execute(
+        query = (
             "INSERT INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (id) DO UPDATE SET path = excluded.path",
-            id,
-            session,
-            owner,
-            path,
+            " ON CONFLICT (id) DO UPDATE SET path = excluded.path"
         )
+        self._index.execute(query, id, session, owner, path)
 
     def sampler(self, id: str) -> sqlite3.Row | None:
         return self._index.row("SELECT * FROM samplers WHERE id = ?", id)

@@ -1,6 +1,7 @@
-"""Score pairs of texts, and rank documents by their scores for a query, with the routes of vLLM and
-Jina.
+"""Routes of encoders and classifiers: embed texts (OpenAI's), score pairs of texts and rank
+documents by their scores for a query (vLLM's and Jina's).
 
+    POST /v1/embeddings                     input → a vector for each text
     POST /score  /v1/score                  text_1, text_2 → a score for each pair
     POST /rerank  /v1/rerank  /v2/rerank    query, documents → results, the best first
 
@@ -29,17 +30,18 @@ from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.answers import refusal_of_cause
 from veneer.serve.body_rules import Name, Strict
-from veneer.serve.embed import Embedder
+from veneer.serve.embed import Embedder, as_base64
 from veneer.serve.refusal import Refusal, value_error
 from veneer.serve.requests import cause_of
 from veneer.serve.sampling_fields import Truncation
-from veneer.serve.schemas import Blend
+from veneer.serve.schemas import Blend, EmbeddingRequest
 from veneer.serve.service import (
     Asker,
     Route,
     Service,
     Serving,
     in_text_thread,
+    read_texts,
     requested_adapters,
     unless_disconnected,
 )
@@ -120,6 +122,42 @@ class RerankRequest(PairRequest):
         return [
             document if isinstance(document, str) else document.text for document in self.documents
         ]
+
+
+@router.post("/v1/embeddings")
+async def embeddings(
+    body: EmbeddingRequest, request: Request, service: Serving, key: Asker
+) -> Response:
+    """Embed texts, if the base is an encoder."""
+    blend = await requested_adapters(service, key, body.model, body.adapters)
+    embedder = embedder_of(service)
+    if body.dimensions not in (None, embedder.width):
+        raise Refusal(
+            400,
+            f"dimensions {body.dimensions}",
+            f"{embedder.width}, the model's own",
+            "leave it out",
+            param="dimensions",
+        )
+    tokens = await read_texts(service, body.input, "input", service.length)
+    longest_input = max(map(len, tokens))
+    if longest_input > service.length:
+        raise Refusal(
+            400,
+            f"an input of {longest_input} tokens",
+            f"at most {service.length}",
+            "shorten it",
+            param="input",
+            code="context_length_exceeded",
+        )
+    vectors = await vectors_of(request, service, key, tokens, blend)
+    encode = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
+    data = [
+        {"object": "embedding", "index": i, "embedding": encode(vector)}
+        for i, vector in enumerate(vectors)
+    ]
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, tokens)))
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
 @router.post("/score")
