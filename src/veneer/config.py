@@ -352,8 +352,11 @@ def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
     ``argument``: there is no such dtype."""
     name = dtype_name(dtype)
     if name is None:
-        problem = f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}"
-        raise ConfigError(problem, f"one of {', '.join(DTYPES)}", "correct it")
+        raise ConfigError(
+            f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}",
+            f"one of {', '.join(DTYPES)}",
+            "correct it",
+        )
     return getattr(torch, name)
 
 

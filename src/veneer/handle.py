@@ -188,8 +188,11 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
         remote_address = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
     if remote_address is None:
         if revision is not None or cache is not None:
-            problem = f"a revision or a cache_dir for the path {path}"
-            raise RemoteError(problem, "a remote place, such as hf://owner/name", "leave them out")
+            raise RemoteError(
+                f"a revision or a cache_dir for the path {path}",
+                "a remote place, such as hf://owner/name",
+                "leave them out",
+            )
         return path
     from veneer.store.remote import pull
 
@@ -198,10 +201,11 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     except RemoteError as error:
         if remote_address == path:
             raise
-        problem = f"no folder {path}, and no adapter {remote_address} ({error.problem})"
-        do = "check the path or the id; for a private repository log in with `hf auth login`"
-        expected = "an adapter folder, or an adapter's id on the Hugging Face hub"
-        raise AdapterError(problem, expected, do) from error
+        raise AdapterError(
+            f"no folder {path}, and no adapter {remote_address} ({error.problem})",
+            "an adapter folder, or an adapter's id on the Hugging Face hub",
+            "check the path or the id; for a private repository log in with `hf auth login`",
+        ) from error
 
 
 @dataclass(frozen=True, repr=False)

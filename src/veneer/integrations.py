@@ -149,9 +149,10 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
 
     def on_fit_start(self: Any, trainer: Any, pl_module: Any) -> None:
         if not _has_adapter(_submodule(pl_module, module)):
-            do = "give lightning_callback() a config, resume from a checkpoint, or attach"
             raise ConfigError(
-                "a model without an adapter as training begins", "one with an adapter", do
+                "a model without an adapter as training begins",
+                "one with an adapter",
+                "give lightning_callback() a config, resume from a checkpoint, or attach",
             )
         if (states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
             _set_random_states(states)  # before the data loader of the next epoch draws its seed
@@ -177,9 +178,10 @@ def _submodule(pl_module: Any, path: str) -> nn.Module:
         return unwrap(pl_module.get_submodule(path))
     except AttributeError:
         child_names = ", ".join(name for name, _ in pl_module.named_children())
-        problem = f"no module {path!r} in {type(pl_module).__name__}"
         raise ConfigError(
-            problem, f"the path of the model (there is {child_names})", "say module=…"
+            f"no module {path!r} in {type(pl_module).__name__}",
+            f"the path of the model (there is {child_names})",
+            "say module=…",
         ) from None
 
 
@@ -210,9 +212,10 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         models = {path: model for path, model in adapted_models().items() if _has_adapter(model)}
         if any(is_spread(model.modules()) for model in models.values()):
-            problem = "weights that are spread over processes, in a checkpoint of Lightning"
             raise ConfigError(
-                problem, "whole ones", "leave lightning_callback out; save with handle.save"
+                "weights that are spread over processes, in a checkpoint of Lightning",
+                "whole ones",
+                "leave lightning_callback out; save with handle.save",
             )
         if models:
             for key in shared_entries(models.values()):

@@ -159,9 +159,11 @@ def common_base_record(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None
         if recorded_hash_kind(base_record) != XXH3
     ]
     if 0 < len(sha_paths) < len(base_records):
-        problem = f"SHA-256 fingerprints in {listing(map(str, sha_paths))}, and XXH3 in the others"
-        do = "load and save those of an earlier Veneer again, on their base"
-        raise AdapterError(problem, "fingerprints of one kind, which can be compared", do)
+        raise AdapterError(
+            f"SHA-256 fingerprints in {listing(map(str, sha_paths))}, and XXH3 in the others",
+            "fingerprints of one kind, which can be compared",
+            "load and save those of an earlier Veneer again, on their base",
+        )
     fingerprints_by_name: dict[str, str] = {}
     for source, base_record in zip(sources, base_records, strict=True):
         fingerprints = recorded_fingerprints(base_record)
@@ -171,11 +173,12 @@ def common_base_record(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None
             if fingerprints_by_name.get(name, digest) != digest
         ]
         if conflicting_names:
-            problem = (
+            raise BaseMismatchError(
                 f"{sources[0].path} and {source.path}, made for different bases"
-                f" ({listing(conflicting_names, 3)})"
+                f" ({listing(conflicting_names, 3)})",
+                "adapters of one base",
+                "leave one of them out",
             )
-            raise BaseMismatchError(problem, "adapters of one base", "leave one of them out")
         fingerprints_by_name |= fingerprints
     weights = {
         weight_path: digest
@@ -211,12 +214,11 @@ def _recorded_changes(
                 continue
             earlier_change = changes.get(weight_path, change)
             if earlier_change.get("module_only", False) != change.get("module_only", False):
-                problem = (
-                    f"a change of {weight_path!r} that some of them, as PEFT does, make to the"
-                    " output of its module alone"
-                )
                 raise AdapterError(
-                    problem, "changes of one kind", "leave those out, or compose the others"
+                    f"a change of {weight_path!r} that some of them, as PEFT does, make to the"
+                    " output of its module alone",
+                    "changes of one kind",
+                    "leave those out, or compose the others",
                 )
             shared_fields = {
                 key: change[key]

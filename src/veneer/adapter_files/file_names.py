@@ -36,10 +36,10 @@ def must_hold_no_model(folder: Path, base: str | None) -> None:
     if not weight_files or not (folder / "config.json").exists():
         return
     if base is None or Path(base).resolve() != folder.resolve():
-        problem = f"{folder}, which holds a whole model ({listing(weight_files, 3)})"
-        expected = "a folder without one: from_pretrained would take it for the adapter's base"
         raise OutputExistsError(
-            problem, expected, "choose another folder, or remove the model from it"
+            f"{folder}, which holds a whole model ({listing(weight_files, 3)})",
+            "a folder without one: from_pretrained would take it for the adapter's base",
+            "choose another folder, or remove the model from it",
         )
 
 

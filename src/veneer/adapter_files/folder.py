@@ -99,11 +99,8 @@ class AdapterFiles:
                 f"{len(token_rows.ids)} of {module_path!r}"
                 for module_path, token_rows in self.tokens.items()
             )
-            problem = (
-                f"{self.path} with trained tokens ({rows}), for which {operation} has no place"
-            )
             raise AdapterError(
-                problem,
+                f"{self.path} with trained tokens ({rows}), for which {operation} has no place",
                 "changes of whole weights",
                 "merge it (`veneer merge`), and take the merged model",
             )
@@ -446,21 +443,20 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     exist otherwise."""
     if PARAMETERS not in record["hashes"]:
         if (path / PARAMETERS).exists():
-            problem = f"{path / PARAMETERS}, of which the record says nothing"
             raise AdapterError(
-                problem, "files that belong together", "remove it, or get another copy"
+                f"{path / PARAMETERS}, of which the record says nothing",
+                "files that belong together",
+                "remove it, or get another copy",
             )
         return {}
     if not (path / PARAMETERS).is_file():
-        problem = (
+        raise AdapterError(
             f"no {PARAMETERS} in {path}, which holds the numbers of variant"
-            f" {record['config'].get('variant')!r}"
-        )
-        do = (
+            f" {record['config'].get('variant')!r}",
+            "the folder as it was saved",
             f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain"
-            " LoRA that it is"
+            " LoRA that it is",
         )
-        raise AdapterError(problem, "the folder as it was saved", do)
     return read_tensors(path / PARAMETERS)[0]
 
 

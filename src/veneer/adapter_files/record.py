@@ -102,9 +102,11 @@ def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] 
     """The record in the header of the tensor file; None if another library wrote the file."""
     if "veneer" not in metadata:
         if (path / RECORD).exists():
-            problem = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
-            do = f"remove {RECORD} if another library rewrote the tensors"
-            raise AdapterError(problem, "files that belong together", do)
+            raise AdapterError(
+                f"{RECORD} beside a {peft.TENSORS} without Veneer's record",
+                "files that belong together",
+                f"remove {RECORD} if another library rewrote the tensors",
+            )
         return None
     try:
         record = parse(metadata["veneer"])
@@ -112,8 +114,11 @@ def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] 
             raise ValueError("it holds no hashes")
         return record
     except ValueError as error:
-        problem = f"a damaged record in {path / peft.TENSORS} ({error})"
-        raise AdapterError(problem, "Veneer's record", "get it again") from error
+        raise AdapterError(
+            f"a damaged record in {path / peft.TENSORS} ({error})",
+            "Veneer's record",
+            "get it again",
+        ) from error
 
 
 def compare_hashes(

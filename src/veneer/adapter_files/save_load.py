@@ -318,12 +318,11 @@ def _proof(
     lost_ids = without_backup(model, adapter_name) if fingerprints is None else frozenset()
     lost_paths = [path for path, (weight, _) in weights.items() if id(weight) in lost_ids]
     if lost_paths:
-        problem = (
-            f"{listing(lost_paths)}, merged with keep=False, of which nobody knows what the base"
-            " was"
-        )
         raise AdapterError(
-            problem, "the base's weights, for its fingerprint", "save it before that merge"
+            f"{listing(lost_paths)}, merged with keep=False, of which nobody knows what the base"
+            " was",
+            "the base's weights, for its fingerprint",
+            "save it before that merge",
         )
     changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
     excluded_ids = replaced_ids.union(

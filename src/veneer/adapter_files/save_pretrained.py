@@ -76,12 +76,12 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         _save_model(module, options)
     elif adapters_of(module) is not attached:
         adapter_names = ", ".join(attached.configs)
-        problem = (
+        raise SelectionError(
             f"{SAVE} of a {base_class(module).__name__} within the model that {adapter_names}"
-            " belongs to"
+            " belongs to",
+            "one folder for all of an adapter",
+            f"call {SAVE} (or veneer.save) of the model that the adapter was attached to",
         )
-        do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
-        raise SelectionError(problem, "one folder for all of an adapter", do)
     else:
         _save_adapter(module, options)
 
@@ -129,9 +129,11 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     ]
     if unsupported_options:
         values = [f"{option}={options[option]!r}" for option in unsupported_options]
-        problem = f"{', '.join(values)} for a model with an unmerged adapter"
-        do = "leave it out, or merge the adapter to save the whole model"
-        raise AdapterError(problem, "what an adapter folder can follow", do)
+        raise AdapterError(
+            f"{', '.join(values)} for a model with an unmerged adapter",
+            "what an adapter folder can follow",
+            "leave it out, or merge the adapter to save the whole model",
+        )
     state = _passed_state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
@@ -250,14 +252,12 @@ def _save_from_state(
     missing_keys = [key for key in model_tensors if marker in f".{key}" and key not in state]
     unknown_keys = [key for key in state if key not in model_state]
     if missing_keys or unknown_keys:
-        problem = (
+        raise AdapterError(
             f"a state_dict without {listing(missing_keys, 3)}"
             if missing_keys
-            else f"a state_dict with {listing(unknown_keys, 3)}"
-        )
-        do = "leave state_dict out, or pass model.state_dict()"
-        raise AdapterError(
-            problem, f"the tensors of adapter {name!r} under their names in the model", do
+            else f"a state_dict with {listing(unknown_keys, 3)}",
+            f"the tensors of adapter {name!r} under their names in the model",
+            "leave state_dict out, or pass model.state_dict()",
         )
     if all(
         key not in state or _is_same_tensor(state[key], value)

@@ -50,11 +50,12 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
         return None
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
-        problem = (
+        raise AdapterError(
             f"a tied weight that {path} changes under one name alone, while {attached.merged!r} is"
-            " merged into it"
+            " merged into it",
+            "an unmerged model",
+            "call veneer.unmerge(model) first",
         )
-        raise AdapterError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     untied = untie(names, refs)
     if required is None and untied.names:
         warnings.warn(_describe_untied(path, untied), TieBroken, stacklevel=4)

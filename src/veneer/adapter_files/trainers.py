@@ -177,20 +177,16 @@ def _refuse_unused_adapter(trainer: Any) -> bool:
     """
     model, reference_model = trainer.model, getattr(trainer, "ref_model", None)
     if isinstance(reference_model, Reference) and getattr(trainer.args, "sync_ref_model", False):
-        problem = "sync_ref_model=True with a reference model that is the policy's own base"
         raise ConfigError(
-            problem,
+            "sync_ref_model=True with a reference model that is the policy's own base",
             "one that stays",
             "leave sync_ref_model out, or pass a whole model as ref_model",
         )
     if not _has_adapter(model):
         return False
     if getattr(trainer.args, "use_vllm", False):
-        problem = (
-            "use_vllm=True for a policy with an adapter, of which TRL would send vLLM the base"
-        )
         raise ConfigError(
-            problem,
+            "use_vllm=True for a policy with an adapter, of which TRL would send vLLM the base",
             "texts drawn from the policy",
             "leave use_vllm out: the model draws them itself",
         )
@@ -200,14 +196,10 @@ def _refuse_unused_adapter(trainer: Any) -> bool:
         layer_state = None if output_layer is None else state_of(output_layer)
         layer_adapter = None if layer_state is None else layer_state.get(selected_name(model))
         if layer_adapter is not None and (layer_adapter.changes or layer_adapter.full._parameters):
-            problem = (
-                f"an adapter of the output layer for TRL's {type(trainer).__name__}, which"
-                " multiplies by its weight"
-            )
-            expected = "one that the forward reaches: it would neither be used nor trained"
             raise TargetError(
-                problem,
-                expected,
+                f"an adapter of the output layer for TRL's {type(trainer).__name__}, which"
+                " multiplies by its weight",
+                "one that the forward reaches: it would neither be used nor trained",
                 "leave the output layer (and what is tied to it) out of the targets",
             )
     return False

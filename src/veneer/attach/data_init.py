@@ -143,9 +143,10 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The ``loss`` of the model's output."""
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
-        problem = "a model whose output has no .loss for these batches"
         raise ConfigError(
-            problem, "batches with labels, or loss=", "pass loss=lambda model, batch: …"
+            "a model whose output has no .loss for these batches",
+            "batches with labels, or loss=",
+            "pass loss=lambda model, batch: …",
         )
     return loss
 

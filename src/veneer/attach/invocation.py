@@ -84,9 +84,11 @@ def _repeat(starts: Sequence[int | None], row_count: int, source: str) -> list[i
     starts come, has become several rows of the call."""
     repeats, remainder = divmod(row_count, len(starts))
     if remainder or not repeats:
-        problem = f"a call of {row_count} rows behind {source} of {len(starts)}"
-        do = "repeat its rows, or start anew"
-        raise SelectionError(problem, "the rows in which invocation tokens were searched", do)
+        raise SelectionError(
+            f"a call of {row_count} rows behind {source} of {len(starts)}",
+            "the rows in which invocation tokens were searched",
+            "repeat its rows, or start anew",
+        )
     return [start for start in starts for _ in range(repeats)]
 
 
@@ -291,10 +293,11 @@ def _require_ids(module: nn.Module, rows_by_adapter: Sequence[AdapterRows], ids:
         return ids
     names = ", ".join(repr(active.name) for active, _ in rows_by_adapter)
     shape = f"input_ids {list(ids.shape)}" if isinstance(ids, Tensor) else "no input_ids"
-    problem = f"a call of {base_class(module).__name__} with {shape}, of adapter {names}"
-    expected = "input_ids [rows, tokens], in which its invocation tokens are found"
-    do = "pass input_ids instead of inputs_embeds, or select the base or another adapter"
-    raise SelectionError(problem, expected, do)
+    raise SelectionError(
+        f"a call of {base_class(module).__name__} with {shape}, of adapter {names}",
+        "input_ids [rows, tokens], in which its invocation tokens are found",
+        "pass input_ids instead of inputs_embeds, or select the base or another adapter",
+    )
 
 
 def _refuse_packed(
@@ -316,8 +319,11 @@ def _refuse_packed(
     if positions_restart or any(arguments.get(name) is not None for name in _PACKING_NAMES):
         problem = f"a call of {base_class(module).__name__} with several sequences in one row"
         name = rows_by_adapter[0][0].name
-        expected = f"one sequence a row, for the invocation tokens of {name!r}"
-        raise SelectionError(problem, expected, "do not pack the rows")
+        raise SelectionError(
+            problem,
+            f"one sequence a row, for the invocation tokens of {name!r}",
+            "do not pack the rows",
+        )
 
 
 def _refuse_other_rows(rows_by_adapter: Sequence[AdapterRows], row_count: int) -> None:
@@ -326,11 +332,12 @@ def _refuse_other_rows(rows_by_adapter: Sequence[AdapterRows], row_count: int) -
         (max(indices) + 1 for _, indices in rows_by_adapter if indices is not None), default=0
     )
     if selected_count > row_count:
-        problem = (
+        raise SelectionError(
             f"input_ids of {row_count} rows in a block of `veneer.use` for at least"
-            f" {selected_count}"
+            f" {selected_count}",
+            "one name or None for each row",
+            "select for these rows",
         )
-        raise SelectionError(problem, "one name or None for each row", "select for these rows")
 
 
 def _head_columns(logits_to_keep: Any, width: int) -> slice | Tensor | None:

@@ -85,8 +85,11 @@ class Reference(nn.Module):
     def _require_unmerged(self) -> None:
         model_adapters = need_adapters(self._root, self._adapter, walk=False)
         if model_adapters.merged is not None:
-            problem = f"{model_adapters.merged!r} merged into the weights of a reference model"
-            raise MergeError(problem, "an unmerged model", "call veneer.unmerge first")
+            raise MergeError(
+                f"{model_adapters.merged!r} merged into the weights of a reference model",
+                "an unmerged model",
+                "call veneer.unmerge first",
+            )
 
     @contextmanager
     def selected(self) -> Iterator[None]:

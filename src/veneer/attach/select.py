@@ -65,8 +65,11 @@ class use:
         self, model: nn.Module, name: Choice | Sequence[Choice], *, path: str | None = None
     ) -> None:
         if path not in (None, cost_model.FACTORED, cost_model.MATERIALISED):
-            do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
-            raise SelectionError(f"path={path!r}", "a way to compute an adapted layer", do)
+            raise SelectionError(
+                f"path={path!r}",
+                "a way to compute an adapted layer",
+                f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None",
+            )
         self._context_fields: dict[str, Any] = {} if path is None else {"path": path}
         model_adapters = need_adapters(model, walk=False)
         self._uid = model_adapters.uid
@@ -82,8 +85,11 @@ class use:
             ]
             self._selected = by_rows(unwrap(model), model_adapters, row_adapters)
         else:
-            expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
-            raise SelectionError(f"{name!r} to use", expected, "choose one of these")
+            raise SelectionError(
+                f"{name!r} to use",
+                "a name, None, a blend {name: weight}, or a list of these, one for each row",
+                "choose one of these",
+            )
         self._was_entered = False
 
     def __enter__(self) -> None:
@@ -147,12 +153,18 @@ def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
     if not isinstance(choice, Mapping):
         return need_adapters(model, choice, walk=False).selections[choice]
     if not choice:
-        do = 'name adapters and their weights, as {"a": 0.7, "b": 0.3}, or None for the base alone'
-        raise SelectionError("a blend of nothing, {}", "at least one adapter", do)
+        raise SelectionError(
+            "a blend of nothing, {}",
+            "at least one adapter",
+            'name adapters and their weights, as {"a": 0.7, "b": 0.3}, or None for the base alone',
+        )
     require_finite_weights(choice)
     if None in choice:
-        expected = "names alone: what is missing to 1 is the base's anyway"
-        raise SelectionError("the weight of None in a blend", expected, "leave it out")
+        raise SelectionError(
+            "the weight of None in a blend",
+            "names alone: what is missing to 1 is the base's anyway",
+            "leave it out",
+        )
     weighted_adapters = [(active_adapter(model, name), weight) for name, weight in choice.items()]
     weighted_adapters = [(active, weight) for active, weight in weighted_adapters if weight]
     return blend_adapters(weighted_adapters) if weighted_adapters else BASE

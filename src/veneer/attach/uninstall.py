@@ -83,11 +83,12 @@ def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_me
             (lower for lower in merged_names[index + 1 :] if lower not in names), None
         )
         if not keep_merged:
-            do = (
+            raise MergeError(
+                f"{name!r} is merged into the weights",
+                "an unmerged model",
                 "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
-                " merged weights"
+                " merged weights",
             )
-            raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
         if remaining_below is not None:
             raise MergeError(
                 f"{name!r} merged on top of {remaining_below!r}, which stays",

@@ -119,8 +119,9 @@ def require_live_lease(bank: Any, lease: Any) -> Lease:
         or lease._bank is not bank
         or len(lease._entries) != len(lease.uses)
     ):
-        problem = "a lease that was released, or of another bank"
-        raise SelectionError(problem, "a live one", "acquire one")
+        raise SelectionError(
+            "a lease that was released, or of another bank", "a live one", "acquire one"
+        )
     return lease
 
 

@@ -165,8 +165,11 @@ def load_resident(
     """
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
-        problem = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
-        raise SelectionError(problem, "an unmerged model", "call veneer.unmerge(model) first")
+        raise SelectionError(
+            f"{attached.merged!r} merged into the weights, while an adapter is loaded",
+            "an unmerged model",
+            "call veneer.unmerge(model) first",
+        )
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.adapter_files.config, load_plan.plans.low
     # ``cache`` holds the tuple ``low`` itself, so its id is unique

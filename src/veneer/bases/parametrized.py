@@ -43,8 +43,11 @@ class Merged(ParametrizationList):
         return self.merged
 
     def right_inverse(self, value: Tensor) -> None:
-        problem = "an assignment to a parametrized weight while an adapter is merged into it"
-        raise MergeError(problem, "no write to a merged weight", "call veneer.unmerge(model) first")
+        raise MergeError(
+            "an assignment to a parametrized weight while an adapter is merged into it",
+            "no write to a merged weight",
+            "call veneer.unmerge(model) first",
+        )
 
 
 class Symmetric(nn.Module):

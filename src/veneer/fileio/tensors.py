@@ -41,8 +41,11 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ]
     if unsupported_tensors:
         names = listing(unsupported_tensors, 3)
-        problem = f"{file} cannot be read ({names}: types of numbers that torch lacks)"
-        raise AdapterError(problem, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
+        raise AdapterError(
+            f"{file} cannot be read ({names}: types of numbers that torch lacks)",
+            f"one of {', '.join(DTYPES)}",
+            "convert them to bfloat16",
+        )
     with file.open("rb") as stream:
         for name, entry in throttle(header.tensors.items()):
             raw_bytes = read_bytes(

@@ -259,8 +259,11 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         .clone()
     )
     if dtype is not None and tensor.isfinite().all() and not converted.isfinite().all():
-        problem = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
-        raise AdapterError(problem, "finite numbers", "choose fp32")
+        raise AdapterError(
+            f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold",
+            "finite numbers",
+            "choose fp32",
+        )
     return converted
 
 
@@ -275,8 +278,11 @@ def exact_scalar(value: float) -> Tensor:
 def scalar_value(tensor: Tensor, key: str) -> float:
     """The value of a tensor with a single real number. ``AdapterError`` for any other tensor."""
     if tensor.numel() != 1 or tensor.is_complex():
-        problem = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
-        raise AdapterError(problem, "one number", "get the file again")
+        raise AdapterError(
+            f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}",
+            "one number",
+            "get the file again",
+        )
     return float(tensor.item())
 
 
@@ -285,13 +291,17 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if narrow_keys := [key for key, tensor in floating.items() if tensor.dtype not in FLOAT_DTYPES]:
         dtype = tensors[narrow_keys[0]].dtype
-        problem = f"numbers stored as {dtype} in {listing(narrow_keys, 3)} of {path}"
         raise AdapterError(
-            problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16"
+            f"numbers stored as {dtype} in {listing(narrow_keys, 3)} of {path}",
+            "float64, float32, bfloat16 or float16",
+            "convert them to bfloat16",
         )
     if nonfinite_keys := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
-        problem = f"numbers that are not finite in {listing(nonfinite_keys, 3)} of {path}"
-        raise AdapterError(problem, "finite ones", "get another copy")
+        raise AdapterError(
+            f"numbers that are not finite in {listing(nonfinite_keys, 3)} of {path}",
+            "finite ones",
+            "get another copy",
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

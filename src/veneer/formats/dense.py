@@ -43,8 +43,11 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         if not _has_valid_types(full_names, base_record, version):
             raise TypeError("fields of other types")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"a damaged header {HEADER} in {path} ({error!r})"
-        raise AdapterError(problem, "what the file is", "get the file again") from error
+        raise AdapterError(
+            f"a damaged header {HEADER} in {path} ({error!r})",
+            "what the file is",
+            "get the file again",
+        ) from error
     if version != FORMAT:
         raise AdapterError(f"format {version} in {path}", f"{FORMAT}", "install a newer Veneer")
     metadata = {"header": {HEADER: header[HEADER]}, "base": base_record}

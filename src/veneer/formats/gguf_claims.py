@@ -45,8 +45,11 @@ def check(path: Path, max_count: int = MAX_COUNT) -> None:
             _check_header(data, max_count)
     except (ValueError, struct.error) as error:  # also raised for an empty file
         reason = "it ends within its header" if isinstance(error, struct.error) else str(error)
-        problem = f"{path}, which cannot be read as GGUF ({reason})"
-        raise AdapterError(problem, "a whole GGUF file", "get the file again") from error
+        raise AdapterError(
+            f"{path}, which cannot be read as GGUF ({reason})",
+            "a whole GGUF file",
+            "get the file again",
+        ) from error
 
 
 def _check_header(data: mmap.mmap, max_count: int) -> None:

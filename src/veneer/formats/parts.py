@@ -101,9 +101,10 @@ def locate_modules(
         }
     if component is None:
         unclear_weight = next(weight for weight, name in component_by_weight.items() if not name)
-        problem = f"{unclear_weight!r}, which does not say which model of a pipeline it belongs to"
         raise AdapterError(
-            problem, f"a part for a {format_name} file", f"give part: one of {', '.join(PARTS)}"
+            f"{unclear_weight!r}, which does not say which model of a pipeline it belongs to",
+            f"a part for a {format_name} file",
+            f"give part: one of {', '.join(PARTS)}",
         )
     if any(component_by_weight.values()):
         prefixed_weight = next(weight for weight, name in component_by_weight.items() if name)
@@ -157,8 +158,11 @@ def choose_components(
         return {name: f"{name}." for name in layer_counts}, ()
     if component is None:
         counts_text = ", ".join(f"{name} ({count} layers)" for name, count in layer_counts.items())
-        do = "choose one with part, or give a module that holds them as children of these names"
-        raise AdapterError(f"several models in one file: {counts_text}", "those of the base", do)
+        raise AdapterError(
+            f"several models in one file: {counts_text}",
+            "those of the base",
+            "choose one with part, or give a module that holds them as children of these names",
+        )
     left_out = [
         f"{count} layers of {name}: another part was asked for"
         for name, count in layer_counts.items()

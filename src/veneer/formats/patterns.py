@@ -86,9 +86,10 @@ class Expressions:
         )
         if self._seconds_left <= PER_PATH:  # too little time to match another path
             self._seconds_left = PER_PATH
-            problem = "an expression that takes longer than any that people use"
             raise TooSlowError(
-                problem, "a plain regular expression", "name the modules by the ends of their paths"
+                "an expression that takes longer than any that people use",
+                "a plain regular expression",
+                "name the modules by the ends of their paths",
             )
         return match is not None
 

@@ -123,9 +123,10 @@ class PeftLayer:
                 else self.B.reshape(groups, -1, rank)
             )
         except RuntimeError as error:
-            problem = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.target_path!r}"
             raise AdapterError(
-                problem, f"a product of rank {self.rank}", "get the file again"
+                f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.target_path!r}",
+                f"a product of rank {self.rank}",
+                "get the file again",
             ) from error
         return LowRank(A, B, self.scale)
 

@@ -77,8 +77,11 @@ def read_fields(config: Any) -> dict[str, Any]:
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
             "peft_type": getattr(config, "peft_type")  # noqa: B009 (not every dataclass has it)
         }
-    expected = f"PEFT's LoraConfig, its fields as a mapping, or the path of an {peft.CONFIG}"
-    raise ConfigError(f"a {type(config).__name__} for a config of PEFT", expected, "pass one")
+    raise ConfigError(
+        f"a {type(config).__name__} for a config of PEFT",
+        f"PEFT's LoraConfig, its fields as a mapping, or the path of an {peft.CONFIG}",
+        "pass one",
+    )
 
 
 def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -195,9 +195,10 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
     ]
     modes = modes if isinstance(modes, list) else [modes]
     if unknown_types or len(modes) != 1 or modes[0] not in ("mean", "cls", "max"):
-        problem = f"modules {sorted(path_of_type)} with pooling {modes} in {folder}"
         raise ConfigError(
-            problem, "a transformer, one pooling of mean, cls or max, and Normalize", "use another"
+            f"modules {sorted(path_of_type)} with pooling {modes} in {folder}",
+            "a transformer, one pooling of mean, cls or max, and Normalize",
+            "use another",
         )
     max_length = read(folder / "sentence_bert_config.json").get("max_seq_length")
     return modes[0], "Normalize" in path_of_type, max_length

@@ -158,9 +158,10 @@ def load_head(
     are those of ``load_base``."""
     name, has_device_map = str(source), device_map is not None
     if has_device_map and device is not None:
-        problem = f"device={device!r} and device_map={device_map!r}"
         raise ConfigError(
-            problem, "one of them", "leave out one: a device map places all of the model"
+            f"device={device!r} and device_map={device_map!r}",
+            "one of them",
+            "leave out one: a device map places all of the model",
         )
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         _require_device("device_map", device_map, DEVICE_MAPS)
@@ -301,9 +302,10 @@ def _require_attention(attention: str) -> None:
     attention_names = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     is_hub_kernel = "/" in attention  # owner/name
     if attention not in attention_names and not is_hub_kernel:
-        problem = f"attention {attention!r}{nearest(attention, attention_names)}"
         raise ConfigError(
-            problem, f"one of {listing(attention_names, 8)}, or a kernel of the hub", "choose one"
+            f"attention {attention!r}{nearest(attention, attention_names)}",
+            f"one of {listing(attention_names, 8)}, or a kernel of the hub",
+            "choose one",
         )
 
 
@@ -411,9 +413,11 @@ def tokenizer_at(location: str, name: str) -> Any:
         except Exception as error:
             if not Path(location).is_dir() or needs_remote_code(error):
                 raise
-            problem = f"no usable tokenizer in {name} ({first_line(error)})"
-            do = "save the tokenizer into the same folder"
-            raise ConfigError(problem, "tokenizer.json beside the weights", do) from error
+            raise ConfigError(
+                f"no usable tokenizer in {name} ({first_line(error)})",
+                "tokenizer.json beside the weights",
+                "save the tokenizer into the same folder",
+            ) from error
 
 
 def save_plain(

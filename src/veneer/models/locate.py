@@ -70,9 +70,11 @@ def find_base(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            problem = f"the base {name} is a file ending in {path.suffix or 'nothing'!r}"
-            expected = "a model folder, a .gguf file or a hub id"
-            raise ConfigError(problem, expected, "name the folder that holds config.json")
+            raise ConfigError(
+                f"the base {name} is a file ending in {path.suffix or 'nothing'!r}",
+                "a model folder, a .gguf file or a hub id",
+                "name the folder that holds config.json",
+            )
         return str(convert_gguf(path))
     if path.is_dir():
         return str(_resolve_folder(path, name))
@@ -83,8 +85,11 @@ def find_base(name: str) -> str:
             names = [entry.name for entry in path.parent.iterdir()]
             similar_names = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
             hint = f" (near it there is {', '.join(similar_names)})" if similar_names else ""
-        expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
-        raise ConfigError(f"no base model at {name}{hint}", expected, "check the path")
+        raise ConfigError(
+            f"no base model at {name}{hint}",
+            "a folder with config.json, a .gguf file, or a hub id such as owner/name",
+            "check the path",
+        )
     _log_once("Asking the hub for %s …", name)
     return name
 
@@ -109,8 +114,11 @@ def _resolve_folder(path: Path, name: str) -> Path:
         return convert_gguf(gguf_files[0])
     if gguf_files:
         names = ", ".join(file.name for file in gguf_files[:5])
-        problem = f"{len(gguf_files)} GGUF files in {name} ({names})"
-        raise ConfigError(problem, "one", f"name the file, for example {gguf_files[0]}")
+        raise ConfigError(
+            f"{len(gguf_files)} GGUF files in {name} ({names})",
+            "one",
+            f"name the file, for example {gguf_files[0]}",
+        )
     if (path / "adapter_config.json").is_file():
         problem, expected = (
             f"{name} is an adapter, not a base model",

@@ -143,17 +143,21 @@ def _config_of_fields(fields: Mapping[str, Any]) -> Any:
 
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
-        problem = f"a configuration with model_type {model_type!r}"
         raise ConfigError(
-            problem, "a type that transformers knows", "correct it, or upgrade transformers"
+            f"a configuration with model_type {model_type!r}",
+            "a type that transformers knows",
+            "correct it, or upgrade transformers",
         )
     try:
         return transformers.AutoConfig.for_model(
             model_type, **{name: fields[name] for name in fields if name != "model_type"}
         )
     except Exception as error:  # config classes raise many kinds of exceptions for invalid fields
-        problem = f"a configuration that is none of a {model_type} ({first_line(error)})"
-        raise ConfigError(problem, "what a config.json of one holds", "correct it") from error
+        raise ConfigError(
+            f"a configuration that is none of a {model_type} ({first_line(error)})",
+            "what a config.json of one holds",
+            "correct it",
+        ) from error
 
 
 def _config_from_path(source: str) -> Any:
@@ -163,9 +167,10 @@ def _config_from_path(source: str) -> Any:
     try:
         fields = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"no configuration in {source} ({first_line(error)})"
         raise ConfigError(
-            problem, "a config.json of transformers", "check the path and the file"
+            f"no configuration in {source} ({first_line(error)})",
+            "a config.json of transformers",
+            "check the path and the file",
         ) from error
     if not isinstance(fields, dict):
         raise ConfigError(

@@ -54,9 +54,10 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
         raise ConfigError(f"quantize={kind!r}", "nf4, fp4 or int8", "choose one, or leave it out")
     missing_packages = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing_packages:
-        problem = f"a base to be quantised to {kind}, and no {' nor '.join(missing_packages)}"
         raise ConfigError(
-            problem, "bitsandbytes, which keeps it so", f"pip install {' '.join(missing_packages)}"
+            f"a base to be quantised to {kind}, and no {' nor '.join(missing_packages)}",
+            "bitsandbytes, which keeps it so",
+            f"pip install {' '.join(missing_packages)}",
         )
     from transformers import BitsAndBytesConfig
 

@@ -116,8 +116,11 @@ class Checkpoint:
         with (self.folder / self.file_of[name]).open("rb") as stream:
             raw_bytes = tensors.read_bytes(stream, start, size)
         if raw_bytes is None:
-            problem = f"{self.file_of[name]}, which ended within {name!r}"
-            raise CheckpointError(problem, "the file as it was", "let nobody write to it meanwhile")
+            raise CheckpointError(
+                f"{self.file_of[name]}, which ended within {name!r}",
+                "the file as it was",
+                "let nobody write to it meanwhile",
+            )
         return raw_bytes.view(self.dtype(name)).reshape(shape)
 
 
@@ -150,8 +153,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     refuse(location_problems(folder, file_names))
     missing = [name for name in file_names if not (folder / name).is_file()]
     if missing:
-        problem = f"no {listing(missing)} in {folder}"
-        raise CheckpointError(problem, "the files that the index names", "get the whole model")
+        raise CheckpointError(
+            f"no {listing(missing)} in {folder}",
+            "the files that the index names",
+            "get the whole model",
+        )
     files = {name: _call_reader(read_header, folder / name) for name in file_names}
     refuse(list(_problems(files, index)))
     file_of_tensor = {
@@ -187,8 +193,11 @@ def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
     names = sorted(set(weight_map.values()))
     invalid_names = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
     if invalid_names:
-        problem = f"{listing(map(repr, invalid_names))} in {path}"
-        raise CheckpointError(problem, f"names of {ENDING} files beside it", "get the file again")
+        raise CheckpointError(
+            f"{listing(map(repr, invalid_names))} in {path}",
+            f"names of {ENDING} files beside it",
+            "get the file again",
+        )
     return names
 
 

@@ -90,8 +90,12 @@ class ScoreRequest(PairRequest):
     def _check_counts(self) -> Self:
         first_count, second_count = len(self.texts(self.text_1)), len(self.texts(self.text_2))
         if first_count not in (1, second_count):
-            problem = f"{first_count} texts in text_1 and {second_count} in text_2"
-            raise value_error(problem, "one, or as many", "send as many as in text_2", "text_1")
+            raise value_error(
+                f"{first_count} texts in text_1 and {second_count} in text_2",
+                "one, or as many",
+                "send as many as in text_2",
+                "text_1",
+            )
         return self
 
     @staticmethod

@@ -71,13 +71,12 @@ def _check_stops(value: Any) -> Any:
     is_short_list = isinstance(value, list) and len(value) <= limits.STOPS
     is_text_list = is_short_list and all(isinstance(stop, str) for stop in value)
     if not (isinstance(value, str) or is_text_list):
-        problem = (
+        raise value_error(
             f"{len(value):,} items in stop"
             if isinstance(value, list) and not is_short_list
-            else f"{describe_value(value)} in stop"
-        )
-        raise value_error(
-            problem, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others"
+            else f"{describe_value(value)} in stop",
+            f"a text, or a list of at most {limits.STOPS} texts",
+            "send fewer, or others",
         )
     return value
 

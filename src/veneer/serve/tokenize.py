@@ -53,8 +53,12 @@ class TokenizeRequest(Strict, TemplateFields):
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            problem = "both prompt and messages" if self.messages else "neither prompt nor messages"
-            raise value_error(problem, "one of them", "send one", "prompt")
+            raise value_error(
+                "both prompt and messages" if self.messages else "neither prompt nor messages",
+                "one of them",
+                "send one",
+                "prompt",
+            )
         if self.messages is None:
             for name in self.model_fields_set & CHAT_FIELDS:
                 if getattr(self, name):

@@ -65,8 +65,11 @@ class FolderSource:
         path = resolve_within(self.folder, name)
         # a path outside of the folder is treated as absent
         if path is None or not is_adapter(path):
-            problem = f"no adapter at {name[:200]!r} in the adapter folder"
-            raise LibraryError(problem, f"a folder with {peft.CONFIG}", "check the path")
+            raise LibraryError(
+                f"no adapter at {name[:200]!r} in the adapter folder",
+                f"a folder with {peft.CONFIG}",
+                "check the path",
+            )
         return self.locate(path)
 
     def locate(self, path: Path) -> Location:
@@ -134,8 +137,9 @@ def open_source(address: str | Path) -> FolderSource | LibrarySource | RemoteSou
         return RemoteSource(str(address))
     folder = Path(address).expanduser().resolve()
     if not folder.is_dir():
-        problem = f"no adapter folder {folder}"
-        raise ConfigError(problem, "a folder of adapters", "make it, or check")
+        raise ConfigError(
+            f"no adapter folder {folder}", "a folder of adapters", "make it, or check"
+        )
     if (folder / INDEX).exists():
         return LibrarySource(Library(folder))
     return FolderSource(folder)

@@ -217,8 +217,11 @@ class Library:
             entry = self._entry_of(entries, name)
             if absent := [tag for tag in remove if tag not in entry.tags]:
                 absent_tags = listing(map(repr, absent))
-                problem = f"no tag {absent_tags} at {name!r}, which has {listing(entry.tags)}"
-                raise LibraryError(problem, "tags that it has", "check the spelling")
+                raise LibraryError(
+                    f"no tag {absent_tags} at {name!r}, which has {listing(entry.tags)}",
+                    "tags that it has",
+                    "check the spelling",
+                )
             remaining = tuple(
                 tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove
             )
@@ -322,8 +325,11 @@ class Library:
         with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
             copy_files(path, folder)
             if not has_content(folder, object_hash):
-                problem = f"files in {path} that changed while they were copied"
-                raise AdapterError(problem, "files at rest", "add it again when they are written")
+                raise AdapterError(
+                    f"files in {path} that changed while they were copied",
+                    "files at rest",
+                    "add it again when they are written",
+                )
 
     def _restart_grace_period(self, object_hash: str) -> None:
         """Restart the grace period of an object, before one of its names is removed."""
@@ -399,9 +405,11 @@ class Library:
 
     def _entry_of(self, entries: dict[str, Entry], name: str) -> Entry:
         if name not in entries:
-            problem = f"no adapter {name!r} in {self.folder}{nearest(name, entries)}"
-            expected = f"one of {listing(sorted(entries))}" if entries else "one that was added"
-            raise LibraryError(problem, expected, "check the name, or add it")
+            raise LibraryError(
+                f"no adapter {name!r} in {self.folder}{nearest(name, entries)}",
+                f"one of {listing(sorted(entries))}" if entries else "one that was added",
+                "check the name, or add it",
+            )
         return entries[name]
 
     def _rebuild_command(self) -> str:
@@ -475,8 +483,11 @@ def default_folder() -> Path:
     data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     setting = os.environ.get("VENEER_LIBRARY")
     if setting and is_remote(setting):
-        problem = f"VENEER_LIBRARY is {setting}, a remote library, which only vLLM's plug-in reads"
-        raise LibraryError(problem, "a folder", "unset it here, or name a folder with --library")
+        raise LibraryError(
+            f"VENEER_LIBRARY is {setting}, a remote library, which only vLLM's plug-in reads",
+            "a folder",
+            "unset it here, or name a folder with --library",
+        )
     return Path(setting or Path(data_home) / "veneer" / "adapters").expanduser()
 
 

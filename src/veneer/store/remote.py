@@ -183,8 +183,11 @@ def _import_package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        problem = f"no package {name}, which remote places need"
-        raise RemoteError(problem, "it installed", "pip install 'veneer[remote]'") from error
+        raise RemoteError(
+            f"no package {name}, which remote places need",
+            "it installed",
+            "pip install 'veneer[remote]'",
+        ) from error
 
 
 def ensure_cached(
@@ -362,8 +365,11 @@ def file_system(remote: RemoteAddress) -> tuple[Any, str]:
             f"install it ({_summarise(error)})",
         ) from error
     except ValueError as error:
-        expected = "hf://, file://, s3:// or another scheme of fsspec"
-        raise RemoteError(f"the place {remote.url!r} ({error})", expected, "check it") from error
+        raise RemoteError(
+            f"the place {remote.url!r} ({error})",
+            "hf://, file://, s3:// or another scheme of fsspec",
+            "check it",
+        ) from error
     system.invalidate_cache()  # other clients write there too
     return system, root.rstrip("/")
 
@@ -403,8 +409,11 @@ def _pull_store(source: RemoteAddress, cache_folder: Path) -> Path:
         if files_hash is None and system.exists(f"{root}/{LATEST}"):
             files_hash = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
             if not _HASH.fullmatch(files_hash):
-                problem = f"{source.url}/{LATEST}, which holds {files_hash[:80]!r}"
-                raise RemoteError(problem, "the hash of an adapter", "push one, or name a revision")
+                raise RemoteError(
+                    f"{source.url}/{LATEST}, which holds {files_hash[:80]!r}",
+                    "the hash of an adapter",
+                    "push one, or name a revision",
+                )
     remote_folder = root if files_hash is None else f"{root}/{files_hash}"
 
     def fetch(folder: Path) -> None:

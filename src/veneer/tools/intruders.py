@@ -113,9 +113,10 @@ def find_intruders(
         BaseMismatchError: the adapter was trained on other weights.
     """
     if type(count) is not int or count < 0 or not 0 < threshold <= 1:
-        problem = f"{count!r} singular vectors and a threshold of {threshold!r}"
         raise ConfigError(
-            problem, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
+            f"{count!r} singular vectors and a threshold of {threshold!r}",
+            "a whole number, and a cosine in (0, 1]",
+            f"use {COUNT} and {THRESHOLD}",
         )
     products = applied_products(saved_adapter)
     for aligned_weight in align([saved_adapter], base_weights.parameter_order):

@@ -74,9 +74,10 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
     if (walk or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
         raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in model_adapters.configs):
-        problem = f"no adapter named {name!r}{nearest(str(name), model_adapters.configs)}"
         raise SelectionError(
-            problem, f"one of {', '.join(model_adapters.configs)}", "use a name that is attached"
+            f"no adapter named {name!r}{nearest(str(name), model_adapters.configs)}",
+            f"one of {', '.join(model_adapters.configs)}",
+            "use a name that is attached",
         )
     return model_adapters
 
@@ -121,8 +122,11 @@ def only_name(model: nn.Module, name: str | None) -> str:
         )
     if name is None and len(model_adapters.configs) > 1:
         names = ", ".join(model_adapters.configs)
-        problem = f"{len(model_adapters.configs)} adapters ({names}) and no name"
-        raise SelectionError(problem, "a name", "pass the name of one adapter")
+        raise SelectionError(
+            f"{len(model_adapters.configs)} adapters ({names}) and no name",
+            "a name",
+            "pass the name of one adapter",
+        )
     return name if name is not None else next(iter(model_adapters.configs))
 
 
@@ -141,9 +145,10 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
     if active is None:
         return only_name(model, None)
     if active.name is None:
-        problem = "a selection of the base, or of an adapter for each row"
         raise SelectionError(
-            problem, "one adapter", f"call {method} inside `with veneer.use(model, name):`"
+            "a selection of the base, or of an adapter for each row",
+            "one adapter",
+            f"call {method} inside `with veneer.use(model, name):`",
         )
     return only_name(model, active.name)
 

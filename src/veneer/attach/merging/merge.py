@@ -98,9 +98,11 @@ def merge(
     name = only_name(model, name)
     model_adapters = need_adapters(model, name)
     if tokens := model_adapters.configs[name].invocation_tokens:
-        problem = f"a merge of {name!r}, which acts from its invocation tokens {list(tokens)} on"
-        do = "use it as an adapter; `veneer serve` takes it as it is"
-        raise MergeError(problem, "an adapter that acts on every token", do)
+        raise MergeError(
+            f"a merge of {name!r}, which acts from its invocation tokens {list(tokens)} on",
+            "an adapter that acts on every token",
+            "use it as an adapter; `veneer serve` takes it as it is",
+        )
     if name in model_adapters.merge_order or not model_adapters.can_merge(name):
         require_attached_base(model_adapters, name, "a merge of")
     require_unsharded(model, "a merge")

@@ -49,15 +49,21 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
         relation = (
             "which lies on top of it" if name in model_adapters.merge_order else "and not that"
         )
-        problem = f"unmerge of {name!r} while {last_name!r} is merged, {relation}"
-        raise MergeError(problem, "the last one merged", f"unmerge {last_name!r} first")
+        raise MergeError(
+            f"unmerge of {name!r} while {last_name!r} is merged, {relation}",
+            "the last one merged",
+            f"unmerge {last_name!r} first",
+        )
     require_unsharded(model, "an unmerge")
     weights = list(stored_weights(model, last_name))
     backed_up_weights = list(filter(has_backup, weights))
     # after an interrupted merge, weights without a backup still have their old bits
     if len(backed_up_weights) < len(weights) and not model_adapters.is_merging:
-        problem = f"{last_name!r}, merged with keep=False"
-        raise MergeError(problem, "the weights from before the merge", "load the base again")
+        raise MergeError(
+            f"{last_name!r}, merged with keep=False",
+            "the weights from before the merge",
+            "load the base again",
+        )
     restore(_require_unedited(backed_up_weights))
     # from here on the backups are no longer needed, even if this call is interrupted
     model_adapters.set_merge_order(model_adapters.merge_order[:-1])

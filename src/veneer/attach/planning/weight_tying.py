@@ -114,9 +114,10 @@ def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
         for (ref, _), weight in zip(untied_refs, weights, strict=True)
         if type(weight) is not nn.Parameter
     ]:
-        problem = f"{parameter_path(*packed_refs[0])!r}, a tied weight that is stored packed"
         raise AdapterError(
-            problem, "a plain weight to untie", "untie the base before it is quantised"
+            f"{parameter_path(*packed_refs[0])!r}, a tied weight that is stored packed",
+            "a plain weight to untie",
+            "untie the base before it is quantised",
         )
     for ((path, name), _), weight in zip(untied_refs, weights, strict=True):
         copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

@@ -51,8 +51,9 @@ def require_finite_weights(weights: Mapping[Any, Any]) -> None:
         except OverflowError:  # an integer too large for a float
             is_finite = False
         if not is_finite:
-            problem = f"weight {weight!r} of {name!r}"
-            raise SelectionError(problem, "a finite number", "correct the weight")
+            raise SelectionError(
+                f"weight {weight!r} of {name!r}", "a finite number", "correct the weight"
+            )
 
 
 def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
@@ -62,9 +63,11 @@ def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> 
     if invoked_names := [
         str(active.name) for active, _ in weighted_adapters if active.invocation_tokens
     ]:
-        problem = f"a blend with {', '.join(map(repr, invoked_names))}, which has invocation tokens"
-        do = "use it alone, or for some rows of the batch"
-        raise SelectionError(problem, "adapters that act on every token", do)
+        raise SelectionError(
+            f"a blend with {', '.join(map(repr, invoked_names))}, which has invocation tokens",
+            "adapters that act on every token",
+            "use it alone, or for some rows of the batch",
+        )
     base_name = common_base_adapter([active for active, _ in weighted_adapters])
     return ActiveAdapter(
         " + ".join(f"{weight!r} {active.name}" for active, weight in weighted_adapters),

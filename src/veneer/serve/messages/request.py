@@ -148,8 +148,12 @@ class Conversation(Strict, ABC):
     @model_validator(mode="after")
     def _check_conversation(self) -> Self:
         if self.messages[-1].role == "assistant":
-            problem = "a last message of the assistant, whose text the answer would go on with"
-            raise value_error(problem, "a message of the user", "put it last", "messages")
+            raise value_error(
+                "a last message of the assistant, whose text the answer would go on with",
+                "a message of the user",
+                "put it last",
+                "messages",
+            )
         chat = self.chat()
         check_tools(chat.tools, chat.tool_choice, False, "messages")
         return self

@@ -162,8 +162,12 @@ class ResponsesRequest(Strict):
     def _refuse_storage(cls, data: Any) -> Any:
         for name in STORAGE_FIELDS if isinstance(data, dict) else ():
             if data.get(name) is not None:
-                problem = f"{name}, and a server that keeps no conversation"
-                raise value_error(problem, "the whole conversation in input", "send it there", name)
+                raise value_error(
+                    f"{name}, and a server that keeps no conversation",
+                    "the whole conversation in input",
+                    "send it there",
+                    name,
+                )
         return data
 
     @model_validator(mode="after")

@@ -39,8 +39,11 @@ TEMPLATE_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
 def check_parser(name: str | None) -> None:
     """Check the option --tool-call-parser. ``ConfigError``: no parser has this name."""
     if name is not None and name not in PARSERS:
-        problem = f"--tool-call-parser {name!r}{nearest(name, PARSERS)}"
-        raise ConfigError(problem, f"one of {listing(PARSERS, 20)}", "check the spelling")
+        raise ConfigError(
+            f"--tool-call-parser {name!r}{nearest(name, PARSERS)}",
+            f"one of {listing(PARSERS, 20)}",
+            "check the spelling",
+        )
 
 
 def detect_parser(template: Any) -> str | None:

@@ -122,8 +122,11 @@ def complete_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, float
     defaults = LOSSES[loss].settings
     for name, value in settings.items():
         if name not in defaults:
-            expected = listing(defaults) if defaults else "no settings"
-            raise DataError(f"the setting {name[:80]!r} of {loss}", expected, "leave it out")
+            raise DataError(
+                f"the setting {name[:80]!r} of {loss}",
+                listing(defaults) if defaults else "no settings",
+                "leave it out",
+            )
         if isinstance(value, str) or not math.isfinite(value):
             raise DataError(f"{name} {str(value)[:40]} of {loss}", "a finite number", "change it")
     complete = {**defaults, **settings}

@@ -239,12 +239,12 @@ def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
         return []
     for source in sources:
         if peft.not_for_peft(source.peft_config) is not None:
-            problem = (
+            raise AdapterError(
                 f"{source.path}, which holds what PEFT applies otherwise, and"
-                f" {unrecorded_sources[0].path} without a record"
+                f" {unrecorded_sources[0].path} without a record",
+                "adapters of Veneer's, or such as PEFT applies alike",
+                "load each on its model and save it with veneer.save first",
             )
-            do = "load each on its model and save it with veneer.save first"
-            raise AdapterError(problem, "adapters of Veneer's, or such as PEFT applies alike", do)
     for source in unrecorded_sources:
         applied_products(source)  # raises if it is unknown how PEFT applies a change
     source_names = listing((str(source.path) for source in unrecorded_sources), 3)
@@ -426,12 +426,11 @@ def _combine_change(
     frozen_weight = None
     if is_dora or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:
-            problem = (
-                "DoRA, which rescales the rows of base and change together (at"
-                f" {aligned_weight.model_path!r}), without the base"
-            )
             raise AdapterError(
-                problem, "the base's weights", "pass base= (--base on the command line)"
+                "DoRA, which rescales the rows of base and change together (at"
+                f" {aligned_weight.model_path!r}), without the base",
+                "the base's weights",
+                "pass base= (--base on the command line)",
             )
         frozen_weight = base_weights.proven_weight(
             aligned_weight, [sources[source_index] for source_index in weights]

@@ -280,8 +280,11 @@ def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
             is_repeated
             and (reason := peft_behaviour.out_proj_problem(saved_adapter.peft_config)) is not None
         ):
-            problem = f"a change of {layer.target_path!r} in {saved_adapter.path}: {reason}"
-            raise AdapterError(problem, "a known meaning", "use PEFT for it")
+            raise AdapterError(
+                f"a change of {layer.target_path!r} in {saved_adapter.path}: {reason}",
+                "a known meaning",
+                "use PEFT for it",
+            )
         products[layer.target_path] = (
             replace(layer.low, scale=layer.scale * peft_behaviour.OUT_PROJ_REPEATS)
             if is_repeated

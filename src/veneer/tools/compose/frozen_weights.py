@@ -61,9 +61,10 @@ class FrozenWeights:
         model = self.source if isinstance(self.source, nn.Module) else self.structure
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
-            problem = f"a base into which {attached.merged!r} is merged"
             raise AdapterError(
-                problem, "the base's own weights", "call veneer.unmerge(model) first"
+                f"a base into which {attached.merged!r} is merged",
+                "the base's own weights",
+                "call veneer.unmerge(model) first",
             )
         return None if model is None else Names(unwrap(model))
 
@@ -127,8 +128,9 @@ class FrozenWeights:
             expected, do = "the weight that the adapters change", "pass the base that they are of"
             raise AdapterError(problem, expected, do)
         if not dense_weight.is_floating_point():
-            problem = f"{path!r} of {dense_weight.dtype}"
-            raise AdapterError(problem, "a storage that Veneer knows", "load it dense")
+            raise AdapterError(
+                f"{path!r} of {dense_weight.dtype}", "a storage that Veneer knows", "load it dense"
+            )
         if self.names is not None:
             module_path, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[module_path]]
@@ -145,9 +147,11 @@ class FrozenWeights:
             )
         groups, out, in_ = aligned_weight.template.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):
-            problem = f"{path!r} of shape {tuple(dense_weight.shape)} in the base"
-            expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
-            raise AdapterError(problem, expected, "pass the base that the adapters are of")
+            raise AdapterError(
+                f"{path!r} of shape {tuple(dense_weight.shape)} in the base",
+                f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits",
+                "pass the base that the adapters are of",
+            )
         return FrozenWeight(weight, is_transposed, dense_weight)
 
     def proven_weight(
@@ -169,8 +173,11 @@ class FrozenWeights:
             if key not in fingerprints:
                 fingerprints[key] = fingerprint_without_rows(frozen_weight.dense_weight, *key)
             if fingerprints[key] != expected:
-                problem = f"another weight {path!r} in the base than {source.path} was made for"
-                raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
+                raise BaseMismatchError(
+                    f"another weight {path!r} in the base than {source.path} was made for",
+                    "the base of the adapters",
+                    "pass that base",
+                )
         return frozen_weight
 
 
@@ -191,12 +198,11 @@ def _weight_by_shape(
         layout_text = (
             f"which may be {listing(layouts)}" if layouts else "whose shape fits no kind of layer"
         )
-        problem = (
-            f"{path!r} of shape {tuple(dense_weight.shape)} with a change of A"
-            f" {tuple(aligned_weight.template.A.shape)}, {layout_text}"
-        )
         raise AdapterError(
-            problem, "a weight of which it can be told how it is used", "pass model= too"
+            f"{path!r} of shape {tuple(dense_weight.shape)} with a change of A"
+            f" {tuple(aligned_weight.template.A.shape)}, {layout_text}",
+            "a weight of which it can be told how it is used",
+            "pass model= too",
         )
     return first_layout
 

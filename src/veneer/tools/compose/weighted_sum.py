@@ -88,9 +88,11 @@ def sum_with_magnitudes(
     ).sum(0)
     zero_rows = int((G.abs() < MIN_GAIN).sum())
     if zero_rows:
-        problem = f"a sum that scales {zero_rows} rows of {model_path!r} to 0"
-        do = "change the weights a little, or use another method"
-        raise AdapterError(problem, "a row that is W's, rescaled, plus a product", do)
+        raise AdapterError(
+            f"a sum that scales {zero_rows} rows of {model_path!r} to 0",
+            "a row that is W's, rescaled, plus a product",
+            "change the weights a little, or use another method",
+        )
     products = [
         term.low_rank.to(torch.float64).scale_rows(gain)
         for term, gain in zip(terms, gains, strict=True)

@@ -29,8 +29,11 @@ def build_adapter(
     """The adapter as ``Format.write`` takes it. ``adapted_base``: opens a context with the base and
     the adapter installed on it."""
     if peft.not_for_peft(saved_adapter.peft_config) is not None and not base_info.facts.shapes:
-        problem = f"{saved_adapter.path}, with layers that only Veneer and its base know"
-        raise AdapterError(problem, "the base that it was made for", "give the base")
+        raise AdapterError(
+            f"{saved_adapter.path}, with layers that only Veneer and its base know",
+            "the base that it was made for",
+            "give the base",
+        )
 
     def compute_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
         if base_info.load_model is None:

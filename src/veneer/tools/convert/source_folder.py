@@ -49,8 +49,11 @@ def read_source(
         return folder.read(scratch), contents, errors
     has_magnitude = [bool(layer.extras) for layer in contents.low.values()]
     if any(has_magnitude) and not all(has_magnitude):
-        problem = f"{source}, where {sum(has_magnitude)} of {len(has_magnitude)} layers are DoRA"
-        raise AdapterError(problem, "all of them or none", "merge it with the tool that made it")
+        raise AdapterError(
+            f"{source}, where {sum(has_magnitude)} of {len(has_magnitude)} layers are DoRA",
+            "all of them or none",
+            "merge it with the tool that made it",
+        )
     config_only = AdapterFiles(
         path=source,
         config=LoraConfig(),
@@ -102,8 +105,11 @@ def _write_from_deltas(
     """Factor the dense changes in ``contents``, and write them as an adapter folder to ``scratch``.
     Returns the relative error of each change that was factored."""
     if base_info.load_model is None:
-        problem = f"{source}, whose changes only a model's layers make products of"
-        raise AdapterError(problem, "the base that it was made for", "give the base")
+        raise AdapterError(
+            f"{source}, whose changes only a model's layers make products of",
+            "the base that it was made for",
+            "give the base",
+        )
     model = base_info.load_model()
     if verify_base:
         _verify_fingerprints(model, contents.metadata.get("base") or {}, source)
@@ -146,8 +152,9 @@ def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Pa
         if earlier_hashes.get(name) != recorded_fingerprints(record).get(name, "")
     ]
     if mismatches:
-        problem = (
+        raise BaseMismatchError(
             f"other weights at {listing(mismatches, 3)} than those of {record.get('name')}, for"
-            f" which {source} was made"
+            f" which {source} was made",
+            "its own base",
+            "give that one, or pass verify_base=False",
         )
-        raise BaseMismatchError(problem, "its own base", "give that one, or pass verify_base=False")

@@ -42,19 +42,17 @@ def require_supported(
             if change.get("module_only")
         ]
         if output_changes and not target.peft:
-            problem = (
-                f"changes of what modules give ({listing(output_changes, 3)}), whose weights"
-                " others read unchanged"
-            )
             raise AdapterError(
-                problem,
+                f"changes of what modules give ({listing(output_changes, 3)}), whose weights"
+                " others read unchanged",
                 "changes of weights",
                 'keep the adapter beside its base, or convert it to "peft"',
             )
     if target.peft and (reason := peft.not_for_peft(saved_adapter.peft_config)) is not None:
-        problem = f"an adapter that PEFT would apply in another way ({reason})"
         raise AdapterError(
-            problem, "changes that PEFT computes", "merge it, or convert it to dense"
+            f"an adapter that PEFT would apply in another way ({reason})",
+            "changes that PEFT computes",
+            "merge it, or convert it to dense",
         )
     if target.peft and saved_adapter.tuner is not None:
         raise_all(

@@ -57,25 +57,24 @@ def require_token_rows(saved_adapter: AdapterFiles, target_format: str, facts: B
     adapter_description = f"{saved_adapter.path} with trained tokens ({rows_text})"
     expected = f"the base with all {size} rows of its vocabulary"
     if not facts.shapes:
-        problem = (
+        raise AdapterError(
             f"{adapter_description}, and no base, from whose rows {target_format!r} stores the"
-            " differences"
+            " differences",
+            expected,
+            f"give the base, or {_MERGE_HINT}",
         )
-        raise AdapterError(problem, expected, f"give the base, or {_MERGE_HINT}")
     base_row_count = min(
         facts.shapes.get(parameter_path(path, "weight"), (size,))[0]
         for path in saved_adapter.tokens
     )
     if base_row_count < size:
-        problem = (
+        raise AdapterError(
             f"{adapter_description}, whose changes {target_format!r} counts from the base's own"
-            f" rows, and a base of {base_row_count} rows"
-        )
-        do = (
+            f" rows, and a base of {base_row_count} rows",
+            expected,
             f"grow it (model.resize_token_embeddings({size})), save_pretrained it, and give that;"
-            f" or {_MERGE_HINT}"
+            f" or {_MERGE_HINT}",
         )
-        raise AdapterError(problem, expected, do)
 
 
 def replace_token_changes(
@@ -112,8 +111,11 @@ def _token_changes(
             continue
         low_rank, gain = change.resolve_float64(weight_of(module, weight))
         if gain is not None:
-            problem = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
-            raise AdapterError(problem, "a product alone", _MERGE_HINT)
+            raise AdapterError(
+                f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales",
+                "a product alone",
+                _MERGE_HINT,
+            )
         # [r + n, in], [out, r + n]
         A, B = low_rank.A[0].float(), (low_rank.B[0] * low_rank.scale).float()
         refs = names.holders_of((path, weight), holders_by_id)
@@ -167,12 +169,9 @@ def split_head(names: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, Par
     if not torch.equal(
         *(cast(Any, storage_of(weight)).dense(weight) for weight in (embedding_weight, head_weight))
     ):
-        problem = (
-            f"trained tokens of {embedding_path!r}, then the head too, and a base whose"
-            f" {head_path!r} has other numbers"
-        )
         raise AdapterError(
-            problem,
+            f"trained tokens of {embedding_path!r}, then the head too, and a base whose"
+            f" {head_path!r} has other numbers",
             "a copy of the embedding",
             f"give the base that it was trained on, or {_MERGE_HINT}",
         )

@@ -190,11 +190,12 @@ def _report(
 ) -> ExtractReport:
     """The report of an extraction, with 0 seconds. ``ExtractError``: there is nothing to write."""
     if not products and not full_pairs:
-        problem = (
+        raise ExtractError(
             f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} only, which"
-            " neither targets nor keep cover"
+            " neither targets nor keep cover",
+            "something to write",
+            "widen targets or keep",
         )
-        raise ExtractError(problem, "something to write", "widen targets or keep")
     return ExtractReport(
         path=out,
         layers=tuple(product.report for product in products),
@@ -250,14 +251,16 @@ def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> 
         if not is_finite and (is_changed or not pair.model_weight.is_buffer)
     ]
     if non_finite_paths:
-        problem = f"NaN or infinity in {listing(non_finite_paths, 40)}"
         raise ExtractError(
-            problem, "finite numbers in base and tuned model", "get the models again"
+            f"NaN or infinity in {listing(non_finite_paths, 40)}",
+            "finite numbers in base and tuned model",
+            "get the models again",
         )
     if not changed_pairs:
-        problem = f"no difference between {model_pair.base.label} and {model_pair.tuned.label}"
         raise ExtractError(
-            problem, "a fine-tuned model and its base", "check which models these are"
+            f"no difference between {model_pair.base.label} and {model_pair.tuned.label}",
+            "a fine-tuned model and its base",
+            "check which models these are",
         )
     return changed_pairs
 

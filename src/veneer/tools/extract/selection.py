@@ -136,9 +136,11 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     contradict each other."""
     entries = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(entry, str) and entry for entry in entries):
-        problem = f"keep={keep!r}"
-        expected = "patterns of parameters or modules, 'auto', 'none' or 'lossy'"
-        raise ConfigError(problem, expected, "name what is to be written whole")
+        raise ConfigError(
+            f"keep={keep!r}",
+            "patterns of parameters or modules, 'auto', 'none' or 'lossy'",
+            "name what is to be written whole",
+        )
     if AUTO in entries and NONE in entries:
         raise ConfigError("keep with 'auto' and 'none'", "one of them", "leave one out")
     return entries

@@ -201,9 +201,10 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
         if isinstance(source, nn.Module) and (
             meta_paths := [path for path, p in source.named_parameters() if p.is_meta]
         ):
-            problem = f"{listing(meta_paths, 3)} on the meta device"
             raise ExtractError(
-                problem, "weights that hold numbers", "load the model first, or name its folder"
+                f"{listing(meta_paths, 3)} on the meta device",
+                "weights that hold numbers",
+                "load the model first, or name its folder",
             )
     return model_pair
 
@@ -215,12 +216,11 @@ def _read_tuned(tuned: Source, structure: nn.Module, has_config: bool) -> BaseWe
         tuned = unwrap(tuned)
         attached = adapters_of(tuned)
         if attached is not None and attached.merged is None:
-            problem = (
-                f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they"
-                " do not change"
-            )
             raise ExtractError(
-                problem, "a fine-tuned model", "merge one first, or save it with veneer.save"
+                f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they"
+                " do not change",
+                "a fine-tuned model",
+                "merge one first, or save it with veneer.save",
             )
         return module_weights(tuned, "the tuned model")
     if isinstance(tuned, Mapping):

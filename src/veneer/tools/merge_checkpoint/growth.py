@@ -42,13 +42,12 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
         return None
     # BART has a buffer with a column for each token
     if getattr(model, "final_logits_bias", None) is not None:
-        problem = "'final_logits_bias', which grows with the vocabulary"
-        expected = "an embedding and a head alone"
-        do = (
+        raise MergeError(
+            "'final_logits_bias', which grows with the vocabulary",
+            "an embedding and a head alone",
             f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into"
-            " that"
+            " that",
         )
-        raise MergeError(problem, expected, do)
     grown_parameters = {
         parameter_id: nn.Parameter(
             torch.empty(max(sizes), *parameter.shape[1:], dtype=parameter.dtype, device="meta"),

@@ -245,9 +245,10 @@ def merge_tensor(
                 merged_weight.isfinite().all()
             )
         if not is_finite:
-            problem = f"{name}: W + ΔW is not finite in {dtype}"
             raise MergeError(
-                problem, "finite weights", "check the adapter, or choose a wider dtype"
+                f"{name}: W + ΔW is not finite in {dtype}",
+                "finite weights",
+                "check the adapter, or choose a wider dtype",
             )
         if not edit.param_slice.within:
             result = merged_weight
@@ -281,8 +282,11 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     cast_tensor = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
     if bool((tensor.isfinite() & ~cast_tensor.isfinite()).any()):
-        problem = f"{name}: numbers beyond the range of {dtype}"
-        raise MergeError(problem, "a dtype that holds them", "choose bfloat16 or float32")
+        raise MergeError(
+            f"{name}: numbers beyond the range of {dtype}",
+            "a dtype that holds them",
+            "choose bfloat16 or float32",
+        )
     return cast_tensor
 
 
@@ -331,9 +335,10 @@ def _resolve_slice(
     if not edit.param_slice.index:
         return change.resolve_float64(change.layer.fold(layer_weight, edit.shape))
     if change.tokens is not None:
-        problem = f"trained tokens of {edit.path!r}, which the files hold in parts"
         raise MergeError(
-            problem, "the whole of it in one tensor", "merge it in memory, and save the model"
+            f"trained tokens of {edit.path!r}, which the files hold in parts",
+            "the whole of it in one tensor",
+            "merge it in memory, and save the model",
         )
     all_rows = slice(None)
     groups, rows = (
@@ -354,11 +359,10 @@ def _resolve_slice(
         if change.rows is not None or parameters.keys() - {"A", "B"} - set(
             change.variant.peft_keys
         ):
-            problem = (
-                f"variant {change.variant.name!r} on {edit.path!r}, which the files hold in parts"
-            )
             raise MergeError(
-                problem, "the whole of it in one tensor", "merge it in memory"
+                f"variant {change.variant.name!r} on {edit.path!r}, which the files hold in parts",
+                "the whole of it in one tensor",
+                "merge it in memory",
             ) from None
         shape = change.dims[:2]
         sliced_parameters = {

@@ -296,12 +296,12 @@ def _collect_edits(
                 and getattr(module, "max_norm", None) is not None
             )
             if target is None or change.storage.name != "plain" or is_rewritten:
-                problem = (
+                raise MergeError(
                     f"a change of {parameter_path(module_path, weight)!r}, which is computed or"
-                    " rewritten as it is read"
+                    " rewritten as it is read",
+                    "weights that lie in the files as they are used",
+                    "merge it in memory (veneer.merge), and save the model",
                 )
-                do = "merge it in memory (veneer.merge), and save the model"
-                raise MergeError(problem, "weights that lie in the files as they are used", do)
             edit = edits.get(
                 path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
             )
@@ -323,8 +323,11 @@ def _collect_edits(
                         edit, full=(*edit.full, (adapter_weight, trained_value.detach()))
                     )
     if conflicts := [path for path, edit in edits.items() if edit.changes and edit.full]:
-        problem = f"{listing(conflicts)}, which one adapter changes and another replaces"
-        raise MergeError(problem, "one or the other", "merge one adapter after the other")
+        raise MergeError(
+            f"{listing(conflicts)}, which one adapter changes and another replaces",
+            "one or the other",
+            "merge one adapter after the other",
+        )
     return edits
 
 

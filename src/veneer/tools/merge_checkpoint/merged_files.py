@@ -115,9 +115,11 @@ class CheckpointWriter:
             while remaining_bytes:
                 block = source.read(min(remaining_bytes, BLOCK_BYTES))
                 if not block:
-                    problem = f"{checkpoint.file_of[name]}, which became shorter while it was read"
-                    do = "let nobody write to it meanwhile"
-                    raise CheckpointError(problem, "the base as it was", do)
+                    raise CheckpointError(
+                        f"{checkpoint.file_of[name]}, which became shorter while it was read",
+                        "the base as it was",
+                        "let nobody write to it meanwhile",
+                    )
                 target.write(block)
                 remaining_bytes -= len(block)
 
