@@ -389,14 +389,7 @@ async def _generate_response(
     service: Service = request.app.state.service
     key: Key = request.state.key
     _check_prompt_logprobs(body, tokens)
-    if body.min_tokens > max_tokens:
-        raise Refusal(
-            400,
-            f"min_tokens {body.min_tokens}",
-            f"at most {max_tokens}, which there may be",
-            "ask for fewer",
-            param="min_tokens",
-        )
+    _check_min_tokens(body, max_tokens)
     bad_words: list[tuple[int, ...]] = []
     if body.bad_words:
         char_count = sum(map(len, body.bad_words))
@@ -439,6 +432,18 @@ async def _generate_response(
         answers.cancel()
         raise
     return EventStream(answers, view.events(first, pieces))
+
+
+def _check_min_tokens(body: GenerationRequest, max_tokens: int) -> None:
+    """Refuse a request for more tokens than an answer may have."""
+    if body.min_tokens > max_tokens:
+        raise Refusal(
+            400,
+            f"min_tokens {body.min_tokens}",
+            f"at most {max_tokens}, which there may be",
+            "ask for fewer",
+            param="min_tokens",
+        )
 
 
 def _check_prompt_logprobs(body: GenerationRequest, tokens: Tokens) -> None:

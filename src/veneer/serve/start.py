@@ -73,20 +73,8 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     engine = embedder = None
     rows = settings.rows or ROWS
     if is_causal:
-        engine = Engine(
-            model,
-            tokenizer,
-            bank,
-            rows=rows,
-            length=length,
-            queue=settings.queue or QUEUE,
-            observer=metrics,
-            turn=None if plugin is None else plugin.turn,
-            cache_memory=settings.cache_memory,
-            prefix_cache=settings.prefix_cache,
-            gap=settings.gap,
-        )
-        engine.start()
+        turn = None if plugin is None else plugin.turn
+        engine = _start_engine(settings, loaded_base, bank, rows, length, metrics, turn)
         length = engine.length
     else:
         embedder = _make_embedder(loaded_base, bank, rows, settings.queue or TEXT_QUEUE, metrics)
@@ -144,6 +132,33 @@ def _load_causal(settings: Settings) -> Any:
         device_map=settings.device_map,
         attention=settings.attention,
     )
+
+
+def _start_engine(
+    settings: Settings,
+    base: Any,
+    bank: Bank,
+    rows: int,
+    length: int,
+    metrics: Metrics,
+    turn: Any,
+) -> Engine:
+    """``turn``: a context manager around each step of the engine, or None."""
+    engine = Engine(
+        base.model,
+        base.tokenizer,
+        bank,
+        rows=rows,
+        length=length,
+        queue=settings.queue or QUEUE,
+        observer=metrics,
+        turn=turn,
+        cache_memory=settings.cache_memory,
+        prefix_cache=settings.prefix_cache,
+        gap=settings.gap,
+    )
+    engine.start()
+    return engine
 
 
 def _make_embedder(encoder: Any, bank: Bank, rows: int, queue: int, metrics: Metrics) -> Embedder:
