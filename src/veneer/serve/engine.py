@@ -344,7 +344,7 @@ class Engine:
     def _end_failed(
         self, states: Collection[RequestState], error: Exception, event: str = "a call failed"
     ) -> None:
-        ids = listing(state.request.id for state in states) or "none"
+        ids = listing(state.request.id for state in states)
         log.error("%s; requests that end: %s", event, ids, exc_info=error)
         for state in states:
             self._end(state, "error", f"{type(error).__name__}: {error}")
