@@ -638,7 +638,7 @@ def test_a_record_of_a_4bit_base_as_it_was_loaded_is_read_on_a_fresh_one_and_exp
             lambda self, weight, stored: stored,
         )
         veneer.attach(packed_model(), veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
-    base_proof.clear_fingerprints()
+    base_proof._CACHE.clear()
     veneer.load(packed_model(), tmp_path / "a")
     with pytest.raises(BaseMismatchError, match=r"AVX512-BF16 has rounded.*load the base anew"):
         veneer.load(repack(packed_model()), tmp_path / "a")

@@ -579,8 +579,8 @@ def test_a_mixture_to_a_rank_tells_its_error(tmp_path):
     assert compose(parts, tmp_path / "usual", method="ties", density=0.3).layers[0].rank == 6
 
 
-@pytest.mark.parametrize("shape", [(2, 90, 120), (1, 120, 90), (1, 5, 4)])
-def test_random_factors_are_nearly_the_best(shape):
+@pytest.mark.parametrize("shape", [(1, 600, 800), (2, 90, 120), (1, 120, 90), (1, 5, 4)])
+def test_factors_of_a_merge_are_nearly_the_best(shape):
     dense = (
         torch.randn(shape, dtype=torch.float64) @ torch.diag(0.9 ** torch.arange(shape[2])).double()
     )
@@ -588,7 +588,7 @@ def test_random_factors_are_nearly_the_best(shape):
     best = float(torch.linalg.svdvals(dense)[:, 3:].norm())
     assert low.rank == 3
     assert left == pytest.approx(float((low.delta() - dense).norm()))
-    assert best * (1 - 1e-9) <= left <= 1.001 * best
+    assert best * (1 - 1e-9) <= left <= (1.02 if 600 in shape else 1.001) * best
 
 
 # ------------------------------------------------------------------------------- what is trained in

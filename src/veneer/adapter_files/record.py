@@ -238,9 +238,13 @@ def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
         ),
         (type(module_only) is bool, f"module_only {_short_repr(module_only)}", "true or false"),
         *(
-            (_is_range_list(ranges), f"{field} {_short_repr(ranges)}", "(start, stop) pairs")
-            for field, ranges in fields.items()
-            if field in ("rows", "tokens")
+            (
+                _is_range_list(fields[field]),
+                f"{field} {_short_repr(fields[field])}",
+                "(start, stop) pairs",
+            )
+            for field in ("rows", "tokens")
+            if field in fields
         ),
         (
             "tokens" not in fields or type(row_count) is int,

@@ -449,7 +449,8 @@ def _join_pairs(
     """Join the changes of gate and up into one change of ``gate_up_proj``. A change that is None is
     zero. The rank stays the same if both have the same A; else it is the sum of their ranks."""
     changed_pairs = [pair for pair in pairs if pair is not None]
-    is_fitting = len(shape) == 3 and all(  # [E, r, in], [E, out, r] of a stack [E, out, in]
+    # A [E, r, in] and B [E, out, r] of a stack [E, out, in]
+    is_fitting = len(shape) == 3 and all(
         pair_A.dim() == 3
         and pair_A.shape[1] > 0
         and pair_A.shape == (shape[0], pair_A.shape[1], shape[2])

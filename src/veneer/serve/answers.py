@@ -405,6 +405,7 @@ def _chat_events(
     and token ids, even if its text is not certain yet."""
     token_ids = writer.token_id_fields(index, piece.tokens, first=False)
     deltas = [_chat_delta(delta) for delta in writer.deltas(index, piece)]
+    # a parser may hold text back; without one, these tokens have no text
     empty_delta = {} if writer.parsers else {"content": ""}
     for delta in deltas or [empty_delta] * bool(piece.tokens):
         yield _event(writer, index, {"delta": delta, **token_ids}, logprobs, usage=usage)

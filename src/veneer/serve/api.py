@@ -70,7 +70,11 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROU
     """The application of a service, with the routes of ``core`` and of ``routers``."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
-    extension_routers = [router for extension in service.extensions for router in extension.routers]
+    extension_routers = [
+        extension_router
+        for extension in service.extensions
+        for extension_router in extension.routers
+    ]
     docs_routers = [docs_page.router] if service.docs else []
     for included_router in (*core, *extension_routers, *routers, *docs_routers):
         app.include_router(included_router)

@@ -99,7 +99,11 @@ class Batch:
             size = len(order[0].ids) - order[0].length
             rows, order = 0, sorted(order, key=lambda s: abs(len(s.ids) - s.length - size))
         scored = order[0].is_scored
-        tokens = budget.tokens(rows, len(order), self.together, scored=scored)
+        tokens = (
+            budget.scored_tokens(rows, len(order))
+            if scored
+            else budget.tokens(rows, len(order), self.together)
+        )
         if not tokens:
             return []
         order = [state for state in order if state.is_scored == scored]

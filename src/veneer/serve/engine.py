@@ -21,7 +21,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -281,11 +281,12 @@ class Engine:
             with self._turn:
                 self.step()
         except Exception as error:
+            log.exception("a step of the engine failed; what ran is ended")
             computing = {*self._batch.filling, *self._batch.running, *self._called}
             self._batch = self._new_batch()
             for state in computing:
                 state.row = None
-            self._end_failed(computing, error, "a step of the engine failed")
+                self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _all(self) -> list[RequestState]:
         with self._wake:
@@ -342,7 +343,7 @@ class Engine:
             self._accept(state, sampled)
 
     def _end_failed(
-        self, states: Collection[RequestState], error: Exception, event: str = "a call failed"
+        self, states: list[RequestState], error: Exception, event: str = "a call failed"
     ) -> None:
         ids = listing(state.request.id for state in states)
         log.error("%s; requests that end: %s", event, ids, exc_info=error)

@@ -55,24 +55,29 @@ class PrefillBudget:
         added = max(seconds - self._decode, seconds / 20)
         self._together = _average(self._together or self._apart, added / tokens)
 
-    def tokens(
-        self, running: int, filling: int, together: int = TOGETHER, *, scored: bool = False
-    ) -> int:
+    def tokens(self, running: int, filling: int, together: int = TOGETHER) -> int:
         """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows;
-        up to ``together`` are computed in their call, unless the prompts are ``scored``. 0 where it
-        is not known how long so many rows take by themselves."""
-        most = self.most_scored if scored else self.most
-        apart = (self._scored or self._apart) if scored else self._apart
-        if not running or not apart:
-            return most
+        up to ``together`` are computed in their call. 0 where it is not known how long so
+        many rows take by themselves."""
+        if not running or not self._apart:
+            return self.most
         if not self._knows_decode(running):
             return 0
         seconds = self._seconds(running, filling)
-        count = int(seconds / apart)
-        if not scored:
-            joined_count = int(seconds / (self._together or apart))
-            count = joined_count if joined_count <= together else max(together, count)
-        return min(most, max(MULTIPLE, count - count % MULTIPLE))
+        count = int(seconds / (self._together or self._apart))
+        if count > together:
+            count = max(together, int(seconds / self._apart))
+        return min(self.most, max(MULTIPLE, count - count % MULTIPLE))
+
+    def scored_tokens(self, running: int, filling: int) -> int:
+        """The same of prompts that are scored, in a call of their own."""
+        token_seconds = self._scored or self._apart
+        if not running or not token_seconds:
+            return self.most_scored
+        if not self._knows_decode(running):
+            return 0
+        count = int(self._seconds(running, filling) / token_seconds)
+        return min(self.most_scored, max(MULTIPLE, count - count % MULTIPLE))
 
     def _knows_decode(self, rows: int) -> bool:
         """Whether the latest decode call had about as many rows. While prompts arrive, steps are

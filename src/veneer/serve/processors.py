@@ -33,7 +33,7 @@ class AllowedTokens(LogitsProcessor):
     """Forbid all tokens except the allowed ones."""
 
     def __init__(self, allowed: Collection[int]) -> None:
-        self._allowed = torch.tensor(sorted(allowed))
+        self._allowed = torch.tensor(sorted(allowed), dtype=torch.long, device="cpu")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._allowed = self._allowed.to(scores.device)

@@ -315,6 +315,9 @@ class ChatRequest(GenerationRequest, TemplateFields):
         is_forced = self.forced_tool is not None
         return [function.name for function in functions if function.strict and not is_forced]
 
+    def schema_param(self) -> str:
+        return super().schema_param() if self.forced_tool is None else "tools"
+
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The JSON schema that the answer must follow."""
         if self.forced_tool is None:

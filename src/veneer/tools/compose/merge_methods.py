@@ -105,7 +105,8 @@ def seeded_generator(seed: str) -> torch.Generator:
 def nearest_product(delta: Tensor, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
     """(the low-rank product nearest to ΔW = ``delta`` [g, out, in], ‖ΔW − product‖). The product
     has ``rank``, at most min(out, in), or the lowest rank that keeps the share ``energy`` of ‖ΔW‖².
-    Zero rows and columns stay zero."""
+    Zero rows and columns stay zero. For a small rank of a large matrix the product may be an
+    approximation (kernels/svd.py)."""
     if rank is None:
         svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
         low_rank, _ = svd.cut(svd.rank_for(energy or 1.0))

@@ -55,12 +55,11 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
         target = weight_of(module, weight)
         low_rank, gain = change.resolve(target)
         base_weight = change.storage.dense(target).double()
-        deltas[parameter_path(path, weight)] = (
-            # (W + ΔW) - W would lose digits
-            change.layer.fold(low_rank.delta(torch.float64), base_weight.shape)
-            if gain is None
-            else change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
-        )
+        if gain is None:  # (W + ΔW) - W would lose digits
+            delta = change.layer.fold(low_rank.delta(torch.float64), base_weight.shape)
+        else:
+            delta = change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
+        deltas[parameter_path(path, weight)] = delta
     for path, module, parameters in adapters(model, name):
         for name_in_module, tensor in parameters.full.state_dict().items():
             base_value = {**module._parameters, **module._buffers}[name_in_module]

@@ -109,7 +109,12 @@ def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
         return checkpoint
     resized = _resize_tensors(checkpoint, grown_sizes)
     return GrownCheckpoint(
-        **vars(resized), file_rows={name: checkpoint.shape(name)[0] for name in grown_sizes}
+        folder=resized.folder,
+        files=resized.files,
+        index=resized.index,
+        index_name=resized.index_name,
+        file_of=resized.file_of,
+        file_rows={name: checkpoint.shape(name)[0] for name in grown_sizes},
     )
 
 
