@@ -291,18 +291,21 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
         return
     rows, width = targets.shape
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
+    # first, because it bounds how long the other tests take
+    is_valid = rows == prompt_length - 1 and 0 < width <= MAX_TARGETS
     if crow is None or col is None:
-        is_valid = crow is col is None and len(targets.data) == rows * width
+        is_valid = is_valid and crow is col is None and len(targets.data) == rows * width
     else:
         is_valid = (
-            len(crow) == rows + 1
+            is_valid
+            and len(crow) == rows + 1
             and len(col) == len(targets.data)
             and crow[0] == 0
             and crow[-1] == len(col)
             and sorted(crow) == crow
             and all(0 <= index < width for index in col)
         )
-    if not (is_valid and rows == prompt_length - 1 and 0 < width <= MAX_TARGETS):
+    if not is_valid:
         raise DataError(
             f"target_prompt_logprobs {targets.shape} for a prompt of {prompt_length} tokens",
             f"[{prompt_length - 1}, at most {MAX_TARGETS}], dense or in CSR",

@@ -321,13 +321,10 @@ class Store:
 
     def next_seq(self, run: str) -> int:
         """The number of a run's next request: 1 + the number of its last answered request."""
-        (row,) = self._index.rows(
-            "SELECT 1 + MAX("
-            "COALESCE((SELECT MAX(seq) FROM requests WHERE run = ?1 AND done), -1),"
-            " COALESCE((SELECT state FROM runs WHERE id = ?1), -1)) AS next",
-            run,
-        )
-        return row["next"]
+        row = self._index.row("SELECT MAX(seq) AS last FROM requests WHERE run = ? AND done", run)
+        state = self._index.row("SELECT state FROM runs WHERE id = ?", run)
+        last = -1 if row is None or row["last"] is None else row["last"]
+        return max(last, -1 if state is None else state["state"]) + 1
 
     def waiting_runs(self) -> list[str]:
         return [
@@ -384,9 +381,10 @@ class Store:
         return None if row is None or (row["expires"] or time.time() + 1) < time.time() else row
 
     def checkpoints(self, owner: str | None = None, run: str | None = None) -> list[sqlite3.Row]:
-        condition = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2) AND NOT hidden"
-        condition += " AND COALESCE(expires, ?3) >= ?3"
-        query = f"SELECT * FROM checkpoints WHERE {condition} ORDER BY created DESC"
+        query = (
+            "SELECT * FROM checkpoints WHERE (?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2)"
+            " AND NOT hidden AND COALESCE(expires, ?3) >= ?3 ORDER BY created DESC"
+        )
         return self._index.rows(query, owner, run, time.time())
 
     def change_checkpoint(self, checkpoint: Checkpoint, **values: Any) -> None:
@@ -461,6 +459,8 @@ class Store:
             " ON CONFLICT DO UPDATE SET count = count + excluded.count"
         )
         self._index.execute(query, owner, _today(), count)
+
+    # samplers
 
     def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
         """Add a sampling session, or change the checkpoint of one; its clients stay counted."""

@@ -285,10 +285,12 @@ class Training:
         for active_run in list(self.worker.active_runs.values()):
             first_missing = active_run.next_seq
             first_waiting = min(list(active_run.waiting_requests), default=0)
-            if first_waiting <= first_missing:
-                continue
             run_id = active_run.run_id
             missing = self._missing_requests.get(run_id, (first_missing, now))
+            if first_waiting <= first_missing:
+                if missing[0] > first_missing:  # the numbers before it are not answered yet
+                    missing_requests[run_id] = missing
+                continue
             if missing[0] != first_missing:
                 missing = first_missing, now
             missing_requests[run_id] = missing
