@@ -222,7 +222,7 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
     "mixed": (
         "a.jsonl",
         '{"prompt": "a", "completion": [{"role": "user", "content": "x"}]}\n',
-        r"expected both|Expected both",
+        r"Expected: all of them text",
     ),
     "a bad message": (
         "a.jsonl",

@@ -85,8 +85,8 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
             processes.run_on_first(hold_output_lock)
             yield
     finally:
-        if processes.is_first and output.is_dir() and not any(output.iterdir()):
-            with suppress(OSError):  # another run may have begun there since
+        with suppress(OSError):  # another run may have begun there since, or removed it
+            if processes.is_first and output.is_dir() and not any(output.iterdir()):
                 output.rmdir()  # the run could not begin and wrote nothing
 
 

@@ -84,7 +84,7 @@ def task_from_record(
     record), with other data. Raises `ConfigError`.
 
     Args:
-        load_options: arguments of `load_base`.
+        load_options: arguments of `load_head`.
         fields: fields of `TrainConfig` that override the record's, unless they are None.
     """
     config_fields = {name: value for name, value in record.items() if name in RECORDED_FIELDS}

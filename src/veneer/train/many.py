@@ -206,12 +206,14 @@ class Runs(Mapping[str, Handle]):
                 )
         mean_loss_names = {name for name, function in losses.items() if function is causal_loss}
         forward = partial(_causal_forward, mean_loss_names)
-        label_loss_names = {name for name in losses if isinstance(losses[name], LabelLoss)}
+        forward_names = mean_loss_names | {
+            name for name, function in losses.items() if isinstance(function, LabelLoss)
+        }
         return {
             name: PassRequest(
                 self.engine.read_batch(name, batch),
                 loss=_mean if name in mean_loss_names else losses[name],
-                forward=forward if name in mean_loss_names | label_loss_names else None,
+                forward=forward if name in forward_names else None,
                 weight=weights.get(name, 1.0),
             )
             for name, batch in batches.items()

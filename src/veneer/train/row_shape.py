@@ -134,8 +134,9 @@ def check_texts_or_chats(
     if len({isinstance(value, str) for value in checked.values()}) > 1:
         types = ", ".join(f"{field} is {json_type(value)}" for field, value in checked.items())
         raise DataError(
-            f"{location}: {types}.\nExpected both to be text, or both to be lists of messages.\nDo:"
-            " bring both into one form."
+            f"{location}: {types}",
+            "all of them text, or all lists of messages",
+            "bring them into one form",
         )
     return checked
 

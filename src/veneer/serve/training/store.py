@@ -382,8 +382,9 @@ class Store:
 
     def checkpoints(self, owner: str | None = None, run: str | None = None) -> list[sqlite3.Row]:
         query = (
-            "SELECT * FROM checkpoints WHERE (?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2)"
-            " AND NOT hidden AND COALESCE(expires, ?3) >= ?3 ORDER BY created DESC"
+            "SELECT * FROM checkpoints WHERE (?1 IS NULL OR owner = ?1)"
+            " AND (?2 IS NULL OR run = ?2) AND NOT hidden AND COALESCE(expires, ?3) >= ?3"
+            " ORDER BY created DESC"
         )
         return self._index.rows(query, owner, run, time.time())
 

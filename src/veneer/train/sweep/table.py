@@ -129,7 +129,7 @@ def print_overview(
     lines = [
         f"Base     {config.base} ({dtype}, {format_bytes(base_bytes)})",
         f"Data     {config.data}: {task.describe_size(prepared.train)}",
-        f"         {len(prepared.evaluation):,} examples to evaluate on",
+        f"         {len(prepared.evaluation or ()):,} examples to evaluate on",
         f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",
         f"Sweep    {search.count} candidates ({settings.sampler_name}),"
         f" {at_once} at once{rung_note}",

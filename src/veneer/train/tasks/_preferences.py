@@ -25,7 +25,7 @@ class CausalTask(Task):
 
     @property
     def beta(self) -> float:
-        """Strength of the preference; the default is that of the papers of dpo, kto and orpo."""
+        """Strength of the preference in dpo, kto and orpo; their papers' default is 0.1."""
         return 0.1 if self.config.beta is None else self.config.beta
 
     def tokenise_answers(self, records: data.Records, rows: list[dict[str, Any]]) -> Rows:
