@@ -331,8 +331,8 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """The command's signature: its own parameters, and one for each field of `TrainConfig` in place
-    of `flags`."""
+    """The command's signature: `config`, one parameter for each field of `TrainConfig` instead of
+    `flags`, and the command's other options."""
     config, *options, _ = inspect.signature(train_command, eval_str=True).parameters.values()
     settings = [
         inspect.Parameter(

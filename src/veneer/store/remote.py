@@ -454,29 +454,21 @@ def store_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
             raise
         address, message = remote.url, _summarise(error)
         revision = f"@{remote.revision}" if remote.revision else ""
-        # the texts of the first case that applies
-        cases = (
-            (
-                isinstance(error, FileNotFoundError),
+        if isinstance(error, FileNotFoundError):
+            raise RemoteError(
                 f"nothing at {address}{revision}",
                 "an adapter that was pushed there",
                 "check the place",
-            ),
-            (
-                isinstance(error, PermissionError),
-                f"no permission to {action} {address} ({message})",
-                "it",
-                "check the credentials",
-            ),
-            (
-                True,
-                f"{address} cannot be used ({type(error).__name__}: {message})",
-                f"a place to {action}",
-                "check the network, the place and the credentials",
-            ),
-        )
-        texts = next(texts for applies, *texts in cases if applies)
-        raise RemoteError(*texts) from error
+            ) from error
+        if isinstance(error, PermissionError):
+            raise RemoteError(
+                f"no permission to {action} {address} ({message})", "it", "check the credentials"
+            ) from error
+        raise RemoteError(
+            f"{address} cannot be used ({type(error).__name__}: {message})",
+            f"a place to {action}",
+            "check the network, the place and the credentials",
+        ) from error
 
 
 def _summarise(error: BaseException) -> str:

@@ -122,9 +122,11 @@ class CallParser:
         position, tag = self._find_tag(tags, at_end=at_end)
         self._emit_text(self._consume(position))
         self._consume(len(tag))
-        if tag and tag == self.call_tag:
+        if not tag:
+            return False
+        if tag == self.call_tag:
             self._state = self.after_call_tag
-        return bool(tag)
+        return True
 
     def _emit_text(self, text: str) -> None:
         """Emit text. White space at its end is held back, because white space before and between

@@ -59,7 +59,7 @@ class TemplateTools:
     calls: bool
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1)
 def template_tools(tokenizer: Any, template: str) -> TemplateTools:
     """What the chat template of a tokenizer shows. ``template``: the template, so that the cache
     notices another one."""
