@@ -249,28 +249,24 @@ class LoraConfig:
         id_lists = by_pattern.values() if isinstance(by_pattern, Mapping) else ()
         trains_only_tokens = self.targets == () and self.trainable_tokens
         has_targets = callable(self.targets) or _are_patterns(self.targets)
-        are_indices = (
-            isinstance(self.layers, tuple)
-            and self.layers
-            and all(type(index) is int for index in self.layers)
-        )
+        are_indices = isinstance(self.layers, tuple) and {*map(type, self.layers)} == {int}
         checks = [
             (
                 not all(map(_are_distinct_ids, id_lists or (by_pattern,))) or () in id_lists,
-                f"trainable_tokens={by_pattern!r}",
+                "trainable_tokens",
                 "a list of different token ids, or {pattern: such a list}",
                 "use e.g. [49152, 49153]",
             ),
             (
                 not has_targets and not trains_only_tokens,
-                f"targets={self.targets!r}",
+                "targets",
                 "a pattern, a list of patterns or a callable",
                 'use "all-linear"',
             ),
             *(
                 (
                     value != () and not _are_patterns(value),
-                    f"{name}={value!r}",
+                    name,
                     "a pattern or a list of patterns",
                     "name modules of the model",
                 )
@@ -278,12 +274,14 @@ class LoraConfig:
             ),
             (
                 self.layers is not None and not are_indices,
-                f"layers={self.layers!r}",
+                "layers",
                 "a list of block indices",
                 "use e.g. [0, 1, -1], or None for all",
             ),
         ]
-        yield from (sentence(*texts) for failed, *texts in checks if failed)
+        for failed, name, expected, do in checks:
+            if failed:
+                yield sentence(f"{name}={getattr(self, name)!r}", expected, do)
 
     def _invocation_problems(self):
         """Problems of ``invocation_tokens``, and of other fields that would change the outputs of

@@ -353,11 +353,11 @@ def override(
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """A context manager in which every module of a model is in evaluation mode. Then each module
     has the mode that it had before. Overridden methods ``train`` and ``eval`` are not called."""
-    modules_in_training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     try:
-        for module in modules_in_training:
+        for module in modes:
             module.training = False
         yield
     finally:
-        for module in modules_in_training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode

@@ -304,8 +304,9 @@ def sentence(problem: str, expected: str, do: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class if it has no text."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The first line of an error's text, cut after 200 characters; its class if it has no text."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= 200 else line[:199] + "…"
 
 
 def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[str]) -> None:

@@ -792,8 +792,8 @@ class ByGetattr(Reads):
 
 class ByStarred(Reads):
     def direct(self, h):
-        pair = (self, "unread")
-        return F.linear(h, self.emb.weight) + getattr(*pair, 0)
+        arguments = (self, "unread", 0)
+        return F.linear(h, self.emb.weight) + getattr(*arguments)
 
 
 class ByHelper(Reads):

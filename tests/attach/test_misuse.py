@@ -163,8 +163,9 @@ def test_the_summary_names_the_matrices_that_all_linear_leaves_out() -> None:
         conv_net(), nn.Flatten(), nn.Linear(16, 8), nn.Embedding(3, 4), nn.LSTM(4, 4)
     )
     assert veneer.attach(net, LORA).summary().left_out == "2 Conv2d, 1 LSTM"
+    layers = {"0": nn.GRU(4, 4), "2": nn.GRU(4, 4), "4": nn.LSTM(4, 4)}
     blocks = nn.ModuleDict(
-        {index: nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)) for index in "024"}
+        {index: nn.Sequential(nn.Linear(4, 4), layer) for index, layer in layers.items()}
     )
     last_block = veneer.attach(blocks, veneer.LoraConfig(rank=2, layers=[-1]))
     assert last_block.summary().left_out == "1 LSTM"  # of 5 numbers of blocks, 3 are there

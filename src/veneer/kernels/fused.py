@@ -312,7 +312,7 @@ def _output_gradients(
 
 
 class _Linear(torch.autograd.Function):
-    """``_Linears`` for one layer without dropout, with as few Python calls as possible. If ctx is
+    """``_Linears`` for one layer without dropout, with few Python calls. If ctx is
     None, nothing is saved for backward."""
 
     @staticmethod

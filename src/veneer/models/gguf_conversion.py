@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, first_line
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.formats import gguf_claims
-from veneer.models.messages import first_line, log, quiet
+from veneer.models.messages import log, quiet
 from veneer.models.remote_code import code_options
 
 

@@ -18,11 +18,11 @@ import torch
 
 from veneer.attach import compares_attention, without_adapters
 from veneer.config import torch_dtype
-from veneer.errors import ConfigError, listing, nearest
+from veneer.errors import ConfigError, first_line, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
 from veneer.models.locate import config_of, find_base, folder_of
-from veneer.models.messages import first_line, loading, needs_remote_code, quiet
+from veneer.models.messages import loading, needs_remote_code, quiet
 from veneer.models.quantize import (
     Quantize,
     copy_out_of_files,

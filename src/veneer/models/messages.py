@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, first_line
 
 log = logging.getLogger("veneer.models")
 
@@ -61,11 +61,6 @@ def explain_error(name: str, error: Exception) -> Exception:
 def needs_remote_code(error: Exception) -> bool:
     """Whether transformers refused to run code that lies beside a model."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
-
-
-def first_line(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line if len(line) <= 200 else line[:199] + "…"
 
 
 @contextlib.contextmanager

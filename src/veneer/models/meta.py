@@ -23,9 +23,9 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, first_line
 from veneer.models.locate import config_of
-from veneer.models.messages import first_line, loading
+from veneer.models.messages import loading
 from veneer.models.remote_code import code_options, without_hub_kernel
 
 if TYPE_CHECKING:

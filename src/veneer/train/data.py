@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import DataError, nearest
-from veneer.models.messages import first_line, quiet
+from veneer.errors import DataError, first_line, nearest
+from veneer.models.messages import quiet
 from veneer.train.column_names import find_likely_column
 from veneer.train.row_shape import (
     TOOLS,

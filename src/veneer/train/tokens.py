@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from veneer.errors import DataError
-from veneer.models.messages import first_line
+from veneer.errors import DataError, first_line
 from veneer.train.data import TOOLS, Records
 from veneer.train.prepare import Rows
 

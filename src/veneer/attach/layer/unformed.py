@@ -280,30 +280,16 @@ class _UnformedNode(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
 
 
+_METADATA_ATTRIBUTES = (
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn",
+    "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta", "is_nested", "itemsize",
+    "nbytes",
+)  # fmt: skip
+
 #: functions and attributes that an ``Unformed`` supports without forming W + ΔW
 METADATA: frozenset[Any] = frozenset(
     {
-        *(
-            getattr(Tensor, name).__get__
-            for name in (
-                "shape",
-                "dtype",
-                "device",
-                "ndim",
-                "layout",
-                "requires_grad",
-                "is_leaf",
-                "grad_fn",
-                "is_cuda",
-                "is_cpu",
-                "is_sparse",
-                "is_quantized",
-                "is_meta",
-                "is_nested",
-                "itemsize",
-                "nbytes",
-            )
-        ),
+        *(getattr(Tensor, name).__get__ for name in _METADATA_ATTRIBUTES),
         Tensor.size,
         Tensor.dim,
         Tensor.ndimension,

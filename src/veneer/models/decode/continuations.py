@@ -45,8 +45,9 @@ Sample = Callable[[Tensor, Sequence[int]], list[int]]
 def open_forward(model: Any, length: int) -> Forward:
     """A ``Forward`` of a model of transformers in eval mode, for rows of up to ``length`` tokens.
     ``close`` gives the model back as it was. Calls of the base are tried beside its own forward
-    once, and again after a change of its attention, dtype or device: adapters are no part of what
-    is tried, and a trained one may amplify the rounding of 16 bits beyond what a trial allows.
+    once, and again after a change of its attention, dtype, device or invocation tokens. The
+    arithmetic of adapters is no part of what is tried: a trained one may amplify the rounding of 16
+    bits beyond what a trial allows.
 
     Raises:
         ConfigError: the model cannot be called on slots, or not with such long rows.

@@ -26,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, first_line
 from veneer.kernels.device import count_on_meta
-from veneer.models.messages import first_line
 
 #: number of rows whose logits exist at once, as in the loss of ``veneer train``
 LOSS_ROWS = 256

@@ -12,8 +12,7 @@ from typing import Any
 import annotated_types
 from rich.console import Console
 
-from veneer.errors import VeneerError
-from veneer.models.messages import first_line
+from veneer.errors import VeneerError, first_line
 from veneer.train.config import TrainConfig
 from veneer.train.run import fit
 from veneer.train.sweep.sweep_settings import SEED_AXES, Range
