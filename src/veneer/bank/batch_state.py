@@ -1,4 +1,5 @@
-"""Batched factors of the adapters that one call uses, for ``kernels/batched.py``.
+"""The adapters that one call of a bank uses: groups of rows, and batched factors for
+``kernels/batched.py`` or the compiled loop.
 
     BatchState ─ layers         each changed by batched products
                ─ assignments    the adapters of each row of a call; groups of rows, gains and biases

@@ -1,5 +1,6 @@
 """Answers in the JSON of OpenAI's API, built from the engine's pieces: complete, or as a stream of
-events.
+events. The texts and tool calls of ``/v1/messages`` and ``/v1/responses`` pass here, too;
+``parallel_tool_calls: false`` drops the calls after the first.
 
     engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
     ``AnswerWriter.complete`` or ``AnswerWriter.events``

@@ -1,4 +1,5 @@
-"""The state of a request in the engine, from the queue to its last piece."""
+"""The state of a request in the engine, from the queue to its last piece, and what ends its
+answer: an end token, a stop string or its length."""
 
 from __future__ import annotations
 

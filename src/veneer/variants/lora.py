@@ -1,4 +1,5 @@
-"""LoRA: ΔW = alpha / rank · B @ A. Hu et al. 2021, arXiv:2106.09685."""
+"""LoRA: ΔW = alpha / rank · B @ A (Hu et al. 2021, arXiv:2106.09685). Most other variants are
+copies of ``LORA`` with some fields replaced: they have its scale and its default alpha."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """A linear layer in a batch whose rows use different adapters. If its weight is plain and frozen,
-one product with the weight computes all rows. There are two fast paths:
+one product with the weight computes all rows. There are two fast paths, with ``kernels/spans.py``
+on a CPU and with ``kernels/batched.py`` on a GPU:
 
 - On a CPU, if the rows of each adapter are neighbours (``kernels/spans.py``). Gradients reach all
   adapters.

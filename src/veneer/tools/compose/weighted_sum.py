@@ -1,5 +1,6 @@
 """Combine several adapters' changes of one weight: as a weighted sum, as the sum's best
-approximation at a rank, or by merging the dense ΔW (TIES).
+approximation at a rank, or by merging the dense ΔW (TIES, DARE), whose random entries are drawn by
+the weight's path.
 
     LoRA      Σ wᵢ ΔWᵢ                    wᵢ: the weight of adapter i
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)
