@@ -66,14 +66,14 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
         )
     other_adapter = None if request.other is None else read(resolve(request.other))
     rows = {name: read_rows(source) for name, source in sources.items()}
-    base_arguments = {} if request.base is None else base_files(request.base, adapter_files.path)
+    base_options = {} if request.base is None else base_files(request.base, adapter_files.path)
     examples = (
         {} if request.base is None else _tokenise_sources(request.base, adapter_files.path, rows)
     )
     with err.status("Looking …") as status:
         report = examine(
             adapter_files,
-            **base_arguments,
+            **base_options,
             base_name=request.base,
             other=other_adapter,
             count=request.intruders,
@@ -82,7 +82,7 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
         facts = report.to_dict()
         if examples:
             losses = facts["losses"] = _measure_losses(
-                adapter_files, report, request, base_arguments, examples, status
+                adapter_files, report, request, base_options, examples, status
             )
             facts["next_rank"], facts["why"] = _recommend_rank(losses["rows"]) or (
                 report.next_rank,
@@ -118,12 +118,12 @@ def _measure_losses(
     adapter_files: Any,
     report: Any,
     request: ReportRequest,
-    base_arguments: dict[str, Any],
+    base_options: dict[str, Any],
     examples: dict[str, Any],
     status: Any,
 ) -> dict[str, Any]:
     """Measure the loss of the base, the adapter and the derived adapters on each source of
-    examples. The result is described in `veneer.tools.report.report_page`. ``base_arguments``: how
+    examples. The result is described in `veneer.tools.report.report_page`. ``base_options``: how
     the tools read base weights; ``status``: shows progress."""
     import veneer
     from veneer.cli.console import open_base_and_adapter
@@ -165,7 +165,7 @@ def _measure_losses(
         handle.detach()
         with TemporaryDirectory() as folder:
             for kind, setting, removed_share, path in _write_derived_adapters(
-                adapter_files, report, "data" in examples, base_arguments, Path(folder)
+                adapter_files, report, "data" in examples, base_options, Path(folder)
             ):
                 # the base was compared when `adapter_files` was opened
                 derived = veneer.load(loaded_base.model, path, verify_base=False)
@@ -195,7 +195,7 @@ def _write_derived_adapters(
     adapter_files: Any,
     report: Any,
     with_truncations: bool,
-    base_arguments: dict[str, Any],
+    base_options: dict[str, Any],
     folder: Path,
 ) -> Iterator[tuple[str, float, float | None, Path]]:
     """Write the derived adapters to measure, one after the other.
@@ -210,13 +210,13 @@ def _write_derived_adapters(
             folder / f"rank-{cut.rank}",
             method="svd",
             rank=cut.rank,
-            **base_arguments,
+            **base_options,
         ).path
         yield "rank", cut.rank, cut.lost, path
 
     def write_scaled(scale: float) -> tuple[str, float, float, Path]:
         path = compose(
-            adapter_files, folder / f"weaker-{scale}", weights=[scale], **base_arguments
+            adapter_files, folder / f"weaker-{scale}", weights=[scale], **base_options
         ).path
         return "weaker", scale, 1 - scale, path
 
@@ -225,7 +225,7 @@ def _write_derived_adapters(
         repaired = repair(
             adapter_files,
             folder / f"repaired-{factor}",
-            **base_arguments,
+            **base_options,
             factor=factor,
             intruders=report.weight_intruders,
         )

@@ -17,8 +17,8 @@ from veneer.formats import patterns
 
 def layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The expressions of ``layers_pattern``, or PEFT's default, which matches any segment."""
-    sources = config.get("layers_pattern") or [r"[^.]+"]
-    return (sources,) if isinstance(sources, str) else tuple(sources)
+    patterns = config.get("layers_pattern") or [r"[^.]+"]
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:

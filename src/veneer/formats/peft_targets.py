@@ -169,9 +169,9 @@ def _module_path(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -
     return None if ending is None else bare_key.removesuffix(f".{ending}")
 
 
-def _may_target_parameter(config: Mapping[str, Any], path: str) -> bool:
+def _may_target_parameter(config: Mapping[str, Any], path_in_file: str) -> bool:
     """Whether ``target_parameters`` may name a parameter of the module at a path of the file."""
-    module_path = peft_paths.strip_wrappers(path)[0]
+    module_path = peft_paths.strip_wrappers(path_in_file)[0]
     target_modules = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
     return any(
         not target or module_path == target or module_path.endswith(f".{target}")

@@ -88,8 +88,8 @@ def _or(context: Any, first: Any, second: Any):
 
 
 @intrinsic
-def _upper_as_float(context: Any, bits: Any):
-    """The float32 whose upper 16 bits are those of ``bits``, with zeros below."""
+def _upper_as_float(context: Any, word: Any):
+    """The float32 whose upper 16 bits are those of the integer ``word``, with zeros below."""
 
     def code(_, builder: Any, __, args: Any):
         return builder.bitcast(builder.and_(args[0], INT32(0xFFFF0000)), ir.FloatType())

@@ -290,8 +290,9 @@ def _gradient_problems(
         error = (full_gradient(adapter_gradients, change) - expected).norm().item() / max(
             expected.norm().item(), NOISE * largest_norm, 1e-30
         )
-        size = min((p.element_size() for p in change.module.parameters(recurse=False)), default=4)
-        if not error < TOLERANCE.get(size, 0.5):
+        parameters = change.module.parameters(recurse=False)
+        element_size = min((p.element_size() for p in parameters), default=4)
+        if not error < TOLERANCE.get(element_size, 0.5):
             problem = f"has a different gradient than W + ΔW in its place ({error:.0%} off)"
             readable = (
                 "a weight that is read through its layer's forward, or directly by a module"

@@ -356,10 +356,10 @@ class LinearRows:
         row_A, row_B, _ = zip(
             *(factors[index] for index in row_adapters.selection_of_row), strict=True
         )
-        zeros = row_adapters.zeros(max(map(len, row_A)) * max(weight.shape), A)
+        zero_factors = row_adapters.zeros(max(map(len, row_A)) * max(weight.shape), A)
         scale = scale if len({*scales}) == 1 else row_adapters.scales(scales, x)
         matrix = weight.mT if fused_change.flipped else weight
-        return batched.linear(x, matrix, bias, row_A, row_B, scale, zeros)
+        return batched.linear(x, matrix, bias, row_A, row_B, scale, zero_factors)
 
 
 def _has_parameters(module: nn.Module, fused_change: Any) -> bool:

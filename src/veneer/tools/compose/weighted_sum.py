@@ -75,14 +75,14 @@ def reduce_rank(total: LowRank, options: ComposeOptions) -> Blend:
 def sum_with_magnitudes(
     terms: Sequence[Term],
     options: ComposeOptions,
-    weight: Tensor,
+    base_weight: Tensor,
     model_path: str,
     dtype: torch.dtype,
 ) -> Blend:
-    """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``. ``weight``:
-    the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that no DoRA change
-    equals the sum."""
-    W = weight.double()
+    """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``.
+    ``base_weight``: the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that
+    no DoRA change equals the sum."""
+    W = base_weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
         [term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
