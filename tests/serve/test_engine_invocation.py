@@ -17,7 +17,6 @@ from tests.support.tiny import tiny_model, tiny_tokenizer, write_tiny
 import veneer
 from veneer.errors import ConfigError, SelectionError
 from veneer.models.decode.attention import BLOCK
-from veneer.models.decode.continuations import open_forward
 from veneer.models.decode.slots import Slots
 from veneer.serve.engine import Engine
 
@@ -251,15 +250,6 @@ def test_a_server_serves_folders_of_either_library(tmp_path):
 def test_an_attached_adapter_that_is_invoked_is_refused(models):
     with pytest.raises(ConfigError, match="calls use 'default', which has invocation tokens"):
         Engine(models["a"], tiny_tokenizer())
-
-
-def test_a_model_whose_invoked_adapter_is_detached_is_called_on_slots(folders):
-    model = make("llama").eval()
-    veneer.load(model, folders["a"], name="default")
-    with pytest.raises(ConfigError, match="which has invocation tokens"):
-        open_forward(model, 8)
-    veneer.detach(model)
-    open_forward(model, 8).close()
 
 
 def test_a_bank_takes_an_attached_adapter_with_its_invocation(models, folders):

@@ -45,7 +45,7 @@ Sample = Callable[[Tensor, Sequence[int]], list[int]]
 def open_forward(model: Any, length: int) -> Forward:
     """A ``Forward`` of a model of transformers in eval mode, for rows of up to ``length`` tokens.
     ``close`` gives the model back as it was. Calls of the base are tried beside its own forward
-    once, and again after a change of its attention, dtype, device or invocation tokens. The
+    once, and again after a change of its attention, dtype or device. The
     arithmetic of adapters is no part of what is tried: a trained one may amplify the rounding of 16
     bits beyond what a trial allows.
 
@@ -60,10 +60,7 @@ def open_forward(model: Any, length: int) -> Forward:
         )
     weight = next(model.parameters())
     autocast = torch.is_autocast_enabled(weight.device.type)
-    attached = adapters_of(model)
-    invocation_tokens = () if attached is None else attached.default.invocation_tokens
-    attention = model.config._attn_implementation
-    state = attention, weight.dtype, weight.device, autocast, invocation_tokens
+    state = model.config._attn_implementation, weight.dtype, weight.device, autocast
     tried_state, verdict = _TRIED.get(model, (None, ()))
     if tried_state != state:
         verdict = None
