@@ -65,8 +65,8 @@ class Key:
 
     @property
     def owner(self) -> str:
-        """The name under which the requests of the key are counted; "" on a server without keys,
-        for every client."""
+        """The name under which the requests of the key are counted; "" for every client of a server
+        without keys."""
         return self.name if self.sha256 else ""
 
     def may_use(self, names: Iterable[str]) -> bool:
@@ -104,7 +104,7 @@ class Keyring:
         sent_key = sent_key.strip()
         if scheme.lower() != "bearer" or not sent_key or len(sent_key) > MAX_KEY_CHARS:
             return None
-        digest = hash_of(sent_key)  # compared with every key, so that the time reveals no match
+        digest = hash_of(sent_key)  # compare with every key, so that the duration reveals no match
         matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
         return matches[0] if matches else None
 
@@ -191,8 +191,8 @@ class KeyWatch:
 
 
 def _file_signature(path: Path) -> tuple[int, int, int] | None:
-    """(inode, modification time, size) of a file, which change when it is written or replaced; None
-    if there is no such file."""
+    """(inode, modification time, size) of a file, which change when the file is written or
+    replaced; None if ``stat`` fails."""
     try:
         status = path.stat()
     except OSError:

@@ -87,7 +87,7 @@ class Answers:
             self.cancel()
 
     def cancel(self) -> None:
-        """Cancel the requests that still run, and charge the tokens so far, once."""
+        """Cancel the requests that still run. The first call also charges the tokens so far."""
         if self._unfinished:
             for ticket in self._tickets:
                 ticket.cancel()
@@ -219,8 +219,7 @@ class AnswerWriter:
         return self.parsers[index].finish(piece.finish) if self.parsers else piece.finish
 
     def token_name(self, id: int, text: str) -> str:
-        """How an answer shows a token: its text, or "token_id:" and its id if the client wants it.
-        """
+        """How an answer shows a token: its text, or "token_id:…" if the client asks for ids."""
         return f"token_id:{id}" if self.body.return_tokens_as_token_ids else text
 
     def token_id_fields(
@@ -262,8 +261,8 @@ class AnswerWriter:
 
     def usage_counts(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any]:
         """The field ``usage``. ``generated``: the number of tokens of all answers. ``cached``: for
-        each answer, how many tokens of its prompt were in the prefix cache. A prompt with several
-        answers counts with the smallest of their numbers: later answers find the prompt cached."""
+        each answer, how many tokens of its prompt were in the prefix cache. If a prompt has several
+        answers, the smallest number counts, because the first answer caches it for the others."""
         cached_by_prompt: dict[int, int] = {}
         for index, tokens in cached.items():
             prompt_index = index // self.body.n

@@ -1,5 +1,6 @@
 """The adapters that a server serves: the adapters of a source (``store/catalogue.py``) with the
-changes made through the API. The catalogue registers them with the bank, which loads them.
+changes made through the API. The catalogue registers them with the bank, which loads an adapter
+when it is first used.
 
     DIR/french/adapter_config.json     an adapter "french", served as long as the folder exists
     DIR/index.json                     or DIR is a library, whose entries are the adapters
@@ -167,7 +168,7 @@ class ServedNames:
             self._write(replace(state, names=names, pinned=pinned, hidden=hidden), state)
 
     def _write(self, state: ServedState, old_state: ServedState) -> None:
-        """Make ``state`` the content of ``served.json``, which is ``old_state``."""
+        """Make ``state`` the content of ``served.json``. Its present content is ``old_state``."""
         if state != old_state:
             write_state(self.changeable_folder(), state)
         self.state = state
