@@ -6,12 +6,12 @@
     adapters = ["french-*", "chat"]   patterns of the adapters it may use; none by default
     base = true                       may use the base without an adapter; true by default
     admin = false                     may load and unload adapters, read metrics; false by default
-    train = false                     may use the training routes; false by default. A run that has
-                                      not trained answers as the base does
+    train = false                     may use the training routes; false by default. They also give
+                                      the base's answers, through a run that has not trained yet
     runs = 10                         most adapters in training at one time
-    bytes = 1000000000                most bytes of checkpoints
-    tokens = 1000000                  most tokens of training and sampling a day (UTC); there is
-                                      no limit by default for any of these three
+    bytes = 1000000000                most bytes of all checkpoints of the key
+    tokens = 1000000                  most tokens of training and sampling a day (UTC). By default,
+                                      runs, bytes and tokens have no limit
 
 A key has 256 random bits, so its hash needs no salt: no search can find the key.
 """
@@ -44,13 +44,14 @@ _HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 QUOTAS = ("runs", "bytes", "tokens")
 KEY_FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", "train", *QUOTAS)).keys()
-#: largest size of a key file, and of a key in a request
+#: largest size of a key file in bytes, and of a key in a request in characters
 MAX_FILE_BYTES, MAX_KEY_CHARS = 4 * 2**20, 512
 
 
 @dataclass(frozen=True)
 class Key:
-    """A named API key and its permissions."""
+    """A named API key and its permissions: an entry of the key file (see the docstring of this
+    module). A quota (``runs``, ``bytes``, ``tokens``) of None sets no limit."""
 
     name: str
     sha256: str
@@ -95,8 +96,8 @@ class Keyring:
         return self.keys is None
 
     def find(self, authorization: str | None) -> Key | None:
-        """The key that the value of an Authorization header ("Bearer …") names. None: the header is
-        missing, or the key is unknown."""
+        """The key in the value of an Authorization header ("Bearer …"). None if the header is
+        missing or the key is unknown. Without keys, ``ANYONE``."""
         if self.keys is None:
             return ANYONE
         scheme, _, sent_key = (authorization or "").partition(" ")
@@ -109,7 +110,7 @@ class Keyring:
 
 
 def hash_of(key: str) -> str:
-    """The hash under which the server stores a key."""
+    """The SHA-256 hash of a key, as 64 hexadecimal digits. The key file has only the hash."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -159,9 +160,9 @@ class KeyHolder(Protocol):
 
 
 class KeyWatch:
-    """A thread that reloads the keys of ``holder`` when their file is written, replaced or removed.
-    It also reloads them once when it starts, because the file may have changed while the base was
-    loaded."""
+    """A thread that reloads the keys of ``holder`` when their file is written or replaced. It also
+    reloads them once when it starts, because the file may have changed while the base was loaded.
+    If the file is invalid or was removed, the keys stay and an error is logged."""
 
     def __init__(self, holder: KeyHolder, path: Path) -> None:
         self._holder, self._path, self._stop = holder, path, threading.Event()
@@ -190,7 +191,8 @@ class KeyWatch:
 
 
 def _file_signature(path: Path) -> tuple[int, int, int] | None:
-    """Numbers that differ after a file was written or replaced; None if it cannot be read."""
+    """(inode, modification time, size) of a file, which change when the file is written or
+    replaced; None if ``stat`` fails."""
     try:
         status = path.stat()
     except OSError:
@@ -209,7 +211,7 @@ def _entry_problems(entry: Any) -> list[str]:
     )
     quotas = {field: entry.get(field, 0) for field in QUOTAS}
     flags = {field: entry.get(field, False) for field in ("base", "admin", "train")}
-    # whether a field is valid, and the texts of the error if it is not
+    # whether a field is valid, and the error's texts if it is not: found, expected, what to do
     checks = [
         (not unknown, f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling"),
         (
@@ -255,8 +257,8 @@ def generate(
     admin: bool = False,
     train: bool = False,
 ) -> tuple[str, str]:
-    """Generate a key; returns it and its [[keys]] entry for the key file. ``ConfigError``: the name
-    or an adapter pattern is invalid."""
+    """Generate a key. Returns the key, and its [[keys]] entry for the key file as TOML.
+    ``ConfigError``: the name or an adapter pattern is invalid."""
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     entry = {
         "name": name,

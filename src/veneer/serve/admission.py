@@ -1,11 +1,16 @@
-"""Load the adapters of the next requests in the queue: of a few more than there are free rows.
+"""Take the next requests from the queue, as many as there are free rows and a few more, and load
+their adapters.
 
-    queue  --admit-->  loading  →  loaded  --take-->  a row
+    queue  --Admission.admit-->  loading  →  loaded  --Batch.add-->  a row
 
-Nobody else is admitted for adapters that are being loaded: these requests would take the places of
-others, and hold in memory what the load may be waiting for. And while a load waits for memory, no
-other adapters are admitted beside those that hold it: their requests would follow one another for
-ever.
+A request whose adapters are loaded has a lease on them, which keeps them in memory.
+
+While the adapters of a request are loading, no other request for the same adapters is admitted.
+Otherwise all of these would get leases at once, before others whose turn it is, and would occupy
+memory without having rows.
+
+While a load waits for memory that leases occupy, only requests for the base alone are admitted.
+Otherwise new leases could follow one another for ever, and the load would never get its memory.
 """
 
 from __future__ import annotations
@@ -24,14 +29,21 @@ from veneer.serve.scheduler import Key, Scheduler
 
 log = logging.getLogger("veneer.serve")
 
-#: requests whose adapters are loaded although no row is free for them yet
+#: the most requests whose adapters are loaded although no row is free for them yet
 AHEAD = 4
 
 
 class Admission:
-    """The requests that have left the queue and have no row yet. Only the engine's thread calls it.
-    ``lock`` guards the scheduler. ``wake()`` is called, from any thread, when adapters have been
-    loaded. ``end(state, "error", message, cause)`` ends a request."""
+    """The requests that have left the queue and have no row yet. Only the engine's thread calls
+    the methods.
+
+    Args:
+        bank: the adapters; None serves the base alone.
+        lock: guards the scheduler.
+        rows: the most requests that run at a time.
+        wake: is called as ``wake()``, from any thread, when adapters have been loaded.
+        end: is called as ``end(state, "error", message, cause)`` to end a request.
+    """
 
     def __init__(
         self,
@@ -45,7 +57,7 @@ class Admission:
         self.admitted: list[RequestState] = []  # their adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
         self._wake, self._end = wake, end
-        # adapters for which there is no memory before a lease is given back
+        # blends whose adapters found no memory; they are tried again when a lease is released
         self._without: set[Key] = set()
 
     @property
@@ -53,8 +65,8 @@ class Admission:
         return [state for state in self.admitted if state.lease is not None]
 
     def admit(self, running: int) -> None:
-        """Start to load the adapters of the next requests, and give leases to those whose adapters
-        are loaded. ``running``: rows that are in use."""
+        """Start to load the adapters of the next requests, and give leases to requests whose
+        adapters are loaded. ``running``: number of rows that are in use."""
         for state in [each for each in self.admitted if each.lease is None]:
             self._receive(state, running)
         loading = {state.key for state in self.admitted if state.lease is None}
@@ -88,7 +100,7 @@ class Admission:
             self.admitted.remove(state)
 
     def put_back(self, state: RequestState) -> None:
-        """Put a preempted request before all others. It keeps its lease."""
+        """Put a request that lost its row (preempted) before all others. It keeps its lease."""
         self.admitted.insert(0, state)
 
     def release(self, state: RequestState) -> None:
@@ -116,8 +128,8 @@ class Admission:
             self._refuse(state, error, running)
 
     def _refuse(self, state: RequestState, error: BaseException, running: int) -> None:
-        """The adapters could not be loaded. If leases of other requests occupy the memory, queue
-        the request again; otherwise end it with the error."""
+        """Handle a request whose adapters could not be loaded or blended. If leases of other
+        requests occupy the memory, queue it again; otherwise end it with the error."""
         self.admitted.remove(state)
         if (running or self.admitted) and isinstance(error, BankFullError):
             self._without.add(state.key)
@@ -130,6 +142,7 @@ class Admission:
 
 
 def _base_alone() -> Future[Any]:
+    # like a future of ``Bank.acquire`` that is done, with a lease on no adapter
     future: Future[Any] = Future()
     future.set_result(SimpleNamespace(release=lambda: None))
     return future

@@ -1,6 +1,6 @@
-"""Answers in the JSON of OpenAI's API, built from the engine's pieces: complete, or as a stream of
-events. The texts and tool calls of ``/v1/messages`` and ``/v1/responses`` pass here, too;
-``parallel_tool_calls: false`` drops the calls after the first.
+"""Answers in the JSON of OpenAI's API, complete or as a stream of events, built from the pieces of
+answers that the engine delivers. ``/v1/messages`` and ``/v1/responses`` take the texts and tool
+calls of their answers from here, too (``AnswerWriter.deltas``).
 
     engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
     ``AnswerWriter.complete`` or ``AnswerWriter.events``
@@ -34,7 +34,7 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 class Answers:
-    """The answers to several requests, of which the engine takes all or none."""
+    """The answers to several requests. If the engine refuses one of them, all are cancelled."""
 
     def __init__(
         self,
@@ -81,13 +81,13 @@ class Answers:
                 if self._record is not None:
                     self._record.add(piece, self._tickets[index])
                 yield index, piece
-                # reading a full queue never waits, so let other tasks run here
+                # reading a queue that has items does not suspend, so let other tasks run here
                 await asyncio.sleep(0)
         finally:
             self.cancel()
 
     def cancel(self) -> None:
-        """Cancel the requests that still run, and charge the tokens so far."""
+        """Cancel the requests that still run. The first call also charges the tokens so far."""
         if self._unfinished:
             for ticket in self._tickets:
                 ticket.cancel()
@@ -102,6 +102,7 @@ class AnswerWriter:
     """Writes the answers to one HTTP request as JSON.
 
     Args:
+        prompts: the token ids of each prompt, which has ``body.n`` answers.
         echoed_texts: the text before each answer, for ``echo``; empty for no such texts.
         shows_internal_errors: whether the client may read the messages of internal errors.
         reading: how tool calls are parsed from the answers; None if no tool may be called.
@@ -124,7 +125,7 @@ class AnswerWriter:
         self.alternative_count = body.alternative_count()
         has_logprobs = self.alternative_count is not None
         self.allows_one_call = isinstance(body, ChatRequest) and not body.parallel_tool_calls
-        # list the log-probabilities of the prompt's tokens before the answer's
+        # whether the prompt's tokens are listed before the answer's, with log-probabilities
         self.echoes_logprobs = body.echo and has_logprobs and not self.is_chat
         # building such a body may take seconds
         self.is_large = has_logprobs or body.prompt_logprobs is not None
@@ -156,9 +157,9 @@ class AnswerWriter:
         return await asyncio.to_thread(build_body) if self.is_large else build_body()
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-        """Yield the answers as server-sent events. ``first`` was taken from ``pieces`` before, to
-        find out whether the first answer fails. An answer that fails ends the stream with an event
-        {"error": …} and without [DONE]."""
+        """Yield the answers as server-sent events. ``first`` is the first of the ``pieces``, which
+        the caller has taken to find out whether it is an error. An answer that fails ends the
+        stream with an event {"error": …} and without [DONE]."""
         generated = 0
         offsets = [0 if self.echoes_logprobs else len(text) for text in self.echoed_texts]
         has_prompt_ids = [False] * self.answer_count  # whether a completion's prompt ids were sent
@@ -203,12 +204,13 @@ class AnswerWriter:
             yield b"data: [DONE]\n\n"
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
-        """The text and tool calls that ``piece`` of answer ``index`` completes."""
+        """The text and the parts of tool calls that ``piece`` adds to answer ``index``. With
+        ``parallel_tool_calls: false``, calls after the answer's first are dropped, as in vLLM."""
         if not self.parsers:
             return [TextDelta(piece.text)] if piece.text else []
         parser = self.parsers[index]
         deltas = parser.feed(piece.text) + (parser.end() if piece.finish else [])
-        if self.allows_one_call:  # as vLLM, which leaves the others out
+        if self.allows_one_call:
             deltas = [delta for delta in deltas if isinstance(delta, TextDelta) or not delta.index]
         return deltas
 
@@ -217,7 +219,7 @@ class AnswerWriter:
         return self.parsers[index].finish(piece.finish) if self.parsers else piece.finish
 
     def token_name(self, id: int, text: str) -> str:
-        """How an answer shows a token: by its text, or by its id."""
+        """How an answer shows a token: its text, or "token_id:…" if the client asks for ids."""
         return f"token_id:{id}" if self.body.return_tokens_as_token_ids else text
 
     def token_id_fields(
@@ -258,9 +260,9 @@ class AnswerWriter:
         return {"prompt_logprobs": tables}
 
     def usage_counts(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any]:
-        """The field ``usage``. ``cached``: for each answer, how many tokens of its prompt were in
-        the prefix cache. Of the answers to one prompt, the first to start finds the fewest, and its
-        number counts."""
+        """The field ``usage``. ``generated``: the number of tokens of all answers. ``cached``: for
+        each answer, how many tokens of its prompt were in the prefix cache. If a prompt has several
+        answers, the smallest number counts, because the first answer caches it for the others."""
         cached_by_prompt: dict[int, int] = {}
         for index, tokens in cached.items():
             prompt_index = index // self.body.n
@@ -313,8 +315,8 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
 
 
 def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bool) -> Refusal:
-    """The error response for a failure in the engine. Its status is the one that ``error_refusal``
-    gives the same failure before an answer begins."""
+    """The error response for a failure in the engine. If the same failure occurs before a request
+    is submitted, ``error_refusal`` answers it, with the same status."""
     match cause:
         case "bad_request":
             return Refusal(400, reason, param="response_format")
@@ -374,7 +376,7 @@ def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[s
 
 
 def _message_fields(echoed_text: str, blocks: Sequence[str | Call]) -> dict[str, Any]:
-    """The fields of a message with an answer's text, after ``echoed_text``, and tool calls."""
+    """The fields of a message: ``echoed_text`` and the answer's text as one, and its tool calls."""
     text = echoed_text + "".join(block for block in blocks if isinstance(block, str))
     calls = [
         {
@@ -389,7 +391,7 @@ def _message_fields(echoed_text: str, blocks: Sequence[str | Call]) -> dict[str,
 
 
 def _chat_delta(delta: Delta) -> dict[str, Any]:
-    """The field ``delta`` of a chat's event."""
+    """The field ``delta`` of a chunk of a chat's answer."""
     if isinstance(delta, TextDelta):
         return {"content": delta.text}
     call: dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
@@ -403,10 +405,10 @@ def _chat_events(
     writer: AnswerWriter, index: int, piece: Piece, logprobs: Any, usage: Mapping[str, Any] | None
 ) -> Iterator[bytes]:
     """The events of one piece of a chat's answer. The first event has the piece's log-probabilities
-    and token ids, even if its text is not certain yet."""
+    and token ids, even if the text of these tokens is not certain yet and is sent later."""
     token_ids = writer.token_id_fields(index, piece.tokens, first=False)
     deltas = [_chat_delta(delta) for delta in writer.deltas(index, piece)]
-    # a parser may hold text back; without one, these tokens have no text
+    # for tokens without a delta: a parser holds back their text, or they have none yet
     empty_delta = {} if writer.parsers else {"content": ""}
     for delta in deltas or [empty_delta] * bool(piece.tokens):
         yield _event(writer, index, {"delta": delta, **token_ids}, logprobs, usage=usage)
@@ -435,7 +437,7 @@ def _event(
     usage: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> bytes:
-    """The event of a chunk of answer ``index``."""
+    """The event of a chunk of answer ``index``. ``content``: the text or delta of its choice."""
     choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
     if writer.stream_options.include_usage:
         fields["usage"] = usage
@@ -448,7 +450,7 @@ def _encode_event(content: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
-#: shows a token, by its id and text
+#: (token id, token text) → the text that an answer shows for the token
 TokenNamer = Callable[[int, str], str]
 
 

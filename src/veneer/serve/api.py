@@ -59,7 +59,7 @@ from veneer.serve.tools.choose import CallReading, call_reading
 
 Tokens = list[tuple[int, ...]]
 
-#: routes for operators and the web page, which a server with any engine has
+#: routes for operators and the web page. A server in front of vLLM (``vllm_front.py``) has them too
 operations = APIRouter(route_class=Route)
 #: routes that Veneer's own engine answers
 router = APIRouter(route_class=Route)
@@ -67,7 +67,8 @@ CORE_ROUTERS = (operations, router, tokenize.router, encoder_routes.router)
 
 
 def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROUTERS) -> FastAPI:
-    """The application of a service, with the routes of ``core`` and of ``routers``."""
+    """The application of a service, with the routes of ``core``, of ``routers``, and of the
+    service's extensions."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     extension_routers = [
@@ -256,7 +257,7 @@ async def _answer_chat(
     service: Service = request.app.state.service
     key: Key = request.state.key
     if body.forced_tool is not None or body.strict_tools:
-        # the answer's schema is then that of the tools
+        # the schema that the answer follows then comes from the tools
         client_names = {**(client_names or {}), "response_format": "tools"}
     try:
         blend = await _authorized_blend(service, key, body)
@@ -439,7 +440,7 @@ async def _generate_response(
 
 
 def _check_min_tokens(body: GenerationRequest, max_tokens: int) -> None:
-    """Refuse a request for more tokens than an answer may have."""
+    """Refuse a ``min_tokens`` above ``max_tokens``, the most tokens of an answer."""
     if body.min_tokens > max_tokens:
         raise Refusal(
             400,

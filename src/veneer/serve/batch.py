@@ -1,5 +1,5 @@
-"""The requests that have a row of the KV cache. Choose the prompts, and how many tokens of each,
-that a step computes, and the requests that are preempted if memory runs out.
+"""The requests that have a row of the KV cache. Choose the prompts of which a step of the engine
+computes tokens, and the requests that lose their rows (preemption) if memory runs out.
 
 add → filling → (its prompt is computed) → running → remove
              widen: no memory for a next token → the request that started last is preempted
@@ -19,17 +19,19 @@ from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 
-#: tokens up to which a request waits for the prompts that arrived with it: its first ones, as not
-#: all arrive at the very same time
+#: Requests that arrive together are a burst. In a burst, running requests wait for the prompts of
+#: the others, but only while they have at most this many tokens. It is not 0, because the first
+#: ones to arrive may get tokens before the others are there.
 BURST_TOKENS = 4
-#: seconds after its start for which it waits at most, and within which others arrive with it
+#: seconds since its start for which a request waits for others, and seconds after the start of the
+#: first running request in which the others of its burst are submitted
 BURST_SECONDS, ARRIVAL_SECONDS = 15.0, 1.0
 
 
 class Batch:
     """Requests with rows in ``memory``: ``filling`` (prefill) and ``running`` (decode). Only the
-    engine's thread calls it. ``lock`` guards the scheduler; ``notify`` calls the engine's
-    observer."""
+    engine's thread calls the methods. ``lock`` guards the scheduler; ``notify(event, *values)``
+    calls the engine's observer."""
 
     def __init__(
         self,
@@ -55,14 +57,15 @@ class Batch:
 
     @property
     def together(self) -> int:
-        """The most prompt tokens that share a call with the running rows. Fewer if these use
-        several adapters, because a bank pads the rows of all of them to the longest."""
+        """The most prompt tokens that are computed in one call with the running rows. There are
+        fewer if the requests use several adapters, because the bank groups the tokens of a call by
+        adapter and pads each group to the size of the largest."""
         blends = {state.key for state in (*self.filling, *self.running) if state.key}
         return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
 
     def add(self, state: RequestState) -> bool:
         """Give a request a row, and return whether there was memory for it. The request begins to
-        run if all of its prompt is in the row."""
+        run at once if keys and values of all of its tokens were cached."""
         if not self.memory.start(state):
             return False
         if state.started < 0:
@@ -87,15 +90,16 @@ class Batch:
                 states.remove(state)
 
     def next_fill(self) -> list[RequestState]:
-        """The requests of whose prompts this step computes tokens, each up to its ``filled``: those
-        of the least served key and adapter, in turn, within the tokens that there is time for.
-        Prompts that are scored are computed apart from others."""
+        """Choose the prompts of which this step computes tokens, as many as ``prefill_budget.py``
+        allows. ``filled`` of each returned request is set to the index at which its tokens of this
+        step end. Requests of the API key and the adapter that were served least come first. Prompts
+        whose log-probabilities the client asks for (``is_scored``) have calls of their own."""
         if not self.filling:
             return []
         with self._lock:
             order = self._scheduler.by_service(self.filling)
         rows, budget = len(self.running), self._prefill_budget
-        if self.is_burst():  # those of similar length need no padding beside the least served one
+        if self.is_burst():  # compute the first prompt with prompts of similar length: less padding
             size = len(order[0].ids) - order[0].length
             rows, order = 0, sorted(order, key=lambda s: abs(len(s.ids) - s.length - size))
         scored = order[0].is_scored
@@ -117,9 +121,10 @@ class Batch:
         return states
 
     def is_burst(self) -> bool:
-        """Whether the prompts come before the next tokens of the running rows: none of these has
-        more than its first tokens, and some of the prompts arrived with them, so all of them end
-        sooner if their rows then run in the same calls. Not beside prompts of several calls."""
+        """Whether the prompts are computed before the next tokens of the running requests. Requests
+        that arrived together all end sooner if they decode in the same calls. So this is true if
+        some of the prompts arrived with the running requests, these have only their first tokens,
+        and no prompt needs more than one call. It is never true with a ``gap``, a fixed limit."""
         budget = self._prefill_budget
         if not self.filling or budget.gap is not None:
             return False
@@ -154,7 +159,7 @@ class Batch:
         return complete
 
     def _run(self, state: RequestState) -> None:
-        """Let a request run whose tokens are all in its row."""
+        """Let a request run: all of its tokens have keys and values in its row."""
         self.running.append(state)
         if not state.generated:
             self._notify("tokens", state.request.blend, state.length, 0)
@@ -165,9 +170,9 @@ class Batch:
         return list(self.running)
 
     def widen(self) -> Iterator[RequestState]:
-        """Make room for the next token of each running row. If memory runs out, preempt the
-        requests that started last, the latest first. Each is yielded before the next attempt, which
-        may fail, so that the caller can put it back."""
+        """Make room for the next token of each running request. If memory runs out, preempt the
+        requests that started last, the latest first. Yield each of them at once, so that the caller
+        has put it back even if the next attempt raises an error."""
         for state in sorted(self.running, key=lambda state: state.started):
             while not self.memory.widen(state):
                 last = max([*self.filling, *self.running], key=lambda state: state.started)

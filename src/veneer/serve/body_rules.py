@@ -46,7 +46,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (-1,), "stream_interval": (1,),
 }  # fmt: skip
 
-#: unknown fields of one object that are reported as errors
+#: the most unknown fields of one object that are reported as errors
 MAX_UNKNOWN = 8
 
 Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
@@ -68,9 +68,9 @@ def limit_unknown_fields(
     field_names: Container[str],
     harmless: Callable[[str, Any], bool] = lambda name, value: False,
 ) -> dict[str, Any]:
-    """A copy of a JSON object for validation, without ``harmless`` fields and with at most
-    ``MAX_UNKNOWN`` fields that are not in ``field_names``: errors for all of them would take
-    seconds."""
+    """A copy of a JSON object for validation. It lacks the fields that are not in ``field_names``,
+    except for the first ``MAX_UNKNOWN`` that are not ``harmless``: validation reports an error for
+    each, and errors for thousands of fields would take seconds."""
     unknown = (
         name
         for name, value in data.items()

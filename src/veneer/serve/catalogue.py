@@ -1,5 +1,6 @@
 """The adapters that a server serves: the adapters of a source (``store/catalogue.py``) with the
-changes made through the API. The catalogue keeps the bank in sync with them.
+changes made through the API. The catalogue registers them with the bank, which loads an adapter
+when it is first used.
 
     DIR/french/adapter_config.json     an adapter "french", served as long as the folder exists
     DIR/index.json                     or DIR is a library, whose entries are the adapters
@@ -167,15 +168,16 @@ class ServedNames:
             self._write(replace(state, names=names, pinned=pinned, hidden=hidden), state)
 
     def _write(self, state: ServedState, old_state: ServedState) -> None:
-        """Make ``state`` the content of ``served.json``, which is ``old_state``."""
+        """Make ``state`` the content of ``served.json``. Its present content is ``old_state``."""
         if state != old_state:
             write_state(self.changeable_folder(), state)
         self.state = state
 
 
 class Catalogue:
-    """The served adapters. The catalogue keeps the bank in sync with them. All methods but
-    ``known``, ``folder_of`` and ``root`` read the disk: call them in a thread."""
+    """The served adapters. The catalogue registers them with the bank, and removes or replaces them
+    there. All methods but ``known``, ``folder_of`` and ``root`` may read the disk, so call them
+    outside of the event loop."""
 
     def __init__(
         self, address: str | Path | None, bank: Any, base: str = "", pin: Iterable[str] = ()
@@ -189,15 +191,15 @@ class Catalogue:
         self._adapters = store_catalogue.Catalogue(self._served_names.list)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._warnings: dict[str, str] = {}  # last one, by adapter name
+        self._warnings: dict[str, str] = {}  # the last logged warning, by adapter name
         self._listed_at, self._applied_pins = -1e9, frozenset[str]()
         with self._lock:
             self._sync()
 
     def follow_pins(self) -> None:
-        """Load and pin the adapters that this server or another server of the folder has pinned
-        since the last call, and unpin others. An adapter that cannot be loaded is logged; it does
-        not stop the server."""
+        """Load and pin the adapters that were pinned since the last call, by this server or by
+        another one that serves the folder. Unpin adapters that are pinned no more. An adapter that
+        cannot be loaded is logged; it does not stop the server."""
         pinned = self._served_names.state.pinned | self._always_pinned
         pinned, previous_pins = frozenset(filter(self.known, pinned)), self._applied_pins
         self._applied_pins = pinned  # set first, so that a failure is not retried every second
@@ -245,8 +247,8 @@ class Catalogue:
         return self._served_names.describe_path(name, self._adapters.resolve(name))
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
-        """Apply the changes of the source; return all names. The source is listed at most once a
-        second, unless ``force``."""
+        """Apply the changes of the source, and return all names. The source is listed at most once
+        a second, unless ``force``. If it cannot be read, the adapters stay as they were."""
         is_due = force or time.monotonic() - self._listed_at >= MIN_INTERVAL
         # while an adapter is being loaded, do not wait for the lock
         if self._served_names.source is not None and is_due and self._lock.acquire(blocking=False):
@@ -254,7 +256,7 @@ class Catalogue:
                 self._sync()
             except (OSError, VeneerError) as error:  # registered adapters stay served
                 log.warning("The adapter folder cannot be read: %s", error)
-                self._listed_at = time.monotonic()  # retry no sooner after a failure
+                self._listed_at = time.monotonic()  # so that a failure is not retried sooner
             finally:
                 self._lock.release()
         return self._adapters.names
@@ -273,6 +275,8 @@ class Catalogue:
         Raises:
             Refusal: the name or the path is invalid, or the adapter is loaded already.
             AdapterError: the adapter is damaged, altered, or made for another base.
+            LibraryError: the library has no adapter with this name.
+            BankFullError: there is no memory for the adapter.
         """
         with self._lock, _refuse_disk_errors():
             self._served_names.changeable_folder()
@@ -303,7 +307,7 @@ class Catalogue:
                 location = old_location or location
             try:
                 self._served_names.remember(name, location, path, pin)
-            except OSError:  # do not load an adapter that a restart would forget
+            except OSError:  # it is not recorded, so a restart would forget it: do not serve it
                 self._unregister(name)
                 if old_location is not None:
                     self._register(name, self._served_names.relocate(old_location))
@@ -396,8 +400,8 @@ class Catalogue:
             log.info("Adapter %r was replaced by a new version", name)
 
     def _register(self, name: str, location: Location) -> None:
-        """Register a folder with the bank. An incomplete adapter folder is skipped with a
-        warning."""
+        """Register a folder with the bank. If the bank refuses it, for instance because a file is
+        missing, skip it with a warning, which is logged once."""
         try:
             self._bank.register(name, location.path)
         except (AdapterError, OSError) as error:

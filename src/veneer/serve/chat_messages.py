@@ -157,8 +157,9 @@ def check_history(messages: Sequence[Message], param: str) -> None:
 def check_tools(
     tools: Sequence[Tool], choice: str | NamedChoice | None, has_format: bool, param: str
 ) -> None:
-    """Refuse tools that have equal names, a ``choice`` that names no tool, and tools in a request
-    whose field ``param`` demands an answer of a certain format (``has_format``)."""
+    """Refuse tools that have equal names, a ``choice`` that names no tool or requires one where
+    there is none, and tools beside a field that sets the format of the answer. ``has_format``:
+    whether the request has such a field, which is ``param``."""
     names = [tool.function.name for tool in tools]
     duplicate = next((name for name in names if names.count(name) > 1), None)
     chosen_name = choice.function.name if isinstance(choice, NamedChoice) else ""

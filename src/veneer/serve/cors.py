@@ -1,8 +1,8 @@
 """Cross-origin requests of browsers (CORS), from the origins that ``--cors`` names.
 
 Before a page sends JSON or a key to another origin, its browser sends a preflight request, without
-a key, to ask whether it may. It lets the page read an answer only if the answer names the origin of
-the page. Credentials of the browser (cookies, certificates) are never allowed: an API key is a
+a key, to ask whether it may. The browser lets the page read an answer only if the answer names the
+page's origin. Credentials of the browser (cookies, certificates) are never allowed: an API key is a
 header that the page sets.
 """
 

@@ -1,10 +1,10 @@
 """Compute embeddings: texts of many calls go through an encoder in one batch, each with the adapter
 of its call.
 
-    vector = pool over the tokens of (encoder(text)), of length 1 if the model's files ask for it
+    vector = pool(encoder(text)) over the tokens, scaled to length 1 if the model's files ask for it
 
-One thread computes. It fills a batch with one text at a time, each from the call that ``scheduler``
-chooses, so a call of 256 texts delays a call of one text by at most one batch.
+One thread computes. It fills a batch with one text at a time, each from the call that is next by
+``scheduler.py``. So a call of 256 texts delays a call of one text by at most one batch.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def as_base64(vector: Tensor) -> str:
 
 @dataclass(eq=False)
 class _Call:
-    """A call for the embeddings of some texts."""
+    """A call for the embeddings of some texts. Times are in seconds of ``time.monotonic``."""
 
     texts: Sequence[tuple[int, ...]]  # token ids
     blend: Mapping[str, float]
-    deadline: float  # of time.monotonic(), in seconds
+    deadline: float
     submitted_at: float
     owner: str = ""
     token_types: Sequence[tuple[int, ...]] | None = None  # None: all 0
@@ -61,7 +61,7 @@ class _Call:
 
     def __post_init__(self) -> None:
         self.key, self.flow = key_of(self.blend), counted_as(self.blend)
-        # waiting texts count against the API key, or without keys against the adapter
+        # for whom its waiting texts count: the API key, or without keys the adapter
         self.account = (self.owner, "" if self.owner else self.flow)
 
 
@@ -70,11 +70,12 @@ class Embedder:
 
     Args:
         model: an encoder of transformers.
-        observer: gets the same calls as the engine's observer.
+        bank: the adapters.
+        observer: gets ``started``, ``tokens`` and ``finished`` for each call, as an engine's does.
         pad_id: the token id of padding.
         pooling, normal: how token vectors become a text's vector (``encoders.pool``).
-        rows, tokens: the most texts, and the most tokens with padding, of a batch.
-        queue: the most texts that may wait.
+        rows, tokens: the most texts of a batch, and its most tokens with padding.
+        queue: the most texts that may wait, of all calls together.
         label_count: the number of labels of the model's head, if it is a classifier.
     """
 
@@ -118,9 +119,17 @@ class Embedder:
         *,
         with_head: bool = False,
     ) -> Future[list[Tensor]]:
-        """Queue texts. Returns a future of their vectors, or with ``with_head`` of the classifier's
-        logits. ``token_types``: one sequence for each text. Cancelling the future drops the call.
-        ``Busy``: too many texts wait, in all or of the same key (without keys: adapter)."""
+        """Queue texts, as token ids. Returns a future of one vector [width] for each text, or with
+        ``with_head`` of the classifier's logits [labels]. Cancelling the future drops the call.
+
+        Args:
+            timeout: the call fails if it has texts in no batch after so many seconds.
+            token_types: a sequence for each text; None for 0 everywhere.
+
+        Raises:
+            Busy: too many texts wait, in all or of the same API key (without keys: adapter).
+            SelectionError: an adapter is unknown.
+        """
         submitted_at = time.monotonic()
         if (record := CURRENT_RECORD.get()) is not None:
             record.ask(blend, sum(map(len, texts)))

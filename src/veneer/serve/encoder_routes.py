@@ -6,8 +6,9 @@ documents by their scores for a query (vLLM's and Jina's).
     POST /rerank  /v1/rerank  /v2/rerank    query, documents → results, the best first
 
 If the base is an encoder, the score of a pair is the cosine of the two vectors. If the base is a
-classifier with one label, it reads both texts together, and the score is its logit, after a sigmoid
-unless its config names another activation.
+classifier with one label, it reads both texts together, and the score is the sigmoid of its logit.
+The score is the logit itself if the config names the identity as activation, or if the request has
+``use_activation: false``.
 """
 
 from __future__ import annotations
@@ -298,7 +299,9 @@ async def vectors_of(
     blend: dict[str, float],
     **options: Any,
 ) -> list[Tensor]:
-    """The result of ``Embedder.submit``, with ``options``: the vectors of texts, or logits."""
+    """The result of ``Embedder.submit``: the vector of each text, or its logits, on the CPU.
+    ``options``: further arguments of ``submit``. ``Refusal``: the computation failed, or the client
+    disconnected."""
     embedder = embedder_of(service)
     try:
         computation = embedder.submit(tokens, blend, service.timeout, key.owner, **options)
@@ -310,8 +313,8 @@ async def vectors_of(
 
 
 def _has_sigmoid(config: Any) -> bool:
-    """Whether a classifier's logit becomes a score by a sigmoid. It does, unless the config's
-    fields of sentence-transformers name the identity as activation."""
+    """Whether a classifier's logit becomes a score by a sigmoid. It does, unless the fields that
+    sentence-transformers writes to the config name the identity as activation."""
     library_fields = getattr(config, "sentence_transformers", None) or {}
     name = library_fields.get("activation_fn") or getattr(
         config, "sbert_ce_default_activation_function", None

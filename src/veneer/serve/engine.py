@@ -1,18 +1,19 @@
-"""The engine's loop: in each step, waiting requests get rows, prompts are computed (prefill), and
-each running row gets a token (decode). Requests may start and end at every step (continuous
-batching).
+"""The engine's loop: in each step, waiting requests get rows of the KV cache, prompts are computed
+(prefill), and each running row gets a token (decode). Requests may start and end at every step
+(continuous batching).
 
     schedule → prefill → decode → sample → deliver
 
-One thread computes. A step is at most one call for prompts (prefill) and one call for a token of
-each running row (decode). While rows run, prompts are computed in pieces, as many tokens a step as
-``prefill_budget.py`` allows; a few tokens join the decode call.
+One thread calls the model. A step is at most one call for prompts (prefill) and one call for a
+token of each running row (decode). While rows run, a step computes no more prompt tokens than
+``prefill_budget.py`` allows, so a long prompt takes several steps. A few prompt tokens are computed
+in the decode call.
 
     submit → queue (fair scheduler) → adapters loaded → row (within the memory budget), which begins
     with a cached prefix → prefill → decode → end
 
-If there is no memory for the next token of a row, the request that started last is preempted. It
-keeps its tokens and is recomputed later; its client sees a pause.
+If there is no memory for the next token of a row, the request that started last loses its row
+(preemption). Its tokens are kept and computed again later; its client sees a pause.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ log = logging.getLogger("veneer.serve")
 #: dropped
 IDLE, PREFIX_IDLE = 2.0, 300.0
 
-#: the requests of a call whose next tokens are sampled, and their logits
+#: (requests of a call whose next tokens are sampled, their logits [requests, vocabulary]); the
+#: logits are None if there are no such requests
 Computed = tuple[list[RequestState], Tensor | None]
 
 
@@ -58,22 +60,23 @@ class Engine:
 
     Args:
         model: a causal language model of transformers. It is put into eval mode. While the engine
-        is open, its attention is replaced in the engine's calls. No other code may call it in
-        training mode.
-        tokenizer: of the model.
+            is open, its calls replace the model's attention. No other code may call the model in
+            training mode.
+        tokenizer: the model's tokenizer.
         bank: the adapters; None serves the base alone.
-        rows, queue: most requests that run at a time, and that wait.
-        length: most tokens of a prompt and its answer together; the model's limit and
-        ``cache_memory`` may reduce it.
-        prefill: most prompt tokens of one call.
-        observer: is told what happens: started(blend, waited), looked_up(blend, tokens, cached),
-            first_token(blend, seconds), next_token(blend, seconds since the one before),
-            tokens(blend, prompt, generated), preempted(blend), finished(blend, reason, seconds).
-            Called by the engine's thread.
+        rows, queue: the most requests that run at a time, and the most that wait.
+        length: the most tokens of a prompt and its answer together. The model's limit and
+            ``cache_memory`` may reduce it.
+        prefill: the most prompt tokens of one call.
+        observer: is told what happens, by the engine's thread. Its methods, where ``seconds`` are
+            those since submission: started(blend, seconds), looked_up(blend, prompt tokens, cached
+            ones), first_token(blend, seconds), next_token(blend, seconds since the token before),
+            tokens(blend, prompt tokens, generated ones), preempted(blend), finished(blend, reason,
+            seconds).
         turn: a context manager around each step, so that other code does not change the model's
-        layers meanwhile.
-        cache_memory: most bytes of keys and values, of rows and cached prefixes together; None is
-        half of the free memory.
+            layers meanwhile.
+        cache_memory: the most bytes of keys and values, of rows and cached prefixes together; None
+            is half of the free memory.
         prefix_cache: whether requests reuse keys and values of common prefixes.
         gap: seconds of a step that prompts may take while rows run; None follows the time of the
             decode calls (see ``PrefillBudget``).
@@ -120,7 +123,7 @@ class Engine:
         self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
-        self._live = 0
+        self._live = 0  # number of requests that have not ended
         self._thread: threading.Thread | None = None
 
         # used by the engine's thread only
@@ -129,20 +132,19 @@ class Engine:
         self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill, scored), prefix_cache
         self._batch = self._new_batch()
         self._called: list[RequestState] = []  # the requests of the running call
-        self._worked = False  # since unused memory was last returned
+        self._worked = False  # whether a step ran since unused memory was last returned
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> RequestState:
-        """Queue a request, from any thread; the returned state can ``cancel`` it. ``deliver`` is
-        called with each piece, in the engine's thread, and must return at once; the last piece, and
-        no other, has ``finish``. ``RequestError``: a prompt that is empty, too long or of unknown
-        tokens; a schema that is not understood. ``Busy``: the queue is full, or the engine is
-        draining."""
+        """Queue a request, from any thread; the returned state can ``cancel`` it. The engine's
+        thread calls ``deliver`` with each piece of the answer. ``deliver`` must return at once.
+        Only the last piece has ``finish``. ``RequestError``: the prompt or a sampling setting is
+        invalid. ``Busy``: the queue is full, or the engine is draining."""
         sampling, size, most = request.sampling, len(request.prompt), request.sampling.max_tokens
-        scored_alone = most == 0 and sampling.prompt_logprobs is not None  # no answer needs room
+        scored_alone = most == 0 and sampling.prompt_logprobs is not None  # no answer follows
         if not 0 < size <= self.length - (not scored_alone):
             raise RequestError(
                 f"a prompt of {size} tokens",
@@ -275,8 +277,8 @@ class Engine:
             return not self._closing
 
     def _step_or_restart(self) -> None:
-        """Run a step. If it fails outside of its calls, end all running requests and allocate new
-        memory."""
+        """Run a step. An error in a call of the model ends only the call's requests. After any
+        other error, end all requests that have rows, and allocate new memory for rows."""
         try:
             with self._turn:
                 self.step()
@@ -296,7 +298,7 @@ class Engine:
 
     def _start_requests(self) -> None:
         """Give rows to requests whose adapters are loaded, while there are rows and memory. A
-        request whose beginning another one is about to compute waits for that."""
+        request that begins like one in prefill waits, to reuse the keys and values of that one."""
         for state in self._admission.loaded:
             if self.running >= self.rows:
                 return
@@ -315,8 +317,8 @@ class Engine:
     def _compute(
         self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
     ) -> float:
-        """Run one call of the model for ``states`` and sample their next tokens; return its
-        seconds. A failure ends only these requests."""
+        """Run one call of the model for ``states`` and sample their next tokens; return the seconds
+        of both. A failure ends only these requests."""
         self._called, start = states, time.monotonic()
         try:
             with self._select_adapters([state.acting_lease for state in states]):
@@ -332,7 +334,7 @@ class Engine:
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
         """Sample the next tokens of requests from logits [requests, vocabulary]."""
         for state, row in zip(states, logits, strict=True):
-            if self._prefix_cache and state.prompt_logits is None:  # for the same prompt again
+            if self._prefix_cache and state.prompt_logits is None:  # reused for an equal prompt
                 state.prompt_logits = row.clone()
         try:
             sampled_tokens = sample(logits, [state.sampler for state in states])
@@ -351,8 +353,8 @@ class Engine:
             self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _compute_together(self, filling: list[RequestState], tokens: int) -> bool:
-        """One call for the running rows and ``tokens`` prompt tokens. Returns False if it failed:
-        no request is ended, and separate calls then show which one fails."""
+        """One call for the running rows and ``tokens`` prompt tokens. Returns False if it failed.
+        No request has ended then: the caller makes separate calls, which show whose call fails."""
         running, start = self._batch.sort_running(), time.monotonic()
         states = [*running, *filling]
         self._called = states
@@ -402,7 +404,7 @@ class Engine:
                 self._end(state, "error", NOT_FINITE.error, NOT_FINITE.cause)
             elif number in complete:
                 state.send_prompt()
-                if not state.limit:  # its prompt was all that was asked for
+                if not state.limit:  # the client asked only for the prompt's scores
                     self._end(state, "length")
         complete = [number for number in complete if not states[number].done]
         if len(complete) < len(states):
@@ -410,8 +412,8 @@ class Engine:
         return [states[number] for number in complete], logits
 
     def _widen_rows(self) -> None:
-        """Make room for the next token of each running row. Requests that are preempted for it are
-        recomputed later."""
+        """Make room for the next token of each running row. Requests that lose their rows for it
+        are computed again later."""
         for state in self._batch.widen():
             self._admission.put_back(state)
 
@@ -450,19 +452,19 @@ class Engine:
         error: str | None = None,
         cause: Cause | None = None,
     ) -> None:
-        """End a request in any state: free its row, its lease and its place, and deliver its last
-        piece."""
+        """End a request, whether it waits or runs: free its row, lease and place in the queue or
+        among the running ones, and deliver its last piece."""
         if state.done:
             return
         if state.generated and finish != "error":
-            # with the answer, because the next turn of a chat begins with it
+            # cache the answer, too, because the next turn of a chat begins with it
             self._batch.memory.finish(state)
         self._batch.remove(state)
         self._admission.remove(state)
         self._admission.release(state)
         with self._wake:
             (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
-        # last, so that a client that sees the last piece finds the place free
+        # after the place is freed, so that a client with its last piece can use the place at once
         state.end(finish, error, cause)
         with self._wake:
             self._live -= 1
@@ -471,7 +473,7 @@ class Engine:
             "finished", state.request.blend, finish, time.monotonic() - state.submitted
         )
 
-    @torch.inference_mode()  # the mode in which the slots of these requests were created
+    @torch.inference_mode()  # the mode in which the memory of the rows was allocated
     def _abandon(self, finish: Finish) -> None:
         for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)

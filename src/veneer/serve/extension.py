@@ -20,10 +20,12 @@ class Extension(ABC):
 
     Attributes:
         routers: FastAPI routers with the extension's routes.
-        path_prefix: the URL path of its routes. They need a key, except under ``public_paths``.
+        path_prefix: the beginning of the URL paths of its routes. They need a key, except under
+            ``public_paths``.
         secret_path: the path segment after it is a secret, which the log masks.
-        key_prefix: a prefix that clients put before their key; the server removes it.
-        max_body: the largest body of a request to its routes with a key, in bytes.
+        key_prefix: a prefix that clients put before their key in the header X-API-Key; the server
+            removes it.
+        max_body: the most bytes of a request body for its routes, if the request has a valid key.
         model_prefix: model names that begin with it are resolved by ``resolve_model``.
     """
 
@@ -47,13 +49,14 @@ class Extension(ABC):
 
     @abstractmethod
     def check_model(self, key: Key, model: str) -> None:
-        """``Refusal``: there is no such model, or the key may not use it."""
+        """Check a model name without resolving it. ``Refusal``: there is no such model, or the key
+        may not use it."""
 
     @abstractmethod
     async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
-        """Reserve ``count`` tokens of the key's quota, the most that a completion can use. The
-        caller calls the returned function with the number that was used. ``Refusal``: the quota
-        does not have so many tokens left."""
+        """Reserve ``count`` tokens of the key's quota: the most that the answers to an HTTP request
+        can use, prompts included. The caller calls the returned function with the number that was
+        used. ``Refusal``: the quota does not have so many tokens left."""
 
     @abstractmethod
     def drain(self) -> None:

@@ -1,10 +1,10 @@
 """Constrain answers to a JSON schema, a regular expression, a list of choices or a grammar, with
 llguidance.
 
-    constraint → grammar (compiled once a request) → matcher → the tokens that may come next
+    constraint → grammar (compiled for each answer) → matcher → the tokens that may come next
 
-llguidance's matchers have limits, so that no client's grammar can hold up other requests. A client
-whose grammar exceeds a limit gets an error.
+A matcher is the state of llguidance's parser for one answer. Matchers have limits, so that no
+client's grammar can hold up other requests. A client whose grammar exceeds a limit gets an error.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ LAYOUT: Any = {
     "item_separator": ",",
     "key_separator": ":",
 }
-#: 1 / BLANK_DIVISOR of the most tokens of an answer, but at least MIN_BLANK, may be only whitespace
+#: of an answer of at most n tokens, max(MIN_BLANK, n // BLANK_DIVISOR) may be only whitespace
 BLANK_DIVISOR, MIN_BLANK = 4, 8
 
-#: the stop reasons of a matcher that exceeded a limit, and a pattern of error messages that mean it
+#: llguidance's stop reasons for a matcher that exceeded a limit, and a pattern of the error
+#: messages that say so
 LIMIT_REASONS = ("ParserTooComplex", "LexerTooComplex")
 _LIMIT_MESSAGE = re.compile(
     r"max is \d|\blimit|\bfuel\b|too (?:many|large|complex|big)|exceed", re.IGNORECASE
@@ -52,7 +53,8 @@ class Layout:
         self._blank_count = 0
 
     def accept(self, token: int) -> None:
-        """Count a token of the answer, whose text so far is the beginning of a JSON text."""
+        """Count the next token of the answer. All tokens must be given, in order, to track whether
+        the text is inside of a JSON string."""
         if not self._in_string and token < len(self.is_blank) and self.is_blank[token]:
             self._blank_count += 1
         for char in self._text_of(token):
@@ -70,8 +72,8 @@ class Layout:
 
 
 class Schemas:
-    """Makes matchers for one tokenizer. ``vocabulary``: the number of logits. ``eos``: the ids of
-    the tokens that end a text."""
+    """Makes matchers of schemas and grammars for one tokenizer. ``vocabulary``: the number of
+    logits. ``eos``: the ids of the tokens that end a text."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
@@ -91,7 +93,7 @@ class Schemas:
         """A new matcher for an answer. Making one takes some milliseconds, the first one about a
         second. ``RequestError``: llguidance does not understand the schema or grammar, does not
         support the tokenizer, or is not installed."""
-        # "lark" grammars come from the schemas of tools
+        # the server writes "lark" grammars from the schemas of tools, so errors speak of a schema
         is_grammar = isinstance(schema, Grammar) and schema.kind != "lark"
         noun = "a grammar" if is_grammar else "a schema"
         try:
@@ -134,8 +136,8 @@ class Schemas:
 
 
 def allowed_tokens(matcher: Any, logits: Tensor) -> Tensor:
-    """The tokens that a grammar allows next, [vocabulary] of bool. ``RequestError``: the grammar
-    allows no continuation."""
+    """The tokens that a grammar allows next, [vocabulary] of bool, for ``logits`` [vocabulary] and
+    on their device. ``RequestError``: the grammar allows no continuation."""
     bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
     if matcher.is_error():
         raise error_of(matcher, "that an answer cannot follow")
@@ -146,7 +148,8 @@ def allowed_tokens(matcher: Any, logits: Tensor) -> Tensor:
 
 
 def error_of(matcher: Any, problem: str, noun: str = "a schema") -> RequestError:
-    """The error to raise for a matcher that stopped with an error."""
+    """The error to raise for a matcher that stopped with an error. ``noun``: what the message calls
+    the constraint. ``problem``: what is wrong with it, unless it exceeded a limit."""
     reason = matcher.get_error().partition("\n")[0][:500]
     if matcher.stop_reason() in LIMIT_REASONS or _LIMIT_MESSAGE.search(reason):
         return GrammarLimitError(

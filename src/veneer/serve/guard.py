@@ -1,16 +1,17 @@
-"""The middleware around all routes. Before a route runs, it checks the key, and the size and timely
-arrival of the body. After the route, it adds a request id, headers, a log line and a tracing span.
+"""The middleware around all routes. It checks the key, the size and the timely arrival of the body
+before a route runs, and afterwards adds a request id, headers, a log line and a tracing span.
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
-A body is read completely before a route runs, within a limit of bytes and of seconds. Under /v1 a
-request without a valid key is refused before its body is read. Queries, headers and bodies are
-never logged.
+A body is read completely before a route runs, within a limit of bytes and of seconds. If a path
+needs a key (``PRIVATE_PATHS``), a request without a valid one is refused before its body is read.
+Queries, headers and bodies are never logged.
 
-A server without keys answers only requests whose Host header is a loopback name. This refuses a web
-page that lets a domain name of its own point to 127.0.0.1 (DNS rebinding). Bodies must be
-application/json, which a page of another origin cannot send without a preflight request, which only
-``--cors`` grants (serve/cors.py).
+A server without keys on a loopback address answers only requests whose Host header is a loopback
+name (``Service.hosts``). So a web page cannot reach it through a domain name of its own that points
+to 127.0.0.1 (DNS rebinding). Routes take only bodies in application/json, except for protobuf in
+the training service. A page of another origin cannot send JSON without a preflight request, which
+succeeds only with ``--cors`` (serve/cors.py).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Guard:
 
     def __init__(self, app: Any, service: Any) -> None:
         self.app, self.service = app, service
-        # bytes of request bodies in memory, by owner of the key; None: requests without a key
+        # bytes of request bodies in memory, by ``Key.owner``; None: requests without a valid key
         self.body_bytes: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -96,7 +97,8 @@ class Guard:
     def _added_headers(
         self, path: str, request_id: str, origin: str | None
     ) -> list[tuple[bytes, bytes]]:
-        """The headers that every answer gets."""
+        """The headers that are added to the answer to a request for ``path`` from a web page of
+        ``origin``; None if no page sent it."""
         cache_headers = [(b"cache-control", b"no-store")] if self._is_private(path) else []
         cors_headers = cors.origin_headers(self.service.cors, origin)
         id_header = (ID_HEADER.encode(), request_id.encode())
@@ -121,7 +123,7 @@ class Guard:
         owner, body_bytes = None if key is None else key.owner, 0
 
         def reserve(byte_count: int) -> None:
-            """Count bytes of the body, until the request ends."""
+            """Count bytes of the body, which count until the request ends. ``Refusal``: no room."""
             nonlocal body_bytes
             self._check_room(owner, byte_count)
             self.body_bytes[owner] += byte_count
@@ -157,8 +159,8 @@ class Guard:
                 del self.body_bytes[owner]
 
     def _check_room(self, owner: str | None, byte_count: int) -> None:
-        """``Refusal``: with ``byte_count`` more bytes, request bodies would exceed the limit of all
-        bodies together, or of one key."""
+        """Check the room for ``byte_count`` more bytes of a request's body. ``Refusal``: with them,
+        all bodies together, or those of ``owner`` (``Key.owner``), would exceed their limit."""
         room = limits.BODIES - self.body_bytes.total()
         if owner != "":  # without keys, all clients share one limit
             room = min(room, room - self.body_bytes[owner])
@@ -173,7 +175,8 @@ class Guard:
             )
 
     def _check_access(self, scope: Any, headers: Headers, key: Any) -> None:
-        """``Refusal``: the Host header is wrong, the server drains, or the path needs a key."""
+        """Check whether a request may run. ``Refusal``: the Host header is wrong, the server
+        drains, or the path needs a key and the request has no valid one."""
         host = headers.get("host", "").lower()
         host_name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
@@ -215,8 +218,8 @@ class Guard:
 
 
 def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
-    """The key of a request, as the value of an Authorization header. Some clients send the key in
-    X-API-Key instead, after one of ``prefixes``."""
+    """The key of a request, as the value of an Authorization header ("Bearer …"). Some clients send
+    the key in X-API-Key instead, with one of ``prefixes``, which is removed."""
     api_key = headers.get("x-api-key")
     for prefix in prefixes:
         api_key = api_key and api_key.removeprefix(prefix)
@@ -224,8 +227,8 @@ def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
 
 
 def _check_headers(scope: Any, headers: Headers) -> None:
-    """``Refusal``: the headers are too long, or a proxy may read the length of the body from
-    another header than this server does."""
+    """Check the headers. ``Refusal``: they are too long, or a proxy in front of this server may
+    have read the length of the body from another header than this server does."""
     if "transfer-encoding" in headers and (
         "content-length" in headers or scope["http_version"] == "1.0"
     ):

@@ -1,15 +1,15 @@
-"""Bounds on sizes that a client decides, in several places: what it may send, keep in memory, or
-wait for. A bound of a single place stands there.
+"""Limits on what a client may send, keep in the server's memory, or wait for. A limit that a single
+file uses may stand in that file.
 
-The engine's context length and queue bound what a request costs there (tokens, answers). The bounds
-in this file limit the cost of a request before it reaches the engine.
+The limits here bound the cost of a request before it reaches the engine. In the engine, the context
+length and the length of the queue bound it.
 """
 
 from __future__ import annotations
 
 #: bytes of the names and values of all headers of a request
 HEADERS = 16 * 2**10
-#: bytes of a request body: several times the text that fills the longest context
+#: bytes of a request body: several times those of a text that fills the longest context
 BODY = 2**20
 #: bytes of the bodies of all requests together. A body counts from its first byte until the request
 #: is answered. The requests of one key, or all requests without a key, may take at most half of the
@@ -23,8 +23,9 @@ HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: the most connections that are open at one time
 CONNECTIONS = 1024
 
-#: characters that may wait for the tokenizer, of all clients together (a single call is always
-#: accepted), and the number of characters that compiling a schema counts as
+#: READING: characters of texts that may wait for the tokenizer, of all clients together. While none
+#: waits, any text is accepted. READING_SCHEMA: the characters that a schema counts as, because the
+#: tokenizer's thread compiles it
 READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256

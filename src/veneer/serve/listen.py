@@ -28,8 +28,8 @@ from veneer.serve import limits
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds that open connections have to close once the engine has drained. Requests that still wait
-#: then, such as a poll of a training run, are cut off
+#: seconds that connections may stay open once no request runs in the engine. A request that still
+#: waits then, such as a poll of a training run, is cut off
 CLOSE_SECONDS = 0.5
 #: the answer when too many connections are open
 _TOO_MANY = (
@@ -62,7 +62,7 @@ class Connection(H11Protocol):
         self._wait_for_head()
 
     def pause_writing(self) -> None:
-        """Called when the client reads more slowly than the server writes."""
+        """Start the timeout for a client that reads more slowly than the server writes."""
         super().pause_writing()
         self._stall_timer = self.loop.call_later(limits.STALL_SECONDS, self.transport.abort)
 
@@ -75,8 +75,8 @@ class Connection(H11Protocol):
         self.transport.abort()  # closing would wait for a client that does not read
 
     def _wait_for_head(self) -> None:
-        """Start the timeout while request headers are awaited, and stop it once they are complete.
-        Further bytes do not restart it."""
+        """Start the timeout when the server begins to wait for the headers of a request, and stop
+        it once they are complete. Further bytes of headers do not restart it."""
         in_request = self.cycle is not None and not self.cycle.response_complete
         if in_request and self._head_timer is not None:
             self._head_timer.cancel()
@@ -96,8 +96,9 @@ class Server(uvicorn.Server):
 
     Args:
         app: the application.
-        drain: blocks until no request runs, for at most as many seconds as it is given.
-        grace: seconds for draining.
+        drain: is called as ``drain(grace)``. It refuses new requests and blocks until no request
+            runs, for at most ``grace`` seconds.
+        grace: seconds that running requests have after the first signal.
         started: called when the server listens.
         reload: called on SIGHUP, in a new thread; None treats SIGHUP as SIGTERM.
     """
@@ -121,7 +122,7 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             timeout_keep_alive=30,
         )
-        config.timeout_graceful_shutdown = CLOSE_SECONDS  # declared as a whole number of seconds
+        config.timeout_graceful_shutdown = CLOSE_SECONDS  # set here: uvicorn declares it as int
         super().__init__(config)
         self._reload = reload
         self._drain, self._grace, self._on_started, self._draining = drain, grace, started, False
@@ -186,12 +187,13 @@ def bind(host: str, port: int) -> socket.socket:
     not belong to this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # the address "::" then includes IPv4 addresses
+        # the socket of the address "::" then accepts IPv4 connections, too
         dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         listener = socket.create_server(
             address, family=family, backlog=1024, dualstack_ipv6=dual_stack
         )
-        # connections inherit this option; asyncio sets it only on sockets that name their protocol
+        # connections inherit this option. asyncio would set it only on a socket that was created
+        # with an explicit protocol (IPPROTO_TCP), which this one was not
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
