@@ -131,9 +131,9 @@ class Text:
 
 
 def _context_of(detokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
-    """The last tokens of a prompt. There are a few more than ``CONTEXT_TOKENS`` if the first of
-    them lies within a character, because byte fallback then decodes no byte of its run. There are
-    none if the prompt ends within a character: the answer must not begin with the end of it."""
+    """The last ``CONTEXT_TOKENS`` tokens of a prompt, or a few more if the first of them lies
+    within a character: a decoder with byte fallback would show all bytes next to it as unknown.
+    No token if the prompt ends within a character, which must not become part of the answer."""
     counts = range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_INCOMPLETE + 1)
     contexts = (list(prompt[-count:]) for count in counts)
     return next((ids for ids in contexts if not detokenizer.decode(ids).endswith(UNKNOWN)), [])

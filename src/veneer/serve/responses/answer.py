@@ -9,7 +9,7 @@
       response.output_item.done
     response.completed | response.incomplete | response.failed
 
-A complete answer is the response object of the last event.
+An answer that is not streamed is the object ``response`` of the last event.
 """
 
 from __future__ import annotations
