@@ -95,7 +95,7 @@ class Memory:
         """Give a request a row that begins with the cached prefix of its tokens. If the row of a
         finished request holds all of them, the request also gets the logits of its last prompt
         token. Returns False if there is no memory for a row now."""
-        blocks = self._find(state)  # marks them as used, so that others are evicted for the row
+        blocks = self._find(state)  # marks them as used, so that the row evicts other blocks first
         size = len(state.ids) + min(state.limit - state.generated, HEADROOM)
         if self._continue_finished_row(state, size, len(blocks) * BLOCK):
             return True
@@ -166,8 +166,8 @@ class Memory:
         return len(self.finished_rows) < len(finished_rows)
 
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
-        """Whether this request should wait for a request in prefill (``filling``): that one has yet
-        to compute tokens with which this one also begins, at least a block more than is cached."""
+        """Whether a request in prefill (``filling``) will soon compute at least one more block of
+        this request's first tokens than is cached now. It is then better to wait for the block."""
         if self.prefixes is None or state.is_scored:
             return False
         namespace, stop = _namespace_of(state), (len(self._find(state)) + 1) * BLOCK
@@ -179,7 +179,7 @@ class Memory:
         )
 
     def save(self, state: RequestState) -> None:
-        """Cache the computed tokens of a request."""
+        """Cache the keys and values of a request's computed tokens."""
         row = state.row
         if self.prefixes is not None and row is not None:
             self.prefixes.add(
@@ -213,7 +213,7 @@ class Memory:
             self.prefixes.expire(prefix_idle)
 
     def expires_in(self, prefix_idle: float) -> float | None:
-        """Seconds until the first prefix, or row of a finished request, has been unused for
+        """Seconds until a cached prefix or the row of a finished request has been unused for
         ``prefix_idle`` seconds; None if there is neither."""
         last_uses = [row.ended for row in self.finished_rows]
         if self.prefixes is not None and self.prefixes.oldest is not None:

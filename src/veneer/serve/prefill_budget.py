@@ -21,7 +21,7 @@ from veneer.models.decode.forward import TOGETHER
 #: the seconds for prompts in a step, as a share of the duration of a decode call
 SHARE = 0.7
 
-#: the duration of a decode call is taken for up to this many times more or fewer rows
+#: up to this many times more or fewer rows, the duration of the latest decode call is used
 MOST_ROW_GROWTH = 1.25
 
 #: the prompt tokens of a step are a multiple of this, so that many steps have the same number
@@ -34,7 +34,7 @@ class PrefillBudget:
     Args:
         gap: seconds of a step that prompts may take while rows run; None: in proportion to the
             duration of a decode call.
-        most: the most prompt tokens of a step. If no row runs, a step always takes so many.
+        most: the most prompt tokens of a step. While no row runs, there is no lower limit.
         most_scored: the same for prompts whose log-probabilities are asked for; None: ``most``.
     """
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from veneer.serve.requests import Token
 
-#: the most bytes of the float32 logits of a forward call, whose tokens are at least MIN_TOKENS even
-#: if these need more
+#: the most bytes of the float32 logits of a forward call. MIN_TOKENS tokens are allowed even if
+#: their logits need more.
 LOGIT_BYTES, MIN_TOKENS = 64 * 2**20, 16
 
 

@@ -3,7 +3,8 @@
     ``Guard`` puts a ``RequestRecord`` into a context variable ──▶ ``Answers`` or ``Embedder`` adds
     tokens and times ──▶ ``Guard`` logs one line, and sends one span (``tracing.py``)
 
-A record has names, numbers and times. It never has a prompt, an answer, a header or a key.
+A record has names, numbers and times. It never has a prompt, an answer or a header, and of an API
+key only the name.
 """
 
 from __future__ import annotations

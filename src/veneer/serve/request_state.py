@@ -120,9 +120,9 @@ class RequestState:
         return self.lease if self.length >= self.acts_from else None
 
     def piece_end(self, length: int) -> int:
-        """The index at which a call must end that computes its tokens from index ``length`` on: a
-        call cannot compute tokens before and after ``acts_from``, since other adapters act there.
-        The index is at most the number of its tokens."""
+        """The index up to which one call may compute its tokens from index ``length`` on. A call
+        uses the same adapters for all tokens of a row, so it cannot go beyond ``acts_from`` if it
+        begins before that."""
         size = len(self.ids)
         return size if length >= self.acts_from else int(min(size, self.acts_from))
 

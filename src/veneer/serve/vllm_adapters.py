@@ -51,8 +51,8 @@ class RegisteredAdapter:
 
 @dataclass(eq=False)
 class LoadedBlend:
-    """An adapter or a blend that vLLM has loaded as ``name``. ``stale``: new requests do not use
-    it."""
+    """An adapter or a blend that vLLM has loaded as ``name``. ``key``: its adapters and weights
+    (``key_of``). ``stale``: new requests do not use it."""
 
     name: str
     key: Key
@@ -109,7 +109,8 @@ class VllmAdapters:
         self._secret = secrets.token_hex(8)
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
-        """Register an adapter folder under a name. ``AdapterError``: vLLM cannot load it."""
+        """Register an adapter folder under a name; it always replaces an earlier one (``replace``
+        has no effect). ``AdapterError``: vLLM cannot load it."""
         reasons = reasons_against(Path(path), self._rank)
         problem = f"Adapter {name!r} in {path}"
         raise_all(AdapterError, problem, [sentence(reason, *ADVICE) for reason in reasons])

@@ -11,8 +11,8 @@ it, which nothing changes later.
 vLLM keeps the path that it gets. When it has dropped an adapter from memory and needs it again, it
 reads the files again and does not verify them; and its KV cache is keyed by name and path. So the
 path is that of a copy in a cache of our own, named by its hash: a changed adapter has another path,
-and neither `gc` nor a writer of the library changes the copy. (In vLLM 0.32, an adapter whose files
-are gone by then ends the engine, and with it the server.)
+and neither `gc` nor a writer of the library changes the copy. (If the files are gone when vLLM 0.32
+reads them again, its engine ends, and with it the server.)
 
 The base is compared with the fingerprints in the adapter's record. A process reads each weight of
 the base at most once. vLLM names its base by a folder or a hub id. A base whose files are not on

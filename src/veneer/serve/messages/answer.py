@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 
 class MessagesView:
-    """Writes the answer to one request, from its pieces."""
+    """Writes the answer to one request, from the pieces that the engine delivers."""
 
     def __init__(self, writer: AnswerWriter, body: MessagesRequest) -> None:
         self._writer, self._model = writer, body.model

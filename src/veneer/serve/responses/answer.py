@@ -29,7 +29,7 @@ Event = dict[str, Any]
 
 
 class ResponsesView:
-    """Writes the answer to one request, from its pieces."""
+    """Writes the answer to one request, from the pieces that the engine delivers."""
 
     def __init__(self, writer: AnswerWriter, body: ResponsesRequest) -> None:
         self._writer, self._body = writer, body
