@@ -34,7 +34,7 @@ class PrefillBudget:
     Args:
         gap: seconds of a step that prompts may take while rows run; None: in proportion to the
             duration of a decode call.
-        most: the most prompt tokens of a step. While no row runs, there is no lower limit.
+        most: the most prompt tokens of a step. While no row runs, every step may take so many.
         most_scored: the same for prompts whose log-probabilities are asked for; None: ``most``.
     """
 
@@ -67,7 +67,7 @@ class PrefillBudget:
     def tokens(self, running: int, filling: int, together: int = TOGETHER) -> int:
         """How many tokens of ``filling`` prompts the next step computes while ``running`` rows run.
         Up to ``together`` tokens join the call of the rows. 0 if the duration of a decode call for
-        so many rows alone is not known: the next step then measures it."""
+        so many rows alone is not known: the step then only decodes, and measures it."""
         if not running or not self._apart:
             return self.most
         if not self._knows_decode(running):
