@@ -1,8 +1,9 @@
-"""Memory for keys and values of the engine's requests: rows, cached prefixes, their common budget
-and its default.
+"""The KV cache of the engine's requests: it gives each request a row, caches prefixes for other
+requests, and keeps both within one budget of bytes, whose default comes from the free memory.
 
-    request → row, which begins with the cached beginning of its tokens → computed blocks are cached
-    → row released, or left in place for a request that continues it
+    a request starts      it gets a row, which begins with the cached prefix of its tokens
+    tokens are computed   full blocks of 16 tokens are copied to the cache of prefixes
+    the request ends      its row stays for a request that continues it, or is released
 
 A row that needs memory takes unused memory first, then that of cached prefixes. If that does not
 suffice, the engine preempts a request.
@@ -32,21 +33,22 @@ from veneer.serve.request_state import RequestState
 
 log = logging.getLogger("veneer.serve")
 
-#: answer tokens that a new row has room for, so that few rows must move soon
+#: the most answer tokens that a new row has room for. With fewer, it would soon be copied to a
+#: longer row.
 HEADROOM = 32
 
-#: most rows of finished requests that stay. Each may split the attention of running rows into one
-#: more call a layer.
+#: the most rows of finished requests that stay. One attention call of a layer covers adjacent rows,
+#: so a row that stays between running rows may cost one more call a layer.
 MAX_FINISHED_ROWS = 4
 
-#: memory pages of a system that does not report them: 8 GiB
+#: the number of memory pages that is assumed if the system does not report it: 8 GiB
 UNKNOWN_PAGES = 8 * 2**30 // mmap.PAGESIZE
 
 
 class FinishedRow(NamedTuple):
     """The row of a request that ended at time ``ended`` (``time.monotonic``). It holds the keys and
-    values of tokens ``ids``, which requests of ``namespace`` may reuse. ``prompt_logits`` are those
-    behind its prompt, the first ``prompt_length`` tokens."""
+    values of tokens ``ids``, which requests of ``namespace`` may reuse. The first ``prompt_length``
+    of them are the prompt. ``prompt_logits`` [vocabulary]: of the prompt's last token, if known."""
 
     row: Row
     ids: Sequence[int]
@@ -57,13 +59,13 @@ class FinishedRow(NamedTuple):
 
 
 class Memory:
-    """Rows of ``length`` tokens for at most ``rows`` requests at a time, of a model whose layers
-    have ``forms``, within ``limit`` bytes. Without ``prefix_cache`` every request is computed from
-    its first token on.
+    """Rows of up to ``length`` tokens for at most ``rows`` requests at a time, and the cached
+    prefixes. Both together take at most ``limit`` bytes; None is no limit. ``forms``: the form of
+    each layer's keys and values. Without ``prefix_cache``, no request reuses keys and values.
 
-    The rows of the requests that finished last stay in ``finished_rows``, the oldest first. A
-    request that begins with at least ``BLOCK`` tokens of one continues that row, which copies no
-    block. If it has the same prompt, nothing of it is computed.
+    The rows of the requests that finished last stay in ``finished_rows``, the oldest first. A new
+    request that begins with at least ``BLOCK`` tokens of such a row may take over the row, so that
+    no block is copied. If it has the same prompt, no token of the prompt is computed again.
     """
 
     def __init__(
@@ -90,10 +92,10 @@ class Memory:
         return self.budget.rows + self.budget.prefixes
 
     def start(self, state: RequestState) -> bool:
-        """Give a request a row that begins with the cached prefix of its tokens. If that is all of
-        them, the request gets the logits behind its prompt, too. Returns False if there is no room
-        now."""
-        blocks = self._find(state)  # marks them as used, so that others are evicted for the row
+        """Give a request a row that begins with the cached prefix of its tokens. If the row of a
+        finished request holds all of them, the request also gets the logits of its last prompt
+        token. Returns False if there is no memory for a row now."""
+        blocks = self._find(state)  # marks them as used, so that the row evicts other blocks first
         size = len(state.ids) + min(state.limit - state.generated, HEADROOM)
         if self._continue_finished_row(state, size, len(blocks) * BLOCK):
             return True
@@ -109,9 +111,9 @@ class Memory:
         return True
 
     def _continue_finished_row(self, state: RequestState, size: int, cached: int) -> bool:
-        """Give a request the row of a finished one that has room for ``size`` tokens, no more than
-        a new row, and holds at least as many of the request's tokens as are ``cached`` in blocks.
-        Returns False if there is none."""
+        """Give a request the row of a finished request that holds the most of its first tokens.
+        The row must have as many columns as a new row for ``size`` tokens, and must hold at least
+        the ``cached`` tokens that blocks would give. Returns False if there is no such row."""
         if state.is_scored:
             return False
         columns = self.slots.columns_for(size)
@@ -132,8 +134,8 @@ class Memory:
         return True
 
     def finish(self, state: RequestState) -> None:
-        """Cache the computed tokens of a request that ends, and let its row stay. If more than
-        ``MAX_FINISHED_ROWS`` would stay, release the oldest."""
+        """Cache the computed tokens of a request that ends, and move its row to ``finished_rows``.
+        If these are more than ``MAX_FINISHED_ROWS``, release the oldest."""
         self.save(state)
         if self.prefixes is None or state.row is None:
             return
@@ -153,8 +155,8 @@ class Memory:
     def _release_finished_rows(
         self, is_released: Callable[[FinishedRow], bool] = lambda finished_row: True
     ) -> bool:
-        """Release the rows of finished requests, all or those for which ``is_released``; return
-        whether there were any."""
+        """Release the rows of finished requests for which ``is_released(row)`` is true, by default
+        all; return whether any was released."""
         finished_rows, self.finished_rows = self.finished_rows, []
         for finished_row in finished_rows:
             if is_released(finished_row):
@@ -164,8 +166,8 @@ class Memory:
         return len(self.finished_rows) < len(finished_rows)
 
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
-        """Whether one of the requests that are ``filling`` their rows is about to compute more of
-        this one's beginning than is cached."""
+        """Whether a request in prefill (``filling``) will soon compute at least one more block of
+        this request's first tokens than is cached now. It is then better to wait for the block."""
         if self.prefixes is None or state.is_scored:
             return False
         namespace, stop = _namespace_of(state), (len(self._find(state)) + 1) * BLOCK
@@ -177,7 +179,7 @@ class Memory:
         )
 
     def save(self, state: RequestState) -> None:
-        """Cache the computed tokens of a request."""
+        """Cache the keys and values of a request's computed tokens."""
         row = state.row
         if self.prefixes is not None and row is not None:
             self.prefixes.add(
@@ -188,7 +190,7 @@ class Memory:
             )
 
     def widen(self, state: RequestState) -> bool:
-        """Make room for the next token of a request. Returns False if there is none now."""
+        """Make room for the next token in a request's row. Returns False if memory is lacking."""
         row, size = state.row, state.length + 1
         if row is None or self.slots.widen(row, size):
             return True
@@ -211,7 +213,7 @@ class Memory:
             self.prefixes.expire(prefix_idle)
 
     def expires_in(self, prefix_idle: float) -> float | None:
-        """Seconds until the first prefix, or row of a finished request, has been unused for
+        """Seconds until a cached prefix or the row of a finished request has been unused for
         ``prefix_idle`` seconds; None if there is neither."""
         last_uses = [row.ended for row in self.finished_rows]
         if self.prefixes is not None and self.prefixes.oldest is not None:
@@ -225,8 +227,8 @@ class Memory:
 
 
 def _namespace_of(state: RequestState) -> Namespace:
-    """The namespace in which a request with loaded adapters shares prefixes: with requests of the
-    same ``cache_salt``, or else of the same API key."""
+    """The namespace of a request whose adapters are loaded. Requests with the same adapters share
+    it if they have the same ``cache_salt``, or none and the same API key."""
     if state.namespace is None:
         request = state.request
         salt = ("salt", request.cache_salt) if request.cache_salt else ("key", request.owner)
@@ -236,9 +238,10 @@ def _namespace_of(state: RequestState) -> Namespace:
 
 
 def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
-    """The number of a request's tokens whose keys and values the row of a finished one holds. It
-    includes the last token only if both have the same prompt, and the logits behind it are known.
-    The tokens of a preempted request are its prompt and a part of its answer."""
+    """The number of a request's first tokens whose keys and values the row of a finished request
+    holds. The last token must be computed for its logits, so it counts only if both requests have
+    the same prompt and these logits are known. A preempted request (``generated`` > 0) continues
+    within its answer, for which no logits are stored."""
     length, namespace = len(state.ids), _namespace_of(state)
     pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
     most = min(len(finished_row.ids), length)
@@ -251,7 +254,7 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
 
 def longest_row(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     """The tokens of the longest row that ``limit`` bytes hold, at most ``length``. ``ConfigError``:
-    they hold none."""
+    the bytes do not hold ``BLOCK`` tokens."""
     token = sum(form.nbytes for form in forms) + max(form.largest for form in forms)
     if token * -(-length // BLOCK) * BLOCK <= limit:
         return length
@@ -272,8 +275,8 @@ def longest_row(forms: Sequence[LayerForm], limit: int, length: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """The free memory of a GPU, or of this machine within the limit of its control group; half of
-    all memory if the system does not report it."""
+    """The bytes of free memory of a GPU, or of this machine within the limit of its control group.
+    Half of all memory if the system does not report how much is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not (meminfo := Path("/proc/meminfo")).is_file():

@@ -1,11 +1,12 @@
 """The metrics page that Prometheus reads at ``/metrics``. For each adapter it has requests, tokens,
 loads and memory; for the server as a whole it has times.
 
-The label of a series is the name of a registered adapter, "base" or "blend". So clients cannot
-create labels, and the series of an adapter end when the adapter is removed. (An adapter that is
-itself called "base" or "blend" has the label "adapter:base" or "adapter:blend".) At most
-``MAX_LABELLED`` adapters, those with the most requests, have a label of their own; all others are
-counted together as "other", which bounds the size of the page.
+The label of a series is the name of a registered adapter, "base", "blend" (a request with several
+adapters) or "unloaded" (an adapter that was removed meanwhile). So clients cannot create labels,
+and the series of an adapter end when the adapter is removed. (An adapter that is itself called
+"base" has the label "adapter:base".) At most ``MAX_LABELLED`` adapters, those with the most
+requests, have a label of their own; all others are counted together as "other", which bounds the
+size of the page.
 
 A histogram consists of a dozen series, and a server has hundreds of adapters. So each adapter has
 only counters, and a histogram covers all adapters. ``?adapters=0`` leaves out adapters' labels
@@ -28,7 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 BASE, BLEND, UNLOADED, OVERFLOW = "base", "blend", "unloaded", "other"
-#: the label for the counts of removed series, which are part of sums but are not shown
+#: the label for the counts of removed series. The page does not show it, but includes the counts in
+#: sums over adapters.
 REMOVED = ""
 #: the most adapters that have a label of their own
 MAX_LABELLED = 64
@@ -190,7 +192,8 @@ class Metrics:
                 self._labelled.add(name)
 
     def _remove_series(self, name: str) -> None:
-        """Remove an adapter's series. Their counts are kept as ``REMOVED``: no sum decreases."""
+        """Remove an adapter's series. Their counts go to the label ``REMOVED``, so that no sum over
+        adapters decreases."""
         self._labelled.discard(name)
         label = _label_of(name)
         for counter in self._adapter_counters:
@@ -275,7 +278,8 @@ def _shown_metrics(registry: CollectorRegistry, adapters: bool) -> Iterator[Metr
 
 
 def _label_of(name: str) -> str:
-    """The label of an adapter name, which must differ from the labels with another meaning."""
+    """The label of an adapter: its name, or "adapter:NAME" if the name is a label with another
+    meaning."""
     return f"adapter:{name}" if name in (BASE, BLEND, UNLOADED, OVERFLOW) else name
 
 

@@ -1,45 +1,54 @@
-"""The number of prompt tokens that a step computes beside running rows, from measured times.
+"""The number of prompt tokens that a step of the engine computes while other requests generate
+tokens (the running rows), from measured times.
 
-    tokens = seconds that prompts may take / recent seconds of a prompt token
+    prompt tokens of a step = seconds that prompts may take / measured seconds of a prompt token
 
-A few tokens are computed in the call of the running rows, and cost what they add to it: its weights
-are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take
-``SHARE`` of the time that the running rows take by themselves, so that the time between two tokens
-stays below twice that, measurements being late. Where more prompts wait than half as many rows run,
-they may take more, by as much: with 4 rows and 24 prompts 12 times. Few rows are kept waiting for
-them by that. Requests that arrive together have all of their prompts computed first
-(``Batch.is_burst``).
+A few prompt tokens join the forward call of the running rows. They take little time there, because
+that call reads the model's weights in any case. More tokens get a call of their own.
+
+The seconds are ``gap`` if it is given, and otherwise ``SHARE`` of the duration of a decode call, so
+that the time between two tokens of an answer stays below twice that duration even if measurements
+lag behind. If there are more prompts than half of the running rows, the seconds grow in proportion
+(12 times for 24 prompts and 4 rows), since only few answers then wait for many prompts.
+
+Prompts that arrive together with the running requests are all computed first (``Batch.is_burst``).
 """
 
 from __future__ import annotations
 
 from veneer.models.decode.forward import TOGETHER
 
-#: the time for prompts as a share of the time of a decode call
+#: the seconds for prompts in a step, as a share of the duration of a decode call
 SHARE = 0.7
 
-#: by what factor the rows may be more or fewer than those of the latest decode call
+#: up to this many times more or fewer rows, the duration of the latest decode call is used
 MOST_ROW_GROWTH = 1.25
 
-#: tokens of a step are a multiple of this, so that many steps have the same number
+#: the prompt tokens of a step are a multiple of this, so that many steps have the same number
 MULTIPLE = 8
 
 
 class PrefillBudget:
-    """``gap``: seconds of a step that prompts may take while rows run; None follows the decode
-    calls. ``most``: tokens of prompts in any step, and in all steps in which no row runs;
-    ``most_scored`` of prompts that are scored, whose tokens take longer."""
+    """Measures calls, and computes from their durations how many prompt tokens a step takes.
+
+    Args:
+        gap: seconds of a step that prompts may take while rows run; None: in proportion to the
+            duration of a decode call.
+        most: the most prompt tokens of a step. While no row runs, every step may take so many.
+        most_scored: the same for prompts whose log-probabilities are asked for; None: ``most``.
+    """
 
     def __init__(self, gap: float | None, most: int, most_scored: int | None = None) -> None:
         self.gap, self.most = gap, most
         self.most_scored = most if most_scored is None else most_scored
-        #: seconds of late: of a decode call, and of a prompt's token in a call of its own and in
-        #: one together with running rows, and of one that is scored
+        # recent seconds of a decode call, and of a prompt token: in a call for prompts alone, in a
+        # call with running rows, and in a call that scores prompts; 0.0: not measured yet
         self._decode = self._apart = self._together = self._scored = 0.0
         self._decode_rows = 0  # of the latest decode call
 
     def note_fill(self, tokens: int, seconds: float, *, scored: bool = False) -> None:
-        """A call for so many tokens of prompts, padding included, took so long."""
+        """Record the duration of a call for ``tokens`` prompt tokens, including padding.
+        ``scored``: whether the call computed the log-probabilities of prompts."""
         if scored:
             self._scored = _average(self._scored, seconds / tokens)
         else:
@@ -51,14 +60,14 @@ class PrefillBudget:
         self._decode_rows = rows
 
     def note_together(self, tokens: int, seconds: float) -> None:
-        """Record the duration of a decode call with ``tokens`` prompt tokens."""
+        """Record the duration of a decode call that also computed ``tokens`` prompt tokens."""
         added = max(seconds - self._decode, seconds / 20)
         self._together = _average(self._together or self._apart, added / tokens)
 
     def tokens(self, running: int, filling: int, together: int = TOGETHER) -> int:
-        """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows;
-        up to ``together`` are computed in their call. 0 where it is not known how long so
-        many rows take by themselves."""
+        """How many tokens of ``filling`` prompts the next step computes while ``running`` rows run.
+        Up to ``together`` tokens join the call of the rows. 0 if the duration of a decode call for
+        so many rows alone is not known: the step then only decodes, and measures it."""
         if not running or not self._apart:
             return self.most
         if not self._knows_decode(running):
@@ -70,7 +79,8 @@ class PrefillBudget:
         return min(self.most, max(MULTIPLE, count - count % MULTIPLE))
 
     def scored_tokens(self, running: int, filling: int) -> int:
-        """The same of prompts that are scored, in a call of their own."""
+        """How many tokens the next step computes of ``filling`` prompts whose log-probabilities are
+        asked for, in a call of their own. The arguments and the case 0 are those of ``tokens``."""
         token_seconds = self._scored or self._apart
         if not running or not token_seconds:
             return self.most_scored
@@ -80,8 +90,8 @@ class PrefillBudget:
         return min(self.most_scored, max(MULTIPLE, count - count % MULTIPLE))
 
     def _knows_decode(self, rows: int) -> bool:
-        """Whether the latest decode call had about as many rows. While prompts arrive, steps are
-        calls together, and what further rows take would count as the time of the prompts."""
+        """Whether the latest call that only decoded had about ``rows`` rows. If many rows were
+        added since, their time would be mistaken for that of prompts (``note_together``)."""
         return self._decode_rows <= MOST_ROW_GROWTH * rows and rows <= (
             MOST_ROW_GROWTH * self._decode_rows
         )
@@ -93,5 +103,6 @@ class PrefillBudget:
 
 
 def _average(before: float, seconds: float) -> float:
-    """A moving average in which the latest duration counts half."""
+    """A moving average in which the latest duration counts half. ``before``: the average so far; 0
+    if nothing was measured."""
     return (before + seconds) / 2 if before else seconds

@@ -1,20 +1,20 @@
-"""Cached prefixes: keys and values of computed tokens, in blocks, for requests that begin alike.
+"""A cache of keys and values by token prefix, in blocks of 16 tokens, for requests that begin with
+the same tokens.
 
-    namespace     adapters in memory, their weights, a salt      nothing is shared between two of
-                                                                 them
-      └─ block    16 tokens, with their keys and values
-           └─ block    the 16 tokens behind them
+    namespace          adapters in memory, their weights, a salt; two namespaces share no block
+      └─ block         the first 16 tokens, with their keys and values
+           └─ block    the next 16 tokens
                 └─ …
 
-Keys and values before the invocation of an adapter with invocation tokens are the base's: such a
-request begins in the namespace of the base, and its blocks from the invocation on are children of
-their own there.
+A block is found by its exact token ids and those of the blocks before it, not by a hash, so no two
+prefixes can be confused. A namespace belongs to an adapter in memory, not to its name: an adapter
+that is loaded again begins with an empty namespace, and the namespace of an evicted adapter is
+dropped. The least recently used block is evicted first; the blocks that follow a block are evicted
+before it.
 
-A tree by exact token ids: a block is found by its tokens and by all tokens before it, so no hash
-can be mistaken for another. A namespace belongs to an adapter in memory, not to its name: an
-adapter that is loaded again begins with an empty namespace, and the namespace of an evicted adapter
-is dropped. The least recently used block is evicted first; the blocks
-that follow a block are evicted before it.
+An adapter with invocation tokens acts only from these tokens of the prompt on. The keys and values
+before them are the base's, so its requests use the base's namespace. There, the adapter is part of
+the keys of the blocks from the invocation on.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from veneer.models.decode.slots import Budget
 
 
 class Namespace:
-    """Within which prefixes are shared: by requests that use the same ``adapters`` ((adapter in
-    memory, weight), …; none is the base) and have the same ``salt``. ``acts_from``: the number of
-    the token from which the adapters act; those before it are the base's."""
+    """Identifies the requests that may share cached prefixes: those with the same ``salt`` and the
+    same ``adapters``, as (adapter in memory, weight); empty for the base. ``acts_from``: the index
+    of the first token on which the adapters act; the tokens before it are computed by the base."""
 
     def __init__(
         self, adapters: Iterable[tuple[Any, float]], salt: Hashable, acts_from: float = 0
@@ -42,7 +42,7 @@ class Namespace:
         used = [(adapter, weight) for adapter, weight in adapters if weight]
         # weak, so that a namespace keeps no adapter in memory
         self.references = [] if acts_from else [weakref.ref(adapter) for adapter, _ in used]
-        # the id of an adapter in memory is never used again
+        # unlike ``id(adapter)``, a uid is never used again
         self.uses = tuple((adapter.uid, weight) for adapter, weight in used)
         self.key = () if acts_from else self.uses, salt
         self.acts_from = acts_from
@@ -53,8 +53,9 @@ class Namespace:
         return any(reference() is None for reference in self.references)
 
     def block_key(self, ids: Sequence[int], number: int) -> Hashable:
-        """By what block ``number`` is found among those that follow the same block: its tokens,
-        and from where on in it which adapters act."""
+        """The key of block ``number`` of the tokens ``ids`` among the blocks that follow the same
+        block: its tokens, and if adapters act on them only from ``acts_from`` on, also the adapters
+        and where in the block they begin to act."""
         first = number * BLOCK
         tokens = tuple(ids[first : first + BLOCK])
         if not self.acts_from or first + BLOCK <= self.acts_from:
@@ -76,8 +77,8 @@ class Namespace:
 
 
 class Root:
-    """The root of a namespace's tree of blocks. It holds weak references to the adapters: ``gone``
-    is called when one of them is freed."""
+    """The root of a namespace's tree of blocks. It holds weak references to the adapters:
+    ``gone(key)`` is called with the namespace's key when one of them is freed."""
 
     def __init__(self, namespace: Namespace, gone: Callable[[Hashable], None]) -> None:
         self.key = namespace.key
@@ -90,7 +91,9 @@ class Root:
 
 
 class Block:
-    """``BLOCK`` tokens behind those of ``parent``, among whose children it has a ``key``."""
+    """The ``BLOCK`` tokens that follow those of ``parent``, which has this block in ``children``
+    under ``key``. ``data``: their keys and values in all layers, in one dimension. ``used``: the
+    time of the last use (``time.monotonic``)."""
 
     __slots__ = ("children", "data", "key", "parent", "used")
 
@@ -127,9 +130,10 @@ class Prefixes:
         count: int,
         read: Callable[[int, int], Sequence[Tensor]],
     ) -> None:
-        """Cache the blocks of the first ``count`` tokens. ``read(first, stop)`` copies
-        the missing ones. Blocks that would need the memory of more recently used ones are left out,
-        from the end."""
+        """Cache the full blocks of the first ``count`` tokens of ``ids``. ``read(first, stop)``
+        returns copies of blocks ``first`` … ``stop`` − 1 and is called for those not cached yet.
+        Other cached blocks are evicted for them. If there still is no room for all, the last blocks
+        are left out."""
         self._drop_gone()
         wanted = count // BLOCK
         chain = self._walk(namespace, ids, wanted)
@@ -151,7 +155,7 @@ class Prefixes:
         self._touch(chain)
 
     def evict(self, count: int) -> None:
-        """Free blocks until at least ``count`` bytes are free, or none is left."""
+        """Evict blocks until at least ``count`` bytes have been freed, or no block is left."""
         self._drop_gone()
         wanted = self.budget.prefixes - count
         while self._order and self.budget.prefixes > wanted:
@@ -170,7 +174,7 @@ class Prefixes:
         return next(iter(self._order)).used if self._order else None
 
     def _walk(self, namespace: Namespace, ids: Sequence[int], most: int) -> list[Block]:
-        """The cached blocks with which these tokens begin, at most so many."""
+        """The cached blocks of the longest prefix of ``ids``, at most ``most`` blocks."""
         chain: list[Block] = []
         root = self._roots.get(namespace.key)
         children: Mapping[Hashable, Block] = {} if root is None else root.children

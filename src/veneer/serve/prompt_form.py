@@ -1,6 +1,8 @@
-"""The prompt format of a model. It has the mode that the adapter was trained for, which is in the
-adapter's record, and the system prompt and example that the record may also hold (``veneer train
---record-example``).
+"""The prompt format that a model of the API reports to clients, such as the web page: chat or
+completion, and perhaps a system prompt and an example of a prompt.
+
+An adapter's record holds the mode that the adapter was trained for; with ``veneer train
+--record-example``, it also holds the two texts.
 
     {"mode": "chat" | "completion", "system": text | null, "example": text | null}
 

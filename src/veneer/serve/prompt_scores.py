@@ -20,7 +20,8 @@ from torch import Tensor
 
 from veneer.serve.requests import Token
 
-#: largest size of the logits of a forward call in bytes, and the smallest number of its tokens
+#: the most bytes of the float32 logits of a forward call. MIN_TOKENS tokens are allowed even if
+#: their logits need more.
 LOGIT_BYTES, MIN_TOKENS = 64 * 2**20, 16
 
 
@@ -37,16 +38,18 @@ def take_scores(
     logits: Tensor,
     finite: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Add the logits of a call to scores.
+    """Add the logits of a forward call to the scores of its n prompts.
 
     Args:
-        starts, lengths: index of the first token, and the number of tokens, of each score.
-        logits: [scores, tokens, vocabulary], padded to the longest.
-        finite: [scores, tokens], whether the logits of a token are finite.
+        scores: the score of each prompt.
+        starts, lengths: for each prompt, the index of its first token in this call and the number
+            of its tokens.
+        logits: [n, tokens, vocabulary], padded to the largest number of tokens.
+        finite: [n, tokens], whether the logits of a token are finite.
 
     Returns:
-        (the logits of the last token of each score [scores, vocabulary], whether all logits of a
-        score are finite [scores]).
+        (the logits of each prompt's last token in this call [n, vocabulary], whether all logits of
+        a prompt are finite [n]).
     """
     for score, start, length, row in zip(scores, starts, lengths, logits, strict=True):
         score.take(start, row[:length])
@@ -72,8 +75,8 @@ class PromptScore:
         return self.length == len(self.prompt)
 
     def take(self, start: int, logits: Tensor) -> None:
-        """Add the logits [n, vocabulary] of n prompt tokens from index ``start`` on. If the request
-        lost its row and starts again, logits that were added before are ignored."""
+        """Add the logits [n, vocabulary] of n prompt tokens from index ``start`` on. A preempted
+        request computes its prompt again; logits that were added before are then ignored."""
         logits = logits[max(0, self.length - start) :]
         start, self.length = self.length, self.length + len(logits)
         if not self.tokens:

@@ -30,17 +30,18 @@ from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
 #: largest number of tokens of an answer to /v1/completions that sets no limit, as in OpenAI's API
 DEFAULT_MAX_TOKENS = 16
 
-#: characters that the tokenizer is given at a time; between two such groups it works for other
-#: requests
+#: characters of the texts that the tokenizer gets in one call. Between two such groups of texts,
+#: other requests may use the tokenizer.
 GROUP_CHARS = 16 * 2**10
-#: how many tokens the first characters of a text may have beyond a limit on the full text: cutting
-#: a text in the middle of a word can add tokens
+#: how many tokens the first characters of a text may have above the limit for the whole text
+#: (``check_fits``): cutting a text within a word can add tokens
 CUT_MARGIN = 128
 
-#: roles of the messages of chats that are rendered to find the tokens that a template puts around a
-#: message; some templates refuse a system message
+#: the roles of the messages in each probe chat. Probe chats are rendered to find the tokens that a
+#: template puts around messages. There are several, since some templates refuse a system message.
 PROBE_ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
-#: private-use characters of Unicode (plane 15): one that a chat does not contain marks its text
+#: private-use characters of Unicode (plane 15). One that a chat does not contain is the mark that
+#: is inserted into the texts of special tokens.
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 #: JSON keys of messages and tools that the API defines; a client chooses all other keys
@@ -69,8 +70,8 @@ def chat_tokens(
     add_special_tokens: bool = False,
 ) -> tuple[int, ...]:
     """The tokens of a chat in the base's chat template. Only the template adds special tokens,
-    unless ``add_special_tokens`` lets the tokenizer add its own. ``length``: the most tokens, for
-    ``check_fits``. ``arguments``: what the template gets besides messages and tools.
+    unless ``add_special_tokens`` lets the tokenizer add its own. ``length``: the limit in tokens
+    that ``check_fits`` applies. ``arguments``: what the template gets besides messages and tools.
 
     Raises:
         Refusal: the base has no template; its template refuses the chat, leaves out its tools or
@@ -203,9 +204,10 @@ _TOKEN_CACHE: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = 
 def _special_tokens(
     tokenizer: Any, render: Callable[[Chat, Tools], str]
 ) -> tuple[dict[int, str], bool]:
-    """The texts, by token id, that only the template may turn into these tokens: the tokenizer's
-    special tokens, and added tokens that the template puts around messages. The second result says
-    whether the tokenizer also finds one of them in a similar text, such as one in other case."""
+    """The tokens that no text of a client may become, as {token id: text}: the tokenizer's special
+    tokens, and added tokens that the template puts around messages. Second result: whether the
+    tokenizer normalises a text before it searches for one of them. It then also finds the token in
+    similar texts, such as one in upper case."""
     template = str(tokenizer.chat_template)
     cached = _TOKEN_CACHE.get(tokenizer)
     if cached is None or cached[0] != template:
@@ -298,10 +300,11 @@ def prompt_tokens(
     *,
     add_special_tokens: bool = True,
 ) -> tuple[int, ...]:
-    """The tokens of a prompt that is a text, or token ids, which are only checked. In a text, the
-    written form of a special token becomes that token. ``add_special_tokens``: the tokenizer puts
-    special tokens around a text. ``length``: the most tokens of a text, for ``check_fits``.
-    ``Refusal``: a token id that the base lacks, or a text that has no tokens or far too many."""
+    """The token ids of a prompt. Token ids are only checked; a text is tokenised. In a text, the
+    written form of a special token becomes that token. ``add_special_tokens``: whether the
+    tokenizer puts special tokens around a text. ``length``: the limit in tokens that ``check_fits``
+    applies to a text. ``param``: the body's field that has the prompt, for errors. ``Refusal``: a
+    token id that the base lacks, or a text that has no tokens or far too many."""
     if isinstance(prompt, str):
         check_fits(tokenizer, prompt, length, param)
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
@@ -318,8 +321,9 @@ def prompt_tokens(
 
 
 def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
-    """Refuse a text that is far longer than ``length`` tokens, by tokenising only its beginning.
-    Tokenising takes a second for one or two MB, and all other requests wait."""
+    """Refuse a text that is far longer than ``length`` tokens. Only its beginning is tokenised,
+    because tokenising takes a second for one or two MB, while all other requests wait. ``param``:
+    the body's field that has the text, for the error."""
     prefix_length = max(GROUP_CHARS, 8 * length)
     while prefix_length < len(text):
         count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
@@ -386,16 +390,18 @@ def answer_token_limit(
 
 
 def max_prompt_tokens(length: int, truncate: int | None) -> int:
-    """How many tokens a prompt may have before ``truncate`` applies. ``length``: of the context, in
-    tokens."""
+    """How many tokens a prompt may have before ``truncate_prompt`` shortens it to ``truncate``
+    tokens. ``length``: the context length in tokens."""
     return length if truncate is None else length * limits.TRUNCATED
 
 
 def truncate_prompt(
     prompt: tuple[int, ...], truncate: int | None, token_limit: int | None, length: int
 ) -> tuple[int, ...]:
-    """The last ``truncate`` tokens of a prompt; -1 keeps as many as leave room for the answer, and
-    None all. ``length``: the context length in tokens. ``Refusal``: ``truncate`` exceeds it."""
+    """The last ``truncate`` tokens of a prompt; -1 keeps as many as leave room for an answer of
+    ``token_limit`` tokens, and None keeps all. ``token_limit`` None stands for
+    ``DEFAULT_MAX_TOKENS``. ``length``: the context length in tokens. ``Refusal``: ``truncate``
+    exceeds it."""
     if truncate is None:
         return prompt
     if truncate > length:
@@ -419,7 +425,7 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
             for text in (word, f" {word.lstrip()}")
         )
         sequences[at_start] = None
-        if after_space[1:] != at_start:  # else its end is the sequence at the start of a text
+        if after_space[1:] != at_start:  # otherwise ``at_start`` also matches the end of this one
             sequences[after_space] = None
     return [sequence for sequence in sequences if sequence]
 

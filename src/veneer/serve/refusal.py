@@ -40,7 +40,8 @@ MESSAGES_ERROR_TYPES = {
 #: the route of OpenAI's Responses API
 RESPONSES_PATH = "/v1/responses"
 RETRY_AFTER = "Retry-After"
-#: the error type, for pydantic, of errors whose message is written here
+#: the type of the pydantic errors that ``value_error`` makes; the client gets their messages as
+#: they are
 CUSTOM_ERROR_TYPE = "bad_value"
 #: pydantic's types of errors that only say that a value has another JSON type
 WRONG_JSON_TYPE = {
@@ -58,6 +59,7 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
     Args:
         words: the message, or its parts (``VeneerError``).
         param, code, error_type: the fields ``param``, ``code`` and ``type`` of the error's JSON.
+        headers: headers of the response.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         return JSONResponse(body, self.status, self.headers)
 
     def error_event(self, path: str, number: int) -> bytes:
-        """The event that ends a stream of ``path``, in the format of that route's API. ``number``:
-        how many events came before it."""
+        """The event that ends the stream of an answer that failed, in the format of the API of the
+        route ``path``. ``number``: how many events came before it."""
         name, content = "event: error\n", self.messages_body()
         if path.startswith(RESPONSES_PATH):
             content = {
@@ -173,8 +175,8 @@ def error_refusal(error: VeneerError) -> Refusal:
 def value_error(
     problem: str, expected: str, do: str, param: str | None = None
 ) -> PydanticCustomError:
-    """An error for a pydantic validator to raise. ``param``: the field at fault, if the validator
-    checks several fields."""
+    """An error for a pydantic validator to raise, with the texts of ``errors.sentence``. ``param``:
+    the field at fault, if the validator checks several fields."""
     return PydanticCustomError(
         CUSTOM_ERROR_TYPE, "{words}", {"words": sentence(problem, expected, do), "param": param}
     )
@@ -249,7 +251,7 @@ def _body_path(loc: Sequence[str | int], body: Any) -> list[str]:
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if is_index or (isinstance(value, dict) and step in value):
             value = value[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        elif not (isinstance(value, dict) and step == loc[-1]):  # not a missing field
+        elif not (isinstance(value, dict) and step == loc[-1]):  # a type, not a missing field
             continue
         path.append(str(step))
     return path

@@ -1,9 +1,10 @@
 """The server's log: one line for each request, as text or as JSON. Each line begins with a time.
 
-    Guard ──▶ RequestRecord, as a context variable ──▶ Answers, Embedder: tokens and times ──▶
-    Guard: one line, one span
+    ``Guard`` puts a ``RequestRecord`` into a context variable ──▶ ``Answers`` or ``Embedder`` adds
+    tokens and times ──▶ ``Guard`` logs one line, and sends one span (``tracing.py``)
 
-A record has names, numbers and times. It never has a prompt, an answer, a header or a key.
+A record has names, numbers and times. It never has a prompt, an answer or a header, and of an API
+key only the name.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class RequestRecord:
 
     Fields:
         path: the URL path, without secrets.
+        key: the name of the client's API key.
         status: the HTTP status of the answer; 0 before it begins.
         blend: the adapters that answered, with their weights; None if no model was needed.
         sampling: the sampling settings of the first answer (``requests.Sampling``).
@@ -64,7 +66,7 @@ class RequestRecord:
     started_ns: int = field(default_factory=time.time_ns)  # nanoseconds since 1970
 
     def ask(self, blend: Mapping[str, float], prompt_tokens: int, sampling: Any = None) -> None:
-        """Record that the request goes to the model, with its prompt and sampling settings."""
+        """Record that the model will answer the request with the adapters of ``blend``."""
         self.blend, self.sampling = blend, sampling
         self.prompt_tokens += prompt_tokens
 

@@ -28,8 +28,14 @@ Wake = Callable[[], None]
 
 
 class RequestState:
-    """The state of a request in the engine. ``limit``: most tokens of its answer. Only the engine's
-    thread changes it; its client may ``cancel`` it."""
+    """The state of a request in the engine. Only the engine's thread changes it, except that any
+    thread may ``cancel`` it.
+
+    Args:
+        deliver: called with each piece of the answer.
+        limit: the most tokens of the answer.
+        wake: wakes the engine's thread.
+    """
 
     def __init__(
         self,
@@ -59,19 +65,20 @@ class RequestState:
         self.started_at: float | None = None  # when prefill began for the first time
         self.sampled_at = 0.0  # when its latest token was sampled
         self.deadline = self.submitted + request.timeout
-        self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
+        # taken: it has left the scheduler's queue; done: its last piece has been delivered
+        self.cancelled = self.taken = self.done = False
         self.future: Any = None  # of its lease, once its adapters are requested
         self.lease: Any = None
-        self.acts_from: float = 0  # the number of its token from which its adapters act
+        self.acts_from: float = 0  # index of the first token on which its adapters act
         self.namespace: Namespace | None = None  # within which its computed tokens are cached
         self.started = -1  # the number of requests that got a row before it; -1 before it got one
         self.row: Row | None = None  # from the start of its prefill
         self.ids = list(request.prompt)  # the prompt, then the sampled tokens
         self.length = 0  # tokens whose keys and values are in the row
-        self.filled = 0  # the same after this step's prefill
+        self.filled = 0  # what ``length`` will be after the prefill of this step
         self.generated = 0
         self.cached = 0  # tokens of its prompt that were in the cache
-        self.prompt_logits: Tensor | None = None  # [vocabulary], behind its prompt
+        self.prompt_logits: Tensor | None = None  # [vocabulary], of the last token of its prompt
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
         # sampled text that is not delivered yet; whether a stop string ended it
@@ -79,7 +86,8 @@ class RequestState:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the logits of all tokens that are computed for it are asked for."""
+        """Whether its prompt still has tokens to score, so that a call must return the logits of
+        all of its tokens, not only of the last."""
         return self.score is not None and not self.score.done
 
     def cancel(self) -> None:
@@ -89,8 +97,9 @@ class RequestState:
         self._wake()
 
     def take_lease(self, lease: Any) -> None:
-        """Take the adapters, which are loaded. One with invocation tokens acts from the last
-        occurrence of these in the prompt on, or never. ``RequestError``: such a one in a blend."""
+        """Keep the lease of its loaded adapters. An adapter with invocation tokens acts from their
+        last occurrence in the prompt on, or never if the prompt lacks them. ``RequestError``: a
+        blend of several adapters contains such an adapter."""
         adapters = [adapter for adapter, weight in getattr(lease, "uses", ()) if weight]
         tokens = next(filter(None, (adapter.invocation_tokens for adapter in adapters)), ())
         if tokens and len(adapters) > 1:
@@ -106,19 +115,21 @@ class RequestState:
 
     @property
     def acting_lease(self) -> Any:
-        """The adapters that act on the next token to compute, of the row or of a prompt that is
-        scored; None for the base alone."""
+        """The lease of the adapters that act on the next token to compute; None if that token is
+        before ``acts_from``, where the base acts alone."""
         return self.lease if self.length >= self.acts_from else None
 
     def piece_end(self, length: int) -> int:
-        """How many of its tokens may be computed in one call behind the first ``length``: those on
-        which the same adapters act."""
+        """The index up to which one call may compute its tokens from index ``length`` on. A call
+        uses the same adapters for all tokens of a row, so it cannot go beyond ``acts_from`` if it
+        begins before that."""
         size = len(self.ids)
         return size if length >= self.acts_from else int(min(size, self.acts_from))
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
-        """Add the next token. Deliver it with the text that became certain, which may be empty, or
-        return why the answer ends."""
+        """Add a sampled token. If the answer goes on, deliver the token with the text that is now
+        certain, which may be empty, and return None. Otherwise return why the answer ends; ``end``
+        then delivers the token. ``eos``: ids of the tokens that end a text."""
         token, text_of = sampled.token, self._detokenizer.text
         assert token is not None
         self.ids.append(token)
@@ -144,7 +155,7 @@ class RequestState:
         self._send(prompt=tuple(self.score.tokens))
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
-        """Deliver the last piece, with ``finish``."""
+        """Deliver the last piece, with the reason ``finish`` and all text that was held back."""
         if not self._stopped and finish != "error":
             try:
                 self._new += self.text.end()

@@ -42,7 +42,7 @@ class Sampling:
     temperature: float = 1.0  # divides the logits; 0 always takes the most likely token
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability, after top_k
     top_k: int = 0  # sample from the k most likely tokens; 0: from all tokens
-    # equal seeds give equal tokens, if no draw depends on the last digits; None: a random seed
+    # equal seeds give equal tokens, unless rounding errors decide a draw; None: a random seed
     seed: int | None = None
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     #: number of alternatives returned with each sampled token; None: return no log-probabilities.
@@ -63,7 +63,7 @@ class Sampling:
     min_tokens: int = 0  # before so many tokens, only a complete grammar ends the answer
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the answer must not contain
     allowed_tokens: frozenset[int] | None = None  # ids that may be sampled; None: all
-    #: texts, by id, of the special tokens that appear in the answer's text; others are left out
+    #: texts, by token id, of special tokens that the answer's text shows; it leaves out all others
     markers: Mapping[int, str] = field(default_factory=dict)
 
 

@@ -1,5 +1,5 @@
-"""The fields of a request body that control sampling and that vLLM has in addition to OpenAI's.
-They have vLLM's names.
+"""The fields of request bodies that control sampling, the form of the answer and the chat template,
+under the names that vLLM gives them. Some of them are also OpenAI's.
 
 ``schemas.py`` has the schemas of the bodies, which inherit these fields.
 """
@@ -34,7 +34,8 @@ GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "gramma
 
 def limit_entries(most: int, content: str, do: str = "leave some out") -> BeforeValidator:
     """A validator that refuses an object with more than ``most`` entries, before the entries are
-    validated. ``content``: says of what there are too many."""
+    validated. ``content``, ``do``: for the error, what the entries are and what the client can
+    do."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -88,7 +89,7 @@ GrammarText = Annotated[str, Field(min_length=1, max_length=limits.GRAMMAR)]
 class TemplateFields(BaseModel):
     """The fields that become arguments of the chat template, besides messages and tools."""
 
-    add_generation_prompt: bool | None = None  # None: not ``continue_final_message``
+    add_generation_prompt: bool | None = None  # None: true unless ``continue_final_message``
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_limit_template_arguments)] = {}
 

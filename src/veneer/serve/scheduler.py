@@ -64,7 +64,7 @@ class Shares:
     is busy while it has requests that wait or run, from ``enter`` until ``leave``."""
 
     def __init__(self) -> None:
-        self.virtual_time = 0.0  # in tokens
+        self.virtual_time = 0.0  # the largest count, in tokens, of a name at its turn
         self._served_tokens: dict[str, float] = {}
         # number of the last turn, by name: of equal counts, the name with the older turn is first
         self._last_turn: dict[str, int] = {}
@@ -75,7 +75,8 @@ class Shares:
         return len(self._served_tokens)
 
     def enter(self, name: str) -> None:
-        """Count one more request of ``name``."""
+        """Count one more request of ``name``. If the name was idle, its count of tokens is raised
+        to virtual time, so that it gets no credit for the time in which it had no requests."""
         if not self._request_counts[name]:
             self._served_tokens[name] = max(self._served_tokens.get(name, 0.0), self.virtual_time)
             self._last_turn.setdefault(name, next(self._turn_numbers))
@@ -93,7 +94,8 @@ class Shares:
         return min(names, key=lambda name: (self._served_tokens[name], self._last_turn[name]))
 
     def count_of(self, name: str) -> float:
-        """The tokens served to a busy name, in virtual time."""
+        """The count of a busy name: the tokens served to it, raised to virtual time whenever it
+        became busy."""
         return self._served_tokens[name]
 
     def turn(self, name: str) -> None:
@@ -130,7 +132,7 @@ class Scheduler(Generic[RequestT]):
         # waiting requests in order, by owner and flow; no queue is empty
         self._queues: dict[str, dict[str, deque[RequestT]]] = {}
         self._owner_shares = Shares()
-        self._flows: dict[str, Shares] = {}  # the shares of its flows, by busy owner
+        self._flows: dict[str, Shares] = {}  # for each busy owner, the counts of its flows
         # times in seconds at which the last requests left the queue
         self._start_times: deque[float] = deque(maxlen=33)
 

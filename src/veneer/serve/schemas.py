@@ -62,7 +62,7 @@ def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
 
 
 def _as_list(value: Any) -> Any:
-    """A list of inputs, also if there is only one."""
+    """The inputs as a list. A single text or a single list of token ids becomes a list of one."""
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
@@ -210,7 +210,7 @@ class GenerationRequest(Strict, SamplingFields, ABC):
     ) -> Sampling:
         """The sampling settings of answer ``answer_index``. Each answer of a request has a seed of
         its own. ``defaults``: the base's defaults for fields that the client leaves out.
-        ``bad_words``: the token sequences of that field."""
+        ``bad_words``: the token sequences of the words in that field."""
         return Sampling(
             max_tokens,
             temperature=_first_set(self.temperature, defaults.temperature, 1.0),
@@ -310,7 +310,8 @@ class ChatRequest(GenerationRequest, TemplateFields):
 
     @property
     def strict_tools(self) -> list[str]:
-        """The names of tools whose calls must follow their schemas, where no call is forced."""
+        """The names of tools whose calls must follow their schemas although no call is forced;
+        empty if a call is forced."""
         functions = [tool.function for tool in self.callable_tools()]
         is_forced = self.forced_tool is not None
         return [function.name for function in functions if function.strict and not is_forced]
@@ -373,7 +374,8 @@ class EmbeddingRequest(Strict):
 
 
 class LoadRequest(Strict):
-    """vLLM's fields, and ``pin``. ``lora_path`` may be left out if the name is served already."""
+    """vLLM's fields, and ``pin``: whether the adapter stays in memory; None for no change.
+    ``lora_path`` may be left out if the name is served already."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None

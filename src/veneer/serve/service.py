@@ -251,8 +251,9 @@ Admin = Annotated[Key, Depends(_admin)]
 async def requested_adapters(
     service: Service, key: Key, model: str, blend: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a request names: {name: weight}, and {} for the base. ``Refusal``: status
-    404, with one message for a name that does not exist and one that the key may not use."""
+    """The adapters that a request names: {name: weight}, and {} for the base. ``Refusal``: a name
+    does not exist or the key may not use it (404, with the same message in both cases), or
+    ``blend`` is given and ``model`` is not the base (400)."""
     if blend is None:
         blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
     elif model != service.base:
@@ -277,8 +278,9 @@ async def requested_adapters(
 async def resolve_blend(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters with their weights, of an extension of the server if ``model`` is one of its
-    names. ``Refusal``: there are none, or the key may not use them."""
+    """The weights of the adapters that a request names, by name. If ``model`` is a name of an
+    extension, the extension says which adapters it stands for. ``Refusal``: there are no such
+    adapters, or the key may not use them."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         return await extension.resolve_model(key, model)
@@ -288,7 +290,8 @@ async def resolve_blend(
 async def check_model(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None = None
 ) -> None:
-    """``Refusal``: there are no such adapters, or the key may not use them. Loads none of them."""
+    """Check that the adapters that a request names exist and that the key may use them, without
+    loading them. ``Refusal``: otherwise."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         extension.check_model(key, model)
@@ -297,10 +300,10 @@ async def check_model(
 
 
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run ``work``, which uses the tokenizer, in the one thread for such work: tokenizers of
-    transformers have state between calls. ``size``: the characters of its texts. The number of
-    characters that wait is bounded, because a large text takes a second, and a short text must not
-    wait behind forty of them. ``Busy``: too many characters wait already."""
+    """Run ``work``, which uses the tokenizer, in the one thread for such work: a tokenizer of
+    transformers has state, so two threads must not use it at once. ``size``: the characters of its
+    texts. A large text takes a second, so the characters that wait are bounded: a short text must
+    not wait behind forty large ones. ``Busy``: too many characters wait already."""
     if service.waiting_chars and service.waiting_chars + size > limits.READING:
         raise Busy(
             sentence(
@@ -329,9 +332,9 @@ async def read_texts(
     max_prompt_tokens: int,
     add_special_tokens: bool = True,
 ) -> list[tuple[int, ...]]:
-    """Tokenise texts of at most ``max_prompt_tokens`` tokens each. The tokenizer takes a group of
-    texts at a time, so that other requests are not held up. ``param``: the body's field that has
-    the texts, for errors."""
+    """Tokenise texts of at most ``max_prompt_tokens`` tokens each; lists of token ids are only
+    checked. The tokenizer takes a group of texts at a time, so that other requests are not held up.
+    ``param``: the body's field that has the texts, for errors."""
     tokens: list[tuple[int, ...]] = []
 
     def tokenize_text(text: Any) -> tuple[int, ...]:

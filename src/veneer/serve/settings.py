@@ -32,7 +32,8 @@ _PRECISIONS = ("auto", "stored", *_PRECISION_OF_DTYPE.values())
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
-#: defaults where Veneer computes: rows, tokens of a row, and requests or texts that wait
+#: defaults: requests that run at one time and tokens of a request (Veneer's own engine only),
+#: requests that wait, and texts that wait for an encoder
 ROWS, LENGTH, QUEUE, TEXT_QUEUE = 16, 2048, 256, 1024
 
 
@@ -59,8 +60,8 @@ class Settings:
     #: the most bytes of the KV cache; None: half of the memory that is free
     cache_memory: int | None = None
     prefix_cache: bool = True  # whether requests share the KV cache of equal beginnings
-    #: seconds of prompt computation between two tokens of a running answer; None: as many as a
-    #: decoding step takes
+    #: seconds of prompt computation between two tokens of a running answer; None: in proportion to
+    #: the time of a decoding step (``prefill_budget.py``)
     gap: float | None = None
     tool_call_parser: str | None = None  # of serve/tools; None: chosen by the chat template
     trust_remote_code: bool = False  # whether Python files in the base's folder may run

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
-#: the character that decoding shows for bytes that are no character (yet), and how many of them at
-#: the end may still become one: a character has at most four bytes
+#: the character that decoding shows for a byte without a complete character, and how many of these
+#: at the end of a text may still become one: a character has at most four bytes
 UNKNOWN, MAX_INCOMPLETE = "\ufffd", 3
 
 #: number of prompt tokens that are decoded together with the answer, because some tokenizers
@@ -131,9 +131,9 @@ class Text:
 
 
 def _context_of(detokenizer: Detokenizer, prompt: Sequence[int]) -> list[int]:
-    """The last tokens of a prompt. There are a few more than ``CONTEXT_TOKENS`` if the first of
-    them lies within a character, because byte fallback then decodes no byte of its run. There are
-    none if the prompt ends within a character: the answer must not begin with the end of it."""
+    """The last ``CONTEXT_TOKENS`` tokens of a prompt, or a few more if the first of them lies
+    within a character: a decoder with byte fallback would show all bytes next to it as unknown.
+    [] if the prompt itself ends within a character, which the answer must not contain."""
     counts = range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_INCOMPLETE + 1)
     contexts = (list(prompt[-count:]) for count in counts)
     return next((ids for ids in contexts if not detokenizer.decode(ids).endswith(UNKNOWN)), [])

@@ -1,10 +1,11 @@
-"""The command line of the vLLM server that `veneer serve --engine vllm` starts and stands before.
+"""The command line of the vLLM server that `veneer serve --engine vllm` starts and forwards
+requests to, and a check of the adapters that vLLM is to serve.
 
     vllm serve BASE --uds SOCKET --enable-lora --max-lora-rank R --max-loras N --max-cpu-loras M
 
 vLLM supports only certain ranks, and no DoRA, no biases and no modules that are trained in full
-(``formats/vllm.py`` has the rules). The adapters that it could not serve are named here, before it
-starts.
+(``formats/vllm.py`` has the rules). An error before vLLM starts names the adapters that vLLM could
+not load.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from veneer.errors import AdapterError, ConfigError, raise_all, sentence
 from veneer.fileio.untrusted import read_header, read_json
 from veneer.formats import peft, vllm
 
-#: distinct adapters in one of vLLM's batches; vLLM reserves memory of the largest rank for each
+#: the most distinct adapters in a batch of vLLM, which reserves for each of them the memory of an
+#: adapter of the largest rank
 MAX_BATCH_ADAPTERS = 8
-#: adapters that vLLM keeps in the memory of the CPU
+#: the most adapters that vLLM keeps in the memory of the CPU
 MAX_CPU_ADAPTERS = 64
 #: the smallest ``--max-lora-rank``: adapters may be added to a server that starts without any
 MIN_RANK = 16

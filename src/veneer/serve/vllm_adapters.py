@@ -6,8 +6,9 @@ loaded into vLLM when a request first needs it.
 
 vLLM reads the files of an adapter again whenever it loads the adapter, and does not verify them. So
 it gets copies that nobody else writes. Each copy has a name in vLLM that no client can guess. If
-the adapter of a name is replaced, the new one gets another copy. Running requests end with the old
-copy, and vLLM's prefix cache, which uses the names of copies, never mixes the two.
+the adapter of a name is replaced, the new one gets another copy with another name in vLLM. Running
+requests end with the old copy, and vLLM's prefix cache, whose keys contain the name in vLLM, never
+mixes the two.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class RegisteredAdapter:
 
 @dataclass(eq=False)
 class LoadedBlend:
-    """An adapter or a blend that vLLM has loaded as ``name``. ``stale``: new requests do not use
-    it."""
+    """An adapter or a blend that vLLM has loaded as ``name``. ``key``: its adapters and weights
+    (``key_of``). ``stale``: new requests do not use it."""
 
     name: str
     key: Key
@@ -83,7 +84,8 @@ class VllmAdapters:
         base: the folder of the base.
         folder: where copies are written.
         rank: the largest rank that vLLM accepts.
-        budget: the most bytes of adapter files that vLLM may have loaded.
+        budget: the most bytes of adapter files that vLLM may have loaded; None: no limit.
+        verify_base: whether the base is compared with the record of each adapter.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class VllmAdapters:
         self._secret = secrets.token_hex(8)
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
-        """Register an adapter folder under a name. ``AdapterError``: vLLM cannot load it."""
+        """Register an adapter folder under a name; it always replaces an earlier one (``replace``
+        has no effect). ``AdapterError``: vLLM cannot load it."""
         reasons = reasons_against(Path(path), self._rank)
         problem = f"Adapter {name!r} in {path}"
         raise_all(AdapterError, problem, [sentence(reason, *ADVICE) for reason in reasons])
@@ -287,8 +290,8 @@ class VllmAdapters:
         return folder
 
     def _make_room(self, nbytes: int) -> None:
-        """Unload the adapters that were used least recently, until ``nbytes`` more fit.
-        ``BankFullError``: all others are in use."""
+        """Unload the adapters that were used least recently, until one of ``nbytes`` fits.
+        ``BankFullError``: all adapters that are still loaded are in use or pinned."""
         while True:
             with self._lock:
                 total = sum(loaded.nbytes for loaded in self._loaded.values()) + nbytes
@@ -314,8 +317,9 @@ class VllmAdapters:
             self.on_event("evict", oldest.key[0][0] if len(oldest.key) == 1 else "blend", 0.0)
 
     def _retire(self, name: str, old_entry: RegisteredAdapter | None) -> None:
-        """Mark the adapter of a name, and the blends that contain it, as stale. Each is unloaded
-        when its last request has ended."""
+        """Mark the loaded adapter of a name, and the loaded blends that contain it, as stale. Each
+        is unloaded when its last request has ended. ``old_entry``: the name's previous entry, whose
+        copy is deleted."""
         with self._lock:
             keys = [key for key in self._loaded if name in dict(key)]
             retired = [self._loaded.pop(key) for key in keys]
@@ -335,5 +339,6 @@ class VllmAdapters:
             status, text = 0, str(error)
         if status != 200:
             log.warning("vLLM did not unload an adapter: %s", text[:500])
-        if loaded.stale or loaded.is_composed:  # vLLM may load a registered adapter's copy again
+        # keep the copy of an adapter that is still registered: vLLM may load it again
+        if loaded.stale or loaded.is_composed:
             shutil.rmtree(loaded.folder, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""A server in front of a vLLM process that it starts. vLLM computes the answers; the server does
-everything else: keys, verified adapters, blends, budgets and the log.
+"""A server that starts a vLLM process and forwards requests to it. vLLM computes the answers; this
+server does everything else: keys, verified adapters, blends, budgets and the log.
 
-    Guard ──▶ key, blend in the body ──▶ Gate: its turn ──▶ VllmAdapters: the blend is loaded
+    ``Guard`` checks the request and its key ──▶ the body names a model, and perhaps a blend
+          ──▶ the request waits for its turn at the ``Gate`` ──▶ ``VllmAdapters`` loads the blend
           ──▶ vLLM gets the body, with vLLM's name of the blend
           ──▶ the client gets vLLM's answer, with the client's name of the blend
 
@@ -106,19 +107,20 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
 async def forward(request: Request, service: Serving, key: Asker) -> Response:
     """Forward a request to vLLM. The body has vLLM's fields, and ``adapters``, a blend."""
     path = request.url.path
-    # without this check, a page of another origin could send a body as plain text
+    # without this check, a page of another origin could send a body as plain text: for that type,
+    # browsers do not ask the server first
     if "json" not in request.headers.get("content-type", ""):
         raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
     body = await beside_loop(service, await request.body(), lambda body: _read_body(body, path))
     model, blend = body.get("model"), body.pop("adapters", None)
-    if model is None:  # adapters have the base's tokenizer
+    if model is None:  # a route of the tokenizer, which is the same for the base and all adapters
         model, blend = service.base, {}
     else:
         blend = await requested_adapters(service, key, model, blend)
     if not service.ready:
         raise service.unready_refusal()
     if path in SALTED_PATHS and key.owner and not body.get("cache_salt"):
-        # it keeps the prefixes of a key apart from those of other keys in vLLM's cache
+        # with a salt for each key, vLLM's prefix cache shares nothing between keys
         secret_and_owner = f"{service.engine.secret}\0{key.owner}"
         body["cache_salt"] = hashlib.sha256(secret_and_owner.encode()).hexdigest()
     priority = body.get("priority")
@@ -162,7 +164,7 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
 
 
 class ForwardedStream(StreamingResponse):
-    """A stream of vLLM's events. The call ends even if no event is read."""
+    """A stream of vLLM's events. It ends ``call`` even if the client reads no event."""
 
     def __init__(
         self,
@@ -184,8 +186,8 @@ class ForwardedStream(StreamingResponse):
 
 @dataclass
 class Call:
-    """One request to vLLM, from its wait for a turn to its end. ``model``: the client's name of the
-    model or the blend."""
+    """One request to vLLM, from its wait for a turn to its end. ``model``: the model name in the
+    client's body. ``ticket``: for the ``Gate``. ``arrived_at``: by ``time.monotonic``."""
 
     service: Service
     blend: dict[str, float]
@@ -200,8 +202,13 @@ class Call:
     has_ended: bool = False
 
     async def answer(self) -> Response:
-        """Wait for the request's turn, load its blend, and return vLLM's answer. ``Busy``, or an
-        error of ``VllmAdapters.acquire``."""
+        """Wait for the request's turn, load its blend, and return vLLM's answer.
+
+        Raises:
+            Busy: the queue has no place for the request.
+            Refusal: the time limit is over, or vLLM's process has ended.
+            VeneerError: an error of ``VllmAdapters.acquire``.
+        """
         engine, observer = self.service.engine, self.service.metrics
         record = CURRENT_RECORD.get()
         if record is not None:
@@ -298,7 +305,7 @@ class Call:
         return content.replace(self.lease.name.encode(), json.dumps(self.model)[1:-1].encode())
 
     def _count_usage(self, content: bytes) -> None:
-        """Count the tokens that a complete answer's field ``usage`` has."""
+        """Take the numbers of tokens from the field ``usage`` of a complete answer."""
         try:
             usage = json.loads(content).get("usage") or {}
         except (ValueError, AttributeError):
@@ -307,7 +314,8 @@ class Call:
         self.generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
     def _count_event(self, line: bytes) -> None:
-        """Count a line of a stream: an event with data is about one token."""
+        """Count one token for a line of a stream that has data: vLLM sends about one event a
+        token."""
         if not line.startswith(b"data: {"):
             return
         record = CURRENT_RECORD.get()
@@ -319,8 +327,8 @@ class Call:
         self.generated_tokens += 1
 
     def end(self, outcome: str) -> None:
-        """Release the call's lease and its row, and record its end, unless it has ended before.
-        ``outcome``: the reason, for metrics and the log."""
+        """Release the call's lease and its place in vLLM (``Gate.leave``), and record its end. If
+        it has ended before, do nothing. ``outcome``: the reason, for metrics and the log."""
         if self.has_ended:
             return
         self.has_ended = True
@@ -426,8 +434,8 @@ def _command_line(
 
 
 def _dtype(settings: Settings, base: str) -> str | None:
-    """The dtype for vLLM's command line; None: vLLM's default. For a base in float32 it is given,
-    since vLLM's "auto" would use bfloat16."""
+    """The dtype for vLLM's command line; None: vLLM's default. With the precision "stored", the
+    base's dtype is given, since vLLM's "auto" would use bfloat16 for a base in float32."""
     precision = settings.precision
     if precision == "auto":
         return None

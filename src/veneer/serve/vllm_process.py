@@ -28,12 +28,13 @@ from veneer.serve.scheduler import Scheduler
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two checks whether vLLM is ready, and seconds until it is killed when it must end
+#: seconds between two checks whether vLLM is ready, and seconds that vLLM has to end after SIGTERM
+#: before it is killed
 POLL_SECONDS, STOP_SECONDS = 0.2, 20.0
 #: variables of vLLM's environment; the first one enables the routes that load adapters
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-#: on Linux, a program that runs another one, which gets SIGTERM when this process ends in any way
-#: (PR_SET_PDEATHSIG)
+#: on Linux, a Python program that asks for SIGTERM when its parent, this process, ends in any way
+#: (PR_SET_PDEATHSIG), and then replaces itself with the command of its arguments
 RUN_UNTIL_PARENT_ENDS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 )
@@ -78,7 +79,7 @@ class VllmProcess:
         wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
         self._process = subprocess.Popen(
             [*wrapper, *self._command_line],
-            # without a library, its plug-in finds no adapters
+            # without a library, Veneer's plug-in in vLLM does nothing (``vllm_plugin.py``)
             env={**os.environ, **ENVIRONMENT, "VENEER_LIBRARY": ""},
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
@@ -193,8 +194,9 @@ class Ticket:
 
 
 class Gate:
-    """Sends at most ``rows`` requests of all clients to vLLM at one time, those of the least served
-    key and adapter first, as Veneer's engine fills its rows. Only the event loop may call it."""
+    """Lets at most ``rows`` requests of all clients be in vLLM at one time, while at most ``queue``
+    others wait. As in Veneer's engine, the next one is of the least served key and adapter
+    (``scheduler.py``). Only the event loop may call the methods."""
 
     def __init__(self, rows: int, queue: int) -> None:
         self._rows, self._scheduler = rows, Scheduler[Ticket](queue)
@@ -216,7 +218,7 @@ class Gate:
             raise
 
     def leave(self, ticket: Ticket, tokens: float) -> None:
-        """Record that the request has ended, and how many tokens it took."""
+        """Record that the request has ended, and count its ``tokens`` for its key and adapter."""
         self._scheduler.charge(ticket, tokens)
         self._scheduler.ended(ticket)
         self.running -= 1

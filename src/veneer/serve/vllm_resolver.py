@@ -11,12 +11,12 @@ it, which nothing changes later.
 vLLM keeps the path that it gets. When it has dropped an adapter from memory and needs it again, it
 reads the files again and does not verify them; and its KV cache is keyed by name and path. So the
 path is that of a copy in a cache of our own, named by its hash: a changed adapter has another path,
-and neither `gc` nor a writer of the library changes the copy. (In vLLM 0.32, an adapter whose files
-are gone by then ends the engine, and with it the server.)
+and neither `gc` nor a writer of the library changes the copy. (If the files are gone when vLLM 0.32
+reads them again, its engine ends, and with it the server.)
 
-The base is compared with the fingerprints in the adapter's record; each of its weights is read once
-a process. vLLM names its base by a folder or a hub id. A base whose files are not on this machine
-is compared by its name alone.
+The base is compared with the fingerprints in the adapter's record. A process reads each weight of
+the base at most once. vLLM names its base by a folder or a hub id. A base whose files are not on
+this machine is compared by its name alone.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _VERSION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class AdapterCopy(NamedTuple):
-    """A verified adapter for vLLM: its folder, and vLLM's integer id of it, which is made from the
-    folder's name, a hash."""
+    """A verified adapter for vLLM. ``path``: its folder, whose name is a hash. ``lora_id``: its
+    integer id in vLLM, made from the hash."""
 
     path: Path
     lora_id: int
@@ -67,8 +67,9 @@ class BaseProofs:
         self._weights: dict[str, BaseWeights | None] = {}
 
     def check(self, base: str, path: Path) -> str:
-        """Compare the base with the adapter's record; returns a description of what was proven.
-        ``BaseMismatchError``: the adapter was made for another base."""
+        """Compare a base (a folder or a hub id) with the record of the adapter folder ``path``.
+        Returns a text for the log, which says what was proven. ``BaseMismatchError``: the adapter
+        was made for another base."""
         # reading the header is enough, since the files were verified when they were copied
         adapter_record = record_in_header(path, read_header(path / peft.TENSORS).metadata)
         if adapter_record is None:

@@ -24,12 +24,12 @@ Event = dict[str, Any]
 
 
 class MessagesView:
-    """Writes the answer to one request, from its pieces."""
+    """Writes the answer to one request, from the pieces that the engine delivers."""
 
     def __init__(self, writer: AnswerWriter, body: MessagesRequest) -> None:
         self._writer, self._model = writer, body.model
         self._id = call_id("msg")
-        self._block_type = ""  # of the block that is open; "" without one
+        self._block_type = ""  # type of the content block that is open; "" if none is
         self._block_index = -1
         self._generated_tokens = self._cached_tokens = 0
 

@@ -98,7 +98,8 @@ class Turn(Strict):
         return self
 
     def messages(self) -> list[Message]:
-        """The chat messages of this one: each result of a tool becomes a message."""
+        """This message as messages of a chat request. Each result of a tool becomes a message of
+        its own."""
         blocks = self.content
         if isinstance(blocks, str):
             return [_message(self.role, blocks)]
@@ -159,12 +160,12 @@ class Conversation(Strict, ABC):
         return self
 
     def chat(self) -> ChatRequest:
-        """This request as a chat request, of which only the history is validated again. A tool here
-        has the fields of a chat request's ``Function``, and a choice the name that ``FunctionName``
-        has, so they are used as such."""
+        """This request as a chat request. Only ``check_history`` validates it again. ``ClientTool``
+        has the fields of ``Function``, and ``ToolNameChoice`` the field of ``FunctionName``, so
+        their instances take the places of these in the chat request."""
         system = [] if self.system is None else [_message("system", self.system)]
         messages = [*system, *(message for turn in self.messages for message in turn.messages())]
-        check_history(messages, "messages")  # sets the names of the tools' results, too
+        check_history(messages, "messages")  # also sets ``name`` in messages with tool results
         choice = self.tool_choice
         chat_choice: Any = None if choice is None else choice.type
         if isinstance(choice, ToolNameChoice):

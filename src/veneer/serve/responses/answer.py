@@ -9,7 +9,7 @@
       response.output_item.done
     response.completed | response.incomplete | response.failed
 
-A complete answer is the response object of the last event.
+An answer that is not streamed is the object ``response`` of the last event.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Event = dict[str, Any]
 
 
 class ResponsesView:
-    """Writes the answer to one request, from its pieces."""
+    """Writes the answer to one request, from the pieces that the engine delivers."""
 
     def __init__(self, writer: AnswerWriter, body: ResponsesRequest) -> None:
         self._writer, self._body = writer, body

@@ -185,8 +185,8 @@ class ResponsesRequest(Strict):
         return self
 
     def messages(self) -> list[Message]:
-        """The messages of the chat. Tool calls that follow an assistant's text or another call
-        become one message with it."""
+        """The messages of the chat request. A tool call that follows an assistant's message or
+        another call is added to that message."""
         messages: list[Message] = []
 
         def add(role: str, content: str | list[ContentPart], **fields: Any) -> None:
@@ -210,11 +210,12 @@ class ResponsesRequest(Strict):
         return messages
 
     def chat(self) -> ChatRequest:
-        """This request as a chat request, of which only the history is validated again. The flat
-        objects here have the fields of the nested objects of a chat request (``Function``,
-        ``FunctionCall``, ``FunctionName``, ``JsonSchema``), so they are used as such."""
+        """This request as a chat request. Only ``check_history`` validates it again. ``FlatTool``,
+        ``InputCall``, ``FlatChoice`` and ``FlatSchemaFormat`` have the fields of ``Function``,
+        ``FunctionCall``, ``FunctionName`` and ``JsonSchema``, so their instances take the places of
+        these in the chat request."""
         messages = self.messages()
-        check_history(messages, "input")  # sets the names of the tools' results, too
+        check_history(messages, "input")  # also sets ``name`` in messages with tool results
         answer_format: Any = None if self.text is None else self.text.format
         if isinstance(answer_format, FlatSchemaFormat):
             answer_format = SchemaFormat.model_construct(
