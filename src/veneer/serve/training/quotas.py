@@ -23,8 +23,8 @@ def quota_problem(
     replaced: Checkpoint | None = None,
 ) -> str | None:
     """The error text if ``amount`` more of a resource ("runs", "bytes" or "tokens") would exceed
-    the ``limit`` of an owner's key, else None. ``replaced``: a checkpoint that will be
-    overwritten, so its bytes do not count."""
+    the ``limit`` of the key ``owner``, else None. ``replaced``: a checkpoint whose bytes are not
+    counted, because it will be overwritten."""
     if limit is None:
         return None
     match resource:
