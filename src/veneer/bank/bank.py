@@ -70,8 +70,9 @@ class Bank:
     Args:
         model: the base. Its layers get an adapted class and its parameters are frozen; ``close``
             undoes both.
-        capacity_bytes: memory for adapters; None for no limit. Calls need memory beyond this: for
-            each call at one time, copies of the factors of at most two sets of adapters.
+        capacity_bytes: memory for adapters; None for no limit. Calls need memory beyond this: each
+            of the calls that run at one time may hold copies of the factors of two sets of
+            adapters.
         dtype: dtype of the adapters' factors in memory, as in ``LoraConfig``; None takes the dtype
             of each base weight.
         verify_base: False accepts other base weights of the same shapes.
@@ -268,11 +269,11 @@ class Bank:
     def rows(self, choices: Sequence[Any], *, invoked: bool = False) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
         blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
-        choices apply to calls of this thread or asyncio task. ``invoked``: every token comes after
-        its adapter's ``LoraConfig.invocation_tokens``, from which on such an adapter acts.
+        choices apply to calls of this thread or asyncio task. ``invoked``: whether every token
+        comes after the ``LoraConfig.invocation_tokens`` of its row's adapter, if there are any.
 
         Raises:
-            SelectionError: an unknown name, no rows, or invocation tokens that are not ``invoked``.
+            SelectionError: an unknown name, no rows, or invocation tokens without ``invoked``.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
         row_weights = row_weights_of(choices)

@@ -167,7 +167,7 @@ def load_resident(
             new plan is added if all changes of the adapter become ``ResolvedLowRank``.
 
     Raises:
-        AdapterError, BaseMismatchError: errors of ``veneer.load``.
+        AdapterError, BaseMismatchError: as for ``veneer.load``.
         SelectionError: an adapter is merged into the model's weights, which therefore differ from
             the weights of the base.
     """

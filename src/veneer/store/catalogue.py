@@ -213,8 +213,9 @@ class Catalogue:
 
 
 def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
-    """Parse texts NAME=ADAPTER or ADAPTER into {name: adapter}. Without NAME, the last part of the
-    path is the name. ``ConfigError``: two adapters have the same name."""
+    """Parse texts NAME=ADAPTER or ADAPTER into {name: adapter}. Without NAME, the name is the last
+    part of the path, in which characters other than letters, digits, "_" and "-" become "-".
+    ``ConfigError``: two adapters have the same name."""
     adapter_by_name: dict[str, str] = {}
     for text in adapters:
         name, separator, adapter = text.partition("=")

@@ -155,8 +155,8 @@ class Library:
         )
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
-        """The entries, sorted by name: all, or those with ``tag``, or for ``base``
-        (``Entry.base``)."""
+        """The entries, sorted by name. ``tag``: list only entries with this tag; ``base``: list
+        only entries with this ``Entry.base``."""
         return tuple(
             entry
             for _, entry in sorted(self._read_entries().items())

@@ -163,7 +163,8 @@ async def relay(
                     has_ended = not message.get("more_body", False)
                     event_count += message.get("body", b"").count(b"\n\n")
         except death_errors as error:
-            # the client has the complete answer; the connection may be used for its next request
+            # the client has the complete answer, so send nothing more: the connection may already
+            # be used for its next request
             if has_ended:
                 return
             log.warning("A replica was lost in attempt %d: %s", attempt, type(error).__name__)

@@ -5,8 +5,9 @@
     parser.feed('all>{"name": "f", ')    → CallDelta(0, id="call_1f…", name="f")
     parser.feed('"arguments": {"a": ')   → CallDelta(0, arguments='{"a": ')
 
-The arguments of a call are the model's text, unchanged. If the answer ends within a call, the
-arguments are incomplete.
+If a notation has JSON arguments, the arguments of a call are the model's text, unchanged. From
+other notations, they are converted to JSON. If the answer ends within a call, they may be
+incomplete.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Call:
-    """A complete call. ``arguments``: the text that the model wrote, usually JSON."""
+    """A call, with all its arguments as text. The text is JSON, unless the model wrote invalid JSON
+    or the answer ended within the call."""
 
     id: str
     name: str

@@ -36,7 +36,8 @@ from veneer.serve.tools.xml_calls import Qwen3Xml, follow_reference, json_types
 #: options of llguidance for a JSON schema within the grammar: "lenient" ignores unknown keywords,
 #: and "coerce_one_of" treats oneOf as anyOf
 JSON_OPTIONS = {**LAYOUT, "lenient": True, "coerce_one_of": True}
-#: options for arguments that are parsed as Python: escapes that mean the same in JSON and Python
+#: options for arguments that are parsed as Python: their strings may contain only the escapes that
+#: mean the same in JSON and Python
 PYTHON_OPTIONS = {**JSON_OPTIONS, "json_allowed_escapes": '"\\nrtbf'}
 TERMINALS = r"""
 TEXT: /(.|\n)*/

@@ -107,8 +107,9 @@ class Qwen3Xml(CallParser):
 
 
 def json_value(text: str, schema: Any, root: Any = None) -> Any:
-    """The text of an argument, converted to the JSON value that its schema asks for. A text that is
-    no JSON value is returned unchanged. ``root``: the schema in which references are looked up."""
+    """The text of an argument, converted to the JSON value that its schema asks for. It is returned
+    unchanged if it is no JSON value, or if the schema allows a string or names no type. ``root``:
+    the schema in which references are looked up."""
     types = json_types(schema, root)
     if not types or "string" in types:
         return None if "null" in types and text.strip() == "null" else text

@@ -42,7 +42,7 @@ def queue_in_store(
 ) -> dict[str, str]:
     """Write a request to the store, and return the ids with which the client asks for its answer.
     ``seq``: the request's number in the run; None: the number after all others. Called in the
-    index's thread (``Training.write``)."""
+    thread that writes to the store's index (``Training.write``)."""
     body_bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
     number = training.worker.queue.accept(run, seq, kind, body_bytes)
     return {"request_id": f"{run}:{number}", "model_id": run}

@@ -1,7 +1,7 @@
 """Quotas of a key: runs that take requests, bytes of checkpoints, tokens per day.
 
-Tokens are counted when a pass is accepted, and bytes before a checkpoint is published, so no
-request exceeds a quota."""
+Tokens are counted when a pass is accepted, and the bytes of a checkpoint are checked before its
+files are moved into place, so no request exceeds a quota."""
 
 from __future__ import annotations
 

@@ -126,7 +126,8 @@ class RunMemory:
                 raise training_pass.error
 
     def make_room(self) -> None:
-        """Evict runs until one more fits. ``BankFullError``: all runs in memory compute."""
+        """Evict runs until one more fits. ``BankFullError``: none can be evicted, because each run
+        in memory has a pass that is being computed."""
         while True:
             residents = self.resident_runs()
             if len(residents) < self.capacity:

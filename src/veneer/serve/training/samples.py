@@ -1,4 +1,4 @@
-"""Samples from the published weights of a run, and log-probabilities of their prompts.
+"""Samples from a checkpoint of a run or from the base, and log-probabilities of their prompts.
 
     asample → promise → the engine's queue, for which a sample waits while the queue is full
                       → sampled tokens with their log-probabilities

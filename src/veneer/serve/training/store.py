@@ -1,6 +1,6 @@
 """The state of the service on the disk: an SQLite file, and a folder for each run's weights.
 
-    FOLDER/index.sqlite         sessions, runs, requests with their answers, checkpoints, samplers
+    FOLDER/index.sqlite         sessions, runs, requests, answers, checkpoints, sampling sessions
     FOLDER/runs/7/state-12/     run 7 after its request 12: adapter, optimizer, loss curve
     FOLDER/runs/7/weights/…     checkpoints of run 7 with the optimizer's state
     FOLDER/runs/7/*_weights/…   checkpoints without it: sampler_weights, external_weights

@@ -87,7 +87,8 @@ class Worker:
         self.memory = RunMemory(
             trainer, store, self.queue, max_resident, self.operations, self._make_pass
         )
-        #: by run id: the number of the run's next request when its weights were last published
+        #: by run id: the number of the run's next request when ``live.publish`` last put its
+        #: weights into the bank
         self.published: dict[str, int] = {}
         self.steps = self.tokens = 0  # optimizer steps and trained tokens since the server started
         self.batch: Batch | None = None  # the last batch
@@ -382,9 +383,9 @@ class Worker:
             self._begin_passes()
 
     def _ordered_passes(self) -> list[Pass]:
-        """The running passes. First come the passes of the key for which the fewest tokens were
-        computed. Passes of the same rank are ordered by the time since they began or were last in a
-        batch, the longest first."""
+        """The running passes. The passes of the key for which the fewest tokens were computed come
+        first, then all others. Within both groups, passes are in the order in which they began or
+        were last in a batch."""
         passes = [
             active_run.current_pass
             for active_run in sorted(self.queue.ready_runs(), key=lambda run: run.last_used)
