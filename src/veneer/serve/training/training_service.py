@@ -156,9 +156,9 @@ class Training:
         return path
 
     def record_use(self, name: str) -> None:
-        """Record that an adapter of the bank is sampled from. Only the ``max_resident`` adapters
-        that were used last stay in the bank's memory; another one is read again from the disk when
-        it is needed."""
+        """Record that an adapter of the bank is sampled from. Of the adapters recorded here, only
+        the ``max_resident`` that were used last stay in the bank's memory. The others are read
+        again from the disk when they are needed."""
         with self._lock:
             self._last_uses[name] = time.monotonic()
             self._recent_adapters[name] = None
