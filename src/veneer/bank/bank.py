@@ -2,8 +2,8 @@
 memory is needed. Each row of a batch selects the adapter that it uses.
 
 Adapters that are in use or pinned stay in memory. Of all other adapters, the least recently used
-one is evicted first. Nothing is registered with the model: its ``state_dict`` and parameters remain
-those of the base. Several threads may use a bank at once: each call has its own batch state.
+one is evicted first. The model's ``state_dict`` and parameters remain those of the base. Several
+threads may use a bank at once, because each running call has its own ``BatchState``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from veneer.fileio import throttle
 
 #: seconds for which a load waits for memory that leased adapters occupy
 PATIENCE = 60.0
-#: seconds after a call during which the next call is expected soon
+#: seconds after a call during which throttled loads still pause, because the next call may follow
 CALL_GAP = 0.05
 
 
@@ -70,8 +70,9 @@ class Bank:
     Args:
         model: the base. Its layers get an adapted class and its parameters are frozen; ``close``
             undoes both.
-        capacity_bytes: memory for adapters; None for no limit. Running calls need more: they copy
-            the factors of their adapters, for at most two sets of adapters.
+        capacity_bytes: memory for adapters; None for no limit. Calls need memory beyond this: each
+            of the calls that run at one time may hold copies of the factors of two sets of
+            adapters.
         dtype: dtype of the adapters' factors in memory, as in ``LoraConfig``; None takes the dtype
             of each base weight.
         verify_base: False accepts other base weights of the same shapes.
@@ -104,7 +105,7 @@ class Bank:
         self._changed = threading.Condition(threading.RLock())
         self._loading = threading.Lock()  # held during a load
         self._loader: ThreadPoolExecutor | None = None
-        self._batch_states: list[BatchState] = []  # of no running call, for reuse
+        self._batch_states: list[BatchState] = []  # of calls that have ended, for reuse
         self._running_calls, self._last_call_end = 0, -CALL_GAP
         self._use_counter = self._bytes = 0
         self._resident_uids: set[int] = set()  # of the adapters in memory
@@ -137,8 +138,8 @@ class Bank:
         self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False
     ) -> str:
         """Register an adapter, by the name of its folder unless ``name`` is given, and load it now.
-        With ``replace``, the name may belong to another adapter. It keeps the name until the new
-        one is loaded, and both are in memory until then.
+        With ``replace``, the name may belong to another adapter. That adapter keeps the name until
+        the new one is loaded, and both are in memory until then.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is unchanged.
@@ -163,12 +164,10 @@ class Bank:
         return name
 
     def put(self, name: str, path: str | Path, adapter: str) -> None:
-        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name. Its
+        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name. The
         parameters are copied from the attached adapter ``adapter``, whose values must equal the
-        folder's.
-
-        The adapter is loaded from the folder later if the copy is evicted, if leases occupy the
-        memory now (this method does not wait), or if not every change is low rank.
+        folder's. The adapter is loaded from the folder later if the copy is evicted, if leases
+        occupy the memory now (this method does not wait), or if not every change is low rank.
 
         Raises:
             SelectionError, AdapterError: the bank is unchanged.
@@ -182,7 +181,7 @@ class Bank:
                 self._store_resident(entry, resident)
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
-        """Load an adapter while the previous adapter of the name stays, then give it the name."""
+        """Load an adapter while the name still belongs to another one, then give it the name."""
         raise_all(AdapterError, f"{name!r} cannot be replaced", folder_problems(path))
         with self._loading:
             with self._changed:
@@ -243,8 +242,8 @@ class Bank:
         return name in self._entries
 
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
-        """A future of a lease on the adapters of a blend ({name: weight}; {} is the base alone). It
-        is done at once if all adapters are in memory, else when a thread has loaded the others.
+        """A future of a lease on the adapters of a blend ({name: weight}; {} is the base alone).
+        The future is done at once if all adapters are in memory, else when a thread loaded them.
 
         Raises:
             SelectionError: an unknown name, or a weight that is not finite. Errors of loading are
@@ -270,11 +269,11 @@ class Bank:
     def rows(self, choices: Sequence[Any], *, invoked: bool = False) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
         blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
-        selection applies to calls of this thread or asyncio task. ``invoked``: whether all tokens
-        of each call follow the invocation of their row's adapter, if it has invocation tokens.
+        choices apply to calls of this thread or asyncio task. ``invoked``: whether every token
+        comes after the ``LoraConfig.invocation_tokens`` of its row's adapter, if there are any.
 
         Raises:
-            SelectionError: an unknown name, no rows, or invocation tokens that are not ``invoked``.
+            SelectionError: an unknown name, no rows, or invocation tokens without ``invoked``.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
         row_weights = row_weights_of(choices)
@@ -291,7 +290,7 @@ class Bank:
         beams and returned sequences of a row use the row's adapter.
 
         Raises:
-            SelectionError: an error of ``rows``, or an encoder runs before the rows are repeated.
+            SelectionError: as for ``rows``, or several sequences a row for a model with an encoder.
         """
         model: Any = self.model
         sequences = sequences_per_row(model, kwargs)
@@ -363,8 +362,8 @@ class Bank:
             return Lease(self, adapter_weights, self._take_entries(adapter_weights))
 
     def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
-        """A lease. This thread loads the adapters that are not in memory. While it waits until it
-        may load, it holds no adapter, so that other threads can use the memory."""
+        """A lease. This thread loads the adapters that are not in memory. While it waits for its
+        turn to load, it keeps no adapter in memory, so that other threads can use the memory."""
         if (lease := self._lease_if_resident(adapter_weights)) is not None:
             return lease
         with self._loading:  # one load at a time, because a load uses all cores
@@ -385,7 +384,7 @@ class Bank:
             return Lease(self, weights, entries)
 
     def _load(self, entry: Entry, requested: Sequence[Entry]) -> None:
-        """Load an adapter that is needed together with the ``requested`` entries."""
+        """Load an adapter. ``requested``: the entries of its lease, which must not be evicted."""
         start = time.monotonic()
         try:
             self._make_room(expected_bytes(entry.path), requested)
@@ -406,7 +405,7 @@ class Bank:
         self._notify("load", entry.name, time.monotonic() - start)
 
     def _store_resident(self, entry: Entry, resident: ResidentAdapter) -> None:
-        # the table ``_layout.modules`` lacks modules that no adapter has changed before
+        # ``_layout.modules`` lacks the modules that no earlier adapter changes, so make it again
         if any(key not in self._layout.modules for key in resident.layer_changes):
             self._layout.modules = {
                 layer_state.key: module for _, module, layer_state in layer_states(self.model)
@@ -416,8 +415,8 @@ class Bank:
         self._resident_uids.add(resident.uid)
 
     def _evict(self, byte_count: int, partly: bool) -> bool:
-        """Evict unused adapters until ``byte_count`` bytes fit; return whether they do. If that is
-        not enough room, the unused adapters are evicted only if ``partly``."""
+        """Evict unused adapters until ``byte_count`` bytes fit; return whether they fit. If
+        evicting all unused adapters is not enough, they are evicted only if ``partly``."""
         if self.capacity is None:
             return True
         idle = [e for e in self._entries.values() if e.resident and not e.users and not e.pinned]
@@ -430,7 +429,8 @@ class Bank:
         return fits
 
     def _make_room(self, byte_count: int, requested: Sequence[Entry]) -> None:
-        """Evict adapters until ``byte_count`` bytes fit, none if they never do. Wait for leases."""
+        """Evict adapters, and wait for leases, until ``byte_count`` bytes fit. ``BankFullError``:
+        they cannot fit beside pinned and ``requested`` adapters, or not within ``PATIENCE``."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
             while self.capacity is not None:

@@ -1,13 +1,14 @@
-"""The adapters that one call of a bank uses: groups of rows, and batched factors for
-``kernels/batched.py`` or the compiled loop.
+"""The state of one call of a bank: which adapters each row uses, and the factors of these adapters
+in the form that ``kernels/batched.py`` and ``kernels/mixed_rows.py`` (the compiled loop) take.
 
-    BatchState ─ layers         each changed by batched products
+    BatchState ─ layers         a ``Layer`` for each layer that ``ResolvedLowRank`` change
                ─ assignments    the adapters of each row of a call; groups of rows, gains and biases
 
-An assignment stacks the factors of its adapters for each layer and each rounded rank: in
-A [lanes, r, in] and B [lanes, r, out], with one lane for each adapter. The next call with the same
-adapters uses the same tensors. The lane of an adapter that does not change the layer is zero; the
-lane of one that changes it at a smaller rank is padded with zeros.
+Adapters whose ranks round up to the same power of two are computed together. For each layer and
+each rounded rank, an assignment stacks the factors of its adapters into A [lanes, r, in] and
+B [lanes, r, out], where each adapter has one lane, an index of the first axis. On a CPU, the next
+call with the same adapters uses the same tensors. The lane of an adapter that does not change the
+layer is zero. The lane of an adapter of a smaller rank is padded with zeros.
 
 Each running call has its own batch state, so another call cannot change the state during the call.
 """
@@ -33,12 +34,13 @@ from veneer.precision import at_least_float32
 #: the smallest rounded rank. Ranks are rounded up to powers of two, and adapters of the same
 #: rounded rank share a product.
 MIN_ROUNDED_RANK = 8
-#: how many assignments to cache: a server alternates between rows that decode and rows that prefill
+#: how many assignments to cache. A server alternates between two: the rows that decode, and the
+#: rows whose prompts are computed.
 MAX_CACHED_ASSIGNMENTS = 2
 #: the most tokens per row for which rows are grouped by adapter
 MAX_GROUPED_TOKENS = 4
-#: on a GPU: the most runs of rows that are multiplied one by one, and the most rows per adapter
-#: that are multiplied with factors stacked for each row
+#: the most runs (neighbouring rows with the same adapters) that are multiplied one by one rather
+#: than row by row; the most rows per adapter for which a GPU multiplies row by row when decoding
 MAX_SINGLE_RUNS, MAX_ROWS_PER_ADAPTER = 2, 4
 
 #: the adapters of one row, each with its weight; empty for the base alone
@@ -49,8 +51,8 @@ class ModelLayout:
     """What a bank knows of its model.
 
     Attributes:
-        uid: the id under which a selection of this model is stored.
-        time_first: whether the second axis of the inputs is the batch.
+        uid: the model's key in the context's selection of adapters (``veneer.context``).
+        time_first: whether a module of the model takes inputs that hold the rows along axis 1.
         modules: the adapted modules, by the keys of their layer states.
     """
 
@@ -60,7 +62,14 @@ class ModelLayout:
 
 
 class Layer:
-    """One layer for one batch state. Its ``run`` replaces the layer's forward."""
+    """One layer of the model for one batch state. Its ``run`` replaces the layer's forward.
+
+    Attributes:
+        is_transposed: whether the module stores its weight as [in, out].
+        compute_dtype, factor_dtype: dtypes of the batched products, and of the factors in the bank.
+        row_loop: the module ``kernels/mixed_rows.py``, or None if it does not support the layer.
+        empty_factors: A [0, in] and B [0, out], for an adapter that does not change the layer.
+    """
 
     def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
         self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
@@ -79,7 +88,8 @@ class Layer:
         )
 
     def stack_factors(self, adapters: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
-        """The factors of these adapters, one lane for each: A [lanes, r, in], B [lanes, r, out]."""
+        """A [lanes, r, in] and B [lanes, r, out]: the factors of these adapters, one lane for each,
+        padded with zeros to the largest rank."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         if self.on_gpu:
             return self.join_factors(
@@ -101,9 +111,10 @@ class Layer:
     def join_ranks(
         self, adapters: Sequence[ResidentAdapter]
     ) -> tuple[Any, Any, tuple[tuple[int, int], ...]]:
-        """For the loop over rows: A [R, in] and B [R, out], the factors of all adapters one after
-        another, and for each adapter its first rank and the rank after its last. The ranks of each
-        are padded with zeros to a multiple of what the loop needs."""
+        """The factors in the form of the compiled loop: (A [R, in], B [R, out], bounds), with the
+        ranks of all adapters one after another. ``bounds``: for each adapter, its first rank and
+        the rank after its last. Each adapter is padded with zeros to a multiple of
+        ``RANKS_TOGETHER``."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         ranks = [len(change.A) if type(change) is ResolvedLowRank else 0 for change in changes]
         multiple = self.row_loop.RANKS_TOGETHER
@@ -122,8 +133,8 @@ class Layer:
 
     def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> tuple[Tensor, Tensor]:
         """A [n, r, in] and B [n, r, out] of n rows: the factors of all changes of a row, joined
-        along the rank and padded with zeros. They are copied once, in the dtype of the weight, and
-        freed after the product."""
+        along the rank and padded with zeros. The results are copies in the dtype of the weight,
+        which the caller does not keep longer than the product takes."""
         ranks = [sum(len(change.A) for change in changes) for changes in rows]
         max_rank, factors = max(ranks), []
         for name, width in (("A", self.in_dim), ("B", self.out_dim)):
@@ -147,7 +158,8 @@ class Layer:
                 yield from resident.layer_changes[self.key].reached_ids(method)
 
     def run(self, call: Call) -> Any:
-        """The layer's output for a call, as ``LayerAdapter.run`` computes it."""
+        """The layer's output for a call, as ``LayerAdapter.run`` computes it. A call for which this
+        class has no products (for example with gradients) computes each adapter's rows apart."""
         # every Python call here costs time in each layer of a decoding step
         assignment = self.batch_state.assignment
         if len(call.args) == 1 and not call.kwargs and call.context.path is None:
@@ -180,7 +192,8 @@ class Layer:
         return assignment.unresolved_layers[self.key].run(call)
 
     def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
-        """ΔW x for ``flat`` [N, in], the tokens of all rows: [N, out]."""
+        """x ΔWᵀ [N, out] for x = ``flat`` [N, in], the tokens of all rows, with the ΔW of each row.
+        ``tokens``: tokens per row."""
         if self.row_loop is not None and assignment.fits_row_loop(self, tokens):
             A, B, pairs = assignment.row_pairs(self, tokens)
             return self.row_loop.multiply_pairs(flat, A, B, pairs)
@@ -201,7 +214,8 @@ class Layer:
         bias: Tensor | None,
         assignment: BatchAssignment,
     ) -> Tensor:
-        """gain ⊙ (x Wᵀ) + delta + bias for ``flat`` = x, with the gain and bias of each row."""
+        """gain ⊙ (x Wᵀ) + ``delta`` + bias, [N, out], for x = ``flat`` [N, in], with the gain and
+        the bias of each row."""
         gain, row_bias = assignment.row_gain_and_bias(self, bias, flat)
         if gain is None:
             y = fused.add_product(delta, flat, weight, None)
@@ -221,10 +235,11 @@ class BatchAssignment:
     Attributes:
         table: maps each layer's key to the object that computes the layer in this call.
         adapters: the adapters of all rows, each listed once.
-        adapters_by_rank: the same adapters by rounded rank.
-        groupings: how rows are grouped, by (tokens per row, device, dtype).
-        rows_by_blend: the indices of rows with equal adapters and weights.
-        unresolved_layers: compute layers with a change that is no ``ResolvedLowRank``.
+        adapters_by_rank: {rounded rank: its adapters}, without adapters of rank 0.
+        groupings: for each rounded rank, how rows are grouped, by (tokens per row, device, dtype).
+        rows_by_blend: {adapters of a row with their weights: indices of the rows that use them}.
+        unresolved_layers: by layer key, objects that compute each adapter's rows separately, for
+            changes that are no ``ResolvedLowRank`` and for calls without batched products.
         gain_or_bias_keys: keys of layers for which some adapter has a gain or a bias.
     """
 
@@ -247,7 +262,7 @@ class BatchAssignment:
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
-        #: for the loop over rows, shared too: joined factors and the bounds of each adapter
+        #: results of ``Layer.join_ranks`` by layer, shared in the same way
         self.joined_factors: dict[Any, tuple[Any, Any, tuple[tuple[int, int], ...]]] = next(
             (sibling.joined_factors for sibling in siblings), {}
         )
@@ -282,8 +297,8 @@ class BatchAssignment:
         }
 
     def runs(self, layer: Layer) -> list[batched.Run]:
-        """Runs of neighbouring rows with the same adapters: (first row, row after the last, factors
-        of the layer)."""
+        """Runs of neighbouring rows with the same adapters, in the form of ``multiply_runs``:
+        (first row, row after the last, [(A, B, weight) of each adapter])."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
             first, dtype = 0, layer.weight_dtype
@@ -304,9 +319,10 @@ class BatchAssignment:
         return 1 + sum(blend != next_blend for blend, next_blend in itertools.pairwise(self.rows))
 
     def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
-        """Whether to multiply each row by factors that are stacked for this row. That is faster on
-        a GPU. On a CPU it is faster for 16-bit prompts, where it takes one batched product instead
-        of two for each adapter. ``tokens``: tokens per row."""
+        """Whether to multiply each row with its own copy of its adapters' factors
+        (``batched.multiply_rows``). On a GPU, this is faster. On a CPU, it is faster only for
+        prompts in 16 bits, where two batched products replace two products per run and adapter.
+        ``tokens``: tokens per row."""
         if self.run_count <= MAX_SINGLE_RUNS:
             return False
         if not layer.on_gpu:
@@ -315,8 +331,8 @@ class BatchAssignment:
         return tokens > MAX_GROUPED_TOKENS or has_few_rows
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the adapter
-        weights [rows, 1, r]; None if all weights are 1."""
+        """A [rows, r, in] and B [rows, r, out] of a layer, copied for this call, and the weight of
+        the adapter that each rank belongs to, [rows, 1, r], or None if all weights are 1."""
         if layer.key not in self.row_factor_cache:
             rows = [
                 [
@@ -340,7 +356,7 @@ class BatchAssignment:
         return *layer.join_factors(row_changes), weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each rounded rank: how rows of ``tokens`` tokens are grouped; a layer's factors."""
+        """For each rounded rank: (how rows of ``tokens`` tokens are grouped, a layer's factors)."""
         key, adapters_by_rank = (tokens, layer.device, layer.compute_dtype), self.adapters_by_rank
         if key not in self.groupings:
             self.groupings[key] = [
@@ -360,7 +376,7 @@ class BatchAssignment:
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
 
     def index_adapters(self, adapters: Sequence[ResidentAdapter]) -> list[list[tuple[int, float]]]:
-        """For each row: the index in ``adapters`` and the weight of each adapter that is there."""
+        """For each row: (index in ``adapters``, weight) of each of its adapters that is there."""
         index_of = {resident: index for index, resident in enumerate(adapters)}
         return [
             [(index_of[resident], weight) for resident, weight in blend if resident in index_of]
@@ -374,7 +390,7 @@ class BatchAssignment:
 
     @cached_property
     def rank_sum(self) -> int:
-        """The sum of the rounded ranks that the rows use."""
+        """The sum over the rows of the rounded ranks of their adapters."""
         rounded = {
             resident: rank
             for rank, adapters in self.adapters_by_rank.items()
@@ -383,13 +399,13 @@ class BatchAssignment:
         return sum(rounded.get(resident, 0) for blend in self.rows for resident, _ in blend)
 
     def fits_row_loop(self, layer: Layer, tokens: int) -> bool:
-        """Whether the loop over rows is faster than batched products."""
+        """Whether the compiled loop is faster than batched products. ``tokens``: tokens per row."""
         work = self.rank_sum * tokens * (layer.in_dim + layer.out_dim)
         return work * torch.get_num_threads() <= batched.LOOP_MAX_WORK
 
     def row_pairs(self, layer: Layer, tokens: int) -> tuple[Any, Any, Any]:
-        """The joined factors A and B of a layer, and the pairs of rows and adapters, for the loop
-        over rows of ``tokens`` tokens."""
+        """The arguments of the compiled loop for rows of ``tokens`` tokens: the joined factors A
+        and B of a layer, and the pairs of rows and adapters (``mixed_rows.RowPairs``)."""
         if layer.key not in self.joined_factors:
             self.joined_factors[layer.key] = layer.join_ranks(self.sorted_adapters)
         A, B, bounds = self.joined_factors[layer.key]
@@ -401,8 +417,9 @@ class BatchAssignment:
     def row_gain_and_bias(
         self, layer: Layer, bias: Tensor | None, like: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gain and the bias of each row for a layer, [rows, out]. Either is None if no row has
-        one. ``bias``: the layer's own; ``like``: a tensor of the results' dtype and device."""
+        """The gain and the bias of each row for a layer, each [rows, out]. The gain is None if no
+        adapter has one, and so is the bias. ``bias``: the layer's own bias; ``like``: a tensor of
+        the results' dtype and device."""
         if layer.key not in self.gain_and_bias_cache:
             changes = {
                 resident: resident.layer_changes.get(layer.key) for resident in self.adapters
@@ -428,7 +445,7 @@ class BatchAssignment:
 
 
 def _select(blend: WeightedAdapters) -> Any:
-    """What ``RowAdapters`` takes for rows with these adapters."""
+    """The selection of the adapters of a row, in the form that ``RowAdapters`` takes."""
     selected = [
         (ActiveAdapter(held.path.name, held.layer_changes), weight) for held, weight in blend
     ]
@@ -436,7 +453,8 @@ def _select(blend: WeightedAdapters) -> Any:
 
 
 class BatchState:
-    """The layers, cached assignments of recent calls, and the assignment of the running call."""
+    """The state of one call: its assignment, and what is kept from earlier calls (``layers`` by
+    layer key, and ``assignments`` by the uids and weights of each row's adapters)."""
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = layout
@@ -446,7 +464,7 @@ class BatchState:
         self.zero_buffers: dict[Any, Tensor] = {}
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``count`` zeros in memory that all callers share, so they must not be written to."""
+        """``count`` zeros. Do not write to them, because all callers share their memory."""
         buffer = self.zero_buffers.get((dtype, device))
         if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):

@@ -19,10 +19,10 @@ class Status:
 
     Fields:
         resident: whether the adapter is in memory.
-        bytes: its size in memory, 0 if it is not there.
-        pinned: whether it is never evicted.
+        bytes: the adapter's size in memory, 0 if it is not there.
+        pinned: whether the adapter is never evicted.
         users: the number of leases on it.
-        rank, variant: None until it was loaded once.
+        rank, variant: those of the adapter; None before the adapter is first loaded.
     """
 
     name: str
@@ -37,7 +37,8 @@ class Status:
 
 @dataclass(eq=False)
 class Entry:
-    """One registered adapter. ``rank_and_variant`` is None until the adapter was loaded once."""
+    """One registered adapter. ``resident`` is None while the adapter is not in memory, and
+    ``rank_and_variant`` before it is first loaded."""
 
     name: str
     path: Path
@@ -46,7 +47,7 @@ class Entry:
     rank_and_variant: tuple[int, str] | None = None
     #: number of leases on the adapter, including leases that wait for it to be loaded
     users: int = 0
-    #: the bank's use counter at the adapter's last use
+    #: the value that the bank's use counter, which each lease increments, had at the last use
     last_use: int = 0
 
     def status(self) -> Status:
@@ -94,7 +95,7 @@ class Lease:
 def full_error(
     byte_count: int, unevictable: int, capacity: int, waited: float | None
 ) -> BankFullError:
-    """The error of a load of ``byte_count`` bytes that does not fit.
+    """The error if an adapter of ``byte_count`` bytes does not fit into the bank's memory.
 
     Args:
         unevictable: bytes of adapters that are pinned or requested together with the new one.
@@ -132,18 +133,19 @@ def adapters_of_rows(
     lease: Lease,
     invoked: bool,
 ) -> tuple[WeightedAdapters, ...]:
-    """The adapters of each row in memory, with their weights. Adapters with a weight of 0 are left
-    out.
+    """For each row, its adapters (in memory), each with its weight. Adapters with a weight of 0 are
+    left out.
 
     Args:
         choices: the choice for each row, as in ``Bank.rows``.
         row_weights: ``row_weights_of(choices)``.
         lease: holds the adapters of all rows whose choice is not itself a lease.
-        invoked: whether all tokens follow the invocation of their row's adapter, if it has one.
+        invoked: whether every token comes after the invocation tokens of its row's adapter, from
+            which on such an adapter acts (``LoraConfig.invocation_tokens``).
 
     Raises:
-        SelectionError: an adapter has invocation tokens, for which a bank does not search the rows,
-            and ``invoked`` is False.
+        SelectionError: an adapter has invocation tokens and ``invoked`` is False, because a bank
+            does not search the rows for these tokens.
     """
     adapters = (adapter for adapter, _ in lease.uses)
     adapter_by_name = dict(zip(lease.adapter_weights, adapters, strict=True))
@@ -179,8 +181,8 @@ def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
 
 def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
     """The number of sequences that ``model.generate`` computes for each row of its inputs.
-    ``SelectionError``: a model with an encoder should compute several, but its encoder runs before
-    ``generate`` repeats the rows."""
+    ``options``: the arguments of ``generate``. ``SelectionError``: several sequences from a model
+    with an encoder, which is called with fewer rows, before ``generate`` repeats them."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     beams, sequences = (
         options.get(name) or getattr(config, name, None) or 1

@@ -1,12 +1,13 @@
-"""An adapter in memory, in the form that a bank's calls need.
+"""Load an adapter into the memory of a bank, in the form that a bank's calls need.
 
     layer_changes   what runs instead of a layer's forward, by the key of the layer's ``LayerState``
         ResolvedLowRank     for a linear layer: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
         LayerAdapter        for any other change
 
-All tensors of an adapter's ``ResolvedLowRank`` are views of one block of memory in the dtype of the
-base, so that evicting the adapter frees one block. DoRA's gain and PiSSA's products are computed
-once, when the adapter is loaded, because neither the base nor the adapter changes afterwards.
+A ``ResolvedLowRank`` holds final factors: DoRA's gain and PiSSA's products are computed once, when
+the adapter is loaded, because neither the base nor the adapter changes afterwards. The tensors of
+all ``ResolvedLowRank`` of an adapter are views of one block of memory (for each dtype and device),
+so that evicting the adapter frees one block.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
-#: the largest ratio of the resolved factors' size to the adapter parameters' size. A variant that
-#: trains few values at a large rank exceeds it, and stays a ``LayerAdapter``.
+#: the largest ratio of the number of elements of A and B to the number of the adapter's parameters
+#: at a layer. A variant that trains few values at a large rank (VeRA) exceeds it, so its changes
+#: stay ``LayerAdapter``s.
 MAX_GROWTH = 2.0
-#: approximate bytes of the Python objects of the change of one layer
+#: approximate size in bytes of the Python objects that the change of one layer consists of
 BYTES_PER_CHANGE = 1 << 10
 
-#: numbers for ``ResidentAdapter.uid``
+#: the source of the numbers ``ResidentAdapter.uid``
 _UIDS = itertools.count()
 
 
@@ -60,7 +62,8 @@ class ResolvedLowRank:
     """The change of a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
 
     Fields:
-        A, B: [r, in] and [r, out]; B is already multiplied by the scale and the gain.
+        A: [r, in].
+        B: [r, out], already multiplied by the scale and the gain.
         gain: [out], a factor for each row of W; None stands for 1.
         bias: [out], which replaces the layer's bias; None keeps the layer's bias.
         layer: the layer kind of the module (``layers/``).
@@ -79,7 +82,8 @@ class ResolvedLowRank:
     submodule_adapters = {}
     submodule_adapters_by_method = {}
     storage = BASES["plain"]
-    # calls without batched products (under autocast, or with gradients) run the layer on W + ΔW
+    # calls without batched products (under autocast, or with gradients) run the layer's own forward
+    # with the changed weight of ``changed_weights``
     run = run_on_view
 
     @property
@@ -96,7 +100,8 @@ class ResolvedLowRank:
         return {} if self.bias is None else {"bias": self.bias}
 
     def stacks(self, module: nn.Module) -> None:
-        """As ``LayerAdapter.stacks``: nothing to do for a layer with one matrix."""
+        """As ``LayerAdapter.stacks``, but returns None, because a linear layer has no stack of
+        matrices."""
 
     def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """As ``LayerAdapter.changed_weights``."""
@@ -114,12 +119,14 @@ class ResidentAdapter:
     """An adapter in memory.
 
     Fields:
+        path: the adapter folder.
+        variant: the name of the adapter's variant.
         layer_changes: {key of a layer: what runs instead of its forward}.
         nbytes: bytes of the tensors and the Python objects.
-        rank: the largest rank of its ``ResolvedLowRank``.
+        rank: the largest rank of its ``ResolvedLowRank``, 0 if it has none.
         unresolved_keys: keys of the layers whose change is no ``ResolvedLowRank``.
         invocation_tokens: the invocation tokens of its config.
-        uid: a number that no other adapter gets.
+        uid: a number that no other ``ResidentAdapter`` of the process has.
     """
 
     path: Path
@@ -133,13 +140,13 @@ class ResidentAdapter:
 
 
 def expected_bytes(path: Path) -> int:
-    """A lower estimate of the bytes of an adapter in memory: half of its file, since a 16-bit base
-    stores a float32 adapter in half the bytes."""
+    """A low estimate of the bytes of an adapter in memory: half the size of its file, because the
+    factors of a float32 file are stored in 16 bits if the base is in 16 bits."""
     file = path / peft.TENSORS
     return file.stat().st_size // 2 if file.is_file() else 0
 
 
-@torch.inference_mode(False)  # calls in any mode use the tensors
+@torch.inference_mode(False)  # later calls use the tensors, also outside of inference mode
 def load_resident(
     model: nn.Module,
     path: Path,
@@ -155,13 +162,14 @@ def load_resident(
     Args:
         dtype: dtype of the factors; None takes the dtype of each weight.
         cache: results of verifying earlier adapters against this model; new results are added.
-        resolve_plans: how the changes of earlier adapters were resolved to ``ResolvedLowRank``;
-            reused for an adapter that changes the same weights in the same way. A new plan is added
-            if all changes of the adapter are resolved.
+        resolve_plans: how the changes of earlier adapters were turned into ``ResolvedLowRank``.
+            These plans are reused for an adapter that changes the same weights in the same way. A
+            new plan is added if all changes of the adapter become ``ResolvedLowRank``.
 
     Raises:
-        AdapterError, BaseMismatchError: errors of ``veneer.load``.
-        SelectionError: an adapter is merged into the weights, so they differ from the base's.
+        AdapterError, BaseMismatchError: as for ``veneer.load``.
+        SelectionError: an adapter is merged into the model's weights, which therefore differ from
+            the weights of the base.
     """
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
@@ -172,7 +180,7 @@ def load_resident(
         )
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.adapter_files.config, load_plan.plans.low
-    # ``cache`` holds the tuple ``low`` itself, so its id is unique
+    # ``cache`` keeps the tuple ``low``, so no other object gets its id
     resolve_plan = resolve_plans.get(id(low))
     if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:
         layer_changes = resolve_plan.resolve(load_plan.adapter_parameters, dtype)
@@ -203,8 +211,9 @@ def resident_of(
     """The adapter that ``load_resident`` would load from the folder ``path``. Its tensors are
     copied from the attached adapter ``name``, whose values must equal the folder's.
 
-    Returns None if the change of some layer is no ``ResolvedLowRank``: it would share its tensors
-    with the attached adapter, and follow its further training."""
+    Returns None if the change of some layer is no ``ResolvedLowRank``. Such a change would share
+    its tensors with the attached adapter, so that further training of the attached adapter would
+    change it."""
     attached = need_adapters(model, name)
     layer_adapters = {
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
@@ -223,7 +232,13 @@ def resident_of(
 @dataclass(frozen=True, eq=False)
 class ResolvePlan:
     """How to compute all ``ResolvedLowRank`` of an adapter. Another adapter that changes the same
-    weights in the same way can be loaded by this plan, without building modules."""
+    weights in the same way can be loaded by this plan, without building modules.
+
+    Fields:
+        config: the config that an adapter must have.
+        low: the plan of each low-rank change.
+        modules: for each of these, the module with the changed weight.
+    """
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -263,7 +278,7 @@ class ResolvePlan:
         }
 
 
-#: plans by the id of ``LoadPlan.plans.low``, the tuple of the changed weights
+#: by the id of ``LoadPlan.plans.low``, the tuple with the plans of an adapter's low-rank changes
 ResolvePlans = dict[int, ResolvePlan]
 
 
@@ -396,7 +411,8 @@ def _resolve_adapter(
 
 
 def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
-    """[A, B, gain] in the form of a ``ResolvedLowRank``."""
+    """[A, B, gain] in the form of a ``ResolvedLowRank``: B is transposed and multiplied by the
+    scale and the gain."""
     if gain is not None:
         low = low.scale_rows(gain.view(1, -1))
     B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT

@@ -5,8 +5,8 @@
     remote      push to and pull from the Hugging Face hub and any file system of fsspec
 
 In: an adapter folder, and a name or the address of a remote place. Out: an address that always
-stands for the same bytes, or a folder to load. Several processes may use one library at once; after
-a crash, its index is the old one or the new one.
+stands for the same bytes, or a folder to load. Several processes may use one library at once. If a
+process is killed while it changes the library, the change is made completely or not at all.
 """
 
 from veneer.registry import lazy_submodules

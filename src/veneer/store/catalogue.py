@@ -1,4 +1,5 @@
-"""One catalogue of adapters by name, from any source.
+"""A catalogue of adapters by name, and the sources that it lists: a folder, a library or a remote
+place.
 
     FolderSource(DIR)        DIR/french/adapter_config.json is the adapter "french"
     LibrarySource(library)   the names of a library
@@ -10,8 +11,8 @@
     source.address           identifies the source in messages
     Catalogue.refresh()      names that were added, removed or changed since the last call
 
-The server, vLLM's resolver and `veneer chat` find adapters here. A ``Bank`` gets the folders that a
-catalogue names; the bank itself records which adapters are in memory.
+The server, the resolver for vLLM and `veneer chat` find adapters here. A catalogue knows the folder
+of each name. The ``Bank`` knows which adapters are in memory.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Catalogue:
     def __init__(self, list_locations: Callable[[], Mapping[str, Location]]) -> None:
         self._list_locations = list_locations
         self._locations: dict[str, Location] = {}
-        self._unconfirmed: dict[str, Location] = {}  # changed, but seen once only
+        self._unconfirmed: dict[str, Location] = {}  # changed since the previous ``refresh``
         self._rejected: dict[str, Location] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -180,9 +181,10 @@ class Catalogue:
         return self._locations.get(name)
 
     def refresh(self) -> Changes:
-        """Compare the source with the accepted locations. A folder whose files change counts as
-        changed when two calls in a row find the same files, because one call may find files that
-        are half written. A rejected location is not reported again."""
+        """Compare the source with the accepted locations. If the files in a folder change, the
+        adapter is reported as changed only when two calls in a row find the same files, because one
+        call may find files that are half written. A rejected location is not reported as changed
+        again."""
         locations = self._list_locations()
         removed = sorted(self._locations.keys() - locations.keys())
         added, changed, unconfirmed = {}, {}, {}
@@ -211,8 +213,9 @@ class Catalogue:
 
 
 def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
-    """Parse texts NAME=ADAPTER or ADAPTER into {name: adapter}. Without NAME, the last part of the
-    path is the name. ``ConfigError``: two adapters have the same name."""
+    """Parse texts NAME=ADAPTER or ADAPTER into {name: adapter}. Without NAME, the name is the last
+    part of the path, in which characters other than letters, digits, "_" and "-" become "-".
+    ``ConfigError``: two adapters have the same name."""
     adapter_by_name: dict[str, str] = {}
     for text in adapters:
         name, separator, adapter = text.partition("=")
@@ -277,7 +280,8 @@ class Mirror:
                 "pull what you need into a folder",
             )
         self._folders: dict[str, Path] = {}
-        self._fetched_stamps: dict[str, str] = {}  # stamp of each fetched adapter
+        #: by name, the stamp (``list_stamps``) that an adapter had when it was fetched
+        self._fetched_stamps: dict[str, str] = {}
         self._previous_stamps: dict[str, str] | None = None  # stamps in the previous listing
         self._warnings: dict[str, str] = {}
 
@@ -286,8 +290,8 @@ class Mirror:
         return self._address.url
 
     def sync(self) -> Mapping[str, Path]:
-        """Fetch the adapters that are at the place now. If one cannot be fetched, a warning is
-        logged, and the previous version of its name stays.
+        """Fetch the adapters that are new or changed at the place, and return the folders of all by
+        name. If one cannot be fetched, a warning is logged, and its previous folder stays.
 
         Raises:
             RemoteError: the place cannot be read.
@@ -296,9 +300,9 @@ class Mirror:
             listing = self._list_place()
         for name in self._folders.keys() - listing.keys():
             del self._folders[name]
-        # files that were not pushed count as complete once two listings show the same stamp
+        # files that were copied without push count as complete if two listings in a row show the
+        # same stamp; in the first listing, all files count as complete
         stamps = {name: stamp for name, (stamp, _) in listing.items()}
-        # the first listing has no previous one to compare with
         previous = stamps if self._previous_stamps is None else self._previous_stamps
         new_names = [
             name
@@ -324,8 +328,9 @@ class Mirror:
         return dict(self._folders)
 
     def _list_place(self) -> dict[str, tuple[str, bool]]:
-        """``list_stamps`` of the place. ``find`` of fsspec leaves out folders that it cannot read.
-        So the folders that seem to be gone are listed once more, which raises their errors."""
+        """``list_stamps`` of the place. Because ``find`` of fsspec leaves out folders that it
+        cannot read, folders that seem to be gone are listed once more by ``ls``, which raises the
+        error."""
         system, root = file_system(self._address)
         files = system.find(root, detail=True)
         stamps = list_stamps(root, files)

@@ -11,12 +11,12 @@ change takes the lock, reads the index, moves a complete object into place, and 
 by a rename. So after a crash, the index is the old one or the new one, and all its objects are
 complete. Readers take no lock.
 
-The lock is held during the whole change, including the copying. So when a process holds the lock,
-any temporary folder in objects/ was left by a writer that died. Beside objects/, a server may be
-writing its served.json, under a lock of its own. ``gc`` deletes objects without a name after a
-grace period, which begins when the last name is removed (``remove`` sets the folder's modification
-time); a path from ``get`` is valid for at least that long. Renames of folders must be atomic:
-Windows is not supported.
+A writer holds the lock during its whole change. So a process that holds the lock knows that any
+temporary folder in objects/ was left by a writer that died. (A temporary folder beside objects/ may
+belong to a running server, which writes its served.json there without this lock.) ``gc`` deletes an
+object after a grace period without a name, which begins when its last name is removed (``remove``
+sets the folder's modification time). A path from ``get`` stays valid for at least this period.
+Windows is not supported, because renames of folders must be atomic.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ from veneer.store.remote import ensure_cached, is_remote, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
 
-#: names of the entries of a library's folder (see the top of this file)
+#: names of the files and folders of a library (see the top of this file)
 INDEX, COPY, LOCK, OBJECTS = "index.json", "index.copy.json", "lock", "objects"
 FORMAT = 1
-#: seconds for which an object without a name is kept
+#: seconds for which an object without a name is kept, the grace period
 GRACE = 3600.0
-#: begins the address of an adapter in the default library
+#: the beginning of the address of an adapter in the default library
 SCHEME = "library:"
 #: the pattern of adapter names, in a library and on a server
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -78,7 +78,7 @@ class Entry:
         object: the hash of the adapter's files.
         added: when the adapter was added, as text in UTC.
         size: bytes of its files.
-        base: the name of its base, as the adapter records it.
+        base: the name of its base, as the adapter records it, or None.
     """
 
     name: str
@@ -126,8 +126,8 @@ class Library:
         return self._entry_of(self._read_entries(), name)
 
     def get(self, name: str) -> Path:
-        """The adapter folder of a name. Its files must not be changed, and stay for at least the
-        grace period after the name is removed."""
+        """The adapter folder of a name. Do not change its files, which belong to the library. They
+        stay for at least the grace period after the name is removed."""
         path = self._object_folder(self.entry(name).object)
         if not path.is_dir():
             raise LibraryError(
@@ -138,8 +138,8 @@ class Library:
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
-        """Copy an adapter to the cache and verify it by its hash, for readers that need it longer
-        than the library guarantees. The copy must not be changed.
+        """Copy an adapter to the cache and verify it by its hash, for readers that need it after
+        the library may have deleted it. Do not change the copy: later calls return it again.
 
         Args:
             cache: the folder of the cache, as in ``store.remote.pull``.
@@ -155,8 +155,8 @@ class Library:
         )
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
-        """The entries, sorted by name: all, or those with ``tag``, or for ``base``
-        (``Entry.base``)."""
+        """The entries, sorted by name. ``tag``: list only entries with this tag; ``base``: list
+        only entries with this ``Entry.base``."""
         return tuple(
             entry
             for _, entry in sorted(self._read_entries().items())
@@ -241,8 +241,8 @@ class Library:
                 *objects.glob(".*.replaced"),
             ]
             sizes = {path: _size(path) for path in leftovers}
-            # first, because they may hold files of a partly deleted object; ``sweep`` keeps what a
-            # running process writes
+            # leftovers first, because they may hold files of a partly deleted object; ``sweep``
+            # keeps the temporary folders of running processes
             sweep(self.folder)
             sweep(objects)
             for path in leftovers:
@@ -290,7 +290,7 @@ class Library:
                     recovered[name] = _read_entry(
                         self._object_folder(object_hash), name, object_hash, ("recovered",)
                     )
-                # this installation may lack the variant: keep the files for the grace period
+                # this installation may lack the adapter's variant, so keep the files for a while
                 except AdapterError:
                     lost.append(object_hash)
             rebuilt_entries = {**intact_entries, **recovered}
@@ -366,8 +366,8 @@ class Library:
         with self._hold_lock(create=create):
             entries = self._read_entries()
             if not (self.folder / INDEX).exists():
-                # written before the first object, so that objects without an index mean that the
-                # index was lost
+                # write the index before the first object, so that objects without an index mean
+                # that the index was lost
                 self._write_entries(entries)
             yield entries
             self._write_entries(entries)
@@ -383,8 +383,8 @@ class Library:
 
     def _read_entries(self) -> dict[str, Entry]:
         index = self.folder / INDEX
-        # in this order, because another process may write to an empty library meanwhile: it writes
-        # the index before the first object
+        # test in this order, because another process may meanwhile write to an empty library, the
+        # index before the first object
         if not index.exists() and not (self.folder / COPY).exists() and not self._object_folders():
             return {}
         try:
@@ -492,8 +492,8 @@ def default_folder() -> Path:
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:
-    """The folder of a command's ADAPTER argument: ``library:NAME`` (None takes the default
-    library), a remote place, from which it is pulled, or a path."""
+    """The adapter folder for the ADAPTER argument of a command: the name ``library:NAME`` in the
+    ``library`` (None: the default one), a remote place, from which it is pulled, or a path."""
     text = str(adapter)
     if text.startswith(SCHEME):
         return (library or Library(default_folder())).get(text.removeprefix(SCHEME))

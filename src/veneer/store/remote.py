@@ -1,4 +1,5 @@
 """Adapters at remote places: ``push`` copies a folder to a place, ``pull`` fetches it into a cache.
+
 A place is written as an address:
 
     hf://owner/name[@revision]      a model repository of the Hugging Face hub, through
@@ -7,15 +8,15 @@ A place is written as an address:
     anything without "://"          a local folder: pulling reads it, pushing copies to it
 
 ``push`` returns an address with a revision, which always stands for the same bytes. On the hub, the
-revision is a commit. Elsewhere it is the hash of the adapter's files. They are written so that no
+revision is a commit. Elsewhere it is the hash of the adapter's files, which are written so that no
 reader sees a mixture of two pushes:
 
     <place>/<hash>/…     the files, written first
     <place>/latest       the hash, written last: a small object that stores replace atomically
 
-A place that holds an adapter's files, but no ``latest``, can be pulled too; it has no revisions.
-Pulled files are verified in a temporary folder, which is then renamed. Only files that belong to an
-adapter are fetched: no pickles, no code.
+A place that holds an adapter's files directly, without ``latest``, can be pulled too. It has no
+revisions. Pulled files are verified in a temporary folder, which is then moved into the cache. Only
+the files of an adapter are fetched, which are neither pickles nor code.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ from veneer.models.gguf_conversion import cache_dir
 
 __all__ = ["pull", "push"]
 
-#: begins an address on the Hugging Face hub
+#: the beginning of an address on the Hugging Face hub
 HUB = "hf://"
 #: the file of a place that holds the hash of the newest push
 LATEST = "latest"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-#: error numbers of a full disk on this machine, which the command line explains
+#: error numbers of a full disk on this machine. These errors are not turned into a ``RemoteError``,
+#: because the command line explains them.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -109,14 +111,15 @@ def push(
 
 
 def pull(place: str, *, revision: str | None = None, cache: Path | None = None) -> Path:
-    """Fetch the adapter at a remote place into the cache and verify it. The folder must not be
-    changed.
+    """Fetch the adapter at a remote place into the cache, verify it, and return its folder. Do not
+    change this folder: later calls return it again.
 
     Args:
         place: an address as in the module's description. A local folder is verified and returned.
-        revision: a branch, a tag or a commit of the hub's repository; elsewhere the part behind the
-            "@" in the address that ``push`` returned. ``place`` may contain it instead. None takes
-            the newest revision. A commit or hash that was pulled before needs no network.
+        revision: on the hub, a branch, a tag or a commit; elsewhere the part behind the "@" in the
+            address that ``push`` returned. The address ``place`` may contain the revision instead.
+            None takes the newest revision. A commit or hash that was pulled before needs no
+            network.
         cache: the folder of the cache; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or
             ``~/.cache``.
 
@@ -129,7 +132,7 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
         if source.revision:
             raise RemoteError(f"a revision of the folder {place}", "none", "leave it out")
         return read(source.url).path
-    # the folder's name in the cache: the end of the address, and a hash of all of it
+    # the folder's name in the cache: the last part of the address, and a hash of the address
     slug = (
         re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.url).name)[:60].strip(".-")
         or "adapter"
@@ -219,8 +222,9 @@ def ensure_cached(
 
 
 def _is_intact(folder: Path, files_hash: str | None = None) -> bool:
-    """Whether a folder holds an intact adapter, with the content hash ``files_hash`` if given. (The
-    records of many adapters contain no hashes by which a damaged file could be detected.)"""
+    """Whether a folder holds a valid adapter, and its files have the content hash ``files_hash`` if
+    one is given. (Many adapters record no hashes of their files, so that ``read`` alone cannot
+    detect every damaged file.)"""
     with suppress(AdapterError):
         if folder.is_dir():
             read(folder)
@@ -233,8 +237,8 @@ def _hub_api() -> Any:
 
 
 def _push_hub(path: Path, target: RemoteAddress, message: str, private: bool | None) -> str:
-    """Push as one commit, so that no reader sees a mixture of two adapters. ``upload_folder`` could
-    make several commits."""
+    """Push as one commit, so that no reader sees a mixture of two adapters. (The hub client's
+    ``upload_folder`` could make several commits.)"""
     hub = _import_package("huggingface_hub")
     api = _hub_api()
     repository = target.url.removeprefix(HUB)
@@ -286,7 +290,7 @@ def _pull_hub(source: RemoteAddress, cache_folder: Path) -> Path:
                 _hub_api().snapshot_download(
                     repository, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER)
                 )
-        # remove the notes of the hub client about the download
+        # remove the files in which the hub's client records the download
         shutil.rmtree(folder / ".cache", ignore_errors=True)
 
     return ensure_cached(cache_folder / commit, f"{source.url}@{commit}", fetch)
@@ -300,7 +304,7 @@ def _hub_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
     address = remote.url
     try:
         yield
-    except (errors.HTTPError, OSError, ValueError) as error:  # the base classes of its errors
+    except (errors.HTTPError, OSError, ValueError) as error:  # base classes of the client's errors
         if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
         responses = (getattr(cause, "response", None) for cause in (error, error.__cause__))
@@ -445,8 +449,8 @@ def _pull_store(source: RemoteAddress, cache_folder: Path) -> Path:
 
 @contextmanager
 def store_errors(remote: RemoteAddress, action: str) -> Iterator[None]:
-    """Turn an error of a file system, which may be of any class of its client library, into a
-    ``RemoteError``. ``action``: what was tried, such as "read", for the message."""
+    """Turn any error of a file system into a ``RemoteError``, because each file system of fsspec
+    has its own error classes. ``action``: what was tried, such as "read", for the message."""
     try:
         yield
     except Exception as error:

@@ -3,10 +3,10 @@
     clients ── Ray's proxy ── gateway.py ── a replica: serve/api.py and the rest of the server
 
 The gateway reads the body of a request, chooses a replica by the adapter (routing.py), and forwards
-the request; if the replica dies, it sends the request to another one.
+the request. If the replica dies, the gateway sends the request to another one.
 
-Only ``on_ray.py`` imports Ray. Another reverse proxy (nginx, HAProxy) needs nothing of this folder:
-see docs/serving.md.
+Only ``on_ray.py`` imports Ray. A user who puts another reverse proxy (nginx, HAProxy) in front of
+several servers needs nothing of this folder: see docs/serving.md.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@ answer.
 
 If the replica of a request dies, the gateway sends the request to another one, unless it has
 forwarded a part of the answer. A complete answer is forwarded when all of it has arrived, and a
-stream from its first token. A stream whose replica dies ends with an error event and no [DONE],
-like any answer that fails (serve/answers.py): another replica would sample other tokens.
+stream from its first token on. A stream whose replica dies cannot continue, because another replica
+would sample other tokens. It ends with an error event and no [DONE], like any answer that fails
+(serve/answers.py).
 
 The gateway also checks keys and the size of bodies, before it forwards a request (serve/guard.py).
 """
@@ -50,14 +51,18 @@ class Gateway:
 
     Args:
         base: the base's model name.
+        keys: the API keys.
         hosts: host names accepted in the Host header; None: all.
         ask_replica: sends a request, as (adapter, ASGI scope, body), to a replica and yields the
             ASGI messages of its answer.
-        ask_all_replicas: sends a request to all replicas.
+        ask_all_replicas: sends a request, as (ASGI scope, body), to all replicas and returns their
+            answers.
         death_errors: the exceptions which mean that a replica has died.
+        cors: the origins that browsers may call from.
     """
 
-    draining, extensions, tracer = False, (), None  # for ``Guard``; replicas send spans
+    # ``Guard`` reads these attributes. No tracer, because the replicas send the spans of requests.
+    draining, extensions, tracer = False, (), None
 
     def __init__(
         self,
@@ -133,10 +138,11 @@ async def relay(
     path: str,
 ) -> None:
     """Forward the answer of the first attempt that succeeds. ``request_answer``: asks a replica and
-    yields the messages of its answer. ``death_errors``: the exceptions of a dead replica. ``path``:
-    the route, which gives the format of the error event. ``Refusal``: all attempts failed."""
+    yields the ASGI messages of its answer. ``death_errors``: the exceptions which mean that a
+    replica has died. ``path``: the path of the request's route, on which the format of an error
+    event depends. ``Refusal``: all attempts failed, or a replica gave no answer."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        start_message: Message | None = None  # is sent with the first message of the body
+        start_message: Message | None = None  # held back until the first message of the body
         has_begun = has_ended = False
         event_count = 0  # events of a stream that were forwarded
         try:
@@ -157,7 +163,8 @@ async def relay(
                     has_ended = not message.get("more_body", False)
                     event_count += message.get("body", b"").count(b"\n\n")
         except death_errors as error:
-            # the client has the complete answer; the connection may be used for its next request
+            # the client has the complete answer, so send nothing more: the connection may already
+            # be used for its next request
             if has_ended:
                 return
             log.warning("A replica was lost in attempt %d: %s", attempt, type(error).__name__)
@@ -214,8 +221,8 @@ def transferable_scope(scope: Message) -> Message:
 
 
 async def answer_messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
-    """Yield the ASGI messages of an application's answer to a request. For the application, closing
-    the generator is a disconnect of the client."""
+    """Yield the ASGI messages of the answer of the ASGI application ``app`` to a request. If the
+    generator is closed early, the application is cancelled."""
     queue: asyncio.Queue[Message | None] = asyncio.Queue()  # holds at most one answer
     unread = iter([{"type": "http.request", "body": body, "more_body": False}])
 

@@ -2,7 +2,7 @@
 in Ray's config file.
 
     Gateway   has no model; reads the bodies of requests, since Ray's proxy routes by headers alone
-    Replica   a server of the base, with all of its routes
+    Replica   a complete server: the base, and all routes of `veneer serve`
 
 Ray starts the replicas on its nodes, replaces replicas that die, scales their number, and counts
 the requests of each (https://docs.ray.io/en/latest/serve/). Its request router asks routing.py
@@ -184,11 +184,20 @@ def application(
     grace: float,
     replica_resources: Mapping[str, float] | None = None,
 ) -> serve.Application:
-    """Make the application with the gateway and the replicas. ``replicas``: their number, or a
-    range (``scale``). ``grace``: seconds for running requests at the end. ``replica_resources``:
-    CPUs and GPUs of each replica; None: Ray's default."""
+    """Make the application with the gateway and the replicas.
+
+    Args:
+        keys: the file of the API keys; None for a server without keys.
+        hosts: host names that are accepted in the Host header; None for all.
+        replicas: the number of replicas, or a range (``scale``).
+        grace: seconds for which running requests may go on when the application ends.
+        replica_resources: CPUs and GPUs of each replica; None takes Ray's default.
+
+    Raises:
+        ConfigError: the keys or ``replicas`` are invalid.
+    """
     rows, queue = settings.rows or ROWS, settings.queue or QUEUE
-    # read the keys here, so that an invalid file is reported now and not in the log of a process
+    # read the keys here, so that an invalid file is reported now and not in the log of a replica
     must_have_keys_for_any_origin(settings, _keyring(keys).is_open)
     router_config: dict[str, Any] = {
         "request_router_class": AdapterRouter,
@@ -214,7 +223,8 @@ def application(
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
     """Ray's options for a number of replicas such as "3", or for a range such as "1-8", within
-    which Ray scales with the load. ``rows``: the requests that a replica answers at one time."""
+    which Ray scales with the load. ``rows``: how many requests a replica answers at one time.
+    ``ConfigError``: ``replicas`` is neither."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
     min_replicas, max_replicas = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= min_replicas <= max_replicas:
@@ -244,8 +254,8 @@ def run(
     until: Callable[[], Any],
 ) -> None:
     """Serve on the Ray cluster of $RAY_ADDRESS. Without this variable, start a Ray cluster on this
-    machine that ends with the server. ``started`` is called when all replicas are ready; the server
-    ends when ``until`` returns."""
+    machine that ends with the server. ``started`` is called when all replicas are ready. Then
+    ``until`` is called, and the server ends when it returns."""
     scaling = scale(replicas, settings.rows or ROWS)  # raises before Ray is started
     max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
     owns_cluster = "RAY_ADDRESS" not in os.environ

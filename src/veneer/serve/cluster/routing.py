@@ -20,8 +20,8 @@ import xxhash
 from veneer.fileio.untrusted import parse
 from veneer.serve.scheduler import counted_as
 
-#: the routing key of requests that need no model: all of them go to one replica, so that their
-#: answers are consistent
+#: stands for the adapter in requests without a body, such as lists of models. All of them go to one
+#: replica, so that their answers are consistent.
 NO_MODEL_KEY = "/"
 
 
@@ -37,8 +37,8 @@ def preferred_replicas(adapter: str, replicas: Iterable[str]) -> list[str]:
 def replica_groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
     """Groups of replicas to try, one group after the other. Within a group, the caller takes the
     replica with the fewest requests. ``adapter``: "" for the base, which every replica has.
-    ``running``: the number of requests of each replica. ``rows``: how many requests a replica
-    answers at one time."""
+    ``running``: the number of running and waiting requests of each replica, by its name. ``rows``:
+    how many requests a replica answers at one time."""
     all_replicas = list(running)
     if not adapter:
         return [all_replicas]
@@ -49,8 +49,9 @@ def replica_groups(adapter: str, running: Mapping[str, int], rows: int) -> list[
 
 
 def adapter_of(body: bytes, base: str) -> str:
-    """The adapter that a request body names; for a blend, the adapter with the largest weight. ""
-    for the base, and for a body that cannot be parsed: the replica then explains the error."""
+    """The adapter that a request body names; for a blend, the adapter whose weight has the largest
+    magnitude. Returns "" for the base, and for a body that cannot be parsed, because every replica
+    can answer it with the error."""
     try:
         content: Any = parse(body)
     except ValueError:

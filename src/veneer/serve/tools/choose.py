@@ -23,8 +23,8 @@ PARSERS: dict[str, type[CallParser]] = {
     "mistral": Mistral, "pythonic": Pythonic, "qwen3_coder": Qwen3Xml, "qwen3_xml": Qwen3Xml,
 }  # fmt: skip
 
-#: (texts, parser): a chat template that contains all these texts needs this parser. The first match
-#: counts.
+#: (texts, name of a parser): if a chat template contains all these texts, the model writes calls in
+#: the notation of this parser. The first match counts.
 TEMPLATE_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<tool_call>", "<function="), "qwen3_coder"),
     (("<tool_call>",), "hermes"),
@@ -60,8 +60,9 @@ def detect_parser(template: Any) -> str | None:
 class CallReading:
     """How to parse the answers to a request.
 
-    ``new_parser``: creates a parser for one answer; ``markers``: by id, the special tokens whose
-    text the parser needs; ``grammar``: constrains the answers if a tool is strict."""
+    ``new_parser``: creates a parser for one answer; ``markers``: by token id, the texts of special
+    tokens that must stay in the decoded text, because the parser needs them; ``grammar``:
+    constrains the answers if a tool is strict."""
 
     new_parser: Callable[[], CallParser]
     markers: Mapping[int, str] = field(default_factory=dict)
@@ -102,7 +103,7 @@ def call_reading(
 
 
 def _marker_ids(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:
-    """By id, the markers that are special tokens, which decoded text leaves out."""
+    """By token id, the ``markers`` that are special tokens. Decoding would leave them out."""
     added_tokens = tokenizer.added_tokens_decoder.items()
     return {
         id: token.content

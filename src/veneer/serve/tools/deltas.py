@@ -5,8 +5,9 @@
     parser.feed('all>{"name": "f", ')    → CallDelta(0, id="call_1f…", name="f")
     parser.feed('"arguments": {"a": ')   → CallDelta(0, arguments='{"a": ')
 
-The arguments of a call are the model's text, unchanged. If the answer ends within a call, the
-arguments are incomplete.
+If a notation has JSON arguments, the arguments of a call are the model's text, unchanged. From
+other notations, they are converted to JSON. If the answer ends within a call, they may be
+incomplete.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Call:
-    """A complete call. ``arguments``: the text that the model wrote, usually JSON."""
+    """A call, with all its arguments as text. The text is JSON, unless the model wrote invalid JSON
+    or the answer ended within the call."""
 
     id: str
     name: str
@@ -64,12 +66,13 @@ def short_id(prefix: str) -> str:
 class CallParser:
     """A parser of one answer. ``parameters``: by tool name, the JSON schema of a tool's parameters.
     ``prefix``: the beginning of the ids of calls. ``new_id``: a function that makes an id from the
-    prefix; None: the class's function.
+    prefix; None takes the class's function.
 
-    A subclass parses ``_buffer`` in a method ``_step_STATE`` for each of its states, and passes
-    text to ``_emit_text`` and calls to ``_emit_call`` and ``_emit_arguments``."""
+    A parser is a state machine. A subclass has a method ``_step_STATE`` for each of its states. It
+    parses the beginning of ``_buffer``, the text that is not parsed yet, and passes text to
+    ``_emit_text`` and calls to ``_emit_call`` and ``_emit_arguments``."""
 
-    #: special tokens whose text the parser needs
+    #: tags that may be special tokens and whose text the parser needs in the answer
     markers: ClassVar[tuple[str, ...]] = ()
     new_id: ClassVar[NewId] = staticmethod(call_id)
     first_state: ClassVar[str] = "text"
@@ -108,16 +111,17 @@ class CallParser:
         return self._take_deltas()
 
     def finish(self, engine_reason: str | None) -> str | None:
-        """OpenAI's ``finish_reason``. ``engine_reason``: why the engine ended the answer."""
+        """The ``finish_reason`` of OpenAI's API. ``engine_reason``: why the engine ended the
+        answer, such as "stop" or "length"; None while the answer goes on."""
         return "tool_calls" if engine_reason == "stop" and self.calls else engine_reason
 
     def _step(self, *, at_end: bool) -> bool:
         """Parse the beginning of the buffer. Return False if nothing more can be parsed before more
-        text arrives. ``at_end``: no more text arrives, so the buffer must be empty afterwards."""
+        text arrives. ``at_end``: no more text arrives, so all of the buffer must be parsed."""
         return getattr(self, f"_step_{self._state}")(at_end=at_end)
 
     def _step_text(self, *, at_end: bool) -> bool:
-        """Parse a text up to the next tag."""
+        """Emit the text up to the next tag, and go on to the state that the tag begins."""
         tags = (self.call_tag, *self.other_tags) if self.call_tag else ()
         position, tag = self._find_tag(tags, at_end=at_end)
         self._emit_text(self._consume(position))

@@ -15,8 +15,8 @@ from typing import Any
 from veneer.serve.tools.deltas import CallParser
 from veneer.serve.tools.json_calls import JsonCall, JsonCallParser
 
-#: the largest number of calls in one answer: without a bound, a small model writes calls until its
-#: tokens are used up
+#: the largest number of calls in one answer. Without a limit, a small model may write calls until
+#: the answer has its largest length.
 MOST_CALLS = 16
 
 Schema = Mapping[str, Any]
@@ -35,9 +35,9 @@ def arguments_schema(parameters: Schema | None) -> dict[str, Any]:
 
 
 def calls_schema(tools: Sequence[tuple[str, Schema | None]], max_calls: int) -> dict[str, Any]:
-    """The schema of a list of at most ``max_calls`` calls. ``tools``: name and schema of the
-    parameters of each tool; its references are rewritten so that they are valid in the list's
-    schema."""
+    """The schema of a list of at most ``max_calls`` calls. ``tools``: for each tool, its name and
+    the schema of its parameters. References in these schemas are rewritten, because the schemas
+    become parts of the schema of the list."""
     definitions = {
         f"tool_{number}": _rebase_references(arguments_schema(parameters), f"#/$defs/tool_{number}")
         for number, (_, parameters) in enumerate(tools)
@@ -59,7 +59,8 @@ def calls_schema(tools: Sequence[tuple[str, Schema | None]], max_calls: int) -> 
 
 
 def _rebase_references(schema: Any, root: str) -> Any:
-    """A schema, or a part of one, whose references are changed from "#…" to ``root`` + "…"."""
+    """A copy of a schema, or of a part of one, in which each reference "#…" is changed to
+    ``root`` + "…"."""
     if isinstance(schema, list):
         return [_rebase_references(child, root) for child in schema]
     if not isinstance(schema, dict):

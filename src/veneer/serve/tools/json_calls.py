@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 
 from veneer.serve.tools.deltas import CallParser, NewId, short_id
 
-#: the largest number of characters between a tag and the arguments, which contain the tool's name
+#: the largest length of a header (the text between a tag and the arguments, with the tool's name),
+#: in characters
 MAX_HEADER = 512
 
 
@@ -31,8 +32,8 @@ class ValueScanner:
         self._bracket_depth, self._in_string, self._after_backslash = 0, False, False
 
     def scan(self, text: str, start: int = 0) -> tuple[int, bool]:
-        """Return the position after the value's last character in ``text``, and whether the value
-        ends there."""
+        """Scan ``text``, the next piece, from ``start`` on. Return the position after its last
+        character that belongs to the value, and whether the value ends there."""
         for position in range(start, len(text)):
             character = text[position]
             if self._in_string:
@@ -65,7 +66,7 @@ class JsonCall:
         has_name: whether the name was read.
         is_complete: whether the object has ended.
         has_failed: whether the text is no such object.
-        text: the text that was read before the name was known."""
+        text: what was read up to the name, which becomes text if the object is no call."""
 
     ARGUMENTS = ("arguments", "parameters")
 
@@ -77,7 +78,7 @@ class JsonCall:
         self._key, self._value = "", ""
         self._early_arguments = ""  # arguments that came before the name
         self._has_arguments = False
-        self._streams_value = False  # whether pieces of the current value are emitted as they come
+        self._streams_value = False  # whether ``on_arguments`` gets the current value in pieces
         self._scanner: ValueScanner | None = None
 
     def read(self, text: str) -> int:
@@ -174,13 +175,15 @@ class JsonCallParser(CallParser):
     with name and arguments (``JsonCall``). In the state "header", it is a text with the name, and
     then the arguments."""
 
-    #: the states after an object that is a call, and after one that breaks off behind its name
+    #: the states after an object that is a complete call, and after an object that has a tool's
+    #: name but is invalid or incomplete behind it
     after_object: ClassVar[str]
     after_broken_object: ClassVar[str] = "text"
-    #: the text between the tag and the arguments, with groups for the name and perhaps the id
+    #: matches the text between the tag and the arguments, with groups for the name and, in some
+    #: notations, the id
     header: ClassVar[re.Pattern[str]]
     after_arguments: ClassVar[str] = "text"
-    #: the tag that ends a call, and a tag that follows if a model leaves it out
+    #: the tag that ends a call, and the tag that comes next if the model has left that one out
     close_tags: ClassVar[tuple[str, str]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -222,7 +225,7 @@ class JsonCallParser(CallParser):
         return has_ended
 
     def _step_close(self, *, at_end: bool) -> bool:
-        """Skip the rest of a call, with the tag that ends it."""
+        """Skip the rest of a call and the tag that ends it."""
         position, tag = self._find_tag(self.close_tags, at_end=at_end)
         self._consume(position + (len(tag) if tag == self.close_tags[0] else 0))
         if tag or at_end:
@@ -240,7 +243,7 @@ class Hermes(JsonCallParser):
 
 
 class Llama3Json(JsonCallParser):
-    """The notation of Llama 3.1 to 3.3: the answer is an object, or several with ";" between."""
+    """The notation of Llama 3.1 to 3.3: the answer is an object, or objects separated by ";"."""
 
     PYTHON = "<|python_tag|>"
     markers = (PYTHON,)
@@ -264,8 +267,8 @@ class Llama3Json(JsonCallParser):
 
 
 class Mistral(JsonCallParser):
-    """The notation of Mistral: a list of objects after a special token, or since 2025 the name and
-    the arguments of a call."""
+    """The notations of Mistral. After the special token [TOOL_CALLS] comes a list of objects, or in
+    models since 2025 the name and the arguments of one call."""
 
     call_tag, after_call_tag = "[TOOL_CALLS]", "open"
     markers = (call_tag, "[CALL_ID]", "[ARGS]")

@@ -3,7 +3,7 @@ follow the schema of its tool.
 
     hermes   text <tool_call> {"name": "f", "arguments": ⟨the schema of f⟩} </tool_call> text …
 
-The notation is that of the model's family, in which the model was trained to write calls. A call
+Calls have the notation of the model's family, in which the model was trained to write calls. A call
 must name a tool of the request. The arguments of a tool that is not strict may be any object.
 Keywords of a schema that llguidance does not know are ignored, since a client may use all of JSON
 schema. In Qwen 3 Coder's notation, an argument that is a string is constrained only by its enum.
@@ -33,9 +33,11 @@ from veneer.serve.tools.json_calls import (
 from veneer.serve.tools.pythonic import Pythonic
 from veneer.serve.tools.xml_calls import Qwen3Xml, follow_reference, json_types
 
-#: options of llguidance for a JSON schema within the grammar
+#: options of llguidance for a JSON schema within the grammar: "lenient" ignores unknown keywords,
+#: and "coerce_one_of" treats oneOf as anyOf
 JSON_OPTIONS = {**LAYOUT, "lenient": True, "coerce_one_of": True}
-#: options for arguments that are parsed as Python: escapes that mean the same in JSON and Python
+#: options for arguments that are parsed as Python: their strings may contain only the escapes that
+#: mean the same in JSON and Python
 PYTHON_OPTIONS = {**JSON_OPTIONS, "json_allowed_escapes": '"\\nrtbf'}
 TERMINALS = r"""
 TEXT: /(.|\n)*/
@@ -201,7 +203,7 @@ def _qwen3_xml(writer: _GrammarWriter) -> str:
 
 
 def _xml_value_rule(schema: Mapping[str, Any]) -> str:
-    """The text of an argument and the closing tag after it."""
+    """The expression for the value of an argument and the closing tag after it."""
     target = follow_reference(schema, schema)
     choices = target.get("enum") if isinstance(target, Mapping) else None
     types = json_types(schema, schema)
@@ -236,8 +238,9 @@ def _pythonic(writer: _GrammarWriter) -> str:
 
 def _keyword_rules(rule: str, properties: Sequence[tuple[str, dict[str, Any], bool]]) -> list[str]:
     """Rules of keyword arguments in the order of ``properties``, with commas between the arguments
-    that are present. Rule ``…_first_i``: argument i and the arguments after it, if none precedes
-    them. Rule ``…_more_i``: the same, if another argument precedes them."""
+    that are present. Both ``{rule}_first_i`` and ``{rule}_more_i`` stand for argument i and the
+    arguments after it. ``first`` is used if no argument precedes them, and ``more``, which begins
+    with a comma, if one does."""
     count = len(properties)
     rules = [f"{rule}: {rule}_first_0\n"]
     rules += [f"{rule}_{state}_{count}: {_EMPTY}\n" for state in ("first", "more")]

@@ -40,7 +40,8 @@ CHAT_WITH_CALL: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
     {"role": "tool", "content": "d", "tool_call_id": PROBE_CALL["id"], "name": PROBE_NAME},
 ]
-#: chats whose rendered text contains the tokens that a template puts around tools and calls
+#: chats whose rendered text contains the tokens that a template puts around messages, tools and
+#: calls. ``serve/prompts.py`` renders them to find these tokens.
 FRAMED = (
     [USER_MESSAGE],
     CHAT_WITH_CALL,
@@ -61,8 +62,8 @@ class TemplateTools:
 
 @lru_cache(maxsize=1)
 def template_tools(tokenizer: Any, template: str) -> TemplateTools:
-    """What the chat template of a tokenizer shows. ``template``: the template, so that the cache
-    notices another one."""
+    """What the chat template of a tokenizer shows. ``template``: the text of this chat template,
+    by which the cache detects that the tokenizer got another template."""
     chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [TOOL]))
     return TemplateTools(
         tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [TOOL]),

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from veneer.fileio.untrusted import parse
 from veneer.serve.tools.deltas import CallParser
 
-#: the number of references in a row at which a schema counts as none
+#: the number of references ("$ref" to another "$ref") in a row from which on a schema is ignored
 MAX_REFERENCES = 8
 
 
@@ -107,8 +107,9 @@ class Qwen3Xml(CallParser):
 
 
 def json_value(text: str, schema: Any, root: Any = None) -> Any:
-    """The text of an argument as the JSON value that its schema asks for, or the text itself if it
-    is no such value. ``root``: the schema that contains the targets of references."""
+    """The text of an argument, converted to the JSON value that its schema asks for. It is returned
+    unchanged if it is no JSON value, or if the schema allows a string or names no type. ``root``:
+    the schema in which references are looked up."""
     types = json_types(schema, root)
     if not types or "string" in types:
         return None if "null" in types and text.strip() == "null" else text

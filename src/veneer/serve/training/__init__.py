@@ -6,9 +6,9 @@
                                                 ╰───> bank and engine: samples, from the weights of
                                                       a run
 
-Any number of clients send requests, each run's in order, and get promises of answers. An accepted
-request is on the disk before its client gets the promise, so a server that was killed continues
-where it stopped.
+Any number of clients send requests and get promises of answers. The requests of a run are computed
+in order. An accepted request is in the journal, a table on the disk (store.py), before its client
+gets the promise, so a server that was killed continues where it stopped.
 
 Locks are numbered in the order in which a thread may take them. A thread that holds a lock takes
 only locks with a higher number:
@@ -25,8 +25,9 @@ only locks with a higher number:
     10 Training._lock     heartbeats of sessions, and last uses of checkpoints
     11 Metrics._lock      which adapters have metrics with their own label
 
-Only the bank's loader and threads of administrators wait for memory of the bank. The engine, the
-training thread, the journal's thread and the event loop never wait for it, because threads that
-hold this memory wait for them. A thread that computes with an adapter therefore takes the lease on
-the adapter before it takes the model lock.
+A load of an adapter may wait until leases release memory of the bank. Only the bank's loader and
+the threads that change which adapters are served or pinned wait for this. The engine, the training
+thread, the thread that writes the journal and the event loop never do, because the holders of the
+leases wait for them. A thread that computes with an adapter therefore takes the lease on the
+adapter before it takes the model lock.
 """

@@ -4,10 +4,10 @@
          → refused                 → the run's waiting requests, as a request that fails with the
                                      text of the refusal
 
-A client numbers the requests of a run, which are computed in this order: a missing number would
-stop all later requests. A refused request is therefore queued under its number, if its run and
-its number can be read. Refusals of other requests, and refusals after which the client may try
-again (a full queue, a full disk), are HTTP errors.
+A client numbers the requests of a run, and the server computes them in this order, so a missing
+number would stop all later requests. A refused request is therefore queued under its number, if its
+run and its number can be read. Refusals of other requests, and refusals after which the client may
+try again (a full queue, a full disk), are HTTP errors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import PassHeader
 from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
 
-#: kinds of requests that write checkpoints
+#: kinds of requests that write checkpoints, which count towards a key's quota of bytes
 SAVE_KINDS = ("save", "external", "sampler")
 #: status codes of refusals that would be repeated if the client sent the same request again
 FINAL_STATUSES = (400, 403, 404, 409, 413, 415, 422)
@@ -42,7 +42,7 @@ def queue_in_store(
 ) -> dict[str, str]:
     """Write a request to the store, and return the ids with which the client asks for its answer.
     ``seq``: the request's number in the run; None: the number after all others. Called in the
-    index's thread (``Training.write``)."""
+    thread that writes to the store's index (``Training.write``)."""
     body_bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
     number = training.worker.queue.accept(run, seq, kind, body_bytes)
     return {"request_id": f"{run}:{number}", "model_id": run}
@@ -57,8 +57,9 @@ async def queue_request(
     body: Mapping[str, Any] | bytes,
     header: PassHeader | None = None,
 ) -> dict[str, str]:
-    """Accept a request of a key's run. ``header``: the header of a pass, None for other requests.
-    ``Refusal``: the key has no such run, or the run was unloaded."""
+    """Accept a request of a key's run, and return the ids with which the client asks for its
+    answer. ``seq``: the request's number in the run, or None; ``header``: the header of a pass, or
+    None for other requests. ``Refusal``: the key has no such run, or the run was unloaded."""
     row = find_run(training, key, run)
     training.record_heartbeat(row["session"])
     if row["unloaded"] and training.worker.queue.promise(run, -1 if seq is None else seq) is None:

@@ -63,6 +63,7 @@ class ActiveRun:
 
     Fields:
         adapter_name: name of the run's adapter on the model.
+        owner: name of the API key.
         next_seq: number of the next request to compute.
         state_seq: number of the last request in the saved state, or -1.
         failure: why the run accepts nothing but a checkpoint to load; None if it has not failed.
@@ -73,7 +74,7 @@ class ActiveRun:
             current pass began.
         last_pass_ended: when the run's last pass ended.
         curve: the run's losses; None until they are read.
-        rate: tokens of the run that are trained on per second.
+        rate: how many tokens of the run are computed per second.
         waiting_since: when the next request began to wait for room in memory, or infinity.
         retry_time: when to try again after an answer could not be written.
     """
@@ -96,8 +97,8 @@ class ActiveRun:
 
     @property
     def next_request(self) -> RunRequest | None:
-        """The request to compute now: None if the request with that number has not arrived, or
-        while a pass is computed."""
+        """The request number ``next_seq``. None if it has not arrived, or if it is a pass that is
+        already being computed."""
         return self.waiting_requests.get(self.next_seq) if self.current_pass is None else None
 
 
@@ -106,8 +107,8 @@ class Queue:
 
     ``resident_adapters``: names of the adapters of runs in memory. An ``ActiveRun`` is created from
     the store when its run is first used, and dropped when the run is idle and not in memory, so
-    that idle runs cost nothing. ``wake`` guards all fields, and is notified when there is work
-    for the worker."""
+    that idle runs take no memory. ``wake`` guards all fields, and is notified when there is work
+    for the training thread."""
 
     def __init__(self, store: Store, resident_adapters: Container[str]) -> None:
         self.store, self._resident_adapters = store, resident_adapters
@@ -116,7 +117,8 @@ class Queue:
         self.runs_by_adapter: dict[str, ActiveRun] = {}  # the same runs by adapter name
         self.busy_runs: dict[str, ActiveRun] = {}  # runs with a request that can be computed
         self.promises: dict[tuple[str, int], Promise] = {}  # by run id and request number
-        self._idle_runs: deque[ActiveRun] = deque()  # runs that were only read: may be dropped
+        #: runs to which ``accept`` added no request, so that they may be idle
+        self._idle_runs: deque[ActiveRun] = deque()
         for run in store.waiting_runs():
             active_run = self.active_run(run)
             for row in store.requests_after(run, active_run.next_seq - 1):
@@ -127,9 +129,9 @@ class Queue:
 
     def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
         """Write a request to the store and queue it; return its number. Nothing happens if a
-        request with this number was accepted before. ``seq`` None: the number after all others.
-        ``Busy``: too many requests or bytes of the run wait, or the number is too far ahead of the
-        next one. The run's next request is always accepted."""
+        request with this number was accepted before. ``seq``: the number, or None for the number
+        after all others. ``Busy``: the number is ``MAX_WAITING_REQUESTS`` or more ahead of the
+        run's next one, or too many bytes of the run wait. The next request is always accepted."""
         with self.wake:
             active_run = self.active_run(run)
             waiting = active_run.waiting_requests
@@ -218,8 +220,8 @@ class Queue:
             promise.set_result(answer)
 
     def drop(self, active_run: ActiveRun) -> None:
-        """Forget a run if it is idle and not in memory. Only the worker's thread may call it: if
-        another thread dropped the run while it is loaded, the run would get a second
+        """Forget a run if it is idle and not in memory. Only the training thread may call it: if
+        another thread dropped the run while it is being loaded, the run would get a second
         ``ActiveRun``."""
         with self.wake:
             is_idle = (
@@ -232,6 +234,6 @@ class Queue:
                 del self.runs_by_adapter[active_run.adapter_name]
 
     def drop_idle(self) -> None:
-        """Drop the runs that were read without a new request."""
+        """Drop the idle runs among those to which ``accept`` added no request."""
         while self._idle_runs:
             self.drop(self._idle_runs.popleft())

@@ -2,9 +2,9 @@
 
     pass, pass, step  ──>  mean loss per token of these passes  ──>  a point, or part of a point
 
-A curve is saved with its run's state. The points after that state are computed again from the
-stored requests and answers, which contain the losses and the numbers of tokens. A killed process
-therefore loses no point, although nothing is written at a step.
+A curve is saved with its run's state, not at each step. The steps after that state are added again
+from the stored requests and answers, which contain the losses and the numbers of tokens, so that a
+killed process loses no point.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ CURVE_FILE = "curve.json"
 #: the largest number of points of a curve; when it is reached, each pair of points is replaced by
 #: the pair's mean
 MAX_POINTS = 128
-#: seconds over which the tokens per second are averaged, and the most batches stored for the mean
+#: seconds over which the tokens per second are averaged, and the most batches that are stored to
+#: compute this average
 RATE_SECONDS, MAX_SPANS = 10.0, 64
 #: name of the metric of a pass that holds the sum of its losses
 LOSS_METRIC = "loss:sum"
@@ -37,11 +38,12 @@ class Curve:
     All fields but ``passes`` are saved as JSON under these names.
 
     Fields:
+        steps: number of optimizer steps so far.
         tokens: number of tokens that the run was trained on.
         every: number of steps per point.
-        points: (step, loss per token), where the loss is the mean over ``every`` steps.
-        begun: the unfinished next point: the number of its losses, and their sum.
-        passes: sums over the passes since the last step: of losses, and of token weights.
+        points: (last step of the point, loss per token, as the mean over ``every`` steps).
+        begun: (number of steps in the unfinished next point, sum of their losses per token).
+        passes: (sum of the losses, sum of the token weights) over the passes since the last step.
     """
 
     steps: int = 0
@@ -100,8 +102,9 @@ class Curve:
 
 
 def _token_weight(loss_name: str, data: Sequence[Datum]) -> float:
-    """The divisor of the mean loss: the sum of the tokens' weights for cross entropy, else the
-    number of tokens with an advantage that is not 0."""
+    """The number by which a sum of losses is divided to get the loss per token. For cross entropy,
+    it is the sum of the magnitudes of the targets' weights. For other losses, it is the number of
+    targets with an advantage that is not 0."""
     factor_name = "weights" if "weights" in LOSSES[loss_name].inputs else "advantages"
     total = 0.0
     for datum in data:

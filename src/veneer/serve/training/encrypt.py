@@ -14,7 +14,8 @@ SUFFIX = ".age"
 
 
 def read_recipients(public_keys: Sequence[str]) -> list[Any]:
-    """Parse public keys. ``DataError``: one of them is invalid, or pyrage is not installed."""
+    """Parse public keys of age or SSH into recipients of pyrage, which encrypts. ``DataError``: a
+    key is invalid, or pyrage is not installed."""
     if not public_keys:
         return []
     try:
@@ -40,7 +41,8 @@ def read_recipients(public_keys: Sequence[str]) -> list[Any]:
 
 
 def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
-    """Replace each file of a folder by an encrypted file."""
+    """Replace each FILE in a folder and its subfolders by FILE.age, which only the owners of the
+    keys ``recipients`` (from ``read_recipients``) can decrypt."""
     pyrage = _import_pyrage()
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
@@ -48,6 +50,6 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
 
 
 def _import_pyrage() -> Any:
-    # pyrage has no type stubs: an untyped module passes the type check whether or not pyrage is
-    # installed
+    # pyrage has no type stubs. ``import_module`` gives an untyped module, so that the type check
+    # passes whether or not pyrage is installed.
     return import_module("pyrage")

@@ -1,6 +1,6 @@
 """The list of runs on the page at /, the current weights of a run for samples, and metrics of runs.
 
-GET  live    a key's runs: losses, tokens per second, the last batch, checkpoints
+GET  /api/v1/live    a key's runs: losses, tokens per second, the last batch, checkpoints
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def live(
 
 
 def _describe_batch(training: Training, key: Key) -> dict[str, Any] | None:
-    """The last batch: the key's runs with their names, and the number of other keys' runs."""
+    """The last batch, or None: the key's runs in it with their names, and how many runs of other
+    keys were in it."""
     batch = training.worker.batch
     if batch is None:
         return None
@@ -131,9 +132,10 @@ def _short_metadata(metadata_json: str | None) -> dict[str, str]:
 
 
 def publish(training: Training, run: str) -> str:
-    """Put a run's current weights into the bank; return their name in the bank. Only the training
-    thread may call it. A run that was not in memory is evicted again. ``SelectionError``: the run
-    is a copy, or has not begun. ``TrainingError``: the run has failed."""
+    """Put a run's current weights into the bank, to sample from them; return their name in the
+    bank. Only the training thread may call it. A run that was not in memory is loaded, and evicted
+    again afterwards. ``SelectionError``: the run is only a copy of a checkpoint, or has not begun.
+    ``TrainingError``: the run has failed."""
     worker, bank, name = training.worker, training.bank, f"tinker://{run}/{CURRENT}"
     active_run = worker.queue.active_run(run)
     if not active_run.next_seq:

@@ -27,9 +27,9 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Datum:
-    """One row of training data. ``tokens`` [n]: the token ids that the model reads; ``targets``
-    [n] or [n, k]: the token, or the k tokens, to predict after each of these; ``inputs``: other
-    inputs of the loss, of the shape of ``targets``."""
+    """One row of training data. ``tokens`` [n], int64: the token ids that the model reads.
+    ``targets`` [n] or [n, k], int64: the token, or the k tokens, to predict after each token that
+    was read. ``inputs``: other inputs of the loss by name, of the shape of ``targets``."""
 
     tokens: Tensor
     targets: Tensor
@@ -61,8 +61,9 @@ def _ppo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Ten
 
 
 def _gspo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
-    """GSPO-token: the ratio of each token has the value of the row's ratio, which is the geometric
-    mean of its tokens' ratios, and the gradient of the token's own ratio."""
+    """The variant GSPO-token of GSPO (arXiv:2507.18071). All tokens of a row have the same ratio:
+    the geometric mean of the probability ratios of the tokens in ``sequence_ratio_mask``. The
+    gradient of a token's ratio is this mean times the gradient of the token's log-probability."""
     detached, advantages = logprobs.detach(), inputs["advantages"]
     log_row_ratio = (detached - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
     ratio = (log_row_ratio + logprobs - detached).exp()
@@ -90,7 +91,8 @@ def _probability_ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _masked_product(factor: Tensor, values: Tensor) -> Tensor:
-    """``factor`` · ``values``, but 0 where the factor is 0, even if the value is not finite."""
+    """``factor`` · ``values``, but 0 where the factor is 0, even if ``values`` is not finite
+    there."""
     return torch.where(factor == 0, torch.zeros_like(values), values) * factor
 
 

@@ -1,8 +1,8 @@
-"""Requests of a run other than passes and optimizer steps: create, load, save, save for samples,
-save for other servers, unload.
+"""Compute the requests of a run other than passes and optimizer steps: create, load, save, save for
+samples, save for other servers, unload.
 
-The worker's thread calls each operation with the run and the fields of the request. The operation
-returns the answer as a dict, for JSON.
+The training thread calls the operation of each request with the run and the fields of the request.
+The operation returns the answer as a dict, for JSON.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ CURRENT = "now"
 
 
 class Operations:
-    """Answers requests of runs other than passes and optimizer steps, in the thread of ``worker``.
+    """The operations, which are registered with ``worker`` and called in its thread. ``bank``: the
+    adapters for samples; ``base``: the name of the base.
 
-    ``options``, a parameter of each operation: the fields of the request."""
+    Each operation takes ``options``, the fields of the request, and returns the answer."""
 
     def __init__(self, worker: Worker, bank: Any, base: str) -> None:
         self.worker, self.trainer, self.store = worker, worker.trainer, worker.store
@@ -119,8 +120,8 @@ class Operations:
         return {"path": path, "type": "save_weights_external"}
 
     def _save_once(self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]) -> str:
-        """Save a checkpoint, unless this request has saved it before, but was not answered because
-        the server ended or its disk was full. Return its path."""
+        """Save a checkpoint and return its path. If this request has saved it before, but was not
+        answered because the server ended or its disk was full, nothing is saved again."""
         checkpoint = self._new_checkpoint(active_run, kind, options)
         row = self.store.checkpoint(checkpoint)
         if row is None or row["request"] != active_run.next_seq:
@@ -130,7 +131,7 @@ class Operations:
         return checkpoint.path
 
     def save_for_sampler(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        # the id of a sampling session to create, which samples from a checkpoint without a name
+        # the id of a sampling session to create for an unnamed checkpoint, or None
         sampler = options.get("sampler")
         name = options.get("name")
         if sampler is not None:
@@ -156,7 +157,7 @@ class Operations:
         self, active_run: ActiveRun, kind: str, options: Mapping[str, Any]
     ) -> Checkpoint:
         """The path of a new checkpoint. ``DataError``: the name is invalid, or another request has
-        used it."""
+        used it and overwriting is not allowed."""
         name = options.get("name") or f"step-{active_run.next_seq}"
         if not CHECKPOINT_NAME.fullmatch(name):
             raise DataError(
@@ -178,8 +179,8 @@ class Operations:
     def _write_checkpoint(
         self, active_run: ActiveRun, checkpoint: Checkpoint, options: Mapping[str, Any]
     ) -> None:
-        """Write a checkpoint: with the optimizer's state if it is of the kind "weights", encrypted
-        if the request names recipients."""
+        """Write the files of a checkpoint. A checkpoint of the kind "weights" includes the
+        optimizer's state. The adapter is encrypted if the request names recipients."""
         provenance = {"run": active_run.run_id, "request": active_run.next_seq}
         recipients = read_recipients(options.get("age_encryption_recipients") or ())
         with new_folder(
@@ -193,7 +194,8 @@ class Operations:
             self._check_bytes(active_run, checkpoint, options, folder)
 
     def _update_bank(self, checkpoint: Checkpoint) -> None:
-        """Let the bank read a checkpoint again, if it has the previous files of this path."""
+        """After the files of a checkpoint were replaced: let the bank read them again, if it has
+        the checkpoint."""
         folder = self.store.files_of(checkpoint) / ADAPTER
         if checkpoint.path not in self.bank:
             return
@@ -209,8 +211,8 @@ class Operations:
         options: Mapping[str, Any],
         folder: Path,
     ) -> None:
-        """Check the size of a checkpoint that is written in ``folder`` but not yet published.
-        ``DataError``: its files exceed the quota of its key."""
+        """Check the size of a checkpoint that is written to the temporary folder ``folder``.
+        ``DataError``: with its files, the checkpoints of its key exceed the key's quota."""
         limit, size = options.get("most_bytes"), folder_bytes(folder)
         problem = quota_problem(
             self.store, active_run.owner, "bytes", limit, size, replaced=checkpoint
@@ -235,7 +237,7 @@ class Operations:
             request=active_run.next_seq,
         )
 
-    # only the worker's thread calls these, like all functions that change checkpoints
+    # only the training thread calls these, like all functions that change files of checkpoints
 
     def delete(self, checkpoint: Checkpoint) -> None:
         """Delete a checkpoint, and remove it from the bank."""
@@ -263,8 +265,9 @@ def parse_current_run(name: str) -> str | None:
 
 
 def adapter_folder(store: Store, name: str) -> Path:
-    """The folder of an adapter by its name in the bank: tinker://RUN/KIND/NAME, a checkpoint, or
-    tinker://RUN/now, the run's weights at the time when samples were last requested.
+    """The folder of an adapter by its name in the bank. tinker://RUN/KIND/NAME is the name of a
+    checkpoint. tinker://RUN/now is the name of the run's weights at the time when samples from them
+    were last requested.
 
     Raises:
         DataError: the name has another form.

@@ -1,7 +1,7 @@
 """Quotas of a key: runs that take requests, bytes of checkpoints, tokens per day.
 
-Tokens are counted when a pass is accepted, and bytes before a checkpoint is published, so no
-request exceeds a quota."""
+Tokens are counted when a pass is accepted, and the bytes of a checkpoint are checked before its
+files are moved into place, so no request exceeds a quota."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def quota_problem(
     replaced: Checkpoint | None = None,
 ) -> str | None:
     """The error text if ``amount`` more of a resource ("runs", "bytes" or "tokens") would exceed
-    the ``limit`` of an owner's key, else None. ``replaced``: a checkpoint that will be
-    overwritten, so its bytes do not count."""
+    the ``limit`` of the key ``owner``, else None. ``replaced``: a checkpoint whose bytes are not
+    counted, because it will be overwritten."""
     if limit is None:
         return None
     match resource:

@@ -1,8 +1,10 @@
 """Add the training service to the server, for `veneer serve --train`: routes, names of models,
 permissions, metrics and shutdown (``serve/extension.py``).
 
-model tinker://RUN/KIND/NAME    a checkpoint, in completions, chats, responses and messages
-      tinker://RUN/now          the run's current weights
+Requests for completions, chats, responses and messages can then name these models:
+
+    tinker://RUN/KIND/NAME    a checkpoint
+    tinker://RUN/now          the run's current weights
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class TrainingExtension(Extension):
 
     routers = (routes.router, routes.numbered_router, rest.router, live.router)
     path_prefix = "/api/v1"
-    secret_path = "/api/v1/files/"  # the path of a file contains a secret token
+    secret_path = "/api/v1/files/"  # the next segment of a file's URL is a secret token
     public_paths = ("/api/v1/healthz", secret_path)
     key_prefix = "tml-"  # the tinker SDK accepts no other API keys
     max_body = MAX_BODY

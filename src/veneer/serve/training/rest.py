@@ -1,11 +1,16 @@
 """The routes under /api/v1 by which a client of the `tinker` SDK lists sessions, runs and
 checkpoints, and changes or downloads checkpoints.
 
-GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
-GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info
-                                                                copy_weights
-DELETE      training_runs/{run}/checkpoints/{id}          PUT   …/ttl        POST, DELETE  …/publish
-GET         …/external_weights_urls  files/{token}/{name}
+GET           training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
+              sessions  sessions/{id}  samplers/{id}  files/{token}/{name}
+POST          sessions/search  weights_info  copy_weights
+
+Routes of a checkpoint; … stands for training_runs/{run}/checkpoints/{kind}/{name}:
+
+DELETE        …
+PUT           …/ttl
+POST, DELETE  …/publish
+GET           …/external_weights_urls
 
 Other routes of the hosted service (projects, bills, audits, traces) are refused with an
 explanation.
@@ -76,7 +81,7 @@ def _describe_checkpoint(row: Any) -> dict[str, Any]:
 def _describe_run(training: Training, row: Any) -> dict[str, Any]:
     checkpoints = list(map(_describe_checkpoint, training.store.checkpoints(None, row["id"])))
     newest: dict[str, Any] = dict.fromkeys(CHECKPOINT_KINDS.values())
-    for checkpoint in reversed(checkpoints):  # the newest checkpoint comes first in the list
+    for checkpoint in reversed(checkpoints):  # from the oldest to the newest
         newest[checkpoint["checkpoint_type"]] = checkpoint
     return {
         "training_run_id": row["id"],

@@ -27,18 +27,18 @@ log = logging.getLogger("veneer.serve.training")
 
 
 def log_failure(text: str, error: Exception) -> None:
-    """Log an error after which something is tried again. The traceback is logged too, except for an
-    error of the disk, which happens again and again while the disk is full."""
+    """Log an error of an operation that will be tried again. The traceback is logged too, except
+    for an error of the disk, which recurs at each try while the disk is full."""
     is_disk_error = isinstance(error, (OSError, sqlite3.Error))
     log.error("%s: %s", text, error, exc_info=None if is_disk_error else error)
 
 
-#: seconds of computing after which a run's state is written; a restart computes no more than this
-#: again
+#: seconds of computing after which a run's state is written, so that a restart repeats only about
+#: this much of a run's work
 STATE_SECONDS = 30.0
 #: the kind of a request for a forward pass, with or without a backward pass
 PASS = "pass"
-#: kinds of requests that change a run's weights or gradients: loading a run computes them again
+#: kinds of requests that change a run's weights or gradients, so loading a run computes them again
 REPLAYED_KINDS = (PASS, "step", "load")
 
 #: an operation: (run, the fields of the request's body) -> the answer, for JSON
@@ -46,8 +46,9 @@ Operation = Callable[[ActiveRun, Mapping[str, Any]], Any]
 
 
 class RunMemory:
-    """The runs in memory. Only the worker's thread may call it. ``operations``: by the kind of
-    request; ``make_pass``: parses the body of a pass."""
+    """The runs in memory. Only the training thread may call it. ``capacity``: the largest number of
+    runs; ``operations``: by the kind of request, the function that computes it; ``make_pass``:
+    parses the body of a pass."""
 
     def __init__(
         self,
@@ -125,7 +126,8 @@ class RunMemory:
                 raise training_pass.error
 
     def make_room(self) -> None:
-        """Evict runs until one more fits. ``BankFullError``: all runs in memory compute."""
+        """Evict runs until one more fits. ``BankFullError``: none can be evicted, because each run
+        in memory has a pass that is being computed."""
         while True:
             residents = self.resident_runs()
             if len(residents) < self.capacity:
@@ -165,11 +167,12 @@ class RunMemory:
             log.exception("%s: its failure could not be written", active_run.run_id)
 
     def write_state_if_due(self, active_run: ActiveRun) -> None:
-        """Write a run's state, unless the last state is current or the run has gradients that wait
-        for a step: a state holds no gradients, so their passes are computed again instead.
+        """Write a run's state, unless the saved state is current. Do not write it while the run has
+        gradients that wait for an optimizer step either: a state holds no gradients, so the passes
+        that computed them would be lost.
 
-        A full disk is not a failure of the run: the requests are kept and can be computed again.
-        Weights that no adapter folder can hold make the run fail."""
+        If the disk is full, the run does not fail, because its requests are kept and can be
+        computed again. If its weights are too large for an adapter folder, it fails."""
         run_id, adapter_name = active_run.run_id, active_run.adapter_name
         is_current = active_run.next_seq - 1 <= active_run.state_seq
         if is_current or self._trainer.has_pending_gradients(adapter_name):
@@ -190,7 +193,8 @@ class RunMemory:
             active_run.unsaved_seconds = 0.0  # try again after ``STATE_SECONDS`` of computing
 
     def write_state(self, active_run: ActiveRun) -> None:
-        """Write the state of a run after its last answered request."""
+        """Write the state of a run after its last answered request, then delete the previous
+        state."""
         seq, previous_seq = active_run.next_seq - 1, active_run.state_seq
         folder = state_folder(self._store, active_run.run_id, seq)
         self._trainer.save(active_run.adapter_name, folder, None)

@@ -1,13 +1,14 @@
-"""Train several runs on one base at once: passes, optimiser steps, and what happens if a gradient
-is not finite. This is the arithmetic of the training service, without clients and queues.
+"""Train several runs on one base at once: forward and backward passes, optimizer steps, loading and
+saving. Clients, queues and the disk's index are in other files.
 
-    passes of several runs ─ rows of similar length ─> one forward and backward of the base
+    passes of several runs ─ data of similar length ─> one forward and backward of the base
                            ─> log-probabilities, gradients
 
 A ``Pass`` is a forward, and a backward if requested, of one run over any number of data of any
-length. ``compute`` pads rows of several passes on the right to the longest row, which does not
-affect a causal model; the step engine (``veneer/engine``) computes the rows. If a run fails, the
-run's gradients are restored, and the other runs continue.
+length. Each datum becomes one row of a batch. ``compute`` pads the rows on the right to the longest
+row, which does not affect a causal model. The step engine (``veneer/engine``) computes the batch.
+If the pass of a run fails, for example because a gradient is not finite, the run gets back the
+gradients that it had before the pass, and the other runs continue.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from veneer.serve.training.losses import LOSSES, Datum
 from veneer.train.many import LabelLoss, Runs
 from veneer.train.tokens import IGNORED
 
-#: the largest number of tokens in a batch, on a CPU and on a GPU. Samples wait while a batch is
-#: computed, so batches are small.
+#: the largest number of tokens in a batch, with padding, on a CPU and on a GPU. Samples wait while
+#: a batch is computed, so batches are small.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 8192
 #: names within a checkpoint's folder: the adapter folder, and the file of the optimizer's state
 ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
@@ -113,13 +114,15 @@ class Pass:
 
     Fields:
         run: name of the run's adapter.
-        loss: name of the loss, in ``LOSSES``.
+        loss, settings: name of the loss, in ``LOSSES``, and its settings.
         owner: name of the API key.
         loss_sum: the sum of the losses of the data that are computed.
+        error: why the pass failed; None if it has not failed.
         remaining: indices of the data that are not computed yet, the longest data first.
         logprobs: for each datum, the log-probabilities of its targets, or None before it is
             computed.
-        earlier_gradients: gradients of the run from earlier passes since its last step.
+        earlier_gradients: the gradients from earlier passes since the run's last step. They are set
+            aside while this pass is computed.
     """
 
     run: str
@@ -192,8 +195,9 @@ class Trainer:
         return self.engine.adapters[run].has_gradients
 
     def compute(self, passes: Sequence[Pass]) -> dict[str, int]:
-        """Compute one batch: as many rows of the passes as fit, at least one row of the first pass.
-        The passes are of different runs. Returns the number of tokens of each run in the batch."""
+        """Compute one batch: as many data of the passes as fit, at least one of the first pass. The
+        passes must be of different runs. If the first pass has a backward, passes without one are
+        left out, and vice versa. Returns the number of tokens of each run in the batch."""
         passes = [
             training_pass
             for training_pass in passes
@@ -225,8 +229,9 @@ class Trainer:
         }
 
     def _choose_data_indices(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
-        """The indices of the data in the next batch, by run: the longest data of each pass, as
-        many as ``batch_tokens`` allows."""
+        """The indices of the data in the next batch, by run. The passes take turns, each with its
+        longest data first. A datum joins the batch if the batch then has at most ``batch_tokens``
+        tokens and little padding (``fit_budget``)."""
         candidates = [
             (training_pass, training_pass.remaining[position])
             for position in range(max(len(training_pass.remaining) for training_pass in passes))
@@ -243,8 +248,9 @@ class Trainer:
     def _run_passes(
         self, rows: Mapping[str, Sequence[int]], passes: Mapping[str, Pass], keep_going: bool
     ) -> PassResult:
-        """Compute one forward of rows of these passes, and one backward if they have one. ``rows``:
-        by adapter name, the indices of a run's data."""
+        """Compute one forward, and one backward if the passes have one, of data of these passes.
+        ``rows``: by adapter name, the indices of a run's data; ``keep_going``: an error of one run
+        does not stop the other runs (``StepEngine.backward``)."""
         batches: dict[str, Any] = {}
         losses: dict[str, Any] = {}
         width = max(len(passes[run].data[index].tokens) for run in passes for index in rows[run])
@@ -266,8 +272,8 @@ class Trainer:
     def _pad(
         self, training_pass: Pass, indices: Sequence[int], width: int
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and labels, each [rows, width + 1]. A label is in the column of its own token,
-        one column after the logits that predict it."""
+        """Token ids and labels, each [rows, width + 1] of int64, for the data ``indices``. A label
+        is in the column of its own token, one column after the logits that predict it."""
         ids = torch.zeros(len(indices), width + 1, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         for row, index in enumerate(indices):
@@ -282,8 +288,8 @@ class Trainer:
         return self.engine.adapters[run].parameters
 
     def _finish_pass(self, training_pass: Pass) -> None:
-        """Add the gradients of a pass to the gradients of earlier passes. If the pass failed or the
-        sum is too large, restore the earlier gradients."""
+        """Add the gradients of a pass to the gradients of the run's earlier passes. If the pass
+        failed or the sum is too large, restore the earlier gradients."""
         earlier_gradients = training_pass.earlier_gradients
         if earlier_gradients is None:
             return
@@ -349,9 +355,9 @@ class Trainer:
             self.save_optimizer(run, new_checkpoint)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
-        """Replace a run by a saved run. ``optimizer``: whether to load the optimizer's state too;
-        ``adapter``: the path of the adapter in the folder.
-        ``AdapterError``: the folder holds no valid adapter, and the run is unchanged."""
+        """Load a saved run. If ``run`` is in memory, it is replaced. ``optimizer``: whether to load
+        the optimizer's state too; ``adapter``: the path of the adapter folder within ``folder``.
+        ``AdapterError``: it holds no valid adapter, and the run is unchanged."""
         with self._model_lock:
             if run in self.runs:  # load the adapter under another name first, since this may fail
                 self.runs.add(f"{run}-new", folder / adapter)
@@ -380,8 +386,9 @@ class Trainer:
     @contextmanager
     def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
         """A context in which row i of the model's input uses the adapter of the bank's lease
-        ``leases[i]``, or the base for None. The adapters must be in memory already: a load in the
-        context could wait for memory whose holders wait for the model lock of this thread."""
+        ``leases[i]``, or the base for None. It takes leases, not names, because their adapters are
+        in memory: a load inside the context could wait forever for memory of adapters that other
+        threads use, while these threads wait for the model lock of this thread."""
         with self._model_lock, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 
@@ -392,8 +399,8 @@ def _adamw(adapter: TrainedAdapter) -> torch.optim.Optimizer:
 
 
 def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor) -> Tensor:
-    """The loss with one target per token. ``losses``: −log p of the targets, all rows joined into
-    one dimension."""
+    """The loss of data with one target per token. ``losses`` [tokens of all data]: −log p of the
+    targets."""
     token_counts = [len(training_pass.data[index].tokens) for index in indices]
     return _sum_losses(training_pass, indices, (-losses).split(token_counts))
 
@@ -401,7 +408,7 @@ def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor)
 def _loss_of_logits(
     training_pass: Pass, indices: Sequence[int], output: Any, target: Any
 ) -> Tensor:
-    """The loss with several targets per token."""
+    """The loss of data with several targets per token, from the model's output."""
     logprobs = []
     for logits, index in zip(output.logits, indices, strict=True):
         targets = training_pass.data[index].targets.to(logits.device)
@@ -435,8 +442,8 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
 
 
 def widen_config(config: LoraConfig) -> LoraConfig:
-    """The config with which an adapter is trained: in float32 if it was saved in 16 bits, since the
-    usual step of training is lost in 16-bit rounding."""
+    """The config with which an adapter is trained: in float32 if it was saved in 16 bits, because a
+    typical optimizer step is smaller than the rounding error of 16-bit numbers."""
     return replace(config, dtype="float32") if config.dtype in ("bfloat16", "float16") else config
 
 

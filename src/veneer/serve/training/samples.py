@@ -1,4 +1,4 @@
-"""Samples from the published weights of a run, and log-probabilities of their prompts.
+"""Samples from a checkpoint of a run or from the base, and log-probabilities of their prompts.
 
     asample → promise → the engine's queue, for which a sample waits while the queue is full
                       → sampled tokens with their log-probabilities
@@ -49,9 +49,9 @@ SAMPLES_PER_ROW, RETRY_SECONDS = 4, 0.05
 
 @dataclass(eq=False)
 class SampleCall:
-    """A call for ``count`` samples. ``owner``: the name of the API key; ``ended``: when the answer
-    was complete (``time.monotonic``), or None; ``tokens``: the number of tokens that are computed,
-    of the prompt, once, and of the answers."""
+    """A call for ``count`` samples. ``owner``: the name of the API key; ``session``: the id of the
+    client's session; ``ended``: when the answer was complete (``time.monotonic``), or None;
+    ``tokens``: how many tokens were computed, the prompt's (counted once) and the samples'."""
 
     owner: str
     session: str
@@ -73,8 +73,8 @@ class Samples:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def max_tokens(self, request: Sample) -> int:
-        """The largest number of tokens that a call can use: of its prompt, and of the longest
-        answers that it allows."""
+        """The largest number of tokens that a call can use: the tokens of its prompt, and of
+        ``num_samples`` answers of the largest length that it allows."""
         prompt_length = len(request.prompt.tokens)
         max_answer = max(0, self._engine.length - prompt_length)
         return prompt_length + request.num_samples * min(
@@ -91,8 +91,9 @@ class Samples:
         charge: Callable[[int], None] = lambda used: None,
     ) -> None:
         """Begin a call, unless there is a call with this id. ``adapter_name``: the adapter's name
-        in the bank, or None for the base. ``charge`` is called at the end, with the number of
-        computed tokens of prompt and answers. ``Busy``: too many samples wait."""
+        in the bank, or None for the base. ``charge``: called when the call ends, with the number of
+        its tokens (``SampleCall.tokens``); called at once with 0 if no call begins. ``Busy``: too
+        many samples wait."""
         if id in self._calls:
             charge(0)
             return
@@ -263,7 +264,7 @@ class Samples:
             return {}
         lease = None
         if adapter_name is not None:
-            # take the lease before the model lock: see the order of locks (__init__.py)
+            # the lease, for which this may wait, comes before the model lock (see __init__.py)
             leasing = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
             lease = await await_or_undo(leasing, lambda lease: lease.release())
         score = partial(score_prompt, self._worker.trainer, lease, prompt, request)
@@ -291,7 +292,7 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
         return
     rows, width = targets.shape
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
-    # first, because it bounds how long the other tests take
+    # tested first, because these limits bound how long the tests of the sparse indices take
     is_valid = rows == prompt_length - 1 and 0 < width <= MAX_TARGETS
     if crow is None or col is None:
         is_valid = is_valid and crow is col is None and len(targets.data) == rows * width
@@ -340,15 +341,18 @@ def score_prompt(
     ids = torch.tensor([prompt], device=trainer.device)
     with trainer.sampling([lease]) as model:
         output = model(input_ids=ids, use_cache=False)
-        logits = output.logits[0, :-1]  # [n - 1, vocabulary], of the tokens 1 to n - 1
+        logits = output.logits[0, :-1]  # [n - 1, vocabulary], which predict tokens 1 to n - 1
         wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return _prompt_scores(wide_logits, ids[0, 1:], request)
 
 
 def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[str, Any]:
-    """The requested scores of a prompt of n tokens. ``logits`` [n - 1, vocabulary] predict its
-    tokens 1 to n - 1, ``next_ids`` [n - 1]. Each score has n rows. Row 0 is empty, because no
-    token precedes token 0, and so are the rows that ``prompt_logprobs_last_n`` leaves out."""
+    """The requested scores of a prompt of n tokens, as arrays by name. ``next_ids`` [n - 1]: the
+    prompt's tokens 1 to n - 1; ``logits`` [n - 1, vocabulary], which predict them.
+
+    "prompt_logprobs" and "topk_prompt_logprobs" have n rows. Row 0 is filled with padding, because
+    no token precedes token 0, and so are the rows that ``prompt_logprobs_last_n`` leaves out. The
+    other scores have n - 1 rows, for tokens 1 to n - 1."""
     scores: dict[str, Any] = {}
     log_sums = logits.logsumexp(-1, keepdim=True)  # [n - 1, 1]
     prompt_length = len(next_ids) + 1
@@ -373,7 +377,7 @@ def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[st
         generator, seed = torch.Generator(logits.device), request.sampling_params.seed
         if seed is None:
             generator.seed()
-        else:  # the number after the numbers of the samples
+        else:  # samples use the numbers 0 to num_samples - 1, so take the next one
             generator.manual_seed(sample_seed(seed, request.num_samples))
         tokens = torch.multinomial(probabilities, k, replacement=True, generator=generator)
         token_logprobs = (logits.gather(-1, tokens) - log_sums).float().cpu().numpy()

@@ -14,8 +14,8 @@ from veneer.fileio.private import private_file
 
 class Index:
     """An SQLite file that any thread may use. Each write is one transaction, which is on the disk
-    when the call returns. Each read opens a new connection, so that reads do not wait until a write
-    is on the disk."""
+    when the call returns. Each read opens a new connection, so that reads need not wait for a write
+    that is being flushed to the disk."""
 
     def __init__(self, file: Path) -> None:
         private_file(file)

@@ -1,9 +1,9 @@
 """The state of the service on the disk: an SQLite file, and a folder for each run's weights.
 
-    FOLDER/index.sqlite         sessions, runs, requests with their answers, checkpoints, samplers
+    FOLDER/index.sqlite         sessions, runs, requests, answers, checkpoints, sampling sessions
     FOLDER/runs/7/state-12/     run 7 after its request 12: adapter, optimizer, loss curve
-    FOLDER/runs/7/weights/…     its checkpoints with an optimizer; without one: sampler_weights/…,
-                                external_weights/…
+    FOLDER/runs/7/weights/…     checkpoints of run 7 with the optimizer's state
+    FOLDER/runs/7/*_weights/…   checkpoints without it: sampler_weights, external_weights
 
 A request is written before it is acknowledged. Each acknowledged request is therefore either part
 of the saved state of its run, or among the requests after that state, which are computed again
@@ -42,9 +42,9 @@ CHECKPOINT_KINDS = {
     "external_weights": "external",
 }
 #: values of the column `done` of an answered request: success; a failure that changed nothing; a
-#: failure after which the run's next step is not what the client intended
+#: failure of a request whose gradients the run's next optimizer step lacks
 SUCCEEDED, FAILED, FAILED_STEP_INPUT = 1, 2, 3
-#: how many answers of a run are kept although its saved state contains their requests
+#: how many answers are kept for clients, among those to requests that a run's saved state includes
 MAX_OLD_ANSWERS = 256
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
@@ -435,7 +435,7 @@ class Store:
 
     def tokens_today(self, owner: str) -> int:
         """The number of tokens that a key has used today (UTC), including reserved tokens."""
-        # read this first: tokens that are settled meanwhile then count twice, not zero times
+        # read this first, so that tokens which are settled meanwhile count twice, not zero times
         reserved = self._reserved_tokens[owner]
         row = self._index.row(
             "SELECT count FROM tokens WHERE owner = ? AND day = ?", owner, _today()
@@ -464,7 +464,7 @@ class Store:
     # samplers
 
     def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
-        """Add a sampling session, or change the checkpoint of one; its clients stay counted."""
+        """Add a sampling session. If it exists, change its checkpoint and keep its client count."""
         query = (
             "INSERT INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)"
             " ON CONFLICT (id) DO UPDATE SET path = excluded.path"

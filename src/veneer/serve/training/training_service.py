@@ -1,4 +1,5 @@
-"""The training service: the objects that it consists of, and the sessions of its clients.
+"""The training service: it connects the store, the training thread and the samples, and frees the
+resources of clients that have left.
 
 The client of a session sends a heartbeat every ten seconds. If the client has been silent for
 ``SILENT_SECONDS`` or has finished the session, the session's resources are freed: its runs are
@@ -40,11 +41,11 @@ log = logging.getLogger("veneer.serve.training")
 
 #: seconds after which the resources of a silent client are freed, and seconds between two checks
 SILENT_SECONDS, CHECK_SECONDS = 120.0, 10.0
-#: seconds for which a run waits for a missing request after later requests have arrived: the SDK
-#: repeats a request for five minutes
+#: seconds for which a run waits for a missing request after later requests have arrived. The SDK
+#: repeats a request that failed for five minutes, so the request may still arrive within this time.
 MISSING_SECONDS = 330.0
-#: how many unnamed checkpoints of a run are never deleted, the newest ones; seconds without use
-#: after which the other unnamed checkpoints are deleted
+#: Of each run's unnamed checkpoints, the newest ``MAX_UNNAMED`` are kept. The others are deleted
+#: after ``UNUSED_SECONDS`` without use.
 MAX_UNNAMED, UNUSED_SECONDS = 8, 3600.0
 #: seconds for which the URL of a checkpoint's file is valid
 FILE_URL_SECONDS = 3600.0
@@ -81,7 +82,8 @@ class Training:
         )
         self.operations = Operations(self.worker, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
-        #: a thread that writes to the index, because the event loop must not wait for the disk
+        #: a thread that writes to the store's index, so that the event loop need not wait for the
+        #: disk
         self.index_thread = ThreadPoolExecutor(1, "veneer-journal")
         #: cached curves of runs that are not active: (run id, number of the last request in the
         #: saved state, number of the next request) -> curve
@@ -95,7 +97,8 @@ class Training:
         self._last_uses: dict[str, float] = {}
         #: by run id: the number of the missing request, and since when it has been missing
         self._missing_requests: dict[str, tuple[int, float]] = {}
-        self._files: dict[str, tuple[Path, float]] = {}  # by token: folder, and end of validity
+        #: by download token: the folder, and the time after which the token is invalid
+        self._files: dict[str, tuple[Path, float]] = {}
         self._lock = threading.Lock()  # guards heartbeats, uses of adapters and files
         self._stop = threading.Event()
         self._session_thread = threading.Thread(
@@ -115,8 +118,8 @@ class Training:
         self.store.close()
 
     async def write(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function that writes to the index, in the index's thread. ``Refusal``: the disk
-        failed."""
+        """Call a function that writes to the store's index, in the thread for such writes.
+        ``Refusal``: the disk failed."""
         return await self._await_disk(
             asyncio.get_running_loop().run_in_executor(self.index_thread, function, *args)
         )
@@ -144,7 +147,8 @@ class Training:
             self._heartbeats[session] = time.monotonic()
 
     def register_checkpoint(self, path: str) -> str:
-        """Register a checkpoint with the bank unless this is done; return its name in the bank."""
+        """Register a checkpoint with the bank unless it is registered already. Returns its name in
+        the bank, which is its path."""
         folder = self.folder_of(path)
         if path not in self.bank:
             self.bank.register(path, folder)
@@ -152,9 +156,9 @@ class Training:
         return path
 
     def record_use(self, name: str) -> None:
-        """Record that an adapter of the bank is sampled from. If more than ``max_resident`` are
-        sampled from, the least recently used ones leave the bank's memory. They are read again
-        when they are needed."""
+        """Record that an adapter of the bank is sampled from. Of the adapters recorded here, only
+        the ``max_resident`` that were used last stay in the bank's memory. The others are read
+        again from the disk when they are needed."""
         with self._lock:
             self._last_uses[name] = time.monotonic()
             self._recent_adapters[name] = None
@@ -175,9 +179,9 @@ class Training:
         return adapter_folder(self.store, name)
 
     async def reserve_tokens(self, key: Key, max_tokens: int) -> Callable[[int], None]:
-        """Count the largest number of tokens that a call for samples can use. The returned function
-        takes the number of tokens that the call has used. When it is first called, it replaces the
-        count by that number. ``Refusal``: the tokens exceed the key's quota."""
+        """Reserve ``max_tokens``, the most that a call for samples can use, in the key's quota of
+        the day. The returned function takes the number of tokens that the call has used; its first
+        call replaces the reservation by this number. ``Refusal``: the tokens exceed the quota."""
         if not key.owner:
             return lambda used: None
         await self.write(self._reserve, key, max_tokens)
@@ -247,8 +251,8 @@ class Training:
                 log.exception("a check of the sessions failed")
 
     def clean_up(self) -> None:
-        """Free the resources of silent clients; answer missing requests; delete expired
-        checkpoints, and checkpoints without a name that are not used."""
+        """Free the resources of silent clients, answer requests that never arrived with an error,
+        and delete checkpoints that are expired, or unnamed and unused."""
         now = time.monotonic()
         self._answer_missing_requests(now)
         with self._lock:

@@ -3,8 +3,8 @@ samples.
 
 The messages and the numbers of their fields are the SDK's (tinker/proto/tinker_public_pb2.py,
 0.38). They are declared here and parsed by Google's library, so that the server does not need the
-SDK. Maps are declared as repeated entries, as protobuf encodes them. Unused fields (images, audio,
-provenance) are ignored, or refused by name.
+SDK. Maps are declared as repeated entries, as protobuf encodes them. Data with images or audio are
+refused. Fields that are not declared here are ignored.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def failure(error: BaseException, is_bug: bool = False) -> Answer:
 
 class PassRequest(NamedTuple):
     """A request for a forward pass of a run, followed by a backward pass if ``backward`` is true.
-    ``loss``: the name of the loss; ``settings``: of the loss."""
+    ``loss``: the name of the loss; ``settings``: the settings of the loss, by name."""
 
     data: list[Datum]
     loss: str
@@ -151,7 +151,8 @@ class PassRequest(NamedTuple):
 
 
 class PassHeader(NamedTuple):
-    """What a request for a pass says beside its data. ``seq``: its number among the run's requests;
+    """A request for a pass without its data. ``run``: the run's id; ``seq``: the number of the
+    request in the run, 0 if it has none; ``backward``: whether there is a backward pass;
     ``tokens``: the number of input tokens."""
 
     run: str
@@ -277,8 +278,8 @@ def _read_tensor(message: Any, label: str, rows: int) -> Tensor:
 
 
 def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> bytes:
-    """The answer to a pass. ``logprobs``: log-probabilities of each datum's targets, [tokens] or
-    [tokens, targets of a token]."""
+    """The answer to a pass. ``logprobs``: for each datum, the log-probabilities of its targets,
+    [tokens] or [tokens, targets of a token]; ``metrics``: numbers by name."""
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
     for name, value in metrics.items():
         output.metrics.add(key=name, value=value)
@@ -307,9 +308,14 @@ class SampledSequence(NamedTuple):
 def sample_output(
     sequences: Sequence[SampledSequence], top_k: int, scores: Mapping[str, Any]
 ) -> bytes:
-    """The answer to a call for samples. ``top_k``: how many likely tokens to add for each sampled
-    token. ``scores``: the requested scores of the prompt, by the names of the message's fields:
-    arrays, or (tokens, logprobs) for the most likely tokens."""
+    """The answer to a call for samples.
+
+    Args:
+        top_k: how many of the most likely tokens to add for each sampled token.
+        scores: the requested scores of the prompt, by the names of the message's fields. Each is an
+            array, or a pair of arrays (tokens, log-probabilities). "csr" is the ``csr`` of
+            ``_set_tensor`` for "target_prompt_logprobs".
+    """
     output = MESSAGES["SampleResponse"]()
     padding = (NO_TOKEN, NO_LOGPROB)
     for sample in sequences:

@@ -4,8 +4,9 @@ runs in one batch.
     accepted request → journal → waiting requests of its run → the run's next request:
         an operation, which is computed alone, or a pass, which joins a batch → answer
 
-A run is loaded into memory when it is used (run_memory.py). A request that needs room in memory
-waits while all runs in memory are computed.
+The journal is the table of requests on the disk (store.py). A run is loaded into memory when it is
+used (run_memory.py). While each run in memory has a pass that is being computed, a request of
+another run waits for room.
 
 A failure concerns one run only. If a run's state cannot be written now, the run can be computed
 again from its requests. A run whose weights are too large to be saved is marked as failed, and
@@ -43,7 +44,7 @@ WAIT_SHARE, MAX_WAIT_SECONDS = 0.25, 0.05
 #: seconds to wait after an error of the thread itself, such as a full disk, and before an answer
 #: that could not be written is computed and written again
 PAUSE_SECONDS = 1.0
-#: how many times the process may die during one request before that request is given up
+#: how many times the process may die while it computes a request; then the request fails
 MAX_DEATHS = 3
 #: kinds of refused requests, which are answered in the run's order. A refused pass with a backward
 #: and a missing request also change what the run's next optimizer step does.
@@ -55,18 +56,19 @@ KINDS_WITHOUT_RUN = ("load", "create", *KINDS_WITHOUT_ROOM)
 
 
 def _affects_step(request: RunRequest) -> bool:
-    """Whether the next step is not what the client intended if this request fails."""
+    """Whether a failure of this request changes the run's next optimizer step, because the step
+    then lacks the gradients of this request."""
     return request.kind in (REFUSED_PASS, MISSING) or (
         request.kind == PASS and read_header(request.body).backward
     )
 
 
 class Worker:
-    """One thread, the only one that calls the trainer.
+    """The training thread, which alone calls the trainer.
 
-    ``operations``: functions by the kind of request, for all kinds except passes;
-    ``context_length`` of the base in tokens; ``vocabulary_size`` of the base; ``max_resident``: the
-    largest number of runs in memory."""
+    ``operations``: by the kind of request, the functions that compute requests other than passes
+    and refused requests. ``context_length``: of the base, in tokens. ``vocabulary_size``: of the
+    base. ``max_resident``: the largest number of runs in memory."""
 
     def __init__(
         self,
@@ -85,7 +87,8 @@ class Worker:
         self.memory = RunMemory(
             trainer, store, self.queue, max_resident, self.operations, self._make_pass
         )
-        #: by run id: the number of the run's next request when its weights were last published
+        #: by run id: the number of the run's next request when ``live.publish`` last put its
+        #: weights into the bank
         self.published: dict[str, int] = {}
         self.steps = self.tokens = 0  # optimizer steps and trained tokens since the server started
         self.batch: Batch | None = None  # the last batch
@@ -107,7 +110,8 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the running batch. Waiting requests are on the disk."""
+        """Stop after the running batch, and write the states of the runs in memory. Requests that
+        still wait are on the disk, for the next server."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -141,8 +145,8 @@ class Worker:
         while True:
             with self._wake:
                 while not (self._closing or self._tasks or self.queue.ready_runs()):
-                    # A run that is busy but not ready has an answer that could not be written. The
-                    # answer is tried again after a pause.
+                    # For a run that is busy but not ready, an answer could not be written. Its
+                    # request is tried again after a pause.
                     self._wake.wait(PAUSE_SECONDS if self.queue.busy_runs else None)
                 if self._closing:
                     break
@@ -183,9 +187,9 @@ class Worker:
     def run_once(self) -> None:
         """Run the tasks of ``submit``, then one round of requests.
 
-        After a restart, a round is the first waiting request of one run, because this request may
-        have killed the previous server. Later, a round is the operations that are next in their
-        runs, and one batch of passes."""
+        After a restart, a round computes only the first waiting request of one run, because this
+        request may have killed the previous server. When there is none left, a round computes the
+        operations that are next in their runs, and one batch of passes."""
         self._run_tasks()
         if self._suspects:
             self._run_suspect(self._suspects.pop())
@@ -199,8 +203,8 @@ class Worker:
             self._compute_batch(passes)
 
     def _run_suspect(self, active_run: ActiveRun) -> None:
-        """Compute the first waiting request of a run alone, after the server has started. Give the
-        request up if the process has died during it ``MAX_DEATHS`` times."""
+        """Compute the first waiting request of a run alone, after the server has started. If the
+        process has died ``MAX_DEATHS`` times during this request, answer it with an error."""
         request = active_run.next_request
         if request is None:
             return
@@ -292,9 +296,9 @@ class Worker:
     def _run_operations(self) -> None:
         """Run the operations that are next in their runs.
 
-        Runs in memory come first: afterwards they have no gradients that wait for a step, and can
-        be evicted to make room for other runs. The other runs follow in the order in which they
-        began to wait for room."""
+        Runs in memory come first, because an optimizer step uses up a run's gradients: the state of
+        a run without gradients can be saved, and the run evicted to make room. The other runs
+        follow in the order in which they began to wait for room."""
 
         def run_if_ready(active_run: ActiveRun) -> None:
             request = active_run.next_request
@@ -379,8 +383,9 @@ class Worker:
             self._begin_passes()
 
     def _ordered_passes(self) -> list[Pass]:
-        """The running passes. The passes of the least served owner come first, and of these the
-        pass that has waited longest since it began or was last in a batch."""
+        """The running passes. The passes of the key for which the fewest tokens were computed come
+        first, then all others. Within both groups, passes are in the order in which they began or
+        were last in a batch."""
         passes = [
             active_run.current_pass
             for active_run in sorted(self.queue.ready_runs(), key=lambda run: run.last_used)
@@ -393,7 +398,8 @@ class Worker:
         return sorted(passes, key=lambda training_pass: training_pass.owner != next_owner)
 
     def _compute_batch(self, passes: list[Pass]) -> None:
-        """Compute one batch, and charge its time and tokens to the runs and owners in it."""
+        """Compute one batch. Its time and its tokens are divided equally among its runs, and
+        counted for the runs and for their keys."""
         started = time.monotonic()
         tokens_by_adapter = self.trainer.compute(passes)
         ended = time.monotonic()
@@ -409,8 +415,8 @@ class Worker:
         self._end_passes()
 
     def _end_passes(self) -> None:
-        """Answer the passes that are computed, including earlier ones whose answer could not be
-        written because the disk failed."""
+        """Answer the passes whose data are all computed, including earlier passes whose answer
+        could not be written because the disk failed."""
 
         def end_if_computed(active_run: ActiveRun) -> None:
             if active_run.current_pass is not None and active_run.current_pass.is_over:
