@@ -25,7 +25,9 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     CPU."""
     is_on_cpu = "cpu" in (config.device_map, config.device or best_device())
     _check_settings(config, is_on_cpu)
-    early_stopping = config.early_stopping  # the best checkpoint must belong to an evaluation
+    # With early stopping, each checkpoint must coincide with an evaluation, so that the best one is
+    # kept. So the defaults of `eval_every` and `save_every` follow each other.
+    early_stopping = config.early_stopping
     eval_every = (
         config.eval_every
         or (early_stopping and config.save_every)

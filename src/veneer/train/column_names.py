@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.errors import listing
 
-#: by field, its usual column names, the most usual first
+#: by field of a row, the usual names of its column, the most usual first
 USUAL_NAMES = {
     "messages": (
         "messages",

@@ -70,9 +70,9 @@ def generate(
         batch_size: number of prompts that are computed at a time.
         stop: further strings that end an answer.
         seed: the seed of the sampling. Prompt i draws from ``sample_seed(seed, i)``, whatever its
-            batch. None draws a seed from torch's generator; else the global random state does not
-            change.
-        say: called with each new piece of text, for a single prompt.
+            batch. If None, the seed is drawn from torch's global generator, whose state changes
+            only in this case.
+        say: called with each new piece of text; only for a single prompt.
         should_stop: called after each token; generation ends when it returns True.
 
     Raises:
@@ -358,9 +358,9 @@ def _stream_options(
 
 
 def encode(prompt: Prompt, tokenizer: Any, location: str = "the prompt") -> list[int]:
-    """The token ids of a text, or of a chat by the tokenizer's chat template, which ends with the
-    header of the answer. Raises `DataError` for an empty prompt, for a chat without a template, and
-    with ``location`` for a chat that the template refuses."""
+    """The token ids of a prompt. A chat is encoded by the tokenizer's chat template and ends with
+    the header of the answer. Raises `DataError` for an empty prompt, for a chat if the tokenizer
+    has no template, and with ``location`` for a chat that the template refuses."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

@@ -135,8 +135,8 @@ class HiddenStateCache:
         from the row."""
         with evaluation_mode(model):
             reference = model(**row, use_cache=False).logits
-            # If lower blocks keep a state in the model, this forward on a different row replaces the
-            # state, so that the next forward shows whether upper blocks read it.
+            # Lower blocks may keep a state in the model. This forward on a different row replaces
+            # the state, so that the next forward shows whether upper blocks read it.
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
             with self._replace_blocks(hidden.to(reference.device)[None]):
                 logits = model(**row, use_cache=False).logits

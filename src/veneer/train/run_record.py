@@ -31,7 +31,7 @@ def open_output(
     config: TrainConfig, output: Path, prepared: Prepared, resume_point: ResumePoint
 ) -> list[dict[str, Any]]:
     """Create or clear the output folder and mark the run as running. Returns the last two lines of
-    the log that the run continues."""
+    the log that a resumed run continues; [] for a new run."""
     # called after all checks: a run that cannot begin leaves no files behind
     if resume_point is None and (output / checkpoint.RUN).exists():
         checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
@@ -79,7 +79,7 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
             "a new folder",
             "choose another output, or pass --overwrite to replace it",
         )
-    # settings that the run's version of Veneer did not have are as that version computed
+    # for settings that the recorded version of Veneer lacked: the values by which it computed
     implied = {**TrainConfig.defaults(), **IMPLIED_SETTINGS}
     recorded_settings = {**implied, **run["config"], "sweep": run.get("sweep")}
     current_settings = {**config.content(), "sweep": sweep}
@@ -197,9 +197,9 @@ def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
 
 
 def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str, str]:
-    """A record of how the adapter is prompted, derived from a prompt of its data: "chat", or
-    "completion" for a text that the model continues. ``with_texts``: whether to add the system
-    prompt and the prompt itself, which come from the data."""
+    """A record of how the adapter is prompted, derived from a prompt of its data. Its "mode" is
+    "chat", or "completion" for a text that the model continues. ``with_texts``: whether to add the
+    system prompt ("system") and the prompt itself ("example"), which reveal data."""
     is_chat = isinstance(prompt, list)
     record = {"mode": "chat" if is_chat else "completion"}
     if not with_texts or prompt is None:
