@@ -87,7 +87,8 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
 
 
 def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call of the model with the rows of all batches."""
+    """(args, kwargs) of one call of the model with the rows of all batches, in order. Batches must
+    have equal ``shape_key``."""
     return pytree.tree_map(
         lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0],
         *[(batch.args, batch.kwargs) for batch in batches],

@@ -25,8 +25,8 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     CPU."""
     is_on_cpu = "cpu" in (config.device_map, config.device or best_device())
     _check_settings(config, is_on_cpu)
-    # With early stopping, each checkpoint must coincide with an evaluation, so that the best one is
-    # kept. So the defaults of `eval_every` and `save_every` follow each other.
+    # With early stopping, the best checkpoint is kept, so each checkpoint needs an evaluation. If
+    # only one of `eval_every` and `save_every` is given, the other gets the same value.
     early_stopping = config.early_stopping
     eval_every = (
         config.eval_every

@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.precision import at_least_float32
 
-#: For a smaller probability, the logarithm of the float32 softmax is not accurate enough.
+#: the least probability in a float32 softmax whose logarithm is accurate enough
 MIN_EXACT_P = 1e-30
 
 

@@ -42,7 +42,7 @@ FREE_ON_RESUME = frozenset(
 LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
                "layers", "reward")  # fmt: skip
 
-#: by setting that earlier versions lacked: what they did, if that is another value than the default
+#: by setting that earlier versions lacked, the value by which they computed; defaults are left out
 IMPLIED_SETTINGS = {"group_by_length": True}
 
 # Fields that cannot be set together with `adapter`, because the adapter's files define them.

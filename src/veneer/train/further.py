@@ -3,8 +3,8 @@ that dpo continues.
 
 The adapter's files define its targets, rank and variant; the run defines the data, the loss and the
 learning rate. If the loss compares with a reference policy, that reference is the adapter in its
-initial state, as in TRL. It is a second, frozen adapter on the same base (``as_reference``), which
-the loss selects (``tasks/_base.reference``).
+initial state, as in TRL. The run attaches this state to the same base as a second, frozen adapter
+(``as_reference``), and the loss selects it for the reference (``tasks/_base.reference``).
 """
 
 from __future__ import annotations

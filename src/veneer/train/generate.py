@@ -263,9 +263,9 @@ def _pad_left(
 
 class _Sampling:
     """Samples the tokens of answers by temperature, top-k and top-p. Each answer has its own random
-    generator, whose noise is added to the scores before the argmax. transformers' own sampling uses
-    one generator for a batch, so the answer to a prompt would depend on the other prompts. With
-    temperature 0, the most likely token is taken."""
+    generator, whose noise is added to the scores before the argmax (Gumbel-max sampling).
+    transformers' own sampling uses one generator for a batch, so that the answer to a prompt would
+    depend on the other prompts. With temperature 0, the most likely token is taken."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -118,8 +118,9 @@ class Head:
 
     def reuse_memory(self, model: nn.Module) -> nn.Module:
         """A view of the model whose output layer writes the logits of each chunk into the memory of
-        the previous chunk, because to allocate that much memory on a CPU takes time. Returns the
-        model itself if its output layer is not a frozen `nn.Linear` without hooks on the CPU."""
+        the previous chunk, because to allocate that much memory on a CPU takes time. In a call on
+        another device, or if the layer trains, the layer works as usual. Returns the model itself
+        if its output layer is not an `nn.Linear` without hooks and without a forward of its own."""
         layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         name = next(
             (name for name, child in model._modules.items() if child is layer is not None), None
@@ -177,7 +178,7 @@ class _LinearInto(torch.autograd.Function):
 def find_body(model: nn.Module) -> ModulePath | None:
     """The path to the module that computes a model's hidden states (its body), or None if the
     model's forward cannot be split into body and head."""
-    # the model is not transformers', or is in a wrapper that must see each call (DDP, FSDP)
+    # the model is none of transformers', or is a wrapper that must see each call (DDP, FSDP)
     if not hasattr(type(model), "base_model_prefix"):
         return None
     # gradients that are computed within the forward cannot be part of a compiled graph
@@ -248,8 +249,8 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
 
 
 def _changes_outside(model: nn.Module, path: ModulePath, changes: Mapping[Any, Any]) -> bool:
-    """Whether an adapter changes a layer outside the body. ``changes``: the adapter's changes by
-    the key of the layer."""
+    """Whether an adapter changes a layer outside the body. ``path``: the path of the body.
+    ``changes``: the adapter's changes, by the key of the layer or by (key, method)."""
     outside_keys = [
         module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)
     ]

@@ -260,8 +260,8 @@ def _labelled_columns(labels: Tensor) -> Tensor:
     """The indices [c] of the c columns whose next token has a label in any row; column 0 if there
     is none."""
     columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
-    # Without labels the graph must still reach the parameters, because a distributed backward waits
-    # for every rank.
+    # Without labels, the loss must still depend on the parameters, because a distributed backward
+    # waits for every rank.
     return columns if len(columns) else torch.zeros(1, dtype=torch.long, device=labels.device)
 
 
@@ -376,7 +376,7 @@ def _forward_in_chunks(
         if hidden_rows is None:
             return output
         if len(positions) == 0:
-            # without labels the graph must still reach the parameters
+            # without labels, the loss must still depend on the parameters (`_labelled_columns`)
             rows = first_chunk = hidden_rows[:1]
         else:
             rows = hidden_rows.index_select(0, positions.to(hidden_rows.device))  # [n, h]

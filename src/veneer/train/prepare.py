@@ -63,8 +63,8 @@ class Prepared:
         train_set, eval_set: the same rows as the trainer's data sets, packed if the run packs.
         max_length: maximal number of tokens of a row.
         steps: number of optimiser steps of the run.
-        hashes: hashes of what a resumed run must find unchanged: the sources "train" and "eval", the
-            initial "adapter", and the files of reward functions by their paths.
+        hashes: hashes of what a resumed run must find unchanged, by name: the sources "train" and
+            "eval", the initial "adapter", and the files of reward functions by their paths.
         unused: columns of the data that the task does not read.
         prompt: a sample prompt from the data, a text or a chat; None if no prompt is short enough.
     """

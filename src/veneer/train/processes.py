@@ -147,8 +147,8 @@ def fresh_store(store: Any, rank: int, process_count: int, patience: float = PAT
 
     Each machine counts restarts separately, so the first process names the namespace with a random
     token. Every other process writes its own token under that name. It accepts the name once the
-    first process has published a list there that contains its token. A name from an earlier start
-    never lists it.
+    first process has published a list there that contains this token. The list under a name from an
+    earlier start never contains it.
 
     Raises:
         TrainingError: some processes do not arrive in `patience` seconds.

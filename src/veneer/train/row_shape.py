@@ -25,8 +25,8 @@ LABELS = ("label", "labels", "label_text")
 
 @dataclass(frozen=True)
 class Columns:
-    """The column name of each field. None stands for a column with the field's name, if there is
-    one."""
+    """By field, the name of its column. None stands for the column with the field's name, if there
+    is one; for ``messages``, also for ``conversations``."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -37,10 +37,10 @@ class Columns:
 def detect_columns(
     names: list[str], first_row: dict[str, Any], columns: Columns, source: str
 ) -> tuple[Kind, dict[str, str]]:
-    """Find the shape of the rows, and by field the name of its column. The columns that the user
-    names in ``columns`` decide. If there are none, the usual column names do, chats before prompts
-    before texts. Raises `DataError` if no shape fits, or if the rows are those of another task than
-    sft."""
+    """Find the shape of the rows, and by field the name of its column. Columns that the user names
+    in ``columns`` decide. Fields that the user does not name are looked up by their usual column
+    names: first a chat, then prompt and completion, then a text. Raises `DataError` if no shape
+    fits, or if the rows are those of another task than sft."""
     for option, column in vars(columns).items():
         if column is not None and column not in names:
             raise DataError(
@@ -245,8 +245,8 @@ def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
 
 
 def parse_tools(value: Any, location: str) -> list[Any]:
-    """The tools of a row, as a list of JSON schemas. ``value`` is this list, or its JSON text, since
-    a CSV file cannot hold lists. Raises `DataError` for any other value."""
+    """The tools of a row, as a list of JSON schemas. ``value`` is this list, or its JSON text,
+    since a CSV file cannot hold lists. Raises `DataError` for any other value."""
     try:
         tools = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

@@ -26,8 +26,8 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         adapter: the handle that `veneer.attach` returned.
         base_name: the name of the base in the adapter's metadata.
         hidden_state_cache: cache of the frozen blocks below the lowest adapted one, or None.
-        kwargs: `SFTTrainer`'s arguments. The data sets are tokenised, with the columns input_ids and
-            labels.
+        kwargs: `SFTTrainer`'s arguments. The data sets are tokenised, with the columns input_ids
+            and labels.
     """
 
     #: number of forward passes of this step in all processes, without those that have no weight
@@ -63,9 +63,9 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """The batches of a step, each with the number of its labels. Here, the host reads all
-        counts of the step, summed over the processes, from the device at once, so that it waits for
-        the device only once."""
+        """The batches of a step, each with the number of its labels. Here, the host reads these
+        numbers together with all other counts of the step, so that it waits for the device only
+        once."""
         batches, item_count = super().get_batch_samples(*args)
         if batches and all("labels" in inputs for inputs in batches):
             # packed rows have neither a mask nor padding
@@ -115,7 +115,8 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = result.total / items.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # the loss was divided by the labels of all processes, which average their gradients
+            # The loss was divided by the number of labels of all processes. This factor undoes the
+            # average of the processes' gradients.
             loss = loss * self.processes.share_count
         # The balancing loss is a mean over the passes of all processes. The factor share_count
         # undoes the average of the processes' gradients.

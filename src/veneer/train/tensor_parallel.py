@@ -50,7 +50,7 @@ STYLES = {
     "colwise": COLUMNS, "packed_colwise": COLUMNS, "rowwise": ROWS, "moe_tp_experts": EXPERTS,
     "replicated_with_grad_allreduce": BETWEEN,
 }  # fmt: skip
-#: styles of layers whose input and output are complete, which are not cut
+#: styles of layers that are not cut, because their input and output are complete in each process
 UNCUT = {
     "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep",
     "embedding_rowwise", "embedding_colwise", "replicate",

@@ -218,7 +218,7 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Join rows to a batch."""
+        """Join rows to a batch, by name: tensors, and other values that `loss` needs."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
