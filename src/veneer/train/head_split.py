@@ -42,7 +42,7 @@ ModulePath = tuple[str, ...]
 
 class Head:
     """The head of a model: its forward after the body, as a function of rows [n, h] (n hidden
-    states of h features). Returns the model's output with logits [1, n, v].
+    states of h features). A call returns the model's output, with logits [1, n, v].
 
     Args:
         path: the path of the body.

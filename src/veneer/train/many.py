@@ -59,8 +59,9 @@ def train_many(
         seeds: the seed of the initial values and the dropout of a run; one for all runs, or a seed
             by name. A run computes the same numbers as a separate loop after
             ``torch.manual_seed(seed)`` and ``veneer.attach``.
-        keep_going: if a run cannot begin, or its loss raises in ``Runs.backward``, leave the run
-            out and put the error into ``Runs.failed``, instead of raising it.
+        keep_going: if a run cannot begin, or its loss raises in ``Runs.backward``, put the error
+            into ``Runs.failed`` instead of raising it. The run is then missing from ``Runs``, or
+            from the result of ``backward``.
 
     Raises:
         ConfigError: the model is inside a wrapper, such as DDP.
