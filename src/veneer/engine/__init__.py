@@ -12,8 +12,9 @@ sweep, and for the training service.
     gradients.py        take, restore, add and clip gradients
     optimizer_state.py  the state of an optimiser as named tensors
 
-In: attached adapters, and a request for each. Out: the losses and gradients that each adapter would
-get in a training loop of its own, with equal values, and the errors of adapters that failed.
+The caller attaches the adapters and passes one request for each. The engine returns each adapter's
+loss, sets the gradients of its parameters, and lists the errors of adapters that failed. Losses and
+gradients equal those of a training loop for the adapter alone.
 """
 
 from veneer.engine.random_streams import RandomStream

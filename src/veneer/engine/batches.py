@@ -3,8 +3,8 @@
     {"a": [3, n], "b": [5, n]} ─ join_batches ─> [8, n] ─ model ─> [8, m]
                                ─ split_output ─> {"a": [3, m], "b": [5, m]}
 
-This requires a model that computes each row independently of the others in the batch;
-``check_independent_rows`` tests it.
+The model must compute each row independently of the other rows in the batch, which
+``check_independent_rows`` tests.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from veneer.errors import DataError, SelectionError
 
 
 class AdapterBatch(NamedTuple):
-    """One adapter's batch: arguments of the model, and the target of the loss. ``row_count``: the
-    size of the first axis of each tensor in ``args`` and ``kwargs``."""
+    """One adapter's batch: ``args`` and ``kwargs`` of the model's forward, and the ``target`` that
+    the loss gets, which may be None. ``row_count``: the size of the first axis of each tensor in
+    ``args`` and ``kwargs``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -32,7 +33,7 @@ class AdapterBatch(NamedTuple):
 
     @property
     def shape_key(self) -> Any:
-        """A key: batches with equal keys can share a forward. It holds the structure of the
+        """Batches whose keys are equal can share a forward. The key holds the structure of the
         arguments; the dtypes, devices and shapes (without the first axis) of their tensors; and all
         values that are not tensors."""
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
@@ -56,7 +57,8 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
         default_inputs: keyword arguments of the model that the batch does not contain.
 
     Raises:
-        DataError: the batch has another form, or its tensors differ in their number of rows.
+        DataError: the batch has another form, holds no tensor or no rows, or its tensors differ in
+            their number of rows.
     """
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -85,7 +87,8 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
 
 
 def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call of the model with the rows of all batches."""
+    """(args, kwargs) of one call of the model with the rows of all batches, in order. Batches must
+    have equal ``shape_key``."""
     return pytree.tree_map(
         lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0],
         *[(batch.args, batch.kwargs) for batch in batches],
@@ -93,12 +96,15 @@ def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict
 
 
 def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
-    """Split the model's output for joined batches by batch. ``row_counts``: the number of rows of
-    each batch.
+    """Split the model's output for joined batches into one output for each batch. Values without
+    one entry for each row are passed to all batches unchanged.
+
+    Args:
+        row_counts: the number of rows of each batch.
 
     Raises:
-        SelectionError: a tensor that requires a gradient does not have one entry for each row. An
-            example is a load-balancing loss of experts over all tokens.
+        SelectionError: such a value is a tensor that requires a gradient, for example a
+            load-balancing loss of experts over all tokens.
     """
     leaves, structure = pytree.tree_flatten(output)
     slices_by_leaf = []
@@ -121,7 +127,8 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
 
 def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[AdapterBatch]) -> None:
     """Raise a SelectionError if the base's output for the first batch changes when the batch is
-    joined with other batches. The base runs in eval mode. ``uid``: the id of its adapters."""
+    joined with other batches. The base runs in eval mode, without an adapter. ``uid``: the id of
+    the set of adapters that is attached to ``model``."""
     with torch.no_grad(), context.override({uid: BASE}), context.evaluation_mode(model):
         separate_output = model(*batches[0].args, **batches[0].kwargs)
         args, kwargs = join_batches(batches)

@@ -113,6 +113,7 @@ class RandomStream:
             return
         states_before, self.states = self.states, generator_states(self.devices)
         set_generator_states(self.devices, self._outer_states)
+        # during a backward, only activation checkpointing calls a layer, for the second time
         if torch._C._current_graph_task_id() != -1 and not equal_states(states_before, self.states):
             raise SelectionError(
                 "random numbers in a layer that activation checkpointing computes again, on rows "
@@ -149,7 +150,7 @@ class DropoutByAdapter(TorchFunctionMode):
             return func(*args, **kwargs)
         active = context.current.selection.get(self.assignment.uid)
         if active is None or active.layer_adapters is not self.assignment:
-            # within a layer that runs on the rows of one adapter only
+            # the call comes from a layer that runs on the rows of a single adapter
             return func(*args, **kwargs)
         if func in _DROPOUT_FUNCTIONS:
             kwargs = {**kwargs, "inplace": False}

@@ -1,19 +1,19 @@
 """Forward, backward and optimiser steps of several adapters on one base. The caller decides which
-adapters step; those whose gradients are not finite should not.
+adapters take a step, and should skip adapters whose gradients are not finite.
 
     requests by adapter ─ equal shapes ─> one forward of the base ─> a loss for each adapter
                         ─ one backward ─> gradients of each adapter's own parameters ─> its step
 
 Each adapter has its own parameters (any variant, rank, dtype), random numbers
 (``random_streams.py``), rows, loss and optimiser. The base's forward and backward are shared.
-Batches of different shapes do not share a forward. So an adapter's results never depend on other
-adapters: padding to the longest batch would change the numbers that dropout draws.
+Batches of different shapes do not share a forward, because padding to the longest batch would
+change the numbers that dropout draws. So an adapter's results never depend on other adapters.
 
 A pass that raises leaves the gradients and random numbers of its adapters unchanged.
 ``isolate_failures`` then computes each adapter separately, so that only failing adapters fail.
 
-Rejected: the sum of the losses as one function of the joined output (a mean over rows would mix the
-adapters); a copy of the model for each adapter.
+Rejected: one loss function on the joined output, because a mean over its rows would depend on the
+rows of all adapters; and a copy of the model for each adapter.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from veneer.engine.random_streams import (
 )
 from veneer.errors import ConfigError, SelectionError
 
-#: the largest number of cached row assignments of joined batches
+#: the maximal number of cached ``RowAdapters``, each of which assigns the rows of a joined batch
 MAX_CACHED_ASSIGNMENTS = 64
 
 #: (the base, batches by adapter) -> the output of each adapter's rows, by one forward of all rows
@@ -65,8 +65,9 @@ class PassRequest(NamedTuple):
 
     Fields:
         loss: (output, target) -> scalar. None requests a forward alone, which returns the output.
-        forward: computes the outputs of joined batches; None takes the model's output for the rows
-            of each batch. Requests share a forward only if they have the same function here.
+        forward: a function that computes the outputs of joined batches. If None, the model is
+            called and its output is split by batch. Requests share a forward only if they have the
+            same function here.
         weight: a factor of the gradient, but not of the returned loss.
     """
 
@@ -152,8 +153,8 @@ class StepEngine:
         self._assignments: dict[Any, tuple[list[ActiveAdapter], RowAdapters]] = {}
 
     def new_stream(self, seed: int) -> RandomStream:
-        """Random numbers for an adapter. Attach the adapter within this context, so that its
-        initial parameters are drawn from the stream."""
+        """Create the random stream of an adapter, which is a context manager. Attach the adapter
+        within it, so that the adapter's initial parameters are drawn from the stream."""
         return RandomStream(seed, self._devices)
 
     def add(self, name: str, parameters: list[nn.Parameter], stream: RandomStream) -> None:
@@ -192,7 +193,7 @@ class StepEngine:
                 adapter.stream.states = states
             raise
         for name, adapter, gradients in zip(requests, adapters, earlier_gradients, strict=True):
-            if name in result.failures:  # its gradients are zeros of the shared backward
+            if name in result.failures:  # the shared backward gave it gradients of zero
                 restore_gradients(adapter.parameters, gradients)
             else:
                 add_to_earlier_gradients(adapter.parameters, gradients)
@@ -264,7 +265,8 @@ class StepEngine:
     def _select_adapters(
         self, group: Requests
     ) -> tuple[dict[str, ActiveAdapter], AbstractContextManager[Any]]:
-        """(the adapter selection for the joined rows, a context for the dropout of the base)."""
+        """(the adapter selection for the joined rows, by the id of the set of adapters; a context
+        in which the base's dropout draws for each adapter from the adapter's stream)."""
         attached = need_adapters(self.model, walk=False)
         selections = [attached.selections[name] for name in group]
         selections_with_streams = [
@@ -273,8 +275,8 @@ class StepEngine:
         ]
         if len(group) == 1:
             return {attached.uid: selections_with_streams[0]}, nullcontext()
-        # Each layer plans its work on an assignment's rows in the first call, and reuses the plan
-        # until the set of adapters changes.
+        # The assignment of rows is cached, because it keeps what each layer prepared for these rows
+        # in the first call.
         key = tuple((name, request.batch.row_count) for name, request in group.items())
         cached_selections, assignment = self._assignments.get(key, (None, None))
         if assignment is None or cached_selections != selections:
@@ -298,7 +300,8 @@ class StepEngine:
         )
 
     def _check_rows(self, batches: Mapping[str, AdapterBatch]) -> None:
-        """Check that the base computes rows independently, once for each structure of batches."""
+        """Check that the base computes rows independently of each other, once for each combination
+        of the model's arguments."""
         samples = list(batches.values())[:2]
         key = len(samples[0].args), *samples[0].kwargs
         if len(samples) > 1 and key not in self._checked_structures:

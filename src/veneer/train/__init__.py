@@ -1,5 +1,6 @@
-"""Training: data, configuration, loss, trainer, generation. Import the part that you use; this file
-imports nothing, so that the command line can read the configuration without loading torch."""
+"""Training: data, configuration, loss, trainer, generation. Import the part that you use. This file
+imports no part by itself, so that the command line can read the configuration without loading
+torch."""
 
 from veneer.registry import lazy_submodules
 

@@ -3,8 +3,8 @@ further, or the adapter of a checkpoint.
 
 Some variants compute their initial values from calibration data, which are the first rows of the
 training data. EVA and CorDA use the inputs of each layer, LoRA-GA the gradient of each weight. Each
-row is a separate batch, so that the inputs contain no padding. The loss is the model's own, a mean
-over the labels of the row.
+row is a separate batch, so that the inputs contain no padding. The gradients are of the model's own
+loss, a mean over the labels of the row.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def lora_config(
     ids_by_path: Mapping[str, tuple[int, ...]],
     invocation_ids: tuple[int, ...] = (),
 ) -> LoraConfig:
-    """The configuration of a run's new adapter. ``ids_by_path``: ids to train, by the path of the
-    embedding; ``invocation_ids``: ids that invoke the adapter."""
+    """The configuration of a run's new adapter. ``ids_by_path``: ids of the tokens to train, by the
+    path of the embedding or head; ``invocation_ids``: ids of the tokens that invoke the adapter."""
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     return LoraConfig(
         rank=config.rank,
@@ -100,8 +100,8 @@ def invoked_example(handle: Any, example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
-    """The paths of the modules of a task's head that the base's files lack. They are trained in
-    full. The target "all-linear" already includes them."""
+    """The paths of the modules of a task's head that the base's files lack, which are trained in
+    full. [] for the target "all-linear", which includes them already."""
     if "all-linear" in pattern_list(config.targets):
         return []
     names = Names(model)
@@ -112,9 +112,10 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
 
 
 def calibration_arguments(task: Task, rows: Rows, model: Any) -> dict[str, Any]:
-    """The arguments of ``attach`` that the task's variant needs from the data: ``batches``, or
-    none. Other arguments, such as LoftQ's original weights, are left to the caller. Raises
-    ``ConfigError`` for a variant that needs gradients and a task whose loss is not the model's."""
+    """The arguments of ``attach`` that the run's variant needs from the data: ``{"batches": …}``,
+    or {} if it needs none. Other arguments, such as LoftQ's original weights, are left to the
+    caller. Raises ``ConfigError`` if the variant needs gradients and the task is not sft, because
+    the loss of the other tasks is not the model's own."""
     variant = task.config.variant
     needs = VARIANTS[variant].needs & {"inputs", "gradient"}
     if not needs:

@@ -2,13 +2,13 @@
 
     rank      the least power of two with which the adapter has at least as many parameters as there
               are tokens with a label
-    rate      ten times the rate of full fine-tuning, and 1.5 times that for a short run; for Llama
-              and Qwen 10 · 5e-5 · (2000 / width)^p
+    rate      ten times the rate of full fine-tuning; for Llama and Qwen models of hidden size w,
+              10 · 5e-5 · (2000 / w)^p with p of `WIDTH_EXPONENTS`; 1.5 times that for a short run
     scale     alpha / r with alpha 32, so that the best rate does not depend on the rank
     targets   all linear layers
 
-The advice is only a starting point for a search: `try_out` trains a few neighbouring settings for a
-short time, all at once.
+The advice is only a starting point for a search. `try_out` searches: it trains a few neighbouring
+settings for a short time, all at once.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LORA_PAPER = "Hu et al. 2021, LoRA, arXiv:2106.09685"
 
 #: the smallest and the largest rank that is advised
 RANK_LIMITS = 4, 512
-#: the exponent p of the rate's decrease with the width, for the model families with a published
-#: fit; the rate for all other families
+#: by model family with a published fit, the exponent p with which the rate falls with the hidden
+#: size; and the rate for all other families
 WIDTH_EXPONENTS, DEFAULT_RATE = {"llama": 0.781, "qwen": 0.0775}, 2e-4
 #: the maximal number of steps of a short run; the factor of its rate; the maximal steps of a trial
 SHORT_RUN_STEPS, SHORT_RUN_FACTOR, TRIAL_STEPS = 100, 1.5, 48
@@ -133,7 +133,8 @@ def _advise_rate(width: int, model_type: str, steps: int) -> Advice:
 
 
 def _read_base_sizes(config: TrainConfig) -> tuple[int, int, str]:
-    """(parameters of an adapter of rank 1, hidden size, model type) of a base, from its config."""
+    """(number of parameters of an adapter of rank 1 on all linear layers, hidden size, model type)
+    of a base, from the base's config."""
     import torch
 
     from veneer.config import LoraConfig
@@ -161,9 +162,10 @@ def _values_by_setting(advice: Sequence[Advice]) -> dict[str, Any]:
 def try_out(
     config: TrainConfig, advice: Sequence[Advice], steps: int, folder: Path, **options: Any
 ) -> list[Advice] | None:
-    """Improve the advised rate and rank by a short sweep in `folder`, over 1/3, 1 and 3 times the
-    advised rate and over the advised rank and a quarter of it. Returns None if the sweep was
-    interrupted; a checkpoint then holds its state. ``options``: arguments of `sweep`."""
+    """Improve the advised rate and rank by a sweep in `folder` of at most `TRIAL_STEPS` steps, over
+    1/3, 1 and 3 times the advised rate and over the advised rank and a quarter of it. Returns None
+    if the sweep was interrupted; a checkpoint then holds its state. ``options``: arguments of
+    `sweep`."""
     from veneer.train.sweep.sweep_run import sweep
     from veneer.train.sweep.sweep_settings import make_sweep
 

@@ -35,7 +35,8 @@ EQUAL_REWARDS_WARNING = (
 
 class LossLog(TrainerCallback):
     """Writes one JSON line per step to output/log.jsonl: step, loss, grad_norm, learning_rate,
-    epoch, tokens, seconds. `previous_lines`: the last lines of the log of a resumed run, whose
+    epoch, tokens, seconds and the measures of the task; and one per evaluation, with eval_loss and
+    eval_ before the measures. `previous_lines`: the last lines of the log of a resumed run, whose
     `seconds` the new lines continue."""
 
     def __init__(self, output: Path, previous_lines: list[dict[str, Any]], task: Task) -> None:
@@ -135,7 +136,7 @@ class StopOnSignal(TrainerCallback):
 
 class ProgressBar(TrainerCallback):
     """Shows the loss, the tokens per second and the remaining time: as a live bar on a terminal,
-    else as a line every ten seconds."""
+    else as a line every ten seconds. `start_step`: the step that the run resumes from, or 0."""
 
     def __init__(self, console: Console, start_step: int, task: Task) -> None:
         self.formatters = {
@@ -211,8 +212,8 @@ class ProgressBar(TrainerCallback):
 
 
 def _format_reward(logs: dict[str, Any]) -> str:
-    """The mean reward of a step, and the spread of the rewards of a prompt's answers, as text. ""
-    for a task without rewards."""
+    """The mean reward of a step ± the standard deviation of the rewards of a prompt's answers, as
+    text; "" if the log entry has no rewards."""
     if "reward_spread" not in logs:
         return ""
     return f"  reward {logs['reward']:.3f} ± {logs['reward_spread']:.3f}"

@@ -1,6 +1,6 @@
 """Test that a model is causal: it predicts each token only from the tokens before it.
 
-    rows 0 and 1 differ only from token t on    →    their logits before t are equal
+    rows 0 and 1 differ only from token t on    →    a causal model gives equal logits before t
 
 A model that sees later tokens reads its labels in its input, so the loss falls although it learns
 nothing. ``models.must_be_causal`` recognises transformers' encoders by their config; this test runs
@@ -38,7 +38,7 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
             :, :SHARED_TOKENS
         ]
     first_logits, second_logits = logits.double()
-    # In one batch, equal inputs give equal logits, except for the order of sums on a GPU.
+    # In one batch, equal inputs give equal logits, up to the order of sums on a GPU.
     tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
     if (first_logits - second_logits).norm() > tolerance * first_logits.norm():
         raise ConfigError(

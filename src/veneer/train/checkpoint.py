@@ -2,7 +2,7 @@
 
 output/
   run.json                 status (running, interrupted, finished, cleared), configuration, hashes
-                           of the data
+                           of the data, number of steps, versions of the libraries
   log.jsonl                one line per step and per evaluation; when a run resumes from a step, the
                            lines of later steps are dropped
   checkpoint-120/          always complete: it gets its name once all of its files are written
@@ -64,8 +64,9 @@ def clear(output: Path, *names: str) -> None:
 
 @contextmanager
 def only_writer(output: Path, processes: Processes) -> Iterator[None]:
-    """A block in which no other run writes to `output`. First removes the incomplete files of
-    killed runs. Raises `OutputExistsError` if another process writes its run there."""
+    """A block in which no other run writes to `output`. At the beginning, incomplete files of
+    killed runs are removed; at the end, an empty `output` is removed. Raises `OutputExistsError` if
+    another process writes its run there."""
 
     def make_refusal(holder: str) -> OutputExistsError:
         return OutputExistsError(
@@ -109,7 +110,8 @@ def write(
         writer = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
         folder = Path(processes.run_on_first(lambda: str(stack.enter_context(writer))))
         try:
-            # disk_errors within: errors of communication between processes are none of the disk
+            # `disk_errors` does not enclose `joint_work`, whose errors of communication between
+            # processes have nothing to do with the disk
             with processes.joint_work(), disk_errors(target):
                 fill(folder)
             with processes.joint_work():

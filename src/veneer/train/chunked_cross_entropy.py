@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.precision import at_least_float32
 
-#: smallest probability whose logarithm is exact in float32
+#: the least probability in a float32 softmax whose logarithm is accurate enough
 MIN_EXACT_P = 1e-30
 
 
@@ -25,7 +25,8 @@ class ChunkedCrossEntropy:
     """Sums over the chunks: the loss, its gradients, and the number of correct predictions.
 
     Args:
-        first_logits: logits [1, c, v] of the largest chunk, for the sums' shape, dtype and device.
+        first_logits: logits [1, c, v] of the largest chunk. The sums and the buffers get their
+            shapes, dtypes and device from these logits.
         accuracy: whether to count the labels that are the most likely token.
     """
 
@@ -37,7 +38,7 @@ class ChunkedCrossEntropy:
         self.is_correct: list[Tensor] = []  # of each label, [c] per chunk
         self.row_gradients: list[Tensor] = []  # [c, h] per chunk
         self.parameter_gradients: dict[Tensor, Tensor] = {}  # by parameter of the head
-        # one buffer serves all chunks: to allocate a buffer for each chunk would take longer than
+        # one buffer serves all chunks, because to allocate a buffer for each would take longer than
         # to compute the exponentials
         self.softmax = first_logits.new_empty(first_logits.shape[-2:], dtype=self.total.dtype)
         self.float_buffer = (
@@ -70,7 +71,7 @@ class ChunkedCrossEntropy:
         for parameter, chunk_gradient in zip(parameters, gradients, strict=True):
             if parameter in self.parameter_gradients:
                 self.parameter_gradients[parameter] += chunk_gradient
-            else:  # summed in float32 and rounded to 16 bits once, after the last chunk
+            else:  # The sum is in float32, and is rounded to 16 bits once, after the last chunk.
                 self.parameter_gradients[parameter] = chunk_gradient.to(
                     at_least_float32(chunk_gradient.dtype)
                 )
@@ -106,7 +107,8 @@ class ChunkedCrossEntropy:
 
 
 class _PrecomputedRowGradients(torch.autograd.Function):
-    """Losses [n] of rows [n, h], with a precomputed gradient of each loss in its row."""
+    """Losses [n] of rows [n, h]. Backward uses precomputed gradients [n, h], in each row the
+    gradient of the row's loss with respect to the row."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ def _refuse_second_derivative() -> None:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """A scalar, with a precomputed gradient in each input."""
+    """A scalar whose backward uses precomputed gradients, one for each input."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def _softmax_into(logits: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, 
     p = out.gather(1, labels)
     log_p = p.log()
     is_unlikely = (p < MIN_EXACT_P).squeeze(1)
-    if is_unlikely.any():  # the logarithm of a probability below MIN_EXACT_P is not exact
+    if is_unlikely.any():
         log_p[is_unlikely] = torch.log_softmax(logits[is_unlikely], dim=-1).gather(
             1, labels[is_unlikely]
         )

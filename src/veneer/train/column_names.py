@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.errors import listing
 
-#: by field, its usual column names, the most usual first
+#: by field of a row, the usual names of its column, the most usual first
 USUAL_NAMES = {
     "messages": (
         "messages",
@@ -65,7 +65,8 @@ PROMPT_DATA_SETS = (
 
 
 def find_likely_column(field: str, names: Sequence[str]) -> str | None:
-    """The column whose name is usual for a field, or similar to the field's name; else None."""
+    """The column among ``names`` that is usual for a field, or else has a name similar to the
+    field's; None if there is none."""
     by_lower_name = {name.lower(): name for name in reversed(names)}
     for usual in USUAL_NAMES.get(field, (field,)):
         if usual in by_lower_name:

@@ -38,14 +38,14 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
-#: fields that a flag gives as a text with commas
+#: fields with a list, which a flag gives as one text with commas
 LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
                "layers", "reward")  # fmt: skip
 
-#: settings that earlier versions lacked, and what these versions did, where that is not the default
+#: by setting that earlier versions lacked, the value by which they computed; defaults are left out
 IMPLIED_SETTINGS = {"group_by_length": True}
 
-# Fields that the adapter's files define if `adapter` names an adapter to train further.
+# Fields that cannot be set together with `adapter`, because the adapter's files define them.
 ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant",
     "adapter_dtype", "add_tokens", "trainable_tokens", "invocation",

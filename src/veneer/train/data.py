@@ -6,8 +6,8 @@
 Every row is checked before any model is loaded, and each error names the line of the row.
 `row_shape` decides which columns are used and checks their values.
 
-Each file format is read by the simplest reader there is (`json`, `csv`, `pyarrow.parquet`), because
-a reader that guesses types would turn the completion `42` into a number. A `.txt` file holds one
+Each file format is read by a simple reader (`json`, `csv`, `pyarrow.parquet`), because a reader
+that guesses types would turn the completion `42` into a number. A `.txt` file holds one
 example a line; empty lines are skipped.
 """
 
@@ -51,6 +51,7 @@ class Records:
             "columns" (the fields of a task other than sft). A row with a chat may also hold
             "tools".
         locations: by row, its location in the source, such as "line 12".
+        source: the file or the id of the data set on the hub.
         sha256: the hash of the source's bytes; for a hub data set, the hash of its rows.
         unused: the columns of the first row that the task does not read.
     """
@@ -83,8 +84,14 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
 
 
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
-    """Read a source: ([(location, row)], sha256 of its bytes). The columns are not changed. There
-    is at least one row, and each row is an object. Raises as `read` does, except for columns."""
+    """Read the rows of a source without checking or renaming their columns.
+
+    Returns:
+        ([(location, row)], sha256 as in `Records`), at least one row. Each row is a dict.
+
+    Raises:
+        DataError: as `read`, except for missing columns and wrong values.
+    """
     if is_local(source):
         located_rows, digest = read_file(Path(source).expanduser())
     else:
@@ -124,7 +131,8 @@ def select_fields(
     fields that the first row has. Values are not changed.
 
     Args:
-        column_names: the column of a field whose name differs from the field's.
+        digest: the hash of the source, for `Records.sha256`.
+        column_names: by field, the name of its column if it is not the field's name.
 
     Raises:
         DataError: `column_names` has an unknown field, a column is missing (with the nearest name),
@@ -188,7 +196,7 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
     try:
         with quiet():
             dataset = load_dataset(identifier, config or None, split=split)
-    # `datasets` raises about twenty unrelated error types here, which mean the same to a user
+    # `datasets` raises about twenty unrelated error types here; for the user, all mean "no data"
     except Exception as error:
         raise DataError(
             f"No data at {name!r}: there is no such file here, and the hub says:"
@@ -204,8 +212,9 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
 
 
 def _describe_value(value: Any) -> Any:
-    """A value that JSON cannot hold, as the hash of a data set takes it: its text, or the form and
-    the bytes of an image or an array, whose text does not tell its contents."""
+    """Convert a value that JSON cannot hold, for the hash of a data set. The text of an image or an
+    array does not tell its contents, so its mode, dtype, size, shape and a hash of its bytes are
+    returned; for any other value, its text."""
     if not hasattr(value, "tobytes"):
         return str(value)
     form = [str(getattr(value, name, None)) for name in ("mode", "dtype", "size", "shape")]
@@ -215,7 +224,8 @@ def _describe_value(value: Any) -> Any:
 def _build_records(
     located_rows: list[tuple[str, Any]], columns: Columns, source: str, digest: str
 ) -> Records:
-    """Find the columns of the task sft by the first row, and bring every row into that shape."""
+    """The records of the task sft. The first row decides which columns are read; every row must
+    have these columns."""
     names = list(located_rows[0][1])
     kind, column_by_field = detect_columns(names, located_rows[0][1], columns, source)
     rows = []

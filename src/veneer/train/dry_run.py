@@ -2,9 +2,10 @@
 
 The output folder, the data, the tokens and the targets are checked as in a run. The base is on the
 meta device, with shapes and without weights. It is loaded with its weights only if it is or will be
-quantised, if it gets new tokens or the head of a task other than language, if the variant starts
-from data, or if an adapter is trained further. Properties that need the weights are not checked:
-whether the forward reaches every adapter, and whether the loss is finite.
+quantised, if tokens are trained, if the task's model does not generate text, if the variant starts
+from data or from unquantised weights (`Variant.needs`), or if an adapter is trained further. Two
+properties need the weights and are not checked: whether the forward reaches every adapter, and
+whether the loss is finite.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from veneer.train.run_summary import print_summary
 from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
 
-#: for how many seconds matrix products are timed
+#: duration in seconds of the measurement of the machine's speed
 TIMED_SECONDS = 0.3
 #: maximal number of characters that are shown of each segment of the example
 MAX_SHOWN = 1000
@@ -40,7 +41,8 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     """Print the summary of the run, its estimated memory, a lower bound of its time, and its first
     example.
 
-    Raises: as ``fit`` does before its first step.
+    Raises:
+        VeneerError: the errors that ``fit`` raises before its first step.
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
@@ -76,8 +78,9 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
 
 def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
     """A lower bound of the time of ``steps`` steps, in words: the time of the base's matrix
-    products in forward and backward, at this machine's current speed. It leaves out all other
-    operations of a step. Backward ends at the first weight that trains."""
+    products in forward and backward, at this machine's current speed. All other operations of a
+    step are left out. Backward stops at the first parameter that trains, so the weights below it
+    count for the forward only."""
     config = task.config
     tokens = (
         sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
@@ -85,7 +88,9 @@ def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> st
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     left_out = {id(module.weight) for module in (embedding, head) if module is not None}
     experts_of_token = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    below, above = 0.0, 0.0  # frozen numbers that multiply a token, below and above what trains
+    # the number of frozen weights that multiply a token, before and after the first parameter that
+    # trains
+    below, above = 0.0, 0.0
     trains = False
     for parameter in model.parameters():
         trains = trains or parameter.requires_grad

@@ -43,7 +43,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Rows, *, batch_size: int = 8) -> Evaluation:
-    """Evaluate a causal language model on examples. The modules keep their training modes."""
+    """Evaluate a causal language model on the rows of the task sft, in evaluation mode. Afterwards
+    each module has its previous mode."""
     row_order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
     total_loss, token_count, correct_count = 0.0, 0, 0
     with evaluation_mode(model):
@@ -80,12 +81,17 @@ def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) ->
 def task_from_record(
     record: Mapping[str, Any], base: str, data: str, load_options: Mapping[str, Any], **fields: Any
 ) -> Task:
-    """The task in an adapter's metadata (`Task.record`; {"name": …} for an adapter without a
-    record), with other data. Raises `ConfigError`.
+    """Create the task that trained an adapter, for an evaluation on other data.
 
     Args:
-        load_options: arguments of `load_head`.
-        fields: fields of `TrainConfig` that override the record's, unless they are None.
+        record: the task record in the adapter's metadata (`Task.record`); {"name": …} if the
+            metadata has none.
+        base, data: the base, and the source of the data.
+        load_options: keyword arguments of `models.load_head`.
+        fields: fields of `TrainConfig` that override those of the record, unless they are None.
+
+    Raises:
+        ConfigError: the record or `fields` are not a valid configuration.
     """
     config_fields = {name: value for name, value in record.items() if name in RECORDED_FIELDS}
     config_fields |= {name: value for name, value in fields.items() if value is not None}

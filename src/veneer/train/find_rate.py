@@ -2,8 +2,8 @@
 
     rate_k = low · (high / low)^(k / steps)        for step k, with the run's optimiser
 
-The loss falls at first, faster as the rate grows, and rises once the rate is too high. The
-suggested rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long.
+The loss falls at first, faster as the rate grows, and rises once the rate is too high. At the
+lowest smoothed loss, steps begin to be too long. The suggested rate is a tenth of the rate there.
 The test is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks",
 arXiv:1506.01186. It writes no files and discards the trained adapter.
 """
@@ -91,8 +91,8 @@ class RateSweep:
 
 
 class _SweepCallback(TrainerCallback):
-    """Sets the rate of each step and records its loss. Stops the run when the smoothed loss is far
-    above its lowest value."""
+    """Sets the rate of each step and records its loss. Stops the run at a loss that is not finite,
+    and when the smoothed loss is far above its lowest value (`STOP_FACTOR`)."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -131,8 +131,10 @@ class _SweepCallback(TrainerCallback):
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
     """Train on the data of ``config`` with one step for each rate. Ignores the output folder.
 
-    Raises: as ``fit`` does before its first step; ``ConfigError``: the task is grpo, whose loss
-    does not measure progress; ``TrainingError``: the first loss is not finite.
+    Raises:
+        ConfigError: the task is grpo, whose loss does not measure progress.
+        TrainingError: the first loss is not finite.
+        VeneerError: the errors that ``fit`` raises before its first step.
     """
     if config.task == "grpo":
         raise ConfigError(

@@ -3,8 +3,8 @@ that dpo continues.
 
 The adapter's files define its targets, rank and variant; the run defines the data, the loss and the
 learning rate. If the loss compares with a reference policy, that reference is the adapter in its
-initial state, as in TRL. It is a second, frozen adapter on the same base (``as_reference``), which
-the loss selects (``tasks/_base.reference``).
+initial state, as in TRL. The run attaches this state to the same base as a second, frozen adapter
+(``as_reference``), and the loss selects it for the reference (``tasks/_base.reference``).
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class InitialAdapter(NamedTuple):
 
 
 def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
-    """Read the adapter that a run trains further. ``adapter``: where it is; None for a run that
-    trains a new adapter. Raises ``AdapterError`` for a damaged or missing adapter, and
-    ``ConfigError`` for one that trains tokens, since the base may lack rows for them."""
+    """Read the adapter that a run trains further. ``adapter``: its folder or its place
+    (``TrainConfig.adapter``); None for a run that trains a new adapter. Raises ``AdapterError`` for
+    a damaged or missing adapter, and ``ConfigError`` for one that trains tokens, since the base's
+    embeddings may lack rows for these tokens."""
     if adapter is None:
         return None
     folder = resolve(adapter)
@@ -84,8 +85,9 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
 def as_reference(
     model: Any, initial_adapter: InitialAdapter | None, needs_reference: bool
 ) -> Iterator[None]:
-    """A block around the steps of a run. If the loss compares with the initial adapter
-    (`needs_reference`), the block attaches that adapter as a second one and does not select it."""
+    """A block around the steps of a run. If the loss compares the model with the initial adapter
+    (`needs_reference`), the block attaches a second, frozen copy of that adapter (`REFERENCE`). The
+    trained adapter stays selected."""
     if initial_adapter is None or not needs_reference:
         yield
         return

@@ -70,9 +70,9 @@ def generate(
         batch_size: number of prompts that are computed at a time.
         stop: further strings that end an answer.
         seed: the seed of the sampling. Prompt i draws from ``sample_seed(seed, i)``, whatever its
-            batch. None draws a seed from torch's generator; else the global random state does not
-            change.
-        say: called with each new piece of text, for a single prompt.
+            batch. If None, the seed is drawn from torch's global generator, whose state changes
+            only in this case.
+        say: called with each new piece of text; only for a single prompt.
         should_stop: called after each token; generation ends when it returns True.
 
     Raises:
@@ -263,9 +263,9 @@ def _pad_left(
 
 class _Sampling:
     """Samples the tokens of answers by temperature, top-k and top-p. Each answer has its own random
-    generator, whose noise is added to the scores before the argmax. transformers' own sampling uses
-    one generator for a batch, so the answer to a prompt would depend on the other prompts. With
-    temperature 0, the most likely token is taken."""
+    generator, whose noise is added to the scores before the argmax (Gumbel-max sampling).
+    transformers' own sampling uses one generator for a batch, so that the answer to a prompt would
+    depend on the other prompts. With temperature 0, the most likely token is taken."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -358,9 +358,9 @@ def _stream_options(
 
 
 def encode(prompt: Prompt, tokenizer: Any, location: str = "the prompt") -> list[int]:
-    """The token ids of a text, or of a chat by the tokenizer's chat template, which ends with the
-    header of the answer. Raises `DataError` for an empty prompt, for a chat without a template, and
-    with ``location`` for a chat that the template refuses."""
+    """The token ids of a prompt. A chat is encoded by the tokenizer's chat template and ends with
+    the header of the answer. Raises `DataError` for an empty prompt, for a chat if the tokenizer
+    has no template, and with ``location`` for a chat that the template refuses."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

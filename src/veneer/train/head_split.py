@@ -4,9 +4,10 @@ chosen rows only.
     body(inputs) → hidden [b, s, h] → chosen rows [n, h] → head(rows) → logits [1, n, v]
 
 b: rows of the batch; s: tokens; h: features; n: chosen hidden states; v: size of the vocabulary.
-The model itself defines the head: the model's forward runs on a view of the model whose body
-returns the chosen rows. `find_body` reads in the source of the forward whether it can be split.
-`Head` tests once per model, on a few rows, that the head treats each row on its own.
+The head has no function of its own in the model. To compute it, the model's forward runs on a view
+of the model (a copy that shares its parameters) in which the body returns the chosen rows.
+`find_body` reads in the source of the forward whether it can be split. `Head` tests once per model,
+on a few rows, that the head computes each row independently of the others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from veneer.attach import LayerState, adapters_of, submodule_calls, use, view
 from veneer.distributed import base_class
 from veneer.kernels import fused
 
-#: by model, whether its head treats each row on its own; filled by `Head.is_rowwise`
+#: by model, whether its head computes each row independently; filled by `Head.is_rowwise`
 ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -40,8 +41,13 @@ ModulePath = tuple[str, ...]
 
 
 class Head:
-    """The head of a model: its forward after the body, as a function of rows [n, h]. It treats each
-    row on its own."""
+    """The head of a model: its forward after the body, as a function of rows [n, h] (n hidden
+    states of h features). A call returns the model's output, with logits [1, n, v].
+
+    Args:
+        path: the path of the body.
+        inputs: the keyword arguments of the model's forward for the batch.
+    """
 
     def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
@@ -50,7 +56,7 @@ class Head:
             self.inputs = {**inputs, "output_router_logits": False}
         self.output: Any = None
         self.rows = self.memory = torch.empty(0)
-        #: whether `memory` holds logits that the caller still needs
+        #: whether `memory` holds logits that are still needed, so that it cannot be overwritten
         self.memory_in_use = False
         self.view = self.reuse_memory(
             body_view(model, path, lambda *_, **__: with_rows(self.output, self.rows))
@@ -72,9 +78,9 @@ class Head:
         return base_class(self.model).forward(self.view, **self.inputs)
 
     def hidden_rows(self, output: Any, labels: Tensor, positions: Tensor) -> Tensor | None:
-        """The hidden states of the body's output as rows [b · s, h]. None if there is not one for
-        each token of the labels [b, s], or if the head mixes rows, which is tested on the rows at
-        `positions`."""
+        """The hidden states of the body's output as rows [b · s, h]. None if there is not one
+        hidden state for each token of the labels [b, s], or if the head computes across rows, which
+        is tested on the first rows of `positions`."""
         self.output = output
         hidden = getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
@@ -91,9 +97,9 @@ class Head:
             return is_rowwise is not False
         # the logits of both calls below are needed at once, so neither may be in the shared memory
         model_adapters, self.memory_in_use = adapters_of(self.model), True
-        # The test runs without the adapter, because dropout would differ between the two calls. It
-        # runs with gradients, because autocast under no_grad would cache the weights that it casts,
-        # and the first chunk would get these weights without a gradient.
+        # The test runs without the adapter, whose dropout would differ between the two calls. The
+        # test runs with gradients, because autocast under no_grad would cache the weights that it
+        # casts, and the first chunk would get these weights without a gradient.
         with (
             nullcontext()
             if model_adapters is None or model_adapters.has_unrelated_merges
@@ -112,13 +118,14 @@ class Head:
 
     def reuse_memory(self, model: nn.Module) -> nn.Module:
         """A view of the model whose output layer writes the logits of each chunk into the memory of
-        the previous chunk, because to allocate that much memory on a CPU takes time. Returns the
-        model itself if its output layer is not a frozen `nn.Linear` without hooks on the CPU."""
+        the previous chunk, because to allocate that much memory on a CPU takes time. In a call on
+        another device, or if the layer trains, the layer works as usual. Returns the model itself
+        if its output layer is not an `nn.Linear` without hooks and without a forward of its own."""
         layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         name = next(
             (name for name, child in model._modules.items() if child is layer is not None), None
         )
-        # hooks, or a forward that is set on the instance (by accelerate), do more than the class
+        # The replacement would skip hooks, and a forward that accelerate has set on the instance.
         override_names = ("forward", *_HOOKS)
         if (
             name is None
@@ -159,7 +166,7 @@ class _LinearInto(torch.autograd.Function):
             torch.mm(flat_rows, weight.mT, out=output)
         else:
             torch.addmm(bias, flat_rows, weight.mT, out=output)
-        # `.data`: autograd must not treat the result as a view of `memory`
+        # `.data`, so that autograd does not treat the result as a view of `memory`
         return output.view(*rows.shape[:-1], len(weight)).data
 
     @staticmethod
@@ -171,7 +178,7 @@ class _LinearInto(torch.autograd.Function):
 def find_body(model: nn.Module) -> ModulePath | None:
     """The path to the module that computes a model's hidden states (its body), or None if the
     model's forward cannot be split into body and head."""
-    # the model is not transformers', or is in a wrapper that must see each call (DDP, FSDP)
+    # the model is none of transformers', or is a wrapper that must see each call (DDP, FSDP)
     if not hasattr(type(model), "base_model_prefix"):
         return None
     # gradients that are computed within the forward cannot be part of a compiled graph
@@ -186,7 +193,7 @@ def find_body(model: nn.Module) -> ModulePath | None:
         and forward.__self__ is model
         and inspect.unwrap(forward.__func__) is class_forward
     ):
-        return None  # the model has another forward than a wrapper of its class's
+        return None  # the instance has a forward that does not wrap the forward of its class
     bodies = [
         (path, is_late)
         for path, is_late in submodule_calls(class_forward)
@@ -200,7 +207,8 @@ def find_body(model: nn.Module) -> ModulePath | None:
     model_adapters = adapters_of(model)
     if model_adapters is not None:
         active_adapter = context.current.selection.get(model_adapters.uid, model_adapters.default)
-        # with one adapter per row of the batch, the head would no longer know which row is which
+        # Here rows of the batch have different adapters, and an adapter changes the head. The head
+        # would get hidden states without the rows that they belong to.
         if (
             active_adapter.name is None
             and active_adapter.layer_adapters
@@ -229,9 +237,10 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
             for value in outside_parameters
         ):
             return True
-    # To visit all parameters in each step would cost as much as a layer, so this is done only for
-    # an adapted head: it may read the change of a weight that it shares with the body. A forward
-    # that reads a weight of the body by its path is not detected; no model of transformers does so.
+    # An adapted head may read parameters in the body, because the change of a shared weight lies
+    # there. Only then are all parameters visited, which takes as long in each step as a layer. A
+    # head that reads a weight of the body by its path is not detected; no model of transformers
+    # does so.
     has_adapted_head = any(isinstance(module, LayerState) for module in outside_modules)
     return any(
         value.requires_grad and value._backward_hooks
@@ -240,8 +249,8 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
 
 
 def _changes_outside(model: nn.Module, path: ModulePath, changes: Mapping[Any, Any]) -> bool:
-    """Whether an adapter changes a layer outside the body. ``changes``: the adapter's changes by
-    the key of the layer."""
+    """Whether an adapter changes a layer outside the body. ``path``: the path of the body.
+    ``changes``: the adapter's changes, by the key of the layer or by (key, method)."""
     outside_keys = [
         module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)
     ]
@@ -277,7 +286,7 @@ def _modules_outside(module: nn.Module, path: ModulePath) -> Iterator[nn.Module]
 
 
 def _is_model(model: nn.Module, path: ModulePath) -> bool:
-    """Whether the module at a path of attributes is a model of transformers."""
+    """Whether the submodule at a path is a model of transformers."""
     module = reduce(lambda module, name: getattr(module, "_modules", {}).get(name), path, model)
     return hasattr(type(module), "base_model_prefix")
 

@@ -1,5 +1,5 @@
-"""A cache of the hidden states after the frozen lower blocks of a model: these blocks run once for
-each row of the data.
+"""A cache of the hidden states after the frozen lower blocks of a model, so that these blocks run
+once for each row of the data.
 
     row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  cached hidden states [s, h]
     batch of rows         →  cached states, zero-padded        →  blocks k …, the head
@@ -44,15 +44,16 @@ class HiddenStateCache:
             upper blocks.
 
     Raises:
-        ConfigError: a parameter outside the blocks trains, there are no blocks below the trained
-            ones, or these have dropout.
+        ConfigError: a parameter outside the blocks trains, no block lies below the trained ones,
+            the blocks below have dropout, or the base is sharded over processes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks, self.block_count = _frozen_blocks(model)
         #: hidden states [s, h] by the hash of a row's inputs, in main memory
         self.states: dict[bytes, Tensor] = {}
-        #: the outputs of a block after its hidden states; None if a block returns no tuple
+        #: the further elements of the tuple that a block returns after its hidden states; None if a
+        #: block returns no tuple
         self.extra_outputs: tuple[Any, ...] | None = None
 
     @contextmanager
@@ -134,7 +135,8 @@ class HiddenStateCache:
         from the row."""
         with evaluation_mode(model):
             reference = model(**row, use_cache=False).logits
-            # a forward on a different row replaces any state that lower blocks keep in the model
+            # Lower blocks may keep a state in the model. This forward on a different row replaces
+            # the state, so that the next forward shows whether upper blocks read it.
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
             with self._replace_blocks(hidden.to(reference.device)[None]):
                 logits = model(**row, use_cache=False).logits
@@ -152,7 +154,8 @@ class _StopForward(Exception):  # noqa: N818 (control flow, not an error)
 
 
 def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
-    """(the blocks below the lowest one with a trained parameter, number of all blocks)."""
+    """(the blocks below the lowest one with a trained parameter, number of all blocks). Raises
+    ``ConfigError`` as ``HiddenStateCache`` does."""
     requirement = "everything that trains to lie in the upper blocks"
     trained_names = [
         name for name, parameter in model.named_parameters() if parameter.requires_grad

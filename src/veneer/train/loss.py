@@ -10,8 +10,9 @@ is differentiated as soon as its loss is computed:
     hidden [b, s, h] → rows [n, h], the n hidden states with a label
     for each chunk of c rows: logits [c, v] → Σ -log p, ∂/∂rows, ∂/∂(head parameters)
 
-`head_split` finds the head of a model, if its forward can be split into body and head. For any
-other model, the logits of all columns that have a label are computed at once.
+`head_split` finds the head of a model whose forward can be split into body and head. For any other
+model, logits are computed at once for all positions t at which any row has a label; such positions
+are called columns.
 """
 
 from __future__ import annotations
@@ -93,16 +94,18 @@ def token_loss(
     """The summed loss of one batch.
 
     Works on any causal language model of `transformers`. At most `chunk` rows of logits are in
-    memory at a time if the model's forward is a body followed by a head that treats each row on its
-    own. Any other model holds the logits of all columns with a label; so does a model inside DDP,
-    FSDP or `torch.compile`, and one with a different adapter per row. The total has dtype float32,
-    or float64 for float64 logits, and can be differentiated once.
+    memory at a time if the model's forward is a body followed by a head that computes each row
+    independently. For any other model, the logits of all columns with a label are in memory. The
+    same holds for a model inside DDP, FSDP or `torch.compile`, and if the rows have different
+    adapters that change the head. The total has dtype float32, or float64 for float64 logits, and
+    can be differentiated once.
 
     Args:
         inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
             where the loss does not count.
         accuracy: whether to count the labels that are the most likely token.
-        count: the number of labels, if the caller knows it: the host then need not wait for the GPU
+        chunk: the maximal number of rows of logits at a time.
+        count: the number of labels, if the caller knows it. The host then need not wait for the GPU
             to count them.
 
     Raises:
@@ -155,8 +158,9 @@ def causal_loss(
 def label_losses(
     model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK
 ) -> LabelLosses:
-    """The losses that `token_loss` sums, for a loss that weights the rows differently. They can be
-    differentiated once.
+    """The loss of each label, instead of the sum that `token_loss` returns, for a loss that weights
+    the labels differently. Arguments are those of `token_loss`. The losses can be differentiated
+    once.
 
     Raises:
         ConfigError: the model adds a load-balancing loss over all rows, whose gradients would be
@@ -179,7 +183,8 @@ def label_losses(
     target = labels[:, 1:]
     has_label, body_path = target != IGNORED, find_body(model)
     counts, outputs = has_label.sum(1), None
-    # the chunks would sum the gradients of an adapted head over the labels
+    # In chunks, the gradients of the head's parameters are summed over the labels, so that a weight
+    # for each label could not be applied to them.
     is_head_trained = (
         torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
     )
@@ -206,9 +211,13 @@ def log_probabilities(
     """log p of each label given the tokens before it, [b, s - 1] for labels [b, s]; 0 at positions
     without a label. Can be differentiated as often as the model.
 
-    `inputs` as for `token_loss`. Only rows with a label reach the head, if the model's forward can
-    be split there. Their logits, divided by `temperature`, are kept for backward, because a
-    preference loss knows the weight of each label only once it has the log p of all."""
+    If the model's forward can be split into body and head, only hidden states with a label reach
+    the head. The logits, divided by `temperature`, are kept for backward, because a preference loss
+    knows the weight of each label only once it has the log p of all labels.
+
+    Args:
+        inputs: as for `token_loss`.
+    """
     labels: Tensor = inputs["labels"]
     model_inputs = {
         "use_cache": False,
@@ -248,10 +257,11 @@ def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -
 
 
 def _labelled_columns(labels: Tensor) -> Tensor:
-    """The c columns [c] whose next token has a label in any row; column 0 if there is none."""
+    """The indices [c] of the c columns whose next token has a label in any row; column 0 if there
+    is none."""
     columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
-    # Without labels the graph must still reach the parameters, because a distributed backward waits
-    # for every rank.
+    # Without labels, the loss must still depend on the parameters, because a distributed backward
+    # waits for every rank.
     return columns if len(columns) else torch.zeros(1, dtype=torch.long, device=labels.device)
 
 
@@ -320,7 +330,7 @@ def _loss_in_chunks(
 ) -> TokenLoss:
     forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
     rows, sums, outputs, balancing_loss = forward
-    if rows is None:  # the body returns other hidden states, or the head mixes rows
+    if rows is None:  # no hidden state for each token, or a head that computes across rows
         return _loss_of_columns(model, outputs, _labelled_columns(labels), labels, accuracy)
     items = (labels[:, 1:] != IGNORED).sum()
     if sums is None:
@@ -366,7 +376,7 @@ def _forward_in_chunks(
         if hidden_rows is None:
             return output
         if len(positions) == 0:
-            # without labels the graph must still reach the parameters
+            # without labels, the loss must still depend on the parameters (`_labelled_columns`)
             rows = first_chunk = hidden_rows[:1]
         else:
             rows = hidden_rows.index_select(0, positions.to(hidden_rows.device))  # [n, h]

@@ -8,8 +8,8 @@ parameters, as a separate loop would compute them. The caller also provides each
 schedule, clipping, accumulation and order of the data. The step engine (``veneer/engine``) computes
 the passes.
 
-A causal language model has a separate forward here, which computes −log p of the labels without all
-logits, so that runs share its output head too.
+For a causal language model, this file has a forward of its own. It computes −log p of the labels
+without holding all logits at once, and runs share the output head in it too.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ def train_many(
         seeds: the seed of the initial values and the dropout of a run; one for all runs, or a seed
             by name. A run computes the same numbers as a separate loop after
             ``torch.manual_seed(seed)`` and ``veneer.attach``.
-        keep_going: leave out runs that cannot begin, and losses that raise an error, instead of
-            raising it; ``Runs.failed`` holds these errors.
+        keep_going: if a run cannot begin, or its loss raises in ``Runs.backward``, put the error
+            into ``Runs.failed`` instead of raising it. The run is then missing from ``Runs``, or
+            from the result of ``backward``.
 
     Raises:
-        TargetError: the problems of all configs. The model is unchanged.
+        ConfigError: the model is inside a wrapper, such as DDP.
+        TargetError: runs cannot begin; it lists the problems of all. With ``keep_going``, only if
+            no run can begin. The model is unchanged.
     """
     if unwrap(model) is not model:
         raise ConfigError(
@@ -138,7 +141,7 @@ class Runs(Mapping[str, Handle]):
         self.stream(name).restart(seed)
 
     def remove(self, name: str) -> None:
-        """End a run and detach its adapter. Save it first."""
+        """End a run and detach its adapter, whose parameters are then lost if it was not saved."""
         self[name].detach()
         del self._handles[name]
         self.engine.remove(name)
@@ -170,7 +173,8 @@ class Runs(Mapping[str, Handle]):
         Raises:
             DataError, ConfigError: a batch or a loss has an unsupported form. An error that a loss
                 raises gets a note with the run's name.
-            SelectionError: the model mixes rows. In all these cases the gradients are unchanged.
+            SelectionError: the model computes across rows of a batch, so runs cannot share a
+                forward. In all these cases the gradients are unchanged.
         """
         requests = self.requests(batches, loss, weights)
         self.failed = {}
@@ -230,7 +234,7 @@ class Runs(Mapping[str, Handle]):
 
         Raises:
             DataError: a batch has an unsupported form.
-            SelectionError: the model mixes rows.
+            SelectionError: the model computes across rows of a batch.
         """
         return self._forward(batches, partial(_label_losses, accuracy=accuracy))
 
@@ -251,8 +255,8 @@ class Runs(Mapping[str, Handle]):
 def _causal_forward(
     mean_loss_names: set[str], model: nn.Module, batches: Mapping[str, AdapterBatch]
 ) -> dict[str, Tensor]:
-    """By run, −log p of its labels. For a single run in ``mean_loss_names``, the mean of these,
-    computed by a loss that needs less memory."""
+    """By run, −log p of its n labels, [n]. If the only run is in ``mean_loss_names``, their mean
+    instead, which ``causal_loss`` computes with less memory."""
     if len(batches) == 1 and not mean_loss_names.isdisjoint(batches):
         ((name, batch),) = batches.items()
         return {name: causal_loss(model, {**_keyword_inputs(name, batch), "labels": batch.target})}
@@ -262,7 +266,7 @@ def _causal_forward(
 def _label_losses(
     model: nn.Module, batches: Mapping[str, AdapterBatch], accuracy: bool = False
 ) -> dict[str, LabelLosses]:
-    """By run, −log p of its labels, from one forward of all batches."""
+    """By run, the ``LabelLosses`` of its batch, from one forward of all batches."""
     batches_without_labels = [
         batch._replace(kwargs=_keyword_inputs(name, batch)) for name, batch in batches.items()
     ]

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-#: key of a row or batch without weight in the loss
+#: key that marks a row or a batch as one without weight in the loss
 WEIGHTLESS = "veneer_spare"
 
 
@@ -62,8 +62,8 @@ class EpochSampler(Sampler[int]):
 class ShareSampler(BatchSampler):
     """The batches of one of several processes. All processes have the same number of batches. At
     the end of an epoch, a process may have no row for its last batch; accelerate would repeat
-    earlier rows. Here such a process gets a single row without weight, written ~index, so that the
-    other processes do not wait for it."""
+    earlier rows. Here such a process gets a single row without weight in the loss, so that the
+    other processes do not wait for it. Its index is written ~index, a negative number."""
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, rank: int, process_count: int
@@ -101,8 +101,13 @@ def share_loader(
     process_count: int,
     remove_weight: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> DataLoader[Any]:
-    """A loader of a process's share of the rows of `loader`, which is accelerate's loader for that
-    process. `remove_weight`: a function that removes the weight of a batch from the loss."""
+    """A loader of one process's share of the rows.
+
+    Args:
+        loader: accelerate's loader of this process.
+        remove_weight: returns a batch changed so that it has no weight in the loss. It is called
+            for batches of rows that another process computes.
+    """
     sampler: Any = loader.batch_sampler
     batches = ShareSampler(sampler.batch_sampler.sampler, sampler.batch_size, rank, process_count)
     collate: Callable[[Any], Any] = loader.collate_fn

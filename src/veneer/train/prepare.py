@@ -27,9 +27,11 @@ class Rows(Dataset[dict[str, Any]]):
     """The rows of a data set, each an input of the task's `collate`.
 
     Fields:
-        lengths: number of tokens by row, for grouping rows of similar length; 0 for images.
+        lengths: by row, the number of tokens that the model computes for it, of all its texts and
+            answers; 0 for images. For grouping rows of similar length, and for estimates.
         record_indices: by row, the index of its record in the data.
-        trained_counts: by row, the number of its tokens that reach the output head.
+        trained_counts: by row, the number of its tokens that reach the output head; [] if the task
+            does not count them.
         dropped, truncated: number of records that were dropped or cut, because they were too long.
     """
 
@@ -58,9 +60,11 @@ class Prepared:
 
     Fields:
         train, evaluation: the rows.
-        train_set, eval_set: the same rows as the trainer's data sets.
+        train_set, eval_set: the same rows as the trainer's data sets, packed if the run packs.
         max_length: maximal number of tokens of a row.
-        hashes: by data set, the hash of its source.
+        steps: number of optimiser steps of the run.
+        hashes: hashes of what a resumed run must find unchanged, by name: the sources "train" and
+            "eval", the initial "adapter", and the files of reward functions by their paths.
         unused: columns of the data that the task does not read.
         prompt: a sample prompt from the data, a text or a chat; None if no prompt is short enough.
     """
@@ -104,6 +108,7 @@ def prepare(
     Args:
         read: (source, split) -> records.
         encode: records -> examples.
+        length: the maximal number of tokens of a row.
         make_dataset: (examples, length) -> the trainer's data set; by default the examples.
     """
     rows = read(config.data, config.split)
@@ -163,7 +168,7 @@ def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
 
 
 def _prompt_of_row(row: dict[str, Any]) -> Any:
-    """The prompt or chat of a row. For a row with only a text, its first five words."""
+    """The prompt or chat of a row. For a row that has only a text, the first five words of it."""
     for column in ("messages", "prompt"):
         if column in row:
             return row[column]

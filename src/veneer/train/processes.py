@@ -1,7 +1,7 @@
 """A run in several processes, as torchrun starts them.
 
     a step      batch_size · grad_accum examples in total: each process computes its share
-    gradients   averaged over the processes once per step, the only communication
+    gradients   averaged over the processes once per step
     files       only the first process writes and prints
 
 Every process reads the data and the base, and attaches the adapter. All processes run the same
@@ -56,9 +56,14 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """The processes of one run. `ranks`: None for a run in one process. `same_rows`: whether each
-    process computes all rows with a shard of the base (tensor parallelism), instead of computing
-    its share of the rows with the full base. `is_first`: whether this process writes and prints."""
+    """The processes of one run.
+
+    Attributes:
+        ranks: the group of processes; None for a run in one process.
+        same_rows: whether each process computes all rows of a batch with a shard of the base
+            (tensor parallelism). Otherwise each computes its share of the rows.
+        is_first: whether this process writes and prints.
+    """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks, self.same_rows, self.parent_pid = ranks, False, os.getppid()
@@ -88,7 +93,7 @@ class Processes:
 
     def joint_work(self, subject: str = "") -> AbstractContextManager[Callable[..., None]]:
         """Run the block in every process, as `Ranks.joint_work` does: it succeeds in all, or raises
-        in all. A single process compares nothing."""
+        in all. In a run of one process, the yielded function `compare` does nothing."""
         if self.ranks is None:
             return nullcontext(lambda summary, *result: None)
         return self.ranks.joint_work(subject)
@@ -142,8 +147,8 @@ def fresh_store(store: Any, rank: int, process_count: int, patience: float = PAT
 
     Each machine counts restarts separately, so the first process names the namespace with a random
     token. Every other process writes its own token under that name. It accepts the name once the
-    first process has published a list there that contains its token. A name from an earlier start
-    never lists it.
+    first process has published a list there that contains this token. The list under a name from an
+    earlier start never contains it.
 
     Raises:
         TrainingError: some processes do not arrive in `patience` seconds.

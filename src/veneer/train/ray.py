@@ -50,8 +50,8 @@ POLL_SECONDS = 0.2
 
 StopRequested = Callable[[], bool]
 Say = Callable[[str], Any]
-#: the work of each worker. Its argument returns whether the run shall stop; its result in the first
-#: worker is the result of the run.
+#: the function that each worker runs. Its argument is a function that returns whether the run shall
+#: stop. What it returns in the first worker is the result of the run.
 Work = Callable[[StopRequested], Any]
 
 
@@ -88,6 +88,7 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
 
     Args:
         work: an importable function, because the workers get it by its name.
+        workers: the number of workers.
         max_restarts: how often all workers may restart because one died.
         say: prints a line.
         gpus: whether each worker gets a GPU; by default, if the cluster has any.
@@ -142,7 +143,8 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
 
 
 def _use_gpus(workers: int, say: Say, gpus: bool | None) -> bool:
-    """Return whether the workers get GPUs. Prints which resources the cluster lacks for them."""
+    """Return whether each worker gets a GPU. Prints which resources the cluster lacks for all
+    workers. ``gpus``: as in `launch`."""
     resources: dict[str, Any] = ray.cluster_resources()
     uses_gpus = resources.get("GPU", 0) > 0 if gpus is None else gpus
     for resource in ("CPU", "GPU") if uses_gpus else ("CPU",):

@@ -25,8 +25,8 @@ LABELS = ("label", "labels", "label_text")
 
 @dataclass(frozen=True)
 class Columns:
-    """The column name of each field. None stands for a column with the field's name, if there is
-    one."""
+    """By field, the name of its column. None stands for the column with the field's name, if there
+    is one; for ``messages``, also for ``conversations``."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -37,9 +37,10 @@ class Columns:
 def detect_columns(
     names: list[str], first_row: dict[str, Any], columns: Columns, source: str
 ) -> tuple[Kind, dict[str, str]]:
-    """Find the shape of the rows and the column of each field. The columns that the options name
-    decide; else the usual names do, the most specific shape first. Raises `DataError` if no shape
-    fits, or if the rows belong to another task than sft."""
+    """Find the shape of the rows, and by field the name of its column. Columns that the user names
+    in ``columns`` decide. Fields that the user does not name are looked up by their usual column
+    names: first a chat, then prompt and completion, then a text. Raises `DataError` if no shape
+    fits, or if the rows are those of another task than sft."""
     for option, column in vars(columns).items():
         if column is not None and column not in names:
             raise DataError(
@@ -81,9 +82,9 @@ def _chat_column(names: list[str]) -> str | None:
 
 
 def _refuse_other_tasks(names: list[str], first_row: dict[str, Any], source: str) -> None:
-    """Raise `DataError` for rows of preferences or labels: a language model trained on them would
-    not learn what they express. Called only if the user names no columns, since a user who names
-    some accepts that the others are ignored."""
+    """Raise `DataError` for rows with preferences or labels, because the task sft would ignore the
+    preference or the label. Called only if the user names no columns, since a user who names some
+    accepts that the others are ignored."""
     if {"chosen", "rejected"} <= {*names}:
         flags = (
             "--messages-column chosen"
@@ -120,8 +121,8 @@ def check_texts_or_chats(
     row: Mapping[str, Any], location: str, column_by_field: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Check each value of a row of messages, of prompt and completion, or of text, and return the
-    row with parsed messages. Raises `DataError`, also if a prompt is a text and its completion a
-    chat, or the reverse.
+    row with parsed messages. Raises `DataError` for a value that is neither a text nor a chat, and
+    if a prompt is a text and its completion a chat, or the reverse.
 
     Args:
         column_by_field: the column of each field, for errors; by default the field's name.
@@ -244,8 +245,8 @@ def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
 
 
 def parse_tools(value: Any, location: str) -> list[Any]:
-    """The tools of a row, as a list of JSON schemas. ``value`` is the list, or the list as JSON
-    text, since a column of a table can hold no list. Raises `DataError` otherwise."""
+    """The tools of a row, as a list of JSON schemas. ``value`` is this list, or its JSON text,
+    since a CSV file cannot hold lists. Raises `DataError` for any other value."""
     try:
         tools = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

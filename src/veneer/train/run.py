@@ -77,6 +77,8 @@ class Result:
         adapter: the adapter folder; after an interruption, the one in the newest checkpoint.
         losses: the loss of each step (sft: nats per token).
         eval_losses: (step, loss) of each evaluation.
+        tokens: number of tokens that the steps computed, without padding.
+        metrics: the content of metrics.json; empty after an interruption.
         checkpoint: the newest checkpoint, or None.
         prompt: a prompt from the data, a text or a chat; None if the base generates no text.
     """
@@ -283,7 +285,7 @@ def _hash_data(token_ids: tuple[int, ...], prepared: Prepared) -> str:
 
 
 def _as_resume_point(folder_and_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
-    """The resume point of a (checkpoint folder, step) that came as JSON from another process."""
+    """Convert (checkpoint folder, step), which may come as JSON from another process."""
     return None if folder_and_step is None else (Path(folder_and_step[0]), folder_and_step[1])
 
 
@@ -339,7 +341,7 @@ def _run_trainer(
     if resume_point is not None:
         state = TrainerState.load_from_json(str(resume_point[0] / checkpoint.STATE))
         if _has_no_steps_left(state, prepared.steps, task.config.early_stopping):
-            # the run was killed between its last checkpoint and its end
+            # the run was killed after its last step, so only its results are missing
             trainer.state = state
             trainer._load_best_model()
             return
@@ -366,8 +368,8 @@ def _run_trainer(
 
 
 def _has_no_steps_left(state: TrainerState, steps: int, early_stopping: int | None) -> bool:
-    """Whether no step follows a checkpoint of this state, because it is the last of `steps`, or
-    because of `early_stopping` evaluations without a gain."""
+    """Whether no step follows the checkpoint of this state: it is the last of `steps`, or the last
+    `early_stopping` evaluations brought no gain."""
     if early_stopping is not None:
         callback_states: Any = state.stateful_callbacks
         attributes = callback_states[EarlyStoppingCallback.__name__]["attributes"]
@@ -378,8 +380,9 @@ def _has_no_steps_left(state: TrainerState, steps: int, early_stopping: int | No
 
 @contextmanager
 def _replace_connection_errors() -> Iterator[None]:
-    """A block whose connection errors become a `TrainingError` with advice. A process that fails
-    with an error reports it to the others; a lost connection means that a process died silently."""
+    """A block whose connection errors become a `TrainingError` with advice. A lost connection means
+    that another process was killed, because a process that fails reports its error to the
+    others."""
     try:
         yield
     # all surviving processes raise the error of the first one that lost its connection

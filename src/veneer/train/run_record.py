@@ -31,7 +31,7 @@ def open_output(
     config: TrainConfig, output: Path, prepared: Prepared, resume_point: ResumePoint
 ) -> list[dict[str, Any]]:
     """Create or clear the output folder and mark the run as running. Returns the last two lines of
-    the log that the run continues."""
+    the log that a resumed run continues; [] for a new run."""
     # called after all checks: a run that cannot begin leaves no files behind
     if resume_point is None and (output / checkpoint.RUN).exists():
         checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
@@ -79,7 +79,7 @@ def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | Non
             "a new folder",
             "choose another output, or pass --overwrite to replace it",
         )
-    # settings that the run's version of Veneer did not have are as that version computed
+    # a setting that the recorded version of Veneer lacked has the value by which it computed
     implied = {**TrainConfig.defaults(), **IMPLIED_SETTINGS}
     recorded_settings = {**implied, **run["config"], "sweep": run.get("sweep")}
     current_settings = {**config.content(), "sweep": sweep}
@@ -108,7 +108,8 @@ def find_resume_point(
     config: TrainConfig, output: Path, prepared: Prepared, console: Console
 ) -> tuple[str, int] | None:
     """(folder, step) of the newest checkpoint of the run in `output`; None if there is none, or if
-    the data changed and `overwrite` is set. Raises `ConfigError` if the data changed otherwise."""
+    the data or the initial adapter have changed and `overwrite` is set. Raises `ConfigError` if
+    they have changed and `overwrite` is not set."""
     run = checkpoint.read_json(output / checkpoint.RUN)
     if run["data"] == prepared.hashes:
         if (newest := checkpoint.newest(output)) is None:
@@ -176,7 +177,8 @@ def print_changed_versions(run: Mapping[str, Any], console: Console) -> None:
 
 
 def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
-    """Read the results of a run that ended from its files, as JSON values."""
+    """Read the results of an ended run from the files in `output`, as JSON values. ``interrupted``:
+    whether the run ended before its last step, so that its adapter is in the newest checkpoint."""
     lines = checkpoint.read_log(output)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -197,9 +199,9 @@ def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
 
 
 def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str, str]:
-    """A record of how the adapter is prompted, derived from a prompt of its data: "chat", or
-    "completion" for a text that the model continues. ``with_texts``: whether to add the system
-    prompt and the prompt itself, which come from the data."""
+    """A record of how the adapter is prompted, derived from a prompt of its data. Its "mode" is
+    "chat", or "completion" for a text that the model continues. ``with_texts``: whether to add the
+    system prompt ("system") and the prompt itself ("example"), which reveal data."""
     is_chat = isinstance(prompt, list)
     record = {"mode": "chat" if is_chat else "completion"}
     if not with_texts or prompt is None:
@@ -218,7 +220,7 @@ def prompt_record(prompt: str | list[Any] | None, with_texts: bool) -> dict[str,
 def provenance_of(
     config: TrainConfig, task: Task, prepared: Prepared, model: Any, metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """The training provenance in the metadata of a finished run's adapter."""
+    """How an adapter was trained, as JSON values for the metadata of a finished run's adapter."""
     prompt = (
         {"prompt": prompt_record(prepared.prompt, config.record_example)}
         if task.generates_text()

@@ -57,7 +57,7 @@ def print_summary(
             f"         parallel {config.parallel} does nothing here: this is one process (torchrun"
             " starts several)",
         )
-    if not console.quiet:  # the estimate counts a step, which takes a while
+    if not console.quiet:  # the estimate runs a step on the meta device, which takes a while
         _print_memory(task, model, prepared, console, processes)
     if hidden_state_cache is not None:
         examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
@@ -75,7 +75,8 @@ def print_summary(
 def _print_memory(
     task: Task, model: Any, prepared: Prepared, console: Console, processes: Processes
 ) -> None:
-    """Print the estimated memory of a step, and to which processes and weights it applies."""
+    """Print the estimated memory of a step. With several processes, also say that it is the memory
+    of each, and whether the base is yet to be divided among them."""
     division_note = {
         "ddp": "",
         "fsdp": ", before the base is spread",

@@ -15,17 +15,19 @@ from veneer.train.order import WEIGHTLESS
 from veneer.train.tokens import IGNORED
 from veneer.train.trainer import AdapterTrainerBase, mark_as_adapted
 
-#: key of a batch's number of labels
+#: key under which a batch holds its number of labels
 LABELS = "veneer_labels"
 
 
 class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
     """An `SFTTrainer` for a model with a Veneer adapter attached.
 
-    Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
-        adapter: the handle that `veneer.attach` returned;
-        base_name: the name of the base in the adapter's metadata;
+    Args:
+        adapter: the handle that `veneer.attach` returned.
+        base_name: the name of the base in the adapter's metadata.
         hidden_state_cache: cache of the frozen blocks below the lowest adapted one, or None.
+        kwargs: `SFTTrainer`'s arguments. The data sets are tokenised, with the columns input_ids
+            and labels.
     """
 
     #: number of forward passes of this step in all processes, without those that have no weight
@@ -61,8 +63,9 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """The batches of a step, each with the number of its labels. Here, all counts of the step
-        in all processes are read from the device together, so that nothing else waits for it."""
+        """The batches of a step, each with the number of its labels. Here, the host reads these
+        numbers together with all other counts of the step, so that it waits for the device only
+        once."""
         batches, item_count = super().get_batch_samples(*args)
         if batches and all("labels" in inputs for inputs in batches):
             # packed rows have neither a mask nor padding
@@ -93,8 +96,8 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss by `token_loss`. In an evaluation, also add the loss and the accuracy to
-        its sums."""
+        """The mean loss per label, by `token_loss`. In an evaluation, also add the summed loss, the
+        number of labels and of correct predictions to the sums of the evaluation."""
         if return_outputs:
             raise NotImplementedError(
                 "AdapterTrainer computes no full logits; set prediction_loss_only=True"
@@ -112,10 +115,11 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = result.total / items.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # the loss was divided by the labels of all processes, which average their gradients
+            # The loss was divided by the number of labels of all processes. This factor undoes the
+            # average of the processes' gradients.
             loss = loss * self.processes.share_count
-        # the balancing loss shall be a mean over the passes of all processes, whose gradients are
-        # averaged
+        # The balancing loss is a mean over the passes of all processes. The factor share_count
+        # undoes the average of the processes' gradients.
         if result.extra is not None and not is_weightless:
             loss = loss + result.extra * (
                 self.processes.share_count / self._passes if training else 1

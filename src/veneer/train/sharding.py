@@ -29,9 +29,9 @@ from veneer.variants import VARIANTS
 
 
 def gathered_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time, inner modules first: those that transformers
-    does not split over devices, except modules that share a parameter with a module outside. These
-    are gathered together with the remaining model."""
+    """The modules that FSDP gathers one at a time, inner modules first. They are the modules that
+    transformers does not split over devices (`_no_split_modules`). Left out are modules that share
+    a parameter with a module outside, which are gathered together with the remaining model."""
     block_classes = {*(getattr(model, "_no_split_modules", None) or ())}
     candidates = [
         module
@@ -69,7 +69,7 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
         }
         try:
             base = task.load()
-            reshard(base.model)  # a forward of the task leaves weights gathered
+            reshard(base.model)  # `task.load` may run a forward, after which weights stay gathered
             return base
         except WholeOnlyError as error:
             task.load_options, full_load_reason = load_options, str(error)
@@ -79,7 +79,8 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
 
 def shard(model: Any, device: torch.device, shard_size: int | None = None) -> None:
     """Shard the frozen weights over all processes, or over each group of `shard_size` consecutive
-    ranks. The other parameters are moved to `device`, on which the processes communicate."""
+    ranks. Move the trained parameters to `device`, on which the processes communicate. Does nothing
+    if the model is sharded already."""
     if is_spread(model.modules()):
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -97,7 +98,8 @@ def shard(model: Any, device: torch.device, shard_size: int | None = None) -> No
     for block in gathered_blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=trained)
     fully_shard(model, mesh=mesh, ignored_params=trained)
-    # on a CPU, communication does not overlap with computation, so prefetching only costs memory
+    # On a CPU, communication does not overlap with computation, so prefetching would only take
+    # memory. To prefetch only itself keeps a module from prefetching others.
     if device.type == "cpu":
         model._set_unshard_async_op(True)
         for module in model.modules():

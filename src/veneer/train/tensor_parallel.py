@@ -4,19 +4,20 @@ model. All processes compute the same rows of a batch.
     column-wise   y_p = x W_pᵀ + s (x Aᵀ) B_pᵀ
                   rows p of W, of B, of the bias, of DoRA's magnitude
     row-wise      y = Σ_p [x_p W_pᵀ + s (x_p A_pᵀ) Bᵀ] + bias
-                  columns p of W and of A: one sum, as for the base alone
+                  columns p of W and of A; the sum over p is the one that the base needs anyway
 
 p: a process; W_p: the rows or columns of W that process p keeps; s: the adapter's scale.
 
 Each process holds the full adapter. A call of a layer uses the shard of the adapter that belongs to
-the process's shard of W. So in every parameter of a cut layer, the gradient in a process is one
-term of a sum. The sum is taken once per step, where gradients are averaged anyway (``TakeShard``).
-Rejected: shards of A and B as parameters. The gradient of A in a column-wise layer, and of B in a
-row-wise layer, would still need a sum. Checkpoints, optimiser states and initial values would have
-to be split and joined.
+the process's shard of W. So each process computes one term of the gradient of A, B and the other
+parameters of the layer. The terms are summed once per step, when gradients are averaged over the
+processes anyway (``TakeShard``). Rejected: shards of A and B as parameters. The gradient of A in a
+column-wise layer, and of B in a row-wise layer, would still need a sum, and checkpoints, optimiser
+states and initial values would have to be split and joined.
 
-Layers whose input and output are complete in the plan (an embedding, a head, a fused projection
-that transformers gathers) are not cut. Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
+A layer is not cut if its input and output are complete in each process by the plan: an embedding, a
+head, or a fused projection that transformers gathers. Shoeybi et al. 2019, "Megatron-LM",
+arXiv:1909.08053.
 """
 
 from __future__ import annotations
@@ -40,20 +41,22 @@ from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 from veneer.variants.dora import gain_of, row_norms
 
-#: the partitions: how the weights of a layer are cut
+#: The partitions: how the weights of a layer are cut. EXPERTS: stacked experts; the plan gives the
+#: partition of each weight. BETWEEN: a layer between a column-wise and a row-wise one, such as a
+#: norm of queries; its weights are not cut, but it computes on a shard.
 COLUMNS, ROWS, EXPERTS, BETWEEN = "column-wise", "row-wise", "experts", "between"
 #: the partition of each style in transformers' plans
 STYLES = {
     "colwise": COLUMNS, "packed_colwise": COLUMNS, "rowwise": ROWS, "moe_tp_experts": EXPERTS,
     "replicated_with_grad_allreduce": BETWEEN,
 }  # fmt: skip
-#: styles of layers whose input and output are complete, which are not cut
+#: styles of layers that are not cut, because their input and output are complete in each process
 UNCUT = {
     "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep",
     "embedding_rowwise", "embedding_colwise", "replicate",
 }  # fmt: skip
-#: by parameter of a variant, the partition in which it is cut: A belongs to the inputs of ΔW, B and
-#: the magnitude belong to its outputs
+#: by parameter of a variant, the partition in which it is cut, because A belongs to the inputs of
+#: the layer, and B and the magnitude belong to its outputs
 PARTITION_BY_PARAMETER = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}
 
 
@@ -120,7 +123,7 @@ def cut_model(model: Any, device: torch.device) -> None:
 
 def cut_layers(model: Any, process_count: int, rank: int) -> list[CutLayer]:
     """The layers of the model that are cut, with their cuts for process ``rank``. Does not change
-    the model. Raises as ``cut_model``."""
+    the model. Raises ``ConfigError`` as ``cut_model`` does."""
     plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
     problems = [f"{style!r} in its plan" for style in sorted({*plan.values()} - {*STYLES} - UNCUT)]
     problems += _indivisible_heads(model.config.get_text_config(), process_count)
@@ -169,7 +172,8 @@ def style_of(plan: Mapping[str, str], path: str, name: str | None = None) -> str
 
 
 def _indivisible_heads(config: Any, process_count: int) -> Iterator[str]:
-    """Problems with cutting attention, which can only be cut between its heads."""
+    """Texts for the error, for numbers of attention heads that ``process_count`` does not divide:
+    attention can only be cut between heads."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % process_count:
@@ -184,7 +188,7 @@ def _layer_adapters(module: nn.Module) -> Iterator[LayerAdapter]:
 
 
 def _unsupported_adapters(path: str, layer: CutLayer) -> Iterator[str]:
-    """The problems of a cut layer with adapters that it does not support."""
+    """Texts for the error, for adapters of a cut layer that tensor parallelism does not support."""
     for adapter in _layer_adapters(layer.module):
         if adapter.submodule_adapters or adapter.submodule_adapters_by_method:
             yield f"{path}, of which other methods than forward read adapted weights"
@@ -238,8 +242,9 @@ def _keep_shard(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.d
 
 
 class _ParallelGroup:
-    """The processes, and the last input of a column-wise layer. Layers with the same input share
-    one node of the autograd graph, so that their gradients are added before the all-reduce."""
+    """The group of processes of a cut model, and the last input of a column-wise layer. Column-wise
+    layers with the same input share one node of the autograd graph, so that their gradients are
+    added before the all-reduce."""
 
     def __init__(self, group: Any, count: int, rank: int) -> None:
         self.group, self.count, self.rank = group, count, rank
@@ -295,9 +300,10 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class TakeShard(torch.autograd.Function):
-    """The shard at ``indices`` of a parameter that each process holds in full; None takes all. The
-    incoming gradient is one of ``process_count`` terms, one per process. Backward multiplies it by
-    ``process_count``, so that the later average over the processes is the sum of the terms."""
+    """The shard at ``indices`` along ``axis`` of a parameter that each process holds in full; with
+    ``indices`` None, the full parameter. The incoming gradient is one of ``process_count`` terms,
+    one per process. Backward multiplies it by ``process_count``, so that the later average over the
+    processes is the sum of the terms."""
 
     @staticmethod
     def forward(
@@ -366,7 +372,7 @@ def _shards_of_full_parameters(
         if value is None:
             continue
         cut = layer.weights.get(name)
-        # an added bias, which the layer of the base does not have
+        # a bias that the adapter adds to a layer without one is cut like the outputs
         if cut is None and name == "bias" and layer.partition == COLUMNS:
             cut = next(iter(layer.weights.values()))._replace(axis=-1)
         if layer.partition == ROWS and name == "bias" and parallel_group.rank:
@@ -381,8 +387,9 @@ def _shards_of_full_parameters(
 
 
 def _shards_of_change(change: Change, cut: Cut | None, parallel_group: Any) -> dict[int, Any]:
-    """The shards of the parameters of a change, by the id of the parameter: A [g, r, in],
-    B [g, out, r], magnitude [g · out], for g groups and rank r."""
+    """The shards of the parameters of a change, by the id of the parameter. The full parameters are
+    A [g, r, in], B [g, out, r] and magnitude [g · out], with g: matrices in the weight, 1 for a
+    linear layer; r: rank."""
     local_values: dict[int, Any] = {}
     tensors: Mapping[str, Any] = {**change._parameters, **change._buffers}
     for name, value in tensors.items():
@@ -439,7 +446,8 @@ def _dora_resolve(group: Any) -> Callable[..., Any]:
 @contextmanager
 def _local_seed(parallel_group: Any) -> Iterator[None]:
     """A context with a different random stream in each process, for dropout on shards of an input.
-    After it, all processes continue the common stream, for dropout on full inputs."""
+    After the context, all processes continue their common stream, so that dropout on full inputs is
+    equal in all."""
     local_seed = (new_seed() + parallel_group.rank) % 2**62
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

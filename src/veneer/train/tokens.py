@@ -19,7 +19,8 @@ from veneer.train.prepare import Rows
 
 IGNORED = -100  # the label that torch's cross-entropy skips
 
-#: errors of a chat template: that of its `raise_exception`, and those of values that it cannot use
+#: the errors of rendering a chat template: jinja2's, which includes the template's own
+#: `raise_exception`, and those of values that the template cannot use
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
@@ -31,18 +32,19 @@ def tokenise(
     too_long: Literal["error", "truncate", "drop"] = "error",
     completion_only: bool = True,
 ) -> Rows:
-    """The rows {"input_ids", "labels"} of every record, at most `max_length` tokens each. Their
-    trained counts leave out the first token, which has no context to be predicted from.
+    """The rows {"input_ids", "labels"} of every record, at most `max_length` tokens each.
+    `Rows.trained_counts` leaves out the first token of a row, which has no context to be predicted
+    from.
 
     Args:
-        too_long: what to do with a longer row. "truncate" keeps the beginning of the row if this
-            has a label, and else drops the row.
+        too_long: what to do with a longer row. "truncate" keeps the beginning of a row if the
+            beginning has a label, and else drops the row.
         completion_only: label only completions and assistant turns, not prompts.
 
     Raises:
         DataError: a row is too long and `too_long` is "error", a row has no label, no row is left,
-            some rows are texts and others chats, or a chat meets a tokenizer without a chat
-            template or whose template refuses it.
+            or some rows are texts and others chats; or for chats, the tokenizer has no chat
+            template, or the template refuses a chat or would omit its tools.
     """
     encode, labels_all = _make_encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     examples: list[dict[str, Any]] = []
@@ -104,12 +106,13 @@ def _length_error(
     )
 
 
-#: (row, its location for errors) -> (token ids, by token whether it belongs to a completion)
+#: (row, its location for errors) -> (token ids, by token whether it is labelled)
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
 def _make_encoder(rows: Records, tokenizer: Any) -> Encoder:
-    """The encoder for the shape of the rows."""
+    """The encoder for the shape of the rows. Raises `DataError` for chats that the tokenizer cannot
+    encode, and for rows that are partly texts and partly chats."""
     _must_share_form(rows)
     if rows.kind == "text":
         return lambda row, location: _encode_text(row["text"], tokenizer)
@@ -179,7 +182,7 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
 def _append_end(
     tokens: list[int], is_labelled: list[bool], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    """Append the end-of-text token, which teaches the model to stop."""
+    """Append the tokenizer's end-of-text token, unless it is there, to teach the model to stop."""
     end_token = tokenizer.eos_token_id
     return (
         (tokens, is_labelled)
@@ -241,9 +244,9 @@ def _encode_by_template(
 def _encode_turns(
     prompt: list[Any], completion: list[Any], tokenizer: Any, location: str, tools: Any
 ) -> tuple[list[int], list[bool]]:
-    """Encode a chat by prefixes: the tokens of a turn are those by which the chat grows when the
-    turn is added. The assistant's turns in `completion` are labelled. Only the prefixes around
-    these are rendered, since a template may refuse others, such as a system prompt alone. Raises
+    """Encode a chat, and label the assistant's turns in `completion`. The tokens of a turn are
+    found by encoding the chat up to the turn and through the turn. Other prefixes of the chat are
+    not rendered, since a template may refuse them, for example a system prompt alone. Raises
     `DataError` for a template that changes earlier turns."""
     messages = [*prompt, *completion]
     full_tokens = chat_tokens(messages, tokenizer, location, tools=tools)
@@ -251,7 +254,7 @@ def _encode_turns(
     for turn in range(len(prompt), len(messages)):
         if messages[turn]["role"] != "assistant":
             continue
-        # generation provides the header ("<|im_start|>assistant"): it is not learnt
+        # the header ("<|im_start|>assistant") is not learnt, because generation provides it
         before = chat_tokens(messages[:turn], tokenizer, location, header=True, tools=tools)
         through = full_tokens
         if turn + 1 < len(messages):
@@ -302,8 +305,8 @@ def _prefix_length(prefix: list[int], full_tokens: list[int], location: str) -> 
 
 
 def label_runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
-    """(whether the tokens have labels, token ids) of each run of consecutive tokens with or without
-    labels."""
+    """Split a row where labels begin or end: (whether the tokens have labels, token ids) of each
+    segment, in order."""
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):

@@ -10,8 +10,8 @@ are trl's and transformers'. The following are replaced:
 - the loss: `loss.token_loss`, because trl's fused head multiplies by `lm_head.weight` and so
   bypasses an adapter of the head;
 - the order of the examples: it is a function of (seed, epoch), because an order drawn from the
-  global generator differs after a resume; examples of similar length share a batch, because the
-  padding is computed too;
+  global generator differs after a resume; with `group_by_length`, examples of similar length share
+  a batch, which saves the computation of padding;
 - the evaluation loss: it is a mean over tokens, because a mean over batches depends on the batch
   size;
 - checkpoints: they hold the adapter instead of the model, and are written under a temporary name
@@ -56,16 +56,16 @@ def mark_as_adapted(model: Any) -> Iterator[None]:
 
 
 class AdapterTrainerBase(Trainer):
-    """A `Trainer` of an adapter, without the loss: the order of the rows, the evaluation, the
-    checkpoints, and sums over several processes. `run.fit` sets `processes`, `stop` and
-    `group_by_length`."""
+    """Base class of the trainers of an adapter, for all but the loss: the order of the rows, the
+    evaluation, the checkpoints, and sums over several processes. `run.fit` sets `processes`, `stop`
+    and `group_by_length`."""
 
     adapter: Any
     base_name: str
     processes = Processes()
     stop: StopOnSignal | None = None
     group_by_length = False
-    #: sums of an evaluation so far: [loss, items, measures …]
+    #: sums over the batches of an evaluation so far: [loss, items, measures …]
     _eval_sums: torch.Tensor | None = None
     measures: tuple[str, ...] = ("accuracy",)
     #: metadata of the adapter in a checkpoint, in addition to the step
@@ -110,7 +110,8 @@ class AdapterTrainerBase(Trainer):
         )
 
     def _remove_weight(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with no weight in the loss, because its rows belong to another process."""
+        """Change a batch of rows that another process computes, so that it has no weight in the
+        loss. Here nothing is changed: `TaskTrainer.compute_loss` multiplies the loss by 0."""
         return batch
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,8 +154,8 @@ class AdapterTrainerBase(Trainer):
         return value
 
     def _sum_counts(self, *counts: torch.Tensor) -> torch.Tensor:
-        """Sum counts of this step over all shares of the rows. With several processes, a last
-        element is added: the number of processes with a request to stop."""
+        """Sum scalar counts of this step over all shares of the rows. With several processes, the
+        number of processes with a request to stop is appended, so that one all-reduce suffices."""
         if self.processes.count == 1:
             return torch.stack(counts)
         is_stop_requested = self.stop is not None and self.stop.requested
@@ -185,7 +186,7 @@ class AdapterTrainerBase(Trainer):
             loss, items, *sums = self._sum(self._eval_sums).tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
             for name, value in zip(self.measures, sums, strict=True):
-                if not math.isnan(value):  # these rows do not have the measure
+                if not math.isnan(value):  # nan: the task does not compute the measure here
                     output.metrics[f"{prefix}_{name}"] = value / max(items, 1)
         return output
 
@@ -262,7 +263,7 @@ class TaskTrainer(AdapterTrainerBase):
         self.task, self.measures = task, task.measures
         self.adapter, self.base_name = adapter, base_name
         self.provenance = {"task": task.record()}
-        # the loss divides by the items of all accumulated batches
+        # `compute_loss` divides by the items of all accumulated batches itself
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._total_train_tokens, self._train_sums = 0, {}
         if self.args.activation_checkpointing:  # pyright: ignore[reportAttributeAccessIssue] (SFTConfig's)
@@ -291,7 +292,8 @@ class TaskTrainer(AdapterTrainerBase):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The task's loss; also adds to the sums of its measures."""
+        """The task's loss per item. Also adds the values of its measures to the sums of the log or
+        of the evaluation."""
         is_weightless = WEIGHTLESS in inputs
         result = self.task.loss(
             model, {name: value for name, value in inputs.items() if name != WEIGHTLESS}

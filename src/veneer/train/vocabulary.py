@@ -3,8 +3,8 @@ for them, and the adapter trains these rows.
 
 An added token is ordinary text to the tokenizer, not a special token, so that clients may write it
 (``serve/prompts.py`` removes special tokens from texts). transformers initialises new rows near the
-mean of the other rows. Here it does so with the run's seed, because a resumed run must begin with
-the same rows.
+mean of the other rows, at random. Here the run's seed decides these values, because a resumed run
+must begin with the same rows.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
 
 
 def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int, ...]:
-    """The token ids of ``invocation``; none if the configuration has no invocation. ``rows``: the
-    rows of the data, which only the task sft holds as ``input_ids``. Raises ``ConfigError`` if none
-    of these contains the tokens, because then nothing would train."""
+    """The token ids of ``config.invocation``; none if there is no invocation. ``rows``: the rows of
+    the training data. They are searched for the invocation if they have ``input_ids``, which only
+    rows of the task sft have. Raises ``ConfigError`` if none of them contains the invocation,
+    because then nothing would train."""
     if config.invocation is None:
         return ()
     ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))

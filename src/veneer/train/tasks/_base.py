@@ -4,7 +4,7 @@ the loss and the measures.
     read_data  read local files; needs no base
     open_base  check the base's config and return the processor (tokenizer or image processor)
     prepare    rows → Prepared
-    segments   a row → the texts that the model reads and learns, for display
+    segments   a row → the texts that the model reads or learns to write, for display
     load       the base with the head of the task
     collate    rows → a batch
     loss       (model, batch) → TaskLoss
@@ -88,8 +88,8 @@ class Task(ABC):
         evaluates_base: whether an evaluation also measures the base without the adapter. False if
             the task adds a new head to the base: before training, its outputs mean nothing.
         compares_rows: whether the loss of a row depends on the other rows of its forward pass.
-        uses_single_forward: whether the loss needs a single forward of `inputs`, so that several
-            runs can share the forward.
+        uses_single_forward: whether the loss is computed from one forward of the model on `inputs`.
+            Several runs can then share this forward.
     """
 
     name: ClassVar[str] = ""
@@ -143,8 +143,8 @@ class Task(ABC):
                 self._records[source, split] = self.read(source, split)
 
     def records(self, source: str, split: str) -> data.Records:
-        """The records of a source. Takes those that `read_data` has read and forgets them; else
-        calls `read`."""
+        """The records of a source. If `read_data` has read them, they are returned and removed from
+        the task; else `read` reads them."""
         rows = self._records.pop((source, split), None)
         return self.read(source, split) if rows is None else rows
 
@@ -157,7 +157,7 @@ class Task(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The values that a later evaluation of the adapter needs in addition to the
-        configuration. They must be JSON values."""
+        configuration, as JSON values by name; for classify, the labels."""
         return {}
 
     def record(self) -> dict[str, Any]:
@@ -205,7 +205,8 @@ class Task(ABC):
 
     def load(self) -> Base:
         """Load the base with the head of the task, and the processor. Raises `ConfigError` for a
-        language model that is not causal, although its config does not say so."""
+        language model that is not causal, which is tested by a forward, because not every config
+        tells it."""
         model = self.model()
         if self.generates_text():
             must_not_see_later_tokens(model, self.config.base)
@@ -217,7 +218,7 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Join rows to a batch."""
+        """Join rows to a batch, by name: tensors, and other values that `loss` needs."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
@@ -233,8 +234,8 @@ class Task(ABC):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        """The model's keyword arguments for a short row of the training data, whose forward runs
-        every adapted layer."""
+        """The model's keyword arguments for a short row of the training data. A forward with them
+        must run every adapted layer."""
         inputs = self.inputs(
             self.collate([prepared.train.rows[short_row_index(prepared.train.lengths)]])
         )
@@ -257,7 +258,7 @@ class Task(ABC):
         return f"{len(rows):,} examples{tokens}"
 
 
-#: least number of tokens of an example row (`Task.example`), so that attention mixes several tokens
+#: least number of tokens of an example row (`Task.example`), so that tokens attend to other tokens
 MIN_TOKENS = 8
 #: the fields of the configuration that `models.load_head` takes
 LOAD_OPTIONS = ("precision", "device", "attention", "quantize", "device_map")
@@ -276,7 +277,7 @@ def register(cls: type[Task]) -> type[Task]:
 
 def short_row_index(lengths: Sequence[int]) -> int:
     """The index of the shortest row of at least `MIN_TOKENS` tokens, else of the longest row. In
-    a row of a single token, queries and keys get no gradient."""
+    a row of a single token, queries and keys get no gradient, because the attention is always 1."""
     long_enough = [i for i, length in enumerate(lengths) if length >= MIN_TOKENS]
     if long_enough:
         return min(long_enough, key=lengths.__getitem__)
@@ -322,8 +323,8 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
 
 
 def padding_token(tokenizer: Any) -> int:
-    """The id that pads short rows: the padding token, else the end-of-text token, else 0. The
-    attention mask hides it."""
+    """The token id that pads short rows: that of the padding token, else of the end-of-text token,
+    else 0. The attention mask hides padding from the model."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return 0 if pad is None else pad
 
@@ -384,8 +385,9 @@ def apply_max_length(
 
 
 def cut_before_end(values: list[int], limit: int) -> list[int]:
-    """The token ids, or labels, of at most `limit` tokens of a sequence. The last token remains: it
-    is the special token with which texts of encoders, and answers of decoders, end."""
+    """Truncate a sequence of token ids, or of labels, to `limit` tokens. The last token is kept and
+    tokens before it are removed, because texts of encoders and answers of decoders end with a
+    special token."""
     return values if len(values) <= limit else [*values[: limit - 1], values[-1]]
 
 
@@ -402,7 +404,8 @@ def read_text_column(records: data.Records, column: str) -> list[str]:
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """Import the function that `spec`, FILE.py:NAME, names. Raises `ConfigError`."""
+    """Import the function that `spec`, FILE.py:NAME, names. Raises `ConfigError` if the file or the
+    function does not exist."""
     import importlib.util
 
     path, _, name = spec.rpartition(":")

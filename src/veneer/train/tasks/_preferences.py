@@ -1,8 +1,9 @@
-"""Base classes of the tasks that train on answers (dpo, orpo, kto, grpo, reward). Their rows are a
-prompt with one or two answers; their losses use the log-probability of each answer.
+"""Base classes of the tasks that train on answers to prompts: `CausalTask` for kto and grpo, and
+its subclass `PreferenceTask` for dpo, orpo and reward, whose rows have a chosen and a rejected
+answer.
 
-chosen, rejected (and prompt)   →   [2b, s]: the chosen answers of b rows, then the rejected ones,
-                                    each with its prompt, padded to s tokens
+b rows with the columns chosen, rejected (and prompt) become one batch [2b, s]: first the b chosen
+answers, then the b rejected ones, each after its prompt and padded to s tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from veneer.train.tokens import IGNORED
 
 
 class CausalTask(Task):
-    """Base class of tasks that train a causal language model on answers."""
+    """Base class of tasks that train on the answers of a causal language model, including reward,
+    which scores such answers."""
 
     @property
     def beta(self) -> float:
@@ -133,7 +135,8 @@ class PreferenceTask(CausalTask):
 
 def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The chosen and the rejected answer of a row, each with its prompt. If the row has no prompt
-    and its answers are chats, the messages that both begin with are the prompt. Texts get none."""
+    and its answers are chats, the messages that both begin with are the prompt. Answers that are
+    texts without a prompt stay whole."""
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt = row["prompt"]

@@ -6,9 +6,10 @@
 
     loss = -log p(label)                                 a mean over labels
 
-A new head is trained in full, unless the base has a head with all labels of the data. Labels are
-texts or integers; their names are saved with the adapter. The first token of a word carries the
-word's label; the other tokens have none.
+A base without a head for such rows gets a new one, which is trained in full. A base with a head
+keeps it, and its labels are used if they include those of the data; else the data must have as many
+labels as the head. Labels are texts or integers; their names are saved with the adapter. The first
+token of a word carries the word's label; the other tokens have none.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ class Classify(Task):
 
     def _choose_labels(self, label_names: list[list[str]], locations: list[str]) -> None:
         """Set `labels` if they are not set: to the labels of the base if its head has all labels of
-        the data, else to the labels of the data. Raises `DataError` for a row with another
-        label."""
+        the data, else to the labels of the data. Raises `DataError` for a label of a row that is
+        not in `labels`, and if the data have a single label."""
         if not self.labels:
             labels_in_data = {label for labels in label_names for label in labels}
             id2label = getattr(config_of(self.config.base), "id2label", None) or {}
@@ -225,8 +226,8 @@ class Classify(Task):
     def _build_token_rows(
         self, records: data.Records, rows: list[dict[str, Any]], text_columns: list[Any]
     ) -> Rows:
-        """Apply the maximal length to encoded rows. ``text_columns``: the texts by column; empty
-        for words."""
+        """Apply the maximal length to encoded rows, and add token types to pairs of texts if the
+        base uses them. ``text_columns``: by column, the texts of all records; empty for words."""
         limit = self.max_length()
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
@@ -237,7 +238,7 @@ class Classify(Task):
             limit,
             lambda row: {name: cut_before_end(values, limit) for name, values in row.items()},
         )
-        if len(text_columns) == 2:  # token types mark the text of each token, if the base uses them
+        if len(text_columns) == 2:  # a token's type says to which of the two texts it belongs
             token_types = self.processor(
                 *([column_texts[i] for i in retained_indices] for column_texts in text_columns)
             ).get("token_type_ids")
@@ -257,8 +258,8 @@ class Classify(Task):
     def _encode_image(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
     ) -> Rows:
-        """Read each image once, to report errors. `collate` reads it again, because all images
-        as tensors would fill the memory."""
+        """Read each image once, to report errors. The image is not kept, because all images as
+        tensors would fill the memory; `collate` reads it again."""
         folder = Path(records.source).expanduser().parent
         rows = [
             {"image": row["image"], "location": location, "folder": folder, "labels": labels}

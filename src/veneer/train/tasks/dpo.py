@@ -3,8 +3,9 @@ a rejected answer.
 
     loss = -log σ(β · ((log π(chosen) - log π₀(chosen)) - (log π(rejected) - log π₀(rejected))))
 
-π is the base with the adapter, π₀ the same weights with no adapter selected. log π of an answer is
-a sum over its tokens. The reward of an answer is β · (log π - log π₀). Measures: the share of pairs
+π is the base with the adapter. π₀ is the reference policy (`_base.reference`): the base without an
+adapter, or with the initial adapter if the run trains an adapter further. log π of an answer is a
+sum over its tokens. The reward of an answer is β · (log π - log π₀). Measures: the share of pairs
 whose chosen answer has the larger reward (`accuracy`), and the difference of the rewards
 (`margin`).
 """

@@ -1,14 +1,15 @@
 """Embeddings: texts that belong together get similar vectors.
 
-    anchor, positive (, negative)    ranking: -log softmax over the batch of 20 · cos(anchor, ·),
-                                     at the anchor's positive (multiple negatives: Henderson et
+    anchor, positive (, negative)    ranking: cross-entropy of the scores 20 · cos(anchor, text)
+                                     over all positives and negatives of the batch; the target is
+                                     the anchor's own positive (multiple negatives: Henderson et
                                      al., 2017, arXiv:1705.00652)
     anchor, positive, label          cosine: (cos(anchor, positive) - label)²
 
-Each anchor is compared with all positives and negatives of the batch, so a batch should be as large
-as memory allows. Pooling and normalisation are those of the base's sentence-transformers files.
-Measures: for ranking, the share of anchors whose nearest text is their positive (`accuracy`); for
-cosine, |cos - label| (`error`).
+In ranking, a batch should be as large as memory allows, since it provides the negatives. Pooling
+and normalisation are those of the base's sentence-transformers files. Measures: for ranking, the
+share of anchors whose nearest text is their positive (`accuracy`); for cosine, |cos - label|
+(`error`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from veneer.train.tasks._base import (
     register,
 )
 
-COSINE_SCALE = 20.0  # factor of cosines, the default of sentence-transformers
+COSINE_SCALE = 20.0  # factor of cosines in the ranking loss; sentence-transformers' default
 
 
 @register

@@ -7,16 +7,17 @@ answers, and the user's functions score them.
 A group is all answers to one prompt. ρ = π / sg(π), where sg stops the gradient.
 
 The answers are sampled from the weights that train, so there is no second copy of the model to
-update. The server's engine computes them: the prompt of a group is computed once, and a short
-answer does not wait for a long one. Each answer is used for one step, so ρ is 1 and has π's
-gradient. KL is estimated by exp(d) - d - 1 with d = log π₀ - log π. π₀ is the base with no adapter
-selected. With β = 0, the default, KL is not computed.
+update. By default the server's engine computes the answers. It computes the prompt of a group once,
+and a short answer does not wait for a long one. Each answer is used for one step, so ρ has the
+value 1 and the gradient of log π. KL is estimated by exp(d) - d - 1 with d = log π₀ - log π. π₀ is
+the reference policy, as in `dpo.py`. With β = 0, the default, KL is not computed.
 
 A reward is FILE.py:NAME of a function with trl's signature: f(prompts=…, completions=…, **columns)
 returns a number for each completion. Prompts and completions are texts, or lists of messages if the
-prompts are chats. An evaluation takes the greedy answer to each prompt; its loss is -reward. A
-training step reports the mean reward and `reward_spread`: the standard deviation of the rewards of
-a prompt's answers, as a mean over the prompts. If it is 0, A is 0 and the step teaches nothing.
+prompts are chats. An evaluation takes the greedy answer to each prompt; its loss is -reward.
+Measures: the mean reward (`reward`), the mean number of tokens of an answer (`answer_length`), and
+in training `reward_spread`: the standard deviation of the rewards of a prompt's answers, as a mean
+over the prompts. If it is 0, A is 0 for all answers, and only KL has a gradient.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class Grpo(CausalTask):
         return replace(prepared, hashes={**prepared.hashes, **hashes})
 
     def read(self, source: str, split: str) -> data.Records:
-        """Read the columns of all rows, with None where a row lacks one: the reward functions get
-        all columns except the prompt."""
+        """Read all columns, not only the prompt, because the reward functions get the others. The
+        value is None where a row lacks a column."""
         _ = self.reward_functions  # report an invalid file before the base is read
         located_rows, digest = data.raw_rows(source, split)
         records = data.select_fields(
@@ -261,8 +262,9 @@ def losses(
     Args:
         log_p, reference_log_p: log π and log π₀ of each of t tokens, [n, t]. Without
             ``reference_log_p``, the loss has no KL term.
-        answer_advantages: [n].
+        answer_advantages: A of each answer, [n].
         answer_mask: True at the tokens of the answers, [n, t].
+        beta: the factor of the KL term.
     """
     token_losses = -torch.exp(log_p - log_p.detach()) * answer_advantages[:, None]
     if reference_log_p is not None:

@@ -5,10 +5,11 @@ are labelled good or bad.
     z = max(0, mean of r over prompts with another row's answer), without gradient
     loss = 1 - σ(β · (r - z)) if y is good, 1 - σ(β · (z - r)) if it is bad
 
-z is estimated on mismatched pairs: each prompt of a batch with the answer of the row before it. So
-a batch needs two rows. Measures: the share of answers whose reward β · r has the right sign,
-positive for good and negative for bad answers (`accuracy`), and the mean reward, with the sign
-changed for bad answers (`reward`).
+y: an answer; π: the base with the adapter; π₀: the reference policy, as in `dpo.py`. z is estimated
+on mismatched pairs: each prompt of a batch with the answer of the row before it. So a batch needs
+two rows. Measures: the share of answers whose reward β · r has the right sign, positive for good
+and negative for bad answers (`accuracy`), and the mean reward, with the sign changed for bad
+answers (`reward`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ preference loss in one, without a reference model.
 
 log p of an answer is the mean over its tokens. As in the paper, the first term covers the chosen
 answer alone; trl's term includes the prompt. Measures: the share of pairs whose chosen answer has
-the higher mean log p (`accuracy`), and the difference of the two (`margin`).
+the higher mean log p (`accuracy`), and the difference of the two means (`margin`).
 """
 
 from __future__ import annotations

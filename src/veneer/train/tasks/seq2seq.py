@@ -47,8 +47,8 @@ class Seq2seq(Task):
     uses_single_forward = True
 
     def read_data(self) -> None:
-        """Check that local files can be parsed. Their columns are checked later, because the class
-        of the base decides which columns are needed."""
+        """Check that local files can be parsed. The columns are checked once the base is known,
+        because speech models need other columns than text models."""
         for source in filter(None, (self.config.data, self.config.eval_data)):
             if data.is_local(source):
                 data.raw_rows(source)
@@ -130,7 +130,7 @@ class Seq2seq(Task):
             limit,
             lambda row: row | {name: cut_before_end(row[name], limit) for name in sequences},
         )
-        # rows of similar length share a batch; the length of audio is not counted
+        # the lengths by which `group_by_length` groups rows; audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
         trained_counts = [len(row["labels"]) for row in rows]
         return Rows(
@@ -145,7 +145,8 @@ class Seq2seq(Task):
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
         end_token, answers = self.processor.eos_token_id, []
         for ids in self.processor(text_target=texts)["input_ids"]:
-            ids = ids[1:] if ids[:1] == [self.start_token] else ids  # `inputs` prepends it again
+            # without the start token, which `inputs` prepends
+            ids = ids[1:] if ids[:1] == [self.start_token] else ids
             answers.append(
                 list(ids) if end_token is None or ids[-1:] == [end_token] else [*ids, end_token]
             )

@@ -35,8 +35,8 @@ class Sft(Task):
         )
 
     def _make_dataset(self, rows: Rows, length: int) -> Any:
-        """The rows as the tokenised data set that `trl.SFTTrainer` expects; with `packing`, several
-        of them in a row."""
+        """The rows as the tokenised data set that `trl.SFTTrainer` expects. With `packing`, one row
+        of the data set holds several of these rows."""
         from datasets import Dataset
 
         columns = {name: [row[name] for row in rows.rows] for name in ("input_ids", "labels")}
