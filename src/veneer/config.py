@@ -1,9 +1,9 @@
-"""``LoraConfig``: what to attach, to which weights and how large; a value that validates itself.
+"""``LoraConfig``: which weights to adapt, and how. It validates its fields when it is created.
 
 The defaults are those that current results support:
 
-- ``targets="all-linear"``: adapting attention alone trails adapting the MLPs too (Schulman and
-  Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
+- ``targets="all-linear"``: adapters on attention alone train less well than with the MLPs too
+  (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
   arXiv:2305.14314, section 4).
 - ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a
   constant alpha makes the best learning rate nearly independent of the rank (the same report,
@@ -154,8 +154,8 @@ class LoraConfig:
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Tuples and dicts, so that configs with equal fields are equal, cannot change while they
-        # are shared, and convert to JSON.
+        # Fields become tuples and dicts, so that configs with equal fields are equal, cannot change
+        # while they are shared, and convert to JSON.
         for field_name, empty in (
             ("exclude", ()),
             ("train_also", ()),
@@ -306,8 +306,8 @@ class LoraConfig:
                 yield sentence(problem, expected, f"leave {name} out")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values. A callable in ``targets`` is not one: ``attach`` replaces it
-        by expressions of the paths that it chose."""
+        """The fields as JSON values. A callable in ``targets`` has no JSON value. In the config of
+        an attached adapter, ``re:`` patterns of the paths that it chose replace it."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -346,8 +346,8 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
-    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``, which calls the value
-    ``argument``: there is no such dtype."""
+    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``: there is no such dtype.
+    ``argument``: the name of the value in the error text."""
     name = dtype_name(dtype)
     if name is None:
         raise ConfigError(
@@ -473,7 +473,7 @@ def _are_distinct_ids(value: Any) -> bool:
 
 
 def _are_slices(slices: object) -> bool:
-    """Whether a value is a list of bools, one for each block of equal size, or of (start, stop)."""
+    """Whether a value can be in ``slices``: a list of bools, some true, or of (start, stop)."""
     if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
     if all(isinstance(is_changed, bool) for is_changed in slices):

@@ -4,10 +4,10 @@ that format their messages and rank the names that they suggest.
     VeneerError
     ├── ConfigError        ValueError       a field of a config is wrong
     ├── TargetError        ValueError       the config cannot be attached to this model
-    ├── SelectionError     RuntimeError     no, an unknown or a conflicting adapter is selected
+    ├── SelectionError     RuntimeError     no adapter is selected, or the selection is invalid
     ├── BankFullError      MemoryError      adapters that a bank's budget cannot hold at once
     ├── MergeError         RuntimeError     a merge or an unmerge that would lose values
-    ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
+    ├── CheckError         RuntimeError     the model's output does not depend on an adapter
     ├── DataError          ValueError       training data that cannot be read or used
     ├── TrainingError      ArithmeticError  a run whose loss is not finite, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
@@ -275,8 +275,8 @@ class SkippedLayers(UserWarning):
     for each layer."""
 
 
-#: the limits of one message: characters of its problem, and listed problems. A problem may quote a
-#: file of any size.
+#: the most characters of a problem in one message, and the most problems that it lists. There is a
+#: limit because a problem may quote a file of any size.
 MAX_PROBLEM_LENGTH, MAX_LISTED_PROBLEMS = 2000, 50
 
 
@@ -322,11 +322,10 @@ def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[s
 
 
 def warn_caller(message: str, category: type[Warning], within: Sequence[str] = ("veneer",)) -> None:
-    """Warn at the line that called into the packages ``within``, however many calls deep in them
-    this function runs.
+    """Warn, and attribute the warning to the line of the caller outside of the packages ``within``.
 
-    Python shows a warning once for each line that it is attributed to. Attributed to a line of a
-    package, it would be shown once in the life of the process, for the first caller alone."""
+    Python shows a warning once for each line to which it is attributed. If that were a line of a
+    package, a process would show the warning only once, for the first of its callers."""
     frame, stack_level = sys._getframe(1), 2
     while (
         frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within

@@ -71,8 +71,8 @@ def new_folder(
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
-            it is a file. Checked before the block and again before the rename. Or a file to keep
-            stands where the block made a folder, or a folder where it made a file.
+            it is a file. Checked before the block and again before the rename. Also if a file to
+            keep has the path of a new folder, or a folder has the path of a new file.
     """
     path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)

@@ -36,10 +36,11 @@ BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 #: the largest accepted header, in bytes (the limit of the safetensors library), and the most
-#: characters of all strings in its metadata
+#: characters of its metadata, keys and values together
 MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
-#: the largest accepted JSON file, in bytes; its depth; and its commas, colons and brackets, as an
-#: estimate of its values (a list of empty lists takes thirty times more memory than its text)
+#: the largest accepted JSON file, in bytes; its deepest nesting; and its most commas, colons and
+#: opening brackets. Their number is an estimate of the number of values, which is limited because
+#: a list of empty lists takes thirty times more memory than its text.
 MAX_JSON, MAX_DEPTH, MAX_SEPARATORS = 16 * 2**20, 64, 1_000_000
 #: the most characters of a tensor's name, and the most axes of a tensor
 MAX_NAME, MAX_AXES = 512, 64
