@@ -80,8 +80,8 @@ class LoraConfig:
     """Which weights to adapt, and how. Every pattern (``targets``, ``exclude``, ``train_also``, the
     keys of ``ranks`` and ``alphas``) is one of
 
-    - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
-      transformers initialised because the checkpoint did not hold it is trained in full),
+    - a word: ``"all-linear"`` (linear layers of the body, no output head; it also trains in full a
+      new task head, which transformers initialised because the checkpoint does not hold it),
       ``"attention"`` (the linear layers of the body whose paths name attention), ``"mlp"`` (the
       other linear layers of the repeated blocks), ``"all"`` (everything that can be attached to),
       ``"peft-all-linear"`` (PEFT's "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output
@@ -104,8 +104,8 @@ class LoraConfig:
             ranges of outputs. All other outputs are left unchanged.
         layers: indices of the repeated blocks to adapt (the first number in a path); negative ones
             count from the end.
-        train_also: modules to train fully, as copies that belong to the adapter: the base keeps its
-            values.
+        train_also: modules to train in full. The adapter trains copies of them, so the base keeps
+            its values.
         bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the
             model).
         trainable_tokens: ids of tokens whose rows of the input embedding, and of every weight tied
@@ -119,8 +119,8 @@ class LoraConfig:
         variant: a name in ``veneer.variants.names()``.
         dtype: dtype of the adapter parameters: a torch.dtype, its name ("float32", "float64",
             "bfloat16", "float16") or an abbreviation ("fp32", "bf16", …); stored as its name. None
-            takes float32 for a 16-bit base (rounding would lose an AdamW step of usual size in 16
-            bits) and the base's dtype otherwise.
+            takes float32 for a 16-bit base, because rounding to 16 bits would lose an AdamW step of
+            usual size, and the base's dtype otherwise.
 
     Raises:
         ConfigError: the error lists all problems of the config.

@@ -141,8 +141,9 @@ def __getattr__(name: str) -> Context:
 
 
 def _apply_blocks(context: Context) -> Context:
-    """``context`` with the blocks of the generators on the caller's stack applied, the innermost
-    block last."""
+    """``context`` with all blocks applied that surround this call: those of generators that started
+    the caller's thread or task, then those of generators on the caller's stack, the innermost last.
+    For blocks of suspended generators, ``Block.suspended_selection`` is applied instead."""
     frames = _running_generator_frames()
     if not frames and not context.blocks:
         return context
@@ -193,7 +194,7 @@ def _running_generator_frames() -> list[FrameType]:
     frames_on_stack: list[FrameType] = []
     frame = sys._getframe(1) if running_frames else None
     while frame is not None:
-        if frame in running_frames:  # ``running_frames`` is short
+        if frame in running_frames:  # a short list, because few generators have open blocks
             frames_on_stack.append(frame)
             if len(frames_on_stack) == len(running_frames):
                 break
@@ -230,7 +231,7 @@ def _is_context_method(frame: FrameType) -> bool:
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
-    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME distinguishes the two
+    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME tells them apart
     code = frame.f_code.co_code
     return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
 

@@ -149,7 +149,8 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
     Returns:
         the ranks; None if this rank saves the model without the others: because it is the only
-        rank, ``alone`` is set, or no other rank calls in time.
+        rank, ``alone`` is set, or no other rank calls in time. If another rank has saved an
+        unsharded model to ``path`` before, ranks without members, so that this rank writes nothing.
 
     Raises:
         AdapterError: the weights are sharded, and some rank does not call in time, or calls with
@@ -364,7 +365,7 @@ class Ranks:
         error.reported_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
 
     def gate(self) -> None:
-        """Wait until every rank has reached this call. A collective may follow.
+        """Wait until every rank has reached this call, so that a collective after it does not hang.
 
         Raises:
             the error of another rank, if one failed; AdapterError: a rank does not come in time.
@@ -456,7 +457,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient_slice.copy_(gradient.flatten())
     dist.all_reduce(flat_gradients)
     flat_gradients /= dist.get_world_size()
-    # copy the counts to the host only if this rank lacks a gradient
+    # the counts are copied to the host, which waits for the device, only if a gradient is missing
     has_gradient_anywhere = has_gradient if all(has_gradient) else gradient_counts.tolist()
     for parameter, gradient_slice, is_present in zip(
         parameters, gradient_slices, has_gradient_anywhere, strict=True

@@ -263,7 +263,7 @@ class FreshWeights(UserWarning):
 
 
 class NotQuantized(UserWarning):
-    """Adapted layers that ``torch.ao.quantization`` leaves in floating point."""
+    """Warns of adapted layers that ``torch.ao.quantization`` leaves in floating point."""
 
 
 class NotTrained(UserWarning):
@@ -296,8 +296,8 @@ def _controls_terminal(character: str) -> bool:
 
 
 def sentence(problem: str, expected: str, do: str) -> str:
-    """A message in the form of all of Veneer's: the problem, the expectation, and the advice
-    ``do``."""
+    """A message in the form that all errors of Veneer have: the problem, the expectation, and the
+    advice ``do``."""
     if len(problem) > MAX_PROBLEM_LENGTH:
         problem = f"{problem[:MAX_PROBLEM_LENGTH]}…"
     return f"Found: {problem}. Expected: {expected}. Do: {do}."
@@ -335,8 +335,8 @@ def warn_caller(message: str, category: type[Warning], within: Sequence[str] = (
 
 
 def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:
-    """`` (nearest: 'a', 'b')``: the ``candidates`` that are spelled most like ``word``, without
-    ``word`` itself. An empty string if none is similar."""
+    """The text `` (nearest: 'a', 'b')``, with the ``candidates`` that are spelled most like
+    ``word``, except ``word`` itself. An empty string if none is similar."""
     others = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
     similar_words = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, similar_words))})" if similar_words else ""

@@ -46,7 +46,8 @@ _HUB_PAGE = "https://huggingface.co/"
 
 
 def _patch_model(model: nn.Module) -> None:
-    """Patch the methods of a model with adapters that other libraries call."""
+    """Patch what other libraries call, such as ``model.save_pretrained``, so that it saves and loads
+    the adapters of ``model``."""
     # imported late, because ``adapter_files`` takes as long to import as the rest of the package
     from veneer.adapter_files.trainers import cover
 
@@ -277,7 +278,7 @@ class Handle:
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
-        yielded_ids: set[int] = set()  # tied parameters have one copy
+        yielded_ids: set[int] = set()  # tied parameters share one trained copy
         for path, layer_adapter in self.layers.items():
             for name, parameter in layer_adapter.full.named_parameters():
                 if id(parameter) in yielded_ids:

@@ -325,9 +325,9 @@ class RankBudget:
 
     @torch.no_grad()
     def step(self, step_number: int) -> int:
-        """Update the importance of the triplets from the gradients of this step, and choose again
-        if the schedule says so. Call it in every step after ``backward``, and before ``zero_grad``;
-        preferably after the optimiser's step.
+        """Update the importance of the triplets from the gradients of this step. In the steps that
+        ``warmup``, ``every`` and ``final`` define, also choose the triplets again. Call it in every
+        step after ``backward`` and before ``zero_grad``, preferably after the optimiser's step.
 
         Args:
             step_number: steps since the start of the run, from 1.
@@ -350,7 +350,7 @@ class RankBudget:
             uncertainty = self._averages["uncertainty"][key]
             gradient = cast(Tensor, parameter.grad)
             new_sensitivity = (parameter * gradient).abs().to(sensitivity)
-            # ignore infinite gradients, for which a gradient scaler would skip the step
+            # ignore gradients that are not finite: a gradient scaler would skip the step
             new_sensitivity = torch.where(new_sensitivity.isfinite(), new_sensitivity, sensitivity)
             sensitivity.lerp_(new_sensitivity, 1 - self.beta1)
             uncertainty.lerp_((new_sensitivity - sensitivity).abs(), 1 - self.beta2)
@@ -444,7 +444,7 @@ def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each low-rank change, by its path and by their names."""
+    """{path of a low-rank change: {name: parameter}}."""
     parameters_by_path: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in _named_parameters(source):
         path, _, parameter_name = name.rpartition(".")

@@ -256,7 +256,7 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """Split ADAPTER[=WEIGHT] into the adapter's folder and its weight, by default 1.
+    """Split ADAPTER[=WEIGHT] into the adapter's folder and the factor of its ΔW, by default 1.
 
     A text that is an existing path is not split, because a path may contain an equals sign."""
     from veneer.store.library import resolve

@@ -292,7 +292,8 @@ def _serve_in_process(
     plugin: TrainingPlugin | None,
     engine: str,
 ) -> None:
-    """Serve in this process until a signal ends it. With ``engine`` "vllm", a vLLM computes."""
+    """Serve in this process until a signal ends it. With ``engine`` "vllm", this process starts a
+    vLLM server, which computes the answers."""
     import logging
 
     from veneer.cli.console import err

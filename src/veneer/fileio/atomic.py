@@ -139,7 +139,7 @@ def _move_into_place(
     new_names = [file.name for file in new.iterdir() if not _is_folder(file)]
     keeps_nothing = not _files_to_keep(path, new_names, replaces)
     if keeps_nothing and not _contains_working_directory(path) and _exchange(new, path):
-        # files that another process wrote to the old folder just before the exchange
+        # move back files that another process wrote to the old folder just before the exchange
         for name in _files_to_keep(new, new_names, replaces):
             (new / name).rename(path / name)
         return

@@ -197,7 +197,7 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
     start, stop = offsets
     if not start <= stop <= data_size:
         return f"{tensor} claims the bytes {start:,} to {stop:,} of {data_size:,}"
-    # torch computes strides also of an empty tensor, from its other axes
+    # an axis of size 0 counts as 1, because torch computes strides from the other axes
     if math.prod(axis or 1 for axis in shape) > MAX_NUMEL:
         return f"{tensor} has a shape {_shorten(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS[dtype]
@@ -260,7 +260,8 @@ def parse(text: str | bytes) -> Any:
     if nested_values:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in json_bytes or b"\\uD" in json_bytes:
-        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError
+        # UnicodeEncodeError, a ValueError, if there is a lone surrogate
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

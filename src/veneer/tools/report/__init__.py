@@ -128,7 +128,8 @@ class Report:
         cuts: the truncations of all weights to lower ranks.
         next_rank, why: the rank to train with next, and the reason.
         in_full: parameters that are trained in full, which the report does not examine.
-        only_here, only_other: weights that only this, only the other adapter changes.
+        only_here, only_other: weights that only this adapter changes, and weights that only the
+            other adapter changes.
         leading: how many singular vectors of each weight were examined; 0 without a base.
         seconds: the duration of the search for intruders.
         weight_intruders: the intruders of each weight, for ``repair``; not in the JSON values.

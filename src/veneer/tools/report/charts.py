@@ -183,9 +183,10 @@ def heat_map(
     format_number: Callable[[float], str],
     darkest: float | None = None,
 ) -> str:
-    """A table of numbers with a row for each block and a column for each kind. ``cells``: the
-    numbers by (block, kind); ``format_number`` makes a number a text; ``darkest``: the number of
-    the darkest cell (None: the largest number)."""
+    """A table of numbers, shaded by their size, with a row for each block and a column for each
+    kind of layer. ``cells``: the numbers by (block, kind), such as (0, "q_proj");
+    ``format_number``: formats a number; ``darkest``: the number of the darkest cell (None: the
+    largest number)."""
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     blocks = sorted({block for block, _ in cells}, key=lambda block: -1 if block is None else block)
     darkest = max(cells.values()) if darkest is None else darkest

@@ -103,7 +103,7 @@ _BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_
 
 
 def shard_work(work: Work, devices: int) -> Work:
-    """The work of each of ``devices`` devices that divide it."""
+    """The work of each of ``devices`` devices that divide all calls but the replicated ones."""
     shares = Work()
     for (operations, bytes_moved, is_replicated), count in work.items():
         divisor = 1 if is_replicated else devices
@@ -460,8 +460,8 @@ class _OperationCounter(TorchDispatchMode):
 
 
 def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
-    """Floating-point operations of a matrix product or attention, two for each multiplication; 0
-    for any other operation."""
+    """Floating-point operations of a matrix product or attention, where a multiplication and its
+    addition are two; 0 for any other operation."""
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"):
         left_factor, right_factor = (args[1], args[2]) if "add" in name else (args[0], args[1])

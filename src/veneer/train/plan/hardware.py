@@ -23,7 +23,7 @@ PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
 LAUNCH = 4e-6
 #: bytes of a GPU that no program can use: the driver's context, and workspaces of libraries
 CONTEXT = 0.75 * 2**30
-#: fragmentation: free bytes in the allocator's blocks, as a share of the bytes held
+#: free bytes in the allocator's blocks (fragmentation), as a share of the bytes held
 SLACK = 0.05
 
 

@@ -136,8 +136,13 @@ def shard_base(
     bytes_by_use: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int
 ) -> dict[str, int]:
     """Bytes by use on each of ``devices`` devices among which FSDP shards the base. Each device
-    gathers one block at a time. ``blocks``: (number of equal blocks, bytes of the frozen weights of
-    each)."""
+    gathers the weights of one block after another.
+
+    Args:
+        bytes_by_use: the result of ``memory_breakdown``, for a base that is not sharded.
+        cost: the cost of the same step.
+        blocks: (number of equal blocks, bytes of the frozen weights of each).
+    """
     # the root module stays gathered from its forward to its backward; while blocks run, the
     # current and the next block are gathered too
     root_bytes = bytes_by_use["base"] - sum(count * block_bytes for count, block_bytes in blocks)
@@ -204,8 +209,9 @@ def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> 
 
 
 class ConcurrentRun(NamedTuple):
-    """One of several runs that train at once (``train/many.py``). Runs with equal ``rows_key``
-    train on the same rows in each step, and share forwards."""
+    """One of several runs that train at once (``train/many.py``). ``config``: its ``TrainConfig``;
+    ``parameters``: its adapter's parameters. Runs with equal ``rows_key`` train on the same rows in
+    each step, and share forwards."""
 
     config: Any
     parameters: Sequence[nn.Parameter]

@@ -135,7 +135,7 @@ class Cohort:
         )
         if resumed_from is not None:
             adapter.load_state_dict(torch.load(resumed_from / name / STATE, weights_only=True))
-        else:  # transformers' Trainer also seeds after the adapter is attached
+        else:  # because transformers' Trainer seeds again after the adapter is attached
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
 
@@ -278,7 +278,8 @@ def _create_optimizer(
     arguments: Any, model: Any, parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
-    one candidate, in the order of the model's parameters."""
+    one candidate, in the order of the model's parameters. Raises ``ConfigError`` for an optimiser
+    that is not installed, or that needs the whole model."""
     decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
     ids = {id(parameter) for parameter in parameters if parameter.requires_grad}
     trained = [(name, value) for name, value in model.named_parameters() if id(value) in ids]

@@ -19,7 +19,7 @@ from veneer.train.sweep.sweep_settings import SEED_AXES, Range
 
 #: number of steps of the winner's repetition
 REPEATED_STEPS = 20
-#: the edges of a range: this share of its width at each end
+#: a value lies at an edge of a range if it is within this share of the range's width from an end
 EDGE_SHARE = 0.1
 
 
@@ -111,7 +111,7 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
                 quiet=True,
                 stop_order=should_stop,
             )
-    except (VeneerError, OSError, RuntimeError) as error:  # the sweep itself has succeeded
+    except (VeneerError, OSError, RuntimeError) as error:  # must not fail the finished sweep
         return {"problem": first_line(error)}
     differences = [
         abs(repeated - original)
