@@ -46,8 +46,7 @@ _HUB_PAGE = "https://huggingface.co/"
 
 
 def _patch_model(model: nn.Module) -> None:
-    """Patch what other libraries call, such as ``model.save_pretrained``, so that it saves and loads
-    the adapters of ``model``."""
+    """Patch methods that other libraries call, such as ``model.save_pretrained``, for adapters."""
     # imported late, because ``adapter_files`` takes as long to import as the rest of the package
     from veneer.adapter_files.trainers import cover
 
@@ -293,9 +292,9 @@ class Handle:
         return summarise(self.model, self.name)
 
     def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
-        """Which form (factored or materialised) the plain linear layers compute in a call of this
-        many tokens (batch × length), and the estimated costs of both. Print it to read it. ``with
-        veneer.use(model, name, path=…)`` overrides the choice."""
+        """The form, factored or materialised, in which the plain linear layers compute a call of
+        this many tokens (batch × length), and the estimated costs of both. Print it to read it.
+        ``with veneer.use(model, name, path=…)`` overrides the choice."""
         return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):

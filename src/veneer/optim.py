@@ -150,6 +150,7 @@ def precondition(
     gain, a head, rows of an embedding) keep their gradients.
 
     Args:
+        optimizer: an optimiser that trains every A and B.
         named_parameters: a handle, a module, or (name, parameter) pairs.
         damping: δ, above 0.
 

@@ -234,8 +234,8 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     """Return the arguments ``base`` and ``model`` of ``tools.compose.compose`` and the like.
 
     For a safetensors folder, ``base`` is a function that reads a weight by its name when it is
-    needed, and ``model`` has no data. A quantised base, or a base in another format, is loaded as a
-    model, which is ``base``; then there is no ``model``."""
+    needed, and ``model`` is on the meta device. A quantised base, or a base in another format, is
+    loaded as a model, which is ``base``; then there is no ``model``."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
