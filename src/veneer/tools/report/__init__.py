@@ -81,8 +81,9 @@ class ReportLayer:
         spectrum: the singular values of ΔW, descending.
         relative: ‖W' − W‖ / ‖W‖; None without a base.
         cosines: for each leading singular vector of W', its highest cosine with a singular vector
-            of W; empty if none were examined. control: the same for W plus a random change with
-            the singular values of ΔW.
+            of W; empty if none were examined.
+        control: the same cosines for a control, W plus a random change with the singular values of
+            ΔW.
         intruders: how many of these cosines are below the threshold: (in W', in the control).
         shared: the comparison with the other adapter's change; None if there is none.
     """

@@ -168,8 +168,8 @@ class _SweepRun:
     # ---- candidates
 
     def _next_candidates(self, existing_count: int) -> list[Candidate]:
-        """Ask the search for candidates. They follow the `existing_count` candidates that exist. If
-        the sampler needs the results of earlier candidates, they are one cohort, else all."""
+        """Ask the search for further candidates: one cohort if the sampler needs the results of
+        earlier candidates, else all. `existing_count`: number of candidates that exist already."""
         count = self.settings.at_once if self.search.adaptive else self.search.count
         changes_by_name = self.search.ask(count)
         return [
