@@ -2,7 +2,7 @@
 
 The defaults are those that current results support:
 
-- ``targets="all-linear"``: adapters on attention alone train less well than with the MLPs too
+- ``targets="all-linear"``: adapters on attention alone do worse than on attention and the MLPs
   (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
   arXiv:2305.14314, section 4).
 - ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a
@@ -473,7 +473,7 @@ def _are_distinct_ids(value: Any) -> bool:
 
 
 def _are_slices(slices: object) -> bool:
-    """Whether a value can be in ``slices``: a list of bools, some true, or of (start, stop)."""
+    """Whether a value can be in ``slices``: bools, some true, or (start, stop) pairs."""
     if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
     if all(isinstance(is_changed, bool) for is_changed in slices):

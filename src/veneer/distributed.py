@@ -2,7 +2,7 @@
 operation that succeeds on all of them or on none.
 
     is_sharded(tensor), full_tensor(tensor)   whether it is a DTensor (FSDP2, TP); all its values
-    ranks = meet_ranks(path, model, alone=…)  the ranks that save the model; None if only this does
+    ranks = meet_ranks(path, model, alone=…)  ranks that save a model; None if this rank is alone
     ranks = all_ranks("train", patience)      all ranks of torch.distributed; each must call it
     with ranks.joint_work(subject):           run a block on every rank: all succeed, or all raise
     ranks.run_on_first(work)                  run on the first rank; every rank gets its result

@@ -55,7 +55,8 @@ def zero_column(A: Float[Tensor, "g r in_"], column: int) -> Float[Tensor, "g r 
 
 @dataclass(frozen=True)
 class LowRank:
-    """ΔW = ``scale · B @ A``, one product for each of the g groups (see the top of this file)."""
+    """ΔW = ``scale · B @ A``, for each of the g matrices of a weight: 1 for a linear layer, several
+    for a stack or a grouped convolution."""
 
     A: Float[Tensor, "g r in_"]
     B: Float[Tensor, "g out r"]

@@ -57,8 +57,8 @@ class Registry(Generic[T]):
 
 
 def lazy_submodules(package: str, submodule_names: Iterable[str]) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for ``package`` that imports a submodule when it is first used as an
-    attribute of the package."""
+    """Return a ``__getattr__`` for ``package``, which imports a submodule when it is first used as
+    an attribute of the package."""
     lazy_names = frozenset(submodule_names)
 
     def import_submodule(name: str) -> Any:
