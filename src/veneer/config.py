@@ -1,9 +1,9 @@
-"""``LoraConfig``: what to attach, to which weights and how large; a value that validates itself.
+"""``LoraConfig``: which weights to adapt, and how. It validates its fields when it is created.
 
 The defaults are those that current results support:
 
-- ``targets="all-linear"``: adapting attention alone trails adapting the MLPs too (Schulman and
-  Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
+- ``targets="all-linear"``: adapters on attention alone do worse than on attention and the MLPs
+  (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
   arXiv:2305.14314, section 4).
 - ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a
   constant alpha makes the best learning rate nearly independent of the rank (the same report,
@@ -80,8 +80,8 @@ class LoraConfig:
     """Which weights to adapt, and how. Every pattern (``targets``, ``exclude``, ``train_also``, the
     keys of ``ranks`` and ``alphas``) is one of
 
-    - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
-      transformers initialised because the checkpoint did not hold it is trained in full),
+    - a word: ``"all-linear"`` (linear layers of the body, no output head; it also trains in full a
+      new task head, which transformers initialised because the checkpoint does not hold it),
       ``"attention"`` (the linear layers of the body whose paths name attention), ``"mlp"`` (the
       other linear layers of the repeated blocks), ``"all"`` (everything that can be attached to),
       ``"peft-all-linear"`` (PEFT's "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output
@@ -104,8 +104,8 @@ class LoraConfig:
             ranges of outputs. All other outputs are left unchanged.
         layers: indices of the repeated blocks to adapt (the first number in a path); negative ones
             count from the end.
-        train_also: modules to train fully, as copies that belong to the adapter: the base keeps its
-            values.
+        train_also: modules to train in full. The adapter trains copies of them, so the base keeps
+            its values.
         bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the
             model).
         trainable_tokens: ids of tokens whose rows of the input embedding, and of every weight tied
@@ -119,8 +119,8 @@ class LoraConfig:
         variant: a name in ``veneer.variants.names()``.
         dtype: dtype of the adapter parameters: a torch.dtype, its name ("float32", "float64",
             "bfloat16", "float16") or an abbreviation ("fp32", "bf16", …); stored as its name. None
-            takes float32 for a 16-bit base (rounding would lose an AdamW step of usual size in 16
-            bits) and the base's dtype otherwise.
+            takes float32 for a 16-bit base, because rounding to 16 bits would lose an AdamW step of
+            usual size, and the base's dtype otherwise.
 
     Raises:
         ConfigError: the error lists all problems of the config.
@@ -154,8 +154,8 @@ class LoraConfig:
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Tuples and dicts, so that configs with equal fields are equal, cannot change while they
-        # are shared, and convert to JSON.
+        # Fields become tuples and dicts, so that configs with equal fields are equal, cannot change
+        # while they are shared, and convert to JSON.
         for field_name, empty in (
             ("exclude", ()),
             ("train_also", ()),
@@ -306,8 +306,8 @@ class LoraConfig:
                 yield sentence(problem, expected, f"leave {name} out")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values. A callable in ``targets`` is not one: ``attach`` replaces it
-        by expressions of the paths that it chose."""
+        """The fields as JSON values. A callable in ``targets`` has no JSON value. In the config of
+        an attached adapter, ``re:`` patterns of the paths that it chose replace it."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -346,8 +346,8 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
-    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``, which calls the value
-    ``argument``: there is no such dtype."""
+    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``: there is no such dtype.
+    ``argument``: the name of the value in the error text."""
     name = dtype_name(dtype)
     if name is None:
         raise ConfigError(
@@ -473,7 +473,7 @@ def _are_distinct_ids(value: Any) -> bool:
 
 
 def _are_slices(slices: object) -> bool:
-    """Whether a value is a list of bools, one for each block of equal size, or of (start, stop)."""
+    """Whether a value can be in ``slices``: bools, some true, or (start, stop) pairs."""
     if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
     if all(isinstance(is_changed, bool) for is_changed in slices):

@@ -1,4 +1,5 @@
-"""The context of a call: the adapter that each model uses, and the arithmetic.
+"""The context of a call of a model: which adapter each model uses, and whether adapted layers
+compute the factored or the materialised form.
 
 The context is an immutable value in a ``ContextVar``, so it belongs to the running thread or
 asyncio task. It is read as ``context.current``, an attribute of this module (PEP 562) rather than a
@@ -8,8 +9,8 @@ reads them again before each run.
 A context variable is not bound to a generator: a value that is set in a generator stays set for the
 generator's caller while the generator is suspended. So if a ``with`` block is opened in a
 generator (``Block``), it is stored under the frame of that generator instead. The block applies to
-all code that runs above that frame on the stack, whichever thread or task advances the generator.
-While no such block is open, the cost for a call is one test of an empty dict.
+the generator and to all code that it calls, whichever thread or task advances the generator. While
+no such block is open, the cost for a call is one test of an empty dict.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ class Context:
     Fields:
         selection: the ``ActiveAdapter`` of each model, by the model's ``uid``. A model without an
             entry uses its default.
-        path: "factored" or "materialised" forces this arithmetic; None leaves the choice to each
-            layer.
+        path: "factored" (W x + ΔW x, with ΔW x as a product of thin matrices) or "materialised"
+            ((W + ΔW) x) forces this form; None leaves the choice to each layer.
         reached_ids: a set to which each call adds the ``id`` of the layer adapters and changes that
-            it uses, for ``check``. None collects nothing.
+            it uses, for ``veneer.check``. None collects nothing.
         outer: the context that is restored when the block ends.
         opener: the object that opened the block.
-        blocks: blocks of generators that were opened in this thread or task, or in the thread or
-            task whose context was copied for this one.
+        blocks: the blocks that were opened in generators, by this thread or task or by the one
+            whose context was copied for it.
         applied_blocks: the blocks that ``selection`` already contains.
         invoked_calls: the ``InvokedCall`` of each model whose forward runs now, by the model's
             ``uid``, for adapters with invocation tokens (``attach/invocation.py``).
-        prompt_starts: for each model whose ``generate`` runs now, by the model's ``uid``: for each
-            row of the prompt the column from which an adapter acts, or None, by the adapter's name.
+        prompt_starts: for each model whose ``generate`` runs now, by the model's ``uid``, a mapping
+            from an adapter's name to a list. The list holds, for each row of the prompt, the column
+            of the token from which the adapter acts, or None if it does not act.
     """
 
     selection: Mapping[str, Any] = field(default_factory=dict)
@@ -73,8 +75,8 @@ class Block:
         suspended_selection: replaces ``selection`` in calls for which it is unknown whether they
             should be inside of the block, because the generator is suspended.
         caller: the thread and task that opened the block.
-        cached_context: the cache of ``_apply_blocks`` for calls in which this block is innermost:
-            (key, context), the values that the context was computed from, and the context.
+        cached_context: the cache of ``_apply_blocks`` for calls in which this block is innermost,
+            as (key, context). The key holds the values that the context was computed from.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ _OPEN_BLOCKS: dict[FrameType, list[Block]] = {}
 _ENDED_COUNT = [0]
 
 _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-#: modules that run a generator up to its ``yield`` so that its blocks apply to the code that called
-#: the function of the module
+#: modules that run generators of the user (test fixtures) up to the ``yield``. The blocks of such a
+#: generator apply to the code that called the module, as those of a context manager do.
 _FIXTURE_MODULES = ("_pytest.fixtures", "pytest_asyncio.plugin")
 
 if TYPE_CHECKING:
@@ -139,8 +141,9 @@ def __getattr__(name: str) -> Context:
 
 
 def _apply_blocks(context: Context) -> Context:
-    """``context`` with the blocks of the generators on the caller's stack applied, the innermost
-    block last."""
+    """``context`` with all blocks applied that surround this call: those of generators that started
+    the caller's thread or task, then those of generators on the caller's stack, the innermost last.
+    For blocks of suspended generators, ``Block.suspended_selection`` is applied instead."""
     frames = _running_generator_frames()
     if not frames and not context.blocks:
         return context
@@ -191,7 +194,7 @@ def _running_generator_frames() -> list[FrameType]:
     frames_on_stack: list[FrameType] = []
     frame = sys._getframe(1) if running_frames else None
     while frame is not None:
-        if frame in running_frames:  # ``running_frames`` is short
+        if frame in running_frames:  # a short list, because few generators have open blocks
             frames_on_stack.append(frame)
             if len(frames_on_stack) == len(running_frames):
                 break
@@ -200,9 +203,9 @@ def _running_generator_frames() -> list[FrameType]:
 
 
 def _generator_frame() -> FrameType | None:
-    """The frame of the generator that enters or leaves a block, or None if the code that does so is
-    in no generator. If a generator implements a context manager (``contextlib``), the block belongs
-    to the code that enters that context manager."""
+    """The frame of the generator that enters or leaves a block, or None if no generator does. If a
+    generator implements a context manager (``contextlib``), its blocks belong to the code that
+    enters that context manager, which may be in another generator."""
     frame = sys._getframe(2)
     while frame is not None:
         if _is_context_method(frame):
@@ -228,7 +231,7 @@ def _is_context_method(frame: FrameType) -> bool:
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
-    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME distinguishes the two
+    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME tells them apart
     code = frame.f_code.co_code
     return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
 
@@ -256,9 +259,9 @@ def enter(
     Args:
         opener: the object that opens the block, which identifies it.
         selection: ``ActiveAdapter`` by the ``uid`` of its model.
-        outside: a function that creates ``Block.suspended_selection``. It is passed for blocks of
-            the user, which may be opened in a generator. None for blocks that no generator can
-            suspend.
+        outside: a function whose result becomes the entry of each model in
+            ``Block.suspended_selection``. It is passed for blocks of the user, which may be opened
+            in a generator. None for blocks that no generator can suspend.
         context_fields: the values of other fields of the context.
     """
     stored_context = _CONTEXT.get()
@@ -283,8 +286,9 @@ def enter(
 
 
 def leave(opener: Any) -> bool:
-    """Restore the context from before ``enter`` with this ``opener``. If its block is not the one
-    that was opened last in this thread or task, nothing changes and the result is False."""
+    """End the block that ``enter`` opened with this ``opener``, and return True. Blocks in
+    generators may end in any order. Any other block must be the last that was opened in this thread
+    or task; otherwise nothing changes and the result is False."""
     stored_context = _CONTEXT.get()
     blocks = [
         block
@@ -351,8 +355,9 @@ def override(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """A context manager in which every module of a model is in evaluation mode. Then each module
-    has the mode that it had before. Overridden methods ``train`` and ``eval`` are not called."""
+    """A context manager in which every module of a model is in evaluation mode. At the end, each
+    module gets the mode that it had before. It does not call the methods ``train`` and ``eval``,
+    which a model may override."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:

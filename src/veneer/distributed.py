@@ -1,12 +1,12 @@
 """Several processes that hold one model: which weights are sharded, and how all ranks run one
 operation that succeeds on all of them or on none.
 
-    is_sharded(tensor), full_tensor(tensor)   is it a DTensor (FSDP2, TP); all its values
-    ranks = meet_ranks("save …", …)           the ranks that hold the model; None if there is one
+    is_sharded(tensor), full_tensor(tensor)   whether it is a DTensor (FSDP2, TP); all its values
+    ranks = meet_ranks(path, model, alone=…)  ranks that save a model; None if this rank is alone
     ranks = all_ranks("train", patience)      all ranks of torch.distributed; each must call it
-    with ranks.joint_work(subject):           a block on every rank: all succeed, or all raise
-    ranks.run_on_first(work)                  work on the first rank; every rank gets its result
-    average_gradients(parameters)             gradients of replicated parameters: one all-reduce
+    with ranks.joint_work(subject):           run a block on every rank: all succeed, or all raise
+    ranks.run_on_first(work)                  run on the first rank; every rank gets its result
+    average_gradients(parameters)             average over the ranks, in one all-reduce
 
 Ranks exchange messages through the store of ``torch.distributed``, not through collectives. So if
 one rank fails or never calls, the other ranks raise an error instead of hanging. Gathering a weight
@@ -149,7 +149,8 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
     Returns:
         the ranks; None if this rank saves the model without the others: because it is the only
-        rank, ``alone`` is set, or no other rank calls in time.
+        rank, ``alone`` is set, or no other rank calls in time. If another rank has saved an
+        unsharded model to ``path`` before, ranks without members, so that this rank writes nothing.
 
     Raises:
         AdapterError: the weights are sharded, and some rank does not call in time, or calls with
@@ -252,7 +253,8 @@ def _next_meeting(
 
 def all_ranks(name: str, patience: float) -> Ranks:
     """All ranks of ``torch.distributed``; each waits up to ``patience`` seconds for the others.
-    Every process must call this function equally often with one ``name``."""
+    Every process must call this function the same number of times with each ``name``, because the
+    keys in the store contain the number of the call."""
     meeting = _MEETING_COUNTS.get(name, 0)
     _MEETING_COUNTS[name] = meeting + 1
     store = dist.distributed_c10d._get_default_store()
@@ -263,7 +265,9 @@ class Ranks:
     """The ranks of one meeting, which run operations together.
 
     Attributes:
+        store, key: the store of ``torch.distributed``, and the prefix of the meeting's keys in it.
         members: the ranks that take part.
+        patience: seconds that a rank waits for the others.
         writes: whether this rank writes files: the first member does. Without members, none does.
         step: the number of operations so far; the keys in the store contain it.
         gates: how many times the running operation has called ``gate``.
@@ -282,8 +286,8 @@ class Ranks:
     def joint_work(self, subject: str = "") -> Iterator[Callable[..., None]]:
         """Run the block on every rank: it succeeds on all ranks, or all raise an error.
 
-        Yields ``compare(summary, *result)``, which the block may call once: ``summary(*result)`` is
-        a short text, which must be the same on every rank.
+        Yields a function ``compare(summary, *result)``. The block may call it once, to compare the
+        ranks: ``summary(*result)`` is a short text, which must be the same on every rank.
 
         Args:
             subject: the name of what is compared, in errors.
@@ -348,8 +352,8 @@ class Ranks:
     def _report_error(self, error: BaseException) -> None:
         """Report an error of this rank to the other ranks.
 
-        If another rank has failed before, the error here may only be a consequence, such as a
-        closed connection: then it is replaced by the error of that rank."""
+        If another rank has failed before, an error here that is neither a ``VeneerError`` nor an
+        ``OSError`` is probably a consequence, so the error of the other rank replaces it."""
         report = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
         first_report = json.loads(self.store.compare_set(self._failure_key, "", json.dumps(report)))
         if "reported_elsewhere" in vars(error) or not isinstance(error, Exception):
@@ -361,7 +365,7 @@ class Ranks:
         error.reported_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
 
     def gate(self) -> None:
-        """Wait until every rank has reached this call. A collective may follow.
+        """Wait until every rank has reached this call, so that a collective after it does not hang.
 
         Raises:
             the error of another rank, if one failed; AdapterError: a rank does not come in time.
@@ -425,7 +429,8 @@ def wait_for_keys(
 
 @torch.no_grad()
 def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
-    """The full tensor of each sharded tensor in ``values``, by the id of the sharded one."""
+    """The full tensor of each sharded tensor in ``values``, by the ``id`` of the sharded tensor.
+    Every rank must call it (see ``full_tensor``)."""
     return {
         id(value): full_tensor(value.detach())
         for value in values
@@ -452,7 +457,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient_slice.copy_(gradient.flatten())
     dist.all_reduce(flat_gradients)
     flat_gradients /= dist.get_world_size()
-    # copy the counts to the host only if this rank lacks a gradient
+    # the counts are copied to the host, which waits for the device, only if a gradient is missing
     has_gradient_anywhere = has_gradient if all(has_gradient) else gradient_counts.tolist()
     for parameter, gradient_slice, is_present in zip(
         parameters, gradient_slices, has_gradient_anywhere, strict=True

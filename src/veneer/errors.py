@@ -4,10 +4,10 @@ that format their messages and rank the names that they suggest.
     VeneerError
     ├── ConfigError        ValueError       a field of a config is wrong
     ├── TargetError        ValueError       the config cannot be attached to this model
-    ├── SelectionError     RuntimeError     no, an unknown or a conflicting adapter is selected
+    ├── SelectionError     RuntimeError     no adapter is selected, or the selection is invalid
     ├── BankFullError      MemoryError      adapters that a bank's budget cannot hold at once
     ├── MergeError         RuntimeError     a merge or an unmerge that would lose values
-    ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
+    ├── CheckError         RuntimeError     the model's output does not depend on an adapter
     ├── DataError          ValueError       training data that cannot be read or used
     ├── TrainingError      ArithmeticError  a run whose loss is not finite, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
@@ -263,7 +263,7 @@ class FreshWeights(UserWarning):
 
 
 class NotQuantized(UserWarning):
-    """Adapted layers that ``torch.ao.quantization`` leaves in floating point."""
+    """Warns of adapted layers that ``torch.ao.quantization`` leaves in floating point."""
 
 
 class NotTrained(UserWarning):
@@ -275,8 +275,8 @@ class SkippedLayers(UserWarning):
     for each layer."""
 
 
-#: the limits of one message: characters of its problem, and listed problems. A problem may quote a
-#: file of any size.
+#: the most characters of a problem in one message, and the most problems that it lists. There is a
+#: limit because a problem may quote a file of any size.
 MAX_PROBLEM_LENGTH, MAX_LISTED_PROBLEMS = 2000, 50
 
 
@@ -296,8 +296,8 @@ def _controls_terminal(character: str) -> bool:
 
 
 def sentence(problem: str, expected: str, do: str) -> str:
-    """A message in the form of all of Veneer's: the problem, the expectation, and the advice
-    ``do``."""
+    """A message in the form that all errors of Veneer have: the problem, the expectation, and the
+    advice ``do``."""
     if len(problem) > MAX_PROBLEM_LENGTH:
         problem = f"{problem[:MAX_PROBLEM_LENGTH]}…"
     return f"Found: {problem}. Expected: {expected}. Do: {do}."
@@ -322,11 +322,10 @@ def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[s
 
 
 def warn_caller(message: str, category: type[Warning], within: Sequence[str] = ("veneer",)) -> None:
-    """Warn at the line that called into the packages ``within``, however many calls deep in them
-    this function runs.
+    """Warn, and attribute the warning to the line of the caller outside of the packages ``within``.
 
-    Python shows a warning once for each line that it is attributed to. Attributed to a line of a
-    package, it would be shown once in the life of the process, for the first caller alone."""
+    Python shows a warning once for each line to which it is attributed. If that were a line of a
+    package, a process would show the warning only once, for the first of its callers."""
     frame, stack_level = sys._getframe(1), 2
     while (
         frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within
@@ -336,8 +335,8 @@ def warn_caller(message: str, category: type[Warning], within: Sequence[str] = (
 
 
 def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:
-    """`` (nearest: 'a', 'b')``: the ``candidates`` that are spelled most like ``word``, without
-    ``word`` itself. An empty string if none is similar."""
+    """The text `` (nearest: 'a', 'b')``, with the ``candidates`` that are spelled most like
+    ``word``, except ``word`` itself. An empty string if none is similar."""
     others = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
     similar_words = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, similar_words))})" if similar_words else ""

@@ -1,5 +1,5 @@
 """``attach`` and ``load``, and the ``Handle`` that they return: a model and the name of an adapter
-on it. Its methods are the functions of the package for this model and this adapter."""
+on it. Its methods call the package's functions of the same name with this model and adapter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _HUB_PAGE = "https://huggingface.co/"
 
 
 def _patch_model(model: nn.Module) -> None:
-    """Patch the methods of a model with adapters that other libraries call."""
+    """Patch methods that other libraries call, such as ``model.save_pretrained``, for adapters."""
     # imported late, because ``adapter_files`` takes as long to import as the rest of the package
     from veneer.adapter_files.trainers import cover
 
@@ -101,8 +101,8 @@ def attach(
         for path, parameter_names in plans.full.items()
         for parameter_name in parameter_names
     }
-    # A head that grew counts as fresh. The adapter holds its new rows, and the fingerprint shows if
-    # the other rows differ.
+    # An output head that grew with the vocabulary counts as fresh but needs no warning: the adapter
+    # holds its new rows, and its fingerprint shows at loading whether the other rows differ.
     adapter_parameter_ids |= {
         id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
         for weight_plan in plans.low
@@ -271,12 +271,13 @@ class Handle:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (path, parameter). The path is that of the changed weight and the name of the
-        adapter parameter, or the path of a parameter that is trained in full."""
+        """Yield (path, parameter). The path of a low-rank parameter is that of the changed weight
+        with the parameter's name, such as "q_proj.weight.A". A parameter that is trained in full
+        has its path in the model."""
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
-        yielded_ids: set[int] = set()  # tied parameters have one copy
+        yielded_ids: set[int] = set()  # tied parameters share one trained copy
         for path, layer_adapter in self.layers.items():
             for name, parameter in layer_adapter.full.named_parameters():
                 if id(parameter) in yielded_ids:
@@ -291,9 +292,9 @@ class Handle:
         return summarise(self.model, self.name)
 
     def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
-        """How the plain linear layers compute a call of this many tokens (batch × length), and the
-        costs by the cost model. Print it to read it. ``with veneer.use(model, name, path=…)``
-        overrides the choice."""
+        """The form, factored or materialised, in which the plain linear layers compute a call of
+        this many tokens (batch × length), and the estimated costs of both. Print it to read it.
+        ``with veneer.use(model, name, path=…)`` overrides the choice."""
         return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):

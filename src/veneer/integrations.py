@@ -1,9 +1,9 @@
 """Veneer in the training loops of other libraries.
 
 After ``veneer.attach``, transformers' ``Trainer`` and all of TRL's trainers save only the adapter,
-resume from it, and use the policy's own base as the reference model. So does every trainer that
-saves a model by the model's ``save_pretrained``. Such trainers do not need this module; it serves
-the other ones.
+resume from it, and use the base of the trained model as the reference model. Other trainers that
+save a model by its ``save_pretrained`` save only the adapter too. Such trainers do not need this
+module, which serves the other cases.
 
     callback(config)              attach within a transformers or TRL trainer
     lightning_callback(config)    Lightning's checkpoints hold the adapter and the random state

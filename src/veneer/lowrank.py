@@ -55,7 +55,8 @@ def zero_column(A: Float[Tensor, "g r in_"], column: int) -> Float[Tensor, "g r 
 
 @dataclass(frozen=True)
 class LowRank:
-    """ΔW = ``scale · B @ A``, one product per group."""
+    """ΔW = ``scale · B @ A``, for each of the g matrices of a weight: 1 for a linear layer, several
+    for a stack or a grouped convolution."""
 
     A: Float[Tensor, "g r in_"]
     B: Float[Tensor, "g out r"]
@@ -133,9 +134,10 @@ class LowRank:
         return self.scale * other_change.scale * product.item()
 
     def core(self) -> Float[Tensor, "g k l"]:
-        """A small matrix with the singular values of ΔW, in float64: R_B R_Aᵀ, where B = Q_B R_B
-        and Aᵀ = Q_A R_A. Its norm is ‖ΔW‖ in full precision even if the product B A nearly cancels.
-        Then ``norm`` is right in only half of the digits."""
+        """A small matrix with the singular values of ΔW, in float64: scale · R_B R_Aᵀ with
+        B = Q_B R_B and Aᵀ = Q_A R_A; k = min(out, r), l = min(in, r). Its norm is ‖ΔW‖ in full
+        precision even if the product B A nearly cancels, when ``norm`` is right in only half of the
+        digits."""
         R_B, R_A = (
             torch.linalg.qr(double(factor.detach()), mode="r")[1] for factor in (self.B, self.A.mT)
         )
@@ -144,10 +146,10 @@ class LowRank:
     def svd(self) -> Svd:
         """The singular value decomposition of ΔW in float64, computed without forming ΔW:
 
-            B = Q_B R_B   Aᵀ = Q_A R_A   R_B R_Aᵀ = u S vᵀ (r × r)   U = Q_B u   V = vᵀ Q_Aᵀ
+            B = Q_B R_B   Aᵀ = Q_A R_A   scale · R_B R_Aᵀ = u S vᵀ   U = Q_B u   V = vᵀ Q_Aᵀ
 
         Rows of B and columns of A that are zero, such as the column of a padding token, are exactly
-        zero in U and V too. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half the time and
+        zero in U and V too. Rejected: eigenvectors of BᵀB and AAᵀ, which take half the time but
         lose half the digits.
         """
         A, B = double(self.A.detach()), double(self.B.detach())

@@ -20,13 +20,13 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-#: names of the parameters of an AdaLoRA triplet; names that a variant may train besides A
+#: the parameters of an AdaLoRA triplet, and parameters that variants train besides A, by name
 _TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
-#: the name of A, or of one of several, such as A1 and A2
+#: matches the name of A, or of one of several A, such as A1 and A2
 _A_NAME = re.compile(r"A\d*")
 #: the name of embedding rows that are trained in full, and so are no low-rank factor
 _TOKEN_ROWS = "token_rows"
-#: the problem of a source without low-rank changes
+#: the texts of the error for a source without low-rank changes
 _NO_FACTORS = ("no A and B", "those of an adapter", "pass a handle, or its named parameters")
 
 
@@ -108,8 +108,8 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
 
     Raises:
         ConfigError: a layer that cannot be trained with A frozen; the error lists all problems, and
-            nothing is frozen. Such layers do not train both A and B, train more factors than these,
-            or have an A that is not random and of full rank, so that B A misses some directions.
+            nothing is frozen. Such a layer has no A or no trained B, has AdaLoRA's factor E, or has
+            an A that did not start at random or has rows of zeros, so that B A misses directions.
     """
     pairs = list(_named_parameters(named_parameters))
     low_rank_parameters = _low_rank_parameters(pairs)
@@ -150,6 +150,7 @@ def precondition(
     gain, a head, rows of an embedding) keep their gradients.
 
     Args:
+        optimizer: an optimiser that trains every A and B.
         named_parameters: a handle, a module, or (name, parameter) pairs.
         damping: δ, above 0.
 
@@ -159,7 +160,7 @@ def precondition(
     Raises:
         ConfigError: a damping that is not above 0, no A and B, a variant with other factors, a
             frozen A or B, or parameters that ``optimizer`` does not train; nothing is changed then.
-            Each step raises it for a closure, which would recompute the gradients after the hook.
+            ``step(closure)`` raises it too: a closure would recompute gradients after the hook.
     """
     low_rank_parameters = _low_rank_parameters(named_parameters)
     problems = [
@@ -325,9 +326,9 @@ class RankBudget:
 
     @torch.no_grad()
     def step(self, step_number: int) -> int:
-        """Update the importance of the triplets from the gradients of this step, and choose again
-        if the schedule says so. Call it in every step after ``backward``, and before ``zero_grad``;
-        preferably after the optimiser's step.
+        """Update the importance of the triplets from the gradients of this step. In the steps that
+        ``warmup``, ``every`` and ``final`` define, also choose the triplets again. Call it in every
+        step after ``backward`` and before ``zero_grad``, preferably after the optimiser's step.
 
         Args:
             step_number: steps since the start of the run, from 1.
@@ -350,7 +351,7 @@ class RankBudget:
             uncertainty = self._averages["uncertainty"][key]
             gradient = cast(Tensor, parameter.grad)
             new_sensitivity = (parameter * gradient).abs().to(sensitivity)
-            # ignore infinite gradients, for which a gradient scaler would skip the step
+            # ignore gradients that are not finite: a gradient scaler would skip the step
             new_sensitivity = torch.where(new_sensitivity.isfinite(), new_sensitivity, sensitivity)
             sensitivity.lerp_(new_sensitivity, 1 - self.beta1)
             uncertainty.lerp_((new_sensitivity - sensitivity).abs(), 1 - self.beta2)
@@ -444,7 +445,7 @@ def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each low-rank change, by its path and by their names."""
+    """{path of a low-rank change: {name: parameter}}."""
     parameters_by_path: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in _named_parameters(source):
         path, _, parameter_name = name.rpartition(".")

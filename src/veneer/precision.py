@@ -50,8 +50,8 @@ def equal_values(a: Tensor, b: Tensor) -> bool:
 
 
 def multiplies_in_float32() -> bool:
-    """Whether float32 products on a CPU have float32's precision, not bfloat16's or TF32's. Before
-    torch 2.9, one setting holds for all devices."""
+    """Whether torch is set to compute float32 products on a CPU in float32, not in bfloat16 or
+    TF32. Before torch 2.9, one setting holds for all devices."""
     products = getattr(torch.backends.mkldnn, "matmul", None)
     if products is None:
         return torch.get_float32_matmul_precision() == "highest"

@@ -128,13 +128,14 @@ def _explain(error: OSError) -> str:
 
 #: module -> package on PyPI, where the names differ
 _PACKAGE_OF_MODULE = {"yaml": "pyyaml", "google": "protobuf"}
-#: extras of Veneer from smallest to largest. Each contains the extras before it, so the first match
-#: is the smallest extra with a package.
+#: the extras of Veneer that an error suggests first. If several extras install a package, the first
+#: of these is suggested; extras that are not listed come last, in alphabetical order.
 _EXTRAS_BY_SIZE = ("cli", "train", "serve", "remote")
 
 
 def extra_with_module(module: str) -> str | None:
-    """Return the smallest extra (``pip install 'veneer[…]'``) that installs a module, or None."""
+    """Return the extra of Veneer (``pip install 'veneer[…]'``) to suggest for a module that is not
+    installed, or None if no extra installs it."""
     top_module = module.partition(".")[0]
     package = _PACKAGE_OF_MODULE.get(top_module, top_module).replace("_", "-").lower()
     extras = []

@@ -153,9 +153,16 @@ def _converse(conversation: Conversation, is_terminal: bool) -> None:
 
 
 class Conversation:
-    """A conversation of a user with one or more models.
-    ``turns``: (text of the user, {label of a model: the model's answer}). For a model that did not
-    answer a text, the history contains the last answer to this text by another model."""
+    """A conversation of a user with one or more models: the base, an adapter, a blend of adapters.
+
+    Attributes:
+        turns: (text of the user, {label of a model: the model's answer}). For a model that did not
+            answer a text, the history contains the last answer to this text by another model.
+        selection: the model that answers: the name of an adapter, {name: weight} of a blend, or
+            None for the base.
+        compares_with_base: whether the base answers too.
+        sampling: the keyword arguments of ``generate``.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, adapter_names: Sequence[str], sampling: Mapping[str, Any]

@@ -116,8 +116,8 @@ def compose_command(
 def _print_report(
     report: Any, output: Path, list_name: str, extra_facts: dict[str, Any], as_json: bool
 ) -> None:
-    """Print a report. In JSON, the report's list ``list_name`` becomes a mapping by path, and
-    ``extra_facts`` are added."""
+    """Print a report. ``list_name``: the field of the report that lists objects with a path; in
+    JSON, it becomes {path: object}. ``extra_facts``: further entries of the JSON object."""
     from veneer.cli.console import echo_json, out
 
     if as_json:

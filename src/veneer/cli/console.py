@@ -146,8 +146,8 @@ def open_base_and_adapter(
 ) -> tuple[Base, Any]:
     """Load a base and attach ``adapter``; return the base and the handle, None without an adapter.
 
-    The adapter is read first, because an error in it shows sooner. ``loading_options``: arguments
-    of `load_base`."""
+    The adapter is read first, so that an error in it shows before the base is loaded, which takes
+    longer. ``loading_options``: arguments of `load_base`."""
     loaded_base, handles = open_base_and_adapters(
         base, {} if adapter is None else {"default": adapter}, verify, **loading_options
     )
@@ -161,7 +161,8 @@ def open_base_and_adapters(
     trusted: bool = False,
     **loading_options: Any,
 ) -> tuple[Base, dict[str, Any]]:
-    """Load a base and attach ``adapters``, {name: source}; return the base and {name: handle}.
+    """Load a base and attach ``adapters``, {name: folder, library:NAME or remote place}; return the
+    base and {name: handle}.
 
     ``trusted`` allows Python code in the base's folder to run."""
     import veneer
@@ -186,7 +187,8 @@ def open_base_and_adapters(
 
 
 def must_be_adapters(folders: Iterable[str | Path]) -> None:
-    """Raise AdapterError if a folder holds no adapter: before a base is converted or read."""
+    """Raise AdapterError if a folder holds no adapter. Commands call this before they convert or
+    read a base, which takes longer."""
     from veneer.adapter_files.folder import folder_problems
     from veneer.errors import AdapterError, raise_all
 
@@ -206,7 +208,8 @@ def tokenizer_for(base: str, adapter: str | None) -> Any:
 
 
 def adapter_tokenizer(folders: Mapping[str, Path]) -> Any:
-    """Load the tokenizer that contains all tokens that these adapters train, or return None."""
+    """Load the tokenizer that contains all tokens that these adapters train. Return None if none of
+    their folders, {name: folder}, has a tokenizer."""
     from veneer.adapter_files.file_names import common_tokenizer
     from veneer.models.load import tokenizer_at
 
@@ -216,7 +219,7 @@ def adapter_tokenizer(folders: Mapping[str, Path]) -> Any:
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
     """Return (label, context manager that selects the model) for each model that a command runs:
-    the base if ``base`` is true, and the adapter if ``handle`` is not None."""
+    the base if ``base`` is true, and the adapter. If ``handle`` is None, it is the base alone."""
     import veneer
 
     if handle is None:
@@ -228,10 +231,11 @@ def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContext
 
 
 def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
-    """Return the keyword arguments with which the tools read base weights: "base", perhaps "model".
+    """Return the arguments ``base`` and ``model`` of ``tools.compose.compose`` and the like.
 
-    Weights in a safetensors folder are read by name when they are needed. A quantised base, or a
-    base in another format, is loaded as a model."""
+    For a safetensors folder, ``base`` is a function that reads a weight by its name when it is
+    needed, and ``model`` is on the meta device. A quantised base, or a base in another format, is
+    loaded as a model, which is ``base``; then there is no ``model``."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
@@ -252,7 +256,7 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """Split ADAPTER[=WEIGHT] into the adapter's folder and its weight, by default 1.
+    """Split ADAPTER[=WEIGHT] into the adapter's folder and the factor of its ΔW, by default 1.
 
     A text that is an existing path is not split, because a path may contain an equals sign."""
     from veneer.store.library import resolve

@@ -174,8 +174,9 @@ def _measure(
 
 
 def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
-    """The task that the adapter's record names, with its settings. If ``task`` names another task:
-    this task without settings."""
+    """The task to measure, as {"name": name, setting: value, …}. It is the task in the adapter's
+    record, or sft if there is none. If ``task`` names another task, it is this one without
+    settings."""
     from veneer.adapter_files import read
     from veneer.store.library import resolve
 

@@ -106,7 +106,7 @@ def inspect_command(
 
 
 def _facts(adapter_files: Any) -> dict[str, Any]:
-    """What the files of an adapter tell about it, for JSON."""
+    """The facts about an adapter that its files contain, as JSON values."""
     from veneer.fileio.hashing import coverage, hash_json
 
     record = adapter_files.metadata.get("base", {})

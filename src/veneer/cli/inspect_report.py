@@ -18,7 +18,7 @@ from veneer.errors import ConfigError
 
 #: factors by which the measured repairs multiply intruder dimensions
 REPAIR_FACTORS = (0.5, 0.0)
-#: factors of ΔW that are measured if there is no intruder dimension to repair
+#: factors by which ΔW is multiplied and measured if there is no intruder dimension to repair
 SCALES = (0.75, 0.5)
 #: the recommended rank retains at least this share of the adapter's reduction of the loss
 MIN_RETAINED_GAIN = 0.99
@@ -26,7 +26,8 @@ MIN_RETAINED_GAIN = 0.99
 
 class ReportRequest(NamedTuple):
     """The options of `veneer inspect --report`. ``other``: the adapter to compare with; ``data``,
-    ``general``: sources of rows to measure losses on; ``loading_options``: how to load the base."""
+    ``general``: sources of rows to measure losses on; ``intruders``: number of leading singular
+    vectors to examine in each weight; ``loading_options``: arguments of `load_base`."""
 
     report: Path
     other: str | None
@@ -167,7 +168,7 @@ def _measure_losses(
             for kind, setting, removed_share, path in _write_derived_adapters(
                 adapter_files, report, "data" in examples, base_options, Path(folder)
             ):
-                # the base was compared when `adapter_files` was opened
+                # `open_base_and_adapter` has compared the base with the adapter's fingerprints
                 derived = veneer.load(loaded_base.model, path, verify_base=False)
                 source_names = ["data"] if kind == "rank" else None
                 rows.append(measure(kind, setting, removed_share, derived.use, source_names))

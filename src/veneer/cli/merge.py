@@ -96,7 +96,7 @@ def merge_command(
 
 
 def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str, float]], str]:
-    """Return the base, the (adapter folder, weight) pairs and the output folder.
+    """Return the base, the pairs (adapter folder, factor of its ΔW) and the output folder.
 
     Raise an error if there are too few paths, the output exists, or a folder holds no adapter. This
     is checked before the base is converted, which may take a minute."""

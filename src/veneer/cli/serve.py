@@ -240,7 +240,7 @@ def _serve(
     keyring = _read_keyring(listener.key_file, train)
     host = listener.host
     allowed_hosts = (*LOOPBACK, host.lower()) if keyring.is_open and is_loopback(host) else None
-    with bind(host, listener.port) as server_socket:  # first, because an error shows fastest
+    with bind(host, listener.port) as server_socket:  # before the base is loaded, which takes long
         listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
             plugin = None
@@ -292,7 +292,8 @@ def _serve_in_process(
     plugin: TrainingPlugin | None,
     engine: str,
 ) -> None:
-    """Serve in this process until a signal ends it. With ``engine`` "vllm", a vLLM computes."""
+    """Serve in this process until a signal ends it. With ``engine`` "vllm", this process starts a
+    vLLM server, which computes the answers."""
     import logging
 
     from veneer.cli.console import err
@@ -388,7 +389,7 @@ def _serve_on_ray(
     def announce() -> None:
         numbers = [signal.SIGTERM, signal.SIGINT]
         hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # no nohup
             numbers.append(hangup)
         # only now, because Ray installs its own signal handlers when it starts
         for number in numbers:

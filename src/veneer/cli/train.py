@@ -132,7 +132,7 @@ def train_command(
         _find_rate(settings)
         return
     run_training, say = partial(_run, settings), partial(console.err.print, soft_wrap=True)
-    if workers is None:  # there is no --launcher (_check_flags)
+    if workers is None:  # then there is no --launcher either, as _check_flags ensures
         stop_message = run_training()
     else:
         from veneer.train import ray

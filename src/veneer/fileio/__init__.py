@@ -1,5 +1,5 @@
 """Reading untrusted files and writing files atomically.
 
-In: paths, tensors, JSON values. Out: the same, validated or written. This folder knows tensors, but
-no layers, adapters or models.
+The functions take paths, tensors and JSON values, and validate, read or write them. They do not
+depend on layers, adapters or models.
 """

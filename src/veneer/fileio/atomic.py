@@ -71,8 +71,8 @@ def new_folder(
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
-            it is a file. Checked before the block and again before the rename. Or a file to keep
-            stands where the block made a folder, or a folder where it made a file.
+            it is a file. Checked before the block and again before the rename. Also if a file to
+            keep has the path of a new folder, or a folder has the path of a new file.
     """
     path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)
@@ -139,7 +139,7 @@ def _move_into_place(
     new_names = [file.name for file in new.iterdir() if not _is_folder(file)]
     keeps_nothing = not _files_to_keep(path, new_names, replaces)
     if keeps_nothing and not _contains_working_directory(path) and _exchange(new, path):
-        # files that another process wrote to the old folder just before the exchange
+        # move back files that another process wrote to the old folder just before the exchange
         for name in _files_to_keep(new, new_names, replaces):
             (new / name).rename(path / name)
         return

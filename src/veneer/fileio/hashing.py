@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: the prefix of a fingerprint tells which hash function computed it. XXH3 is as fast as memory. It
-#: detects accidents and edits; no hash in the record protects against an attacker, who would
-#: rewrite the record too.
+#: the prefix of a fingerprint tells which hash function computed it. XXH3 hashes as fast as memory
+#: can be read. It detects accidents and edits; no hash in the record protects against an attacker,
+#: who would rewrite the record too.
 XXH3, SHA256 = "xxh3:", ""
 #: values per block that is rounded and hashed. A block of CPU_BLOCK values fits into the cache, and
 #: is small enough for torch to round it in this thread. DEVICE_BLOCK amortises the cost of a copy
@@ -106,7 +106,7 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def recorded_fingerprints(base: Mapping[str, Any]) -> dict[str, str]:
-    """Return all fingerprints in ``base``, a record's entry of its base, by the weight's name."""
+    """Return all fingerprints in ``base``, the entry "base" of a record, by the weight's name."""
     return {**(base.get("rest") or {}), **(base.get("weights") or {})}
 
 
@@ -116,8 +116,8 @@ def recorded_hash_kind(base: Mapping[str, Any]) -> str:
 
 
 def coverage(base: Mapping[str, Any] | None) -> str:
-    """Describe how many of the base's weights have a fingerprint in a record. ``base`` is the
-    record's entry of its base, or None for a folder without a record."""
+    """Describe how many of the base's weights have a fingerprint in a record. ``base`` is the entry
+    "base" of the record, or None for a folder without a record."""
     if not base or "weights" not in base:
         return "nothing (written by another library)"
     changed_count, unchanged = len(base["weights"]), base.get("rest")

@@ -147,7 +147,8 @@ def move_files(temporary_folder: Path, path: Path) -> None:
             (path / entry).unlink(missing_ok=True)
             flush_folder(path)
             for name in removes:
-                if (path / name).is_symlink() or not (path / name).is_dir():  # made before a crash
+                # a folder of this name was created for a file of ``writes`` before a crash
+                if (path / name).is_symlink() or not (path / name).is_dir():
                     (path / name).unlink(missing_ok=True)
             for name in writes:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +184,9 @@ def files_in(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it exists. Another process may remove it at the same time, or
-    create a lock file in it, to find out whether it is a leftover."""
+    """Remove a folder or a file, if it exists. Meanwhile another process may remove the folder too,
+    or create a lock file in it to find out whether it is a leftover, so this tries several times.
+    """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 #: seconds of a slice of work, and of the pause after it
 SLICE, PAUSE = 0.001, 0.012
 
-#: of each thread that called ``throttle_loads``: ``is_busy``, and ``slice_start``, the thread's CPU
-#: time in seconds at which its slice of work began
+#: of each thread that called ``throttle_loads``: its argument ``is_busy``, and ``slice_start``, the
+#: CPU time in seconds of the thread at which its slice of work began
 _THREAD = threading.local()
 
 

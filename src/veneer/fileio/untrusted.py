@@ -36,10 +36,11 @@ BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 #: the largest accepted header, in bytes (the limit of the safetensors library), and the most
-#: characters of all strings in its metadata
+#: characters of its metadata, keys and values together
 MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
-#: the largest accepted JSON file, in bytes; its depth; and its commas, colons and brackets, as an
-#: estimate of its values (a list of empty lists takes thirty times more memory than its text)
+#: the largest accepted JSON file, in bytes; its deepest nesting; and its most commas, colons and
+#: opening brackets. Their number is an estimate of the number of values, which is limited because
+#: a list of empty lists takes thirty times more memory than its text.
 MAX_JSON, MAX_DEPTH, MAX_SEPARATORS = 16 * 2**20, 64, 1_000_000
 #: the most characters of a tensor's name, and the most axes of a tensor
 MAX_NAME, MAX_AXES = 512, 64
@@ -196,7 +197,7 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
     start, stop = offsets
     if not start <= stop <= data_size:
         return f"{tensor} claims the bytes {start:,} to {stop:,} of {data_size:,}"
-    # torch computes strides also of an empty tensor, from its other axes
+    # an axis of size 0 counts as 1, because torch computes strides from the other axes
     if math.prod(axis or 1 for axis in shape) > MAX_NUMEL:
         return f"{tensor} has a shape {_shorten(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS[dtype]
@@ -259,7 +260,8 @@ def parse(text: str | bytes) -> Any:
     if nested_values:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in json_bytes or b"\\uD" in json_bytes:
-        json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError
+        # UnicodeEncodeError, a ValueError, if there is a lone surrogate
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

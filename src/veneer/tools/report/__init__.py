@@ -4,17 +4,19 @@ model may have forgotten something.
     examine(adapter, …)  ->  Report      all numbers; ``to_dict()`` returns them as JSON values
     report_page.page(facts)  ->  str     one HTML page, from these JSON values alone
 
-For each weight the singular values of ΔW are computed from the factors A and B. (For a stack or a
-grouped convolution, each is the root of the sum of squares over the groups.) From these follow
+For each weight the singular values of ΔW are computed from the factors A and B. (A stack of
+matrices or a grouped convolution has several ΔW. Their i-th singular values count as one: the root
+of the sum of their squares.) From these values follow
 
     effective rank   exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ (Roy and Vetterli 2007, "The effective
                      rank"). If r singular values are equal and the others 0, it is r
     rank for 99 %    the lowest rank that keeps 99 % of ‖ΔW‖²
     lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
 
-With a base, the report adds ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With
-another adapter, it adds the similarity of the two adapters' row spaces and column spaces
-(``tools/compare.py``), and for comparison the similarity of two random spaces, max(r, r') / n.
+With a base, the report adds ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``), where
+W' is the weight with the change. With another adapter, it adds the similarity φ of the two
+adapters' row spaces and column spaces (``tools/compare.py``), and for comparison φ of two random
+spaces of ranks r and r' in n dimensions, max(r, r') / n.
 """
 
 from __future__ import annotations
@@ -48,10 +50,15 @@ ENOUGH, FULL = 0.99, 0.75
 
 @dataclass(frozen=True)
 class Shared:
-    """How two adapters' changes of a weight compare. ``read``: φ of the row spaces (the inputs that
-    ΔW reads); ``written``: φ of the column spaces (the outputs that ΔW writes); None if a change is
-    zero. ``chance_…``: φ of two random spaces of these ranks. ``angles_…``: the principal angles in
-    degrees."""
+    """How two adapters' changes of a weight compare; φ is the similarity of two spaces, in [0, 1].
+
+    Fields:
+        cosine: ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖).
+        read, written: φ of the row spaces (the input directions that ΔW reads), and of the column
+            spaces (the output directions that ΔW writes); None if a change is zero.
+        chance_read, chance_written: φ of two random spaces of these ranks.
+        angles_read, angles_written: the principal angles of the spaces in degrees, ascending.
+    """
 
     cosine: float
     read: float | None
@@ -71,9 +78,12 @@ class ReportLayer:
         kind: the last name in its path, such as "q_proj".
         norm: ‖ΔW‖.
         rank_90, rank_99: the lowest ranks that keep 90 % and 99 % of ‖ΔW‖².
+        spectrum: the singular values of ΔW, descending.
         relative: ‖W' − W‖ / ‖W‖; None without a base.
-        cosines, control: cosines of the leading singular vectors of W' and of the control change;
-            empty if none were examined.
+        cosines: for each leading singular vector of W', its highest cosine with a singular vector
+            of W; empty if none were examined.
+        control: the same cosines for a control, W plus a random change with the singular values of
+            ΔW.
         intruders: how many of these cosines are below the threshold: (in W', in the control).
         shared: the comparison with the other adapter's change; None if there is none.
     """
@@ -119,7 +129,8 @@ class Report:
         cuts: the truncations of all weights to lower ranks.
         next_rank, why: the rank to train with next, and the reason.
         in_full: parameters that are trained in full, which the report does not examine.
-        only_here, only_other: weights that only this, only the other adapter changes.
+        only_here, only_other: weights that only this adapter changes, and weights that only the
+            other adapter changes.
         leading: how many singular vectors of each weight were examined; 0 without a base.
         seconds: the duration of the search for intruders.
         weight_intruders: the intruders of each weight, for ``repair``; not in the JSON values.
@@ -176,7 +187,9 @@ def examine(
     """Examine an adapter.
 
     Args:
-        base, model: as for ``compose``.
+        base: the base model, or its weights by path (a mapping, or a function that raises
+            KeyError). None leaves out what needs the base.
+        model: the model that the weights in ``base`` belong to, possibly on the meta device.
         base_name: the name of the base that the report shows.
         other: another adapter of the same model.
         count, threshold: how many leading singular vectors of each weight to examine (0: none), and

@@ -54,8 +54,8 @@ def line_elements(
     Args:
         series: points (x, y) of each line, by its name in the legend.
         x, y: labels of the axes.
-        bottom, top: limits of the y axis; None: the extremes of the values. Values below
-            ``bottom`` extend the axis.
+        bottom, top: limits of the y axis; None takes the lowest, or the highest, of the values.
+            Values below ``bottom`` extend the axis.
         mark: the x value of a dashed vertical line; None draws none.
         faint: the points of lines in the background, which have no legend.
         dots: draw points instead of lines.
@@ -123,7 +123,7 @@ def _draw_axes(
             f'<text x="{LEFT_MARGIN - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
             f"{_value_at(y_scale, share):.{digit_count}g}</text>"
         )
-    # axes of integers, such as ranks and indices of singular values, get integer ticks
+    # an x axis of integers, such as ranks and indices of singular values, gets integer ticks
     is_integer_axis = all(float(value).is_integer() for value in x_limits) and x_limits[0] >= 1
     tick_values = (
         _integer_ticks(*x_limits)
@@ -183,9 +183,10 @@ def heat_map(
     format_number: Callable[[float], str],
     darkest: float | None = None,
 ) -> str:
-    """A table of numbers with a row for each block and a column for each kind. ``cells``: the
-    numbers by (block, kind); ``format_number`` makes a number a text; ``darkest``: the number of
-    the darkest cell (None: the largest number)."""
+    """A table of numbers, shaded by their size, with a row for each block and a column for each
+    kind of layer. ``cells``: the numbers by (block, kind), such as (0, "q_proj");
+    ``format_number``: formats a number; ``darkest``: the number of the darkest cell (None: the
+    largest number)."""
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     blocks = sorted({block for block, _ in cells}, key=lambda block: -1 if block is None else block)
     darkest = max(cells.values()) if darkest is None else darkest

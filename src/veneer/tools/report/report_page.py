@@ -7,7 +7,7 @@ under "losses":
     losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None,
               "rows": [row, …]}
     row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker",
-              "at": the rank, the factor of intruders or the weight of the adapter | None,
+              "at": the rank, the factor of intruders, or the factor of ΔW | None,
               "removed": share of the change that is removed | None,
               "data": loss | None, "general": loss | None}
 """

@@ -6,5 +6,5 @@ memory.py          bytes of weights, adapter and optimiser of any model, and a r
 hardware.py        published figures of devices, and the time that counted work takes on them
 training_plan.py   a run on 1 … n devices by each strategy: memory, bytes sent, time, whether it
                    fits
-serving.py         keys and values, adapters of a replica, replicas for a load
+serving.py         a service: memory and speed of a replica, and the number of replicas for a load
 """

@@ -6,6 +6,8 @@ one block of each kind runs, and a second run with one further block gives the c
 
     step = edges + Σ count · block          for bytes held, operations and bytes moved
 
+Edges are what runs outside of the blocks: the embedding, the output head and the loss.
+
 The saved bytes are exact if the device saves the same tensors as torch's meta device. Memory that a
 kernel takes while it runs, and unused memory of an allocator, are not counted. Attention is assumed
 causal. Its kernels compute only the half below the diagonal, so half of its operations are counted.
@@ -29,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from veneer.errors import ConfigError, first_line
 from veneer.kernels.device import count_on_meta
 
-#: number of rows whose logits exist at once, as in the loss of ``veneer train``
+#: number of tokens whose logits exist at once, as in the loss of ``veneer train``
 LOSS_ROWS = 256
 
 #: (operations, bytes moved, whether tensor parallelism replicates the call on each device) ->
@@ -48,7 +50,7 @@ class Cost:
         loss_peak_bytes: the most bytes held until the gradient of the loss is computed.
         backward_peak_bytes: the most bytes held from then on. Neither counts the gradients of
             parameters.
-        forward_work, backward_work: the operations of forward and of backward.
+        forward_work, backward_work: the calls of operations in forward and in backward.
     """
 
     saved_bytes: int = 0
@@ -81,8 +83,8 @@ class Cost:
         )
 
     def shard(self, devices: int) -> Cost:
-        """The cost on each of ``devices`` devices that divide matrices and attention heads. Each
-        device holds and reads all tensors as wide as the hidden state in full."""
+        """The cost on each of ``devices`` devices that divide matrices and attention heads (tensor
+        parallelism). Each holds and reads all tensors as wide as the hidden state in full."""
         remote_bytes = (self.saved_bytes - self.replicated_bytes) * (devices - 1) // devices
         byte_values = (
             self.saved_bytes - remote_bytes,
@@ -101,7 +103,7 @@ _BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_
 
 
 def shard_work(work: Work, devices: int) -> Work:
-    """The work of each of ``devices`` devices that divide it."""
+    """The work of each of ``devices`` devices that divide all calls but the replicated ones."""
     shares = Work()
     for (operations, bytes_moved, is_replicated), count in work.items():
         divisor = 1 if is_replicated else devices
@@ -161,8 +163,8 @@ class Step:
         )
 
     def shard(self, devices: int) -> Step:
-        """The step of each of ``devices`` devices that divide the matrices of the blocks. Each has
-        the full embedding and output head."""
+        """The step of each of ``devices`` devices that divide the matrices of the blocks (tensor
+        parallelism). Each has the full embedding and output head."""
         blocks = tuple(replace(group, cost=group.cost.shard(devices)) for group in self.blocks)
         total = self.total
         for full, shard in zip(self.blocks, blocks, strict=True):
@@ -183,13 +185,13 @@ def count_step(
 
     Args:
         model: a result of ``countable_model``, with an adapter attached.
-        labelled_share: share of the tokens that have a label; only these pass through the output
-            head.
+        labelled_share: share of the tokens that have a label. Only the hidden states of these
+            tokens pass through the output head.
         is_plain: whether the frozen weights are unpacked tensors, so that an adapted linear layer
             is a single autograd function. A packed weight (4 or 8 bits) is multiplied by its
             library, and the adapter saves its inputs in addition.
-        chunked_loss: whether the loss computes the logits of ``LOSS_ROWS`` rows at a time. False:
-            of all rows at once, as for a base that FSDP shards.
+        chunked_loss: whether the loss computes the logits of ``LOSS_ROWS`` tokens at a time. False:
+            of all tokens at once, as for a base that FSDP shards.
 
     Raises:
         ConfigError: the model has no repeated blocks, or cannot run on tensors without data.
@@ -227,8 +229,9 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
 def _count_distinct_blocks(
     model: Any, run: Callable[[], Cost]
 ) -> tuple[Cost, tuple[BlockGroup, ...]]:
-    """(cost of ``run`` on the model with all blocks, groups of equal blocks). ``run`` is measured
-    on the model with one block of each kind, and for each kind with a second block of that kind."""
+    """(cost of ``run`` on the model with all blocks, groups of equal blocks). ``run`` is called on
+    the model with one block of each kind. Then it is called again for each kind, with a second
+    block of that kind; the difference is the cost of the block."""
     path, block_list = _block_list(model)
     blocks_by_signature: dict[Any, list[nn.Module]] = {}
     is_frozen = True  # forward saves nothing below the lowest adapted block
@@ -283,7 +286,8 @@ def _run_step(
 ) -> Cost:
     """The cost of a step, measured with all blocks that the model has now."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # gradients are allocated first, as while batches accumulate; `memory.py` counts their bytes
+    # gradients exist before the step, as when they accumulate over several passes, so the counter
+    # leaves them out; `memory.py` counts their bytes
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()
@@ -316,8 +320,8 @@ def _run_step(
 
 
 def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
-    """The gradient of the cross-entropy with respect to the rows, computed in chunks of rows as in
-    ``train/loss.py``."""
+    """The gradient of the cross-entropy with respect to ``rows``, the hidden states [tokens,
+    hidden size] of the labelled tokens, computed in chunks of tokens as in ``train/loss.py``."""
     return torch.cat(
         [_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(LOSS_ROWS)]
     )
@@ -325,19 +329,19 @@ def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
 
 def _chunk_gradient(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
-    float_logits = logits.detach().float()  # counted until the function returns
+    float_logits = logits.detach().float()  # held until the function returns, so the peak counts it
     return torch.autograd.grad(logits, rows, float_logits.softmax(-1).to(logits.dtype))[0]
 
 
 def _full_loss_gradient(head: Any, rows: Tensor) -> Tensor:
-    """The gradient of the cross-entropy with respect to the rows, from the logits of all rows at
-    once, as ``train/loss.py`` computes it if the output head cannot be called separately."""
+    """The same gradient from the logits of all tokens at once, as ``train/loss.py`` computes it if
+    the output head cannot be called separately."""
     return torch.autograd.grad(_summed_loss(head, rows.requires_grad_()), rows)[0]
 
 
 def _summed_loss(head: Any, rows: Tensor) -> Tensor:
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    logits = head(rows)  # counted until the function returns
+    logits = head(rows)  # held until the function returns, so the peak counts it
     return torch.nn.functional.cross_entropy(logits[labels].float(), labels, reduction="sum")
 
 
@@ -456,13 +460,14 @@ class _OperationCounter(TorchDispatchMode):
 
 
 def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
-    """Floating-point operations of a matrix product or attention, two for each multiplication; 0
-    for any other operation."""
+    """Floating-point operations of a matrix product or attention, where a multiplication and its
+    addition are two; 0 for any other operation."""
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"):
         left_factor, right_factor = (args[1], args[2]) if "add" in name else (args[0], args[1])
-        # also for grouped products: of rows with the matrix of their group, or (the gradient of a
-        # stack of matrices) of two matrices
+        # This also holds for _grouped_mm. In forward, each row is multiplied by the matrix of its
+        # group only. For the gradient of the stack of matrices, both factors are matrices whose
+        # summed axis is divided among the groups.
         return 2 * left_factor.numel() * right_factor.shape[-1]
     flop_formula = flop_registry.get(func._overloadpacket)
     operations = (

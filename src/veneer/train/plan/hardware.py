@@ -3,9 +3,9 @@ within and between machines.
 
     seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
 
-This is a roofline for each call of an operation. The three shares (``PRODUCTS``, ``BYTES`` and
-``LINKS``) are assumptions of a well-used device, the same for all devices, so ratios of times are
-more reliable than times.
+This applies the roofline model to each call of an operation. The three shares (``PRODUCTS``,
+``BYTES`` and ``LINKS``) are assumed for a well-used device. They are the same for all devices, so
+ratios of times are more reliable than times.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from veneer.train.plan.count import Work
 #: assumed shares of published figures: of the peak rate by large matrix products, of the memory
 #: bandwidth by operations that only move data, and of the bandwidth of links between devices
 PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
-#: least seconds of a call, which the launch of its kernel takes
+#: the least time of a call in seconds: the launch of its kernel takes as long
 LAUNCH = 4e-6
 #: bytes of a GPU that no program can use: the driver's context, and workspaces of libraries
 CONTEXT = 0.75 * 2**30
-#: fragmentation: free bytes in the allocator's blocks, as a share of the bytes held
+#: free bytes in the allocator's blocks (fragmentation), as a share of the bytes held
 SLACK = 0.05
 
 
@@ -78,8 +78,8 @@ class Hardware:
 
     def transfer_seconds(self, sent: float, devices: int) -> float:
         """Seconds in which each of ``devices`` devices sends ``sent`` bytes. Between machines,
-        collectives run one ring for each network adapter, so all adapters of a machine carry the
-        bytes of each device."""
+        collectives run one ring for each network card. So the bytes of a device are divided among
+        all cards of its machine, and the bandwidth is that of the machine."""
         return sent / (
             LINKS
             * (
@@ -101,8 +101,8 @@ _HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
 _BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
 _DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
 _VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
-#: complete machines have a network adapter of 400 or 200 Gbit/s for each device; for machines of
-#: devices that are sold singly, one of 100 Gbit/s is assumed
+#: complete machines of 8 devices have a network card of 400 or 200 Gbit/s for each device; for
+#: machines of devices that are sold singly, one card of 100 Gbit/s is assumed
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
 _AMD, _OTHER = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 

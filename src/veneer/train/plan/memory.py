@@ -53,8 +53,8 @@ STATES_PER_VALUE = {
     "rmsprop": 1,
     "ademamix": 3,
 }
-#: how many values of optimiser state share a scale, by the bits of a value; the number of values of
-#: the smallest tensor whose state is quantised
+#: STATE_BLOCK: how many values of optimiser state share a scale, by the bits of a value.
+#: MIN_QUANTIZED: the number of values of the smallest tensor whose state is quantised
 STATE_BLOCK, MIN_QUANTIZED = {8: 256, 4: 128}, 4096
 #: how many values of a 4-bit weight share a scale, and how many of these scales share another scale
 #: (bitsandbytes' double quantisation)
@@ -75,9 +75,12 @@ def memory_breakdown(
     """The most bytes that a run holds, by use.
 
     Args:
+        model: the base with an adapter, possibly on the meta device.
+        optimiser: the name of the optimiser, as ``veneer train`` takes it.
         step: the counted step; without it, activations and workspace are left out.
         accumulate: number of forward passes in a step.
-        buffer_bytes: size of the buffers in which several devices send gradients.
+        buffer_bytes: bytes of the buffers in which several devices send gradients.
+        checkpointing: whether activations are recomputed (activation checkpointing).
         offload: whether activations are in main memory (``offloaded_bytes``).
         quantize: the format to which the plain weights of ``model`` will be packed.
     """
@@ -133,8 +136,13 @@ def shard_base(
     bytes_by_use: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int
 ) -> dict[str, int]:
     """Bytes by use on each of ``devices`` devices among which FSDP shards the base. Each device
-    gathers one block at a time. ``blocks``: (number of equal blocks, bytes of the frozen weights of
-    each)."""
+    gathers the weights of one block after another.
+
+    Args:
+        bytes_by_use: the result of ``memory_breakdown``, for a base that is not sharded.
+        cost: the cost of the same step.
+        blocks: (number of equal blocks, bytes of the frozen weights of each).
+    """
     # the root module stays gathered from its forward to its backward; while blocks run, the
     # current and the next block are gathered too
     root_bytes = bytes_by_use["base"] - sum(count * block_bytes for count, block_bytes in blocks)
@@ -201,8 +209,9 @@ def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> 
 
 
 class ConcurrentRun(NamedTuple):
-    """One of several runs that train at once (``train/many.py``). Runs with equal ``rows_key``
-    train on the same rows in each step, and share forwards."""
+    """One of several runs that train at once (``train/many.py``). ``config``: its ``TrainConfig``;
+    ``parameters``: its adapter's parameters. Runs with equal ``rows_key`` train on the same rows in
+    each step, and share forwards."""
 
     config: Any
     parameters: Sequence[nn.Parameter]
@@ -212,8 +221,9 @@ class ConcurrentRun(NamedTuple):
 def predict_at_once(
     model: Any, runs: Mapping[str, ConcurrentRun], tokens: int, labelled: int
 ) -> dict[str, int]:
-    """Bytes by use of the runs' step. Runs that share a forward hold the activations of all their
-    rows, so a step of the largest adapter among them is counted on that many rows. Raises as
+    """Bytes by use of one step of all runs. Runs with equal ``rows_key`` share a forward, which
+    holds the activations of the rows of each run. They are counted as one step of the largest
+    adapter among them with as many rows. Arguments and errors are those of `estimate_at_once` and
     `count_model_step`."""
     groups: dict[Any, list[str]] = {}
     for name, run in runs.items():
@@ -400,8 +410,8 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def packed_weight_bytes(model: nn.Module, quantize: str) -> tuple[int, int]:
-    """What ``weight_bytes`` would return after bitsandbytes has packed all linear layers except the
-    output head. Stacks of experts are not linear layers and remain unpacked."""
+    """The result that ``weight_bytes`` would have after bitsandbytes has packed all linear layers
+    except the output head. Stacks of experts are not linear layers and remain unpacked."""
     linears = packed_linears(model, quantize)
     plain_bytes = sum(weight.nbytes for _, weight, _ in _frozen_weights(model)) - sum(
         weight.nbytes for weight, _ in linears
@@ -422,7 +432,8 @@ def packed_linears(model: Any, quantize: str) -> list[tuple[Tensor, int]]:
 
 
 def packed_size(out: int, in_: int, quantize: str) -> int:
-    """Bytes of a weight [out, in] in "nf4", "fp4" or "int8", with scales, tables and offsets."""
+    """Bytes of a weight [out, in] in "nf4", "fp4" or "int8", including its scales and, in 4 bits,
+    the tables and the offset of bitsandbytes."""
     count = out * in_
     if quantize == "int8":
         return count + 4 * out

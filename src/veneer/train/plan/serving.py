@@ -2,14 +2,16 @@
 
     memory   base + adapters in memory + keys and values of the running rows + slack
              ≤ the devices' memory
-    step     max(time of bytes, time of operations) of one token for each row. The bytes are the
-             weights once (packed weights also unpacked), each adapter of the batch once, and each
-             row's keys and values
-    request  its prompt's operations, and for each token of its answer a row's share of one step
+    step     the time in which each row gets one token: the longer of the time to move bytes and the
+             time of the operations. The bytes are the weights once (packed weights also unpacked),
+             each adapter of the batch once, and each row's keys and values
+    request  the time of its prompt's operations, and for each token of its answer the time of one
+             step divided by the number of rows
 
-A replica is ``devices`` devices that share the weights by tensor parallelism. Rows fill the memory
-that the adapters leave, up to ``rows``. The load is spread evenly over replicas, each of which is
-busy for the share ``BUSY`` of the time: queues grow without bound as this share nears 1.
+A row is a running request. A replica is ``devices`` devices that share the weights by tensor
+parallelism. It runs as many rows as fit into its memory, up to ``rows``, each with an adapter if
+there are several; further adapters fill the rest. The load is spread evenly over replicas, each of
+which is busy for the share ``BUSY`` of the time: queues grow without bound as this share nears 1.
 """
 
 from __future__ import annotations
@@ -29,9 +31,18 @@ BUSY = 0.7
 
 @dataclass(frozen=True)
 class Load:
-    """The load of a service: ``requests`` a second, each with ``prompt`` and ``answer`` tokens and
-    one of ``adapters`` adapters. A replica has ``devices`` devices and runs at most ``rows`` rows
-    at once.
+    """The load of a service, and the size of a replica.
+
+    Fields:
+        requests: number of requests a second.
+        prompt, answer: number of tokens of a request's prompt and of its answer.
+        adapters: number of adapters that are served; each request uses one of them.
+        rows: the most rows that a replica runs at once.
+        devices: number of devices of a replica.
+        quantize: the format of packed weights ("nf4", "fp4", "int8"); None leaves them unpacked.
+
+    Raises:
+        ConfigError: ``requests`` is not above 0.
     """
 
     requests: float = 1.0
@@ -59,7 +70,7 @@ class Service:
         rows: number of rows that run at once in a replica; 0 if the base and one row do not fit.
         in_memory: number of the load's adapters that fit into a replica's memory beside these rows.
         step: seconds for one token of each row.
-        answered: number of requests a second that a replica can answer.
+        answered: number of requests a second that a replica can answer at the most.
         replicas: number of replicas for the load.
         hits: share of the requests whose adapter is in memory, if all adapters are equally popular
             and each is assigned to one replica.

@@ -6,7 +6,7 @@ A step has as many examples on n devices as on one device, as under torchrun.
     ddp     each device has all weights and its share of the rows
     fsdp    each device has its share of the rows and of the frozen weights. It gathers the weights
             of a block before the block's forward and again before its backward. The loss computes
-            the logits of all rows at once, since the output head cannot be called on chunks
+            the logits of all tokens at once, since the output head cannot be called on chunks
     tp      each device has all rows, and its share of the blocks' matrices by transformers' plan
             for the model. Forward sums the outputs of a block's two row-wise layers over the
             devices; backward sums the gradients at the inputs of its column-wise layers
@@ -61,7 +61,7 @@ class RunPlan:
     """The plan of a run on ``devices`` devices.
 
     Fields:
-        run: the run of one device, with its share of the rows.
+        run: the run with the rows and passes of one device.
         memory: the most bytes that a device holds, by use.
         operations, sent: operations of a device in a step, and the bytes that the device sends.
         tokens: tokens of a step on all devices together.
@@ -236,8 +236,9 @@ def plan_all(
     strategies: Iterable[str],
     hardware: Hardware | None,
 ) -> tuple[list[RunPlan], list[str]]:
-    """(plans for all numbers of devices and strategies ("ddp", "fsdp", "tp"), the reasons why the
-    other combinations are impossible)."""
+    """(the plan of each possible combination of a number of devices and a strategy ("ddp", "fsdp",
+    "tp"), the reasons why the others are impossible). On one device, only the first strategy is
+    planned. Raises ``ConfigError`` if no combination is possible."""
     plans, rejections = [], []
     for devices in device_counts:
         for strategy in [*strategies][:1] if devices == 1 else strategies:

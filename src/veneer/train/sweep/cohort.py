@@ -4,8 +4,8 @@ is not finite ends.
 
 A candidate trains exactly as in a separate run of `veneer train`: with the same initial adapter,
 order of rows, optimiser, schedule, clipping and random numbers. Candidates with equal data seeds
-have the same rows in each step and share the forward of these rows. Candidates with other rows need
-a separate forward.
+have the same rows in each step, so they always share forwards. Candidates with other rows share a
+forward only if their batches are padded to the same length.
 
 In a separate run, torch's data loaders draw a number from the default generator at the start of
 each epoch and of each evaluation. `draw_loader_seed` does the same here, so that dropout then draws
@@ -46,7 +46,8 @@ STATE = "state.pt"
 
 @dataclass(eq=False)
 class CohortMember:
-    """A candidate in training: its task, and its adapter on the engine."""
+    """A candidate in training. ``adapter``: its adapter parameters, optimiser, schedule and random
+    numbers in the ``StepEngine``, which trains several adapters at once."""
 
     task: Task
     adapter: TrainedAdapter
@@ -75,6 +76,8 @@ class Cohort:
     Args:
         model: the base.
         tasks: by candidate, a task with the candidate's configuration.
+        prepared: the tokenised rows and the number of steps, which all candidates share.
+        output: the output folder of the sweep.
         resumed_from: the folder of a checkpoint, or None.
         keep_going: leave out candidates that cannot begin; otherwise raise a ``TargetError`` that
             names all of them.
@@ -132,7 +135,7 @@ class Cohort:
         )
         if resumed_from is not None:
             adapter.load_state_dict(torch.load(resumed_from / name / STATE, weights_only=True))
-        else:  # transformers' Trainer also seeds after the adapter is attached
+        else:  # because transformers' Trainer seeds again after the adapter is attached
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
 
@@ -147,7 +150,8 @@ class Cohort:
             self._checked_configs.append(adapter_config)
 
     def begin(self, step: int) -> None:
-        """Begin with the rows of the step after `step`."""
+        """Put the base in training mode, and skip the rows of the first `step` steps, which are
+        completed."""
         self.model.train()
         self._step = step
         for order_seed in {member.order_seed for member in self.members.values()}:
@@ -155,12 +159,12 @@ class Cohort:
 
     @property
     def _first_task(self) -> Task:
-        """The task of any candidate. The tasks of candidates differ only in the order of rows."""
+        """The task of any candidate, for what all candidates share, such as the batch size."""
         return next(iter(self.members.values())).task
 
     def _iterate_steps(self, order_seed: int) -> Iterator[list[list[int]]]:
-        """The row indices of each step, as a list of forward passes, for candidates with this
-        order of rows."""
+        """For each step, a list of the forward passes, each a list of the indices of its rows. The
+        rows are in the order of the seed `order_seed`."""
         config = self._first_task.config
         sampler = EpochSampler(
             [*self.prepared.train.lengths],
@@ -207,8 +211,8 @@ class Cohort:
         return {name: losses[name] for name in losses if name in self.members}
 
     def _collate(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
-        """For each forward pass, its batch as `Runs.backward` takes it, and the number of items in
-        the batch's mean loss."""
+        """For each forward pass, (its batch as `Runs.backward` takes it, the number of items, such
+        as tokens, over which the loss of the batch is a mean)."""
         task, rows = self._first_task, self.prepared.train
         batches = []
         for indices in passes:
@@ -264,7 +268,8 @@ class Cohort:
 
 
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The mean loss of a batch by ``task``, from the output of a forward that was shared."""
+    """The mean loss that ``task`` computes for a batch. ``output``: the model's output for the
+    batch, from a forward that several candidates shared."""
     loss = task.loss(OutputAsModel(output, training=True), batch)
     return loss.total / max(loss.items, 1)
 
@@ -273,7 +278,8 @@ def _create_optimizer(
     arguments: Any, model: Any, parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
-    one candidate, in the order of the model's parameters."""
+    one candidate, in the order of the model's parameters. Raises ``ConfigError`` for an optimiser
+    that is not installed, or that needs the whole model."""
     decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
     ids = {id(parameter) for parameter in parameters if parameter.requires_grad}
     trained = [(name, value) for name, value in model.named_parameters() if id(value) in ids]

@@ -19,7 +19,7 @@ from veneer.train.sweep.sweep_settings import SEED_AXES, Range
 
 #: number of steps of the winner's repetition
 REPEATED_STEPS = 20
-#: the edges of a range: this share of its width at each end
+#: a value lies at an edge of a range if it is within this share of the range's width from an end
 EDGE_SHARE = 0.1
 
 
@@ -27,8 +27,8 @@ def find_edges(
     axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The numeric axes on which the value of the winner lies at an end of the tried values, as
-    {"axis", "value", "side", "tried": [lowest, highest]}. A limit of the setting itself, such as a
-    dropout of 0, is no edge."""
+    {"axis", "value", "side", "tried": [lowest, highest]}. The least value that the setting allows,
+    such as a dropout of 0, is no edge. ``changes``: the settings of the winner by axis."""
     winner_edges = []
     for axis, values in axes.items():
         bounds = _axis_bounds(values)
@@ -86,9 +86,9 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
     losses with the losses in the sweep.
 
     Returns:
-        {"steps": number of steps, "largest": the largest difference of a loss, "step": where it
-        occurs, "last": the difference in the last step}, or {"problem": text} if the repetition
-        failed.
+        {"steps": number of steps, "largest": the largest absolute difference of a loss, "step": the
+        step where it occurs, from 1, "last": the difference in the last step}, or {"problem": text}
+        if the repetition failed.
     """
     step_count, steps = 0, min(REPEATED_STEPS, len(losses))
 
@@ -111,7 +111,7 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
                 quiet=True,
                 stop_order=should_stop,
             )
-    except (VeneerError, OSError, RuntimeError) as error:  # the sweep itself has succeeded
+    except (VeneerError, OSError, RuntimeError) as error:  # must not fail the finished sweep
         return {"problem": first_line(error)}
     differences = [
         abs(repeated - original)

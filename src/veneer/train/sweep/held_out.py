@@ -17,12 +17,14 @@ from veneer.train.many import Runs
 from veneer.train.tasks import Task
 from veneer.train.tasks._base import move_batch
 
-#: maximal number of tokens of a forward, with padding; enough to use a processor fully
+#: maximal number of tokens of a forward over its rows and candidates, padding included; enough to
+#: use a processor fully
 TOKENS = 2048
 
 
 def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str, dict[str, float]]:
-    """The loss and measures of each run of `tasks` on `rows`, as means over their items."""
+    """The loss and measures of each run of `tasks` on `rows`, as means over the items that the
+    task's loss counts, such as tokens."""
     task, model = next(iter(tasks.values())), runs.model
     sums: dict[str, dict[str, float]] = {name: {} for name in tasks}
     item_counts = dict.fromkeys(tasks, 0)
@@ -45,8 +47,9 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
 def plan_passes(
     names: Sequence[str], lengths: Sequence[int], batch_size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
-    """(names of candidates, row indices) of each forward, the longest rows first. `lengths`: number
-    of tokens by row. `batch_size`: rows of a forward, if the lengths are 0, as for images."""
+    """Yield (names of candidates, row indices) for each forward, the longest rows first.
+    `lengths`: the number of tokens of each row. If it is 0, as for images, a forward has
+    `batch_size` rows."""
     row_order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
     while start < len(row_order):
         row_tokens = lengths[row_order[start]]
@@ -63,7 +66,8 @@ def plan_passes(
 def _batch_sums(
     runs: Runs, tasks: Mapping[str, Task], batch: Any
 ) -> dict[str, tuple[int, dict[str, Any]]]:
-    """By run, (number of items of the batch, sum of the loss and of each measure over them)."""
+    """By run, (number of items of the batch, {measure: its sum over the items}), with the measure
+    "loss"."""
     sums: dict[str, tuple[int, dict[str, Any]]] = {}
     if next(iter(tasks.values())).name == "sft":
         losses_by_run = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)

@@ -32,6 +32,8 @@ class Search:
         count: total number of candidates.
         rungs: the steps after which the weaker candidates end.
         adaptive: whether candidates depend on the results of earlier ones.
+        study, trials: Optuna's study, and its trial of each candidate by name. None and empty if
+            the sweep uses neither a sampler nor a pruner of Optuna.
     """
 
     def __init__(self, settings: Sweep, steps: int) -> None:
@@ -163,7 +165,7 @@ def _create_study(settings: Sweep, adaptive: bool) -> Any:
             f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = settings.sampler if adaptive else "RandomSampler"  # not used, because it gets no axes
+    sampler = settings.sampler if adaptive else "RandomSampler"  # draws nothing: no trial asks it
     return optuna.create_study(
         sampler=_create_component(optuna.samplers, sampler, "sampler", seed=settings.seed),
         pruner=_create_component(optuna.pruners, settings.pruner or "NopPruner", "pruner"),

@@ -65,7 +65,8 @@ def page(facts: Facts) -> str:
 
 
 def _ranking_key(candidate: Facts) -> tuple[bool, float]:
-    """The sort key of a candidate: those that ran to their end come first, then by loss."""
+    """The sort key of a candidate: first the candidates that ran to their end, then the others,
+    both by loss."""
     return candidate["status"] != FINISHED, (
         float("inf") if candidate["loss"] is None else candidate["loss"]
     )

@@ -3,7 +3,8 @@ holds the record. At the end, `sweep.json` and the report hold it together with 
 
 output/
   run.json               the record of a run (``train/run_record.py``), with the section `sweep:`
-  checkpoint-120/        state.json; for each running candidate, c03/adapter and c03/state.pt
+  checkpoint-120/        state.json; for each running candidate, such as c03: c03/adapter, and
+                         c03/state.pt with its optimiser, schedule and random numbers
   best/                  the winner: adapter/, train.yaml, log.jsonl, metrics.json, run.json
   sweep.json  report.html
 
@@ -30,15 +31,17 @@ WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "e
 
 @dataclass
 class Candidate:
-    """The record of a candidate of a sweep.
+    """The record of a candidate of a sweep. A rung is a step after which the weaker candidates end.
 
     Fields:
+        cohort: the index of its cohort: the candidates that train at the same time.
         changes: the settings of the candidate that differ from the sweep's configuration.
+        status: one of the statuses above.
         note: the reason why the candidate failed; else empty.
         parameters: number of trainable parameters.
         losses: the training loss of each step, from step 1.
         evaluations: (step, {measure: mean over the held-out rows}), with the measure "loss".
-        judged: (step, mean training loss) at the rungs that compare training losses.
+        judged: (step, mean training loss) at the rungs, if these compare training losses.
     """
 
     name: str
@@ -54,7 +57,7 @@ class Candidate:
     @property
     def loss_history(self) -> list[tuple[int, float]]:
         """(step, loss on the held-out rows), in the order of the steps. At rungs that compare
-        training losses, the mean training loss takes its place."""
+        training losses, the loss is the mean training loss instead."""
         held_out = {step: measures["loss"] for step, measures in self.evaluations}
         return sorted((held_out | dict(self.judged)).items())
 
@@ -70,7 +73,7 @@ class State:
 
     Fields:
         cohort, step: index of the cohort that trains, and the number of its completed steps.
-        seconds, cpu_seconds: time that the sweep took so far, in all its processes.
+        seconds, cpu_seconds: time that the sweep took so far, including that before it was resumed.
         best: name of the candidate whose adapter is in the folder `best/`.
     """
 
@@ -100,7 +103,8 @@ class State:
         return cls(**fields, candidates=candidates)
 
     def losses_by_step(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, {candidate: loss}) at the steps that compare candidates of a cohort, in order."""
+        """Yield (step, {candidate: loss}) for each step in the ``loss_history`` of a candidate of
+        the cohort, in order."""
         losses: dict[int, dict[str, float]] = {}
         for candidate in self.in_cohort(cohort):
             for step, loss in candidate.loss_history:

@@ -119,7 +119,8 @@ def sweep(
 
 class _SweepRun:
     """A sweep in progress. `start_times`: the clocks at the start of this process, as (wall
-    seconds, CPU seconds). `earlier_times`: what earlier processes took before the checkpoint."""
+    seconds, CPU seconds). `earlier_times`: the same two times that earlier processes of a resumed
+    sweep took up to the checkpoint."""
 
     def __init__(
         self,
@@ -152,8 +153,8 @@ class _SweepRun:
         self.winner_facts: dict[str, Any] = {}
 
     def _check_rungs_in_first_epoch(self) -> None:
-        """Raise `ConfigError` if a rung compares training losses after the first epoch, when the
-        candidates have trained on the same rows before."""
+        """Raise `ConfigError` if a rung compares training losses after the first epoch. From then
+        on, candidates have already trained on the rows whose losses are compared."""
         epoch_steps = steps_an_epoch(self.config, len(self.prepared.train))
         last_rung = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last_rung > epoch_steps:
@@ -167,8 +168,8 @@ class _SweepRun:
     # ---- candidates
 
     def _next_candidates(self, existing_count: int) -> list[Candidate]:
-        """The candidates after the first `existing_count`: those of one cohort if the sampler needs
-        the results of earlier candidates, else all."""
+        """Ask the search for further candidates: one cohort if the sampler needs the results of
+        earlier candidates, else all. `existing_count`: number of candidates that exist already."""
         count = self.settings.at_once if self.search.adaptive else self.search.count
         changes_by_name = self.search.ask(count)
         return [
@@ -328,13 +329,13 @@ class _SweepRun:
         return True
 
     def _evaluate(self, cohort: Cohort) -> None:
-        """Evaluate the candidates at rungs and at the steps at which a single run evaluates. With
-        rungs and without `eval_every`: only at rungs and at the end. At a rung, the weaker
-        candidates end."""
+        """Evaluate the candidates if the present step is a rung or a step at which a single run
+        evaluates. With rungs and without `eval_every`, candidates are evaluated only at rungs and
+        at the end. Then end the candidates that the search judges to be too weak."""
         state, step = self.state, self.state.step
         is_due = step % self.eval_steps == 0 or step == self.steps
         is_rung = step in self.search.rungs
-        if is_due:
+        if is_due:  # a single run draws here, so this also happens if rungs replace the evaluation
             cohort.draw_loader_seed()
         if self.config.eval_every is None and self.search.rungs and step < self.steps:
             is_due = False  # the rungs take the place of regular evaluations

@@ -58,7 +58,15 @@ class Range(BaseModel):
 
 
 class Sweep(BaseModel):
-    """The section `sweep:`. Successive halving is Jamieson and Talwalkar 2016, arXiv:1502.07943."""
+    """The section `sweep:`. To end the weaker candidates at rungs is successive halving (Jamieson
+    and Talwalkar 2016, arXiv:1502.07943).
+
+    Fields (the others are at the top of this file):
+        candidates: number of candidates; None with the sampler grid.
+        keep: the share of the candidates that continues after a rung.
+        at_once: the largest number of candidates that train at the same time.
+        seed: the seed of the sampler.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

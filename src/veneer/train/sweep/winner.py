@@ -50,7 +50,7 @@ def write_winner(
     Args:
         output: the folder of the sweep.
         config: the configuration of the candidate as a single run.
-        cohort: the cohort to which the candidate is still attached.
+        cohort: the cohort of the candidate, whose adapter must still be attached.
     """
     handle, prepared = cohort.runs[candidate.name], cohort.prepared
     metrics = _winner_metrics(candidate, handle.summary(), prepared)
