@@ -3,7 +3,8 @@ input:
 
     self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three outputs
 
-Only plain changes ΔW = scale · B A of all outputs of a plain weight are supported here.
+Only plain changes are supported here: ΔW = scale · B A without a gain, for all outputs of a weight
+that is an ordinary parameter.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ class PendingOutputs(threading.local):
 
 
 def bias_is_parameter(module: nn.Module) -> bool:
-    """Whether the bias of a module, if it has one, is a parameter. The value of any other bias
-    (pruned, parametrised, a buffer) is that of the attribute."""
+    """Whether the bias of a module, if it has one, is a parameter. Any other bias (pruned,
+    parametrised, a buffer) can only be read as the attribute ``bias``."""
     return "bias" in module._parameters or getattr(module, "bias", None) is None
 
 
@@ -157,11 +158,12 @@ class SharedInputLayers:
     """Layers of one module that read the same input. The call of the first layer computes the
     outputs of all of them; the calls of the other layers return these outputs.
 
-    All outputs come from one autograd node. So outputs are shared only if x has a graph: then
-    ``backward`` through one output frees the graph below x, and a later ``backward`` through
-    another output would fail in any case. With dropout, the outputs are shared without a graph too:
-    all layers use one dropout mask, and checkpointing, which runs the layers without a graph first,
-    must draw the same masks in both runs.
+    All outputs come from one autograd node, so ``backward`` through one output frees what
+    ``backward`` through another one would need. This does no harm if x itself has a graph: without
+    sharing, the first ``backward`` would free the graph of x, and the second one would fail too. So
+    outputs are shared only if x has a graph. With dropout, the outputs are shared without a graph
+    too: all layers use one dropout mask, and checkpointing, which runs the layers without a graph
+    first, must draw the same masks in both runs.
 
     ``members`` are (module, layer adapter) pairs in the order of their calls. An output is valid
     only while all tensors that it was computed from are unchanged. Their identities and versions
@@ -176,7 +178,7 @@ class SharedInputLayers:
         """Whether the outputs for x can be computed together in the present gradient mode."""
         if torch.is_grad_enabled():
             return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
-        # inference tensors have no version
+        # an inference tensor has no version, by which a later write to it would be found
         return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ class LayerAdapter(nn.Module):
         return self._run_unfused(call)
 
     def _run_unfused(self, call: Call) -> Any:
-        """The output of a forward that is not one fused product. It is computed in factors, with
-        the changed weight, or on a view."""
+        """The output of a call of forward that the fused kernel does not compute: in factored form,
+        in materialised form, or on a view."""
         module, layer_state = call.module, call.layer_state
         replacements = self.replacements(module)
         input_count = len(call.args) + len(call.kwargs)
@@ -246,7 +246,7 @@ class LayerAdapter(nn.Module):
         stacks = {}
         for name, change in self.changes.items():
             if _trains_both_factors(change) and change.rows is change.tokens is None:
-                parameters: Any = change._parameters  # in every layer of a decoding step
+                parameters: Any = change._parameters  # faster than ``resolve`` in decoding
                 low_rank, gain = LowRank(parameters["A"], parameters["B"], change.scale), None
             else:
                 low_rank, gain = change.resolve(weights[name])

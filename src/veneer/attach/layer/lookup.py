@@ -55,7 +55,7 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
     """The ``ModelAdapters`` of a model.
 
     Args:
-        name: an adapter that must exist.
+        name: an adapter that must exist; None requires no adapter of a name.
         walk: whether to check all layers for adapters of another model object. If False, they are
             checked only if an adapted layer has been copied in this process.
 
