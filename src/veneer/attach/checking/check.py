@@ -1,6 +1,6 @@
 """Prove on a live model that its output depends on every change of an adapter, as it should.
 
-There are three checks. Each problem names the layer that fails:
+There are three checks. The error names each layer that fails one:
 
     reached     one pass in eval mode without gradients runs every adapted layer
     gradient    one pass in the model's mode gives every change a finite gradient that is not zero,
@@ -42,7 +42,7 @@ from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of, parameter_path
 from veneer.precision import compute_device, double
 
-#: The largest relative error of a change's gradient against the gradient of the definition, by the
+#: The largest relative error of a change's gradient against that of a plain model of W + ΔW, by the
 #: size of the weight's elements in bytes. If a layer's ΔW is not read, the error is about 1. Kinks
 #: of ReLUs and rounding errors stay below these limits.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
@@ -61,8 +61,8 @@ class CheckReport:
     Fields:
         adapter: the name of the adapter, or of the blend.
         weights: paths of the weights whose changes reach the output.
-        compared: the number of changes whose gradients were also compared with the definition.
-            Changes of packed weights are not compared, nor is an adapter with invocation tokens.
+        compared: the number of changes whose gradients were also compared with those of a plain
+            model of W + ΔW. Packed weights and adapters with invocation tokens are not compared.
     """
 
     adapter: str
@@ -166,9 +166,9 @@ def _prove_changes(
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
 ) -> tuple[list[str], int]:
-    """(problems, the number of changes that were compared with the definition). ``names`` are the
-    adapters that ``active`` selects, ``checked`` their changes, ``trained`` the parameters of
-    these."""
+    """(problems, the number of changes whose gradients were compared with those of W + ΔW).
+    ``names`` are the adapters that ``active`` selects, ``checked`` their changes, ``trained`` the
+    parameters of these changes."""
     model: Any = call.func
     reached_ids: set[int] = set()
     with _preserve_state(model, trained), _use_selection(model, active):
@@ -213,7 +213,7 @@ def _prove_changes(
                 call = partial(model, *args, **kwargs)
                 problems = _gradient_problems(call, active, compared, trained, packed_adapters)
         except RuntimeError as error:
-            # the forward casts to a fixed dtype, or memory is short: the first result stands
+            # The forward casts to a fixed dtype, or memory is short. The first result is kept.
             problems[0] = (
                 f"{problems[0]} (In float64, which would tell rounding apart, it does not run:"
                 f" {error})"
@@ -263,8 +263,8 @@ def _gradient_problems(
     trained: list[nn.Parameter],
     packed_adapters,
 ) -> list[str]:
-    """A problem for each change whose gradient differs from that of the definition, computed in the
-    present dtype of the model."""
+    """A problem for each change whose gradient differs from its gradient in a plain model that
+    reads W + ΔW. Both are computed in the present dtype of the model."""
     model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
@@ -374,8 +374,8 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
 
 
 def _perturb(trained: list[nn.Parameter]) -> None:
-    """Add noise to the trained parameters. Before training ΔW is zero, so that code that ignores
-    the adapter would compute the same output."""
+    """Add noise to the trained parameters. Before training ΔW is zero, so without noise, code that
+    ignores the adapter would compute the right output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trained:
@@ -437,7 +437,7 @@ def _use_definition(
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, layer_adapter in active.usable_layer_adapters.items():
-            # A key (key of a layer, method) needs nothing: the layer's own key has an entry too.
+            # A key (key of a layer, method) is skipped, as the layer's own key has an entry too.
             if key not in modules or id(layer_adapter) in packed_ids:
                 continue
             module = modules[key]
@@ -480,7 +480,7 @@ def _use_definition(
 
 
 def _blend_weight(blend: Blend, module: nn.Module, weight_name: str, _: Any) -> Tensor:
-    """A changed weight of a blend; a reader of ``ComputedParameters``."""
+    """A changed weight of a blend; a function for ``ComputedParameters.compute``."""
     return blend.changed_weights(module, wide=False)[weight_name]
 
 

@@ -93,7 +93,7 @@ def _fold_low_rank(
     low_rank, gain = weight.change()
     dense, dense_name = storage.dense(weight.target).detach(), storage.dense_name
     is_unsharded = type(dense) in (Tensor, nn.Parameter)
-    # whether the representable values are known, so that this code chooses the rounding
+    # whether the values that the format can represent are known, so that rounding can be chosen
     has_grid = dense_name is not None or isinstance(storage, GridStorage)
     if (
         not has_grid
@@ -139,7 +139,8 @@ def _fold_low_rank(
 def fold_change(
     change: Change, weight: Tensor, low_rank: LowRank, gain: Tensor | None, **options: Any
 ) -> Folded:
-    """``fold`` of a weight [g, out, in] of the layer of ``change``, or of a slice of it."""
+    """``kernels.rounding.fold`` of the weight that ``change`` changes, [g, out, in], or of a slice
+    of it. g is the number of matrices in the weight, 1 for a linear layer."""
     return fold(weight, low_rank, gain, side=_rounding_side(change), **options)
 
 
@@ -158,8 +159,9 @@ def _fold_onto_grid(
     second_moment: Tensor | None,
     problems: list[str],
 ) -> Content | None:
-    """The new content of a quantised weight. It is first rounded to the nearest values of its grid.
-    Unless ``rounding`` is "nearest", this is then improved as ``rounding`` says."""
+    """The new content of a quantised weight. It is first rounded to the nearest values of its grid,
+    which are the values that its format can represent with the present scales. Unless ``rounding``
+    is "nearest", the result is then improved as ``rounding`` says."""
     change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
     content = _encode(
         weight, change.changed_weight(target, low_rank, gain, torch.float64), problems

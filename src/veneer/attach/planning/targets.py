@@ -54,7 +54,7 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
         else:
             block_indices = {index % block_count for index in config.layers}
             selected_refs = [ref for ref in selected_refs if _block(ref[0]) in block_indices]
-    if not selected_refs and not problems and config.targets != ():  # targets=() trains only tokens
+    if not selected_refs and not problems and config.targets != ():  # () trains token rows alone
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
     return selected_refs, problems
@@ -84,8 +84,8 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
 def value_for(
     names: Names, refs: Sequence[ParamRef], values: Mapping[str, Any], default: Any
 ) -> Any:
-    """The value of the first pattern in ``values`` that matches one of ``refs``, which name one
-    weight in each module that holds it."""
+    """The value of the first pattern in ``values`` that matches one of ``refs``, which are all
+    names of one weight."""
     return next(
         (value for pattern, value in values.items() if matches_any(names, pattern, refs)), default
     )
@@ -282,8 +282,8 @@ def _word_modules(names: Names, word: str) -> list[str]:
 
 
 def _body_paths(names: Names) -> set[str]:
-    """The paths of all modules except for the output head: transformers' output embeddings, and the
-    modules outside of ``base_model``."""
+    """The paths of all modules that are not part of an output head: not transformers' output
+    embeddings, and nothing outside of ``base_model``, if the model has one."""
     prefix = getattr(names.model, "base_model_prefix", "")
     has_base_model = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
     head = _output_head(names)
