@@ -66,8 +66,9 @@ class Embedding(_Lookup):
         return change if y is None else y + change
 
     def factors(self, module: Any) -> bool:
-        # With scale_grad_by_freq, forward divides the gradient of a row by how often it occurs; B's
-        # gradient cannot be divided so. With max_norm, y is not linear in the weight.
+        # With scale_grad_by_freq, torch divides the gradient of each row by how often its index
+        # occurs. B has no rows for indices, so its gradient cannot be divided in this way. With
+        # max_norm, y is not linear in the weight.
         return not module.scale_grad_by_freq and module.max_norm is None
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:

@@ -2,13 +2,15 @@
 
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
-This equation defines a blend, and its gradient, for every layer and variant. A layer that is linear
-in its one weight computes the blend in factors, without forming a weight:
+W'ᵢ is the weight W as adapter i alone would change it, and wᵢ the coefficient of adapter i. This
+equation defines a blend, and its gradient, for every layer and variant. A layer that is linear in
+its one weight computes the blend in factors, without forming a weight:
 
     y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x; ΔWᵢ)) - y₀)        y₀ = op(x; W)
 
-Without a gain, this is one product whose rank is the sum of the adapters' ranks. All other layers
-form the blended weights. ``kernels/batched.py`` computes blends for the rows of a bank.
+If no adapter has a gain, the sum is one low-rank product, whose rank is the sum of the adapters'
+ranks. All other layers form the blended weights. ``kernels/batched.py`` computes the blends of a
+``Bank``.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _LORA = VARIANTS["lora"]
 
 
 def require_finite_weights(weights: Mapping[Any, Any]) -> None:
-    """Raise a SelectionError unless every weight of {name: weight} is a finite number."""
+    """Raise a SelectionError unless every coefficient of a blend {adapter name: coefficient} is a
+    finite number."""
     for name, weight in weights.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         try:
@@ -223,9 +226,9 @@ class Blend:
             and weight_name not in layer_adapter.full._parameters
             for layer_adapter, _ in self.components
         ):
-            return False  # the weight is trained in full, or the layer adapter is a bank's
-        # A gain scales the rows of ΔW. A tied layer reads these rows as inputs, so that W + ΔW must
-        # be formed.
+            return False  # the weight is trained in full, or the layer adapter is a ``Bank``'s
+        # A gain scales the rows of ΔW. A tied layer that holds the weight transposed reads these
+        # rows as inputs, so that W + ΔW must be formed.
         return all(
             change.variant.resolve is _LORA.resolve
             or not change.is_transposed_in(layer_state.layer)
@@ -234,7 +237,7 @@ class Blend:
         )
 
     def _run_factored(self, call: LinearCall) -> Tensor:
-        """The blend in factored form, from one product with the base weight."""
+        """The blend in factored form, with a single product with the base weight."""
         layer_state, x, base_weight = call.layer_state, call.x, call.weight
         kind: Any = layer_state.layer
         weighted_changes = [
@@ -276,8 +279,8 @@ class Blend:
         return y if bias is None else y + kind.per_output(call.module, bias, y).to(y.dtype)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
-        """As ``LayerAdapter.stacks``. The factors of the adapters' changes are concatenated, so
-        that the rank of each stack's change is the sum of their ranks."""
+        """As ``LayerAdapter.stacks``. A and B of the adapters' changes are concatenated along the
+        rank, so that the rank of each stack's change is the sum of their ranks."""
         weighted_stacks: dict[str, list[tuple[Any, LowRank, float]]] = {}
         for layer_adapter, weight in self.components:
             layer_stacks = layer_adapter.stacks(module)
