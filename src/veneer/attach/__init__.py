@@ -148,10 +148,10 @@ _LAZY = {
     "ModulePath": "layer.state",  # the names of children on the path to a module below
     "Names": "layer.names",  # the modules and parameters of a model, by path
     # the selection of a call
-    "ActiveAdapter": "layer.state",  # what one call uses: a LayerAdapter for each changed layer
+    "ActiveAdapter": "layer.state",  # the selection of one call: a LayerAdapter per changed layer
     "BASE": "layer.state",  # the ActiveAdapter that selects the base alone
     "OutsideGenerator": "layer.state",  # makes a call between two steps of a generator an error
-    "RowAdapters": "rows.select_rows",  # what a call uses if its rows have different adapters
+    "RowAdapters": "rows.select_rows",  # the selection of a call whose rows have different adapters
     "blend_adapters": "rows.blend",  # the ActiveAdapter of a weighted blend
     "common_base_adapter": "rows.blend",  # the adapter that was merged when each was attached
     "require_finite_weights": "rows.blend",  # an error if a coefficient of a blend is not finite
@@ -187,7 +187,7 @@ _LAZY = {
     "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed
     "without_backup": "merging.stored_weights",  # merged weights without a copy of their old bits
     # analysis of the source code of a model
-    "attributes_read_above": "source.weight_readers",  # what modules above read of a module
+    "attributes_read_above": "source.weight_readers",  # attributes that modules above read
     "compares_attention": "source.source_analysis",  # whether code tests for "sdpa" attention
     "has_forward": "source.weight_readers",  # whether a module's class defines a forward
     "submodule_calls": "source.source_analysis",  # the submodules that a forward calls

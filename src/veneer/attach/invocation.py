@@ -273,7 +273,7 @@ def find_starts(
         return list(earlier_invocations)
     pattern = torch.tensor(tokens, device=ids.device)
     matches = (ids.unfold(1, token_count, 1) == pattern).all(-1)  # [rows, columns − tokens + 1]
-    positions = torch.arange(1, matches.shape[1] + 1, device=ids.device)  # from 1: 0 is no match
+    positions = torch.arange(1, matches.shape[1] + 1, device=ids.device)  # 0 means no match
     last_positions = (matches * positions).amax(1).tolist()
     return [
         past_length + position - 1 if position else start
@@ -328,7 +328,8 @@ def _refuse_packed(
 
 
 def _refuse_other_rows(rows_by_adapter: Sequence[AdapterRows], row_count: int) -> None:
-    """Raise a SelectionError if a selection for each row has more rows than the ids of a call."""
+    """Raise a SelectionError if adapters were selected for more rows than the ids of a call
+    have."""
     selected_count = max(
         (max(indices) + 1 for _, indices in rows_by_adapter if indices is not None), default=0
     )

@@ -137,8 +137,8 @@ def _element_count(weight: nn.Parameter) -> int:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """What an adapter adds to the cost of a call in its linear layers, as the cost model predicts
-    it. Only layers that the fused kernel can compute are listed.
+    """The cost that an adapter adds to a call in its linear layers, as the cost model predicts it.
+    Only layers that the fused kernel can compute are listed.
 
     Fields:
         tokens: the number of tokens, batch size × length.

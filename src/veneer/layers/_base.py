@@ -27,7 +27,8 @@ from veneer.registry import Registry
 
 
 class Dims(NamedTuple):
-    """The size of a change: ``groups`` products of [out, rank] and [rank, in]."""
+    """The size of a change: ``groups`` matrices [out, in], each a product of [out, rank] and [rank,
+    in]."""
 
     groups: int
     out: int
@@ -92,7 +93,7 @@ class Layer(ABC):
         return Dims(1, *(shape[::-1] if self.out_axis else shape))
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
-        """ΔW [g, out, in] in the weight's shape."""
+        """ΔW, given as [g, out, in], in the ``shape`` of the weight."""
         return delta[0].mT if self.out_axis else delta.reshape(shape)
 
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
@@ -100,13 +101,14 @@ class Layer(ABC):
         return weight.mT[None] if self.out_axis else weight.reshape(dims)
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
-        """One value for each output, [g · out], shaped to broadcast over the weight."""
+        """``values`` [g · out], one for each output, in a shape that broadcasts over a weight of
+        ``shape``."""
         axes = [1] * len(shape)
         axes[self.out_axis] = -1
         return values.reshape(axes)
 
     def fan_in(self, dims: Dims) -> int:
-        """The number of inputs of a row of A, for A's Kaiming initialisation."""
+        """The number of inputs that reach a row of A at a time, for A's Kaiming initialisation."""
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:
@@ -136,8 +138,8 @@ class Layer(ABC):
         raise self._undefined("op")
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        """``y + op(x; ΔW)`` through the bottleneck, in the dtype of x; ``op(x; ΔW)`` alone if y is
-        None."""
+        """``y + op(x; ΔW)``, or ``op(x; ΔW)`` if y is None, in the dtype of x. It is computed with
+        A and B, without forming ΔW."""
         raise self._undefined("update")
 
     def fused(
@@ -161,7 +163,8 @@ class Layer(ABC):
         return True
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
-        """One value for each output, [g · out], shaped to broadcast over y."""
+        """``values`` [g · out], one for each output, in a shape that broadcasts over the output
+        y."""
         return values
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
@@ -213,7 +216,7 @@ class Layer(ABC):
         return low.A.flatten(0, 1), low.B.flatten(0, 1)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """One value for each output, [g · out], in the shape of a PEFT file."""
+        """``values`` [g · out], one for each output, in the shape of a PEFT file."""
         return values
 
     def unpack(

@@ -2,7 +2,7 @@
 means or maxima of such rows. V is the size of the vocabulary.
 
 An embedding is a linear map of one-hot inputs, with in = V and out = d: ΔW[id] = (B @ A)[:, id].
-Its bottleneck is therefore a lookup in A, followed by a product with B. It also follows that
+So op(ids; ΔW) is a lookup in A, followed by a product with B. It also follows that
 
 - dropout drops the update of whole tokens;
 - A's Kaiming fan-in is 1, not V, because one input is active at a time (with V the update would

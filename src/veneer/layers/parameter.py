@@ -5,7 +5,7 @@ experts, learned positions, or a layer of a user's model.
     [E, out, in]     a stack of E matrices, each with its own change: g = E
 
 The module's own forward runs on W + ΔW, so nothing needs to be known of the module. Vectors (norms,
-scales) are trained at their full shape. ``LoraConfig(bias=…)`` decides about biases.
+scales) are trained at their full shape. ``LoraConfig(bias=…)`` says whether biases are trained.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _norms_of_pieces(pieces: Iterator[Tensor], low: LowRank) -> Tensor:
         rows = slice(first, first + piece.shape[1])
         norms.append(row_norms(piece, LowRank(low.A, low.B[:, rows], low.scale)))
         first = rows.stop
-        del piece  # before the next piece is read
+        del piece  # frees it before the next one is read
     return torch.cat(norms)
 
 

@@ -24,8 +24,8 @@ GROUP = 16
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """A1 [g, r, in / L], which is A above, Kaiming-uniform; B [g, out, r] of zeros; and a frozen
-    pool [g, L] of ones, the weight of each input of a group. B has a gradient in the first step, A1
-    from the second step on."""
+    pool [g, L] of ones, the factors of the L inputs of a group. B has a gradient in the first step,
+    A1 from the second step on."""
     size = next(size for size in range(min(GROUP, context.in_), 0, -1) if context.in_ % size == 0)
     pooled = context.in_ // size
     A = kaiming_uniform(replace(context, in_=pooled, fan_in=pooled))

@@ -49,7 +49,7 @@ TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
 #: gradient of a key projection's bias.
 NOISE = 1e-4
-#: the expected state and the advice in most problems of ``_CheckedChange.problem``
+#: in most error texts of ``_CheckedChange.problem``: what is expected, and what to do
 DEPENDS = "a layer that the output depends on"
 REACH = "exclude it, or give an example that reaches it"
 
@@ -109,8 +109,8 @@ def check(
             keyword arguments.
         name: the adapter; None stands for the default one, or the only one. Or a blend
             {name: weight}, as ``use`` takes it. Then the changes of all its adapters are checked in
-            the blend, also of adapters that do not train. Comparing a blend with its definition
-            takes as much memory as the weights that change.
+            the blend, also of adapters that do not train. Comparing the gradients of a blend takes
+            as much memory as the weights that change.
 
     Raises:
         CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
@@ -228,8 +228,8 @@ def _any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
 def _missing_gradient_problems(
     call: partial, active: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
 ) -> Iterator[str]:
-    """Problems of changes that had no gradient before training. A change has a problem unless a
-    gradient appears after the parameters have been perturbed."""
+    """An error text for each of the changes ``checked``, which had no gradient, unless a gradient
+    appears after the trained parameters have been perturbed."""
 
     def have_gradients() -> list[bool]:
         gradients = _gradients(call, trained)
@@ -385,7 +385,7 @@ def _perturb(trained: list[nn.Parameter]) -> None:
 
 
 def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
-    """The gradients of a random projection of the model's outputs for the trained parameters."""
+    """∂p/∂θ for each trained parameter θ, where p is a random projection of the model's outputs."""
     torch.manual_seed(0)
     with torch.enable_grad():
         # A random projection, because a plain sum is constant after a softmax or a layer norm and
@@ -401,8 +401,8 @@ def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter,
 
 
 def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The layer adapters of packed weights, which cannot be replaced by W + ΔW. The keys are those
-    of the layers' states. None if such a weight is in a module that also has a plain weight, or if
+    """The layer adapters of packed (quantised) weights, in whose place W + ΔW cannot be put, by
+    ``LayerState.key``. None if such a weight is in a module that also has a plain weight, or if
     another module reads it."""
     packed_adapters: dict[int, LayerAdapter] = {}
     submodule_adapters: set[int] = set()

@@ -30,7 +30,7 @@ ComputeTensor = Callable[[], Tensor]
 
 
 class _SavedRecipe(NamedTuple):
-    """What autograd saves in place of a tensor.
+    """The data that autograd saves in place of a tensor.
 
     Fields:
         compute: computes the storage of the tensor.

@@ -149,9 +149,9 @@ class Change(nn.Module):
     def resolve(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight``, differentiable: (LowRank, gain). The gain has one factor for
-        each output row, [g · out], or is None. ``dtype`` is the dtype of both; None keeps that of
-        the parameters."""
+        """(LowRank, gain) of the change of ``weight``, differentiable in the adapter parameters.
+        The gain has one factor for each output row, [g · out], or is None for a gain of 1.
+        ``dtype`` is the dtype of both; None keeps that of the parameters."""
         # Do not branch on the rank here: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
@@ -209,7 +209,7 @@ class Change(nn.Module):
 
         def read_weight() -> Tensor:
             """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None,
-            the tensor is on a device that supports arithmetic in it."""
+            the tensor is on a device that supports arithmetic in ``dtype``."""
             dense = self.storage.dense(weight)
             if dtype is not None:
                 dense = dense.to(precision.compute_device(dense.device, dtype))

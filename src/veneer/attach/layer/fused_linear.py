@@ -24,7 +24,7 @@ from veneer.layers import Layer
 
 @dataclass(frozen=True, eq=False)
 class FusedChange:
-    """One plain low-rank change of a layer that is a matrix product.
+    """One plain low-rank change, ΔW = scale · B A, of a layer that is a matrix product.
 
     Fields:
         change: the ``Change``. Its A and B are read at each call, because they may be replaced.
@@ -111,8 +111,8 @@ def bias_is_parameter(module: nn.Module) -> bool:
 
 
 def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChange:
-    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``. A bias must be
-    a parameter."""
+    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``. If the module
+    has a bias, it must be a parameter."""
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
@@ -123,8 +123,9 @@ def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChan
 def outputs(
     members: Sequence[tuple[nn.Module, FusedChange]], x: Tensor, seed: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same x [*, in], all with the dropout mask of ``seed``; if
-    it is None, a seed is drawn. ``members`` are (module, fused change) pairs."""
+    """The outputs of several layers for one input x [*, in] that they all read. ``members`` are the
+    (module, fused change) pairs of the layers. All layers use the dropout mask of ``seed``; if it
+    is None, a seed is drawn."""
     weights, biases, A, B = [], [], [], []
     on_cpu = x.is_cpu
     for module, fused_change in members:

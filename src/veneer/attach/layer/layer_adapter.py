@@ -264,8 +264,8 @@ class LayerAdapter(nn.Module):
         may_share: bool,
         seed: int | None,
     ) -> Tensor:
-        """The output of a layer on a device. The fused kernel also computes the layers that read
-        the same x, if ``may_share``."""
+        """The output of a layer on a device other than the CPU. If ``may_share``, the fused kernel
+        also computes the layers that read the same x."""
         shared_layers = self.shared_input_layers if may_share else None
         if shared_layers is not None and shared_layers.applies(fused_change, x):
             return shared_layers.output(module, self, x)

@@ -48,7 +48,9 @@ class Names:
         return not is_hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
-        """((path, name), parameter) of each plain parameter, a tied one under each of its names."""
+        """Yield ((path, name), parameter) for each parameter of the model, except for those that
+        are only a detail of how a weight is stored. A tied parameter is listed for each module that
+        holds it."""
         for path, module in self.modules.items():
             visible_parameters = {
                 name: parameter
@@ -86,8 +88,8 @@ class Names:
         return frozenset(split_refs)
 
     def fresh_parameters(self) -> dict[int, ParamRef]:
-        """The parameters that were not in the checkpoint: the first reference to each, by its
-        ``id``.
+        """The parameters that were not in the checkpoint: {``id`` of a parameter: its first (path,
+        name)}.
 
         transformers marks the parameters that it loads. If no parameter has a mark, it is unknown
         which were loaded, so the result is empty. Sharded parameters lose their marks when they are

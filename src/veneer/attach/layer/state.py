@@ -4,8 +4,8 @@
                     and which of them are merged
     LayerState      one per adapted layer, its child ``veneer``: the adapters of the layer, and how
                     the layer uses its weights
-    ActiveAdapter   what one call of the model uses: an object for each changed layer, such as a
-                    ``LayerAdapter``, by the layer's key
+    ActiveAdapter   the selection of one call of the model: an object for each changed layer, such
+                    as a ``LayerAdapter``, by the layer's key
     Call            one call of an adapted module: its arguments and settings
 
 A call looks up its ``ActiveAdapter`` in the current context (``context.py``), by the model's
@@ -46,8 +46,8 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """What one call of a model uses: an adapter, a blend, an adapter for each row, or the base
-    alone.
+    """The selection of one call of a model: an adapter, a blend, an adapter for each row, or the
+    base alone.
 
     Fields:
         name: the name of the adapter; None for the base alone.
@@ -118,7 +118,7 @@ CHANGING = threading.RLock()
 
 
 def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of functions that change a model's adapters."""
+    """Decorator of functions that change a model's adapters: the function holds ``CHANGING``."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

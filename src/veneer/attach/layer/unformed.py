@@ -78,8 +78,8 @@ class Stack:
         of the transposed matrices."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            # ``unbind`` has one gradient tensor for all matrices. A subscript would have a gradient
-            # of the stack's size for each matrix.
+            # The backward of ``unbind`` creates one gradient of the stack's size for all matrices.
+            # The backward of a subscript would create one for each matrix.
             if self.needs_gradient:
                 if not self.unbound:
                     self.unbound = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]

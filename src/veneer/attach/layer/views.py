@@ -114,8 +114,9 @@ def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.dtype) -> Any:
-    """The output of ``function``, the method of a call, which computes in float32. It is cast to
-    the dtypes that it has for weights of ``weight_dtype``. ``weight``: a weight of the view."""
+    """Run ``function``, which is the method of a call on a view, in float32. The output is cast to
+    the dtypes that it would have with weights of ``weight_dtype``. ``weight``: a weight of the
+    view."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     # ``data`` of a tensor is the tensor, ``data`` of a packed sequence is its tensor
     first_tensor = next((leaf.data for leaf in leaves if is_float(leaf)), None)
@@ -239,8 +240,8 @@ def _run_unformed(
 def _children_read_below(
     module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> dict[str, nn.Module]:
-    """Views of the children on the paths to modules whose weights are read directly, by the names
-    of the children."""
+    """Views of the children of ``module`` through which the called method reads weights of modules
+    below directly, by the name of the child."""
     adapters_by_child: dict[str, dict[ModulePath, Any]] = {}
     for path, layer_adapter in layer_adapters.items():
         if path:
@@ -254,8 +255,8 @@ def _children_read_below(
 def _view_read_below(
     module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> nn.Module:
-    """A view of a module below the called one, whose weights, or those of modules below it, are
-    read directly.
+    """A view of a module below the called one. The called method directly reads weights of this
+    module, or of modules below it.
 
     ``layer_adapters``: the layer adapters of this module, by the path (), and of modules below it.
     """

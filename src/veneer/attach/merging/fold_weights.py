@@ -53,8 +53,8 @@ def merged_content(
 
 
 def _write_problem(weight: StoredWeight) -> str | None:
-    """An error text if a weight cannot be read or written here; else None. It may be offloaded,
-    created in inference mode, or packed on a device without float64."""
+    """An error text if a weight cannot be read or written here, because it is offloaded, created in
+    inference mode, or packed on a device without float64; else None."""
     target, storage = weight.target, weight.storage
     is_tensor = isinstance(target, Tensor)
     if is_tensor and target.is_meta and "_hf_hook" in weight.module.__dict__:
@@ -168,7 +168,7 @@ def _fold_onto_grid(
     )
     if content is None or rounding == "nearest":
         return content
-    # a change has a report
+    # only buffers have no report, and this is a low-rank change
     stored_tensors, report = cast(tuple[dict[str, Tensor], LayerMerge], content)
 
     def unfold(values: Tensor) -> Tensor:

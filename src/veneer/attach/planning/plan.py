@@ -97,7 +97,7 @@ class Plans:
 @one_thread_at_a_time
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     """The plan of ``config`` for ``model``, which is not changed. Raises a TargetError that lists
-    every problem."""
+    every problem, or a ConfigError if ``config`` is no ``LoraConfig``."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
     problems, regex_problems = list(refusals.name_problems(model, name)), bad_regex(config)
@@ -226,8 +226,8 @@ class _Planner:
 
     def untrained_head(self) -> list[ParamRef]:
         """With targets="all-linear", the parameters of a task head that were not in the checkpoint.
-        They are trained in full: ΔW of a random W would be useless to anyone who loads the
-        adapter."""
+        They are trained in full: they are random, and the adapter may be loaded on a model with
+        other random values, to which a ΔW would not belong."""
         if "all-linear" not in self.words:
             return []
         fresh_parameters = self.names.fresh_parameters()

@@ -3,7 +3,7 @@
 refusals_of             reasons against a low-rank change, for every module that holds the weight
 check_full              reasons against training parameters in full
 invocation_problems     reasons against an adapter that acts from its invocation tokens on
-name_problems           reasons against any adapter of the name
+name_problems           reasons against any adapter of a name on the model
 """
 
 from __future__ import annotations

@@ -61,8 +61,9 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
 
 
 def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
-    """The parameters that ``exclude`` matches: by their own paths, or all parameters of modules
-    that a pattern matches and of the modules below these."""
+    """The parameters that ``config.exclude`` excludes. A pattern that matches modules excludes all
+    parameters of these modules and of the modules below them. Any other pattern excludes the
+    parameters whose own paths it matches."""
     excluded: set[ParamRef] = set()
     for pattern in config.exclude:
         parameters = (
@@ -92,8 +93,8 @@ def value_for(
 
 
 def matches_any(names: Names, pattern: str, refs: Iterable[ParamRef]) -> bool:
-    """Whether a pattern, which is no word of ``WORDS``, matches one of ``refs``: a name of the
-    module or of its parameter."""
+    """Whether ``pattern``, which is not a word of ``WORDS``, matches one of ``refs``: the module or
+    the parameter, under any name of the module."""
     is_match = path_test(pattern)
     return any(
         is_match(alias) or is_match(f"{alias}.{name}".lstrip("."))
@@ -159,8 +160,8 @@ def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> lis
 
 
 def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
-    """The parameters that ``targets`` of a config selects, in the model's order. Reasons against a
-    pattern are added to ``problems``."""
+    """The parameters that the ``targets`` of a config select, in the model's order. Reasons against
+    a pattern are added to ``problems``."""
     if callable(targets):
         paths = [
             name

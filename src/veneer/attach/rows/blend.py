@@ -60,7 +60,8 @@ def require_finite_weights(weights: Mapping[Any, Any]) -> None:
 
 
 def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
-    """The ``ActiveAdapter`` of a call that blends these (adapter, weight) pairs."""
+    """The ``ActiveAdapter`` of a call that blends adapters, given as (adapter, coefficient)
+    pairs."""
     if len(weighted_adapters) == 1 and weighted_adapters[0][1] == 1:
         return weighted_adapters[0][0]
     if invoked_names := [
@@ -130,7 +131,7 @@ class _BlendTable(Mapping[Any, Any]):
 class Blend:
     """A blend of adapters at one layer, with the interface of a ``LayerAdapter``, for one call.
 
-    ``components`` are the (layer adapter, weight) pairs that are blended.
+    ``components`` are the (layer adapter, coefficient) pairs that are blended.
     """
 
     def __init__(self, components: Sequence[tuple[Any, float]]) -> None:
@@ -325,15 +326,15 @@ class Blend:
         weighted_tensors: Sequence[tuple[Mapping[str, Tensor], float]],
         base_tensors: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        """The blend of ({name: tensor}, weight) pairs, by name: base + Σ weight · (tensor −
-        base)."""
+        """The blend base + Σ weight · (tensor − base) of ({name: tensor}, weight) pairs, by the
+        name of the tensor. Here, a weight is the coefficient of an adapter."""
         blended: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for tensors, _ in weighted_tensors for name in tensors):
             base = base_tensors[name]
             first_tensor = next(tensors[name] for tensors, _ in weighted_tensors if name in tensors)
             if base is None:  # the bias of a layer without a bias
                 base = torch.zeros_like(first_tensor)
-            if not base.is_floating_point():  # a counter of batches
+            if not base.is_floating_point():  # a counter of batches is not blended
                 blended[name] = first_tensor
                 continue
             wide_base = base.to(at_least_float32(base.dtype))

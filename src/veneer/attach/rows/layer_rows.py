@@ -213,7 +213,7 @@ def _token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
 
 
 def _kind_for(layer_state: Any, method: str) -> Any:
-    """The layer kind that divides the inputs of a method."""
+    """The layer kind that divides the inputs of a method into rows and joins its outputs."""
     return (layer_state.layer if method == "forward" else None) or GENERAL_KIND
 
 

@@ -180,8 +180,9 @@ class LinearRows:
         self, layer_state: Any, x: Any, seeds: Sequence[int | None], low_ranks: dict[int, Any]
     ) -> tuple[list[Span], list[Tensor], list[Tensor], dict[int, Any]]:
         """(spans, A, B) of the changes without a gain, and {selection: (ΔW, gain, dropout)} of the
-        changes with a gain, which ``_apply_gains`` adds. ``low_ranks``: {selection: (ΔW, gain)} of
-        the changes without a ``FusedChange``. A selection is an index in ``layer_adapters``."""
+        changes with a gain, which ``_apply_gains`` adds. A span is the range of tokens that one
+        adapter changes. ``low_ranks``: {selection: (ΔW, gain)} of the changes without a
+        ``FusedChange``. A selection is an index in ``layer_adapters``."""
         kind: Any = layer_state.layer
         row_ranges: Any = self.row_adapters.row_ranges
         tokens_per_row = x.shape[1:-1].numel()
