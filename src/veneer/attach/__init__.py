@@ -168,7 +168,7 @@ _LAZY = {
     "name_problems": "planning.refusals",  # the reasons why no adapter of a name can be added
     "complete_plans": "planning.plan",  # Plans from low-rank changes and fully trained parameters
     "plan_low": "planning.plan",  # a LowRankPlan for each weight that has a TargetSpec
-    "with_ties": "planning.plan",  # add every other name of the tied ones among some parameters
+    "with_ties": "planning.plan",  # parameters and every name that is tied to one of them
     # weights that are tied
     "UNTIE": "planning.weight_tying",  # how to untie a weight, as a text for messages
     "Untied": "planning.weight_tying",  # the names of tied weights that untie gave new parameters

@@ -127,8 +127,8 @@ def takes_input_ids(module: nn.Module) -> bool:
 
 
 def find_invocations(model: nn.Module, model_adapters: ModelAdapters) -> None:
-    """Let calls of the model find the invocation tokens of its adapters. If no adapter has such
-    tokens, remove the hooks."""
+    """Register hooks by which calls of the model find the invocation tokens of its adapters. If no
+    adapter has such tokens, remove the hooks."""
     has_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
     for module in {id(module): module for _, module in walk(model)}.values():
         _remove_hooks(module)
@@ -259,7 +259,7 @@ def find_starts(
 
     Args:
         past_length: the number of columns of the full sequence before ``ids``.
-        cached_starts: the result of the search in these columns.
+        cached_starts: the result of the search in the columns before ``ids``.
     """
     row_count = len(ids)
     earlier_invocations: Sequence[int | None] = (

@@ -29,8 +29,8 @@ class _Lookup(Layer):
     drops_input = False
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
-        """The weight with all rows scaled down to ``max_norm``, as forward scales in place each row
-        that it reads."""
+        """The weight in which every row with a norm above ``max_norm`` is scaled down to
+        ``max_norm``. Forward does this in place with each row that it reads."""
         if module.max_norm is None:
             return weight
         norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)

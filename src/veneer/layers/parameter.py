@@ -102,7 +102,8 @@ class Parameters(Layer):
 
 
 def is_transposed_stack(module: Any, shape: torch.Size) -> bool:
-    """Whether a weight is a stack [E, in, out]. Experts of transformers say so by an attribute."""
+    """Whether a weight is a stack [E, in, out]. Experts of transformers tell it by their attribute
+    ``is_transposed``."""
     return len(without_unit_axes(shape)) == 3 and bool(getattr(module, "is_transposed", False))
 
 

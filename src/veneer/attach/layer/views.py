@@ -208,9 +208,9 @@ def _copy(value: Any) -> Any:
 def _run_opaque(
     layer_adapter: Any, module: Any, layer_state: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """The output of a linear layer whose storage is opaque, as op(x; W + ΔW) in at least float32.
-    No view can run here, because the layer's own forward reads no tensor that a view could
-    replace."""
+    """The output op(x; W + ΔW) of a linear layer with an opaque storage, in at least float32. The
+    forward of such a layer reads its weight in a form that only its library knows, so it cannot run
+    on a view with another weight."""
     (x,), replacements = (*args, *kwargs.values()), layer_adapter.replacements(module)
     ((name, dense),) = layer_adapter.changed_weights(module, wide=True).items()
     bias = replacements.get("bias", getattr(module, "bias", None))

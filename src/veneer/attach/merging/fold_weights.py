@@ -20,7 +20,7 @@ from veneer.kernels.rounding import Folded, fold, fold_onto
 from veneer.lowrank import LowRank
 from veneer.precision import double, has_float64
 
-#: the new stored tensors of a weight, and the report of its change (None for statistics)
+#: (the new stored tensors of a weight, the report of its change; None for running statistics)
 Content = tuple[dict[str, Tensor], LayerMerge | None]
 
 

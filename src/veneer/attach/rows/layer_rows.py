@@ -53,7 +53,7 @@ class LayerRows:
 
     def _run_split(self, call: Call, seeds: Sequence[int | None]) -> Any:
         """Run the layer once for each selection, on the rows that use it. ``seeds`` are the dropout
-        seeds of the selections."""
+        seeds of the selections; a seed is drawn where it is None."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
         is_leaf, looks_up = _is_leaf(module, layer_state), _looks_up_selection(module, layer_state)
