@@ -1,13 +1,13 @@
-"""From (model, config) to adapted layers and back, in place, on any ``nn.Module``: plan, install,
-select; then check, merge or detach. docs/overview.md draws the folders.
+"""Attach LoRA adapters to any ``nn.Module`` in place, select the adapter of a call, and check,
+merge or detach adapters. docs/overview.md draws the folders.
 
 Input: a module and a ``LoraConfig``. Output: the same module, whose layers run on W + ΔW of the
 selected adapter. ``detach`` restores the module bit for bit. Nothing here reads or writes files, or
 depends on a file format, a trainer or transformers.
 
 Other folders import only from this module. ``_LAZY`` lists the names that they may import: first
-names that most of them need, then names for loading, converting, training and serving adapters. The
-file that defines a name is imported when the name is first used.
+the names that most folders need, then names for loading, converting, training and serving adapters.
+The file that defines a name is imported when the name is first used.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ if TYPE_CHECKING:
 _LAZY = {
     # attach an adapter to a model, use it, and detach it
     "plan": "planning.plan",  # the Plans of a config for a model, or an error with every problem
-    "Loss": "data_init",  # a function (model, batch) -> loss, for LoRA-GA
+    "Loss": "data_init",  # the type of a function (model, batch) -> loss, for LoRA-GA
     "collect_calibration_data": "data_init",  # data that EVA, LoRA-GA and LoftQ need to start
     "install_adapter": "install",  # put a planned adapter into a model
-    "use": "select",  # a context manager: calls use an adapter, a blend, or one for each row
+    "use": "select",  # a context manager: its calls use an adapter, a blend, or an adapter per row
     "set_default": "select",  # set the adapter of calls that select none
     "check": "checking.check",  # prove that the output depends on every change of an adapter
     "summarise": "summary",  # the number of parameters that an adapter trains, by kind of layer
@@ -116,7 +116,7 @@ _LAZY = {
     "Reference": "reference",  # the model under a fixed selection, as the reference model of a loss
     "reference_of": "reference",  # the Reference that computes what the model computes now
     # their reports and warnings
-    "CallPlan": "summary",  # how linear layers compute a call of a number of tokens
+    "CallPlan": "summary",  # the predicted cost of a call in linear layers, by layer size
     "LayerMerge": "merging.merge_report",  # the effect of a merge on one weight
     "MergeReport": "merging.merge_report",  # the effect of a merge on all weights
     "Summary": "summary",  # the result of summarise
@@ -125,14 +125,14 @@ _LAZY = {
     "adapters": "layer.lookup",  # each layer that an adapter changes, with its LayerAdapter
     "adapters_of": "layer.lookup",  # the ModelAdapters of a model, or None
     "changes": "layer.lookup",  # each weight with a low-rank change of an adapter, with its Change
-    "need_adapters": "layer.lookup",  # the ModelAdapters of a model, or an error
+    "need_adapters": "layer.lookup",  # the ModelAdapters of a model; an error if it has none
     "only_name": "layer.lookup",  # the name of the default adapter, or of the only one
     "selected_name": "layer.lookup",  # the name of the adapter that a call would use now
     "unwrap": "layer.lookup",  # the model inside of the wrappers of DDP and torch.compile
     # an adapted layer
     "Change": "layer.change",  # the change of one weight: its parameters, and how ΔW is computed
     "Call": "layer.state",  # one call of an adapted module
-    "find_starts": "invocation",  # where the last invocation begins in each row of ids
+    "find_starts": "invocation",  # where the last aLoRA invocation begins in each row of ids
     "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter for the tokens of an invocation
     "LayerAdapter": "layer.layer_adapter",  # the changes of one adapter at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
@@ -141,21 +141,21 @@ _LAZY = {
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None
-    "view": "layer.views",  # a second object of a module with other weights
+    "view": "layer.views",  # a second object of a module that has other weights
     "walk": "layer.adapted_module",  # each module of a model under each of its names
     "with_values": "layer.adapted_module",  # a context manager in which modules hold other tensors
     # modules and parameters by name
     "ModulePath": "layer.state",  # the names of children on the path to a module below
     "Names": "layer.names",  # the modules and parameters of a model, by path
     # the selection of a call
-    "ActiveAdapter": "layer.state",  # the selection of one call: layer adapters, by layer
+    "ActiveAdapter": "layer.state",  # the selection of one call: a LayerAdapter per changed layer
     "BASE": "layer.state",  # the ActiveAdapter that selects the base alone
-    "OutsideGenerator": "layer.state",  # the selection of a call between two steps of a generator
-    "RowAdapters": "rows.select_rows",  # the adapters of the rows of one batch, as one selection
+    "OutsideGenerator": "layer.state",  # makes a call between two steps of a generator an error
+    "RowAdapters": "rows.select_rows",  # the selection of a call whose rows have different adapters
     "blend_adapters": "rows.blend",  # the ActiveAdapter of a weighted blend
-    "common_base_adapter": "rows.blend",  # the adapter that was merged when several were attached
-    "require_finite_weights": "rows.blend",  # an error for a blend's weight that is not finite
-    "time_first": "rows.select_rows",  # whether inputs of a module hold the rows along axis 1
+    "common_base_adapter": "rows.blend",  # the adapter that was merged when each was attached
+    "require_finite_weights": "rows.blend",  # an error if a coefficient of a blend is not finite
+    "time_first": "rows.select_rows",  # whether a module takes inputs [time, batch, …]
     # which weights a config means
     "excluded_refs": "planning.targets",  # the parameters that a config excludes
     "fresh_head": "planning.targets",  # the parameters of a head that were not in the checkpoint
@@ -166,34 +166,34 @@ _LAZY = {
     "TargetSpec": "planning.plan",  # the rank, alpha and output rows to give one weight
     "is_matrix": "planning.plan",  # whether a parameter can take a low-rank change
     "name_problems": "planning.refusals",  # the reasons why no adapter of a name can be added
-    "complete_plans": "planning.plan",  # the Plans of given changes and full parameters
-    "plan_low": "planning.plan",  # the LowRankPlans of weights with a TargetSpec
-    "with_ties": "planning.plan",  # parameters, with every other name of those that are tied
+    "complete_plans": "planning.plan",  # Plans from low-rank changes and fully trained parameters
+    "plan_low": "planning.plan",  # a LowRankPlan for each weight that has a TargetSpec
+    "with_ties": "planning.plan",  # parameters and every name that is tied to one of them
     # weights that are tied
     "UNTIE": "planning.weight_tying",  # how to untie a weight, as a text for messages
     "Untied": "planning.weight_tying",  # the names of tied weights that untie gave new parameters
-    "split_tie_problems": "planning.weight_tying",  # problems of ties that a merge cannot write
+    "split_tie_problems": "planning.weight_tying",  # error texts: ties that a merge would break
     "tie_again": "planning.weight_tying",  # tie the weights again that untie has untied
     "untie": "planning.weight_tying",  # give names of a tied weight new parameters
-    # layers whose adapters a bank holds
-    "open_bank": "install",  # the ModelAdapters of a model for a bank, which keeps layers adapted
+    # for Bank, which holds many adapters of one model outside of the model
+    "open_bank": "install",  # keep layers adapted for a bank; returns the ModelAdapters
     "close_bank": "uninstall",  # end the use of a model's adapted layers by a bank
     "adapt_modules": "install",  # give modules their adapted class
     "build_layer_adapters": "install",  # the LayerAdapters of a plan, without installing them
     # weights before and after a merge
-    "bits_before_merge": "merging.stored_weights",  # the bits of weights before later merges
+    "bits_before_merge": "merging.stored_weights",  # the bits that weights had at an attach
     "fold_change": "merging.fold_weights",  # round(gain ⊙ (W + ΔW)) of one weight
-    "output_change_problems": "merging.merge",  # problems of changes that no weight can express
+    "output_change_problems": "merging.merge",  # error texts: changes that no weight can express
     "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed
     "without_backup": "merging.stored_weights",  # merged weights without a copy of their old bits
     # analysis of the source code of a model
-    "attributes_read_above": "source.weight_readers",  # attributes of a module that others read
-    "compares_attention": "source.source_analysis",  # whether code compares an attention name
+    "attributes_read_above": "source.weight_readers",  # attributes that modules above read
+    "compares_attention": "source.source_analysis",  # whether code tests for "sdpa" attention
     "has_forward": "source.weight_readers",  # whether a module's class defines a forward
-    "submodule_calls": "source.source_analysis",  # the modules below that a forward calls
+    "submodule_calls": "source.source_analysis",  # the submodules that a forward calls
     "weight_readers": "source.weight_readers",  # methods that read a weight directly
     # methods of a model that are overridden
-    "answer_peft_names": "source.from_peft",  # let PEFT's methods raise errors and name Veneer's
+    "answer_peft_names": "source.from_peft",  # PEFT's method names raise errors that name Veneer's
     "METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer
     "is_overridden": "source.method_overrides",  # whether a method of a model object is overridden
     "override_method": "source.method_overrides",  # replace a method of one model object

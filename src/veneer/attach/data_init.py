@@ -1,9 +1,12 @@
-"""Collect the data from which some variants initialise their parameters. The data come from the
-base model without adapters, in evaluation mode:
+"""Collect the data from which some variants initialise their parameters: sums over calibration
+batches, or the weights from before the base was quantised.
 
-inputs     Σ xᵀx over the inputs x in all batches, [g, in, in]     EVA, CorDA
-gradient   Σ ∂ loss / ∂W over the batches, [g, out, in]            LoRA-GA
-original   W before it was quantised, [g, out, in]                 LoftQ
+inputs     Σ xᵀx over the inputs x of a layer in all batches, [g, in, in]     EVA, CorDA
+gradient   Σ ∂ loss / ∂W over the batches, [g, out, in]                       LoRA-GA
+original   W before it was quantised, which the user passes, [g, out, in]     LoftQ
+
+g is the number of matrices in the weight, 1 for a linear layer. The batches run through the base
+without adapters, in evaluation mode.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from veneer.layers import LAYERS, Layer, ParamRef, kind_of, parameter_path
 from veneer.precision import double
 from veneer.variants import VARIANTS
 
-#: the largest input width of a layer whose second moment [in, in] is collected, to bound its memory
+#: the largest ``in`` of a layer for which Σ xᵀx [in, in] is collected. At this size, the matrix
+#: takes 8.6 GB in float64
 MAX_INPUTS = 32_768
 
-#: (model, batch) -> the loss of the model for the batch
+#: (model, batch) -> the loss of the model for the batch, a scalar tensor
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -45,6 +49,13 @@ def collect_calibration_data(
 ) -> Calibration | None:
     """A function that returns the data of one planned weight (``Calibration``). None if the variant
     of ``plans`` needs no data.
+
+    Args:
+        batches: the calibration batches. Each is a mapping of keyword arguments, a list or tuple of
+            positional arguments, or the one argument of a call.
+        loss: computes the loss of a batch, for LoRA-GA. If it is None, the loss is the attribute
+            ``loss`` of the model's output.
+        original: the model from before the base was quantised, or its state dict, for LoftQ.
 
     Raises:
         ConfigError: data that the variant needs are missing, or cannot be computed for some of the
@@ -77,8 +88,8 @@ def _problems(
     has_loss: bool,
     has_original: bool,
 ) -> Iterator[str]:
-    """The reasons why the data cannot be collected: arguments that are missing, or that the variant
-    ignores, and weights for which there is no such data."""
+    """An error text for each reason why the data cannot be collected: an argument that is missing
+    or that the variant ignores, or a weight for which such data cannot be computed."""
     variant = VARIANTS[plans.config.variant]
     sources = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
     is_passed = (has_batches, has_original, has_loss)
@@ -140,7 +151,8 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The ``loss`` of the model's output."""
+    """The attribute ``loss`` of the model's output for a batch. Raises a ConfigError if the output
+    has none."""
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
         raise ConfigError(
@@ -154,7 +166,8 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 def _input_moments(
     model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]
 ):
-    """Σ xᵀx over the batches, [g, in, in], by the planned weight."""
+    """{(path, name) of a planned weight: Σ xᵀx over the inputs x of its layer in all batches, [g,
+    in, in], float64}, with g as above."""
     moments: dict[ParamRef, Tensor] = {}
 
     def make_hook(weight_plan: LowRankPlan, kind: Layer, weight: str) -> Callable:
@@ -187,7 +200,8 @@ def _computing_layer(
 ) -> tuple[nn.Module, Layer, str]:
     """(module, kind, path of the weight below this module) of the layer that computes with a
     planned weight. This is the module that holds the weight, or its parent, if the parent's kind
-    computes with the weights of this child."""
+    computes with the weights of this child. An example is ``nn.MultiheadAttention`` with its
+    ``out_proj``."""
     parent_path, _, child_name = weight_plan.path.rpartition(".")
     parent = modules[parent_path]
     kind = kind_of(parent) if weight_plan.path else None
@@ -203,7 +217,8 @@ def _loss_gradients(
     batches: Iterable[Any],
     loss: Loss,
 ):
-    """Σ ∂ loss / ∂W over the batches, [g, out, in], by the planned weight."""
+    """{(path, name) of a planned weight: Σ ∂ loss / ∂W over the batches, [g, out, in], float64},
+    with g as above."""
     weights = {
         weight_plan.ref: weight_of(modules[weight_plan.path], weight_plan.weight)
         for weight_plan in filter(_has_low_rank, plans.low)
@@ -237,10 +252,11 @@ def _loss_gradients(
 def _original_weights(
     plans: Plans, modules: Mapping[str, nn.Module], original: nn.Module | Mapping[str, Tensor]
 ) -> dict[ParamRef, Tensor]:
-    """The weights from before the base was quantised, [g, out, in], by the planned weight."""
+    """{(path, name) of a planned weight: the weight from before the base was quantised, [g, out,
+    in], float32}, with g as above."""
     is_module = isinstance(original, nn.Module)
     state = original.state_dict() if is_module else original
-    # a state dict has no classes: the quantised modules record them
+    # A state dict does not contain the classes of modules, but the quantised modules record them.
     sources = dict(original.named_modules(remove_duplicate=False)) if is_module else modules
     problems, weights = [], {}
     for weight_plan in filter(_has_low_rank, plans.low):
@@ -277,7 +293,8 @@ def _original_weights(
 
 def _was_conv1d(module: nn.Module | None) -> bool:
     """Whether a module is a Conv1D of transformers, whose weight is [in, out], or a quantised layer
-    that transformers made from one. It records the class, and transposes the weight."""
+    that transformers made from a Conv1D. Such a layer records its first class as ``source_cls`` and
+    holds the transposed weight, [out, in]."""
     cls = getattr(module, "source_cls", type(module))
     return issubclass(cls, LAYERS["conv1d_transformers"].types())
 

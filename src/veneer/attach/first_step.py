@@ -1,11 +1,12 @@
 """Warn if the first step of an optimiser after ``attach`` does not train the adapter.
 
-An optimiser that was created before ``attach`` holds only the frozen base, so that its steps change
-nothing. Another mistake is an optimiser of an adapter that was loaded without ``trainable=True``:
-it changes nothing either if the loss gets its gradient from other parameters. A hook on all
-optimisers checks each new adapter until a step has shown whether it trains. The hook is removed
-once there is no adapter left to check and no other hook on all optimisers: torch iterates over
-these hooks while it calls them, in any thread, and a removal would break the iteration.
+An optimiser that was created before ``attach`` holds only the frozen base, so its steps change
+nothing. An optimiser of an adapter that was loaded without ``trainable=True`` changes nothing
+either. Backward raises an error in that case, unless other parameters require a gradient.
+
+A hook on all optimisers checks each new adapter until a step has shown whether it trains. The hook
+is removed once there is no adapter left to check, but not while torch has other such hooks: torch
+iterates over them in any thread, and a removal would break the iteration.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from veneer.errors import NotTrained, sentence, warn_caller
 
 @dataclass(frozen=True, eq=False)
 class _NewAdapter:
-    """An adapter whose first step is awaited, held by weak references."""
+    """An adapter of which no optimiser step has shown yet whether it trains. The model and the
+    parameters are held by weak references."""
 
     name: str
     model: weakref.ref[nn.Module]
@@ -39,8 +41,9 @@ class _NewAdapter:
         return [parameter for parameter in parameters if parameter is not None]
 
 
-#: the adapters that no step has trained yet, and the handle of the hook on all optimisers, if any
+#: the adapters that are still to be checked
 _NEW_ADAPTERS: list[_NewAdapter] = []
+#: the handle of the hook on all optimisers; empty if there is no hook
 _HOOKS: list[Any] = []
 #: a lock that is held while these lists are read or changed: several threads may step at once
 _LOCK = threading.Lock()
@@ -71,8 +74,8 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _check_new_adapters(optimizer: Optimizer) -> list[str]:
-    """The problems of the new adapters that a step of ``optimizer`` should train but does not. The
-    adapters of which this step shows whether they train are no longer new."""
+    """Error texts for the new adapters that a step of ``optimizer`` should train but does not. Each
+    adapter of which this step shows whether it trains is removed from ``_NEW_ADAPTERS``."""
     optimizer_parameters = _optimizer_parameters(optimizer)
     problems: list[str] = []
     for adapter in tuple(_NEW_ADAPTERS):
@@ -112,9 +115,9 @@ def _optimizer_parameters(optimizer: Any) -> dict[int, Any]:
 def _frozen_adapter_problems(
     adapter: _NewAdapter, optimizer_parameters: dict[int, Any]
 ) -> list[str]:
-    """The problem of an optimiser that holds a frozen adapter, if there is one. The adapter may be
-    frozen on purpose if the optimiser also holds base parameters of the same model and has a
-    parameter that trains. Then there is no problem."""
+    """The error text for an optimiser that holds a frozen adapter, as a list. The list is empty if
+    the adapter may be frozen on purpose, because the optimiser also holds base parameters of the
+    same model and some parameter that trains."""
     if any(parameter.requires_grad for parameter in optimizer_parameters.values()) and _holds_base(
         adapter, optimizer_parameters
     ):

@@ -1,9 +1,9 @@
 """Install planned adapters in a model. ``uninstall.py`` detaches them.
 
 install_adapter         creates all adapter parameters, then adds them to the layers of a model
-build_layer_adapters    the first step: creates the parameters. A bank stores them itself
-adapt_modules           the second step: gives modules their adapted class
-open_bank               keeps layers adapted for a bank, without an adapter of the model
+build_layer_adapters    the first step of it: creates the parameters
+adapt_modules           the second step of it: gives modules their adapted class
+open_bank               keeps layers adapted for a ``Bank``, which stores its adapters itself
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from veneer.layers._base import can_factor
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
 
-#: a function that returns, for one planned weight, functions that read the calibration data from
-#: which the weight's variant is initialised, by the name of the data
+#: (plan of a weight) -> {name of the data, such as "inputs": function that returns the tensor}: the
+#: calibration data from which the variant initialises the change of this weight
 Calibration = Callable[[LowRankPlan], Mapping[str, Callable[[], Tensor]]]
 
 
 @one_thread_at_a_time
-@torch.inference_mode(False)  # so that the parameters can be trained later in any case
+@torch.inference_mode(False)  # parameters that are created in inference mode cannot be trained
 def install_adapter(
     model: nn.Module,
     name: str,
@@ -69,7 +69,9 @@ def install_adapter(
     changed.
 
     Args:
-        parameters: the adapter parameters of each weight. If it is None, they are initialised.
+        trainable: whether the adapter's parameters require a gradient.
+        parameters: the adapter parameters by name, for each weight by (path, name). If it is None,
+            they are initialised.
         calibration: reads the data, besides the weight itself, from which a variant is initialised.
 
     Raises:
@@ -121,8 +123,9 @@ def build_layer_adapters(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, LayerAdapter]:
-    """The layer adapters of a planned adapter, by the path of their module. The model is not
-    changed.
+    """Create the layer adapters of a planned adapter, by the path of their module. They are not
+    installed. The model is not changed, except that a packed weight may be converted to the layout
+    that Veneer reads (``Storage.prepare``).
 
     Raises:
         TargetError: the variant cannot be initialised from some weights.
@@ -150,7 +153,7 @@ def build_layer_adapters(
     _copy_full(layer_adapters, modules, plans)
     # A module that directly reads the weight of a module below it gets a reference to the layer
     # adapter of that module. Each module with a fused fast path above an adapted module gets a
-    # layer adapter too.
+    # layer adapter too, which turns the fast path off.
     readers = [reader for weight_plan in plans.low for reader in weight_plan.weight_readers]
     for reader in (*readers, *plans.full_readers):
         read_path = names.canonical[".".join((reader.path, *reader.below)).strip(".")]
@@ -167,7 +170,9 @@ def build_layer_adapters(
             layer_adapters[path_above]  # the defaultdict creates an entry
     for path, module in modules.items():
         if without_gradient(module):
-            layer_adapters[path]  # creates an entry, so that gradients reach adapted modules below
+            # Creates an entry. The forward of this module may cut the graph of its input; if the
+            # module is adapted, gradients reach the adapted layers that computed the input.
+            layer_adapters[path]
     for path, layer_adapter in layer_adapters.items():
         layer_adapter.requires_grad_(trainable).train(modules[path].training)
     return {path: layer_adapters[path] for path in modules if path in layer_adapters}
@@ -218,8 +223,8 @@ def _zero_bias(module: nn.Module) -> Tensor:
 
 @one_thread_at_a_time
 def open_bank(model: nn.Module) -> ModelAdapters:
-    """The ``ModelAdapters`` of a model for a bank. Until ``close_bank``, the model may have adapted
-    layers without an adapter.
+    """The ``ModelAdapters`` of a model for a ``Bank``, which stores many adapters outside of the
+    model. Until ``close_bank``, layers stay adapted even if the model has no adapter.
 
     Raises:
         SelectionError: layers have adapters of another model.
@@ -252,8 +257,10 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
 def adapt_modules(
     names: Names, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
-    """Give the modules their adapted class. Returns the layer adapters by the keys of
-    ``ActiveAdapter.layer_adapters``. They are not added to the layer states."""
+    """Give the modules at the paths of ``layer_adapters`` their adapted class, whose forward runs
+    the selected adapter. Returns the layer adapters by the keys of
+    ``ActiveAdapter.layer_adapters``. They are not added to the ``LayerState`` of the modules, which
+    ``install_adapter`` does afterwards."""
     model_adapters, modules = _ensure_adapters(names.model), names.modules
     adapters_by_key: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
@@ -291,8 +298,8 @@ def _create_layer_state(model_adapters: ModelAdapters, module: nn.Module) -> Lay
 
 
 def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]) -> None:
-    """Group the layers that read the same input, so that the call of the first one computes all of
-    them."""
+    """Group the layers that read the same input, such as q_proj, k_proj and v_proj, so that the
+    call of the first one computes all of them."""
     for path, module in names.modules.items():
         for children in same_input(base_class(module)):
             groups: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
@@ -403,8 +410,9 @@ def _variant_parameters(
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
     """The variant's parameters of one weight, trained and frozen: ``loaded_parameters``, or newly
-    initialised ones. Parameters that the variant derives from other values are initialised in any
-    case, unless they were loaded."""
+    initialised ones if that is empty. Frozen parameters that the sizes determine
+    (``Variant.derived``) are not in adapter files, so they are initialised in both cases unless
+    they were loaded."""
     layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
 
     def read_base() -> Tensor:
@@ -433,12 +441,13 @@ def _variant_parameters(
     if not loaded_parameters or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                # The variant computes on the device of its data: not every device has float64.
+                # A variant that reads float64 data computes on their device, which is the CPU if
+                # the device of the weight has no float64.
                 initial_parameters = variant.init(init_context)
             parameters = {
                 name: value.to(device) for name, value in initial_parameters.items()
             } | parameters
-        # The numbers are finite, but too large for a decomposition.
+        # The numbers are finite, but the decomposition of such a matrix failed.
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise _InitializationError(
                 f"{weight_plan.full_path!r}, from which variant {variant.name!r} cannot start"

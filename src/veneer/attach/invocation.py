@@ -6,13 +6,13 @@
                           base      │ adapter      from the first invocation token on
     a later call          8                        with the same cache: the adapter still acts
 
-Each module whose forward takes ``input_ids`` has a hook that searches them, row by row. The hook
+Each module whose forward takes ``input_ids`` has a hook that searches the ids, row by row. The hook
 stores the result in the context of the call, where the layers find it (``InvokedAdapter``). If such
 a module calls another one with the same ids, the inner module uses the result of the outer one.
 
-The columns that a cache holds were searched by the call that filled the cache. The cache stores the
-result, as columns of the full sequence. Within ``generate`` only the prompt is searched, as in
-PEFT: a generated token invokes nothing. So ``generate`` is overridden, and searches before it runs.
+The call that fills a KV cache also stores its result on the cache, as columns of the full sequence.
+A later call with that cache searches only its new ids. Within ``generate`` only the prompt is
+searched, as in PEFT: a generated token invokes nothing. So an override of ``generate`` searches it.
 
 Activation checkpointing runs layers again in backward, after the call has ended. The function with
 which transformers checkpoints a layer is wrapped, so that the layer runs again with the result of
@@ -44,7 +44,7 @@ from veneer.errors import SelectionError
 
 #: the names under which models of transformers take a cache, and return it
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-#: arguments that a call has if a row holds several sequences
+#: names of arguments that a call has only if a row holds several packed sequences
 _PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 #: the attribute of a cache that holds the ``CachedStarts`` of the adapters that filled it
 _STARTS = "_veneer_starts"
@@ -59,8 +59,8 @@ class CachedStarts:
     Fields:
         starts: for each row of the batch the column from which the adapter acts, or None.
         length: the number of columns that were searched.
-        tail: the last of these tokens [rows, n]. Tokens of a later call may follow them and
-            complete an invocation.
+        tail: the ids of the last searched columns, [rows, n], with n less than the number of
+            invocation tokens. Ids of a later call may follow them and complete an invocation.
     """
 
     starts: Sequence[int | None]
@@ -80,8 +80,8 @@ class CachedStarts:
 
 
 def _repeat(starts: Sequence[int | None], row_count: int, source: str) -> list[int | None]:
-    """``starts``, repeated for a call of ``row_count`` rows. Each row of ``source``, from which the
-    starts come, has become several rows of the call."""
+    """``starts``, repeated for a call of ``row_count`` rows, if each row in which the starts were
+    found has become several rows of the call. ``source`` names these rows in the error text."""
     repeats, remainder = divmod(row_count, len(starts))
     if remainder or not repeats:
         raise SelectionError(
@@ -113,8 +113,9 @@ AdapterRows = tuple[ActiveAdapter, Sequence[int] | None]
 
 
 def with_invocation(adapters_by_key: dict[Any, Any], name: str) -> dict[Any, Any]:
-    """``ActiveAdapter.layer_adapters`` of an adapter with invocation tokens. A layer adapter
-    without a change, which only turns a fast path off, acts on every token."""
+    """The layer adapters of the adapter ``name`` (``ActiveAdapter.layer_adapters``), wrapped so
+    that each one acts only from the invocation on. A layer adapter without a change is not wrapped:
+    it only turns a fused fast path off."""
     return {
         key: InvokedAdapter(layer_adapter, name) if layer_adapter.changes else layer_adapter
         for key, layer_adapter in adapters_by_key.items()
@@ -126,8 +127,8 @@ def takes_input_ids(module: nn.Module) -> bool:
 
 
 def find_invocations(model: nn.Module, model_adapters: ModelAdapters) -> None:
-    """Let calls of the model find the invocation tokens of its adapters. If no adapter has such
-    tokens, remove the hooks."""
+    """Register hooks by which calls of the model find the invocation tokens of its adapters. If no
+    adapter has such tokens, remove the hooks."""
     has_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
     for module in {id(module): module for _, module in walk(model)}.values():
         _remove_hooks(module)
@@ -178,8 +179,8 @@ def _begin_call(model_adapters: ModelAdapters, module: nn.Module, args: tuple, k
 def _end_call(
     model_adapters: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any, output: Any
 ) -> None:
-    """Forward hook, which also runs after an error: store what the call has found with its
-    cache."""
+    """Forward hook, which also runs after an error: store the invocations that the call has found
+    on its cache, for later calls."""
     invoked_call = context.current.invoked_calls.get(model_adapters.uid)
     if not context.leave(module) or invoked_call is None or not invoked_call.cached:
         return
@@ -230,7 +231,7 @@ def _search_call(
     for active, indices in rows_by_adapter:
         name, tokens = str(active.name), active.invocation_tokens
         cached_starts = _cached_starts(kv_cache, model_adapters, active, past_length, row_count)
-        if name in prompt_starts:  # a row of the prompt has several rows of beams or samples
+        if name in prompt_starts:  # ``generate`` repeats each row of the prompt for beams, samples
             starts = _repeat(prompt_starts[name], row_count, "a prompt")
         else:
             starts = find_starts(ids, tokens, past_length, cached_starts)
@@ -258,7 +259,7 @@ def find_starts(
 
     Args:
         past_length: the number of columns of the full sequence before ``ids``.
-        cached_starts: the result of the search in these columns.
+        cached_starts: the result of the search in the columns before ``ids``.
     """
     row_count = len(ids)
     earlier_invocations: Sequence[int | None] = (
@@ -272,7 +273,7 @@ def find_starts(
         return list(earlier_invocations)
     pattern = torch.tensor(tokens, device=ids.device)
     matches = (ids.unfold(1, token_count, 1) == pattern).all(-1)  # [rows, columns − tokens + 1]
-    positions = torch.arange(1, matches.shape[1] + 1, device=ids.device)  # from 1: 0 is no match
+    positions = torch.arange(1, matches.shape[1] + 1, device=ids.device)  # 0 means no match
     last_positions = (matches * positions).amax(1).tolist()
     return [
         past_length + position - 1 if position else start
@@ -327,7 +328,8 @@ def _refuse_packed(
 
 
 def _refuse_other_rows(rows_by_adapter: Sequence[AdapterRows], row_count: int) -> None:
-    """Raise a SelectionError if a selection for each row has more rows than the ids of a call."""
+    """Raise a SelectionError if adapters were selected for more rows than the ids of a call
+    have."""
     selected_count = max(
         (max(indices) + 1 for _, indices in rows_by_adapter if indices is not None), default=0
     )
@@ -388,8 +390,8 @@ def _cached_starts(
 
 
 def _length_of(kv_cache: Any) -> int:
-    """The number of columns that a cache holds; 0 if there is no cache. A cache that has only
-    recurrent layers does not know its length. Then it is the number of columns that were
+    """The number of columns that a cache holds; 0 if there is no cache. A cache of recurrent layers
+    alone does not know its length, so for such a cache it is the number of columns that were
     searched."""
     length = 0 if kv_cache is None else int(kv_cache.get_seq_length())
     if not length:
@@ -404,8 +406,8 @@ def _length_of(kv_cache: Any) -> int:
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``model.generate(…)`` with the same arguments. The invocations in the prompt decide on which
-    tokens the adapters act, also for the generated tokens."""
+    """The override of ``model.generate``, with the same arguments. The invocations in the prompt
+    decide on which tokens the adapters act, also for the generated tokens."""
     override: Any = model.__dict__.get("generate")
     method: Callable[..., Any] = original(override, model) or partial(
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
@@ -427,7 +429,7 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ids = ids[None]
     ids = _require_ids(model, rows_by_adapter, ids)
     kv_cache, mask = _cache_in(kwargs), kwargs.get("attention_mask")
-    # If there is a cache, ids are the full sequence, or only the new tokens with a longer mask.
+    # With a cache, ids are the full sequence; or only the new tokens, if the mask is longer.
     is_continued = kv_cache is not None and mask is not None
     past_length = max(0, mask.shape[1] - ids.shape[1]) if is_continued else 0
     starts = {}
@@ -468,7 +470,8 @@ def _run_with_invoked_calls(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a forward in which the layers find these calls, and so the tokens where adapters act."""
+    """Run a forward with these calls in the context, from which its layers learn on which tokens
+    the adapters act."""
     with context.override(invoked_calls=invoked_calls):
         return forward(*args, **kwargs)
 

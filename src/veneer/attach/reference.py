@@ -1,15 +1,17 @@
-"""The reference model of DPO, KTO, GRPO and RLOO: the policy's own weights under another selection.
+"""The reference model of DPO, KTO, GRPO and RLOO: the policy's own modules, run with another
+adapter or with none.
 
     reference = Reference(model)              computes the base alone
     reference = Reference(model, "before")    computes another adapter, from an earlier run
     reference = reference_of(model)           always computes what the model computes now
 
-These losses compare the policy with a fixed model. A policy of a frozen base and an adapter
-contains that model already, so a second copy of the weights would waste memory. ``Reference`` is a
-module without parameters and children. Its calls run the policy's modules inside
-``veneer.use(model, name)``, in evaluation mode. Rejected: a second tree of modules over the same
-parameters. Methods that libraries set on a module (accelerate's hooks of a ``device_map``, FSDP's)
-are bound to the first tree, and would silently compute the policy.
+These losses compare the policy, which is trained, with a fixed model. A policy that consists of a
+frozen base and an adapter contains the fixed model already, so a second copy of the weights would
+waste memory. ``Reference`` is a module without parameters and children. Its calls run the policy's
+modules inside ``veneer.use(model, name)``, in evaluation mode. Rejected: a second tree of modules
+over the same parameters. Methods that libraries set on a module (accelerate's hooks of a
+``device_map``, FSDP's) are bound to the modules of the first tree, so that a call of the second
+tree would silently compute the policy.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ from veneer.errors import MergeError
 
 
 class Reference(nn.Module):
-    """``model`` with the adapter ``name``, or, if it is None, without any adapter. The adapters of
-    the model may be trained meanwhile.
+    """``model`` with the adapter ``name``, or, if ``name`` is None, without any adapter. The
+    adapters of the model may be trained between its calls.
 
     Pass it to a trainer as its reference model. It is called like the model and has the model's
     attributes. Modules and methods among these attributes compute under the same selection. The
-    ``state_dict()`` holds the model's own tensors (for the base alone, the base's), so that a hash
-    identifies the model. ``parameters()`` is empty, because there is nothing to move, shard, count
-    or train.
+    ``state_dict()`` holds the tensors of the model (without any adapter's if ``name`` is None), so
+    that a hash of it identifies the model. ``parameters()`` is empty, because there is nothing to
+    move, shard, count or train.
 
     During a call the modules of the model are in evaluation mode, so there is no dropout and no
     random number is drawn. No other thread may train the model during a call.
@@ -124,12 +126,13 @@ class Reference(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_root", "_adapter", "_frozen_copies", "_submodule"):
-            raise AttributeError(name)  # while this object is being copied
+            raise AttributeError(name)  # not set yet: a copy of this object is being created
         return self._under_selection(getattr(self._submodule, name))
 
     def _under_selection(self, value: Any) -> Any:
-        """Wrap an attribute of the model, or the result of a method, so that it computes under this
-        selection."""
+        """Wrap an attribute of the model, or the result of one of its methods, so that it computes
+        what this reference computes. Values that are neither modules nor methods are not
+        wrapped."""
         if isinstance(value, nn.Module):
             reference = object.__new__(Reference)
             nn.Module.__init__(reference)

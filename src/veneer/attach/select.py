@@ -36,13 +36,14 @@ class use:
     """A context manager that selects the adapter ``name`` of ``model``, or the base alone if
     ``name`` is None.
 
-    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight and for each
-    parameter that is trained in full. The adapters may differ in layers, variants and ranks.
-    Gradients reach each of them. A weight of 0 leaves an adapter out.
+    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight W of the model and
+    for each parameter that is trained in full, where W′ᵢ is W as the i-th adapter changes it. The
+    adapters may differ in layers, variants and ranks. Gradients reach each of them. A weight wᵢ of
+    0 leaves an adapter out.
 
-    A sequence of such choices selects one of them for each row of the batch: ``with
+    A sequence of names, None and blends selects one of them for each row of the batch: ``with
     veneer.use(model, ["a", None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each
-    distinct choice.
+    distinct entry.
 
     A ``with`` block in a generator applies while the generator runs. Between two steps of the
     generator, a call that makes no selection is an error, because the caller may or may not expect
@@ -50,11 +51,12 @@ class use:
     function. For a generator, asynchronous or not, it selects during the steps only.
 
     Args:
-        path: "factored" or "materialised" overrides the choice of ``Handle.plan`` for layers that
-            support both paths; None follows the plan.
+        path: "factored" (the product with W plus the low-rank product) or "materialised" (the
+            product with W + ΔW) for the layers that support both. None leaves the choice to each
+            layer; ``Handle.plan`` shows it.
 
     Raises:
-        SelectionError: there is no such adapter or path, a blend is empty, or a weight is not a
+        SelectionError: there is no such adapter or path, a blend is empty, or a weight wᵢ is not a
             finite number. In a call: a blend in training mode at a module with running statistics,
             which belong to one adapter; or a call between two steps of a generator with an open
             block. At the end of the block: blocks that were entered by hand are left in another
@@ -77,7 +79,7 @@ class use:
         if name is None or isinstance(name, str | Mapping):
             self._selected = active_adapter(model, name)
         elif isinstance(name, Iterable) and not isinstance(name, Set):
-            # Choices with the same name are the same: the name of a blend has its exact weights.
+            # Equal names mean equal choices, as the name of a blend contains its exact weights.
             active_by_name: dict[str | None, ActiveAdapter] = {}
             row_adapters = [active_adapter(model, choice) for choice in name]
             row_adapters = [
@@ -147,7 +149,8 @@ def set_default(model: nn.Module, name: str | None) -> None:
 
 
 def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
-    """The ``ActiveAdapter`` of a choice. Raises a SelectionError if the model cannot select it."""
+    """The ``ActiveAdapter`` of a name, a blend or None (the base alone). Raises a SelectionError if
+    the model cannot select it."""
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):

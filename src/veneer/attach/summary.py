@@ -1,5 +1,5 @@
 """The size of an adapter: the number of its trained parameters per kind of layer, their bytes, and
-their percentage of the base. Also the cost of a call of its linear layers."""
+their percentage of the base. Also the predicted cost that an adapter adds to linear layers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from veneer.kernels import cost_model
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """The size of an adapter for one kind of layer: the number of layers, of trained parameters,
-    and of bytes of these."""
+    """The size of an adapter for one kind of layer.
+
+    Fields:
+        kind: the layer kind, the weight's storage unless it is plain, and the variant, as a text;
+            or "trained in full".
+        layers: the number of weights with a low-rank change, or of layers with parameters that are
+            trained in full.
+        parameters: the number of elements of the trained parameters.
+        bytes: the size of the trained parameters, in bytes.
+    """
 
     kind: str
     layers: int
@@ -32,12 +40,14 @@ class Summary:
     """The size of an adapter.
 
     Fields:
+        adapter: the name of the adapter.
         rows: the size of the adapter for each kind of layer.
-        trainable: the number of trained parameters.
-        total: the number of parameters of the base.
+        trainable: the number of elements of the trained parameters.
+        total: the number of elements of the base's parameters.
         bytes: the size of the trained parameters, in bytes.
-        left_out: the layers with matrices that targets="all-linear" leaves out, by type; or "".
-        is_default: whether it is the model's default adapter (``veneer.set_default``).
+        left_out: the layers with matrices that targets="all-linear" leaves out, counted by type,
+            such as "2 Conv2d"; "" if there are none.
+        is_default: whether the adapter is the model's default (``veneer.set_default``).
     """
 
     adapter: str
@@ -72,8 +82,13 @@ class Summary:
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter. None stands for the default adapter, or the only one. The base's
-    total counts tied weights once and leaves adapters out."""
+    """The summary of the adapter ``name``. None stands for the default adapter, or the only one.
+    The base's total counts tied weights once and leaves adapters out.
+
+    Raises:
+        SelectionError: there is no such adapter; or ``name`` is None, and there are several
+            adapters and no default.
+    """
     model = unwrap(model)
     name = only_name(model, name)
     counts_by_kind: dict[str, list[int]] = {}  # [layers, parameters, bytes]
@@ -122,13 +137,14 @@ def _element_count(weight: nn.Parameter) -> int:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """How the linear layers compute a call of a number of tokens.
+    """The cost that an adapter adds to a call in its linear layers, as the cost model predicts it.
+    Only layers that the fused kernel can compute are listed.
 
     Fields:
         tokens: the number of tokens, batch size × length.
         training: whether the call is a training step, with a backward pass.
-        rows: for each size of layers ((out, in, rank), the paths of the layers of that size, the
-            costs of both paths).
+        rows: ((out, in, rank), paths, costs) for each size of layers: the paths of the layers of
+            that size, and the costs of one such layer in factored and in materialised form.
         together: the paths of each group of layers that read the same input and are computed
             together.
     """
@@ -152,7 +168,7 @@ class CallPlan:
 
     @staticmethod
     def of(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
-        """The plan of a call of the adapter ``name``. None stands for the default adapter, or the
+        """The plan of a call with the adapter ``name``. None stands for the default adapter, or the
         only one."""
         model = unwrap(model)
         costs_and_paths: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}

@@ -1,7 +1,7 @@
 """Detach adapters from a model, and restore what ``install.py`` changed.
 
 detach            removes an adapter; with the last one, the model is as it was before ``attach``
-close_bank        ends the use of adapted layers by a bank
+close_bank        ends the use of adapted layers by a ``Bank``
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_me
 
 @one_thread_at_a_time
 def close_bank(model: nn.Module, model_adapters: ModelAdapters) -> None:
-    """End the use of adapted layers by a bank, which ``install.open_bank`` began."""
+    """End the use of adapted layers by a ``Bank``, which ``install.open_bank`` began."""
     model_adapters.bank_count -= 1
     if adapters_of(model) is model_adapters:
         _release_layers(model, model_adapters)

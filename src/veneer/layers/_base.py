@@ -1,12 +1,14 @@
 """The interface of a layer kind, which alone knows how a class of layers uses its weights.
 
     y = op(x; W) + bias        update(x) = op(x; ΔW)
-    ΔW: [g, out, in], folded into the shape of the weight
+    ΔW: [g, out, in], folded into the shape of the weight; g is the number of matrices in it, such
+    as groups of a convolution or experts, and 1 for a linear layer
 
 A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how ΔW is
-arranged in the weight (``fold`` and ``unfold``). This is enough: the module's own forward then runs
-on W + ΔW. A kind whose output is linear in its one weight also defines ``op`` and ``update``, and
-gets the factored path. How to add a kind: CONTRIBUTING.md.
+arranged in the weight (``fold`` and ``unfold``). With only these methods, the module's own forward
+runs on W + ΔW. A kind whose output is linear in its one weight also defines ``op`` and ``update``.
+Its layers then compute op(x; W) + op(x; ΔW) without forming W + ΔW, which is called the factored
+path. How to add a kind: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from veneer.registry import Registry
 
 
 class Dims(NamedTuple):
-    """The size of a change: ``groups`` products of [out, rank] and [rank, in]."""
+    """The size of a change: ``groups`` matrices [out, in], each a product of [out, rank] and [rank,
+    in]."""
 
     groups: int
     out: int
@@ -47,13 +50,14 @@ class Layer(ABC):
     out_axis: int = 0
     #: keys of A and B in a PEFT file, after the module's path
     file_keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    #: False if inputs are indices: dropout then drops the update of whole tokens
+    #: whether dropout is applied to the inputs; False if these are indices, because dropout then
+    #: drops the update of whole tokens
     drops_input: bool = True
     #: whether the targets "all-linear", "attention" and "mlp" include this kind
     linear: bool = False
     #: whether forward is y = x Wᵀ + bias and nothing else (with Wᵀ stored if ``out_axis`` is 1)
     product: bool = False
-    #: whether there is one input, and its last axis alone is computed with: any axes may precede it
+    #: whether the layer has one input [*, in] and computes each vector of it independently
     by_position: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,12 +77,13 @@ class Layer(ABC):
         return (self.weight,)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        """The names of the vectors that are trained along with the weights, at their full shape."""
+        """The names of the vectors that are trained at their full shape if the module is a
+        target."""
         return ()
 
     def below(self, module: Any) -> tuple[str, ...]:
-        """The names of submodules that belong to this layer: targets that match the layer include
-        them."""
+        """The names of submodules whose weights this layer uses in its own computation. Targets
+        that match the layer include them."""
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
@@ -88,7 +93,7 @@ class Layer(ABC):
         return Dims(1, *(shape[::-1] if self.out_axis else shape))
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
-        """ΔW [g, out, in] in the weight's shape."""
+        """ΔW, given as [g, out, in], in the ``shape`` of the weight."""
         return delta[0].mT if self.out_axis else delta.reshape(shape)
 
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
@@ -96,17 +101,18 @@ class Layer(ABC):
         return weight.mT[None] if self.out_axis else weight.reshape(dims)
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
-        """One value for each output, [g · out], shaped to broadcast over the weight."""
+        """``values`` [g · out], one for each output, in a shape that broadcasts over a weight of
+        ``shape``."""
         axes = [1] * len(shape)
         axes[self.out_axis] = -1
         return values.reshape(axes)
 
     def fan_in(self, dims: Dims) -> int:
-        """The number of inputs of a row of A, for A's Kaiming initialisation."""
+        """The number of inputs that reach a row of A at a time, for A's Kaiming initialisation."""
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:
-        """The index of the input (a column of ΔW) that never changes, such as a padding token; None
+        """The index of the one input, such as a padding token, whose column of ΔW stays zero; None
         if there is none."""
         return None
 
@@ -132,8 +138,8 @@ class Layer(ABC):
         raise self._undefined("op")
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        """``y + op(x; ΔW)`` through the bottleneck, in the dtype of x; ``op(x; ΔW)`` alone if y is
-        None."""
+        """``y + op(x; ΔW)``, or ``op(x; ΔW)`` if y is None, in the dtype of x. It is computed with
+        A and B, without forming ΔW."""
         raise self._undefined("update")
 
     def fused(
@@ -146,8 +152,9 @@ class Layer(ABC):
         drops: float,
     ) -> Tensor | None:
         """``update(drop(x), low, op(x, weight, bias))`` as one function of ``kernels``, or None if
-        there is no such function for this call. ``drops`` is the probability of dropout. Called
-        only if ``fused.applies`` or ``device.applies_without_cast``."""
+        there is no such function for this call. ``drops`` is the probability of dropout. It is
+        called only if ``kernels.fused.applies(x, weight)`` or
+        ``kernels.device.applies_without_cast(x, weight)`` is True."""
         return None
 
     def factors(self, module: Any) -> bool:
@@ -156,19 +163,20 @@ class Layer(ABC):
         return True
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
-        """One value for each output, [g · out], shaped to broadcast over y."""
+        """``values`` [g · out], one for each output, in a shape that broadcasts over the output
+        y."""
         return values
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        """The rows that are multiplied with ΔW in a call with these arguments, [g, tokens, in].
+        """The vectors that ΔW multiplies in a call with these arguments, [g, tokens, in].
         ``weight`` names a weight of the module, or of a submodule by its path."""
         raise self._undefined("inputs")
 
     # The materialised path runs the module's own forward on a view of it.
 
     def bind(self, view: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
-        """Store the changed weights, ``values.get(name)``, where the forward of the ``view`` looks
-        for them, if that is not under their names."""
+        """Prepare a view of a module for its forward. ``values.get(name)`` is a changed weight. A
+        kind needs this if its forward does not read weights by their names on the module."""
 
     # Rows of a batch that use different adapters.
 
@@ -203,12 +211,12 @@ class Layer(ABC):
     # The layout of a PEFT file.
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a PEFT file. PEFT has no groups here, so they follow one another
-        along the first axis."""
+        """A and B in the shapes of a PEFT file. PEFT has no groups in these layers, so the g
+        matrices are concatenated along the first axis: A [g · r, in], B [g · out, r]."""
         return low.A.flatten(0, 1), low.B.flatten(0, 1)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """One value for each output, [g · out], in the shape of a PEFT file."""
+        """``values`` [g · out], one for each output, in the shape of a PEFT file."""
         return values
 
     def unpack(
@@ -225,8 +233,9 @@ class Layer(ABC):
 
 
 def join_outputs(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
-    """Concatenate nested outputs of several calls, tensor by tensor, each along the axis
-    ``axis_of(position of the tensor)``, and reorder that axis."""
+    """Concatenate the outputs of several calls (trees of the same structure), tensor by tensor, and
+    bring the rows into the given order. ``axis_of(i)`` is the axis of the i-th tensor that holds
+    the rows; ``order`` is as in ``Layer.put``."""
     spec, leaves = pytree.tree_structure(outputs[0]), []
     for position, tensors in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
         if not isinstance(tensors[0], Tensor) or tensors[0].dim() == 0:
@@ -285,8 +294,9 @@ def kind_for(module: nn.Module, name: str) -> Any:
 def can_factor(
     kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()
 ) -> bool:
-    """Whether the factored path is correct for ``module``: its class ``base`` has the forward that
-    ``kind.op`` computes, or the forward of a class in ``trusted``, and no other."""
+    """Whether the factored path is correct for ``module``, whose class without adapters is
+    ``base``: the forward of ``base`` is that of a class of the kind, which ``kind.op`` computes, or
+    that of a class in ``trusted``."""
     if type(kind).update is Layer.update or not kind.factors(module):
         return False
     return any(base.forward is stock.forward for stock in (*kind.types(), *trusted))

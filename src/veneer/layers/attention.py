@@ -1,9 +1,10 @@
 """``nn.MultiheadAttention``: its in-projection, which is one weight [3E, E], or a weight each for
 queries, keys and values.
 
-The out-projection is a linear layer among its submodules, and a target of its own. The module reads
-its weight directly (``attach/source/weight_readers.py``). The rows ``in_proj_weight[:E]`` compute
-the queries; ``LoraConfig(slices=…)`` can change these rows alone.
+The out-projection is a linear layer among its submodules, and a target of its own. The forward of
+``nn.MultiheadAttention`` reads the weight of the out-projection directly, without calling it
+(``attach/source/weight_readers.py``). The rows ``in_proj_weight[:E]`` compute the queries;
+``LoraConfig(slices=…)`` can change these rows alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``nn.Bilinear``: y[o] = x1ᵀ W[o] x2 + bias[o], weight [out, in1, in2].
 
-The layer is linear in the outer product of its inputs: ΔW is one matrix [out, in1 · in2].
+The layer is linear in the outer product of its inputs, so ΔW is one matrix [out, in1 · in2].
 """
 
 from __future__ import annotations

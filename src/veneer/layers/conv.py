@@ -3,10 +3,11 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
-A convolution is linear in its weight. Its bottleneck is therefore the same convolution with A as
-the weight (g · r outputs in g groups, and the module's other options), followed by a 1 × 1
-convolution with B. The change of a grouped weight has g groups too. PEFT's change has not (its A
-spans all groups), so it cannot be merged.
+g is the number of groups of the convolution, |k| the number of positions of the kernel. A
+convolution is linear in its weight. So its update is the same convolution with A as the weight
+(g · r outputs in g groups, and the module's other options), followed by a 1 × 1 convolution with B.
+The change of a grouped weight has g groups too. PEFT's change of such a weight has an A that spans
+all groups, so PEFT cannot merge it.
 
 In a PEFT file, A is [g·r, in/g, *k] and B is [out, r, 1, …]. This is PEFT's own layout if g = 1;
 PEFT has no layout for transposed convolutions.
@@ -50,8 +51,8 @@ class _Convolution(Layer):
         return change if y is None else y + change
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The rows that multiply ΔW are the patches of x that meet at each output position. A
-        # bottleneck whose A is the identity returns them.
+        # ΔW multiplies the patch of x under the kernel at each output position. The convolution
+        # with the identity matrix as A returns these patches.
         x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
         patches = self.bottleneck(
             module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_)

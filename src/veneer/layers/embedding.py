@@ -2,7 +2,7 @@
 means or maxima of such rows. V is the size of the vocabulary.
 
 An embedding is a linear map of one-hot inputs, with in = V and out = d: ΔW[id] = (B @ A)[:, id].
-Its bottleneck is therefore a lookup in A, followed by a product with B. It also follows that
+So op(ids; ΔW) is a lookup in A, followed by a product with B. It also follows that
 
 - dropout drops the update of whole tokens;
 - A's Kaiming fan-in is 1, not V, because one input is active at a time (with V the update would
@@ -29,8 +29,8 @@ class _Lookup(Layer):
     drops_input = False
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
-        """The weight with all rows scaled down to ``max_norm``, as forward scales in place each row
-        that it reads."""
+        """The weight in which every row with a norm above ``max_norm`` is scaled down to
+        ``max_norm``. Forward does this in place with each row that it reads."""
         if module.max_norm is None:
             return weight
         norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)
@@ -66,8 +66,9 @@ class Embedding(_Lookup):
         return change if y is None else y + change
 
     def factors(self, module: Any) -> bool:
-        # With scale_grad_by_freq, forward divides the gradient of a row by how often it occurs; B's
-        # gradient cannot be divided so. With max_norm, y is not linear in the weight.
+        # With scale_grad_by_freq, torch divides the gradient of each row by how often its index
+        # occurs. B has no rows for indices, so its gradient cannot be divided in this way. With
+        # max_norm, y is not linear in the weight.
         return not module.scale_grad_by_freq and module.max_norm is None
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:

@@ -2,8 +2,9 @@
 ``transformers.pytorch_utils.Conv1D`` (GPT-2), the same with Wᵀ stored, [in, out]; and linear layers
 of other libraries, such as quantised layers and PyTorch Geometric's.
 
-The classes of other libraries are looked up only if they have been imported. A model that contains
-such a layer has imported its library, and ``import veneer`` must not import it.
+The classes of other libraries are looked up only if they have been imported, because ``import
+veneer`` must not import these libraries. A model that contains such a layer has imported its
+library already.
 """
 
 from __future__ import annotations

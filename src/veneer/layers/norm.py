@@ -1,8 +1,8 @@
 """The layer, group, batch, instance and RMS norms of torch. Their weight is a vector.
 
-The smallest change of a vector is a vector, so the weight is trained at its full shape, and a rank
-has no meaning. The adapter gets its own copies of running statistics. Norms of other libraries are
-of the general kind (``parameter.py``), which does the same.
+A low-rank change of a vector would not be smaller than the vector, so the weight is trained at its
+full shape, and a rank has no meaning. The adapter gets its own copies of running statistics. Norms
+of other libraries are of the general kind (``parameter.py``), which does the same.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ experts, learned positions, or a layer of a user's model.
     [E, out, in]     a stack of E matrices, each with its own change: g = E
 
 The module's own forward runs on W + ΔW, so nothing needs to be known of the module. Vectors (norms,
-scales) are trained at their full shape. ``LoraConfig(bias=…)`` decides about biases.
+scales) are trained at their full shape. ``LoraConfig(bias=…)`` says whether biases are trained.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Parameters(Layer):
 
 
 def is_transposed_stack(module: Any, shape: torch.Size) -> bool:
-    """Whether a weight is a stack [E, in, out]. Experts of transformers say so by an attribute."""
+    """Whether a weight is a stack [E, in, out]. Experts of transformers tell it by their attribute
+    ``is_transposed``."""
     return len(without_unit_axes(shape)) == 3 and bool(getattr(module, "is_transposed", False))
 
 

@@ -34,10 +34,10 @@ class Recurrent(Layer):
         )
 
     def bind(self, view: Any, values: Any) -> None:
-        # A recurrent module gives its kernel a list of its parameters, which it made when it was
-        # constructed, and keeps references to the parameters in it. If the references match the
-        # list, forward does not make a new list. A new list would look like state that forward
-        # writes to the module.
+        # A recurrent module passes the list ``_flat_weights`` of its parameters to its kernel, and
+        # keeps a list of references to the same parameters. If the references match the parameters,
+        # forward does not make a new list. A new list would look like state that forward writes to
+        # the module.
         weights = [
             values.get(name, view._parameters.get(name)) for name in view._flat_weights_names
         ]

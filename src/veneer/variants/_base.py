@@ -5,8 +5,10 @@ become a low-rank change and a gain.
     resolve(parameters, scale, base) -> (LowRank, gain [g · out], or None for a gain of 1)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
-A variant is an immutable object that knows neither layers nor storages. It can read the frozen
-weight as a dense [g, out, in], but it never writes the weight. How to add one: CONTRIBUTING.md.
+g is the number of matrices in the weight, 1 for a linear layer, and r the rank. op is the operation
+of the layer, such as x Wᵀ. A variant is an immutable object that knows neither layers nor storages.
+It can read the frozen weight as a dense [g, out, in], but it never writes the weight. How to add a
+variant: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-#: returns a dense [g, out, in], such as the frozen weight: for ``init`` in at least float32, for
-#: ``resolve`` in the weight's own dtype
+#: a function that returns a dense tensor [g, out, in], such as the frozen weight. The frozen weight
+#: is at least float32 in ``init``, and has its own dtype in ``resolve``
 Base = Callable[[], Tensor]
 
 #: the parameters of an adapter by name
@@ -31,7 +33,7 @@ Parameters = Mapping[str, Tensor]
 #: ΔW, and the gain [g · out] or None for a gain of 1
 Resolved = tuple[LowRank, Tensor | None]
 
-#: the data that ``Variant.needs`` may name; fields of ``InitContext``
+#: the fields of ``InitContext`` that ``Variant.needs`` may name: data that ``attach`` collects
 CALIBRATION = ("inputs", "gradient", "original")
 
 
@@ -44,8 +46,8 @@ class InitContext:
     """The values from which a variant may initialise its parameters.
 
     Fields:
-        groups, out, in_, rank: the sizes of ΔW and of the bottleneck.
-        fan_in: the number of inputs of a row of A.
+        groups, out, in_, rank: g, out, in and r in the shapes of A [g, r, in] and B [g, out, r].
+        fan_in: the number of inputs that reach a row of A, for Kaiming initialisation.
         base: returns the frozen weight, [g, out, in].
         inputs: returns Σ xᵀx over the layer's inputs x in the calibration batches, [g, in, in],
             float64.
@@ -75,8 +77,9 @@ class Variant:
         default_alpha: alpha if ``LoraConfig(alpha=None)``.
         scale: a function (alpha, rank) -> the factor of B @ A.
         init: a function (context) -> the initial parameters, float32, on torch's default device.
-        resolve: a function (parameters, scale, base) -> (LowRank, gain [g · out] or None),
-            differentiable in the parameters. The rank of the LowRank may differ from the config's.
+        resolve: a function (parameters, scale, base) -> (LowRank, gain [g · out] or None for a gain
+            of 1), differentiable in the parameters. The rank of the LowRank may differ from the
+            config's.
         frozen: names of the parameters that are not trained; they become buffers.
         derived: names of frozen parameters that are determined by the sizes alone, so that adapter
             files do not contain them.
@@ -85,8 +88,8 @@ class Variant:
         exact_start: whether the attached model equals its base before the first training step.
         peft: the fields of ``adapter_config.json`` that mean this variant; None if PEFT cannot read
             it in any form.
-        peft_keys: for parameters besides A and B that PEFT knows: name -> key in PEFT's file, after
-            the module's path.
+        peft_keys: {name: key in PEFT's file, without the module's path} of the parameters besides A
+            and B that PEFT's files contain.
     """
 
     name: str

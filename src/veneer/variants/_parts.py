@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: a matrix whose shorter side is at most this gets a full SVD. That takes a second for a side of
-#: 2,048, and grows with the cube of the side
+#: a matrix whose shorter side is at most this gets a full SVD. A full SVD takes a second for a side
+#: of 2,048, and a time that grows with the cube of the side
 FULL_SVD_SIZE = 1024
 #: extra directions and power iterations of the randomised SVD (Halko et al. 2009, arXiv:0909.4061)
 OVERSAMPLE, ITERATIONS = 16, 16
@@ -17,9 +17,12 @@ OVERSAMPLE, ITERATIONS = 16, 16
 
 def principal_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [g, out, rank], S [g, rank] in descending order and Vᵀ [g, rank, in]: the largest singular
-    triplets of ``matrix`` [g, out, in], in its dtype. For a large matrix and a small rank, by the
-    randomised method with torch's global random state, because an initialisation needs the right
-    subspace, not the last digit."""
+    triplets of ``matrix`` [g, out, in], in its dtype.
+
+    For a large matrix and a small rank, they are computed by the randomised method, with torch's
+    global random state. It is less exact, but an initialisation needs the right subspace, not the
+    last digit.
+    """
     if min(matrix.shape[-2:]) <= max(FULL_SVD_SIZE, 8 * rank):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
@@ -30,8 +33,9 @@ def principal_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
 
 def minor_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [g, out, rank], S [g, rank] in descending order and Vᵀ [g, rank, in]: the smallest of the
-    min(out, in) singular triplets of ``matrix`` [g, out, in], in its dtype. Always by a full SVD,
-    because no random projection finds the directions in which a matrix is small."""
+    min(out, in) singular triplets of ``matrix`` [g, out, in], in its dtype. They are always
+    computed by a full SVD, because no random projection finds the directions in which a matrix is
+    small."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return U[..., -rank:], S[..., -rank:], Vh[..., -rank:, :]
 
@@ -56,5 +60,6 @@ def with_frozen_start(A: Tensor, B: Tensor) -> dict[str, Tensor]:
 
 
 def copy_float32(factor: Tensor) -> Tensor:
-    """A copy of ``factor`` in float32: a view would keep the larger tensor alive."""
+    """A copy of ``factor`` in float32. It is a copy because a view would keep the larger tensor
+    alive."""
     return factor.to(torch.float32).clone(memory_format=torch.contiguous_format)

@@ -1,5 +1,6 @@
-"""AdaLoRA: ΔW = alpha / rank · B diag(E ⊙ mask) A, a singular value decomposition that is trained,
-and whose least important triplets are masked. Zhang et al. 2023, arXiv:2303.10512.
+"""AdaLoRA: ΔW = alpha / rank · B diag(E ⊙ mask) A, a singular value decomposition that is trained.
+Its least important triplets (a value in E with its row of A and column of B) are masked. Zhang et
+al. 2023, arXiv:2303.10512.
 
 The paper calls B, E and A by P, Λ and Q. ``veneer.optim.RankBudget`` decides which triplets a layer
 keeps, by writing 0 or 1 into ``mask``; ``veneer.optim.regulariser`` keeps A and B near orthogonal.
@@ -33,7 +34,7 @@ def init(context: InitContext) -> dict[str, Tensor]:
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     E = parameters["E"]
-    # equals E ⊙ mask, but its gradient is the gradient of E
+    # The value is E ⊙ mask. The gradient passes to E as if there were no mask.
     singular_values = E + (E * parameters["mask"] - E).detach()
     return LowRank(parameters["A"], parameters["B"] * singular_values[:, None, :], scale), None
 

@@ -1,16 +1,16 @@
-"""CorDA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀, B₀ consists of r singular values of W,
-weighted by the layer's inputs x. With C = Σ xᵀx:
+"""CorDA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀, B₀ comes from a singular value
+decomposition of W that is weighted by the layer's inputs x. With C = Σ xᵀx:
 
-    W C = U S Vᵀ        A₀ = √S Vᵀ C⁻¹        B₀ = U √S        r singular values of W C
+    W C = U S Vᵀ        A₀ = √S Vᵀ C⁻¹        B₀ = U √S        of r singular values
 
-``corda`` takes the r largest, which are the directions that the data use, in order to learn their
-task (the paper's instruction-previewed mode). ``corda_kpm`` takes the r smallest, so that training
-leaves the knowledge in the data untouched (the paper's knowledge-preserved mode). Yang et al. 2024,
-arXiv:2406.05223; PEFT's ``init_lora_weights="corda"``. alpha defaults to 16, which is scale 1 at
-the default rank.
+``corda`` takes the r largest singular values of W C. Their directions are those that the data use,
+so training learns the task of the data (the paper's instruction-previewed mode). ``corda_kpm``
+takes the r smallest, so that training preserves the knowledge that the data need (the paper's
+knowledge-preserved mode). Yang et al. 2024, arXiv:2406.05223; PEFT's ``init_lora_weights="corda"``.
+alpha defaults to 16, which is scale 1 at the default rank.
 
-C is normalised to a mean diagonal of 1, which changes only how the size of A₀ and B₀ is divided
-between them. It is damped: 0.01 times the identity is added as in the paper's code, and this amount
+C is divided by the mean of its diagonal. This changes the norms of A₀ and B₀, but not their
+product. C is also damped: 0.01 times the identity is added as in the paper's code, and this amount
 is doubled until C C⁻¹ is the identity up to rounding.
 """
 

@@ -5,8 +5,9 @@ The gain is m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts
 gain starts at 1. As in section 4.3 of the paper, no gradient flows through the norm.
 
 The norm is computed from the sum W + ΔW, in float32 or more also under autocast. On a CPU, a few
-rows are computed at a time, which stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as
-fast, but cancels if ΔW cancels a row of W: a norm of ‖W‖ / 100 would lose four digits.
+rows are computed at a time, which stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖². It is as
+fast, but if ΔW cancels most of a row of W, so that a norm of ‖W‖ / 100 remains, the terms cancel
+too, and the result loses four digits.
 
 A row whose norm is zero has gain 1: its y is 0 for every gain, and a gain of 1 lets B learn.
 """
@@ -26,7 +27,7 @@ from veneer.variants.lora import LORA
 
 _C: Any = torch._C
 
-#: how many bytes of W + ΔW are computed at a time on a CPU
+#: the size in bytes of the block of W + ΔW that is computed at a time on a CPU
 CHUNK_BYTES = 1 << 20
 
 
@@ -59,15 +60,16 @@ def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def _is_launched(tensor: Tensor) -> bool:
-    """Whether each operation on this tensor is a launch on a device in this call."""
+    """Whether each operation on this tensor is a launch on a device in this call. False on a CPU,
+    while compiling, and in transforms of ``torch.func``."""
     if tensor.is_cpu or torch.compiler.is_compiling():
         return False
     return _C._functorch.peek_interpreter_stack() is None
 
 
 class _Gain(torch.autograd.Function):
-    """``gain_of`` with as few launches as possible: the results of dividing by a norm of zero are
-    replaced afterwards."""
+    """``gain_of`` with as few launches as possible. It divides by norms of zero too, and replaces
+    the results afterwards: a gain of 1, a gradient of 0."""
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _norms_of_pieces(pieces: Iterator[Tensor], low: LowRank) -> Tensor:
         rows = slice(first, first + piece.shape[1])
         norms.append(row_norms(piece, LowRank(low.A, low.B[:, rows], low.scale)))
         first = rows.stop
-        del piece  # before the next piece is read
+        del piece  # frees it before the next one is read
     return torch.cat(norms)
 
 

@@ -2,9 +2,10 @@
 inputs vary most: the right singular vectors of the inputs, which are the eigenvectors of Σ xᵀx.
 Paischer et al. 2024, arXiv:2410.07170.
 
-B starts at zero. A row of A has norm 1 (with Kaiming's initialisation, about 1 / √3). The paper may
-also move ranks between layers; here every layer has the rank that the config gives it. PEFT centres
-the inputs first.
+B starts at zero. A row of A has norm 1, while a row that is initialised by Kaiming's method has a
+norm of about 1 / √3. The paper's method may also give some layers a larger and others a smaller
+rank; here every layer has the rank that the config gives it. PEFT subtracts the mean of the inputs
+first; here it is not subtracted.
 """
 
 from __future__ import annotations

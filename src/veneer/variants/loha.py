@@ -3,9 +3,9 @@ Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), ar
 
     ΔW[i, j] = scale · Σₖₗ B1[i, k] B2[i, l] · A1[k, j] A2[l, j]
 
-is one ``LowRank`` of rank r², whose factors are the Khatri–Rao products of the four matrices. They
-start as in LyCORIS: B1 is normal with standard deviation 0.1, A1 and A2 with standard deviation 1,
-and B2 is zero. alpha defaults to 1, also as in LyCORIS.
+This is one ``LowRank`` of rank r². Its A is the Khatri–Rao product of A1 and A2, its B that of B1
+and B2. The four matrices start as in LyCORIS: B1 is normal with standard deviation 0.1, A1 and A2
+with standard deviation 1, and B2 is zero. alpha defaults to 1, also as in LyCORIS.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ one. Edalati et al. 2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), a
     l ≤ k and m ≤ n: the two factors of out, and of in, that are closest to each other
 
 With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank
-min(l, m) · q. q is the rank, but at most min(k, n), because a larger q could express no more
-(LyCORIS then trains one full matrix instead). C and A2 start Kaiming-uniform, so that their product
-is as large as LoRA's A. B2 starts at zero, as LoRA's B does (LyCORIS sets the other factor to
-zero). The kernel positions of a convolution count as inputs.
+min(l, m) · q. q is the rank, but at most min(k, n), because a larger q could express no more (at
+such ranks, LyCORIS trains one full matrix in place of B2 A2). C and A2 start Kaiming-uniform, so
+that their product is as large as LoRA's A. B2 starts at zero, as LoRA's B does (LyCORIS sets the
+other factor to zero). For a convolution, ``in`` counts the positions of the kernel too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """LoRA: ΔW = alpha / rank · B @ A (Hu et al. 2021, arXiv:2106.09685). Most other variants are
-copies of ``LORA`` with some fields replaced: they have its scale and its default alpha."""
+copies of ``LORA`` with some fields replaced, and keep its scale or default alpha if they do not
+replace them."""
 
 from __future__ import annotations
 

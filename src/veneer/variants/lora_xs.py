@@ -17,8 +17,8 @@ from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """Frozen A [g, r, in] and B [g, out, r] and R [g, r, r], which has a gradient from the first
-    step."""
+    """Frozen A [g, r, in] and B [g, out, r], and a trained R [g, r, r] of zeros. R has a gradient
+    from the first step on."""
     U, S, Vh = principal_triplets(context.base(), context.rank)
     A, B = copy_float32(Vh), copy_float32(U * S[..., None, :])
     return {"A": A, "B": B, "R": A.new_zeros(context.groups, context.rank, context.rank)}

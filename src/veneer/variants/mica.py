@@ -16,7 +16,7 @@ from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in] zero, frozen B [g, out, r] with orthonormal columns."""
+    """A [g, r, in] of zeros, and a frozen B [g, out, r] with orthonormal columns."""
     U, _, _ = minor_triplets(context.base(), context.rank)
     B = copy_float32(U)
     return {"A": B.new_zeros(context.groups, context.rank, context.in_), "B": B}

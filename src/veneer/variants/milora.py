@@ -1,5 +1,5 @@
 """MiLoRA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀ = √S Vᵀ, B₀ = U √S consists of the r
-smallest singular values of W, so that training leaves the largest ones, which hold most of what W
+smallest singular values of W. Training leaves the largest ones unchanged, which hold most of what W
 knows. Wang et al. 2024, arXiv:2406.09044. alpha defaults to 16: scale 1 at the default rank.
 
 The initialisation takes a full SVD of each weight: seconds for a shorter side of 2,048, and 8 times

@@ -2,11 +2,11 @@
 at zero, because the rows of A and the columns of B use different halves of the bottleneck. PEFT's
 ``init_lora_weights="orthogonal"``; Datta, https://datta0.github.io/posts/rethink-lora-init.
 
-PEFT rotates the bottleneck by a random Q: A = (Y Q[0::2])ᵀ / 10 and B = Xᵀ Q[1::2] / 10, where X
-and Y are normal. There, B @ A is zero only up to rounding, which is large in 16 bits, and odd ranks
-are impossible. Here, Q is the identity, which spans the same directions. The first ⌈r / 2⌉ rows of
-A, and all columns of B but the first ⌈r / 2⌉, are normal with standard deviation 0.1. All other
-elements are zero, so B @ A is exactly zero at every rank.
+PEFT rotates the bottleneck (the r values between A and B) by a random orthogonal matrix Q:
+A = (Y Q[0::2])ᵀ / 10 and B = Xᵀ Q[1::2] / 10, where X and Y are normal. There, B @ A is zero only
+up to rounding, which is large in 16 bits, and odd ranks are impossible. Here, Q is the identity.
+The first ⌈r / 2⌉ rows of A, and all columns of B but the first ⌈r / 2⌉, are normal with standard
+deviation 0.1. All other elements are zero, so B @ A is exactly zero at every rank.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@ neighbouring inputs into their mean, times in / L. Xu et al. 2023, arXiv:2309.14
 ``use_qalora``.
 
 ΔW thus has equal columns for all L inputs of a group, and A has only in / L columns. In the paper,
-a group is a quantisation group of the weight, so that the group's zero point can absorb the change;
-Veneer merges ΔW as it merges every change. L is 16, which is also PEFT's default, or the largest
-smaller number that divides the number of inputs.
+a group is a quantisation group of the weight, so that a merge can add the change to the zero point
+of the group. Veneer merges ΔW as it merges every change. L is the largest divisor of ``in`` up to
+16, which is also PEFT's default.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, kaiming_uniform, register
 from veneer.variants.lora import LORA
 
-#: L, the number of inputs that are pooled
+#: the largest L, the number of inputs that are pooled into one
 GROUP = 16
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """A1 [g, r, in / L], which is A above, Kaiming-uniform; B [g, out, r] of zeros; and a frozen
-    pool [g, L] of ones, the weight of each input of a group. B has a gradient in the first step, A1
-    from the second step on."""
+    pool [g, L] of ones, the factors of the L inputs of a group. B has a gradient in the first step,
+    A1 from the second step on."""
     size = next(size for size in range(min(GROUP, context.in_), 0, -1) if context.in_ % size == 0)
     pooled = context.in_ // size
     A = kaiming_uniform(replace(context, in_=pooled, fan_in=pooled))

@@ -1,6 +1,6 @@
 """rsLoRA: ΔW = alpha / √rank · B @ A, so that the size of updates does not depend on the rank.
-Kalajdzievski 2023, arXiv:2312.03732. alpha defaults to 8, which is the scale of ``lora`` at the
-default rank of 16.
+Kalajdzievski 2023, arXiv:2312.03732. alpha defaults to 8, which gives the same scale as ``lora`` at
+the default rank of 16.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ b starts at zero and d at 0.1. The paper has no scale: alpha itself is the facto
 A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Adapter
 files do not contain them, so they must be the same on every device, machine and release, which no
 seeded generator guarantees. Each element is therefore a hash of its position. ``init`` returns the
-same pair of tensors as before while any layer uses it. (The paper and PEFT slice one pair of the
-largest sizes for all layers, so the pair depends on which layers have an adapter.)
+same pair of tensors for equal sizes while any layer uses it. (In the paper and in PEFT, all layers
+use slices of one pair of the largest sizes, so its values depend on which layers have an adapter.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from veneer.variants.lora import LORA
 #: the initial elements of d
 D_START = 0.1
 
-#: the A and B in use: (name, sizes, device) -> tensor. The last layer that uses a tensor frees it
+#: the A and B in use: ("A" or "B", sizes, device) -> tensor. An entry disappears when no layer uses
+#: its tensor any more
 _SHARED: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
 

@@ -1,6 +1,6 @@
 """Prove on a live model that its output depends on every change of an adapter, as it should.
 
-There are three checks. Each problem names the layer that fails:
+There are three checks. The error names each layer that fails one:
 
     reached     one pass in eval mode without gradients runs every adapted layer
     gradient    one pass in the model's mode gives every change a finite gradient that is not zero,
@@ -42,14 +42,14 @@ from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of, parameter_path
 from veneer.precision import compute_device, double
 
-#: The largest relative error of a change's gradient against the gradient of the definition, by the
+#: The largest relative error of a change's gradient against that of a plain model of W + ΔW, by the
 #: size of the weight's elements in bytes. If a layer's ΔW is not read, the error is about 1. Kinks
 #: of ReLUs and rounding errors stay below these limits.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
 #: gradient of a key projection's bias.
 NOISE = 1e-4
-#: the expected state and the advice in most problems of ``_CheckedChange.problem``
+#: in most error texts of ``_CheckedChange.problem``: what is expected, and what to do
 DEPENDS = "a layer that the output depends on"
 REACH = "exclude it, or give an example that reaches it"
 
@@ -61,8 +61,8 @@ class CheckReport:
     Fields:
         adapter: the name of the adapter, or of the blend.
         weights: paths of the weights whose changes reach the output.
-        compared: the number of changes whose gradients were also compared with the definition.
-            Changes of packed weights are not compared, nor is an adapter with invocation tokens.
+        compared: the number of changes whose gradients were also compared with those of a plain
+            model of W + ΔW. Packed weights and adapters with invocation tokens are not compared.
     """
 
     adapter: str
@@ -109,8 +109,8 @@ def check(
             keyword arguments.
         name: the adapter; None stands for the default one, or the only one. Or a blend
             {name: weight}, as ``use`` takes it. Then the changes of all its adapters are checked in
-            the blend, also of adapters that do not train. Comparing a blend with its definition
-            takes as much memory as the weights that change.
+            the blend, also of adapters that do not train. Comparing the gradients of a blend takes
+            as much memory as the weights that change.
 
     Raises:
         CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
@@ -166,9 +166,9 @@ def _prove_changes(
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
 ) -> tuple[list[str], int]:
-    """(problems, the number of changes that were compared with the definition). ``names`` are the
-    adapters that ``active`` selects, ``checked`` their changes, ``trained`` the parameters of
-    these."""
+    """(problems, the number of changes whose gradients were compared with those of W + ΔW).
+    ``names`` are the adapters that ``active`` selects, ``checked`` their changes, ``trained`` the
+    parameters of these changes."""
     model: Any = call.func
     reached_ids: set[int] = set()
     with _preserve_state(model, trained), _use_selection(model, active):
@@ -213,7 +213,7 @@ def _prove_changes(
                 call = partial(model, *args, **kwargs)
                 problems = _gradient_problems(call, active, compared, trained, packed_adapters)
         except RuntimeError as error:
-            # the forward casts to a fixed dtype, or memory is short: the first result stands
+            # The forward casts to a fixed dtype, or memory is short. The first result is kept.
             problems[0] = (
                 f"{problems[0]} (In float64, which would tell rounding apart, it does not run:"
                 f" {error})"
@@ -228,8 +228,8 @@ def _any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
 def _missing_gradient_problems(
     call: partial, active: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
 ) -> Iterator[str]:
-    """Problems of changes that had no gradient before training. A change has a problem unless a
-    gradient appears after the parameters have been perturbed."""
+    """An error text for each of the changes ``checked``, which had no gradient, unless a gradient
+    appears after the trained parameters have been perturbed."""
 
     def have_gradients() -> list[bool]:
         gradients = _gradients(call, trained)
@@ -263,8 +263,8 @@ def _gradient_problems(
     trained: list[nn.Parameter],
     packed_adapters,
 ) -> list[str]:
-    """A problem for each change whose gradient differs from that of the definition, computed in the
-    present dtype of the model."""
+    """A problem for each change whose gradient differs from its gradient in a plain model that
+    reads W + ΔW. Both are computed in the present dtype of the model."""
     model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
@@ -375,8 +375,8 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
 
 
 def _perturb(trained: list[nn.Parameter]) -> None:
-    """Add noise to the trained parameters. Before training ΔW is zero, so that code that ignores
-    the adapter would compute the same output."""
+    """Add noise to the trained parameters. Before training ΔW is zero, so without noise, code that
+    ignores the adapter would compute the right output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trained:
@@ -386,7 +386,7 @@ def _perturb(trained: list[nn.Parameter]) -> None:
 
 
 def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
-    """The gradients of a random projection of the model's outputs for the trained parameters."""
+    """∂p/∂θ for each trained parameter θ, where p is a random projection of the model's outputs."""
     torch.manual_seed(0)
     with torch.enable_grad():
         # A random projection, because a plain sum is constant after a softmax or a layer norm and
@@ -402,8 +402,8 @@ def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter,
 
 
 def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The layer adapters of packed weights, which cannot be replaced by W + ΔW. The keys are those
-    of the layers' states. None if such a weight is in a module that also has a plain weight, or if
+    """The layer adapters of packed (quantised) weights, in whose place W + ΔW cannot be put, by
+    ``LayerState.key``. None if such a weight is in a module that also has a plain weight, or if
     another module reads it."""
     packed_adapters: dict[int, LayerAdapter] = {}
     submodule_adapters: set[int] = set()
@@ -438,7 +438,7 @@ def _use_definition(
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, layer_adapter in active.usable_layer_adapters.items():
-            # A key (key of a layer, method) needs nothing: the layer's own key has an entry too.
+            # A key (key of a layer, method) is skipped, as the layer's own key has an entry too.
             if key not in modules or id(layer_adapter) in packed_ids:
                 continue
             module = modules[key]
@@ -481,7 +481,7 @@ def _use_definition(
 
 
 def _blend_weight(blend: Blend, module: nn.Module, weight_name: str, _: Any) -> Tensor:
-    """A changed weight of a blend; a reader of ``ComputedParameters``."""
+    """A changed weight of a blend; a function for ``ComputedParameters.compute``."""
     return blend.changed_weights(module, wide=False)[weight_name]
 
 

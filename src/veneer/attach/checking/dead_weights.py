@@ -26,7 +26,8 @@ HaveGradients = Callable[[], Sequence[bool]]
 
 
 def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The parameters whose elements are all zero, by path. A tied parameter is listed once."""
+    """The parameters whose elements are all zero, by path, without those in ``exclude``. A tied
+    parameter is listed once."""
     excluded_ids = set(map(id, exclude))
     return {
         name: parameter
@@ -43,8 +44,8 @@ def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[s
 def blocking_weights(
     zeros: dict[str, nn.Parameter], have_gradients: HaveGradients
 ) -> list[tuple[str, ...]]:
-    """For each checked change, the names of the zero weights that block its gradient. No names if
-    zero weights are not the reason why the change has no gradient."""
+    """For each checked change, the names of the zero weights that block its gradient. The names are
+    empty if the change has no gradient for another reason."""
     with _fill_zeros(zeros.values()):
         have_gradients_filled = list(have_gradients())
     if not any(have_gradients_filled):

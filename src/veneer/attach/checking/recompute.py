@@ -1,9 +1,10 @@
 """Weights W + ΔW that are computed when they are read, recomputed in backward, and not stored in
 between.
 
-The module's table of parameters (``ComputedParameters``) computes the tensor at each read. Autograd
-saves instructions to compute it again instead of the tensor. Backward turns the gradient of each
-weight into gradients of the small adapter parameters before it reaches the next weight.
+The module's table of parameters (``ComputedParameters``) computes the tensor at each read. Instead
+of the tensor, autograd saves a function that computes it again. Backward turns the gradient of each
+weight into gradients of the small adapter parameters before it reaches the next weight. So only
+about one W + ΔW and one gradient of it exist at a time.
 
 Rejected: writing W + ΔW into the weights during a pass, because an interrupt would lose the base.
 Also a tensor subclass that each operation would recompute, because a forward that looks at the
@@ -29,8 +30,12 @@ ComputeTensor = Callable[[], Tensor]
 
 
 class _SavedRecipe(NamedTuple):
-    """What autograd saves in place of a tensor: a function that computes the tensor's storage, and
-    the tensor's size, strides and offset in it."""
+    """The data that autograd saves in place of a tensor.
+
+    Fields:
+        compute: computes the storage of the tensor.
+        geometry: the size, the strides and the offset of the tensor in this storage, in elements.
+    """
 
     compute: ComputeTensor
     geometry: tuple[torch.Size, tuple[int, ...], int]
@@ -124,9 +129,9 @@ class ComputedParameters(dict[str, Any]):
 
 
 class ParametersComputedOnce:
-    """The parameters of a ``ComputedParameters`` for a module that stores the tensors that it reads
-    (the list of weights of a recurrent layer). Each parameter is computed once; later reads return
-    the same tensor."""
+    """The parameters of a ``ComputedParameters``, of which each is computed once; later reads
+    return the same tensor. It is for a module that keeps the tensors that it has read, such as a
+    recurrent layer with its list of weights."""
 
     def __init__(self, parameters: ComputedParameters) -> None:
         self.parameters = parameters
@@ -140,8 +145,8 @@ class ParametersComputedOnce:
 
 @torch.no_grad()
 def compute_weight(change: Change, weight: Any) -> Tensor:
-    """``change.changed_weight`` in the dtype of the weight. It is computed in at least float32, in
-    the memory of ΔW."""
+    """``change.changed_weight`` in the dtype of the weight. It is computed in place in the memory
+    of ΔW, in at least float32."""
     low_rank, gain = change.resolve(weight)
     changed_weight = _add_delta(change, weight, low_rank)
     if gain is not None:

@@ -65,7 +65,7 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
 
     @functools.wraps(base_cls.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Subscripts and attributes instead of calls: every layer of a decoding step runs this.
+        # Every layer of a decoding step runs this, so it uses subscripts instead of calls.
         modules, calling_context = self._modules, context.current
         try:
             layer_state = modules[STATE]
@@ -79,7 +79,7 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
             if layer_adapters is None or active.name != model_adapters.merged:
                 raise layer_state.selection_error(active)
             return base_forward(self, base_cls, *args, **kwargs)
-        # The adapter does not change this layer. No `try`: torch.compile would guard it wrongly.
+        # The adapter does not change this layer. Not by `try`, which torch.compile guards wrongly.
         if layer_state.key not in layer_adapters:
             return base_forward(self, base_cls, *args, **kwargs)
         layer_adapter = layer_adapters[layer_state.key]
@@ -138,8 +138,8 @@ def _rebuild(base_cls: type[nn.Module], method_names: tuple[str, ...] = ()) -> n
 
 
 def stop_answering_peft_names(module: nn.Module) -> bool:
-    """Undo ``answer_peft_names`` (``source/from_peft.py``), which replaces the class of the root.
-    Returns False if the module has no such class."""
+    """Undo ``answer_peft_names`` (``source/from_peft.py``), which replaces the class of a model.
+    Returns whether the class had been replaced."""
     original_cls = vars(type(module)).get("veneer_original_class")
     if original_cls is not None:
         module.__class__ = original_cls
@@ -232,7 +232,7 @@ def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: A
         return base_cls.forward(module, *args, **kwargs)
     forward = partial(base_cls.forward, module)
     if layer_state.instance_forward is not None:
-        # The wrapper calls the forward of the class of its argument.
+        # The wrapper calls the forward of its argument's class, which must not be the adapted one.
         base_module = object.__new__(base_cls)
         base_module.__dict__.update(module.__dict__)
         forward = partial(layer_state.instance_forward, base_module)
@@ -248,7 +248,7 @@ def restore_module(module: nn.Module) -> None:
     # state counts as a view.
     set_child(module, STATE, None)
     is_wrapped = has_wrapped_forward(module)
-    # The first call of the model may have stored a forward there after ``adapt_module``.
+    # The first call of the model may have set this attribute after ``adapt_module``.
     if COMPRESSED_FORWARD in module.__dict__:
         module.__dict__[COMPRESSED_FORWARD] = base_cls.forward if wrapper is None else wrapper
         wrapper = None

@@ -26,8 +26,8 @@ from veneer.layers import Dims, Layer
 from veneer.lowrank import LowRank, zero_column
 from veneer.variants import Variant
 
-#: the number of blocks of rows in which a packed weight is decoded, so that there is never a full
-#: dense copy of it
+#: the number of blocks of rows in which a packed (quantised) weight is decoded, so that there is
+#: never a full dense copy of it
 PIECE_COUNT = 8
 
 
@@ -132,7 +132,7 @@ class Change(nn.Module):
         return parameters
 
     def _all_parameters(self) -> dict[str, Any]:
-        """``adapter_parameters`` together with the trained token rows."""
+        """The parameters of ``adapter_parameters``, and the trained token rows."""
         hook = self.__dict__.get("_hf_hook")
         if hook is None or not any(
             tensor.is_meta for tensor in {**self._parameters, **self._buffers}.values()
@@ -149,9 +149,9 @@ class Change(nn.Module):
     def resolve(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight``, differentiable: (LowRank, gain). The gain has one factor for
-        each output row, [g · out], or is None. ``dtype`` is the dtype of both; None keeps that of
-        the parameters."""
+        """(LowRank, gain) of the change of ``weight``, differentiable in the adapter parameters.
+        The gain has one factor for each output row, [g · out], or is None for a gain of 1.
+        ``dtype`` is the dtype of both; None keeps that of the parameters."""
         # Do not branch on the rank here: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
@@ -194,7 +194,8 @@ class Change(nn.Module):
         return self.layer.out_axis != kind.out_axis
 
     def as_read_by(self, kind: Layer, low_rank: LowRank) -> LowRank:
-        """``low_rank``, a result of ``resolve``, as a layer of this kind reads it."""
+        """``low_rank``, a result of ``resolve``, as a layer of this kind reads it: transposed if
+        such layers hold the weight transposed."""
         return low_rank.T if self.is_transposed_in(kind) else low_rank
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
@@ -208,7 +209,7 @@ class Change(nn.Module):
 
         def read_weight() -> Tensor:
             """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None,
-            the tensor is on a device that supports arithmetic in it."""
+            the tensor is on a device that supports arithmetic in ``dtype``."""
             dense = self.storage.dense(weight)
             if dtype is not None:
                 dense = dense.to(precision.compute_device(dense.device, dtype))

@@ -2,9 +2,9 @@
 ``layer_call.py``.
 
 A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
-against W. The output is then cast to the dtype that it would have without an adapter, each
-tensor of it to its own: a router returns float32 scores beside bfloat16 logits. Integers (token
-ids, masks) pass through unchanged.
+against W. Each tensor of the output is then cast to the dtype that it would have without an
+adapter. These dtypes may differ: a router returns float32 scores beside bfloat16 logits. Integers
+(token ids, masks) pass through unchanged.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def cast_outputs(tree: Any, dtypes: Sequence[torch.dtype | None], default: torch.dtype) -> Any:
-    """Cast each floating-point leaf of an output to its dtype in ``dtypes``, or to ``default`` if
-    that is None, or if ``dtypes`` are not as many as the leaves."""
+    """Cast the i-th floating-point leaf of an output (a tree) to ``dtypes[i]``. It is cast to
+    ``default`` instead if ``dtypes[i]`` is None, or if the output has another number of leaves than
+    ``dtypes``."""
     leaves, spec = pytree.tree_flatten(tree)
     if len(dtypes) != len(leaves):
         dtypes = [default] * len(leaves)

@@ -7,7 +7,7 @@ operations:
     bmm(x, W[ids])   bmm(W[ids], x)            one matrix per row; on a CPU, W[ids] is not gathered
     grouped_mm(x, W.mT, offs=…)                rows sorted by their matrix (``kernels/grouped.py``)
 
-``unformed_weights_of`` decides for which calls of which modules these tensors are used.
+``unformed_weights_of`` decides in which calls a module gets such tensors.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 def unformed_weights_of(
     layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, can_form: bool
 ) -> dict[str, Tensor] | None:
-    """``Unformed`` tensors for the changed weights of a module in this call, by name. None if the
-    weights must be formed.
+    """``Unformed`` tensors for the changed weights of a module in this call, by name. None if W +
+    ΔW must be formed instead.
 
     Args:
         inputs: the arguments of the call, (args, kwargs).
@@ -81,7 +81,8 @@ def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 def is_stack(change: Change, weight: Any) -> bool:
-    """Whether a change is of a frozen stack of matrices that is stored as a plain parameter."""
+    """Whether ``change`` changes a frozen stack [E, out, in] of matrices that is stored as a plain
+    parameter."""
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 3
@@ -295,8 +296,8 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
 
 
 def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
-    """The rows of x that each of the E matrices multiplies, [E, t, in]. None if x has another
-    shape."""
+    """The rows of x that each of the E matrices multiplies, [E, t, in] with t rows each. None if x
+    has another shape."""
     matrix_count = weight.shape[0]
     if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, matrix_count)):
         return None
@@ -355,7 +356,7 @@ def _matrix_product(
         recorded = torch.is_grad_enabled() and (
             x.requires_grad or A.requires_grad or B.requires_grad
         )
-        # a call has many such products with few rows each
+        # A module of experts computes many such products, each for few rows.
         if recorded and x.ndim == 2 and bias is None and x.is_cpu:
             return grouped.linear(x, W, A, B, scale, None, weight.stack.call_input)
         return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
@@ -367,8 +368,9 @@ def _matrix_product(
 
 
 def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
-    """The batched product [S, t, out] of x [S, t, in] and the transposes of matrices [S, out, in];
-    or, if ``transposed``, of x and matrices [S, in, out]."""
+    """The batched product [S, t, out] of x [S, t, in] and the transposes of S matrices [S, out,
+    in]; or, if ``transposed``, of x and S matrices [S, in, out]. t is the number of rows for each
+    matrix."""
     stack = weight.stack
     if (
         isinstance(weight.index, Tensor)
@@ -391,9 +393,10 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
 
 
 def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
-    """(order of the rows by matrix, the inverse order, the segments) for the matrix index of each
-    row, ``ids``. It is computed once for all stacks of a call. The orders are None if the rows are
-    already sorted."""
+    """(order, inverse, segments) for ``ids``, the index of the matrix that each row uses: the order
+    that sorts the rows by matrix, the inverse of it, and the rows of each matrix in this order. All
+    stacks of a call share one result. ``order`` and ``inverse`` are None if the rows are sorted
+    already."""
     entry = stack.call_state.get(id(ids))
     if entry is None:
         matrix_count = len(stack.W)
@@ -426,7 +429,7 @@ def _grouped_product(
         return NotImplemented
     stack = weight.stack
     W, A, B = weight.factors(True)
-    with no_autocast(x) if _has_autocast(x) else nullcontext():  # as in the product of the base
+    with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product has none
         if not x.is_cpu:
             return grouped.linear_on_device(x, W, A, B, stack.scale, row_ends, base_product)
         entry = stack.call_state.get(id(row_ends))

@@ -3,7 +3,8 @@ input:
 
     self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three outputs
 
-Only plain changes ΔW = scale · B A of all outputs of a plain weight are supported here.
+Only plain changes are supported here: ΔW = scale · B A without a gain, for all outputs of a weight
+that is an ordinary parameter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from veneer.layers import Layer
 
 @dataclass(frozen=True, eq=False)
 class FusedChange:
-    """One plain low-rank change of a layer that is a matrix product.
+    """One plain low-rank change, ΔW = scale · B A, of a layer that is a matrix product.
 
     Fields:
         change: the ``Change``. Its A and B are read at each call, because they may be replaced.
@@ -104,14 +105,14 @@ class PendingOutputs(threading.local):
 
 
 def bias_is_parameter(module: nn.Module) -> bool:
-    """Whether the bias of a module, if it has one, is a parameter. The value of any other bias
-    (pruned, parametrised, a buffer) is that of the attribute."""
+    """Whether the bias of a module, if it has one, is a parameter. Any other bias (pruned,
+    parametrised, a buffer) can only be read as the attribute ``bias``."""
     return "bias" in module._parameters or getattr(module, "bias", None) is None
 
 
 def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChange:
-    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``. A bias must be
-    a parameter."""
+    """The ``FusedChange`` of a plain change of ``module``, whose kind is ``layer``. If the module
+    has a bias, it must be a parameter."""
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
@@ -122,8 +123,9 @@ def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChan
 def outputs(
     members: Sequence[tuple[nn.Module, FusedChange]], x: Tensor, seed: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same x [*, in], all with the dropout mask of ``seed``; if
-    it is None, a seed is drawn. ``members`` are (module, fused change) pairs."""
+    """The outputs of several layers for one input x [*, in] that they all read. ``members`` are the
+    (module, fused change) pairs of the layers. All layers use the dropout mask of ``seed``; if it
+    is None, a seed is drawn."""
     weights, biases, A, B = [], [], [], []
     on_cpu = x.is_cpu
     for module, fused_change in members:
@@ -157,11 +159,12 @@ class SharedInputLayers:
     """Layers of one module that read the same input. The call of the first layer computes the
     outputs of all of them; the calls of the other layers return these outputs.
 
-    All outputs come from one autograd node. So outputs are shared only if x has a graph: then
-    ``backward`` through one output frees the graph below x, and a later ``backward`` through
-    another output would fail in any case. With dropout, the outputs are shared without a graph too:
-    all layers use one dropout mask, and checkpointing, which runs the layers without a graph first,
-    must draw the same masks in both runs.
+    All outputs come from one autograd node, so ``backward`` through one output frees what
+    ``backward`` through another one would need. This does no harm if x itself has a graph: without
+    sharing, the first ``backward`` would free the graph of x, and the second one would fail too. So
+    outputs are shared only if x has a graph. With dropout, the outputs are shared without a graph
+    too: all layers use one dropout mask, and checkpointing, which runs the layers without a graph
+    first, must draw the same masks in both runs.
 
     ``members`` are (module, layer adapter) pairs in the order of their calls. An output is valid
     only while all tensors that it was computed from are unchanged. Their identities and versions
@@ -176,7 +179,7 @@ class SharedInputLayers:
         """Whether the outputs for x can be computed together in the present gradient mode."""
         if torch.is_grad_enabled():
             return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
-        # inference tensors have no version
+        # an inference tensor has no version, by which a later write to it would be found
         return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:

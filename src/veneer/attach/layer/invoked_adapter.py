@@ -64,8 +64,8 @@ class InvokedTokens:
         return self._indices_by_shape[key]
 
     def _mask_of(self, shape: torch.Size) -> Tensor | None:
-        """A boolean mask of this shape, which is [rows, columns, …] or [rows · columns]. It is True
-        at the tokens that the adapter changes. None if the shape is another one."""
+        """A boolean mask of this shape, which must be [rows, columns, …] or [rows · columns]. It is
+        True at the tokens that the adapter changes. None if the shape is another one."""
         columns = torch.arange(self.width, device="cpu")
         mask = columns >= torch.tensor(self.starts, device="cpu")[:, None]
         if len(shape) == 1 and shape.numel() == mask.numel():
@@ -79,8 +79,8 @@ class InvokedTokens:
 
 
 class InvokedAdapter:
-    """The ``LayerAdapter`` of one linear layer, run on the tokens from the invocation of the
-    adapter ``name`` on. It has the members of a ``LayerAdapter`` that a selection needs."""
+    """The ``LayerAdapter`` of one linear layer of the adapter ``name``, run only on the tokens from
+    the invocation on. It has the members of a ``LayerAdapter`` that a selection needs."""
 
     def __init__(self, layer_adapter: LayerAdapter, name: str) -> None:
         self.layer_adapter, self.name = layer_adapter, name
@@ -105,7 +105,7 @@ class InvokedAdapter:
             return self.layer_adapter.run(call)
         if not len(indices) and not torch.is_grad_enabled():
             return base_forward(call.module, call.base_cls, *call.args, **call.kwargs)
-        # Also if there is no such token, so that backward gives the parameters a gradient of zero.
+        # In training also without such a token, so that backward gives a gradient of zero.
         return self._run_at(indices, LinearCall(call, {}, False))
 
     def _run_at(self, indices: Tensor, call: LinearCall) -> Tensor:

@@ -205,8 +205,8 @@ class LayerAdapter(nn.Module):
         return self._run_unfused(call)
 
     def _run_unfused(self, call: Call) -> Any:
-        """The output of a forward that is not one fused product. It is computed in factors, with
-        the changed weight, or on a view."""
+        """The output of a call of forward that the fused kernel does not compute: in factored form,
+        in materialised form, or on a view."""
         module, layer_state = call.module, call.layer_state
         replacements = self.replacements(module)
         input_count = len(call.args) + len(call.kwargs)
@@ -246,7 +246,7 @@ class LayerAdapter(nn.Module):
         stacks = {}
         for name, change in self.changes.items():
             if _trains_both_factors(change) and change.rows is change.tokens is None:
-                parameters: Any = change._parameters  # in every layer of a decoding step
+                parameters: Any = change._parameters  # faster than ``resolve`` in decoding
                 low_rank, gain = LowRank(parameters["A"], parameters["B"], change.scale), None
             else:
                 low_rank, gain = change.resolve(weights[name])
@@ -264,8 +264,8 @@ class LayerAdapter(nn.Module):
         may_share: bool,
         seed: int | None,
     ) -> Tensor:
-        """The output of a layer on a device. The fused kernel also computes the layers that read
-        the same x, if ``may_share``."""
+        """The output of a layer on a device other than the CPU. If ``may_share``, the fused kernel
+        also computes the layers that read the same x."""
         shared_layers = self.shared_input_layers if may_share else None
         if shared_layers is not None and shared_layers.applies(fused_change, x):
             return shared_layers.output(module, self, x)

@@ -41,8 +41,9 @@ def is_jagged(x: Any) -> bool:
 
 def run_on_values(run: Callable[[Call], Any], call: Call) -> Any:
     """The output of a layer for a jagged nested tensor, if the layer computes each position
-    independently. ``run`` gets the positions of all rows as one plain tensor. The output has the
-    same offsets object as the input, by which torch recognises that their shapes are equal."""
+    independently. ``run`` computes the output for the positions of all rows, as one plain tensor.
+    The output has the same offsets object as the input, by which torch recognises that their shapes
+    are equal."""
     x = call.x
     y = run(call._replace(args=(x.values(),), kwargs={}))
     return torch.nested.nested_tensor_from_jagged(
@@ -118,8 +119,12 @@ def run_factored(
     dropout: float,
     form: bool = False,
 ) -> Any:
-    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``low_rank``: the change as the layer reads it.
-    ``form``: whether the fused kernel, if it computes this call without dropout, forms W + ΔW."""
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias.
+
+    Args:
+        low_rank: ΔW as the layer reads it (``Change.as_read_by``).
+        form: whether the fused kernel, if it computes this call without dropout, forms W + ΔW.
+    """
     module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
     kind: Any = layer_state.layer
     bias = call.bias(change)
@@ -159,8 +164,12 @@ def _run_on_device(
     dropout: float,
 ) -> Tensor | None:
     """The output of a matrix product on a device, or None if the device kernel does not support the
-    call. A packed weight is read only if there is a gain, so that backward saves no dense copy of
-    it. Without a gain, the product of the library that packed the weight saves no copy either."""
+    call.
+
+    For a packed weight, the kernel is used only if there is a gain. It decodes the weight again in
+    backward instead of saving a dense copy. Without a gain, the product of the library that packed
+    the weight saves no copy either, so that product is used.
+    """
     if layer_state.is_plain_product:
         if not device.applies(x, weight):
             return None
@@ -239,8 +248,8 @@ def run_materialised(
     """y = op(x; gain ⊙ (W + ΔW)) + bias, with dropout on the inputs of ΔW."""
     weight_dtype = change.storage.dtype(weight)
     dtype = at_least_float32(weight_dtype)
-    # A 16-bit layer runs in float32, because a 16-bit W + ΔW would lose a small ΔW. A packed layer
-    # with a 16-bit x runs in float32 too.
+    # A 16-bit layer runs in float32, because a 16-bit W + ΔW would lose a small ΔW. A layer with a
+    # packed weight and a 16-bit x runs in float32 too.
     has_narrow_input = (
         x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
     )

@@ -55,7 +55,7 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
     """The ``ModelAdapters`` of a model.
 
     Args:
-        name: an adapter that must exist.
+        name: an adapter that must exist; None requires no adapter of a name.
         walk: whether to check all layers for adapters of another model object. If False, they are
             checked only if an adapted layer has been copied in this process.
 
@@ -106,11 +106,11 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
-    """``name``, or the name of the model's default adapter or of its only adapter.
+    """``name``, or, if it is None, the name of the model's default adapter or of its only adapter.
 
     Raises:
-        SelectionError: ``name`` is None, and the model has several adapters and no default, or has
-            no adapters but those of a bank.
+        SelectionError: there is no adapter of this name; or ``name`` is None, and the model has
+            several adapters and no default, or has no adapters but those of a ``Bank``.
     """
     model_adapters = need_adapters(model, name)
     name = model_adapters.default_name if name is None else name

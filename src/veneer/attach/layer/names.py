@@ -1,5 +1,5 @@
-"""The modules and parameters of a model by their names, the patterns that match these, and the
-candidates for the similar names that errors suggest.
+"""Look up the modules and parameters of a model by name or pattern, and suggest similar names for
+errors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from veneer.precision import equal_values
 class Names:
     """The modules of a model by path, without the modules that attaching has added.
 
+    A module that the model holds in several places has several paths, which are its names here.
     ``aliases`` maps the first name of each module to all of its names, ``canonical`` each name to
     the first one.
     """
@@ -47,7 +48,9 @@ class Names:
         return not is_hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
-        """((path, name), parameter) of each plain parameter, a tied one under each of its names."""
+        """Yield ((path, name), parameter) for each parameter of the model, except for those that
+        are only a detail of how a weight is stored. A tied parameter is listed for each module that
+        holds it."""
         for path, module in self.modules.items():
             visible_parameters = {
                 name: parameter
@@ -57,7 +60,8 @@ class Names:
             yield from (((path, name), parameter) for name, parameter in visible_parameters.items())
 
     def holders(self) -> dict[int, list[ParamRef]]:
-        """(path, name) of every module that holds a parameter, by the ``id`` of the parameter."""
+        """For each parameter, by its ``id``, the (path, name) of every module that holds it. A tied
+        parameter has several."""
         refs_by_id: dict[int, list[ParamRef]] = {}
         for ref, parameter in self.parameters():
             refs_by_id.setdefault(id(parameter), []).append(ref)
@@ -84,8 +88,8 @@ class Names:
         return frozenset(split_refs)
 
     def fresh_parameters(self) -> dict[int, ParamRef]:
-        """The parameters that were not in the checkpoint: the first reference to each, by its
-        ``id``.
+        """The parameters that were not in the checkpoint: {``id`` of a parameter: its first (path,
+        name)}.
 
         transformers marks the parameters that it loads. If no parameter has a mark, it is unknown
         which were loaded, so the result is empty. Sharded parameters lose their marks when they are
@@ -152,7 +156,8 @@ class Names:
         return nearest(pattern, [*(path.rpartition(".")[2] for path in paths), *paths])
 
     def last_names(self) -> str:
-        """The distinct last names of the modules that can be attached to, for messages."""
+        """The distinct last components of the paths of modules that can be attached to, such as
+        "q_proj", as a text for messages."""
         names = (
             name.rpartition(".")[2] or "(the model itself)"
             for name, module in self.modules.items()

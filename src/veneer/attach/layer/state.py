@@ -4,9 +4,9 @@
                     and which of them are merged
     LayerState      one per adapted layer, its child ``veneer``: the adapters of the layer, and how
                     the layer uses its weights
-    ActiveAdapter   the selection of one call: what the adapter does at each layer, by the layer's
-                    key
-    Call            one call of an adapted module, as a value
+    ActiveAdapter   the selection of one call of the model: an object for each changed layer, such
+                    as a ``LayerAdapter``, by the layer's key
+    Call            one call of an adapted module: its arguments and settings
 
 A call looks up its ``ActiveAdapter`` in the current context (``context.py``), by the model's
 ``uid``. If the context has no entry for the model, the call uses the model's default.
@@ -46,18 +46,20 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """The selection of one call.
+    """The selection of one call of a model: an adapter, a blend, an adapter for each row, or the
+    base alone.
 
     Fields:
         name: the name of the adapter; None for the base alone.
-        layer_adapters: the adapter's changes at each layer, by the layer's key or by (key, method).
-            None if the call is an error: the model has several adapters and none was selected, or
-            the adapter has been detached.
+        layer_adapters: for each layer that changes, the object that computes its output, such as a
+            ``LayerAdapter``. The keys are ``LayerState.key``, or (key, method) for other methods
+            than forward. None if the call is an error: the model has several adapters and none was
+            selected, or the adapter has been detached.
         merged_at_attach: the value of ``ModelAdapters.merged`` when this adapter was attached. The
             adapter is a change of the weights of that time. None stands for the base's weights.
         random_stream: a context manager in which random numbers come from this adapter's own
-            generators (``veneer/engine``), so that sharing a batch does not change them. None uses
-            torch's default generators.
+            generators (``veneer/engine``), so that they do not depend on what else is in the batch.
+            None uses torch's default generators.
         invocation_tokens: the invocation tokens of the adapter's config. Empty for an adapter that
             acts on every token.
     """
@@ -116,7 +118,7 @@ CHANGING = threading.RLock()
 
 
 def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of functions that change a model's adapters."""
+    """Decorator of functions that change a model's adapters: the function holds ``CHANGING``."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -134,8 +136,8 @@ def detached_error(name: str | None) -> SelectionError:
     )
 
 
-#: joins adapter names in ``ModelAdapters.merged`` if an adapter was merged over another one that
-#: was not merged when it was attached. No adapter name contains it.
+#: joins two adapter names in ``ModelAdapters.merged`` if the second adapter was merged on top of
+#: the first, although it was attached before that one was merged. No adapter name contains it.
 MERGED_OVER = " + "
 
 
@@ -150,11 +152,11 @@ class ModelAdapters:
         default_name: the adapter that ``veneer.set_default`` set as the default; None if none was
             set.
         merge_order: the names of the merged adapters, in the order of the merges.
-        merged: a label for the present weights. None stands for the base's weights. It is the name
-            of the last merged adapter if that was attached to the weights before its merge, else
-            the label of these weights and the name, joined by ``MERGED_OVER``.
-        is_merging: whether a merge has begun and not ended. Then only weights with a backup may
-            have been overwritten.
+        merged: a label for the present weights. None stands for the base's weights. After a merge,
+            it is the name of the merged adapter, if that was attached to the weights as they were
+            just before; else the label of those weights and the name, joined by ``MERGED_OVER``.
+        is_merging: whether a merge has begun and not ended. If so, only weights that have a backup
+            may have been overwritten.
         root: a weak reference to the model. None for a copy until the copied model is used.
         untied: the weights to tie again when the last adapter is detached
             (``weight_tying.Untied``).
@@ -162,8 +164,8 @@ class ModelAdapters:
             by path.
         last_layer_key: the largest ``LayerState.key`` so far.
         layer_paths: the path of each layer when it was first adapted, by the layer's key.
-        bank_count: the number of banks on this model. They need adapted layers even if the model
-            has no adapter.
+        bank_count: the number of ``Bank`` objects on this model. They need adapted layers even if
+            the model has no adapter.
     """
 
     default_name: str | None = None
@@ -225,8 +227,8 @@ class ModelAdapters:
         return self.merged is not None and MERGED_OVER in self.merged
 
     def can_merge(self, name: str) -> bool:
-        """Whether an adapter was attached to the base, or to the weights after one of the present
-        merges."""
+        """Whether an adapter was attached to the base's weights, or to the weights after one of the
+        merges in ``merge_order``."""
         return self.selections[name].merged_at_attach in (None, *self._labels(self.merge_order))
 
     def claim(self, root: nn.Module) -> None:
@@ -265,10 +267,11 @@ class LayerState(nn.Module):
     """The adapters of one layer, by name, and how this layer uses its weights.
 
     Attributes:
+        model_adapters: the ``ModelAdapters`` of the model through which the layer was adapted.
         key: identifies the layer in ``ActiveAdapter.layer_adapters``.
         layer: the kind of the layer (``veneer.layers``). None for a module that has no parameters
             and only reads the weights of other modules.
-        supports_factored: whether the factored form computes this layer's output.
+        supports_factored: whether the layer's output can be computed as op(x; W) + op(x; ΔW).
         is_plain_product: whether the layer is a matrix product with a plain weight, which the fused
             kernel computes.
         is_stock_class: whether the layer's class is one that its kind lists. Determined once, when
@@ -279,10 +282,11 @@ class LayerState(nn.Module):
         bound_methods: the names of attributes of the module that hold its bound methods.
         instance_forward: a forward that was set on the module instance, which runs in place of the
             class's forward. None if there is none.
-        opaque_storage: the storage of a module that is its own weight, whose forward passes
-            gradients on. None for every other module.
-        base_dtypes: the dtypes of the leaves of the base's output, by the method, the dtypes of its
-            arguments and what else they depend on. ``views.py`` fills it, call by call.
+        opaque_storage: ``BASES["opaque"]`` for a module whose weight only its own forward can read,
+            or whose forward may cut the graph. Its ``call`` runs that forward and passes gradients
+            on to the input. None for every other module.
+        base_dtypes: the dtypes of the tensors in the output of the layer without adapters, by all
+            that they depend on, such as the dtypes of the arguments. ``views.py`` fills it.
     """
 
     def __init__(

@@ -6,12 +6,12 @@
 
     W: [V, d], V tokens in the vocabulary, d the width     R: [n, d]
 
-R starts as W[ids]. The adapter stores R, not the difference: if the vocabulary is grown again, the
-new rows of W are random, and a token must keep its meaning. Because ΔW is a low-rank product, every
-path of a layer, a merge, a blend and a tied head support it without extra code, and no gradient of
-the embedding's size is formed. Each call forms a tensor of n · V elements. Rejected: a copy of
-W with replaced rows in every call (PEFT's index_copy). Autograd would save the full copy, and form
-a dense gradient for it.
+R starts as W[ids]. The adapter stores R, not the difference: if the base is loaded and its
+vocabulary grown again, the new rows of W have other random values, but a trained token must stay
+the same. Because ΔW is a low-rank product, all ways to compute a layer, merges, blends and tied
+heads support it without extra code, and no gradient of the embedding's size is formed. Each call
+forms a tensor of n · V elements. Rejected: a copy of W with replaced rows in every call (PEFT's
+index_copy). Autograd would save the full copy, and form a dense gradient for it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def with_rows(
     dtype = at_least_float32(token_rows.dtype)
     rows, vocabulary_size = token_rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:
-        rows = rows / gain.to(dtype)  # the gain multiplies every row again
+        rows = rows / gain.to(dtype)  # because the gain will multiply every row
     elif gain is not None:
         gain = gain.index_fill(0, ids, 1)
     difference = rows - dense.index_select(0, ids).to(dtype)

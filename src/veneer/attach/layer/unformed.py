@@ -6,8 +6,8 @@ on a view that holds such a tensor in place of its weight.
     x @ (W + ΔW)[i] = x W[i] + scale · (x B[i]) A[i]    linear, bmm, grouped_mm, …
 
 A call of a mixture of experts uses a few matrices of each stack, or multiplies each matrix with a
-few rows. Forming W + ΔW of all matrices costs more than the call. An ``Unformed`` has the class,
-shape, dtype, device and gradient of a tensor, but no memory. Products of it (``experts.py``) are
+few rows. Forming W + ΔW of all matrices would take longer than the call itself. An ``Unformed`` has
+the shape, dtype, device and gradient of W + ΔW, but no memory. Products of it (``experts.py``) are
 computed as the base's product with W plus the low-rank update.
 **For every other operation, W + ΔW is formed.** So every forward computes the right output. A
 forward with an unexpected operation is only as slow as it would be without ``Unformed``:
@@ -58,8 +58,8 @@ class Stack:
     Fields:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
         can_form: whether W + ΔW may be formed in the dtype of W.
-        call_state: a cache that the stacks of one call share: how its rows are grouped by expert.
-        call_input: the input of the call. The inputs of the products may consist of rows of it.
+        call_state: a cache for the stacks of one call. It holds how the rows are grouped by expert.
+        call_input: the input of the call. The inputs of the products may be rows of this tensor.
         unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
             recorded.
     """
@@ -78,8 +78,8 @@ class Stack:
         of the transposed matrices."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            # ``unbind`` has one gradient tensor for all matrices. A subscript would have a gradient
-            # of the stack's size for each matrix.
+            # The backward of ``unbind`` creates one gradient of the stack's size for all matrices.
+            # The backward of a subscript would create one for each matrix.
             if self.needs_gradient:
                 if not self.unbound:
                     self.unbound = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]

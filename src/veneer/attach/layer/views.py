@@ -63,7 +63,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     }
     narrow_dtype = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
     if submodule_adapters or any(child is not layer_state for child in module._modules.values()):
-        narrow_dtype = None  # the modules below it are not widened
+        narrow_dtype = None  # a view does not widen the weights of the modules below it
     runs_wide = narrow_dtype is not None
     unformed_weights = (
         None
@@ -114,10 +114,11 @@ def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.dtype) -> Any:
-    """The output of ``function``, the method of a call, which computes in float32. It is cast to
-    the dtypes that it has for weights of ``weight_dtype``. ``weight``: a weight of the view."""
+    """Run ``function``, which is the method of a call on a view, in float32. The output is cast to
+    the dtypes that it would have with weights of ``weight_dtype``. ``weight``: a weight of the
+    view."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
-    # ``data`` also of a packed sequence
+    # ``data`` of a tensor is the tensor, ``data`` of a packed sequence is its tensor
     first_tensor = next((leaf.data for leaf in leaves if is_float(leaf)), None)
     y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
     dtypes = _base_dtypes(call, leaves, weight, weight_dtype, y_dtype)
@@ -134,8 +135,8 @@ def _base_dtypes(
     y_dtype: torch.dtype,
 ) -> Sequence[torch.dtype | None]:
     """The dtypes of the leaves of the base's output for a call whose arguments have these
-    ``leaves``; None for a leaf that is no float. The base is called once to find them, and the
-    layer state keeps them.
+    ``leaves``; None for a leaf that is not a floating-point tensor. The base is called once to find
+    them, and the layer state caches them.
 
     Empty if they are not known, because the base fails for these arguments or could change one of
     them. Empty also for the classes of ``torch.nn``, whose outputs all have the dtype ``y_dtype``.
@@ -158,7 +159,7 @@ def _base_dtypes(
         *call.kwargs,
         *map(_signature, leaves),
     )
-    # all traces of a module must be equal, so none of them uses what another one has found
+    # torch.jit.trace compares several traces, which are equal only if none uses the cache
     known = {} if torch._C._get_tracing_state() is not None else layer_state.base_dtypes
     if key not in known:
         devices = [weight.device] if weight.is_cuda else []
@@ -174,15 +175,17 @@ def _base_dtypes(
 
 
 def _signature(leaf: Any) -> Any:
-    """What the dtypes of an output may depend on in an argument: not its numbers."""
+    """The part of an argument on which the dtypes of an output may depend: the dtype of a tensor,
+    the type of a number, any other argument itself."""
     if isinstance(leaf, Tensor | PackedSequence):
         return leaf.data.dtype
     return leaf if isinstance(leaf, bool) or not isinstance(leaf, int | float) else type(leaf)
 
 
 def _call_base(call: Call) -> tuple[torch.dtype | None, ...]:
-    """Call the base without gradients, on copies of what its forward could write to. Return the
-    dtypes of the leaves of its output; None for a leaf that is no float."""
+    """Call the base without gradients, on copies of everything that its forward could write to.
+    Return the dtypes of the leaves of its output; None for a leaf that is not a floating-point
+    tensor."""
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     with torch.no_grad():
         tensors = {**module._buffers, **module._parameters}
@@ -205,8 +208,9 @@ def _copy(value: Any) -> Any:
 def _run_opaque(
     layer_adapter: Any, module: Any, layer_state: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """Run the op of a linear layer with an opaque storage on W + ΔW, in at least float32. The
-    forward of such a layer reads no tensor that a view could replace."""
+    """The output op(x; W + ΔW) of a linear layer with an opaque storage, in at least float32. The
+    forward of such a layer reads its weight in a form that only its library knows, so it cannot run
+    on a view with another weight."""
     (x,), replacements = (*args, *kwargs.values()), layer_adapter.replacements(module)
     ((name, dense),) = layer_adapter.changed_weights(module, wide=True).items()
     bias = replacements.get("bias", getattr(module, "bias", None))
@@ -236,8 +240,8 @@ def _run_unformed(
 def _children_read_below(
     module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> dict[str, nn.Module]:
-    """Views of the children on the paths to modules whose weights are read directly, by the names
-    of the children."""
+    """Views of the children of ``module`` through which the called method reads weights of modules
+    below directly, by the name of the child."""
     adapters_by_child: dict[str, dict[ModulePath, Any]] = {}
     for path, layer_adapter in layer_adapters.items():
         if path:
@@ -251,8 +255,8 @@ def _children_read_below(
 def _view_read_below(
     module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> nn.Module:
-    """A view of a module below the called one, whose weights, or those of modules below it, are
-    read directly.
+    """A view of a module below the called one. The called method directly reads weights of this
+    module, or of modules below it.
 
     ``layer_adapters``: the layer adapters of this module, by the path (), and of modules below it.
     """
@@ -297,8 +301,8 @@ class _View(NamedTuple):
 
 
 def _version(tensor: Tensor) -> int | None:
-    """The number of writes to a tensor. None if it is not counted, or not known before the call
-    runs."""
+    """The number of writes to a tensor so far. None for an inference tensor, which does not count
+    writes, and while compiling, where the number is not known."""
     is_unknown = torch.compiler.is_compiling() or tensor.is_inference()
     return None if is_unknown else tensor._version
 
@@ -322,13 +326,13 @@ def _write_back(entry: _View) -> None:
             continue
         module_buffer: Any = module._buffers.get(name)
         wide_copy, version = wide_buffers.get(name, (module_buffer, None))
-        if buffer is not wide_copy:  # forward has assigned another one
+        if buffer is not wide_copy:  # forward has assigned another tensor
             is_widened = name in wide_buffers and is_float(buffer)
             module._buffers[name] = buffer.to(module_buffer.dtype) if is_widened else buffer
         elif name in wide_buffers and (
             0 not in module_buffer.stride() if version is None else version != wide_copy._version
         ):
-            module_buffer.copy_(wide_copy)  # the same numbers if nothing was written
+            module_buffer.copy_(wide_copy)  # if nothing was written, these are the same numbers
 
 
 def _create_view(
@@ -340,8 +344,9 @@ def _create_view(
     views: list[_View],
     wide_copies: Mapping[str, Tensor],
 ) -> nn.Module:
-    """``view``, with the attributes and methods that the layer state lists. Adds an entry for the
-    view to ``views``. ``wide_copies``: copies in float32 of tensors of the view, by name."""
+    """A result of ``view`` that also has the attributes and bound methods that the layer state
+    lists. Adds an entry for it to ``views``. ``wide_copies``: copies in float32 of tensors of the
+    view, by name."""
     attributes = None if layer_state is None else layer_state.view_attributes
     tensors = {**values, **wide_copies}
     module_view = view(module, base_cls, tensors, children, attributes)

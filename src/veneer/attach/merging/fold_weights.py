@@ -20,7 +20,7 @@ from veneer.kernels.rounding import Folded, fold, fold_onto
 from veneer.lowrank import LowRank
 from veneer.precision import double, has_float64
 
-#: the new stored tensors of a weight, and the report of its change (None for statistics)
+#: (the new stored tensors of a weight, the report of its change; None for running statistics)
 Content = tuple[dict[str, Tensor], LayerMerge | None]
 
 
@@ -53,8 +53,8 @@ def merged_content(
 
 
 def _write_problem(weight: StoredWeight) -> str | None:
-    """An error text if a weight cannot be read or written here; else None. It may be offloaded,
-    created in inference mode, or packed on a device without float64."""
+    """An error text if a weight cannot be read or written here, because it is offloaded, created in
+    inference mode, or packed on a device without float64; else None."""
     target, storage = weight.target, weight.storage
     is_tensor = isinstance(target, Tensor)
     if is_tensor and target.is_meta and "_hf_hook" in weight.module.__dict__:
@@ -93,7 +93,7 @@ def _fold_low_rank(
     low_rank, gain = weight.change()
     dense, dense_name = storage.dense(weight.target).detach(), storage.dense_name
     is_unsharded = type(dense) in (Tensor, nn.Parameter)
-    # whether the representable values are known, so that this code chooses the rounding
+    # whether the values that the format can represent are known, so that rounding can be chosen
     has_grid = dense_name is not None or isinstance(storage, GridStorage)
     if (
         not has_grid
@@ -139,7 +139,8 @@ def _fold_low_rank(
 def fold_change(
     change: Change, weight: Tensor, low_rank: LowRank, gain: Tensor | None, **options: Any
 ) -> Folded:
-    """``fold`` of a weight [g, out, in] of the layer of ``change``, or of a slice of it."""
+    """``kernels.rounding.fold`` of the weight that ``change`` changes, [g, out, in], or of a slice
+    of it. g is the number of matrices in the weight, 1 for a linear layer."""
     return fold(weight, low_rank, gain, side=_rounding_side(change), **options)
 
 
@@ -158,15 +159,16 @@ def _fold_onto_grid(
     second_moment: Tensor | None,
     problems: list[str],
 ) -> Content | None:
-    """The new content of a quantised weight. It is first rounded to the nearest values of its grid.
-    Unless ``rounding`` is "nearest", this is then improved as ``rounding`` says."""
+    """The new content of a quantised weight. It is first rounded to the nearest values of its grid,
+    which are the values that its format can represent with the present scales. Unless ``rounding``
+    is "nearest", the result is then improved as ``rounding`` says."""
     change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
     content = _encode(
         weight, change.changed_weight(target, low_rank, gain, torch.float64), problems
     )
     if content is None or rounding == "nearest":
         return content
-    # a change has a report
+    # only buffers have no report, and this is a low-rank change
     stored_tensors, report = cast(tuple[dict[str, Tensor], LayerMerge], content)
 
     def unfold(values: Tensor) -> Tensor:

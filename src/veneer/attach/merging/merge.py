@@ -74,9 +74,10 @@ def merge(
             one of its two neighbours, so that the errors cancel in the directions that the adapter
             reads. It takes several times as long: a few seconds for 100 million 16-bit weights.
             "auto" uses "faithful" for each weight where "nearest" would realise less than 99 % of
-            the change (or more than 101 %), or err by much of its size. Weights of more than 16
-            bits, weights that are trained in full and embeddings of bounded norm are always rounded
-            to nearest. GGUF weights are rounded by the rule of their storage.
+            the change (or more than 101 %), or make an error that is large against the change.
+            Weights of more than 16 bits, weights that are trained in full and embeddings with
+            ``max_norm`` are always rounded to nearest. GGUF weights are rounded by the rule of
+            their storage.
         inputs: Σ xᵀx over the inputs x of a weight, [g, in, in], up to a common factor, by the path
             of the weight. Faithful rounding then also keeps the outputs right in the directions in
             which the inputs vary most.
@@ -126,8 +127,8 @@ def _merge_all(
     rounding: str,
     second_moments: dict[str, Tensor],
 ) -> MergeReport:
-    """Overwrite all weights, or leave all of them unchanged. ``second_moments`` are the ``inputs``
-    of ``merge``."""
+    """Overwrite all weights, or leave all of them unchanged. ``second_moments`` is the argument
+    ``inputs`` of ``merge``."""
     is_over_others = model_adapters.selections[name].merged_at_attach != model_adapters.merged
     origins = bits_before_merge(model, name) if is_over_others else {}
     weights = [
@@ -169,8 +170,8 @@ def _write_all(
     problems: list[str],
 ) -> list[LayerMerge]:
     """Back up and overwrite each weight while there are no problems. After the first problem,
-    compute the remaining weights only to collect further problems. ``second_moments`` are the
-    ``inputs`` of ``merge``."""
+    compute the remaining weights only to collect further problems. ``second_moments`` is the
+    argument ``inputs`` of ``merge``."""
     reports: list[LayerMerge] = []
     for weight in weights:
         second_moment = (
@@ -194,9 +195,9 @@ def _write_all(
 
 
 def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """A problem for each change of an adapter that no change of a weight can express: a change of a
-    module's output alone, although other modules read its weight directly, or a bias for a layer
-    that has none."""
+    """An error text for each change of an adapter that cannot be written into a weight. Either it
+    changes the output of one module only, although other modules read the same weight directly; or
+    it is a bias for a layer that has none."""
     for path, _, weight, change in changes(model, name):
         if change.module_only:
             yield sentence(
@@ -218,8 +219,9 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
 def _missing_origin_problems(
     model: nn.Module, name: str, weights: Iterable[StoredWeight]
 ) -> Iterator[str]:
-    """A problem for each weight that cannot be merged over other adapters. Either the bits that
-    this adapter was attached to were not kept, or two adapters replace the same statistics."""
+    """An error text for each weight that cannot be merged on top of other adapters. Either the bits
+    that this adapter was attached to were not kept, or two adapters replace the same running
+    statistics."""
     ids_without_backup = without_backup(model, name)
     for weight in weights:
         needs_origin = weight.values is not None or weight.keeper.tokens is not None

@@ -12,11 +12,13 @@ class LayerMerge:
 
     Fields:
         path: the path of the parameter.
-        change: ‖ΔW‖ / ‖W‖.
-        retention: the share of ΔW that survives in the rounded weight; 1 is ideal.
-        rounding: "nearest", "faithful", or "storage" (by the rule of the weight's storage).
-        nearest: the retention of rounding to nearest, or of the storage's rule if ``rounding`` is
-            "storage".
+        change: ‖ΔW‖ / ‖W‖, where ΔW includes the effect of a gain.
+        retention: the share of ΔW that survives in the rounded weight, ⟨ΔW, W' − W⟩ / ‖ΔW‖²; 1 is
+            ideal.
+        rounding: "nearest", "faithful" (see ``merge``), or "storage" (by the rule of the weight's
+            storage).
+        nearest: the retention that rounding to nearest gives, or the storage's rule if ``rounding``
+            is "storage".
     """
 
     path: str
@@ -28,7 +30,8 @@ class LayerMerge:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The effect of a merge on all parameters. ``str(report)`` is a short text."""
+    """The effect of merging the adapter ``adapter`` on all parameters. ``str(report)`` is a short
+    text."""
 
     adapter: str
     layers: tuple[LayerMerge, ...]

@@ -161,7 +161,7 @@ def _merged_since(model: nn.Module, name: str) -> dict[int, StoredWeight]:
 
 
 def back_up(weight: StoredWeight, new: Mapping[str, Tensor], digests: bool = True) -> None:
-    """Copy a weight's old bits, all in one step.
+    """Copy a weight's old bits, so that an interrupt leaves either a full copy or none.
 
     ``digests``: whether to hash the new stored tensors ``new`` too. ``unmerge`` detects later edits
     by these hashes; copies that only undo a failed merge need none.
@@ -204,8 +204,8 @@ def restore(weights: Iterable[StoredWeight]) -> None:
 
 
 def drop_backups(weights: Sequence[StoredWeight]) -> None:
-    """Delete the old bits of these weights. An interrupt in the middle does not leave some of them
-    behind."""
+    """Delete the old bits of these weights. If an interrupt ends this, it starts again, so that no
+    weight keeps its old bits."""
     try:
         _drop_backups_once(weights)
     finally:

@@ -79,8 +79,8 @@ class Plans:
     Fields:
         low: the plans of the low-rank changes.
         full: the names of the parameters that are trained in full, by the path of their module.
-        full_modules: the paths of the modules that ``train_also`` matches. The adapter keeps their
-            buffers too.
+        full_modules: the paths of the modules that ``train_also`` matches. The adapter also has
+            copies of their buffers.
         full_readers: the methods that read parameters of ``full`` directly, without a call of the
             module that holds them.
         split_ties: tied parameters for whose names the adapter has different values.
@@ -97,7 +97,7 @@ class Plans:
 @one_thread_at_a_time
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     """The plan of ``config`` for ``model``, which is not changed. Raises a TargetError that lists
-    every problem."""
+    every problem, or a ConfigError if ``config`` is no ``LoraConfig``."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
     problems, regex_problems = list(refusals.name_problems(model, name)), bad_regex(config)
@@ -130,7 +130,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        # expressions: a path may be empty, a word of WORDS or the end of another path
+        # regular expressions, as a path may be empty, a word of WORDS or the end of another path
         patterns = tuple(dict.fromkeys(f"re:{re.escape(path)}" for path, _ in targets))
         plans = replace(plans, config=replace(config, targets=patterns))
     return plans
@@ -226,8 +226,8 @@ class _Planner:
 
     def untrained_head(self) -> list[ParamRef]:
         """With targets="all-linear", the parameters of a task head that were not in the checkpoint.
-        They are trained in full: ΔW of a random W would be useless to anyone who loads the
-        adapter."""
+        They are trained in full: they are random, and the adapter may be loaded on a model with
+        other random values, to which a ΔW would not belong."""
         if "all-linear" not in self.words:
             return []
         fresh_parameters = self.names.fresh_parameters()
@@ -237,8 +237,8 @@ class _Planner:
         return [ref for ref in head if ref not in excluded]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
-        """The targets that an adapter can change. A warning names the other targets, as "all"
-        means every layer that an adapter can change."""
+        """The targets that an adapter can change. With "all", the other targets are no error: a
+        warning names them."""
         refs_by_id = self.names.holders()
         modules_without_kind = {
             path: module for path, module in self.names.modules.items() if kind_of(module) is None
@@ -314,8 +314,8 @@ class _Planner:
         self, vectors: Sequence[ParamRef], low_rank_paths: Sequence[str]
     ) -> dict[str, tuple[str, ...]]:
         """The parameters that are trained in full, {path: names}: those of ``train_also``, the
-        targets ``vectors``, which have no two axes, biases (of the modules ``low_rank_paths`` or
-        of all modules), and all parameters that are tied to these."""
+        targets ``vectors``, which are no matrices, biases (of the modules ``low_rank_paths`` or of
+        all modules, as the config says), and all parameters that are tied to these."""
         names, bias = self.names, self.config.bias
         full_params = {
             path: [n for n, p in names.modules[path]._parameters.items() if p is not None]
@@ -350,8 +350,8 @@ def _changed_refs(
 
 
 def with_ties(names: Names, full_params: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """``full_params``, {path: parameter names}, with every other module that holds the same
-    parameters: tied parameters are trained as one."""
+    """``full_params``, {module path: parameter names}, with every other name of those parameters
+    that are tied, because tied parameters are trained as one."""
     refs_by_id = names.holders()
     tied = {path: dict.fromkeys(parameters) for path, parameters in full_params.items()}
     for path, name in _changed_refs((), full_params):

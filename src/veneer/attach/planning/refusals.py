@@ -3,7 +3,7 @@
 refusals_of             reasons against a low-rank change, for every module that holds the weight
 check_full              reasons against training parameters in full
 invocation_problems     reasons against an adapter that acts from its invocation tokens on
-name_problems           reasons against any adapter of the name
+name_problems           reasons against any adapter of a name on the model
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def refusals_of(
 
 
 def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
-    """The reason why the module ``holder`` cannot run on a changed weight; else None. ``target`` is
-    the name of the weight in the config, which the module ``holder`` shares."""
+    """The reason why the module of ``holder`` cannot run on a changed weight; else None. ``holder``
+    is a name of the weight that the config targets as ``target``."""
     (path, name), module = holder, names.modules[holder[0]]
     kind, weight = kind_for(module, name), weight_of(module, name)
     shared = (
@@ -104,8 +104,8 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
 
 
 def _misread_base_problem(model: nn.Module) -> str | None:
-    """An error text if the base computes outputs that do not match its weights, with or without an
-    adapter; else None."""
+    """An error text if the base itself computes wrong outputs, because its library decodes some
+    quantised weights wrongly; else None."""
     weights = [(path, weight_of(module, "weight")) for path, module in walk(model)]
     # the storage is None until `.to(device)` has quantised the weight
     packed_weights = [
@@ -147,7 +147,7 @@ def _readers_refuse(names: Names, path: str, name: str) -> str | None:
 
 def unadaptable(names: Names, path: str, method: str = "forward") -> str | None:
     """The reason why an adapter at ``path`` would have no effect in a method, or cannot be
-    installed there, for any weights of the module; else None."""
+    installed there, whichever weight it changes; else None."""
     return unreachable(names, path, method) or _name_conflict(names.modules[path])
 
 
@@ -184,7 +184,8 @@ def check_full(
     frozen: Set[int] = frozenset(),
 ) -> None:
     """Add the reasons why parameters cannot be trained in full to ``problems``, such as that
-    forward does not reach them, or that the user froze them (``frozen``: their ``id``)."""
+    forward does not reach them, or that the user froze them. ``full_params`` is {module path:
+    parameter names}, ``frozen`` holds the ``id`` of parameters that the user froze."""
     for path, parameters in full_params.items():
         module = names.modules[path]
         reason = unadaptable(names, path) if parameters else None

@@ -2,8 +2,8 @@
 a view.
 
 If an adapter changes one of two such parameters, the layer of the other one still computes with W.
-A merge writes the memory, and so changes both. Parameters that are views into one buffer but have
-no byte in common (FSDP's) do not share memory, nor do tensors without memory.
+But a merge would write the memory, and so change both. Parameters that are views into one buffer
+but have no byte in common (FSDP's) do not share memory, nor do tensors without memory.
 """
 
 from __future__ import annotations

@@ -54,15 +54,16 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
         else:
             block_indices = {index % block_count for index in config.layers}
             selected_refs = [ref for ref in selected_refs if _block(ref[0]) in block_indices]
-    if not selected_refs and not problems and config.targets != ():  # targets=() trains only tokens
+    if not selected_refs and not problems and config.targets != ():  # () trains token rows alone
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
     return selected_refs, problems
 
 
 def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
-    """The parameters that ``exclude`` matches: by their own paths, or all parameters of modules
-    that a pattern matches and of the modules below these."""
+    """The parameters that ``config.exclude`` excludes. A pattern that matches modules excludes all
+    parameters of these modules and of the modules below them. Any other pattern excludes the
+    parameters whose own paths it matches."""
     excluded: set[ParamRef] = set()
     for pattern in config.exclude:
         parameters = (
@@ -84,16 +85,16 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
 def value_for(
     names: Names, refs: Sequence[ParamRef], values: Mapping[str, Any], default: Any
 ) -> Any:
-    """The value of the first pattern in ``values`` that matches one of ``refs``, which name one
-    weight in each module that holds it."""
+    """The value of the first pattern in ``values`` that matches one of ``refs``, which are all
+    names of one weight."""
     return next(
         (value for pattern, value in values.items() if matches_any(names, pattern, refs)), default
     )
 
 
 def matches_any(names: Names, pattern: str, refs: Iterable[ParamRef]) -> bool:
-    """Whether a pattern, which is no word of ``WORDS``, matches one of ``refs``: a name of the
-    module or of its parameter."""
+    """Whether ``pattern``, which is not a word of ``WORDS``, matches one of ``refs``: the module or
+    the parameter, under any name of the module."""
     is_match = path_test(pattern)
     return any(
         is_match(alias) or is_match(f"{alias}.{name}".lstrip("."))
@@ -159,8 +160,8 @@ def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> lis
 
 
 def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
-    """The parameters that ``targets`` of a config selects, in the model's order. Reasons against a
-    pattern are added to ``problems``."""
+    """The parameters that the ``targets`` of a config select, in the model's order. Reasons against
+    a pattern are added to ``problems``."""
     if callable(targets):
         paths = [
             name
@@ -282,8 +283,8 @@ def _word_modules(names: Names, word: str) -> list[str]:
 
 
 def _body_paths(names: Names) -> set[str]:
-    """The paths of all modules except for the output head: transformers' output embeddings, and the
-    modules outside of ``base_model``."""
+    """The paths of all modules that are not part of an output head: not transformers' output
+    embeddings, and nothing outside of ``base_model``, if the model has one."""
     prefix = getattr(names.model, "base_model_prefix", "")
     has_base_model = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
     head = _output_head(names)

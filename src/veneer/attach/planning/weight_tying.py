@@ -5,8 +5,9 @@ each module separately, and gives each module in ``modules_to_save`` a copy, tie
 file may hold two values for one weight; or a value, a low-rank change or some rows for only one of
 its names. Such files are common, because adapters that add tokens list both embeddings. One weight
 cannot have two values, so the changed name gets a new parameter until the last adapter is detached
-(``adapter_files/ties.py``). If untying is not allowed (``untie=False``, a bank), full values
-replace the weight at each name and cannot be merged, and other changes are refused.
+(``adapter_files/ties.py``). If untying is not allowed (``untie=False``, or in a ``Bank``), values
+of the full weight are used at their own name and cannot be merged; a low-rank change or trained
+rows of only one name are refused.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ UNTIE = (
 
 
 def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """A problem for each tied weight to whose names the adapter ``name`` gives different values.
-    One weight cannot hold them after a merge."""
+    """An error text for each tied weight to whose names the adapter ``name`` gives different
+    values, which one weight cannot hold after a merge."""
     trained = {
         path: layer_adapter.full._parameters
         for path, _, layer_adapter in adapters(model, name)
@@ -62,8 +63,8 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """A problem for each weight that was tied when the adapter was attached and is no longer tied.
-    A merge would write only one of the weights that the names have now."""
+    """An error text for each weight that was tied when the adapter was attached and is no longer
+    tied. A merge would write only one of the weights that its names have now."""
     first_holders: dict[int, tuple[str, Any]] = {}  # (path, weight) by the ``id`` of a change
     for path, module, layer_state in layer_states(model):
         layer_adapter = layer_state.get(name)

@@ -2,13 +2,15 @@
 
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
-This equation defines a blend, and its gradient, for every layer and variant. A layer that is linear
-in its one weight computes the blend in factors, without forming a weight:
+W'ᵢ is the weight W as adapter i alone would change it, and wᵢ the coefficient of adapter i. This
+equation defines a blend, and its gradient, for every layer and variant. A layer that is linear in
+its one weight computes the blend in factors, without forming a weight:
 
     y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x; ΔWᵢ)) - y₀)        y₀ = op(x; W)
 
-Without a gain, this is one product whose rank is the sum of the adapters' ranks. All other layers
-form the blended weights. ``kernels/batched.py`` computes blends for the rows of a bank.
+If no adapter has a gain, the sum is one low-rank product, whose rank is the sum of the adapters'
+ranks. All other layers form the blended weights. ``kernels/batched.py`` computes the blends of a
+``Bank``.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _LORA = VARIANTS["lora"]
 
 
 def require_finite_weights(weights: Mapping[Any, Any]) -> None:
-    """Raise a SelectionError unless every weight of {name: weight} is a finite number."""
+    """Raise a SelectionError unless every coefficient of a blend {adapter name: coefficient} is a
+    finite number."""
     for name, weight in weights.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         try:
@@ -57,7 +60,8 @@ def require_finite_weights(weights: Mapping[Any, Any]) -> None:
 
 
 def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
-    """The ``ActiveAdapter`` of a call that blends these (adapter, weight) pairs."""
+    """The ``ActiveAdapter`` of a call that blends adapters, given as (adapter, coefficient)
+    pairs."""
     if len(weighted_adapters) == 1 and weighted_adapters[0][1] == 1:
         return weighted_adapters[0][0]
     if invoked_names := [
@@ -127,7 +131,7 @@ class _BlendTable(Mapping[Any, Any]):
 class Blend:
     """A blend of adapters at one layer, with the interface of a ``LayerAdapter``, for one call.
 
-    ``components`` are the (layer adapter, weight) pairs that are blended.
+    ``components`` are the (layer adapter, coefficient) pairs that are blended.
     """
 
     def __init__(self, components: Sequence[tuple[Any, float]]) -> None:
@@ -223,9 +227,9 @@ class Blend:
             and weight_name not in layer_adapter.full._parameters
             for layer_adapter, _ in self.components
         ):
-            return False  # the weight is trained in full, or the layer adapter is a bank's
-        # A gain scales the rows of ΔW. A tied layer reads these rows as inputs, so that W + ΔW must
-        # be formed.
+            return False  # the weight is trained in full, or the layer adapter is a ``Bank``'s
+        # A gain scales the rows of ΔW. A tied layer that holds the weight transposed reads these
+        # rows as inputs, so that W + ΔW must be formed.
         return all(
             change.variant.resolve is _LORA.resolve
             or not change.is_transposed_in(layer_state.layer)
@@ -234,7 +238,7 @@ class Blend:
         )
 
     def _run_factored(self, call: LinearCall) -> Tensor:
-        """The blend in factored form, from one product with the base weight."""
+        """The blend in factored form, with a single product with the base weight."""
         layer_state, x, base_weight = call.layer_state, call.x, call.weight
         kind: Any = layer_state.layer
         weighted_changes = [
@@ -276,8 +280,8 @@ class Blend:
         return y if bias is None else y + kind.per_output(call.module, bias, y).to(y.dtype)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
-        """As ``LayerAdapter.stacks``. The factors of the adapters' changes are concatenated, so
-        that the rank of each stack's change is the sum of their ranks."""
+        """As ``LayerAdapter.stacks``. A and B of the adapters' changes are concatenated along the
+        rank, so that the rank of each stack's change is the sum of their ranks."""
         weighted_stacks: dict[str, list[tuple[Any, LowRank, float]]] = {}
         for layer_adapter, weight in self.components:
             layer_stacks = layer_adapter.stacks(module)
@@ -322,15 +326,15 @@ class Blend:
         weighted_tensors: Sequence[tuple[Mapping[str, Tensor], float]],
         base_tensors: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        """The blend of ({name: tensor}, weight) pairs, by name: base + Σ weight · (tensor −
-        base)."""
+        """The blend base + Σ weight · (tensor − base) of ({name: tensor}, weight) pairs, by the
+        name of the tensor. Here, a weight is the coefficient of an adapter."""
         blended: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for tensors, _ in weighted_tensors for name in tensors):
             base = base_tensors[name]
             first_tensor = next(tensors[name] for tensors, _ in weighted_tensors if name in tensors)
             if base is None:  # the bias of a layer without a bias
                 base = torch.zeros_like(first_tensor)
-            if not base.is_floating_point():  # a counter of batches
+            if not base.is_floating_point():  # a counter of batches is not blended
                 blended[name] = first_tensor
                 continue
             wide_base = base.to(at_least_float32(base.dtype))

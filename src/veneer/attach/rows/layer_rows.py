@@ -19,7 +19,7 @@ from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.layers import GENERAL_KIND, Layer
 
-#: types of arguments that hold no rows, and Tensor, whose rows can be taken out
+#: types of arguments that hold no rows; and Tensor, out of which rows can be taken
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
 
@@ -53,7 +53,7 @@ class LayerRows:
 
     def _run_split(self, call: Call, seeds: Sequence[int | None]) -> Any:
         """Run the layer once for each selection, on the rows that use it. ``seeds`` are the dropout
-        seeds of the selections."""
+        seeds of the selections; a seed is drawn where it is None."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
         is_leaf, looks_up = _is_leaf(module, layer_state), _looks_up_selection(module, layer_state)
@@ -80,7 +80,7 @@ class LayerRows:
                 if layer_adapter is None:
                     outputs.append(_run_base(module, base_cls, method, row_args, row_kwargs))
                 else:
-                    # no variable for the new call: it would hold these rows while others run
+                    # no variable for the new call, which would keep these rows in memory
                     outputs.append(
                         layer_adapter.run(
                             call._replace(
@@ -91,8 +91,8 @@ class LayerRows:
         return kind.put(module, outputs, _token_indices(order, tokens_per_row))
 
     def _run_single(self, call: Call) -> Any:
-        """The output if all rows use the same selection: the output of a plain call, after a check
-        of the number of rows."""
+        """The output if all rows use the same selection. It is the output of a plain call, but the
+        inputs must hold the rows of the batch, else an error is raised."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         (layer_adapter,), (selection,) = self.layer_adapters, self.row_adapters.selections
         row_count = self.row_adapters.count
@@ -213,7 +213,7 @@ def _token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
 
 
 def _kind_for(layer_state: Any, method: str) -> Any:
-    """The layer kind that divides the inputs of a method."""
+    """The layer kind that divides the inputs of a method into rows and joins its outputs."""
     return (layer_state.layer if method == "forward" else None) or GENERAL_KIND
 
 
@@ -234,7 +234,7 @@ def _is_leaf(module: Any, layer_state: Any) -> bool:
 def _looks_up_selection(module: Any, layer_state: Any) -> bool:
     """Whether code that a call of the module runs may look up the selection: a module below it, or
     an adapted method of its own."""
-    # none if another thread has detached since the call began
+    # The class has no such attribute if another thread has detached since the call began.
     methods = getattr(type(module), "veneer_methods", ())
     return bool(methods) or not _is_leaf(module, layer_state)
 

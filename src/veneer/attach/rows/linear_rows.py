@@ -1,11 +1,11 @@
 """A linear layer in a batch whose rows use different adapters. If its weight is plain and frozen,
-one product with the weight computes all rows. There are two fast paths, with ``kernels/spans.py``
-on a CPU and with ``kernels/batched.py`` on a GPU:
+one product with the weight computes all rows. There are two such fast paths:
 
-- On a CPU, if the rows of each adapter are neighbours (``kernels/spans.py``). Gradients reach all
-  adapters.
-- On a GPU, where each kernel launch is expensive, if all changes are plain. Two products compute
-  the changes of all rows (``kernels/batched.py``).
+- On a CPU, if the rows of each adapter are neighbours in the batch (``kernels/spans.py``).
+  Gradients reach all adapters.
+- On a GPU, if all changes are plain: ΔW = scale · B A of all outputs, without a gain. Each kernel
+  launch is expensive there, so two batched products compute the changes of all rows
+  (``kernels/batched.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import new_seed
 from veneer.kernels.spans import Span, can_batch, linear, linears
 
-#: outputs of layers that were computed before their own calls
+#: outputs of layers that the call of an earlier layer with the same input has computed
 _PENDING_OUTPUTS = PendingOutputs()
 
 
@@ -180,8 +180,9 @@ class LinearRows:
         self, layer_state: Any, x: Any, seeds: Sequence[int | None], low_ranks: dict[int, Any]
     ) -> tuple[list[Span], list[Tensor], list[Tensor], dict[int, Any]]:
         """(spans, A, B) of the changes without a gain, and {selection: (ΔW, gain, dropout)} of the
-        changes with a gain, which ``_apply_gains`` adds. ``low_ranks``: {selection: (ΔW, gain)} of
-        the changes without a ``FusedChange``. A selection is an index in ``layer_adapters``."""
+        changes with a gain, which ``_apply_gains`` adds. A span is the range of tokens that one
+        adapter changes. ``low_ranks``: {selection: (ΔW, gain)} of the changes without a
+        ``FusedChange``. A selection is an index in ``layer_adapters``."""
         kind: Any = layer_state.layer
         row_ranges: Any = self.row_adapters.row_ranges
         tokens_per_row = x.shape[1:-1].numel()
@@ -193,7 +194,7 @@ class LinearRows:
                 continue
             start, stop = first_row * tokens_per_row, row_stop * tokens_per_row
             fused_change = layer_adapter.fused_change
-            if fused_change is not None:  # its factors are what ``resolve`` would return
+            if fused_change is not None:  # its A and B are what ``resolve`` would return
                 change: Any = fused_change.change
                 A.append(change._parameters["A"])
                 B.append(change._parameters["B"])
@@ -259,8 +260,8 @@ class LinearRows:
         return y
 
     def _plain_spans(self, module: Any, x: Any) -> tuple[Span, ...] | None:
-        """The token span of each change in x [N, *, in]. None if ``_plain_output`` does not support
-        this call."""
+        """The range of tokens that each of ``changes`` applies to, in x [N, *, in] with N rows.
+        None if ``_plain_output`` does not support this call."""
         parameters, fused_change = module._parameters, self.fused_change
         if (
             not _has_parameters(module, fused_change)
@@ -335,7 +336,7 @@ class LinearRows:
             return None
         bias = None if fused_change.bias is None else module._parameters[fused_change.bias]
         if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:
-            return None  # the general path rounds the sum with the bias once
+            return None  # the general path adds the bias before it rounds to 16 bits
         factors = [_plain_factors(layer_adapter, x) for layer_adapter in self.layer_adapters]
         first_factors = next((triple for triple in factors if triple is not None), None)
         if first_factors is None or any(
@@ -369,8 +370,8 @@ def _has_parameters(module: nn.Module, fused_change: Any) -> bool:
 
 
 def _plain_factors(layer_adapter: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, in], B [out, r], scale) of a plain change. None if the change is not plain, drops
-    inputs in this call, or is on another device than x."""
+    """(A [r, in], B [out, r], scale) of a plain change. None if the change is not plain, applies
+    dropout in this call, or is on another device than x."""
     if not isinstance(layer_adapter, LayerAdapter):
         return None
     fused_change = layer_adapter.fused_change

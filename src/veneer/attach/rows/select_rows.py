@@ -1,11 +1,11 @@
 """Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]):
 model(x)``.
 
-Every layer takes the rows of each distinct adapter out of its inputs, runs on these rows alone, and
-puts the outputs back in order (``layer_rows.py``). The modules that it calls in such a run use the
-same adapter. This works for a layer if its kind knows along which axis the inputs hold the rows
-(``Layer.take``). For any other layer it is an error. Linear layers have faster paths
-(``linear_rows.py``).
+Every adapted layer takes the rows of each distinct adapter out of its inputs, runs on these rows
+alone, and puts the outputs back in order (``layer_rows.py``). Modules that the layer calls in such
+a run use the same adapter. This works for a layer if its kind knows along which axis the inputs
+hold the rows (``Layer.take``). A call of any other layer is an error. Linear layers have faster
+paths (``linear_rows.py``).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class RowAdapters(Mapping[Any, Any]):
         selections: each distinct ``ActiveAdapter`` that rows use.
         row_indices: for each selection the indices of the rows that use it, int64 [n].
         count: the number of rows of the batch.
-        time_first: whether a module of the model takes inputs that hold the rows along the second
-            axis.
-        any_adapter: whether a row uses an adapter. If all rows use the base, layers only check the
-            number of rows.
+        time_first: whether a module of the model takes inputs [time, batch, …], which hold the rows
+            along the second axis.
+        any_adapter: whether at least one row uses an adapter. If all rows use the base, layers only
+            check the number of rows.
         order: the permutation that brings the concatenated outputs of the selections back into the
             order of the batch, int64 [count].
         row_ranges: for each selection the index of its first row and the index after its last row.
@@ -108,8 +108,8 @@ class RowAdapters(Mapping[Any, Any]):
         return self._indices_on_device[device]
 
     def zeros(self, count: int, like: Tensor) -> Tensor:
-        """At least ``count`` zeros, which the caller must not write: the factors of rows without a
-        change."""
+        """A cached tensor of at least ``count`` zeros, from which the factors of rows without a
+        change are taken. Do not write to it: all layers and calls share it."""
         key = like.dtype, like.device
         if key not in self._constants or len(self._constants[key]) < count:
             with torch.inference_mode(False):
@@ -117,7 +117,8 @@ class RowAdapters(Mapping[Any, Any]):
         return self._constants[key]
 
     def scales(self, selection_scales: Sequence[float], like: Tensor) -> Tensor:
-        """The scale of each row, [number of rows, 1, 1], from the scale of each selection."""
+        """The scale of each row, [number of rows, 1, 1], in the dtype of ``like``.
+        ``selection_scales`` are the scales by selection."""
         key = *selection_scales, like.dtype, like.device
         if key not in self._constants:
             with torch.inference_mode(False):
@@ -133,8 +134,8 @@ class RowAdapters(Mapping[Any, Any]):
         """A context manager that selects one of the selections alone, with the random stream of its
         adapter.
 
-        ``is_leaf``: no code that runs inside of it looks up the selection, so that the context is
-        not changed.
+        ``is_leaf``: whether no code inside of the block looks up the selection. Then the context
+        need not be changed, which saves time.
         """
         if selection.random_stream is None and is_leaf:
             yield
@@ -194,5 +195,6 @@ def by_rows(
 
 
 def time_first(model: nn.Module) -> bool:
-    """Whether a module of the model takes inputs that hold the rows along the second axis."""
+    """Whether a module of the model takes inputs [time, batch, …], as recurrent layers do unless
+    ``batch_first`` is set."""
     return any(getattr(module, "batch_first", True) is False for _, module in walk(model))

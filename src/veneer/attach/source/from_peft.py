@@ -5,10 +5,11 @@
     peft_problem(model)            the reason why Veneer cannot attach to a model that PEFT has
                                    adapted
 
-An attached model has no methods of ``PeftModel``. The methods that transformers and diffusers mix
-into every model would look for adapters of PEFT. transformers and TRL test for PEFT by
-``hasattr(model, "get_base_model")`` and the like, which must be False. So the model's class is
-replaced by a subclass that refuses these names. It inherits the forward of the original class.
+An attached model has no methods of ``PeftModel``. But transformers and diffusers mix methods of the
+same names into every model, and these would look for adapters of PEFT. transformers and TRL test
+for PEFT by ``hasattr(model, "get_base_model")`` and the like, which must be False. So the model's
+class is replaced by a subclass in which these names raise AttributeErrors. It inherits the forward
+of the original class.
 
 Rejected: attributes of the model that raise an error when they are called, because ``hasattr``
 would then be True. Also emulating PEFT, because PEFT's methods change what later calls compute.

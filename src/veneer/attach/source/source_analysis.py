@@ -69,8 +69,9 @@ def reads(
 
 @functools.cache
 def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
-    """The names and string constants in the compiled code of a method and of functions that it may
-    call."""
+    """The names and string constants in the compiled code of a method and of the functions that it
+    may call. They are found without parsing, and tell for most methods that ``reads`` would find
+    nothing."""
     methods, visited, mentioned_words = _functions(cls), set(), set()
     pending = [*methods.get(method, ())]
     while pending:
@@ -206,10 +207,10 @@ class _SharedInputFinder:
 def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
     """(path, is_late) of each call `self.path(…)` in the source of a forward.
 
-    `is_late`: whether code after the call reads another input, such as `input_ids`, whose rows may
-    differ from the rows of the call's output, or writes to the module. Branches for labels and
-    router logits are ignored, because they do not run here. So is `logits_to_keep`, which has no
-    effect here.
+    `is_late`: whether code after the call reads an input of the forward, such as `input_ids`, whose
+    rows may differ from the rows of the call's output, or writes to the module. Branches for labels
+    and router logits are ignored, because they do not run here. So is `logits_to_keep`, which has
+    no effect here.
     """
     plain_function = python_function(forward)
     function = tree_of(plain_function) if plain_function else None

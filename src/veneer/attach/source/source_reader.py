@@ -69,9 +69,12 @@ _MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class Reads:
-    """The paths below ``self`` that a method, and the functions that it calls, read and write.
-    ``functions`` holds the syntax trees of the functions that run with ``self`` as their first
-    argument.
+    """The result of an analysis.
+
+    Fields:
+        read, written: the paths below ``self`` that a method, and the functions that it calls, read
+            and write.
+        functions: the syntax trees of the functions that run with ``self`` as their first argument.
     """
 
     read: set[ModulePath] = field(default_factory=set)
@@ -111,7 +114,8 @@ class Reader(ast.NodeVisitor):
 
     Fields:
         cls: the class of ``self``.
-        member_names: the names of the children and parameters of ``self``, and "*".
+        member_names: the names of the children and parameters of ``self``, and "*", which stands
+            for any of them.
         follow_forward: whether to follow calls of ``self`` and of its forward.
         attribute_values: the values of plain attributes of ``self``, by name.
         return_paths: the paths that each function returns, by function and arguments.

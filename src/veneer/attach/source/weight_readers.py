@@ -6,9 +6,9 @@ the module that holds it:
     self.tables[i]                            a ParameterList has no forward at all
     model.encode(x)                           a caller uses another method, which reads a weight
 
-``weight_readers`` finds the methods whose code reads a weight in one of these ways. They run on a
-view in which the weight is changed. ``SWITCHES`` holds the attributes that turn off torch's fused
-fast paths. On the plain path that runs instead, every adapter takes effect.
+``weight_readers`` finds the methods whose code reads a weight in one of these ways. An adapter runs
+these methods on a view, in which the weight is changed. ``SWITCHES`` holds the attributes that turn
+off torch's fused fast paths. On the plain path that runs instead, every adapter takes effect.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()
 def _reads(
     module: nn.Module, method: str, path_below: ModulePath, constants: _Constants = frozenset()
 ) -> bool:
-    """Whether a method reads the parameter at ``path_below``. A method other than forward does not
-    count if it also writes this parameter, or one with the same name: it means the base's
-    values."""
+    """Whether a method reads the parameter at ``path_below``. A method other than forward that also
+    writes this parameter, or one with the same name, does not count: it is to work on the base's
+    values, as an initialisation does."""
     accesses = _analyse(module, method, constants)
     is_written = method != "forward" and any(
         _begins_with(path, path_below[: len(path)]) or path_below[-1] in path
