@@ -14,8 +14,8 @@ from veneer.errors import listing, sentence
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 
-#: the largest permitted value of an adapter's tensors, and the largest permitted norm of a change:
-#: larger values would overflow in the first matrix products
+#: the largest permitted magnitude of a value in an adapter's tensors, and the largest permitted
+#: upper bound of ‖ΔW‖: with larger values, the first matrix products would overflow
 MAX_MAGNITUDE = 1e9
 #: the dtypes of changes, and further dtypes that modules trained in full may have
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,7 +69,8 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
 
 
 def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
-    """The problems of low-rank changes: A or B of integers, and products that would overflow."""
+    """The error texts for low-rank changes by path: factors that are not stored as floating-point
+    numbers, and changes with an upper bound of ‖scale · B A‖ above ``MAX_MAGNITUDE``."""
     for path, layer in throttle(low.items()):
         factors = {"A": layer.A, "B": layer.B, **layer.extras}
         bad_dtypes = {

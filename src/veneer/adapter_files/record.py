@@ -15,8 +15,9 @@ The file veneer.json and the header of adapter_model.safetensors hold the same r
     versions    the versions of the libraries
     provenance  the mapping that the caller of ``save`` passed
 
-Hashes detect accidents, not attacks: the author of a folder can write any hashes. Therefore nothing
-but the use of this adapter depends on a record.
+The hashes detect accidents, not attacks, because the author of a folder can write any hashes. So a
+record is trusted only in the use of its own adapter: a false record can make no other adapter and
+no base wrong.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def seal_record(
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """The versions of the libraries by name. They are cached, as reading them takes a quarter of a
-    small save's time."""
+    """The versions of the libraries by name. They are cached, because to read them takes a quarter
+    of the time in which a small adapter is saved."""
     versions = {}
     for package in ("veneer", "torch", "transformers"):
         with suppress(PackageNotFoundError):
