@@ -81,7 +81,7 @@ class WeightValues:
         """A value that changes with every write to the weight; None if no write can be detected."""
         sources = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            # the submodules of a module with an opaque storage are only its adapters
+            # an opaque storage has the weight in the module itself; submodules are only adapters
             recurse = self.storage is None or not self.storage.opaque
             sources = [*self.anchor.parameters(recurse), *self.anchor.buffers(recurse)]
         tensors = {id(tensor): tensor for tensor in (*sources, *self.stored.values())}.values()

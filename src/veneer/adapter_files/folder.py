@@ -273,8 +273,8 @@ def _card_text(
 
 @contextmanager
 def _report_unwritten(path: Path) -> Iterator[None]:
-    """Make the AdapterError of a check say that nothing was written. (A written folder that nobody
-    can load would lose the training.)"""
+    """Turn an AdapterError of a check into one that says that nothing was written. (The checks come
+    before the folder appears, because training would be lost in a folder that nobody can load.)"""
     try:
         yield
     except AdapterError as error:
@@ -467,7 +467,7 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     of which the tensors alone decide what is loaded: it keeps PEFT's names of modules, and takes
     any ``init_lora_weights`` for plain LoRA."""
     flags = {name for name in ("use_rslora", "use_dora") if config.get(name)}
-    # to PEFT, several variants are plain LoRA; a config without flags means plain LoRA itself
+    # several variants have no flag of their own in PEFT's config; no flags mean plain LoRA
     matching = (
         variant
         for variant in VARIANTS

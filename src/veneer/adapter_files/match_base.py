@@ -192,8 +192,8 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
 
 
 def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str], was_called: bool) -> str:
-    """The text of the error. ``was_called``: whether a forward call has changed packed weights in
-    ``mismatches``."""
+    """The text of the BaseMismatchError. ``mismatches``: the names of tensors with other
+    fingerprints. ``was_called``: whether a forward call has changed packed weights among them."""
     base_record, counts = adapter_files.metadata["base"], []
     for key, label in (("weights", "adapted layers"), ("rest", "other tensors")):
         names = [name for name in mismatches if name in base_record.get(key, {})]

@@ -162,8 +162,8 @@ class _Match:
     def __init__(
         self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
     ) -> None:
-        """``by_peft_rules``: whether another library wrote the folder, so that it is refused where
-        PEFT's result differs from that of changed weights."""
+        """``by_peft_rules``: whether another library wrote the folder, so that its tensors mean what
+        PEFT computes with them, which may differ from the result of changed weights."""
         self.adapter_files, self.names, self.problems = adapter_files, names, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
@@ -174,7 +174,7 @@ class _Match:
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
         self.tokens: dict[ParamRef, peft_tokens.TokenRows] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
-        #: the scaled biases of ``lora_bias``, by module path
+        #: PEFT's biases beside B (``lora_bias``), multiplied by the scale, by module path
         self.biases: dict[str, Tensor] = {}
         #: the names of the tensors in ``full`` that are parameters, without buffers, by module path
         self.full_names: dict[str, tuple[str, ...]] = {}
@@ -220,7 +220,8 @@ class _Match:
         self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer
     ) -> peft.PeftLayer:
         """The change with the rank, alpha and scale that the config gives to this weight. If PEFT's
-        result differs from that of a changed weight, a problem is added."""
+        result differs from that of a changed weight, a problem is added, or if only other readers
+        of the weight would see the difference, the weight is added to ``module_only``."""
         names, config = self.names, self.adapter_files.peft_config
         is_parameter = means_parameter(names, ref, config)
         attention_path = (
@@ -254,8 +255,8 @@ class _Match:
         return replace(file_layer, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """The change without the bias of ``lora_bias``. ``add_biases`` adds this bias to the
-        module's bias instead."""
+        """The change without PEFT's bias beside B (option ``lora_bias``). ``add_biases`` adds this
+        bias to the module's bias instead."""
         if self.adapter_files.peft_config.get("lora_bias") is not True:
             return layer
         extras = dict(layer.extras)
@@ -286,7 +287,7 @@ class _Match:
         return replace(layer, extras=extras)
 
     def add_biases(self) -> None:
-        """Add the biases of ``lora_bias`` to the tensors that are trained in full."""
+        """Add PEFT's biases beside B to the biases that are trained in full."""
         for path, bias in self.biases.items():
             module_full = self.full.setdefault(path, {})
             module_bias = self.names.modules[path]._parameters["bias"]
@@ -326,8 +327,8 @@ class _Match:
         return self.with_product(layer, layer.low.thin())
 
     def with_product(self, layer: peft.PeftLayer, product: LowRank) -> peft.PeftLayer:
-        """The change with another product, and with the alpha that gives the scale of this product
-        by the rule of the config."""
+        """The change with ``product`` in place of its A and B. The new alpha is the one from which
+        the config's rule (with or without ``use_rslora``) computes the scale of ``product``."""
         is_rslora = self.adapter_files.peft_config.get("use_rslora")
         alpha = product.scale * (math.sqrt(product.rank) if is_rslora else product.rank)
         return replace(layer.with_low_rank(product), alpha=alpha, extras=layer.extras)

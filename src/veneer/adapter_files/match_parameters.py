@@ -180,8 +180,8 @@ class ParameterReader:
 
 @functools.cache
 def _parameter_names(variant: str) -> frozenset[str]:
-    """The names of a variant's parameters that a file holds, from the initial parameters of a tiny
-    layer."""
+    """The names of a variant's parameters that a file holds. They are found by initialising the
+    variant for a tiny layer."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         eye = torch.eye(2)[None]
         context = InitContext(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)

@@ -1,7 +1,7 @@
 """The model card: the README.md of an adapter folder, for people and for the Hugging Face hub.
 
     ---
-    front matter: lines "key: JSON value"; they are YAML too, but need no YAML library
+    front matter: lines "key: JSON value"; these are YAML, too, and need no YAML library
     ---
     the sections: what the adapter is, its base, data, training, metrics, licence, how to load and
     verify it

@@ -23,8 +23,8 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
-    """The problems of single tensors: an unknown dtype, and values that are not finite or absurdly
-    large. ``do``: the advice in the error."""
+    """The error texts for tensors with an unknown dtype, or with values that are not finite or
+    above ``MAX_MAGNITUDE``. ``do``: the advice in the error."""
     bad_dtypes = {
         key: tensor.dtype
         for key, tensor in tensors.items()
@@ -97,8 +97,8 @@ def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
 
 
 def variance_problems(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-    """The problems of running variances: a negative value, of which a norm layer would take the
-    square root."""
+    """The error texts for negative values in running variances, of which a norm layer would take
+    the square root."""
     for path, tensors in full.items():
         variance = tensors.get("running_var")
         if variance is not None and variance.dtype in FLOAT_DTYPES and bool((variance < 0).any()):

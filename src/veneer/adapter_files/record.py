@@ -16,8 +16,8 @@ The file veneer.json and the header of adapter_model.safetensors hold the same r
     provenance  the mapping that the caller of ``save`` passed
 
 The hashes detect accidents, not attacks, because the author of a folder can write any hashes. So a
-record is trusted only in the use of its own adapter: a false record can make no other adapter and
-no base wrong.
+record is used only for its own adapter and for adapters that are computed from it; nothing else
+depends on it.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """The problems of a record, as far as they can be known without a model."""
+    """The error texts for a record with invalid fields, as far as no model is needed to tell."""
     if record.get("format") != FORMAT:
         yield sentence(
             f"format {_short_repr(record.get('format'))} in {path}",
@@ -225,7 +225,7 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
 
 
 def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
-    """The problems of one entry of the record's "changes"."""
+    """The error texts for invalid fields in one entry of the record's "changes"."""
     fields = change if isinstance(change, dict) else {}
     rank, alpha = fields.get("rank"), fields.get("alpha")
     module_only, row_count = fields.get("module_only", False), fields.get("of")

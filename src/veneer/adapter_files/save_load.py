@@ -71,8 +71,9 @@ def save(
     In several processes (``torch.distributed``: DDP, FSDP2), every rank that holds the model must
     call ``save`` with the same path. Sharded weights are gathered one at a time. All ranks compare
     their tensors, the first rank writes, and the other ranks return once the folder exists. If the
-    ranks differ, or if one fails or does not call within ``distributed.PATIENCE`` seconds, every
-    rank raises and no folder is replaced.
+    ranks differ, or if one fails or does not call in time (``distributed.PATIENCE`` seconds), every
+    rank raises and no folder is replaced. But if no weight is sharded and only one rank calls, it
+    saves alone and warns (``distributed.SavedAlone``).
 
     Args:
         name: the name of the adapter. None means the default adapter, or the only one.
@@ -132,9 +133,8 @@ def save_with(
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
 ) -> None:
-    """``save`` without its last step, the writing of the files. For this, ``write_content`` is
-    called with the collected content (see ``_content``) on one of the ranks that save to
-    ``path``."""
+    """Do all that ``save`` does, but instead of writing the files, call ``write_content`` with the
+    collected content (see ``_content``), on one of the ranks that save to ``path``."""
     model = unwrap(model)
     if not alone:
         reshard(model)

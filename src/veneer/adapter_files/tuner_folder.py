@@ -28,7 +28,7 @@ from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
 #: the largest permitted number of values in A and B of a plain change. Without a limit, a file of a
-#: few megabytes could require terabytes, because the rank of LoHa's plain change is a product of two
+#: few megabytes could require terabytes: the rank of LoHa's plain change is a product of two ranks
 MAX_VALUES = 2**31
 
 

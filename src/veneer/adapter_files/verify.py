@@ -70,9 +70,9 @@ _CODE_SUFFIXES = frozenset(
         ".jar",
     ]
 )
-#: outliers are searched among at least MIN_LAYERS changes of one shape. The norm of an outlier
-#: differs from their median by more than MAX_DEVIATION times the median of d (see above), in
-#: logarithms, and by more than the factor MIN_FACTOR
+#: limits for outliers: at least MIN_LAYERS changes have the outlier's shape; its d (see above) is
+#: more than MAX_DEVIATION times the median d; its norm and the median norm differ by more than the
+#: factor MIN_FACTOR
 MIN_LAYERS, MAX_DEVIATION, MIN_FACTOR = 6, 6 * 1.4826, 10
 
 

@@ -70,7 +70,7 @@ def _check_changed_weights(
         "path (‖ΔW‖ / ‖W‖)" for each change that is larger than its weight.
     """
     recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
-    # a product has the path of its parameter, or of its module
+    # the record has the paths of weights; a product has the path of its weight or of its module
     product_paths = {
         path: next((key for key in (path, path.rpartition(".")[0]) if key in products), None)
         for path in recorded_weights
@@ -131,7 +131,7 @@ def _check_unchanged_tensors(
     """Check the tensors that the record lists and that the adapter does not change.
 
     Args:
-        proven_count: how many of the changed weights are in the base with the recorded fingerprint.
+        proven_count: how many of the changed weights are in the base and have no other fingerprint.
     """
     expected_fingerprints, changed_count = base_record.get("rest"), len(base_record["weights"])
     if expected_fingerprints is None:
@@ -260,8 +260,8 @@ def change_dims(low: LowRank) -> tuple[int, int, int]:
 
 
 def _grown_shape(adapter_files: AdapterFiles, path: str, shape: torch.Size) -> tuple[int, ...]:
-    """``shape``, the shape of the base's weight at ``path``. If the adapter trains tokens of it, the
-    number of rows is that of training, because the base may lack the rows of new tokens."""
+    """``shape``, the shape of the base's weight at ``path``. If the adapter trains tokens of it,
+    the number of rows is that of training, because the base may lack the rows of new tokens."""
     change = adapter_files.metadata.get("changes", {}).get(path, {})
     return (change["of"], *shape[1:]) if "tokens" in change else tuple(shape)
 

@@ -94,7 +94,8 @@ def combine_full_params(
 def _collect_params(
     sources: Sequence[AdapterFiles],
 ) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
-    """({(module path, name): {source index: tensor}}, {module path: path in the new folder})."""
+    """(the parameters that adapters train in full: {(module path, name): {source index: tensor}},
+    the path of each module in the new folder: {module path: path})."""
     params: dict[tuple[str, str], dict[int, Tensor]] = {}
     entry_paths: dict[str, str] = {}
     for source_index, source in enumerate(sources):

@@ -26,7 +26,7 @@ from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants import dora
 
-#: a row of G with a smaller absolute value counts as 0
+#: the combined gain G of a row counts as 0 if its absolute value is smaller
 MIN_GAIN = 1e-6
 
 
@@ -90,8 +90,8 @@ def sum_with_magnitudes(
     dtype: torch.dtype,
 ) -> Blend:
     """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``. ``weight``:
-    the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that no DoRA change
-    equals the sum."""
+    the frozen weight [g, out, in]. ``AdapterError``: the combined gain G (see above) is 0 in some
+    row, so that no DoRA change equals the sum."""
     W = weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
@@ -111,8 +111,8 @@ def sum_with_magnitudes(
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
     low_rank, *_, error = reduce_rank(total, options)
-    # The magnitude is computed from the rounded factors, so that a reader of the file gets the
-    # gain G.
+    # The magnitude is computed from the rounded factors, so that programs that load the file get
+    # the gain G from it.
     low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
     return Blend(low_rank, (G.flatten() * dora.row_norms(W, low_rank)).to(dtype), norm, error)
 

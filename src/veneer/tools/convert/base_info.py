@@ -58,7 +58,7 @@ def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
 
 
 def _require_weights(model: nn.Module) -> nn.Module:
-    """``model``. ``AdapterError``: some of its weights are on the meta device."""
+    """Return ``model`` unchanged. ``AdapterError``: some of its weights are on the meta device."""
     meta_names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta_names:
         raise AdapterError(

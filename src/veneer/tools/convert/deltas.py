@@ -162,7 +162,7 @@ def install_deltas(
         split_ties=names.split_ties(full_values),
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
-    for plan in low_rank_plans:  # ``deltas`` may name a tied weight by another of its names
+    for plan in low_rank_plans:  # ``deltas`` may have a tied weight under another of its names
         factors[plan.ref] = next(factors[ref] for ref in plan.holders if ref in factors)
     install_adapter(model, ADAPTER_NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
@@ -263,7 +263,7 @@ def factor_delta(
 
 
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
-    """``AdapterError`` unless at most one of the three options is given and its value is valid."""
+    """Raise AdapterError if more than one of the options is given, or if a value is invalid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
     used_options = [name for name, option in options.items() if option is not None]
     checks = [

@@ -178,8 +178,8 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
 
     Raises:
         ConfigError, CheckpointError: a folder holds no model.
-        ExtractError: the base is a state dict without ``model``, or the tuned model has unmerged
-            adapters.
+        ExtractError: the base is a state dict without ``model``, the tuned model has unmerged
+            adapters, or a model in memory has parameters on the meta device.
     """
     base_name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():

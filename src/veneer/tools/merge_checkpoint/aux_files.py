@@ -89,8 +89,8 @@ class ConfigChanges:
 
 
 def write_aux_files(checkpoint: Checkpoint, changes: ConfigChanges, target: Path) -> list[str]:
-    """Write the files into the folder ``target``. Returns the names of files and folders of the
-    base that are left out."""
+    """Write the files that hold no weights into the folder ``target``. Returns the names of the
+    base's files and folders that are left out."""
     files, left_out = _sources(checkpoint, changes)
     for file, source in files.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)

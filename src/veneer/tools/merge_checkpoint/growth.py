@@ -150,9 +150,9 @@ class Head:
 def model_with_head(
     folder: Path, saved_adapters: Sequence[AdapterFiles]
 ) -> tuple[Any, Head | None]:
-    """(the model of a folder without weights, its head). The class of the model and the labels come
-    from the adapters' records. The head is None if the adapters have none. ``MergeError``: the
-    adapters have heads with different labels."""
+    """(the model of a folder, built without weights; the class and labels of its head). The class
+    of the model and the labels come from the adapters' records. The head is None if the adapters
+    have none. ``MergeError``: the adapters have heads with different labels."""
     architecture = saved_adapters[0].metadata.get("base", {}).get("architecture")
     labels_by_adapter = {
         str(saved_adapter.path): labels
