@@ -12,8 +12,8 @@ s is the scale of a change. gate_up_proj[3] is the matrix [out, in] of expert 3,
 gate_proj before those of up_proj. The result is exact. The rank of a stack is the largest rank of
 its experts; A and B of experts with a smaller rank or no change are padded with zeros.
 
-Which slice of which parameter an old layer has become follows from transformers' rules for
-converting checkpoints (``models/meta.py``).
+Transformers' rules for converting checkpoints (``models/meta.py``) tell which slice of which
+parameter an old layer has become.
 """
 
 from __future__ import annotations

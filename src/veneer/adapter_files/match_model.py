@@ -162,8 +162,8 @@ class _Match:
     def __init__(
         self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
     ) -> None:
-        """``by_peft_rules``: whether another library wrote the folder, so that its tensors mean what
-        PEFT computes with them, which may differ from the result of changed weights."""
+        """``by_peft_rules``: whether another library wrote the folder, so that its tensors mean
+        what PEFT computes with them. This may differ from the result of changed weights."""
         self.adapter_files, self.names, self.problems = adapter_files, names, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}

@@ -129,7 +129,7 @@ def compare_hashes(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """Which of the contents of the folder have changed since they were hashed: {description of the
+    """Tell which contents of the folder have changed since they were hashed: {description of the
     content: whether it has changed}. ``parameters``: the tensors of ``veneer.safetensors``; None if
     the file could not be read."""
     hashes = record["hashes"]

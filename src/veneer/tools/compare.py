@@ -53,7 +53,7 @@ class Space:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One weight that both adapters change. Pairs hold the value of A first.
+    """One weight that both adapters change. Pairs hold the number of adapter A first.
 
     Fields:
         path: the path of the weight's module, or of the weight if PEFT targets it as a parameter.
@@ -299,7 +299,7 @@ def _compare_spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]
 
 def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
     """The similarity and the principal angles of two subspaces. ``bases``: for each matrix of the
-    weight, an orthonormal basis [in or out, rank] of either subspace. None if there is no pair."""
+    weight, orthonormal bases [in or out, rank] of the two. None if ``bases`` is empty."""
     if not bases:
         return None
     squared_overlap, angles = 0.0, []

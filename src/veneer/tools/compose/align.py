@@ -26,7 +26,7 @@ from veneer.lowrank import LowRank
 class AlignedWeight:
     """One weight, with its change in each adapter that changes it."""
 
-    model_path: str  # ``PeftLayer.target_path``: the module's path without PEFT's wrappers
+    model_path: str  # the path of its module or of the weight itself, without PEFT's wrappers
     entry_path: str  # the path with PEFT's wrappers, in a file with the changes of all adapters
     is_parameter: bool  # whether ``model_path`` is the path of the parameter, not of its module
     weight_path: str | None  # the path of the weight; None if no adapter's record has it

@@ -1,5 +1,5 @@
-"""What a conversion needs of its base: names and shapes of weights, the config, and the model if
-weights are needed.
+"""Find what a conversion needs of its base: names and shapes of weights, the config, and the model
+if weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo
 

@@ -10,12 +10,13 @@ the change by a low-rank product.
 Models in folders are read weight by weight (stacks of experts matrix by matrix), so the memory
 needed is a few times the largest tensor plus the output.
 
-The factors are B = U √S and A = √S Vᵀ with ΔW = U S Vᵀ. alpha = rank for every weight and as
-the default in the config, so the scale is 1 even for programs that ignore the ranks per layer.
+The factors are B = U √S and A = √S Vᵀ with ΔW = U S Vᵀ. alpha = rank for every weight and as the
+default in the config, so the scale is 1 even for programs that ignore the ranks per layer.
 
 If the tuned model has a coarser dtype than the base, the base is rounded to this dtype before the
 comparison, so that a difference by rounding alone does not count as a change. If its dtype is
 finer, the difference is computed without rounding.
+
 Every change is written or listed in the report. Rejected: writing low-rank changes only, because a
 full fine-tune also changes norms and biases, and some of its changes do not have a low rank.
 """
@@ -356,7 +357,7 @@ def _write(
     }
     # The installed adapter has tensors for the parameters in ``full_pairs``, which get the tuned
     # model's values. If it has a buffer of a module, it has all persistent buffers of the module.
-    # Those that are not in ``full_pairs`` get the base's values.
+    # Buffers that are not in ``full_pairs`` get the base's values.
     tuned_paths = {path for pair, _ in full_pairs for path in pair.model_weight.names}
     product_weight_ids = {
         id(model_pair.base.by_name.get(product.pair.path)) for product in products

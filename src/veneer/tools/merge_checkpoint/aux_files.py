@@ -2,9 +2,8 @@
 
 Weights in other formats are not copied, because the adapters are not merged into them. Folders that
 contain such files and hidden folders (of git and the Hub's client) are left out as well.
-config.json is rewritten if
-the merge changes the dtype, the size of the vocabulary, or the labels of a classifier. The
-tokenizer is the adapter's if the adapter added tokens to it, else the base's.
+config.json is rewritten if the merge changes the dtype, the size of the vocabulary, or the labels
+of a classifier. The tokenizer is the adapter's if the adapter added tokens to it, else the base's.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class MergeJob:
 
     @property
     def aux_changes(self) -> ConfigChanges:
-        """What changes in the base's configuration and tokenizer."""
+        """The changes of the base's configuration and tokenizer."""
         return ConfigChanges(
             dtype=self.dtype,
             vocabulary_size=max(self.merge_plan.sizes.values(), default=None),

@@ -56,7 +56,7 @@ class TensorEdit:
         path, shape: the parameter's first name in the model, and its shape.
         param_slice: ``within`` is the slice of the tensor that is edited, ``index`` the slice of
             the parameter that it holds.
-        changes: (coefficient wᵢ, low-rank change of the parameter) for each adapter.
+        changes: (coefficient wᵢ, ΔW as low-rank factors and token rows) for each adapter.
         full: (coefficient wᵢ, trained value of the parameter) for each adapter that trains it in
             full. Either ``changes`` or ``full`` is empty.
     """
