@@ -1,7 +1,8 @@
 """Adapter folders: a trained adapter on disk, saved from a model and loaded onto a model.
 
-A path becomes ``AdapterFiles``, and a model's adapter becomes a folder, written in one atomic step.
-``folder`` and ``record`` handle the files without a model; ``match_*`` compare them with a model;
+``read`` turns a folder into ``AdapterFiles``; ``save`` writes an adapter of a model as a folder, in
+one atomic step. ``folder`` and ``record`` handle files without a model; ``match_*`` compare them
+with a model;
 ``peft_mapping`` translates paths and shapes between a model and PEFT's files; ``save_load`` saves
 and installs adapters; ``verify`` reports everything that can be checked of a folder.
 """

@@ -13,9 +13,9 @@ that the adapter has a copy of, such as running statistics.
 
 A fingerprint is cached until its weight is garbage-collected. It is valid while the weight has the
 same memory, shape and dtype, torch's version counter has not moved, and a sample of the weight's
-elements is unchanged. The cache misses writes of a few elements through ``.data``. Rejected: the
-version counter alone. Torch does not count writes through ``.data``, which much code uses to
-initialise weights or to add to them.
+elements is unchanged. The cache does not notice a write to a few elements through ``.data``.
+Rejected: the version counter alone. Torch does not count writes through ``.data``, which much code
+uses to initialise weights or to add to them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class WeightValues:
         weight: the parameter, or the packed weight of a quantised layer.
         storage: decodes the values from the tensors ``stored``; None if ``anchor`` is the dense
             tensor itself.
-        anchor: an object that lives as long as the values do. The cache has it as a key.
+        stored: the tensors that make up a packed weight, such as codes and scales, by name.
+        anchor: an object that lives as long as the values do: the key in the cache of fingerprints.
     """
 
     weight: Any
@@ -80,7 +81,7 @@ class WeightValues:
         """A value that changes with every write to the weight; None if no write can be detected."""
         sources = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            # the submodules of a module with an opaque storage are only its adapters
+            # an opaque storage has the weight in the module itself; submodules are only adapters
             recurse = self.storage is None or not self.storage.opaque
             sources = [*self.anchor.parameters(recurse), *self.anchor.buffers(recurse)]
         tensors = {id(tensor): tensor for tensor in (*sources, *self.stored.values())}.values()
@@ -94,9 +95,9 @@ class WeightValues:
 
 
 def _values_of(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> WeightValues:
-    """The values of a weight. If an adapter is merged into the weight, they are its values before
-    the merge, which ``bits`` holds as stored tensors by the ``id`` of the weight. The weight's
-    storage must be prepared."""
+    """The values of a weight. If an adapter is merged into the weight, they are the values from
+    before the merge: ``bits`` has its stored tensors by the ``id`` of the weight. The weight's
+    storage must be prepared (``_prepare_storages``)."""
     stored_before = bits.get(id(weight.weight))
     if stored_before:
         anchor = next(iter(stored_before.values()))
@@ -164,7 +165,7 @@ def earlier_fingerprints(tensors: Sequence[ModuleWeight], hash_kind: str = XXH3)
 
 def was_modified_by_call(tensor: ModuleWeight) -> bool:
     """Whether a forward call has changed the packed weight already, so that the values as they were
-    loaded are lost."""
+    loaded are lost. It has if the change of the first call would have no effect any more."""
     with _HASHING_LOCK, _prepare_storages([tensor]):
         values = _values_of(tensor, {})
         return torch.equal(values.dense(), values.dense(as_loaded=True))

@@ -120,8 +120,8 @@ def _file_tensors(
 def _narrow_base(
     base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """The field "base" of a record, reduced to the weights in ``changes``. The fingerprints of
-    weights that no longer change move to "rest", except of tensors that are trained in full."""
+    """The field "base" of a record, with only the weights in ``changes`` in its "weights". The
+    fingerprints of other weights move to "rest", except for tensors that are trained in full."""
     full_names = {
         f"{peft_paths.strip_wrappers(path_in_file)[0]}.{name}".lstrip(".")
         for path_in_file, tensors in full.items()

@@ -4,14 +4,16 @@ Experts were linear layers in transformers 4 and are slices of stacked parameter
 so that changes of experts become changes of stacked parameters. Routers and renamed modules get
 their new names.
 
-    …experts.3.gate_proj   A₁ B₁ s₁       gate_up_proj[3] += [s₁ B₁    0 ] [A₁]    [out, in] of one
-    …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]    expert: gate, up
+    …experts.3.gate_proj   A₁ B₁ s₁       gate_up_proj[3] += [s₁ B₁    0 ] [A₁]
+    …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]
     …experts.3.down_proj   A₃ B₃ s₃       down_proj[3]    += s₃ B₃ A₃
 
-s is the scale of a change. The result is exact. The rank of a stack is the largest rank of its
-experts; A and B of experts with a smaller rank or no change are padded with zeros. Transformers'
-rules for converting checkpoints (``models/meta.py``) tell which slice of which parameter an old
-layer has become.
+s is the scale of a change. gate_up_proj[3] is the matrix [out, in] of expert 3, with the rows of
+gate_proj before those of up_proj. The result is exact. The rank of a stack is the largest rank of
+its experts; A and B of experts with a smaller rank or no change are padded with zeros.
+
+Transformers' rules for converting checkpoints (``models/meta.py``) tell which slice of which
+parameter an old layer has become.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
 class _ExpertChange(NamedTuple):
-    """The change of some output rows of one expert's matrix in a stack. ``expert``: its index."""
+    """The change ``layer`` of the output ``rows`` of one matrix in a stack, which has the index
+    ``expert``."""
 
     expert: int
     rows: slice
@@ -137,7 +140,8 @@ def _map_renamed_layers(
 def _group_by_stack(
     adapter_files: AdapterFiles, names: Names, expert_matches: Mapping[str, re.Match[str]]
 ) -> tuple[dict[str, list[_ExpertChange]], set[str]]:
-    """(the changes of experts by the path of their stack, the paths of these in the file)."""
+    """(the changes of experts by the path of their stack in the model, the paths of these changes
+    in the file)."""
     model = names.model
     expert_count = max(
         (len(parameter) for parameter in model.parameters() if parameter.dim() == 3), default=0

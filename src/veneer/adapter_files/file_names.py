@@ -16,7 +16,7 @@ from veneer.fileio.untrusted import location_problems, read_json
 from veneer.formats import peft, peft_tokens
 from veneer.models.load import tokenizer_at
 
-#: the files that ``folder.read`` opens. Reading them runs no code
+#: the files that ``folder.read`` opens; to read them runs no code that they contain
 CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 #: all files that an adapter may have, but for a tokenizer
 FILES = (*CORE, model_card.NAME)

@@ -1,5 +1,5 @@
-"""The adapter folder. PEFT, vLLM, SGLang and transformers load it unchanged, and hashes in it prove
-that its content is unaltered.
+"""Read and write adapter folders. PEFT, vLLM, SGLang and transformers load such a folder unchanged,
+and hashes in it tell whether its tensors or configs changed after they were written.
 
     adapter_config.json           PEFT's fields
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
@@ -74,11 +74,11 @@ class AdapterFiles:
             ``adapter_model.safetensors``.
         adapter_parameters: the tensors of ``veneer.safetensors``, by the path of the weight and
             then by name.
-        tuner: the original content of a folder of another tuner of PEFT than LoRA. All other fields
-            then describe the equivalent folder of Veneer.
+        tuner: the original content of a folder of another PEFT tuner than LoRA, else None. With
+            such a folder, the other fields describe the folder that Veneer would write.
         tokens: the trained token rows of embeddings and heads, by the path of the module.
-        ignored_modules: the modules with tensors that the config of another library does not match,
-            so that PEFT ignores the tensors (``formats/peft_targets.py``).
+        ignored_modules: in a folder of another library, the modules that the config does not match,
+            so that PEFT ignores their tensors (``formats/peft_targets.py``).
     """
 
     path: Path
@@ -273,8 +273,8 @@ def _card_text(
 
 @contextmanager
 def _report_unwritten(path: Path) -> Iterator[None]:
-    """Make the AdapterError of a check say that nothing was written. (A written folder that nobody
-    can load would lose the training.)"""
+    """Turn an AdapterError of a check into one that says that nothing was written. (The checks come
+    before the folder appears, because training would be lost in a folder that nobody can load.)"""
     try:
         yield
     except AdapterError as error:
@@ -287,17 +287,17 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
 
     Args:
-        weights: a function that returns the shape of a base's weight, which some tuners of PEFT
-            need. Without it, the changes of a VeRA folder cannot be read: any access to ``low``
-            raises an error.
+        weights: a function that returns the shape and dtype of a base's weight by its path, which
+            some tuners of PEFT need. Without it, any access to ``low`` of a VeRA folder raises an
+            AdapterError, as the shapes of its changes are unknown.
 
     Raises:
         AdapterError: a file is missing, truncated, altered, a pickle or a link that leaves the
             folder; or a value is not finite or not supported.
 
     Warns:
-        TensorsLeftOut: the file has tensors of modules that the config of another library does not
-            match, so that PEFT ignores the tensors.
+        TensorsLeftOut: another library wrote the folder, and its file has tensors of modules that
+            the config does not match, so that PEFT ignores these tensors.
     """
     path = Path(path)
     raise_all(AdapterError, f"{path} cannot be read", folder_problems(path))
@@ -463,11 +463,11 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
 def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     """Veneer's config for a PEFT config without a record.
 
-    ``peft_config.lora_fields`` returns a config for a new training. This function instead describes
-    an adapter of which the tensors alone decide what is loaded: it keeps PEFT's names of modules,
-    and takes any ``init_lora_weights`` for plain LoRA."""
+    Unlike ``peft_config.lora_fields``, it is no config for a new training. It describes an adapter
+    of which the tensors alone decide what is loaded: it keeps PEFT's names of modules, and takes
+    any ``init_lora_weights`` for plain LoRA."""
     flags = {name for name in ("use_rslora", "use_dora") if config.get(name)}
-    # to PEFT, several variants are plain LoRA; a config without flags means plain LoRA itself
+    # several variants have no flag of their own in PEFT's config; no flags mean plain LoRA
     matching = (
         variant
         for variant in VARIANTS

@@ -27,9 +27,9 @@ from veneer.models.quantize import sources_of
 
 class UnverifiedAdapter(UserWarning):
     """Veneer cannot verify that an adapter was trained on this base: another library wrote the
-    folder without fingerprints, or the base has parameters that the adapter's record does not list.
-    ``convert`` also warns so if it has no base and cannot verify that the adapter changes only
-    weights."""
+    folder without fingerprints, or the adapter's record and the model do not list the same tensors.
+    ``convert`` also gives this warning if it has no base, and so cannot verify that the adapter
+    changes only weights."""
 
 
 class PartialChange(UserWarning):
@@ -68,7 +68,7 @@ def must_be_base(
             uncached_tensors, fingerprints_of(uncached_tensors, hash_kind=hash_kind), strict=True
         ):
             fingerprints.update(dict.fromkeys(tensor.names, digest))
-    # a weight that was quantised at loading may match by the fingerprint of its file, too
+    # a weight that was quantised at loading may also match by the fingerprint of its checkpoint
     file_fingerprints = sources_of(names.model)
     accepted = {
         name: (digest, file_fingerprints.get(digest)) for name, digest in fingerprints.items()
@@ -192,8 +192,8 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
 
 
 def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str], was_called: bool) -> str:
-    """The text of the error. ``was_called``: whether a forward call has changed packed weights in
-    ``mismatches``."""
+    """The text of the BaseMismatchError. ``mismatches``: the names of tensors with other
+    fingerprints. ``was_called``: whether a forward call has changed packed weights among them."""
     base_record, counts = adapter_files.metadata["base"], []
     for key, label in (("weights", "adapted layers"), ("rest", "other tensors")):
         names = [name for name in mismatches if name in base_record.get(key, {})]

@@ -6,8 +6,8 @@ parameters, and the tensors that are trained in full. Its steps, with their file
 
 read              read the folder, without the model                          folder
 match_modules     find the weight of the model for each change of the file    peft_mapping
-plan_low_rank     plan the rank and the weight readers of each change; read   match_parameters
-                  A, B and the variant's parameters
+plan_low_rank     plan the rank of each change and find the code that reads   match_parameters
+                  its weight; read A, B and the variant's parameters
 plan_full         plan the parameters that are trained in full
 check_complete    check that there is a tensor for every target
 must_be_base      compare the fingerprints of the base                        match_base
@@ -61,8 +61,8 @@ class LoadPlan:
 
     Fields:
         adapter_files: the folder.
-        plans: what has to be installed.
-        adapter_parameters: the parameters of each low-rank change by name, by changed weight.
+        plans: which changes and which copies of parameters have to be installed.
+        adapter_parameters: by changed weight, the parameters of its change by name (A, B, …).
         full: the tensors that are trained in full, by module path and then by name.
     """
 
@@ -73,8 +73,8 @@ class LoadPlan:
 
     @torch.no_grad()
     def fill(self, layer_adapters: Mapping[str, LayerAdapter]) -> None:
-        """Copy the tensors that are trained in full into installed layer adapters.
-        ``layer_adapters``: by module path."""
+        """Copy the tensors that are trained in full into ``layer_adapters``, the installed adapter
+        of each module by the module's path."""
         for path, layer_adapter in layer_adapters.items():
             installed_tensors = {**layer_adapter.full._parameters, **layer_adapter.full._buffers}
             for name, tensor in self.full.get(path, {}).items():
@@ -83,9 +83,13 @@ class LoadPlan:
 
 @dataclass
 class MatchCache:
-    """Results for one model that further adapters of it use: the fingerprints of its weights by
-    kind of hash, and the plans for sets of targets. Verifying these adapters takes a fraction of
-    the time. The model must not change in between."""
+    """Results that are kept to verify further adapters of the same model, which then takes a
+    fraction of the time. The model must not change in between.
+
+    Fields:
+        fingerprints: of the model's weights, by kind of hash and then by name.
+        plans: by targets with their ranks and other settings.
+    """
 
     names: Names
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -120,8 +124,8 @@ def match(
 
     Args:
         problems: the problems that the caller found already. They are raised with all others.
-        of_weights: whether the changes are changes of weights even if no record says so, so that
-            PEFT's rules do not apply.
+        of_weights: whether a folder without a record is accepted even where PEFT would compute
+            another result than changed weights (see ``install_from``).
         cache: earlier results for the same model; new results are added.
 
     Raises:
@@ -158,19 +162,19 @@ class _Match:
     def __init__(
         self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
     ) -> None:
-        """``by_peft_rules``: whether another library wrote the folder, so that its tensors have the
-        meaning that they have in PEFT."""
+        """``by_peft_rules``: whether another library wrote the folder, so that its tensors mean
+        what PEFT computes with them. This may differ from the result of changed weights."""
         self.adapter_files, self.names, self.problems = adapter_files, names, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
-        #: weights that PEFT leaves unchanged for other code that reads them, as it only changes the
-        #: output of their module
+        #: weights that other code reads directly: PEFT changes only the output of their module, so
+        #: this code gets the unchanged weight
         self.module_only: set[ParamRef] = set()
         self.low_rank: tuple[LowRankPlan, ...] = ()
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
         self.tokens: dict[ParamRef, peft_tokens.TokenRows] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
-        #: the scaled biases of ``lora_bias``, by module path
+        #: PEFT's biases beside B (``lora_bias``), multiplied by the scale, by module path
         self.biases: dict[str, Tensor] = {}
         #: the names of the tensors in ``full`` that are parameters, without buffers, by module path
         self.full_names: dict[str, tuple[str, ...]] = {}
@@ -215,8 +219,9 @@ class _Match:
     def with_config_scale(
         self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer
     ) -> peft.PeftLayer:
-        """The change with the rank, alpha and scale that the config gives to this weight. It adds a
-        problem if PEFT would apply the change in another way than to the weight."""
+        """The change with the rank, alpha and scale that the config gives to this weight. If PEFT's
+        result differs from that of a changed weight, a problem is added, or if only other readers
+        of the weight would see the difference, the weight is added to ``module_only``."""
         names, config = self.names, self.adapter_files.peft_config
         is_parameter = means_parameter(names, ref, config)
         attention_path = (
@@ -250,8 +255,8 @@ class _Match:
         return replace(file_layer, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """The change without the bias of ``lora_bias``. ``add_biases`` adds this bias to the
-        module's bias instead."""
+        """The change without PEFT's bias beside B (option ``lora_bias``). ``add_biases`` adds this
+        bias to the module's bias instead."""
         if self.adapter_files.peft_config.get("lora_bias") is not True:
             return layer
         extras = dict(layer.extras)
@@ -282,7 +287,7 @@ class _Match:
         return replace(layer, extras=extras)
 
     def add_biases(self) -> None:
-        """Add the biases of ``lora_bias`` to the tensors that are trained in full."""
+        """Add PEFT's biases beside B to the biases that are trained in full."""
         for path, bias in self.biases.items():
             module_full = self.full.setdefault(path, {})
             module_bias = self.names.modules[path]._parameters["bias"]
@@ -298,8 +303,8 @@ class _Match:
 
     def as_weight_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
         """A change from a folder of PEFT, as ΔW = scale · B A of the original base weight. For some
-        initialisations, such as PiSSA, PEFT subtracts the start from the base as it loads. PEFT
-        accepts any rank; here it is reduced to at most min(out, in)."""
+        initialisations, such as PiSSA, PEFT subtracts the initial product from the base when it
+        loads. PEFT accepts any rank; here it is reduced to at most min(out, in)."""
         if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
             kind_name = kind_for(self.names.modules[ref[0]], ref[1]).name
             product = without_initial_product(
@@ -322,8 +327,8 @@ class _Match:
         return self.with_product(layer, layer.low.thin())
 
     def with_product(self, layer: peft.PeftLayer, product: LowRank) -> peft.PeftLayer:
-        """The change with another product, and with the alpha that gives the scale of this product
-        by the rule of the config."""
+        """The change with ``product`` in place of its A and B. The new alpha is the one from which
+        the config's rule (with or without ``use_rslora``) computes the scale of ``product``."""
         is_rslora = self.adapter_files.peft_config.get("use_rslora")
         alpha = product.scale * (math.sqrt(product.rank) if is_rslora else product.rank)
         return replace(layer.with_low_rank(product), alpha=alpha, extras=layer.extras)
@@ -455,8 +460,8 @@ class _Match:
                 )
 
     def check_complete(self) -> None:
-        """Check that a folder without a record has a tensor for every target of its config, as its
-        file may have been truncated behind a tensor."""
+        """Check that a folder without a record has tensors for every target of its config: some may
+        be missing, and no hash tells."""
         if self.adapter_files.record is not None:
             return
         names, config = self.names, self.adapter_files.peft_config

@@ -40,7 +40,8 @@ MODEL_ADVICE = "load it on the model that it was trained on"
 
 @dataclass(frozen=True)
 class ParameterReader:
-    """Reads the adapter parameters of planned weights. What does not fit is added to ``problems``.
+    """Reads the adapter parameters of planned changes. Errors in the files are added to
+    ``problems``.
 
     Args:
         layers: the changes in PEFT's file, by the changed weight.
@@ -55,7 +56,7 @@ class ParameterReader:
         self.problems.append(sentence(problem, expected, do))
 
     def read(self, plan: LowRankPlan) -> dict[str, Tensor]:
-        """The adapter parameters of one planned weight, by name; empty if they do not fit."""
+        """The adapter parameters of one planned change, by name; empty if they do not fit it."""
         weight_path, layer = parameter_path(*plan.ref), self.layers.get(plan.ref)
         variant = VARIANTS[self.adapter_files.config.variant]
         shared_pair = self.shared_pair(plan)
@@ -91,8 +92,8 @@ class ParameterReader:
         return parameters
 
     def check_sizes(self, plan: LowRankPlan, layer: peft.PeftLayer, variant: Variant) -> None:
-        """Check that the plan, which follows the record, has the rank, alpha and scale of PEFT's
-        config."""
+        """Check that a plan from the record has the rank and scale that ``layer`` has from PEFT's
+        config, and that no parameter of the variant is missing in the folder."""
         weight_path = parameter_path(*plan.ref)
         missing_names = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
         if missing_names and self.adapter_files.record is not None:
@@ -179,8 +180,8 @@ class ParameterReader:
 
 @functools.cache
 def _parameter_names(variant: str) -> frozenset[str]:
-    """The names of a variant's parameters that a file holds, from the initial parameters of a tiny
-    layer."""
+    """The names of a variant's parameters that a file holds. They are found by initialising the
+    variant for a tiny layer."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         eye = torch.eye(2)[None]
         context = InitContext(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)

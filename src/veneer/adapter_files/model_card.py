@@ -1,7 +1,7 @@
 """The model card: the README.md of an adapter folder, for people and for the Hugging Face hub.
 
     ---
-    front matter: lines "key: JSON value", which are YAML too, so that writing them needs no library
+    front matter: lines "key: JSON value"; these are YAML, too, and need no YAML library
     ---
     the sections: what the adapter is, its base, data, training, metrics, licence, how to load and
     verify it
@@ -312,8 +312,8 @@ class _Card:
 
 
 def front_matter(metadata: Mapping[str, Any]) -> str:
-    """Lines ``key: value`` of YAML. Each value is JSON that YAML 1.1 reads alike: a float has a
-    decimal point, and characters that YAML forbids are escaped."""
+    """Lines ``key: value`` of YAML. Each value is JSON that YAML 1.1 reads with the same result,
+    because floats have a decimal point and characters that YAML forbids are escaped."""
     return "".join(f"{key}: {_yaml_value(value)}\n" for key, value in metadata.items())
 
 
@@ -340,7 +340,8 @@ def _yaml_value(value: Any) -> str:
 
 
 def _licence_fields(text: str) -> dict[str, str]:
-    """The hub's fields for a licence: one word, as the hub spells it, or "other" with a name."""
+    """The front matter of a licence: ``license`` if ``text`` is one word, as the hub writes it;
+    else ``license: other`` and ``license_name``."""
     if not text:
         return {}
     if re.fullmatch(r"[a-z][a-z0-9.+-]*", text.lower()):
@@ -352,8 +353,8 @@ def _licence_fields(text: str) -> dict[str, str]:
 
 
 def _parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a provenance that the card reads. A provenance may hold any values; values of
-    another type than the expected one count as missing."""
+    """The keys of a record's provenance that the card reads, with values of the expected types. A
+    provenance may hold any values; a missing key, or a value of another type, becomes empty."""
     provenance = record.get("provenance", {})
     fields: dict[str, Any] = {}
     for key in ("title", "description", "license", "finished"):
@@ -385,14 +386,15 @@ def _abbreviate(words: list[str], limit: int) -> str:
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name if it looks like a repository on the hub, "owner/name", and no such file exists."""
+    """``name`` if it looks like the id of a repository on the hub ("owner/name"), does not end like
+    a file of data or weights, and does not exist as a path; else None."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
     return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name
 
 
 def _display_name(name: Any) -> str:
-    """A hub id unchanged; of a path, the last segment, since the others depend on a machine."""
+    """A hub id unchanged. Of a path only the last segment, since folders differ by machine."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 

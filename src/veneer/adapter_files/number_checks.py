@@ -14,8 +14,8 @@ from veneer.errors import listing, sentence
 from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 
-#: the largest permitted value of an adapter's tensors, and the largest permitted norm of a change:
-#: larger values would overflow in the first matrix products
+#: the largest permitted magnitude of a value in an adapter's tensors, and the largest permitted
+#: upper bound of ‖ΔW‖: with larger values, the first matrix products would overflow
 MAX_MAGNITUDE = 1e9
 #: the dtypes of changes, and further dtypes that modules trained in full may have
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,8 +23,8 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
-    """The problems of single tensors: an unknown dtype, and values that are not finite or absurdly
-    large. ``do``: the advice in the error."""
+    """The error texts for tensors with an unknown dtype, or with values that are not finite or
+    above ``MAX_MAGNITUDE``. ``do``: the advice in the error."""
     bad_dtypes = {
         key: tensor.dtype
         for key, tensor in tensors.items()
@@ -69,7 +69,8 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
 
 
 def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
-    """The problems of low-rank changes: A or B of integers, and products that would overflow."""
+    """The error texts for low-rank changes by path: factors that are not stored as floating-point
+    numbers, and changes with an upper bound of ‖scale · B A‖ above ``MAX_MAGNITUDE``."""
     for path, layer in throttle(low.items()):
         factors = {"A": layer.A, "B": layer.B, **layer.extras}
         bad_dtypes = {
@@ -96,8 +97,8 @@ def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
 
 
 def variance_problems(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-    """The problems of running variances: a negative value, of which a norm layer would take the
-    square root."""
+    """The error texts for negative values in running variances, of which a norm layer would take
+    the square root."""
     for path, tensors in full.items():
         variance = tensors.get("running_var")
         if variance is not None and variance.dtype in FLOAT_DTYPES and bool((variance < 0).any()):

@@ -18,12 +18,12 @@ from veneer.layers import Layer, ParamRef, kind_for
 
 
 def outside_reader(names: Names, ref: ParamRef, attention_path: str | None = None) -> str | None:
-    """The reason why a change of a module's output is no change of the module's weight: another
+    """The reason why PEFT's change of a module's output is not a change of its weight, if another
     module reads the weight directly. None if no module does.
 
     Args:
-        attention_path: the path of an attention whose out-projection is the changed module. PEFT
-            adapts the two together, so that the attention does not count as a reader.
+        attention_path: the path of an attention module of which the out-projection is the changed
+            module. PEFT adapts both together, so the attention does not count as a reader.
     """
     reader_paths = [
         weight_reader.path
@@ -48,8 +48,8 @@ def deviation_reason(
 
     Args:
         is_parameter: whether PEFT changes a parameter of the module, rather than its output.
-        rule: a function that returns the reason for a kind of layer and a module. Other tuners than
-            LoRA have another rule.
+        rule: a function that returns the reason for the name of a layer kind and a module. There is
+            one for LoRA, and one for the other tuners of PEFT.
     """
     module_path, parameter_name = ref
     module = names.modules[module_path]
@@ -80,9 +80,9 @@ def deviations(
     tuner: object,
     attention_path: str | None = None,
 ) -> tuple[str | None, str | None]:
-    """The reasons why PEFT would not compute what a change of the weight computes: one that other
-    modules read the weight, and one in the module itself. Each is None if it does not apply. A
-    change that is zero differs for no reader.
+    """The reasons why PEFT would compute another result than a changed weight: (the reason that
+    another module reads the weight, a reason in the module itself). Each is None if it does not
+    apply. The first is always None for a change of zero, which has no effect on any reader.
 
     Args:
         tuner: the content of a folder of another tuner than LoRA, or None.
@@ -102,14 +102,15 @@ def deviations(
 
 
 def is_zero(A: Tensor, B: Tensor) -> bool:
-    """Whether B A is zero. It is zero for a weight that PEFT wraps but reads past the wrapper,
-    such as the weight of an attention's out-projection: training never changes its B from zero."""
+    """Whether A or B is all zeros, and so B A. This is normal for a module that PEFT wraps, but of
+    which the model only reads the weight, without a call, such as the out-projection of an
+    attention. Training does not reach its B, which stays zero."""
     return not (A.any() and B.any())
 
 
 def attention_above(names: Names, ref: ParamRef) -> str | None:
-    """The path of the attention that has the weight ``ref`` in its out-projection; None if no
-    attention has."""
+    """The path of the ``nn.MultiheadAttention`` with the weight ``ref`` in its out-projection; None
+    if there is none."""
     parent_path, _, last = ref[0].rpartition(".")
     return (
         parent_path
@@ -129,7 +130,7 @@ def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str)
     ):
         return True
     dense, replacement = storage.dense(weight), {}
-    if not dense.any():  # with the zeros of a meta model, every forward would give the same
+    if not dense.any():  # a model without weights: with zeros, every forward would give the same
         # use values that differ along every axis; as a strided view they take little memory
         strides = range(dense.dim(), 0, -1)
         last_index = sum(

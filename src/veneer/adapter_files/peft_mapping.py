@@ -1,11 +1,11 @@
 """The mapping between an adapter of a model and PEFT's files: path, shapes and config of each
 change, the changes that PEFT would apply differently, and the weight that a file's path means.
 
-PEFT wraps modules, whereas Veneer changes weights. PEFT adds the change to the output of a module.
+Veneer changes weights. PEFT wraps modules, and usually adds the change to the output of a module.
 This equals a change of the weight if the output is linear in the weight and no other code reads the
-weight. Or PEFT adds the change to one parameter while the module's forward runs. If neither equals
-Veneer's change, the adapter is still saved, in a folder that PEFT refuses with the reason. The
-alternative, a folder that PEFT loads and computes with another result, is worse.
+weight. For a target parameter (``target_parameters``), PEFT adds the change to the parameter while
+the module's forward runs. If PEFT's result differs from Veneer's, the adapter is still saved, in a
+folder that PEFT refuses with the reason. Rejected: a folder that PEFT loads, with another result.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ class PeftEntry:
     """One change as PEFT's file holds it, for one of the modules that hold the changed weight.
 
     Fields:
-        file_path: the path of the change in the file.
-        target: the path of the target in PEFT's config: a parameter's if ``is_parameter`` is true,
-            else a module's.
-        path, module, weight: the module, and the name of its weight.
-        low: A and B as this module reads them, transposed if ``transposed``.
-        is_complete: whether the file holds all parameters of the change, rather than an equivalent
-            plain LoRA.
+        file_path: the path of the change in the file, with PEFT's wrappers.
+        target: the path of the target in PEFT's config: of the parameter if ``is_parameter`` is
+            true, else of the module.
+        path, module, weight: the path of the module, the module, and the name of its weight.
+        low: A and B as this module uses them; if ``transposed``, as a change of the transposed
+            weight.
+        alpha: the alpha for PEFT's config, with which the scale is ``low.scale``.
+        is_complete: whether PEFT's file holds all parameters of the variant. Else it holds A and B
+            of a plain LoRA with the same ΔW.
     """
 
     file_path: str
@@ -63,8 +65,8 @@ class PeftEntry:
 
 
 def peft_entries(names: Names, adapter_name: str) -> list[PeftEntry]:
-    """An entry for every change of an adapter and every module that holds the changed
-    weight, because PEFT adapts each module for itself."""
+    """An entry for every change of an adapter and every module that holds the changed weight. A
+    tied weight has several entries, because PEFT's file needs A and B for each of its modules."""
     adapted_weights: list[tuple[str, nn.Module, str, Change, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
@@ -152,7 +154,7 @@ def file_tensors(
             bias / (entry.low.scale or 1)
         )
     for path, _, layer_adapter in adapters(model, adapter_name):
-        # in the file, tensors that are trained in full are below all wrappers of their module
+        # in the file, the path of a tensor that is trained in full includes its module's wrappers
         wrapped_path = [peft_paths.add_wrappers(path, wrapper_counts)] if path else []
         file_path = ".".join([*wrapped_path, *["base_layer"] * wrapper_counts.get(path, 0)])
         for key, tensor in layer_adapter.full.state_dict().items():
@@ -176,8 +178,8 @@ def new_biases(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _full_magnitude(change: Change, weight: Any, values: Tensor) -> Tensor:
-    """DoRA's magnitudes for every output row. For a row that does not change, the magnitude is the
-    row's norm."""
+    """DoRA's magnitudes [g · out] for all output rows: ``values`` for the rows that change, and the
+    norm of the row for all others."""
     if change.rows is None:
         return values
     dense = change.storage.dense(weight)
@@ -204,8 +206,8 @@ def peft_config(
     """The fields of ``adapter_config.json`` for an adapter. ``base_name``: the name of
     the base, if it is known."""
     variant = VARIANTS[config.variant]
-    # the path for the rank and alpha of each entry: PEFT's targets cannot name one of several
-    # weights of a module, but each weight has a rank
+    # by path in the patterns for rank and alpha: the target, but for a module with several weights
+    # the path of the weight, because each of them has its own rank
     entries_by_path = {
         (
             peft_paths.strip_wrappers(entry.file_path)[0]
@@ -254,11 +256,12 @@ def config_fields(
     default: tuple[int, float],
     parameters: Sequence[str],
 ) -> dict[str, Any]:
-    """A config with PEFT's ``fields``, completed by the rank and alpha of each path.
+    """A config with PEFT's ``fields``, completed by the rank and alpha of each target.
 
     Args:
-        sizes: (rank, alpha) by path.
-        default: (rank, alpha) for ``r`` and ``lora_alpha``, if a path has these.
+        sizes: (rank, alpha) by path of a target.
+        default: (rank, alpha) for ``r`` and ``lora_alpha``, if some target has both. Else they are
+            the most frequent pair in ``sizes``.
         parameters: the paths for ``target_parameters``.
     """
     ranks = {target: rank for target, (rank, _) in sizes.items()}
@@ -279,8 +282,9 @@ def config_fields(
 def _modules_to_save(
     names: Names, adapter_name: str, wrapper_counts: Mapping[str, int]
 ) -> list[str]:
-    """The modules for ``modules_to_save``, by the ends of their paths: modules that are trained in
-    full and that PEFT can replace. PEFT loads trained parameters of other modules into the base."""
+    """The paths for ``modules_to_save``: of modules without submodules that are trained in full.
+    PEFT replaces every module of which the path ends so, so all of these must be trained in full.
+    Trained parameters of other modules are not listed, as PEFT loads them into the base."""
     full_parameters = {
         path: layer_adapter.full._parameters
         for path, _, layer_adapter in adapters(names.model, adapter_name)
@@ -305,8 +309,8 @@ def _modules_to_save(
 
 
 def _peft_type(names: Names, entries: list[PeftEntry]) -> str:
-    """The ``peft_type``: "LORA", or a text with which PEFT does not load the adapter, because it
-    would compute another result than Veneer."""
+    """The ``peft_type``: "LORA", or a text that gives the reason why PEFT would compute another
+    result than Veneer. PEFT refuses a config with an unknown type."""
     for entry in entries:
         ref = entry.path, entry.weight
         is_zero_change = is_zero(entry.low.A, entry.low.B) and not entry.change.variant.peft_keys
@@ -349,8 +353,8 @@ def _task_type(model: nn.Module) -> str | None:
 
     None if the base's forward does not take the arguments that PEFT would pass for the task.
     Whisper, for example, reads sounds and not tokens. Without a task, PEFT passes only the caller's
-    arguments. None also for classifiers and question answering: for these tasks, PEFT would choose
-    the heads that are trained in full."""
+    arguments. None also for classifiers and question answering, because for these tasks PEFT itself
+    would choose heads to train in full."""
     model_class: Any = base_class(model)
     can_generate = getattr(model_class, "can_generate", None)
     if not (callable(can_generate) and can_generate()):
@@ -376,8 +380,8 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def resolve_file_path(names: Names, file_path: str) -> tuple[str, int, str]:
-    """Resolve a path in PEFT's file: (the path of a module, the number of wrappers behind it, the
-    remaining path below it)."""
+    """Resolve a path in PEFT's file: (the path of the deepest module of the model on it, the number
+    of segments ``base_layer`` of PEFT's wrappers after this module, the rest of the path)."""
     segments, module_path, depth = file_path.split(".") if file_path else [], "", 0
     for count, segment in enumerate(segments):
         child_path = parameter_path(module_path, segment)
@@ -391,16 +395,16 @@ def resolve_file_path(names: Names, file_path: str) -> tuple[str, int, str]:
 
 
 def module_at(names: Names, file_path: str) -> str:
-    """The first path in the model of the module that a path in PEFT's file means. If the model has
-    no such module, it is the path in the file."""
+    """The path in the model of the module that a path in PEFT's file means, the first one for a
+    shared module. If the model has no such module, the path in the file is returned."""
     path, _, remaining_path = resolve_file_path(names, file_path)
     return file_path if remaining_path else path
 
 
 def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef | None:
-    """The weight that a path in PEFT's file means: the only weight of a module, a parameter by its
-    path, or one of several parameters of a module by the number of wrappers. None if the model has
-    no such weight."""
+    """The weight that a path in PEFT's file means. The path may end in the name of a parameter.
+    Else it is the path of a module and means its only weight. If ``config`` targets parameters of
+    the module, the number of wrappers tells which one. None if the model has no such weight."""
     path, depth, remaining_path = resolve_file_path(names, file_path)
     module = names.modules[path]
     if remaining_path:

@@ -1,13 +1,13 @@
-"""Folders of PiSSA and OLoRA that PEFT saved without conversion. Their A and B change a base from
-which PEFT took the product of their initial values, s B₀ A₀.
+"""Read folders of PiSSA and OLoRA that PEFT saved without conversion. Their A and B apply to a base
+from which PEFT has subtracted the product of their initial values, s B₀ A₀.
 
     PEFT, when it loads    W₀ = W − s B₀ A₀        A₀, B₀: computed from W and the rank alone
                            y = op(x; W₀ + s B A)   s: the scale
     Veneer                 ΔW = s (B A − B₀ A₀) = s [B − B₀, B₀] @ [A ; A − A₀]     twice the rank
 
-With the base at hand, such a folder is therefore a plain change of the base W. (In 16 bits PEFT
-rounds W₀ as it rounds W.) The last form gives a ΔW of nearly zero before training, and not the
-difference of two large products.
+If the base is given, such a folder therefore becomes a plain change of its weight W. (In 16 bits
+PEFT rounds W₀ as it rounds W.) The last form of ΔW is nearly zero before training without the
+cancellation that the difference of two large products would have.
 
 Rejected: to require that PEFT converts the folder. A conversion needs the initial values, which no
 such folder has. Initialisations that cannot be recomputed are refused (see
@@ -35,8 +35,9 @@ from veneer.lowrank import LowRank
 def without_initial_product(
     names: Names, ref: ParamRef, kind_name: str, config: Mapping[str, Any], layer: peft.PeftLayer
 ) -> LowRank | str:
-    """The change of ``layer`` as a product for the unchanged base, of twice the rank; or a text:
-    the reason why there is none. ``kind_name``: the name of the layer's kind."""
+    """The change of ``layer`` as a low-rank product of twice the rank, relative to the weight W of
+    the unchanged base. If it cannot be computed, the reason as text. ``kind_name``: the name of the
+    layer's kind."""
     init_method = str(config["init_lora_weights"]).lower()
     weight: Any = weight_of(names.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)
@@ -69,8 +70,8 @@ def without_initial_product(
 def _initial_factors(
     init_method: str, weight: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(A₀ [rank, in], B₀ [out, rank]) for a weight [out, in]. They are float32 and on the CPU, like
-    the tensors of the file."""
+    """(A₀ [rank, in], B₀ [out, rank]), with which PEFT starts for a weight [out, in]. They are
+    float32 and on the CPU, like the tensors of the file."""
     W = weight.detach().to("cpu", torch.float32)
     if init_method == "olora":
         # the first columns of Q depend on the first columns of W alone

@@ -15,8 +15,9 @@ The file veneer.json and the header of adapter_model.safetensors hold the same r
     versions    the versions of the libraries
     provenance  the mapping that the caller of ``save`` passed
 
-Hashes detect accidents, not attacks: the author of a folder can write any hashes. Therefore nothing
-but the use of this adapter depends on a record.
+The hashes detect accidents, not attacks, because the author of a folder can write any hashes. So a
+record is used only for its own adapter and for adapters that are computed from it; nothing else
+depends on it.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def seal_record(
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """The versions of the libraries by name. They are cached, as reading them takes a quarter of a
-    small save's time."""
+    """The versions of the libraries by name. They are cached, because to read them takes a quarter
+    of the time in which a small adapter is saved."""
     versions = {}
     for package in ("veneer", "torch", "transformers"):
         with suppress(PackageNotFoundError):
@@ -128,7 +129,7 @@ def compare_hashes(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """Which of the contents of the folder have changed since they were hashed: {description of the
+    """Tell which contents of the folder have changed since they were hashed: {description of the
     content: whether it has changed}. ``parameters``: the tensors of ``veneer.safetensors``; None if
     the file could not be read."""
     hashes = record["hashes"]
@@ -170,7 +171,7 @@ def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """The problems of a record, as far as they can be known without a model."""
+    """The error texts for a record with invalid fields, as far as no model is needed to tell."""
     if record.get("format") != FORMAT:
         yield sentence(
             f"format {_short_repr(record.get('format'))} in {path}",
@@ -224,7 +225,7 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
 
 
 def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
-    """The problems of one entry of the record's "changes"."""
+    """The error texts for invalid fields in one entry of the record's "changes"."""
     fields = change if isinstance(change, dict) else {}
     rank, alpha = fields.get("rank"), fields.get("alpha")
     module_only, row_count = fields.get("module_only", False), fields.get("of")

@@ -65,16 +65,18 @@ def save(
     alone: bool = False,
     tokenizer: Path | None = None,
 ) -> Path:
-    """Write the adapter ``name`` as a folder, in one atomic step: after a crash, ``path`` holds the
-    old folder or the new one. None stands for the default adapter, or the only one.
+    """Write an adapter of a model as a folder, in one atomic step: after a crash, ``path`` holds
+    the old folder or the new one.
 
     In several processes (``torch.distributed``: DDP, FSDP2), every rank that holds the model must
     call ``save`` with the same path. Sharded weights are gathered one at a time. All ranks compare
     their tensors, the first rank writes, and the other ranks return once the folder exists. If the
-    ranks differ, or if one fails or does not call (``distributed.PATIENCE``), every rank raises and
-    no folder is replaced.
+    ranks differ, or if one fails or does not call in time (``distributed.PATIENCE`` seconds), every
+    rank raises and no folder is replaced. But if no weight is sharded and only one rank calls, it
+    saves alone and warns (``distributed.SavedAlone``).
 
     Args:
+        name: the name of the adapter. None means the default adapter, or the only one.
         base_name: the name of the base. None means the name by which transformers loaded the base,
             or no name for an adapter that was attached to merged weights.
         provenance: facts about the training, as JSON values. The first rank's facts are written.
@@ -100,8 +102,8 @@ def save(
 
     Warns:
         FreshWeights: some parameters of the model are neither in its checkpoint nor in the folder.
-        LoadedElsewhere: PEFT cannot read the folder, because it has the variant (DoRA), but not for
-            one of the adapted layers.
+        LoadedElsewhere: PEFT cannot read the folder, because it supports the variant (DoRA), but
+            not for one of the adapted layers.
     """
     path = Path(path)
 
@@ -110,7 +112,7 @@ def save(
             path, **content, provenance=provenance or {}, overwrite=overwrite, tokenizer=tokenizer
         )
         reason = peft.not_for_peft(content["peft_config"])
-        # PEFT supports the variant, but not for one of these layers
+        # warn only if PEFT supports the variant, though not for one of these layers
         if reason and VARIANTS[content["config"].variant].peft_keys:
             warning_text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
@@ -131,8 +133,8 @@ def save_with(
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
 ) -> None:
-    """``save`` with another last step: ``write_content`` is called with the collected content (see
-    ``_content``) on one of the ranks that save to ``path``."""
+    """Do all that ``save`` does, but instead of writing the files, call ``write_content`` with the
+    collected content (see ``_content``), on one of the ranks that save to ``path``."""
     model = unwrap(model)
     if not alone:
         reshard(model)
@@ -165,8 +167,8 @@ def save_with(
 
 
 def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
-    """Raise AdapterError if FSDP1 has flattened and sharded the weights, because their shapes are
-    then lost, or if the names of its wrappers are in the paths."""
+    """Raise AdapterError if FSDP1 has flattened and sharded the weights, so that their shapes are
+    unknown, or if FSDP1 has wrapped submodules, so that the wrappers' names are in the paths."""
     if not has_fsdp1(module for _, module in walk(model)):
         return
     changed_weights = [
@@ -305,7 +307,7 @@ def _proof(
         for _, module, layer_adapter in adapters(model, adapter_name)
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
-    # weights with trained token rows: the adapter holds the rows that no checkpoint has
+    # a weight with trained token rows is not fresh, as the adapter holds the rows that are new
     token_weight_ids = {
         id(weight) for weight, change in weights.values() if change.tokens is not None
     }
@@ -328,7 +330,8 @@ def _proof(
     excluded_ids = replaced_ids.union(
         (id(weight) for weight, _ in weights.values()),
         lost_ids,
-        # in a model without a head, only the pooler is fresh, and the output does not depend on it
+        # in a model without a head, only the pooler can be fresh; no fingerprint of it is needed,
+        # because the hidden states do not depend on it
         () if _has_head(model) else fresh_refs,
     )
     unchanged_tensors = [
@@ -356,10 +359,12 @@ def _find_fingerprints(
     tensors: Sequence[ModuleWeight],
     fingerprints: Mapping[str, str] | None,
 ) -> list[str | None]:
-    """The fingerprints of tensors of the base as they were before a merge; None if one is unknown.
+    """The fingerprint of each of ``tensors``, with the base's values from before a merge. An entry
+    is None if ``fingerprints`` is given and lacks it.
 
     They are taken from ``fingerprints`` by name, or computed from the model if that is None. For a
-    packed weight, the fingerprint of the weight in the checkpoint is used, if it is known."""
+    weight that was quantised at loading, the fingerprint of the weight in the checkpoint is used,
+    if it is known."""
     if fingerprints is not None:
         return [
             next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
@@ -384,8 +389,9 @@ def install_from(
     """Verify a folder against a model, then install the adapter (``veneer.load``).
 
     Args:
-        of_weights: whether the changes are changes of weights even without a record, because they
-            come from a format that defines them so. PEFT's deviations then do not matter.
+        of_weights: whether the changes of a folder without a record are changes of weights, because
+            they were converted from a format that defines them so. Then the folder is not refused
+            where PEFT would compute another result.
         untie: whether the names of a tied weight that the folder changes differently get separate
             weights (``ties.untie_for``).
         grow: whether to grow the vocabulary of the model first, to that of the adapter's base.
@@ -415,8 +421,9 @@ def install_from(
 
 
 def _has_default_derived(change: Change) -> bool:
-    """Whether the derived parameters equal the values that follow from the sizes of the change, so
-    that no file needs them. They differ in a VeRA adapter from PEFT."""
+    """Whether the variant's ``derived`` parameters, such as the frozen A and B of VeRA, have the
+    values that Veneer computes from the sizes of the change, so that no file needs them. A VeRA
+    adapter from PEFT has other values."""
     parameters, dims = change.adapter_parameters, change.dims
     out = dims.out if change.rows is None else len(change.rows)
     context = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))

@@ -60,9 +60,9 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     Raises:
         SelectionError: there are several adapters and none is selected, or rows of the batch select
             several; or ``module`` is only a submodule of the adapted model.
-        AdapterError: an adapter folder cannot follow an option or the state dict; or any error of
-            ``veneer.save``.
-        OutputExistsError: the folder holds files that ``from_pretrained`` would load, too.
+        AdapterError: an option or the state dict asks for content that an adapter folder cannot
+            have; or any error of ``veneer.save``.
+        OutputExistsError: the folder holds other files that ``from_pretrained`` would load, too.
     """
     options = _arguments(module, args, kwargs)
     attached = next(
@@ -116,8 +116,8 @@ def _save_model(module: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
-    """Save the selected adapter, the default one, or the only one, into a folder that may hold
-    other files."""
+    """Save one adapter into a folder that may hold other files: the selected adapter, else the
+    default one, else the only one."""
     folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
     unsupported_options = [
         *(option for option in ("variant", "distributed_checkpoint") if options.get(option)),
@@ -160,7 +160,8 @@ def _uses_adapter_on_merge(attached: ModelAdapters) -> bool:
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
     """Write the files of an adapter into a folder that may hold other files. ``alone``: whether
-    this process saves by itself, because a trainer lets only one process save."""
+    this process saves without the other processes, as when a trainer lets only one process save.
+    """
 
     def write_content(content: Mapping[str, Any]) -> None:
         write(folder, **content, provenance={}, overwrite=True)
@@ -240,8 +241,8 @@ def _passed_state(options: Mapping[str, Any]) -> dict[str, Any]:
 def _save_from_state(
     model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]
 ) -> None:
-    """Call ``write`` while the model has the tensors of a state dict: the model's own tensors, or
-    the gathered tensors of a sharded model.
+    """Call ``write`` while the model has the tensors of the state dict ``state`` in place of its
+    own, such as the gathered tensors of a sharded model. They may also be the model's own tensors.
 
     Raises:
         AdapterError: the state dict lacks tensors of the adapter, or has keys that the model lacks.
@@ -288,8 +289,8 @@ def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
 
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
-    """Copy the parameters of an adapter folder into the parameters of the selected adapter, of
-    the default one, or of the only one. The copy is in place, as an optimiser may hold the
+    """Copy the parameters of an adapter folder into those of an attached adapter: the selected one,
+    else the default one, else the only one. The copy is in place, as an optimiser may hold the
     parameters. If an error is raised, no parameter has changed.
 
     Raises:
@@ -320,7 +321,8 @@ def _differences(
     layer_adapters: Mapping[str, LayerAdapter],
     load_plan: LoadPlan,
 ) -> Iterator[str]:
-    """The differences between the adapter in a folder and the attached adapter."""
+    """The error texts for settings in which the adapter of a folder differs from the attached one:
+    changed weights, variant, rank, alpha, rows, tokens, and tensors that are trained in full."""
     folder_plans = {plan.ref: plan for plan in load_plan.plans.low}
     do = "attach with the config of the run that wrote it"
     for problem, refs in (

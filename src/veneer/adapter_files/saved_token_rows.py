@@ -1,9 +1,9 @@
 """Save and load trained token rows: their tensors and config fields in PEFT's files, and the weight
 of a model that a file means.
 
-PEFT puts the rows into one module, and into the modules that the model ties to its input embedding.
-If other code reads the weight, or if the weight also has a low-rank change, Veneer marks the folder
-as not for PEFT.
+PEFT puts the rows into the module that the file names. If this is the input embedding, PEFT puts
+them into the modules that the model ties to it, too. If other code reads the weight, or if the
+weight also has a low-rank change, the saved config makes PEFT refuse the folder.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def deviation_reason(
     refs_by_id: Mapping[int, list[ParamRef]],
     trained_paths: Collection[str] = (),
 ) -> str | None:
-    """Why PEFT computes another result than a weight with these rows, if it trains tokens of the
-    module ``ref`` and of the modules ``trained_paths``; None if it computes the same result."""
+    """Why PEFT computes another result than a model with the trained rows in its weight, if PEFT
+    trains tokens of the module of ``ref`` and of the modules ``trained_paths``; None if it computes
+    the same result. ``refs_by_id``: the names of each weight by its ``id``."""
     refs = names.holders_of(ref, refs_by_id)
     for module_path, parameter_name in refs:
         module = names.modules[module_path]
@@ -87,8 +88,8 @@ def trains_one_name(
     refs_by_id: Mapping[int, list[ParamRef]],
     trained_paths: Collection[str] = (),
 ) -> bool:
-    """Whether PEFT leaves another name of the same weight unchanged, if it trains tokens of the
-    module ``ref`` and of the modules ``trained_paths``."""
+    """Whether PEFT leaves another name of the weight ``ref`` unchanged, if PEFT trains tokens of
+    the module of ``ref`` and of the modules ``trained_paths``."""
     refs = names.holders_of(ref, refs_by_id)
     changed_paths = {*trained_paths, ref[0]}
     input_embedding = getattr(names.model, "get_input_embeddings", lambda: None)()
@@ -98,8 +99,8 @@ def trains_one_name(
 
 
 def _paths_tied_to_input(names: Names) -> Iterator[str]:
-    """The paths of the modules that also get the input embedding's token rows in PEFT: the modules
-    that transformers ties to it, as the model and its modules declare."""
+    """The paths of the modules into which PEFT also puts the token rows of the input embedding: the
+    output layer and the modules in ``_tied_weights_keys``, if the config ties word embeddings."""
     if getattr(getattr(names.model, "config", None), "tie_word_embeddings", False) is not True:
         return
     output: Any = getattr(names.model, "get_output_embeddings", lambda: None)()
@@ -115,8 +116,8 @@ def _paths_tied_to_input(names: Names) -> Iterator[str]:
 def owner_at(
     names: Names, module_path: str, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> ParamRef | None:
-    """The first name of the weight of the module at a path in PEFT's file; None if the model has no
-    such weight."""
+    """The first name, in the order of the model, of the weight of the module at ``module_path``, a
+    path in PEFT's file. None if the model has no such weight."""
     path = names.canonical.get(module_path)
     layer_kind = None if path is None else kind_of(names.modules[path])
     if (
@@ -131,12 +132,12 @@ def owner_at(
 def match_tokens(
     names: Names, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
-    """The trained token rows of a folder, by the weight of the model that they belong to. Rows that
-    do not fit add to ``problems``.
+    """The trained token rows of a folder, by the weight of the model that they belong to. For rows
+    that do not fit the weight, ``problems`` gets an error text.
 
     Args:
-        by_peft_rules: whether another library wrote the folder, so that the rows mean what they
-            mean to PEFT.
+        by_peft_rules: whether another library wrote the folder, so that rows are also refused if
+            PEFT computes another result with them than a model with these rows in its weight.
     """
     refs_by_id = names.holders()
     matches: dict[ParamRef, peft_tokens.TokenRows] = {}
@@ -239,7 +240,8 @@ def _missing_rows(
     matches: Mapping[ParamRef, Any],
     refs_by_id: Mapping[int, list[ParamRef]],
 ) -> Iterator[str]:
-    """The problems of modules with trained tokens in the config, but without rows in the file."""
+    """The error texts for modules that have trained tokens by the config, but no rows in the
+    file."""
     token_ids = adapter_files.peft_config.get(peft_tokens.INDICES_FIELD) or {}
     for path_ending in token_ids if isinstance(token_ids, Mapping) else ():
         owners = {owner_at(names, path, refs_by_id) for path in names.matching(path_ending)}
@@ -254,7 +256,8 @@ def _missing_rows(
 def differs_from_record(
     adapter_files: AdapterFiles, weight_path: str, entry: peft_tokens.TokenRows | None
 ) -> bool:
-    """Whether the record lists other trained tokens of a weight than ``entry``, from the files."""
+    """Whether the record lists other trained tokens of a weight than those in the tensor file,
+    which ``entry`` holds (None: the file has none)."""
     recorded_ranges = adapter_files.metadata.get("changes", {}).get(weight_path, {}).get("tokens")
     return recorded_ranges != (None if entry is None else ranges_of(entry.ids))
 

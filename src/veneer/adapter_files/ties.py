@@ -1,4 +1,5 @@
-"""Untie the weights of which an adapter folder changes the names differently.
+"""Untie weights for an adapter folder: the names of a tied weight to which the folder gives
+different changes become separate weights.
 
 A tied weight is one parameter with several names in the model. PEFT adapts modules one by one. Its
 adapter may change one name of a tied weight at a low rank, in full or in some rows, and leave the
@@ -35,7 +36,8 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     folder changes no names differently.
 
     Args:
-        required: True unties the names; None does so with a warning; False does nothing.
+        required: True unties the names. None does so too, and warns ``TieBroken``. False does
+            nothing.
 
     Raises:
         AdapterError: such a weight is stored packed, or an adapter is merged into it.
@@ -76,9 +78,9 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
 
 
 def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights that a folder changes differently: at a low rank, if the names have
-    different changes; in full, if they have different values; in token rows that PEFT gives to one
-    of the names only."""
+    """The names of tied weights that a folder changes differently. It does so if the names have
+    different low-rank changes, if they have different values that are trained in full, or if PEFT
+    replaces token rows under one of the names only."""
     layers_by_ref = {
         ref_at(names, path, adapter_files.peft_config): layer
         for path, layer in adapter_files.low.items()
@@ -109,7 +111,7 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
         if full[path][name].shape == weight_of(names.modules[path], name).shape
     ]
     replaced_refs += _token_refs(names, adapter_files)
-    # tensors that are trained in full replace a packed weight, which needs no copy
+    # a packed weight needs no copy, because the tensors that are trained in full replace all of it
     unpacked_refs = [
         ref
         for ref in dict.fromkeys(replaced_refs)

@@ -2,8 +2,8 @@
 ``PeftModel`` only. ``cover`` applies the patches when an adapter is attached.
 
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
-        copies the parameters of the checkpoint into the parameters that train; a model without an
-        adapter gets the checkpoint's adapter
+        copies the parameters of the checkpoint into the attached adapter's, which the optimiser
+        holds; a model without an adapter gets the checkpoint's adapter
     Trainer(quantised model with an adapter)
         accepts the model
     DPOTrainer(…), KTOTrainer, GRPOTrainer, RLOOTrainer
@@ -148,16 +148,18 @@ def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
 
 def _copy_adapter_files(trainer: Any, checkpoint_folder: str) -> bool:
     """Copy all files of an adapter from the checkpoint into the folder that a push during training
-    uploads. Always False, so that transformers also copies. It copies PEFT's two files alone, and
-    only if PEFT is installed; the record has hashes of the adapter's other files, too."""
+    uploads. Transformers copies only PEFT's two files, and only if PEFT is installed, while the
+    record has hashes of the adapter's other files, too. Returns False, so that the replaced method
+    runs afterwards."""
     if _has_adapter(trainer.model) and trainer.is_world_process_zero():
         copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
     return False
 
 
 def _has_veneer_card(trainer: Any) -> bool:
-    """Whether the output folder has Veneer's model card. ``Trainer`` would take the card for
-    PEFT's, replace it and call a method of ``PeftModel``. (TRL's trainers write other cards.)"""
+    """Whether the output folder has Veneer's model card, which must stay. ``Trainer`` would take it
+    for PEFT's, replace it and call a method of ``PeftModel``. (TRL's trainers write other cards.)
+    """
     card_path = Path(trainer.args.output_dir) / model_card.NAME
     return (
         _has_adapter(trainer.model)

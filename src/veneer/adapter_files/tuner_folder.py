@@ -1,5 +1,5 @@
-"""Convert an adapter folder of another tuner of PEFT than LoRA (``formats/peft_tuners.py``) into
-the folder that Veneer would write. It holds two descriptions of the adapter:
+"""Convert the content of an adapter folder of another PEFT tuner than LoRA, such as LoHa
+(``formats/peft_tuners.py``), into two descriptions of the adapter, as in a folder of Veneer:
 
     plain      LoRA's config and tensors, with the low-rank product to which each change is equal
     variant    the parameters of Veneer's variant, with their rank and alpha, by path of the weight
@@ -27,8 +27,8 @@ from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-#: the largest permitted number of values in A and B of a plain change: a file of a few megabytes
-#: could otherwise require terabytes
+#: the largest permitted number of values in A and B of a plain change. Without a limit, a file of a
+#: few megabytes could require terabytes: the rank of LoHa's plain change is a product of two ranks
 MAX_VALUES = 2**31
 
 
@@ -44,7 +44,7 @@ class TunerFolder:
         needs_base_shapes: whether only the base tells the shapes of the changes. ``tensors`` then
             has no changes.
         paths: the paths of the changed modules.
-        value_count: the number of values that the tuner trained.
+        value_count: the number of values in the tuner's own tensors of the file.
     """
 
     tuner: Tuner
@@ -70,7 +70,8 @@ class TunerFolder:
 
 
 class Unsized(Mapping[str, Any]):
-    """A mapping in place of changes with unknown shapes. Any access raises an AdapterError."""
+    """Takes the place of the mapping of low-rank changes if only the base tells their shapes. Any
+    access raises an AdapterError that asks for the base."""
 
     def __init__(self, folder: TunerFolder, path: Any) -> None:
         self.folder, self.path = folder, path
@@ -204,7 +205,7 @@ def _plain_product(
         return None
     if dense is None:
         return product
-    # ΔW and an identity have fewer values than the factors
+    # as the rank exceeds min(out, in), ΔW and an identity are factors with fewer values
     dense = dense.to(product.A.dtype)
     out, in_ = dense.shape[1:]
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]

@@ -9,8 +9,8 @@ reports the result of each, also of those that passed, as a ``Finding``.
 
 Norms: ‖ΔW‖ of each change is compared with the adapter's other changes of the same shape. Let d be
 the distance of log ‖ΔW‖ from its median. A change is an outlier if d > 6 · 1.4826 · (median of all
-d) and its norm differs from the median by a factor of ten. An outlier would move a mean and a
-standard deviation, but hardly moves a median (Leys et al. 2013, "Detecting outliers").
+d) and its norm differs from the median norm by a factor of ten. Medians are used, because outliers
+hardly move them, unlike a mean and a standard deviation (Leys et al. 2013, "Detecting outliers").
 
 The weights of the base are read from its files one at a time (``verify_base.py``). A model on the
 meta device, made from the base's config (``models.meta_model``), tells which tensors of the files
@@ -70,8 +70,9 @@ _CODE_SUFFIXES = frozenset(
         ".jar",
     ]
 )
-#: an outlier has at least MIN_LAYERS changes of its shape, and differs from their median by more
-#: than MAX_DEVIATION times the median of d and by more than the factor MIN_FACTOR
+#: limits for outliers: at least MIN_LAYERS changes have the outlier's shape; its d (see above) is
+#: more than MAX_DEVIATION times the median d; its norm and the median norm differ by more than the
+#: factor MIN_FACTOR
 MIN_LAYERS, MAX_DEVIATION, MIN_FACTOR = 6, 6 * 1.4826, 10
 
 
@@ -107,7 +108,8 @@ class _Verification:
         self.log = FindingLog()
 
     def run(self) -> None:
-        """Run every check of which the earlier checks could read the inputs."""
+        """Run the checks in order. Checks are left out if an earlier one could not read the files
+        that they need."""
         path, log = self.path, self.log
         log.add_problems(
             "files",
@@ -166,7 +168,8 @@ class _Verification:
         if any(
             os.path.lexists(path / name) and name not in readable for name in (RECORD, PARAMETERS)
         ):
-            # the check of the files has reported these: links out of the folder are never opened
+            # a file that is not readable, such as a link that leaves the folder, is not opened; the
+            # check "files" has reported it already
             return None, None
         if record is not None:
             is_valid, parameters = self.check_hashes(record, config or {}, tensors)
@@ -230,8 +233,9 @@ class _Verification:
             self.check_changes(adapter_files, products)
 
     def check_changes(self, adapter_files: AdapterFiles, products: Mapping[str, LowRank]) -> None:
-        """Check the targets, the norms and the fresh parameters of an adapter, and check it against
-        the base. ``products``: the low-rank change of each module or parameter, by path."""
+        """Check the targets and norms of an adapter, warn of parameters that were random in
+        training and are in no file ("fresh" in the record), and check the adapter against the base.
+        ``products``: the low-rank change of each module or parameter, by path."""
         token_count = sum(len(token_rows.ids) for token_rows in adapter_files.tokens.values())
         tokens_text = f", {token_count} tokens" if token_count else ""
         message = (
@@ -354,8 +358,8 @@ def _file_danger(file: Path) -> str | None:
 
 
 def _auto_map_classes(file: Path) -> list[str]:
-    """The names of Python classes that a config of transformers names in ``auto_map``, the code of
-    which would be loaded from files beside the model. Empty for any other file."""
+    """The Python classes in the field ``auto_map`` of a config of transformers, which would load
+    their code from files beside the model. Empty for any other file."""
     if not file.name.endswith("config.json"):
         return []
     with file.open("rb") as stream:

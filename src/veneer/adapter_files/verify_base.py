@@ -63,11 +63,14 @@ def _check_changed_weights(
     weights: BaseWeights,
     do: str,
 ) -> tuple[int, list[str]]:
-    """Check each weight that the adapter changes at a low rank. Returns the number of weights that
-    are missing or have another fingerprint, and the changes that are larger than their weight.
-    ``do``: the advice in errors."""
+    """Check each weight that the adapter changes at a low rank. ``do``: the advice in errors.
+
+    Returns:
+        the number of weights that are missing or have another fingerprint than the record; a text
+        "path (‖ΔW‖ / ‖W‖)" for each change that is larger than its weight.
+    """
     recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
-    # a product has the path of its parameter, or of its module
+    # the record has the paths of weights; a product has the path of its weight or of its module
     product_paths = {
         path: next((key for key in (path, path.rpartition(".")[0]) if key in products), None)
         for path in recorded_weights
@@ -125,10 +128,10 @@ def _check_unchanged_tensors(
     proven_count: int,
     do: str,
 ) -> None:
-    """Check the tensors that the model computes with and that the adapter does not change.
+    """Check the tensors that the record lists and that the adapter does not change.
 
     Args:
-        proven_count: how many of the changed weights have the recorded fingerprint.
+        proven_count: how many of the changed weights are in the base and have no other fingerprint.
     """
     expected_fingerprints, changed_count = base_record.get("rest"), len(base_record["weights"])
     if expected_fingerprints is None:
@@ -257,8 +260,8 @@ def change_dims(low: LowRank) -> tuple[int, int, int]:
 
 
 def _grown_shape(adapter_files: AdapterFiles, path: str, shape: torch.Size) -> tuple[int, ...]:
-    """The shape of a weight of the base as the adapter changes it: with the rows of new tokens,
-    which the base may lack."""
+    """``shape``, the shape of the base's weight at ``path``. If the adapter trains tokens of it,
+    the number of rows is that of training, because the base may lack the rows of new tokens."""
     change = adapter_files.metadata.get("changes", {}).get(path, {})
     return (change["of"], *shape[1:]) if "tokens" in change else tuple(shape)
 

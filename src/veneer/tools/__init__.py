@@ -1,7 +1,8 @@
-"""Tools that read adapter folders and checkpoints, without training: one package or module a task.
+"""Tools that read adapter folders and checkpoints, without training. Each task has a package or a
+module of its own.
 
-    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, so that memory
-                        does not limit its size
+    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, so that the
+                        checkpoint may be larger than the memory
     compose/            combine adapters into one: sums, truncation to a rank, merges of task
                         vectors; repair.py scales down intruder dimensions
     extract/            extract an adapter from a full fine-tune, by the SVD of each weight's change

@@ -2,7 +2,7 @@
 
     compare(a, b)  ->  Difference        with these numbers for each weight that both change:
 
-    norms          ‖ΔW_A‖, ‖ΔW_B‖, ‖ΔW_A − ΔW_B‖ / the larger of the two
+    norms          ‖ΔW_A‖, ‖ΔW_B‖, and ‖ΔW_A − ΔW_B‖ divided by the larger of the two
     cosine         ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖)
     angles         principal angles between the row spaces (input directions that ΔW reads) and
                    between the column spaces (output directions that ΔW writes)
@@ -10,8 +10,9 @@
                    column spaces; U_A and U_B are orthonormal bases (Hu et al. 2021,
                    arXiv:2106.09685, section 7.2 and appendix G)
 
-All numbers are computed from the factors A and B in float64; ΔW is never formed. The spaces are
-those of ΔW rather than of A and B, because a factor may have a lower rank than its shape allows.
+All numbers are computed from the factors A and B in float64; ΔW is never formed. The subspaces are
+those of ΔW = B A. The rows of A may span more than the row space of ΔW, because a factor may have a
+lower rank than its shape allows.
 
 For DoRA, B A and the magnitudes are compared separately, because their combined effect depends on
 the base.
@@ -52,11 +53,16 @@ class Space:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One weight that both adapters change.
+    """One weight that both adapters change. Pairs hold the number of adapter A first.
 
-    ``difference``: ‖ΔW_A − ΔW_B‖ / the larger norm. ``rows`` and ``columns`` compare the row spaces
-    and the column spaces; they are None if one of the changes is zero. ``magnitude``: ‖m_A − m_B‖ /
-    the larger norm of the DoRA magnitudes; inf if only one adapter is DoRA, None if neither is.
+    Fields:
+        path: the path of the weight's module, or of the weight if PEFT targets it as a parameter.
+        norms: ‖ΔW_A‖ and ‖ΔW_B‖.
+        difference: ‖ΔW_A − ΔW_B‖ divided by the larger of ``norms``.
+        rows, columns: the comparison of the row spaces and of the column spaces; None if one of the
+            changes is zero.
+        magnitude: ‖m_A − m_B‖ of the DoRA magnitudes, divided by the larger of their norms; inf if
+            only one adapter is DoRA, None if neither is.
     """
 
     path: str
@@ -71,8 +77,9 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class FullDifference:
-    """One parameter that both adapters train in full. ``difference``: ‖P_A − P_B‖ / the larger
-    norm of the two values; inf if their shapes differ."""
+    """One parameter, or one row of a trained token, of which both adapters store the new value P.
+    ``difference``: ‖P_A − P_B‖ divided by the larger of ‖P_A‖ and ‖P_B‖; inf if their shapes
+    differ."""
 
     path: str
     difference: float
@@ -84,14 +91,15 @@ class Difference:
 
     a: Path
     b: Path
-    # paths of weights that only A changes, and of parameters that only A trains in full
+    # paths of weights that only A changes, and of parameters and token rows that only A stores in
+    # full; ``only_b``: the same of B
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     layers: tuple[LayerDifference, ...]  # weights that both change
-    full: tuple[FullDifference, ...]  # parameters that both train in full
+    full: tuple[FullDifference, ...]  # parameters and token rows that both store in full
     config: Mapping[str, tuple[Any, Any]]  # fields of the LoraConfig that differ, as (A's, B's)
-    #: whether both were trained on the same base: "same", "different" or "unknown" (an adapter has
-    #: no record, no weight is in both records, or their fingerprints are not comparable)
+    #: whether both were trained on the same base: "same", "different" or "unknown" ("unknown": an
+    #: adapter has no record, no weight is in both records, or the records use different hashes)
     base: str
     base_weights: tuple[str, ...]  # paths of base weights whose fingerprints differ
 
@@ -113,7 +121,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """‖ΔW_A − ΔW_B‖ / the larger norm, over all weights that both adapters change."""
+        """‖ΔW_A − ΔW_B‖ / max(‖ΔW_A‖, ‖ΔW_B‖), with norms over all weights that both change."""
         distance = math.hypot(*(layer.difference * max(layer.norms) for layer in self.layers))
         largest_norm = max(self._norms)
         return distance / largest_norm if largest_norm else 0.0
@@ -274,8 +282,9 @@ def _compare_layer(
 
 
 def _compare_spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]:
-    """(the relation of the row spaces, that of the column spaces), over all groups; None if a
-    change is zero in every group."""
+    """(the comparison of the row spaces, the comparison of the column spaces) of two changes
+    [g, out, in]; g: matrices in the weight, 1 for a linear layer. Both are None if for every matrix
+    one of the changes is zero."""
     row_bases, column_bases = [], []
     svd_a, svd_b = a.svd(), b.svd()
     for group in range(a.A.shape[0]):
@@ -289,8 +298,8 @@ def _compare_spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]
 
 
 def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
-    """The relation of two spaces from their orthonormal bases [in or out, rank], one pair for each
-    group; None without any pair."""
+    """The similarity and the principal angles of two subspaces. ``bases``: for each matrix of the
+    weight, orthonormal bases [in or out, rank] of the two. None if ``bases`` is empty."""
     if not bases:
         return None
     squared_overlap, angles = 0.0, []
@@ -301,7 +310,7 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
             else (smaller_basis, larger_basis)
         )
         inner_products = larger_basis.mT @ smaller_basis
-        # descending, so the angles ascend
+        # the cosines descend, so that the angles ascend
         cosines = torch.linalg.svdvals(inner_products).clamp(max=1)
         sines = (
             torch.linalg.svdvals(smaller_basis - larger_basis @ inner_products).clamp(max=1).flip(0)
@@ -316,8 +325,8 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
 
 
 def _fully_trained_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
-    """The parameters that an adapter trains in full and its trained token rows, by path; a row has
-    the path of its weight and the token id, as in "embed.weight[7]"."""
+    """The parameters that an adapter trains in full, and its trained token rows, by path. The path
+    of a row ends in the token id, as in "embed.weight[7]"."""
     tensors_by_path = (
         (peft_paths.strip_wrappers(path)[0], tensors)
         for path, tensors in saved_adapter.full.items()
@@ -339,7 +348,7 @@ def _fully_trained_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
 
 
 def _relative_difference(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / the larger norm; inf if the shapes differ."""
+    """‖a − b‖ / max(‖a‖, ‖b‖); inf if the shapes differ."""
     if a.shape != b.shape:
         return math.inf
     larger_norm = max(float(a.double().norm()), float(b.double().norm()))

@@ -10,10 +10,10 @@ same singular values in random directions. A high cosine means that the change s
 slightly rotated a direction of the base, which is harmless.
 
 Cost for each weight (each matrix of a stack) with n = min(out, in): all xᵢ come from the
-eigenvectors of the smaller Gram matrix of W, about 10 n³ operations in float64; measured on one
-core: 0.06 s at n = 576 and 2.8 s at n = 2048. The leading uⱼ of W' and of the control come from a
-bidiagonalisation with about a hundred matrix-vector products, 0.04 s and 0.7 s. Memory: one weight
-at a time in float64, its change, and the Gram matrix.
+eigenvectors of W Wᵀ or Wᵀ W, whichever is smaller. These take about 10 n³ operations in float64,
+measured on one core: 0.06 s at n = 576 and 2.8 s at n = 2048. The leading uⱼ of W' and of the
+control come from a bidiagonalisation with about a hundred matrix-vector products, which took 0.04 s
+and 0.7 s. Memory: one weight at a time in float64, its change, and this product of W with itself.
 
 Rejected: comparing with the leading xᵢ alone, which would be cheaper. A change may amplify any xᵢ
 of the base into a leading position, and such a direction is not an intruder.
@@ -67,10 +67,11 @@ class WeightIntruders:
 
     Fields:
         aligned_weight: the weight and its change.
-        is_transposed: whether the change in the adapter folder is transposed against the weight.
-        cosines: of the examined singular vectors of W', the same number for each group.
-        control: the cosines of the control; empty unless it was requested.
-        intruders: the singular triples of W' that are intruders, for each group.
+        is_transposed: whether the adapter folder stores the change of the transposed weight.
+        cosines: cosine(j) of each examined singular vector of W', matrix by matrix; the same number
+            for each of the g matrices in the weight (g = 1 for a linear layer).
+        control: the same cosines of the control; empty unless the control was requested.
+        intruders: for each of the g matrices, the singular triples of W' that are intruders.
         gain: the gain [g, out] of a DoRA change, else None.
         norm, distance: ‖W‖ and ‖W' − W‖.
         seconds: the duration of the search.
@@ -105,7 +106,8 @@ def find_intruders(
     Args:
         count: how many leading singular vectors to examine; 0 computes the norms alone.
         threshold: the cosine below which a vector is an intruder.
-        control: whether to examine a control too; ``seed``: seed of its random directions.
+        control: whether to examine the control too, a change of W with the same singular values in
+            random directions. ``seed``: the seed of these directions.
 
     Raises:
         ConfigError: ``count`` or ``threshold`` has an invalid value.
@@ -178,9 +180,10 @@ def _find_in_weight(
 
 
 def _cosines(W: Tensor, squared_values: Tensor, vectors: Tensor, U: Tensor) -> Tensor:
-    """maxᵢ |⟨uⱼ, xᵢ⟩| [k] for the columns uⱼ of U [out, k]. ``squared_values`` and ``vectors`` are
-    the result of ``spectrum(W)``: the squares sᵢ², and as vectors the left singular vectors xᵢ if W
-    has more columns than rows, else the right singular vectors yᵢ, with xᵢ = W yᵢ / sᵢ."""
+    """The largest cosine of each column uⱼ of U [out, k] with a left singular vector xᵢ of W:
+    maxᵢ |⟨uⱼ, xᵢ⟩|, [k]. ``squared_values`` and ``vectors`` are the result of ``spectrum(W)``: the
+    squares sᵢ² of the singular values of W, and its xᵢ if W has more columns than rows. Else
+    ``vectors`` are the right singular vectors yᵢ, from which xᵢ = W yᵢ / sᵢ."""
     is_nonzero = squared_values > RANK_TOLERANCE**2 * squared_values[:1]
     if W.shape[0] < W.shape[1]:
         inner_products = vectors.mT @ U
@@ -208,8 +211,9 @@ def leading_triples(matrix: Tensor, count: int) -> Triples:
 
     The method is the bidiagonalisation of Golub and Kahan, from a random vector, with full
     reorthogonalisation (Golub and Van Loan, Matrix Computations, section 10.4): M V = U B with a
-    bidiagonal B. The singular triples of B converge to the leading triples of M; the last row of
-    B bounds their error. A full SVD is the fallback if they do not converge within min(out, in) / 2
+    bidiagonal B = P S Qᵀ. The triples (U p, s, V q) converge to the leading triples of M. Their
+    residual is the next superdiagonal element of B times the last component of p. A full SVD is
+    computed instead if ``matrix`` is small, if the triples do not converge within min(out, in) / 2
     steps, or if the iteration reaches an invariant subspace (equal singular values).
     """
     triples = _bidiagonalise(matrix, count) if min(matrix.shape) > FULL_SVD_SIZE else None
@@ -225,7 +229,7 @@ def _bidiagonalise(matrix: Tensor, count: int) -> Triples | None:
     start_vector = torch.randn(
         matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype
     )
-    # U and V have one vector in each row
+    # here, the basis vectors are the rows of U and V, not the columns
     U = matrix.new_zeros(max_steps, matrix.shape[0])
     V = matrix.new_zeros(max_steps + 1, matrix.shape[1])
     V[0] = (start_vector / start_vector.norm()).to(matrix.device)

@@ -52,9 +52,9 @@ __all__ = ["METHODS", "ComposeReport", "LayerReport", "compose"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The combined change of one weight. ``ranks``: the ranks of the adapters' changes of it;
-    ``rank``: the rank of the combined change; ``norm``: ‖ΔW‖ before truncation; ``error``:
-    ‖truncated part‖ / ``norm``."""
+    """The combined change ΔW of one weight. ``ranks``: the ranks of its changes in the adapters;
+    ``rank``: the rank of the combined change; ``norm``: ‖ΔW‖ before the truncation to ``rank``;
+    ``error``: the norm of the part that the truncation removed, divided by ``norm``."""
 
     path: str
     ranks: tuple[int, ...]
@@ -65,9 +65,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """The result of ``compose``; ``str(report)`` is readable text. ``verified``: the record of
-    every adapter has fingerprints of its base, so the new adapter has them too. ``notes``: warnings
-    for the caller, one text each."""
+    """The result of ``compose``; ``str(report)`` is readable text. ``weights``: the coefficient wᵢ
+    of each adapter. ``verified``: whether every adapter has a record with fingerprints of its base,
+    so that the new adapter has one too. ``notes``: warnings for the caller, one text each."""
 
     path: Path
     method: str
@@ -78,7 +78,7 @@ class ComposeReport:
 
     @property
     def error(self) -> float:
-        """‖truncated part‖ / ‖ΔW‖ over all layers, before truncation."""
+        """The norm of what the truncation removed, divided by ‖ΔW‖ before it, over all layers."""
         norm = math.hypot(*(layer.norm for layer in self.layers))
         return (
             math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
@@ -132,8 +132,8 @@ def compose(
             multiplies the adapter's weight in the layers that the pattern matches. Patterns are as
             in ``LoraConfig``; the first one that matches a layer counts.
         base: a model, or its weights by path (a mapping, or a function that raises KeyError). It is
-            needed for DoRA adapters, and for parameters that are trained in full unless the weights
-            of their adapters add up to 1.
+            needed for DoRA adapters. It is also needed for parameters that are trained in full,
+            unless the method is "sum" or "svd" and the weights of their adapters add up to 1.
         model: the model that the weights in ``base`` belong to, possibly on the meta device. It is
             needed where the shape of a weight does not determine its layout: square weights of
             GPT-2's Conv1D, stacks of square matrices.
@@ -191,7 +191,8 @@ def compose(
 
 
 def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[AdapterFiles]:
-    """The files of ``adapters``. ``AdapterError``: an adapter has trained or invocation tokens."""
+    """The files of ``adapters``. ``AdapterError``: an adapter trains tokens or acts only on the
+    tokens from an invocation on, which a combination cannot express."""
     saved_adapters = [
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
     ]
@@ -232,8 +233,12 @@ def _provenance(
 
 
 def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
-    """Notes on adapters without a record, which other libraries wrote. ``AdapterError``: PEFT and
-    Veneer disagree on the change of one of the adapters."""
+    """Notes on adapters without a record, which other libraries wrote.
+
+    Raises:
+        AdapterError: there is such an adapter, and PEFT and Veneer would compute different results
+            with one of the adapters; or it is unknown how PEFT applies a change.
+    """
     unrecorded_sources = [source for source in sources if source.record is None]
     if not unrecorded_sources:
         return []
@@ -261,9 +266,10 @@ def _weigh_by_layer(
     aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
 ) -> WeighAdapter:
-    """A function that returns the weight of an adapter in a layer: the adapter's weight, times the
-    factor of the first pattern in ``layers`` that matches a name of the layer. ``used_indices``:
-    the positions of the sources among all adapters. ``ConfigError``: a pattern matches no layer."""
+    """A function that returns the coefficient wᵢ of an adapter in a layer: the adapter's number in
+    ``weights``, times the factor of the first pattern in ``layers`` that matches a name of the
+    layer. ``used_indices``: the positions of the sources among all adapters. ``ConfigError``: a
+    pattern matches no layer or is no regular expression."""
     layer_names = [
         name
         for aligned_weight in aligned_weights
@@ -377,8 +383,9 @@ def _source_weights(
     aliases: Mapping[str, Sequence[AlignedWeight]],
     weigh_adapter: WeighAdapter,
 ) -> dict[str, dict[int, float]]:
-    """By path of a model weight and then by source index: the weight of the source, unless it is 0.
-    ``aliases``: the aliases of tied weights by the path of their first name."""
+    """The coefficient wᵢ of each source in the sum for a weight of the model, if it is not 0: by
+    the path of the weight and then by the index of the source. ``aliases``: the entries of tied
+    weights under their further names, by the path of the first name."""
     weights_by_path: dict[str, dict[int, float]] = {}
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is None:
@@ -404,8 +411,9 @@ def _combine_change(
     base_weights: FrozenWeights,
     is_dora: bool,
 ) -> tuple[Blend, peft.PeftLayer]:
-    """(the combined change of one weight, its entry in the adapter folder). ``weights``: the weight
-    of each source by its index; ``is_dora``: whether the new adapter is a DoRA adapter."""
+    """(the combined change of one weight, its entry in the adapter folder). ``weights``: the
+    coefficient wᵢ of each source by the index of the source. ``is_dora``: whether the new adapter
+    is a DoRA adapter."""
     layers = [aligned_weight.layers[source_index] for source_index in weights]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
@@ -416,8 +424,8 @@ def _combine_change(
         and list(weights.values()) == [1.0]
         and (magnitudes[0] is not None or not is_dora)
     ):
-        # A single change with weight 1 needs no base. PEFT stores some variants at a higher rank
-        # than they need; compact() lowers the rank.
+        # A single change with coefficient 1 is copied, for which even DoRA needs no base. Some
+        # variants have a higher rank in PEFT's file than they need; compact() lowers it.
         low_rank = layers[0].low.compact().to(dtype)
         return (
             Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0),

@@ -26,9 +26,9 @@ from veneer.lowrank import LowRank
 class AlignedWeight:
     """One weight, with its change in each adapter that changes it."""
 
-    model_path: str  # ``PeftLayer.target_path``: the path of its module or of the parameter
-    entry_path: str  # the path of the change in a folder that holds the changes of all adapters
-    is_parameter: bool  # whether the paths name the parameter rather than its module
+    model_path: str  # the path of its module or of the weight itself, without PEFT's wrappers
+    entry_path: str  # the path with PEFT's wrappers, in a file with the changes of all adapters
+    is_parameter: bool  # whether ``model_path`` is the path of the parameter, not of its module
     weight_path: str | None  # the path of the weight; None if no adapter's record has it
     # the change in each adapter, by the adapter's index
     layers: Mapping[int, peft.PeftLayer]
@@ -87,7 +87,8 @@ def align(
 def _mismatch_problems(
     saved_adapters: Sequence[AdapterFiles], changes: ChangesByPath, parameter_paths: set[str]
 ) -> Iterator[str]:
-    """Problems of model paths where the adapters' changes cannot belong to one weight."""
+    """The error texts for changes with one model path that cannot belong to one weight, because
+    their shapes differ, or because one is of a module and another of the module's parameter."""
     for model_path, entries in changes.items():
         index_by_shape: dict[tuple, int] = {}
         for adapter_index, (path, layer) in entries.items():
@@ -125,8 +126,8 @@ def _mismatch_problems(
 def _find_weights_and_aliases(
     saved_adapters: Sequence[AdapterFiles], problems: list[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
-    """(the path of each weight that a record lists, the first name of each alias and whether the
-    alias is transposed), both by model path."""
+    """Two mappings by model path: to the path of the weight, if a record lists it; and for an alias
+    of a tied weight to (model path of the weight's first name, whether the alias is transposed)."""
     weight_paths: dict[str, str] = {}
     candidates: dict[str, dict[tuple[str, bool], None]] = {}
     layers_by_path = [
@@ -174,8 +175,8 @@ def _find_weights_and_aliases(
 
 
 def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer) -> Iterator[bool]:
-    """Whether ``second_layer`` must be transposed to equal ``first_layer``: False, True, both, or
-    nothing if the changes differ."""
+    """Yield False if ``first_layer`` equals ``second_layer``, and True if it equals the transpose
+    of ``second_layer``. Nothing is yielded if the changes differ."""
     for transposed in (False, True):
         second_low_rank = second_layer.low.T if transposed else second_layer.low
         if (
@@ -239,8 +240,9 @@ def _order_parameters(
     parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> list[str]:
-    """Sort the parameters of one module as in the model; PEFT wraps them in this order. Without a
-    model the order follows from the nesting in a folder: the first parameter is nested deepest."""
+    """Sort the parameters of one module by their order in the model, in which PEFT nests a wrapper
+    for each. Without a model, the paths in a folder tell the order: the first parameter has the
+    most wrappers. If no folder changes all of the parameters, this is added to ``problems``."""
     if len(parameter_paths) < 2:
         return parameter_paths
     if parameter_order is not None:
@@ -266,9 +268,9 @@ def _order_parameters(
 
 
 def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
-    """The low-rank product of each change by model path, scaled as the library that wrote the
-    folder applies it: PEFT adds the change of an attention's out-projection
-    ``peft_behaviour.OUT_PROJ_REPEATS`` times.
+    """The low-rank product of each change, by model path, with the scale that has the effect of the
+    library that wrote the folder. (PEFT adds the change of an attention's out-projection
+    ``peft_behaviour.OUT_PROJ_REPEATS`` times, so that its scale is multiplied by this number.)
 
     Raises:
         AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.

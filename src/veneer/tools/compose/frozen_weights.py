@@ -37,8 +37,8 @@ Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 class FrozenWeight(NamedTuple):
     """``weight``: a frozen weight [g, out, in] in its stored dtype. ``is_transposed``: whether the
-    change in the adapter folder is transposed against ``weight``. ``dense_weight``: the weight in
-    its stored shape, for its fingerprint."""
+    adapter folder stores the change as [g, in, out]. ``dense_weight``: the same weight in its
+    stored shape, from which its fingerprint is computed. g: matrices in the weight."""
 
     weight: Tensor
     is_transposed: bool
@@ -49,7 +49,8 @@ class FrozenWeight(NamedTuple):
 class FrozenWeights:
     """Base weights by path. ``source``: a model, a mapping, a function that raises KeyError for an
     unknown path, or None if there is no base. ``structure``: the model that the tensors of
-    ``source`` belong to, possibly on the meta device; None if it is unknown or ``source``."""
+    ``source`` belong to, possibly on the meta device; None if it is unknown, or ``source`` is the
+    model."""
 
     source: Source | None
     structure: nn.Module | None = None
@@ -157,13 +158,14 @@ class FrozenWeights:
     def proven_weight(
         self, aligned_weight: AlignedWeight, sources: Sequence[AdapterFiles]
     ) -> FrozenWeight:
-        """``frozen_weight``, checked against the fingerprints in the adapters' records.
-        ``BaseMismatchError``: an adapter was trained on another value of the weight."""
+        """The result of ``frozen_weight``, after a check against the fingerprints in the adapters'
+        records. A weight that no record lists is not checked. ``BaseMismatchError``: an adapter was
+        trained on another value of the weight."""
         frozen_weight = self.frozen_weight(aligned_weight, sources[0].peft_config)
         path = aligned_weight.weight_path
         if path is None:
             return frozen_weight
-        # by the ids of the trained rows, which a fingerprint leaves out, and the hash function
+        # the weight's fingerprint by (ids of the trained rows, which it leaves out; hash function)
         fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
         for source in sources:
             expected = source.metadata.get("base", {}).get("weights", {}).get(path)
@@ -184,10 +186,11 @@ class FrozenWeights:
 def _weight_by_shape(
     path: str, dense_weight: Tensor, aligned_weight: AlignedWeight, may_be_transposed: bool
 ) -> tuple[Tensor, bool]:
-    """(the weight as [g, out, in], whether the change in the folder is transposed), from shapes
-    alone. ``AdapterError``: no layout fits the shapes, or several do."""
+    """(the weight as [g, out, in], whether the folder stores the change as [g, in, out]), from the
+    shapes of the weight and of the change alone. ``AdapterError``: no layout fits the shapes, or
+    several do that give different results."""
     layouts = dict(_possible_layouts(dense_weight, aligned_weight))
-    # two layouts fit a square matrix; the config says that no layer is transposed
+    # "plain" and "transposed" fit a square matrix; the config excludes the latter
     if len(layouts) == 2 and dense_weight.dim() == 2 and not may_be_transposed:
         del layouts["transposed"]
     first_layout = next(iter(layouts.values()), None)
@@ -210,8 +213,8 @@ def _weight_by_shape(
 def _possible_layouts(
     dense_weight: Tensor, aligned_weight: AlignedWeight
 ) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
-    """(name of the layout, (weight as [g, out, in], whether the change in the folder is
-    transposed)) for each layer kind that fits the shapes of the weight and of its change."""
+    """(name of the layout, (weight as [g, out, in], whether the folder stores the change as
+    [g, in, out])) for each layout that fits the shapes of the weight and of its change."""
     layer, shape = aligned_weight.template, without_unit_axes(dense_weight.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:

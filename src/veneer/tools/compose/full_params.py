@@ -23,7 +23,7 @@ from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors
 from veneer.tools.compose.weighted_sum import ComposeOptions
 
-#: maps (names of a layer or parameter, index of an adapter) to the adapter's weight in this layer
+#: maps (names of a layer or parameter, index of an adapter) to the coefficient wᵢ of the adapter
 WeighAdapter = Callable[[Sequence[str], int], float]
 
 
@@ -59,7 +59,7 @@ def combine_full_params(
                 )
             )
         elif name == "weight" and module_path in changed_modules:
-            # PEFT stores the frozen weight together with its change
+            # PEFT stores the frozen weight of an adapted embedding together with its change
             first_tensor, *copies = tensors.values()
             if not all(torch.equal(tensor, first_tensor) for tensor in copies):
                 raise BaseMismatchError(
@@ -94,7 +94,8 @@ def combine_full_params(
 def _collect_params(
     sources: Sequence[AdapterFiles],
 ) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
-    """({(module path, name): {source index: tensor}}, {module path: path in the new folder})."""
+    """(the parameters that adapters train in full: {(module path, name): {source index: tensor}},
+    the path of each module in the new folder: {module path: path})."""
     params: dict[tuple[str, str], dict[int, Tensor]] = {}
     entry_paths: dict[str, str] = {}
     for source_index, source in enumerate(sources):
@@ -117,8 +118,9 @@ def _combine_param(
     problems: list[str],
     missing_in_base: list[str],
 ) -> Tensor | None:
-    """The combined value of one parameter. None if all its weights are 0, or after adding to
-    ``problems`` or ``missing_in_base``."""
+    """The combined value of one parameter. ``weights``: the coefficient wᵢ of each adapter by its
+    index. None if there are none (all are 0), or if an entry was added to ``problems`` or
+    ``missing_in_base``."""
     if not weights:
         return None  # the new adapter leaves this parameter at the base's value
     merge_method, first_tensor = MERGE_METHODS.get(options.method), tensors[next(iter(weights))]

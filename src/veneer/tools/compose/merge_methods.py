@@ -10,8 +10,9 @@
     dare_ties    random      elect      both papers
     prune        largest     add        magnitude pruning, then task arithmetic
 
-Each vector is multiplied by its adapter's weight before the election, so a negative weight votes
-for the opposite sign. Equal weights λ give TIES with its λ. The density applies to each vector
+Each vector is multiplied by its adapter's coefficient wᵢ before the election, so a negative one
+votes for the opposite sign. If all wᵢ are equal to λ, the result is that of TIES with the scaling
+factor λ of the paper. The density, the share of entries that is kept, applies to each vector
 separately. Vectors are computed when they are needed (twice for an election). At any time, one
 vector and three results of its size are in memory.
 
@@ -60,8 +61,9 @@ def merge_vectors(
     density: float,
     seed: str,
 ) -> Tensor:
-    """The merged vector, float64. ``density`` in (0, 1]: the share of the entries that each vector
-    keeps. The choice of random entries depends only on ``seed`` and on the vector's index."""
+    """The merged vector, float64. ``weights``: the coefficient wᵢ of each vector. ``density`` in
+    (0, 1]: the share of the entries that each vector keeps. Which random entries are kept depends
+    only on ``seed`` and on the vector's index and shape."""
     # by vector index: the smallest magnitude that the vector keeps, for the election's second pass
     thresholds: dict[int, Tensor] = {}
 

@@ -5,11 +5,11 @@
 W' is the changed weight; (σⱼ, uⱼ, vⱼ) are the singular triples of W' that are intruders
 (``tools/intruders.py``).
 
-ΔW'' = ΔW + this sum is an exact product. Its rank grows by the number of intruders; nothing is
-trained. A DoRA adapter has W' = g ⊙ (W + ΔW) with a gain g, which is unchanged: the sum is divided
-by g, and the magnitude is recomputed from the new factors. Rows and columns of zeros in the factors
-(a padding token, frozen rows) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale only the
-leading intruder of a weight; this module scales all intruders.
+ΔW'' is ΔW plus this sum. It is an exact product, whose rank is higher by the number of intruders;
+nothing is trained. A DoRA adapter has W' = g ⊙ (W + ΔW). Its gain g stays unchanged: the sum is
+divided by g, and the magnitude is recomputed from the new factors. Rows of B and columns of A that
+are zero (frozen rows, a padding token) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale
+only the leading intruder of a weight; this module scales all intruders.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def repair(
 
     Raises:
         ConfigError: an option has an invalid value.
-        AdapterError: the adapter has trained tokens, or the base lacks a weight.
+        AdapterError: the adapter trains tokens or has invocation tokens, or a weight is missing in
+            the base.
         BaseMismatchError: the adapter was trained on another base.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
@@ -237,7 +238,7 @@ def _repair_layer(
         ).weight.double()
         magnitude = (intruders.gain.flatten() * row_norms(W, repaired_change).flatten()).to(dtype)
     repaired_change = repaired_change.T if intruders.is_transposed else repaired_change
-    # PEFT adds the change of an attention's out-projection more than once
+    # how many times PEFT adds this change: for an attention's out-projection more than once
     repeats = low_rank.scale / layer.scale if layer.scale else 1.0
     repaired_change = LowRank(
         repaired_change.A, repaired_change.B, repaired_change.scale / repeats
@@ -246,8 +247,9 @@ def _repair_layer(
 
 
 def _intruder_change(intruders: WeightIntruders, low_rank: LowRank, factor: float) -> LowRank:
-    """(factor − 1) Σⱼ σⱼ uⱼ vⱼᵀ of each group as one low-rank product. Groups with fewer intruders
-    are padded with zeros."""
+    """The sum (factor − 1) Σⱼ σⱼ uⱼ vⱼᵀ over the intruders, as one low-rank product [g, out, in]
+    (g: matrices in the weight). Matrices with fewer intruders than others are padded with zeros.
+    """
     max_count = max(len(triples.S) for triples in intruders.intruders)
 
     def pad(rows: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Combine several adapters' changes of one weight: as a weighted sum, as the sum's best
-approximation at a rank, or by merging the dense ΔW (TIES, DARE), whose random entries are drawn by
-the weight's path.
+approximation at a rank, or by merging the dense ΔW (TIES, DARE). The seed of DARE's random choice
+is made of the option ``seed`` and the weight's path.
 
-    LoRA      Σ wᵢ ΔWᵢ                    wᵢ: the weight of adapter i
+    LoRA      Σ wᵢ ΔWᵢ                    wᵢ: the coefficient of adapter i
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)
               G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
 
-A LoRA change has the gain gᵢ = 1. So a sum of DoRA and LoRA changes is a DoRA change with magnitude
-G ⊙ ‖W + ΔW*‖. The truncation to a rank approximates S = G ⊙ ΔW*, the term that is added to the
-weights, so its error is minimal for this G.
+gᵢ is the gain of adapter i, a factor for each row; a LoRA change has gᵢ = 1. So a sum of DoRA and
+LoRA changes is a DoRA change with magnitude G ⊙ ‖W + ΔW*‖ (the norms of the rows). The truncation
+to a rank approximates G ⊙ ΔW*, the term that is added to the weights, so that the error in the
+weights is minimal for this G.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants import dora
 
-#: a row of G with a smaller absolute value counts as 0
+#: the combined gain G of a row counts as 0 if its absolute value is smaller
 MIN_GAIN = 1e-6
 
 
 class ComposeOptions(NamedTuple):
-    """The checked options of ``compose``: see there."""
+    """The checked options of ``compose``, which explains them. ``density`` is 1 if not given."""
 
     method: str
     rank: int | None
@@ -40,9 +41,13 @@ class ComposeOptions(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One adapter's change of a model's weight. ``low_rank``: ΔW [g, out, in], oriented as the
-    model's weight; ``magnitude`` [g · out]: that of DoRA, None for LoRA; ``weight``: the factor of
-    the adapter in the sum."""
+    """One adapter's change of a weight of the model.
+
+    Fields:
+        low_rank: ΔW [g, out, in], oriented as the model's weight; g: matrices in the weight.
+        magnitude: the magnitude [g · out] of a DoRA change, None for LoRA.
+        weight: the coefficient wᵢ of the adapter in the sum.
+    """
 
     low_rank: LowRank
     magnitude: Tensor | None
@@ -50,8 +55,13 @@ class Term(NamedTuple):
 
 
 class Blend(NamedTuple):
-    """A combined change. ``low_rank``: its ΔW; ``magnitude`` [g · out]: that of DoRA, None for
-    LoRA; ``norm``: ‖ΔW‖ before truncation; ``error``: ‖truncated part‖."""
+    """The combined change of a weight.
+
+    Fields:
+        low_rank: its ΔW [g, out, in], truncated; g: matrices in the weight.
+        magnitude: the magnitude [g · out] of a DoRA change, None for LoRA.
+        norm, error: the norm of the change before the truncation, and of what was truncated.
+    """
 
     low_rank: LowRank
     magnitude: Tensor | None
@@ -80,8 +90,8 @@ def sum_with_magnitudes(
     dtype: torch.dtype,
 ) -> Blend:
     """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``.
-    ``base_weight``: the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that
-    no DoRA change equals the sum."""
+    ``base_weight``: the frozen weight [g, out, in]. ``AdapterError``: the combined gain G (see
+    above) is 0 in some row, so that no DoRA change equals the sum."""
     W = base_weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
@@ -101,15 +111,15 @@ def sum_with_magnitudes(
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
     low_rank, *_, error = reduce_rank(total, options)
-    # The magnitude is computed from the rounded factors, so that a reader of the file gets the
-    # gain G.
+    # The magnitude is computed from the rounded factors, so that programs that load the file get
+    # the gain G from it.
     low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
     return Blend(low_rank, (G.flatten() * dora.row_norms(W, low_rank)).to(dtype), norm, error)
 
 
 def gain_of(term: Term, W: Tensor) -> Tensor:
-    """The gain [g, out] of a change of W: magnitude / ‖W + ΔW‖ per row, and 1 where this norm is 0,
-    as in ``variants/dora.py``."""
+    """The gain [g, out] of a change of W [g, out, in]: magnitude / ‖W + ΔW‖ for each row, and 1
+    where this norm is 0, as in ``variants/dora.py``. It is 1 for a LoRA change."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
     norms = dora.row_norms(W, term.low_rank)

@@ -5,8 +5,9 @@
 
 If the target format cannot hold a change, the conversion raises one error with every reason.
 Contents that the target cannot store and that change no output are listed in the report.
-Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit by bit. If the
-formats scale by different rules, the conversion adapts alpha, so that scale · B A stays equal.
+Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit by bit, unless
+``dtype`` is given. If the two formats compute the scale from alpha by different rules, the
+conversion changes alpha, so that scale · B A stays equal.
 
 A ``veneer`` folder stores fingerprints of the base, so writing it needs the base. Reading and
 writing ``gguf`` and reading ``kohya`` need the names of the base's weights. ``dense`` needs the
@@ -60,7 +61,7 @@ class Conversion:
     ranks: Mapping[str, int]  # the rank of each change, by the name of the changed weight
     full: tuple[str, ...]  # names of parameters that are trained in full
     left_out: tuple[str, ...]  # what the source holds and ``path`` lacks, with the reason
-    # ‖ΔW - B A‖ / ‖ΔW‖ of each dense change that was factored, by the name of the weight
+    # ‖ΔW − B A‖ / ‖ΔW‖ of each dense change that was factored into B A, by the weight's name
     errors: Mapping[str, float]
 
     def __str__(self) -> str:
@@ -176,7 +177,8 @@ def conversion(
 
 
 def _list_ranks(saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]) -> dict[str, int]:
-    """The rank of each change by the path of its weight; for trained tokens, how many they are."""
+    """The rank of each change, by the path of its weight. A weight with trained tokens and no other
+    change is listed with the number of these tokens."""
     token_counts = {
         parameter_path(path, "weight"): len(tokens.ids)
         for path, tokens in saved_adapter.tokens.items()
@@ -211,7 +213,7 @@ def _write_veneer(
             overwrite=overwrite,
             tokenizer=tokenizer_folder(saved_adapter.path),
         )
-    # some layers get another rank on the base than in the source, so the ranks are read again
+    # the ranks are read from the written folder, as they may differ from the source's
     return list_changes(folder.read(out), base_facts)
 
 
@@ -238,9 +240,9 @@ def _write_peft(
 def _adapted_base(
     base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, weights_only: bool
 ) -> Iterator[nn.Module]:
-    """A context with the base and the adapter installed on it. ``weights_only``: the source
-    format stores changes of weights only. The warning ``UnverifiedAdapter`` is hidden, because the
-    conversion itself warns if it matters."""
+    """A context whose value is the base with the adapter installed on it. ``weights_only``: the
+    source format stores changes of weights only. The warning ``UnverifiedAdapter`` is suppressed
+    here, because ``target_support`` warns of the same where the result depends on it."""
     assert base_info.load_model is not None
     model = base_info.load_model()
     with warnings.catch_warnings():
@@ -276,8 +278,9 @@ def check_conversion_options(
     """The checked options of a conversion.
 
     Raises:
-        ConfigError: an option has an invalid value, or neither format uses it.
-        AdapterError: ``rank``, ``energy`` and ``whole`` contradict each other.
+        ConfigError: an option has an invalid value, or the formats do not use it.
+        AdapterError: more than one of ``rank``, ``energy`` and ``whole`` is given, or ``rank`` or
+            ``energy`` has an invalid value.
     """
     formats_with_parts = [name for name in FORMATS.names() if FORMATS[name].parts]
     checks = [

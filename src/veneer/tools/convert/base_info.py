@@ -1,5 +1,5 @@
-"""What a conversion needs of its base: names and shapes of weights, the config, and the model if
-weights are needed.
+"""Find what a conversion needs of its base: names and shapes of weights, the config, and the model
+if weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo
 
@@ -58,7 +58,7 @@ def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
 
 
 def _require_weights(model: nn.Module) -> nn.Module:
-    """``model``. ``AdapterError``: some of its weights are on the meta device."""
+    """Return ``model`` unchanged. ``AdapterError``: some of its weights are on the meta device."""
     meta_names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta_names:
         raise AdapterError(

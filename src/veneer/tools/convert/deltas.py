@@ -1,4 +1,5 @@
-"""Compute the dense changes ΔW = W' - W of an adapter, and make an adapter of dense changes by SVD.
+"""Compute the dense changes ΔW = W' - W that an adapter makes, and factor dense changes by SVD into
+an adapter.
 
 ΔW = gain ⊙ (W + scale · B A) - W           of a weight, for any variant and layer
 ΔW = W' - W                                 of a parameter trained in full
@@ -41,8 +42,9 @@ MAX_RELATIVE_ERROR = 1e-6
 
 @torch.no_grad()
 def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """ΔW of every parameter that the adapter ``name`` changes, by path, in the parameter's shape. A
-    tied weight is listed once. ΔW is computed in float64 and returned in float32.
+    """ΔW of every parameter and buffer that the adapter ``name`` changes, by path, in the shape of
+    the parameter. A tied weight that changes at a low rank is listed once. ΔW is computed in
+    float64 and returned in float32; that of an integer buffer keeps the buffer's dtype.
 
     Raises:
         AdapterError: the adapter changes outputs of modules, which a ΔW cannot describe.
@@ -55,7 +57,7 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
         target = weight_of(module, weight)
         low_rank, gain = change.resolve(target)
         base_weight = change.storage.dense(target).double()
-        if gain is None:  # (W + ΔW) - W would lose digits
+        if gain is None:  # ΔW itself, as (W + ΔW) − W would lose digits
             delta = change.layer.fold(low_rank.delta(torch.float64), base_weight.shape)
         else:
             delta = change.changed_weight(target, low_rank, gain, torch.float64) - base_weight
@@ -119,10 +121,10 @@ def install_deltas(
     rank: int | None,
     energy: float | None,
 ) -> dict[str, float]:
-    """Install the adapter ``ADAPTER_NAME``, which makes the changes ``deltas``, on ``model``.
-    Vectors and the parameters in ``full_names`` are stored in full, the others as products of
-    ``rank``, or of the lowest rank that keeps the share ``energy`` of ‖ΔW‖². Returns
-    ‖ΔW - B A‖ / ‖ΔW‖ of each product, by path.
+    """Install an adapter that makes the changes ``deltas`` on ``model``, under ``ADAPTER_NAME``.
+    Vectors, buffers and the parameters in ``full_names`` are stored in full. The others become
+    products with the rank that ``factor_delta`` chooses by ``rank`` and ``energy``. Returns
+    ‖ΔW − B A‖ / ‖ΔW‖ of each product, by path.
 
     Raises:
         AdapterError: the model lacks a name or has another shape. The model is unchanged.
@@ -160,7 +162,7 @@ def install_deltas(
         split_ties=names.split_ties(full_values),
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
-    for plan in low_rank_plans:  # ``deltas`` may name a tied weight by another of its names
+    for plan in low_rank_plans:  # ``deltas`` may have a tied weight under another of its names
         factors[plan.ref] = next(factors[ref] for ref in plan.holders if ref in factors)
     install_adapter(model, ADAPTER_NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
@@ -180,9 +182,13 @@ def _split_deltas(
     energy: float | None,
     problems: list[str],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[ParamRef, dict[str, Tensor]], dict[str, float]]:
-    """Split changes into the new values of parameters that are stored in full (by module path and
-    name) and factors A and B of the others. The third result: the relative error of each product,
-    by path."""
+    """Split changes into those that are stored in full and those that are factored.
+
+    Returns:
+        the new values of parameters and buffers that are stored in full, by module path and then by
+        name; the factors A and B of the other changes, by parameter; ‖ΔW − B A‖ / ‖ΔW‖ of each
+        product, by path.
+    """
     refs = {
         name: ref
         for name in deltas
@@ -213,7 +219,8 @@ def _split_deltas(
 
 
 def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
-    """The reference of the parameter or buffer ``name``; None after adding to ``problems``."""
+    """The reference (module path, name) of the parameter or buffer at the path ``name``. None, with
+    the reason added to ``problems``, if the model lacks it or has it in another shape than ΔW."""
     module_path, _, weight = name.rpartition(".")
     path = names.canonical.get(module_path, "")
     module = names.modules[path] if module_path in names.canonical else nn.Module()
@@ -238,10 +245,12 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
 def factor_delta(
     delta: Tensor, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, float]:
-    """Factor ΔW [g, out, in], float64, into A [g, r, in] and B [g, out, r], float32. The third
-    result is the relative error of B A. r is ``rank``, at most min(out, in). If ``rank`` is None, r
-    is the lowest rank that keeps the share ``energy`` of ‖ΔW‖², or without ``energy`` the lowest
-    rank with an error of at most 1e-6 · ‖ΔW‖."""
+    """Factor ΔW [g, out, in], float64, into A [g, r, in] and B [g, out, r], float32; g: matrices in
+    the weight, 1 for a linear layer. The third result is the error ‖ΔW − B A‖ / ‖ΔW‖.
+
+    r is ``rank``, at most min(out, in). If ``rank`` is None, r is the lowest rank that keeps the
+    share ``energy`` of ‖ΔW‖². If both are None, r is the lowest rank with an error of at most
+    1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
     # [min(out, in)]: at index i, the squared error of keeping only the first i singular values
     tail_energy = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
@@ -254,7 +263,7 @@ def factor_delta(
 
 
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
-    """``AdapterError`` unless at most one of the three options is given and its value is valid."""
+    """Raise AdapterError if more than one of the options is given, or if a value is invalid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
     used_options = [name for name, option in options.items() if option is not None]
     checks = [

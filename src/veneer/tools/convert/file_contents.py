@@ -26,8 +26,15 @@ def build_adapter(
     base_info: BaseInfo,
     adapted_base: Callable[[], AbstractContextManager[nn.Module]],
 ) -> Adapter:
-    """The adapter as ``Format.write`` takes it. ``adapted_base``: opens a context with the base and
-    the adapter installed on it."""
+    """The adapter in the form that ``Format.write`` takes.
+
+    Args:
+        changes: the low-rank changes of the folder (``list_changes``).
+        adapted_base: opens a context whose value is the base with the adapter installed on it.
+
+    Raises:
+        AdapterError: the layout of a change is only known with the base, which is missing.
+    """
     if peft.not_for_peft(saved_adapter.peft_config) is not None and not base_info.facts.shapes:
         raise AdapterError(
             f"{saved_adapter.path}, with layers that only Veneer and its base know",
@@ -58,7 +65,7 @@ def build_adapter(
                     **token_fingerprints(Names(model), saved_adapter),
                 },
             }
-            if target_format != "dense":  # ``compute_deltas`` includes the token rows
+            if target_format != "dense":  # for "dense", ``compute_deltas`` includes the token rows
                 changes = replace_token_changes(model, deltas.ADAPTER_NAME, saved_adapter, changes)
     return Adapter(
         changes=changes,
@@ -99,9 +106,10 @@ def _weight_name(
     fused_modules: set[str],
     facts: BaseFacts,
 ) -> str:
-    """The path of the parameter that an entry of the folder changes: from the adapter's record,
-    else from the base, else by PEFT's rule. ``fused_modules``: paths of attention modules with one
-    weight for query, key and value."""
+    """The path of the parameter that an entry of the folder changes. It is taken from the adapter's
+    record, else from the base. If neither lists it, it is the path of the module with ".weight", or
+    with ".in_proj_weight" for a module in ``fused_modules``: the paths of attention modules with
+    one weight for query, key and value."""
     target_path = layer.target_path
     if (
         peft.targets_parameter(path, layer)

@@ -36,8 +36,13 @@ def read_source(
     options: Options,
     verify_base: bool,
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
-    """(the adapter folder, the contents of the source file, the relative error of each dense change
-    that was factored). If ``source`` is no adapter folder, one is written to ``scratch``."""
+    """Read ``source`` as an adapter folder. If it has another format, a folder is written to
+    ``scratch``, and this folder is read.
+
+    Returns:
+        the adapter folder; the contents of a source of another format, else empty contents; the
+        error ‖ΔW − B A‖ / ‖ΔW‖ of each dense change that was factored, by path.
+    """
     read_contents = FORMATS[source_format].read
     if read_contents is None:
         return folder.read(source, _weight_lookup(base_info.facts)), Contents(), {}
@@ -103,7 +108,7 @@ def _write_from_deltas(
     verify_base: bool,
 ) -> dict[str, float]:
     """Factor the dense changes in ``contents``, and write them as an adapter folder to ``scratch``.
-    Returns the relative error of each change that was factored."""
+    Returns the error ‖ΔW − B A‖ / ‖ΔW‖ of each factored change, by path."""
     if base_info.load_model is None:
         raise AdapterError(
             f"{source}, whose changes only a model's layers make products of",

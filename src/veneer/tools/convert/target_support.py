@@ -24,8 +24,9 @@ def require_supported(
     saved_adapter: AdapterFiles, source_format: str, target: Format, base_info: BaseInfo
 ) -> None:
     """Refuse changes that PEFT and Veneer compute differently, if one of the two formats is PEFT's.
-    Without a model, also refuse folders whose factors do not determine the change: PEFT subtracts a
-    start from the base weight, or the adapter has a bias beside B.
+    Also refuse folders in which B A is not the whole change: PEFT subtracts an initial product from
+    the base weight (PiSSA), or the adapter has a bias beside B. These folders are accepted if the
+    conversion installs the adapter on the base, which then determines the change.
 
     Raises:
         AdapterError: ``target`` cannot hold the adapter.
@@ -94,8 +95,8 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
 
 
 def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
-    """Problems of an adapter of another PEFT tuner: convolutions that PEFT's LoRA would compute
-    differently."""
+    """The error texts for an adapter of another PEFT tuner that is to be written as LoRA, if it
+    changes convolutions for which PEFT's LoRA would compute another result."""
     convolutions = [layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2]
     if not convolutions:
         return
@@ -113,8 +114,8 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
 def _require_weight_changes(
     saved_adapter: AdapterFiles, target: Format, model: nn.Module | None
 ) -> None:
-    """``AdapterError`` for changes that PEFT does not apply to weights. Without a model there is no
-    such check, and the warning ``UnverifiedAdapter`` says so."""
+    """``AdapterError`` if PEFT's result differs from that of a changed weight. Without a model,
+    nothing is checked, and the warning ``UnverifiedAdapter`` says so."""
     if model is None:
         layer_traits = "a dilation, a padding mode or a forward of its own"
         warnings.warn(

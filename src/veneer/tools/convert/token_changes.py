@@ -3,14 +3,14 @@
     ΔW[ids] = R − W[ids], and 0 in all other rows; as a product: ΔW = E (R − W[ids])
 
 W [rows, in] is the weight, ids are the n trained tokens, R [n, in] their trained rows, and
-E [rows, n] has a one-hot column for each of them.
+E [rows, n] has a one-hot column for each of these tokens.
 
-The product has rank n. If the adapter also has a low-rank change of rank r of the same weight, the
-sum has rank n + r; the scale of the low-rank change is multiplied into B.
+The product has rank n. If the same weight also has a low-rank change of rank r, the sum of both has
+rank n + r, and the scale of the low-rank change is multiplied into B.
 
-An adapter folder stores R, which is right for every base with a vocabulary of the same size. ΔW is
-relative to the rows of one base. So the conversion needs this base, with the new rows of its
-vocabulary already added, and the result is right for this base alone.
+An adapter folder stores R, which can replace the rows of every base with a vocabulary of this size.
+ΔW is relative to the rows W[ids] of one base. So the conversion needs this base, with the new rows
+of its vocabulary already added, and the result is right for this base alone.
 
 If the head of the trained model is tied to its input embedding, the adapter changes both. A base
 that stores an equal head as a second weight (a GGUF with ``output.weight``) gets the change in both
@@ -140,9 +140,9 @@ def _token_changes(
 
 
 def split_head(names: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
-    """(the input embedding's weight, the head's) if the base stores them as two equal weights, and
-    they were one tied weight in the base that the adapter was trained on; None otherwise. The
-    adapter's record lists every weight of that base, so a tied head is missing in it.
+    """(the input embedding's weight, the head's) if this base stores them as two equal weights, and
+    they were one tied weight in the base that the adapter was trained on; None otherwise. They were
+    tied if the adapter's record, which lists every weight of that base, does not list the head.
 
     Raises:
         AdapterError: the two weights differ.
@@ -179,8 +179,8 @@ def split_head(names: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, Par
 
 
 def token_fingerprints(names: Names, saved_adapter: AdapterFiles) -> dict[str, str]:
-    """Fingerprints of the whole weights with trained tokens, by path. The fingerprints in the
-    adapter's record leave the trained rows out."""
+    """The fingerprints of all rows of the weights that have trained tokens, by path. (The adapter's
+    record has fingerprints of these weights without the trained rows.)"""
     base_record = saved_adapter.metadata.get("base") or {}
     paths = [
         weight_path

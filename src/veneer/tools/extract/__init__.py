@@ -1,20 +1,22 @@
 """Extract an adapter from a full fine-tune: choose a rank for each weight's change, and approximate
 the change by a low-rank product.
 
-    ΔW = W_tuned − W_base ≈ B A        for each weight, [g, out, in], truncated to a rank or to a
-                                       share of ‖ΔW‖²; g: matrices of a stack, groups of a
-                                       convolution, else 1
+    ΔW = W_tuned − W_base ≈ B A        for each weight [g, out, in], with a given rank or the lowest
+                                       rank that keeps a given share of ‖ΔW‖²; g: matrices of a
+                                       stack, groups of a convolution, else 1
 
     open the models → pair their weights → find changes → decide how to write each → factor → save
 
 Models in folders are read weight by weight (stacks of experts matrix by matrix), so the memory
 needed is a few times the largest tensor plus the output.
 
-The factors are B = U √S and A = √S Vᵀ with ΔW = U S Vᵀ. alpha = rank for every weight, so the scale
-is 1 even for programs that ignore per-layer ranks.
+The factors are B = U √S and A = √S Vᵀ with ΔW = U S Vᵀ. alpha = rank for every weight and as the
+default in the config, so the scale is 1 even for programs that ignore the ranks per layer.
 
-If the tuned model has a coarser dtype, the base is rounded to it before the comparison, so that
-rounding alone is no change. If its dtype is finer, the difference is computed without rounding.
+If the tuned model has a coarser dtype than the base, the base is rounded to this dtype before the
+comparison, so that a difference by rounding alone does not count as a change. If its dtype is
+finer, the difference is computed without rounding.
+
 Every change is written or listed in the report. Rejected: writing low-rank changes only, because a
 full fine-tune also changes norms and biases, and some of its changes do not have a low rank.
 """
@@ -70,7 +72,7 @@ Progress = Callable[[Extracted, int, int], None]
 
 class _Product(NamedTuple):
     """The factors A [g, r, in] and B [g, out, r] of one weight's change, in the dtype that is
-    written. ``fingerprint``: that of the base weight."""
+    written; g: matrices in the weight. ``fingerprint``: the fingerprint of the base weight."""
 
     pair: WeightPair
     A: Tensor
@@ -102,19 +104,22 @@ def extract(
     Args:
         base, tuned: each a folder of safetensors files (or another argument of
             ``veneer.models.load_base``), a model in memory, or a state dict (for the base only
-            together with ``model``). Neither is changed. No forward of the base may run meanwhile.
+            together with ``model``). Neither is changed. Do not call the base's model meanwhile,
+            because the adapter is attached to it for a moment.
         rank: the rank of every product, at most min(out, in) of the weight. Give either ``rank`` or
             ``energy``.
         energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that keeps
             this share.
         targets, exclude: which weights get a product, as in ``LoraConfig``. A weight that
             ``exclude`` matches is not written at all.
-        keep: which parameters are written in full. "auto": changed vectors (norms, biases) and
-            persistent buffers, which have no low-rank change. Patterns and "lossy" add parameters
-            to these; "lossy" adds each weight whose product keeps less than ``least`` of ‖ΔW‖², or
-            has as many elements as the weight. "none" writes no vectors.
+        keep: which changed parameters are written in full. "auto": vectors (norms, biases) and
+            persistent buffers, because these cannot have a low-rank change. Patterns add the
+            parameters that they match. "lossy" adds each weight whose product keeps less than
+            ``least`` of ‖ΔW‖², or has at least as many elements as the weight. "none" writes no
+            vectors and buffers but those that a pattern matches.
         least: the share of ‖ΔW‖² below which a product counts as lossy.
-        model: the model of a base that transformers cannot build; its values are not used.
+        model: the model of a base that transformers cannot build. Only its modules and shapes are
+            used, not its values.
         base_name: the name of the base in the record; None: the folder, or the name by which
             transformers loaded the base.
         provenance: JSON values to record with the adapter.
@@ -242,7 +247,8 @@ def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
 
 
 def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> list[WeightPair]:
-    """The pairs with a difference. ``ExtractError``: there is none, or a value is not finite."""
+    """The pairs whose base and tuned weights differ. ``ExtractError``: there is no such pair, or a
+    value is not finite."""
     comparisons = [(pair, *pair.compare()) for pair in weight_pairs]
     changed_pairs = [pair for pair, is_changed, _ in comparisons if is_changed]
     non_finite_paths = [
@@ -274,7 +280,8 @@ def _factor_change(
     dense_matrices = None if pair.is_stack else list(pair.matrices())
     frozen_input = pair.kind.frozen_input(pair.module)
     frozen_input_energy = 0.0
-    # a product cannot change a frozen input (the padding row of an embedding): count it as an error
+    # A product must not change a frozen input, such as the padding row of an embedding. The change
+    # of this input is lost, and counts as error.
     for matrix in dense_matrices or () if frozen_input is not None else ():
         frozen_input_energy += matrix[:, frozen_input].double().square().sum().item()
         matrix[:, frozen_input] = 0
@@ -348,8 +355,9 @@ def _write(
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.model_weight.ref: {"A": product.A, "B": product.B} for product in products
     }
-    # Parameters that the adapter holds in full get the tuned model's values. Buffers that did not
-    # change or are left out, such as running statistics, get the base's.
+    # The installed adapter has tensors for the parameters in ``full_pairs``, which get the tuned
+    # model's values. If it has a buffer of a module, it has all persistent buffers of the module.
+    # Buffers that are not in ``full_pairs`` get the base's values.
     tuned_paths = {path for pair, _ in full_pairs for path in pair.model_weight.names}
     product_weight_ids = {
         id(model_pair.base.by_name.get(product.pair.path)) for product in products
@@ -380,9 +388,10 @@ def _write(
 
 
 def _randomize_rows(targets: Sequence[tuple[nn.Module, str]]) -> None:
-    """Fill the first rows of some weights of a model without weights with random values, if the
-    module has a forward of its own. ``save`` then checks whether this forward computes what its
-    kind of layer does, and so whether PEFT can apply the adapter. Zeros would prove nothing."""
+    """Fill the first rows of target weights with random values, in a model that was built without
+    weights, if the module's class overrides the forward of its layer kind. ``save`` then runs this
+    forward on a sample, and compares it with the layer kind's, to find out whether PEFT can apply
+    the adapter. With weights of zeros, every forward would give the same."""
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)

@@ -16,7 +16,7 @@ class Extracted:
     """One weight whose change was written as a low-rank product."""
 
     path: str
-    dims: tuple[int, int, int]  # (groups, out, in) of the change
+    dims: tuple[int, int, int]  # (g, out, in) of the change; g: matrices in the weight
     rank: int
     change: float  # ‖ΔW‖
     relative: float  # ‖ΔW‖ / ‖W‖
@@ -71,7 +71,7 @@ class ExtractReport:
     whole: tuple[Kept, ...]  # changed parameters that were written in full
     lost: tuple[Lost, ...]  # changed parameters that were not written
     unchanged: int  # how many parameters and buffers did not change
-    unread: tuple[str, ...]  # tensors in the tuned model's files that the model does not have
+    unread: tuple[str, ...]  # tensors in the tuned model's files without a parameter of the model
     least: float  # the share of ‖ΔW‖² below which a product counts as lossy
     seconds: float  # duration of the extraction
 

@@ -1,9 +1,13 @@
 """Decide how to write each changed parameter: as a low-rank product, in full, or not at all. The
 function ``extract`` chooses the ranks, and writes products that are too large or lossy in full.
 
-low_rank  ``targets`` matches the parameter, and it has a low-rank change
-full      else, ``keep`` matches it; the default matches every vector
-lost      else, it is not written, and the report gives the reason
+The first line that applies to a parameter decides:
+
+lost      ``exclude`` matches it
+full      a pattern in ``keep`` matches it
+low_rank  it can have a low-rank change, and ``targets`` matches it
+full      it cannot (a vector or a buffer), and ``keep`` does not contain "none"
+lost      every other parameter; the report gives the reason
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, an
 
 
 class Selection(NamedTuple):
-    """The changed weights by how they are written, with the reason if it is not as a product."""
+    """The changed weights by how they are written: as a product, in full, or not at all. ``full``
+    and ``lost`` give a reason with each weight."""
 
     low_rank: tuple[WeightPair, ...]
     full: tuple[tuple[WeightPair, str], ...]
@@ -77,7 +82,7 @@ def select_weights(
     low_rank_pairs, full_pairs, lost_pairs = [], [], []
     for pair in changed_pairs:
         split_names = (path.rpartition(".") for path in pair.model_weight.names)
-        # a tied weight has several references
+        # one reference for each name of a tied weight
         refs = {(names.canonical[module_path], name) for module_path, _, name in split_names}
         if refs & unwritten_refs and not refs & targeted_refs:
             lost_pairs.append((pair, EXCLUDED))
@@ -106,8 +111,9 @@ def plan(
     full_pairs: Sequence[WeightPair],
     problems: list[str],
 ) -> Plans:
-    """The plan of an adapter with these ``ranks`` (alpha = rank, so that the scale is 1) that holds
-    the weights of ``full_pairs`` in full."""
+    """The plan of an adapter that has products of these ``ranks`` (with alpha = rank, so that the
+    scale is 1) and holds the weights of ``full_pairs`` in full. Reasons why the model cannot have
+    this adapter are added to ``problems``."""
     low_rank_plans = plan_low(
         names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
@@ -132,8 +138,8 @@ def plan(
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """The option ``keep`` as a tuple. ``ConfigError``: a pattern is empty or no text, or the words
-    contradict each other."""
+    """The option ``keep`` as a tuple. ``ConfigError``: a pattern is empty or not a string, or
+    ``keep`` contains both "auto" and "none"."""
     entries = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(entry, str) and entry for entry in entries):
         raise ConfigError(

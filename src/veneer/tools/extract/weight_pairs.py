@@ -40,9 +40,15 @@ CHUNK_SIZE = 1 << 21
 
 
 class ModelPair(NamedTuple):
-    """Two models. ``structure``: the modules of the base. ``is_meta``: ``structure`` was built
-    without weights, and no caller uses it. ``base_name``: the name or folder of a base that was
-    read from files. ``base`` and ``tuned``: the weights."""
+    """The base and the tuned model.
+
+    Fields:
+        structure: the model of the base.
+        is_meta: whether ``open_models`` built ``structure`` without weights, so that nobody else
+            uses it.
+        base_name: the name or folder of a base that is read from files, else None.
+        base, tuned: the weights of the two models.
+    """
 
     structure: nn.Module
     is_meta: bool
@@ -72,7 +78,7 @@ class WeightPair:
 
     @property
     def is_stack(self) -> bool:
-        """Whether the first axis of the weight counts matrices, each with a product of its own."""
+        """Whether the weight is a stack [g, …] of g matrices, each of which gets a product."""
         return (
             self.kind.name == GENERAL
             and len(self.base.shape) == 3
@@ -81,7 +87,8 @@ class WeightPair:
 
     @property
     def rows(self) -> list[slice | None]:
-        """What to read at a time: slices of the first axis for a stack, else [None] for all."""
+        """The slices of the first axis in which the weight is read: one for each matrix of a stack.
+        For other weights [None], which means all rows at once."""
         return (
             [slice(index, index + 1) for index in range(self.base.shape[0])]
             if self.is_stack
@@ -89,12 +96,13 @@ class WeightPair:
         )
 
     def matrix_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(base weight, tuned weight): a matrix at a time for a stack, else the whole weights."""
+        """Pairs (base weight, tuned weight): one for each matrix of a stack, else a single pair."""
         for rows in self.rows:
             yield self.base.read(rows), self.tuned.read(rows)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(chunk of the base weight, chunk of the tuned weight), as of the function ``chunks``."""
+        """Pairs (chunk of the base weight, chunk of the tuned weight), over the whole weight. The
+        function ``chunks`` makes them."""
         return (
             chunk_pair for base, tuned in self.matrix_pairs() for chunk_pair in chunks(base, tuned)
         )
@@ -127,8 +135,9 @@ class WeightPair:
 
 
 def chunks(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(chunk of ``base``, chunk of ``tuned``): flat, and in a dtype that holds the values of both.
-    If the tuned dtype is coarser, the base is rounded to it first."""
+    """Pairs (chunk of ``base``, chunk of ``tuned``) of up to ``CHUNK_SIZE`` elements. Both chunks
+    are flat and in a dtype that holds the values of both. If ``tuned`` has a coarser dtype, the
+    chunk of ``base`` is rounded to this dtype first."""
     tuned = tuned.to(base.device)
     is_float = base.is_floating_point() and tuned.is_floating_point()
     rounds_base = is_float and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
@@ -141,8 +150,9 @@ def chunks(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all values are finite. The minimum and the maximum tell this, because they are NaN if
-    any value is. They are 16 times faster than ``isfinite`` in bfloat16."""
+    """Whether all values are finite. This is so if the minimum and the maximum are finite, because
+    both are NaN if any value is NaN. To compute them in bfloat16 is 16 times faster than
+    ``isfinite`` of all values."""
     return not values.is_floating_point() or all(
         bool(extreme.isfinite()) for extreme in torch.aminmax(values)
     )
@@ -168,8 +178,8 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
 
     Raises:
         ConfigError, CheckpointError: a folder holds no model.
-        ExtractError: the base is a state dict without ``model``, or the tuned model has unmerged
-            adapters.
+        ExtractError: the base is a state dict without ``model``, the tuned model has unmerged
+            adapters, or a model in memory has parameters on the meta device.
     """
     base_name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
@@ -210,8 +220,9 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
 
 
 def _read_tuned(tuned: Source, structure: nn.Module, has_config: bool) -> BaseWeights:
-    """The weights of the tuned model. ``has_config``: read a folder by the config in it, which may
-    tie other weights than the base's config does."""
+    """The weights of the tuned model. ``has_config``: whether to map the names in a folder by the
+    folder's own config.json, because it may tie other weights than the base's config. Else the
+    names are mapped by the base's model ``structure``."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
         attached = adapters_of(tuned)
@@ -256,7 +267,7 @@ def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
         base = model_pair.base.find(model_weight.names)
         tuned = model_pair.tuned.find(model_weight.names)
         if base is None or tuned is None:
-            # the model's constructor creates a buffer that neither model stores
+            # a buffer that neither model stores has no change: the constructor computes it
             if base is not None or tuned is not None or not model_weight.is_buffer:
                 missing_names[model_pair.base.label] += [model_weight.path] if base is None else []
                 missing_names[model_pair.tuned.label] += (
@@ -308,9 +319,9 @@ def _difference_problems(
     shape_texts: list[str],
     dtype_texts: list[str],
 ) -> list[str]:
-    """Problems of names that only one model has and of weights whose shapes or dtypes differ.
-    ``missing_names`` and ``extra_names``: the names that a model lacks or has in addition, by the
-    label of the model."""
+    """The error texts for parameters that only one model has, for different shapes, and for weights
+    that are not stored as floating-point numbers. ``missing_names`` and ``extra_names``: the names
+    that a model lacks, and the names that only it has, by the label of the model."""
     dtype_problem = "weights stored as something else than floating-point numbers: "
     expected_dtypes = "float64, float32, bfloat16 or float16"
     checks = [

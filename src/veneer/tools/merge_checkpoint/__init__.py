@@ -1,7 +1,8 @@
 """Merge adapters into a checkpoint on disk, tensor by tensor, with little memory.
 
     MergeJob          a checked merge: the base's files, the changes, the dtype, the rounding
-    CheckpointWriter  reads, merges and writes each tensor; memory holds at most twice the largest
+    CheckpointWriter  reads, merges and writes each tensor; the tensors in memory need no more bytes
+                      than the largest tensor and its result
     aux_files         copies or adjusts the configuration and the tokenizer
 
 The result is written to a temporary folder beside the folder ``out``. When it is complete and on
@@ -74,7 +75,8 @@ def merge_checkpoint(
 
     Args:
         base: a folder with one or several safetensors files.
-        adapters: adapter folders, or pairs (folder, weight wᵢ; default 1): W + Σ wᵢ ΔWᵢ.
+        adapters: adapter folders, or pairs (folder, coefficient wᵢ). The result is W + Σ wᵢ ΔWᵢ;
+            wᵢ is 1 for a folder alone.
         dtype: the dtype of all floating-point tensors of the result; None keeps their dtypes.
         rounding: "nearest", "faithful" or "auto" (see ``veneer.merge``).
         verify_base: whether to compare each changed weight with the fingerprints in the adapters'
@@ -142,8 +144,9 @@ def prove(
     progress: Progress | None = None,
     model: nn.Module | None = None,
 ) -> int:
-    """Verify a merged checkpoint byte by byte. Tensors that the merge copied are compared with the
-    base, the merged ones with a repeated merge. Returns the number of compared tensors.
+    """Verify byte by byte that ``out`` is the result of ``merge_checkpoint`` with these arguments.
+    Tensors that the merge copied are compared with the base's, and merged tensors with the results
+    of a new merge in memory. Returns the number of compared tensors.
 
     Raises:
         MergeError: tensors or files differ; the error lists them.
@@ -174,8 +177,8 @@ def prove(
 
 
 def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
-    """Write the files that hold no weights, and the index. Returns the names of files and folders
-    of the base that are left out."""
+    """Write the files that hold no weights, and the index of the shards. Returns the names of the
+    base's files and folders that are left out."""
     checkpoint = job.checkpoint
     left_out = aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder)
     if checkpoint.index is not None:

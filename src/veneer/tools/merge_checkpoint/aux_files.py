@@ -1,9 +1,9 @@
 """Write the files of a merged checkpoint that hold no weights: configuration and tokenizer.
 
-Weights in other formats are not copied, because they would be the base's, nor are folders that
-contain such files, nor hidden folders (of git and the Hub's client). config.json is rewritten if
-the merge changes the dtype, the size of the vocabulary, or the labels of a classifier. The
-tokenizer is the adapter's if the adapter added tokens to it, else the base's.
+Weights in other formats are not copied, because the adapters are not merged into them. Folders that
+contain such files and hidden folders (of git and the Hub's client) are left out as well.
+config.json is rewritten if the merge changes the dtype, the size of the vocabulary, or the labels
+of a classifier. The tokenizer is the adapter's if the adapter added tokens to it, else the base's.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ WEIGHT_SUFFIXES = (
 
 
 def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """(the paths of the files to copy, relative to the base's folder; the names of its files and
-    folders that are left out)."""
+    """(the paths of the files to copy, relative to the base's folder; the names of the files and
+    folders in the base's folder that are left out)."""
     files, left_out, folder = [], [], checkpoint.folder
     for path in sorted(folder.iterdir()):
         if path.name in checkpoint.files or path.name in (checkpoint.index_name, RECORD):
@@ -51,7 +51,7 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             if path.name.startswith(".")
             else list(path.rglob("*"))
         )
-        # links to folders are not followed, so a link counts as weights
+        # a link to a folder is not followed, and is left out as if it led to weights
         has_weights = any(
             file.name.endswith(WEIGHT_SUFFIXES) or (file.is_dir() and file.is_symlink())
             for file in contained_paths
@@ -67,13 +67,13 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 
 @dataclass(frozen=True)
 class ConfigChanges:
-    """The changes of the base's files.
+    """How the configuration and the tokenizer of the result differ from the base's.
 
     Fields:
         dtype: the new dtype in config.json; None: unchanged.
         vocabulary_size: the new number of tokens in config.json; None: unchanged.
         tokenizer: the folder of a tokenizer with added tokens; None: the base's tokenizer stays.
-        head: the class and labels of a classifier; None: the adapters have none.
+        head: the class and labels of a classifier in the adapters; None: there is none.
     """
 
     dtype: torch.dtype | None = None
@@ -88,8 +88,8 @@ class ConfigChanges:
 
 
 def write_aux_files(checkpoint: Checkpoint, changes: ConfigChanges, target: Path) -> list[str]:
-    """Write the files into the folder ``target``. Returns the names of files and folders of the
-    base that are left out."""
+    """Write the files that hold no weights into the folder ``target``. Returns the names of the
+    base's files and folders that are left out."""
     files, left_out = _sources(checkpoint, changes)
     for file, source in files.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +142,9 @@ def _expected_content(source: Path, changes: ConfigChanges, file: Path) -> bytes
 
 
 def _with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The config with this vocabulary size: in ``text_config``, which transformers reads, if there
-    is one, and at the top level if there is none or the top level has a size already."""
+    """The config with this vocabulary size. If there is a ``text_config``, transformers reads the
+    size there, and the size at the top level is changed only if it exists. Else the size is set at
+    the top level."""
     size, text_config = {"vocab_size": vocab_size}, config.get("text_config")
     if not isinstance(text_config, dict):
         return {**config, **size}

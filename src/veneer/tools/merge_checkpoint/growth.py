@@ -1,5 +1,5 @@
-"""Add tensors and rows that adapters need and the base's files lack: rows of embedding and head for
-new tokens, and a head that adapters train in full, such as a classifier on an encoder.
+"""Add tensors and rows that adapters need and the base's files lack: rows of the embedding and the
+output layer for new tokens, and a head that adapters train in full, such as a classifier.
 
     grow_model(model, saved_adapters)        adds the rows to a model without weights
     model_with_head(folder, saved_adapters)  builds a model without weights, with the adapters' head
@@ -119,7 +119,8 @@ def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
 
 
 def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
-    """The checkpoint whose headers give some tensors other numbers of rows."""
+    """A copy of the checkpoint in memory, with the row counts ``sizes`` in the entries of tensors.
+    The files are unchanged."""
     files = dict(checkpoint.files)
     for name, rows in sizes.items():
         header, old_entry = files[checkpoint.file_of[name]], checkpoint.entry(name)
@@ -149,9 +150,9 @@ class Head:
 def model_with_head(
     folder: Path, saved_adapters: Sequence[AdapterFiles]
 ) -> tuple[Any, Head | None]:
-    """(the model of a folder without weights, its head). The class of the model and the labels come
-    from the adapters' records. The head is None if the adapters have none. ``MergeError``: the
-    adapters have heads with different labels."""
+    """(the model of a folder, built without weights; the class and labels of its head). The class
+    of the model and the labels come from the adapters' records. The head is None if the adapters
+    have none. ``MergeError``: the adapters have heads with different labels."""
     architecture = saved_adapters[0].metadata.get("base", {}).get("architecture")
     labels_by_adapter = {
         str(saved_adapter.path): labels

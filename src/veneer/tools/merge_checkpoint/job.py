@@ -56,12 +56,12 @@ class MergeJob:
     verify_base: bool
     #: the folder of the adapter whose tokenizer the result gets; None: the base's tokenizer
     tokenizer: Path | None
-    #: by path of a parameter that several tensors hold: its rounding, chosen at the first tensor
+    #: by path of a parameter that several tensors hold: its rounding, once it has been chosen
     chosen_roundings: dict[str, str] = field(default_factory=dict)
 
     @property
     def aux_changes(self) -> ConfigChanges:
-        """What changes in the base's configuration and tokenizer."""
+        """The changes of the base's configuration and tokenizer."""
         return ConfigChanges(
             dtype=self.dtype,
             vocabulary_size=max(self.merge_plan.sizes.values(), default=None),
@@ -90,7 +90,8 @@ class MergeJob:
 
     def memory_limit(self) -> tuple[int, bool]:
         """(the limit of the bytes of all tensors in memory, whether numba is used). The limit is
-        twice the largest tensor. numba is used if its own memory fits into this limit too."""
+        the size of the largest tensor and its result. numba is used if the largest tensor that is
+        merged, and numba's own memory, fit into this limit; its memory is then subtracted."""
         limit = max(map(self.buffer_bytes, self.checkpoint.file_of), default=0)
         needed_bytes = max(
             (
@@ -104,7 +105,8 @@ class MergeJob:
         return (limit - NUMBA_BYTES if use_numba else limit), use_numba
 
     def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
-        """(the header, the offset in bytes of each tensor by name) of a file of the result."""
+        """For a file of the result: (its safetensors header with the length prefix, the offset in
+        bytes of each tensor from the start of the file, by name)."""
         header, names = self.checkpoint.files[file], names_by_offset(self.checkpoint.files[file])
         offsets = dict(
             zip(names, accumulate(map(self.output_bytes, names), initial=0), strict=False)
@@ -184,7 +186,8 @@ def plan_job(
     by_fingerprints: bool = True,
 ) -> MergeJob:
     """Check the arguments of ``merge_checkpoint``, and plan the merge. ``by_fingerprints``: whether
-    tensors may be identified by the fingerprints in the adapters' records, if ``verify_base``."""
+    ``linear_stub_model`` may replace the model. This needs ``verify_base``, as it identifies
+    tensors by the fingerprints in the adapters' records."""
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
     check_rounding(rounding)
@@ -198,7 +201,7 @@ def plan_job(
         (adapter, 1.0) if isinstance(adapter, str | Path) else adapter for adapter in adapters
     ]
     weighted_paths = [(Path(path), float(weight)) for path, weight in adapter_pairs]
-    # first, because reading the adapters takes longer
+    # open the checkpoint first, so that a wrong path is reported before the adapters are read
     checkpoint = open_checkpoint(Path(base).expanduser())
     saved_adapters = [read(path) for path, _ in weighted_paths]
     for saved_adapter in saved_adapters:
@@ -259,8 +262,9 @@ def merge_tensor(
 
 
 def _choose_rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, use_numba: bool) -> str:
-    """The rounding of a slice. All slices of a parameter are rounded alike: for "auto", the first
-    slice that needs it decides, from all of them."""
+    """The rounding of a slice of a parameter. All slices of a parameter have the same rounding. For
+    "auto", it is chosen when the first slice is merged, by the error of rounding all slices to
+    nearest."""
     tensors = job.merge_plan.split_tensors.get(edit.path)
     if tensors is None or job.rounding != "auto" or dtype not in HALF_DTYPES:
         return job.rounding
@@ -291,7 +295,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _NeedsBase(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised when a variant asks for the frozen weight."""
+    """Raised in ``_resolve_slice`` when a variant asks for the frozen weight."""
 
 
 def merge_changes(
@@ -331,7 +335,9 @@ def merge_changes(
 def _resolve_slice(
     change: Change, edit: TensorEdit, layer_weight: Tensor
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) for the slice ``layer_weight`` of the parameter."""
+    """(ΔW, gain) for the slice ``layer_weight`` of the parameter; the gain is None without DoRA.
+    A variant that does not need the weight is computed for the whole parameter and then sliced. A
+    variant that needs it (DoRA) is computed from the slices of its parameters and of the weight."""
     if not edit.param_slice.index:
         return change.resolve_float64(change.layer.fold(layer_weight, edit.shape))
     if change.tokens is not None:
@@ -382,8 +388,9 @@ def _resolve_slice(
 def _sum_changes(
     terms: Sequence[tuple[float, LowRank, Tensor | None]],
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, G) of the sum Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW) − W. ``terms``: (wᵢ, ΔWᵢ, gᵢ) for
-    each adapter; a gain None is 1."""
+    """(ΔW, the gain G) for which G ⊙ (W + ΔW) − W is the sum Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) over the
+    adapters. ``terms``: (coefficient wᵢ, ΔWᵢ, gain gᵢ of the rows) for each adapter. A gain of None
+    means 1. ``MergeError``: G is 0 in some row."""
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1:]
     adapter_weights, low_ranks, optional_gains = zip(*terms, strict=True)

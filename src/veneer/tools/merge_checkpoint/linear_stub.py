@@ -4,13 +4,14 @@ adapters' records and the checkpoint, but not the model's code.
     linear_stub_model(checkpoint, saved_adapters) -> a module with these layers at their paths
 
 The record of a Veneer adapter has the path, layer kind and fingerprint of each changed weight. If
-the checkpoint has a tensor with this name and fingerprint, the tensor is the weight: loading the
-model does not rename, transpose or join it.
+the checkpoint has a tensor with this name and fingerprint, the tensor is the weight itself, which
+loading the model does not rename, transpose or join with others.
 
-A weight may have a second name that the stub lacks. So there is no stub (None) if a dimension of a
-changed weight equals the size of the vocabulary (embedding and head may be tied), or if an
-unchanged tensor has the last name and the shape of a changed layer. There is also none for other
-layer kinds and for parameters trained in full.
+A weight may be tied under a second name, which the stub does not show. So there is no stub (None)
+if a dimension of a changed weight equals the size of the vocabulary, because embedding and head may
+be tied. There is none either if an unchanged tensor has the shape of a changed layer and the same
+last component in its module's path, if a layer of another kind changes, or if a parameter is
+trained in full.
 """
 
 from __future__ import annotations

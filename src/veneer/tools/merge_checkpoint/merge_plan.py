@@ -40,9 +40,9 @@ from veneer.tools.merge_checkpoint.growth import (
     vocabulary_parameters,
 )
 
-#: (adapter folder, its weight in the merge)
+#: (adapter folder, its coefficient wᵢ in the merge)
 WeightedFolder = tuple[Path, float]
-#: a tensor that holds a parameter and nothing else
+#: the slice of a tensor that holds one whole parameter and nothing else
 WHOLE_PARAM = models.ParamSlice("")
 #: dtypes of weights that a merge can change, and that it can write
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,8 +56,9 @@ class TensorEdit:
         path, shape: the parameter's first name in the model, and its shape.
         param_slice: ``within`` is the slice of the tensor that is edited, ``index`` the slice of
             the parameter that it holds.
-        changes: (adapter weight, change of the parameter) for each adapter; or
-        full: (adapter weight, trained value of the parameter) for each adapter.
+        changes: (coefficient wᵢ, ΔW as low-rank factors and token rows) for each adapter.
+        full: (coefficient wᵢ, trained value of the parameter) for each adapter that trains it in
+            full. Either ``changes`` or ``full`` is empty.
     """
 
     path: str
@@ -80,7 +81,7 @@ class MergePlan:
         str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]
     ]
     notes: tuple[str, ...]  # remarks for the report of the merge
-    #: by name of a tensor that grows with the vocabulary: its new number of rows
+    #: by name of a tensor with a row for each token, if the vocabulary grows: its new row count
     sizes: Mapping[str, int] = field(default_factory=dict)
     #: by name of a tensor that adapters train in full and the files lack: its shape
     added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -232,8 +233,8 @@ def _expected_fingerprints(
     saved_adapters: Sequence[AdapterFiles],
     path_by_id: Mapping[int, str],
 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
-    """By path of a parameter and then by adapter: (the fingerprint in the adapter's record, the ids
-    of the token rows that it leaves out)."""
+    """By path of a parameter and then by adapter folder: (the fingerprint in the adapter's record,
+    the ids of the token rows that this fingerprint leaves out)."""
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved_adapter in zip(adapters_by_name.values(), saved_adapters, strict=True):
         recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
@@ -246,7 +247,7 @@ def _expected_fingerprints(
 
 def _may_be_head(path: str, edit: TensorEdit) -> bool:
     """Whether a parameter may belong to a head that the base lacks: an adapter trains it in full,
-    and no number in its path tells that it belongs to a block."""
+    and its path has no number, unlike the path of a parameter in a transformer block."""
     is_full = not edit.changes and edit.full[0][1].is_floating_point()
     return is_full and not any(component.isdigit() for component in path.split("."))
 
@@ -337,8 +338,9 @@ def _coverage_problems(
     slices_by_tensor: Mapping[str, models.ParamSlice],
     checkpoint: Checkpoint,
 ):
-    """Problems of one parameter: the files do not hold all of it, or hold it with another shape or
-    dtype. ``slices_by_tensor``: the tensors that hold it, and their slices."""
+    """The error texts for one parameter if the files do not hold all of it, or store it with
+    another shape or an unsupported dtype. ``slices_by_tensor``: the tensors in the files that hold
+    parts of the parameter, each with its slice."""
     if not slices_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
         return  # the step counter of a batch norm, which old files lack
     covered_mask = (
@@ -383,8 +385,8 @@ def _coverage_problems(
 
 
 def _order_tensors(slices_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
-    """The tensors that together hold a parameter, in the order of their slices; a single tensor if
-    each holds all of it."""
+    """The names of the tensors that together hold a parameter, in the order of their slices. If
+    each tensor holds the whole parameter (a tied weight), only one of them."""
     sorted_tensors = sorted(
         slices_by_tensor,
         key=lambda tensor: [axis_slice.start for axis_slice in slices_by_tensor[tensor].index],

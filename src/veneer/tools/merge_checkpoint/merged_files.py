@@ -24,7 +24,7 @@ from veneer.attach import LayerMerge
 from veneer.errors import CheckpointError
 from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor
 
-#: number of bytes that are copied at once, and the largest number of workers
+#: number of bytes that are copied at once, and the largest number of worker threads
 BLOCK_BYTES, MAX_WORKERS = 1 << 22, 4
 
 #: called with (bytes done, bytes in total, name of the tensor)
@@ -64,8 +64,8 @@ class CheckpointWriter:
         self._budget = _ByteBudget(limit)
         self._offsets: dict[str, int] = {}
         position = {name: index for index, name in enumerate(job.checkpoint.file_of)}
-        #: by name of a tensor: the parameters whose fingerprints can be checked when it is read,
-        #: because it is the last of their tensors to be read
+        #: by name of a tensor: the parameters whose fingerprints are checked when it is read. It is
+        #: the last tensor, in the order of the files, that holds a part of them
         self._parameters_by_last_tensor: dict[str, list[str]] = {}
         for path, (tensors, *_) in job.merge_plan.fingerprints.items() if job.verify_base else ():
             self._parameters_by_last_tensor.setdefault(
@@ -136,13 +136,13 @@ def _worker_pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        # a later thread begins with the number that any thread has set last
+        # torch gives new threads the number that was last set in any thread, so set it back
         torch.set_num_threads(thread_count)
 
 
 def _limit_threads(count: int) -> None:
-    # The first call in a thread takes the number that any thread has set last, so it must come
-    # before the thread sets its number.
+    # The first call in a thread replaces the thread's number by the number that was last set in any
+    # thread. So it must come before this thread sets its own number.
     torch.get_num_threads()
     torch.set_num_threads(count)
 
