@@ -1,5 +1,5 @@
-"""kohya's safetensors (sd-scripts, ComfyUI, A1111), with their prefixes of keys and LyCORIS' LoHa
-and LoKr.
+"""kohya's safetensors format, which sd-scripts, ComfyUI and A1111 use: keys with flattened module
+paths, and the LoHa and LoKr of LyCORIS.
 
     lora_unet_<path, each dot as _>.lora_down.weight    A [r, in, *k]
     lora_unet_….lora_up.weight                          B [out, r, *1]
@@ -248,7 +248,7 @@ def _read_factors(
 
 
 def _to_float32(*tensors: Tensor) -> list[Tensor]:
-    """Convert tensors to float32, or keep float64: products of 16-bit numbers are then exact."""
+    """Convert tensors to float32, in which products of 16-bit numbers are exact; keep float64."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 

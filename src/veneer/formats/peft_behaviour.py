@@ -1,5 +1,5 @@
-"""The layers, options of modules and versions of PEFT for which PEFT's result differs from a change
-of the weight."""
+"""Where PEFT computes something else than op(x; W + ΔW): for which kinds of layers, options of
+modules and versions of PEFT."""
 
 from __future__ import annotations
 
