@@ -147,7 +147,8 @@ def add_product(
     change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, decodes: bool = False
 ) -> Tensor:
     """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it. ``decodes``:
-    whether x may be multiplied weight first, as in a block of ``weight_first.use``."""
+    whether the call is a decoding step, so that ``weight_first`` may compute x Wᵀ, as in a block of
+    ``weight_first.use``."""
     if (decodes or weight_first.STATE.is_used) and weight_first.suits(x, weight):
         return weight_first.add_product(change, x, weight, bias)
     if bias is None:
@@ -312,8 +313,8 @@ def _output_gradients(
 
 
 class _Linear(torch.autograd.Function):
-    """``_Linears`` for one layer without dropout, with few Python calls. If ctx is
-    None, nothing is saved for backward."""
+    """``_Linears`` for one layer without dropout, with few Python calls. If ctx is None, nothing is
+    saved for backward."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
