@@ -30,8 +30,8 @@ class Storage(ABC):
     #: whether the module computes the weight at each access, which may change state (spectral norm
     #: does); an adapted layer then computes with ``dense``, not by the module's own forward
     computed: bool = False
-    #: the name of the stored tensor that holds the weight as a dense tensor, so that ``encode``
-    #: only rounds to its dtype; None for a packed weight
+    #: the name under which ``encode`` returns the weight as one dense tensor, only rounded to the
+    #: weight's dtype; None for a storage that packs the weight
     dense_name: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

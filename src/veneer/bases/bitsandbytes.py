@@ -70,9 +70,9 @@ class Bitsandbytes8bit(GridStorage):
     name = "bitsandbytes_8bit"
 
     def holds(self, weight: object) -> bool:
-        # Attributes are tested, because unpickling gives a plain Parameter with the same
-        # attributes. Not in this storage: a weight that is not yet quantised, and a weight with
-        # has_fp16_weights=True, for which the module caches a quantised copy.
+        # This tests attributes, not the class, because unpickling gives a plain Parameter with
+        # these attributes. False for a weight that is not yet quantised, and for a weight with
+        # has_fp16_weights=True, of which the module caches a quantised copy.
         return (
             isinstance(weight, nn.Parameter)
             and weight.dtype == torch.int8

@@ -133,8 +133,8 @@ def _format_of(module: nn.Module) -> tuple[str, str] | None:
 
 def is_compressed(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight compressed-tensors has packed, or has made
-    dense in the first call of the model. False for a layer that it quantises in each call, because
-    the gradient of that call is not the gradient of its weight."""
+    dense in the first call of the model. False for a layer whose weight the library quantises anew
+    in each call, because the gradient of such a call is not that of a product with the weight."""
     attributes = module.__dict__
     if (scheme := attributes.get("quantization_scheme")) is None or not isinstance(
         module, nn.Linear

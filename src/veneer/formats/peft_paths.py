@@ -130,10 +130,10 @@ def attention_of(path: str) -> str | None:
 
 
 def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[str]:
-    """[the path of the parameter that the entry at ``path`` in a file changes], or [] if the entry
-    changes a module's weight. If ``target_parameters`` has several parameters of the module, the
-    entry under the outermost wrapper changes the last one, and each further wrapper in the path
-    leads to the parameter before."""
+    """[the path of the parameter that the change at ``path`` in a file belongs to], or [] if the
+    change belongs to a module's weight. If ``target_parameters`` has several parameters of the
+    module, the change under the outermost wrapper belongs to the last one, and each further
+    segment ``base_layer`` in the path leads to the parameter before it."""
     bare_path, depth = strip_wrappers(path)
     split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     parameters = [parameter for module, _, parameter in split_targets if module == bare_path]

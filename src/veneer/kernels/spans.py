@@ -154,7 +154,7 @@ class _Linears(Function):
         *saved, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
         ctx.save_for_backward(*saved, downs, *ups, *weights, *h)
-        # `.data` is no view for autograd
+        # `.data` is no view for autograd, as in ``fused.py``
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod

@@ -61,7 +61,7 @@ class BaseWeight:
     Fields:
         read_rows: takes a slice of rows of the first axis, or None for all rows, and returns the
             values on the device of the source (the CPU for files). The tensor must not be changed.
-        duplicates: read the other copies in the files, if the weight is tied.
+        duplicates: functions that read the other copies in the files, if the weight is tied.
     """
 
     shape: tuple[int, ...]

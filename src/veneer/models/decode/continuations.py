@@ -57,7 +57,7 @@ def open_forward(model: Any, length: int) -> Forward:
     Raises:
         ConfigError: the model cannot be called on the KV cache, or not with such long rows.
     """
-    if "generate" in vars(model):  # somebody else's, which does more than the class's
+    if "generate" in vars(model):  # replaced by another library; it may do more than the class's
         raise ConfigError(
             f"{type(model).__name__}, a model whose generate was replaced",
             "one that generates as its class does",
@@ -206,7 +206,7 @@ class Continuations:
 
     def _allocate(self, group: _Group) -> Row:
         row = self.slots.allocate(self._length_of(group))
-        assert row is not None  # there is no budget
+        assert row is not None  # the budget has no limit
         return row
 
     def _compute(self, running: Sequence[_Continuation], new: Sequence[_Group]) -> Tensor | None:

@@ -187,7 +187,7 @@ class Forward:
                 logits = self._logits(slots, batch[0][:, None], batch[1][:, None], None)
             finally:
                 NOW.rows = None
-        if len(logits) > len(wanted):  # a head with adapters, or a head that is no module
+        if len(logits) > len(wanted):  # the head computed all rows: it is adapted, or no module
             logits = logits.index_select(0, rows_wanted.to(logits.device))
         return logits
 
@@ -209,7 +209,7 @@ class Forward:
             NOW.last = None
         if of_all_tokens:
             return logits
-        if logits.shape[1] > 1 and last is not None:  # a head that is no module
+        if logits.shape[1] > 1 and last is not None:  # the head is no module, so no hook ran
             logits = _last(logits, last)
         return logits[:, -1]
 

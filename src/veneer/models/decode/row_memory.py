@@ -89,7 +89,7 @@ class Layer:
         for name in (
             "keys",
             "values",
-        ):  # one after the other, so that only one of them exists twice at a time
+        ):  # one tensor after the other, so that at most one of them exists twice at a time
             old = getattr(self, name)
             if not (grows and len(old) >= rows):
                 resized = old.new_zeros(rows, *old.shape[1:])
