@@ -304,7 +304,7 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
         if gain is not None:
             y = torch.mul(y, gain, out=torch.empty_like(y))
             y = y if bias is None else y.add_(bias)
-        # `data`: autograd forbids to modify a view that a custom function returns in place
+        # autograd forbids in-place changes of a view that a custom function returns; `data` is none
         ys.append(y.view(*x.shape[:-1], y.shape[1]).data)
     if ctx is not None:
         ctx.set_materialize_grads(False)

@@ -4,7 +4,7 @@
 
 In this order, torch's BLAS (MKL) reads W once, at the speed of memory. On CPUs of Intel, for which
 MKL is written, x Wᵀ is about as fast. The sums are as exact as those of x Wᵀ, but not the same
-bits. The order is therefore used only in decoding steps: in the decode calls of the engine
+bits. The order is therefore used only in decoding steps: in ``Forward.decode`` of models/decode
 (``use``), and in a bank's calls with one token per row (which include calls that compute running
 rows and pieces of prompts together). In all other calls, x Wᵀ has the bits that the base itself
 computes. A single token does not need this order, because torch then multiplies W with a vector. In
@@ -39,8 +39,8 @@ STATE = _State()
 
 @contextmanager
 def use() -> Iterator[None]:
-    """A block in which ``fused.add_product`` and the engine's output head, in this thread, compute
-    x Wᵀ as (W xᵀ)ᵀ if ``suits``."""
+    """A block in which ``fused.add_product`` and the output head of ``models/decode/forward.py``
+    compute x Wᵀ as (W xᵀ)ᵀ if ``suits``, in this thread."""
     STATE.is_used = True
     try:
         yield
