@@ -24,14 +24,14 @@ class Storage(ABC):
     """One way to store a weight. Subclasses are final and have no state."""
 
     name: str
-    #: whether only the module's own forward can read the weight; the module itself then represents
-    #: the weight
+    #: whether only the module's own forward can read the weight; the methods then take the module
+    #: in place of a weight
     opaque: bool = False
-    #: whether reading the weight is a computation that may change state; the module's own forward
-    #: must then not run it
+    #: whether the module computes the weight at each access, which may change state (spectral norm
+    #: does); an adapted layer then computes with ``dense``, not by the module's own forward
     computed: bool = False
-    #: the key under which ``encode`` returns the dense values, if it does no more than round them
-    #: to the dtype of the dense weight; else None
+    #: the name under which ``encode`` returns the weight as one dense tensor, only rounded to the
+    #: weight's dtype; None for a storage that packs the weight
     dense_name: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,8 +43,8 @@ class Storage(ABC):
 
     @abstractmethod
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
-        """The tensors that ``write`` replaces, not copied. Their names belong to this storage and
-        contain no dots."""
+        """The tensors that ``write`` replaces (themselves, not copies), by names that this storage
+        chooses. The names contain no dots."""
 
     @abstractmethod
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -72,8 +72,8 @@ class Storage(ABC):
         return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        """The dense weight in about ``count`` blocks of rows if the storage can read them, else in
-        one."""
+        """The dense weight in about ``count`` blocks of rows if the storage can decode some rows
+        alone, else in one block."""
         yield self.dense(weight)
 
     def dtype(self, weight: Any) -> torch.dtype:
@@ -107,22 +107,24 @@ class Storage(ABC):
         """Undo ``prepare``. Called when the adapter is detached."""
 
     def misread(self, weight: Any) -> bool:
-        """Whether the library decodes other numbers than it has stored, both in ``decode`` and in
-        its own forward."""
+        """Whether the library has a fault by which it decodes this weight to other numbers than it
+        has stored, both in ``decode`` and in its own forward."""
         return False
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        """Module classes whose own forward equals the forward of the layer kind's class on
-        ``dense(weight)``. Their factored path is correct: y = forward(x) + op(x; ΔW)."""
+        """Classes of modules that hold such weights and whose forward computes what the layer
+        kind's own class (such as ``nn.Linear``) computes with ``dense(weight)``. So the factored
+        path, y = forward(x) + op(x; ΔW), is correct for them."""
         return ()
 
 
 class GridStorage(Storage):
-    """A storage whose elements are levels times a scale. Faithful rounding chooses among these."""
+    """A storage in which each element is a level (an integer or a number of a table) times a scale.
+    A merge chooses among these numbers when it rounds W + ΔW."""
 
     @abstractmethod
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
-        """The numbers that each element of the dense weight can be, with the scales in
+        """The numbers that each element of the dense weight can take if the scales remain those in
         ``stored``."""
 
     @abstractmethod

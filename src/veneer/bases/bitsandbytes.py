@@ -32,8 +32,8 @@ is the same for a new base and for a base that has run.
 
 **Merging** gives each row or block its old scale or its new largest magnitude, whichever comes
 closer to W + ΔW. With the old scale, the integers of elements that do not change stay the same.
-With these scales, each element is rounded to nearest, or to one of its two neighbours
-(``kernels/error_feedback.py``).
+With these scales, each element is rounded to nearest or, with faithful rounding, to one of its two
+neighbours (``kernels/error_feedback.py``).
 
 Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
 """
@@ -59,8 +59,8 @@ NESTED_BLOCK = 256
 
 
 def _classes(*names: str) -> tuple[type, ...]:
-    """Classes of bitsandbytes, if it has been imported: a model that holds an instance has imported
-    it."""
+    """The classes of bitsandbytes with these names; none if it has not been imported, because then
+    no model can hold an instance."""
     module = sys.modules.get("bitsandbytes.nn.modules")
     return tuple(getattr(module, name) for name in names if hasattr(module, name))
 
@@ -70,9 +70,9 @@ class Bitsandbytes8bit(GridStorage):
     name = "bitsandbytes_8bit"
 
     def holds(self, weight: object) -> bool:
-        # Attributes are tested, because unpickling gives a plain Parameter with the same
-        # attributes. Not in this storage: a weight that is not yet quantised, and a weight with
-        # has_fp16_weights=True, for which the module caches a quantised copy.
+        # This tests attributes, not the class, because unpickling gives a plain Parameter with
+        # these attributes. False for a weight that is not yet quantised, and for a weight with
+        # has_fp16_weights=True, of which the module caches a quantised copy.
         return (
             isinstance(weight, nn.Parameter)
             and weight.dtype == torch.int8
@@ -122,8 +122,8 @@ class Bitsandbytes8bit(GridStorage):
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             weight.data.copy_(stored["values"])
-        # Now the weight is as before the first call: the module takes both tensors from it, and
-        # replaces any that it holds.
+        # Now the weight is as before the module's first call. In its next call, the module takes
+        # both tensors from the weight, in place of those that it holds.
         weight.CB, weight.SCB = weight.data, stored["scale"].detach().clone()
 
     def examples(self) -> Iterator[nn.Module]:
@@ -184,7 +184,8 @@ class Bitsandbytes4bit(GridStorage):
         return tensors
 
     def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The stored tensors with the scales of the AVX512-BF16 layout, on any device."""
+        """The stored tensors with the scales as the AVX512-BF16 layout has them, rounded to
+        bfloat16 and not nested. The result is the same on every device."""
         return {"packed": stored["packed"], "absmax": _scales(stored).bfloat16().float()}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -327,7 +328,7 @@ def _undo_repacking(weight: Any) -> Tensor:
     """The packed bytes of a repacked weight, in the layout that all devices share. They differ from
     the repacked bytes only in their order."""
     state = copy.copy(weight.quant_state)
-    state.original_nested = False  # for the inverse; the scales themselves are read from the weight
+    state.original_nested = False  # keeps the inverse from quantising scales, which are not needed
     inverse = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
     return inverse(weight.data, state)[0]
 
@@ -380,8 +381,8 @@ def _nest(scales: Tensor, is_same: Tensor, old: Mapping[str, Tensor]) -> dict[st
 
 
 def _nearest_level(values: Tensor, levels: Tensor) -> Tensor:
-    """For each value, the index of the nearest level, as uint8. Of a level that occurs twice, the
-    first index."""
+    """For each value, the index of the nearest level, as uint8. If the nearest level occurs twice
+    in ``levels``, the result is its first index."""
     ordered, order = levels.double().sort(stable=True)
     first_occurrence = torch.searchsorted(ordered, ordered)
     midpoints = (ordered[1:] + ordered[:-1]) / 2

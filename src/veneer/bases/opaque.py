@@ -13,13 +13,13 @@ identity:
 
 A forward that also rounds x has no gradient. Its gradient is taken to be that of x Wᵀ at the
 unrounded x (a straight-through estimator, as in FP8 training). Nothing can be written, so a merge
-is refused. Rejected: a storage for each library. The libraries share only what is used here, and
-the layouts of their weights change with their kernels (gptqmodel alone has 40 kernels, some of
-which repack the weight in the first call).
+is refused. Rejected: a storage for each library that reads its bytes. The libraries have only the
+forward in common, and the layouts of their weights change with their kernels (gptqmodel alone has
+40 kernels, some of which repack the weight in the first call).
 
 compressed-tensors has no class of its own. It wraps forward on the instance of an ``nn.Linear``,
-and one call of the model makes the weight dense. The module represents its weight before and after
-that call, with the same values.
+and the first call of the model makes the weight dense. The module represents its weight before and
+after that call, with the same values.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from veneer.bases._base import BASES, Storage, register
 from veneer.distributed import base_class
 from veneer.errors import MergeError, TargetError, sentence
 
-#: (module, class) of a linear layer: the name of its format, and how to load its base in a
-#: floating-point dtype
+#: (Python module, class) of a quantised linear layer -> (name of its format, how to load its base
+#: in a floating-point dtype, as advice in errors)
 LIBRARIES = {
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): (
         "GPTQ or AWQ",
@@ -92,18 +92,19 @@ EXPERTS = {
 EXPERTS_WITH_GRADIENT: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("eager", "grouped_mm"),
 }
-#: how many columns of W to read in one call
+#: how many columns of W one call of forward reads
 COLUMNS = 1 << 10
 
 
 def _class(path: tuple[str, str]) -> Any:
-    """The class (module, name) if its module has been imported, else None. Without an import, there
-    can be no instance."""
+    """The class with this (Python module, name); None if the module has not been imported, because
+    then there can be no instance."""
     return getattr(sys.modules.get(path[0]), path[1], None)
 
 
 def _entry(module: nn.Module, table: Mapping[tuple[str, str], Any]) -> Any:
-    """The first value of a table whose key is a class of the module; None if there is none."""
+    """The first value in ``table`` whose key, a (Python module, class), names a class that
+    ``module`` is an instance of; None if there is none."""
     return next(
         (
             value
@@ -132,14 +133,15 @@ def _format_of(module: nn.Module) -> tuple[str, str] | None:
 
 def is_compressed(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight compressed-tensors has packed, or has made
-    dense in the first call of the model. False for a layer that it quantises in each call, because
-    the gradient of that call is not the gradient of its weight."""
+    dense in the first call of the model. False for a layer whose weight the library quantises anew
+    in each call, because the gradient of such a call is not that of a product with the weight."""
     attributes = module.__dict__
     if (scheme := attributes.get("quantization_scheme")) is None or not isinstance(
         module, nn.Linear
     ):
         return False
-    # a hook of accelerate replaces the library's wrapper, unless an adapter replaced it before
+    # a hook of accelerate replaces the library's wrapper of forward, unless an adapter has already
+    # replaced that wrapper
     is_hooked = "_hf_hook" in attributes and not hasattr(type(module), "veneer_base")
     is_stored_by_library = getattr(scheme, "weights", None) is not None and not is_hooked
     return is_stored_by_library and attributes.get("quantization_status") in (
@@ -174,9 +176,11 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def without_gradient(module: nn.Module) -> bool:
-    """Whether forward may pass no gradient to its input, as far as the class or the scheme tells.
-    Such a module is adapted, and ``Opaque.call`` looks at each call."""
-    classes = (*WITHOUT_GRADIENT, *EXPERTS)  # of experts some implementations, which may change
+    """Whether forward may pass no gradient to its input, as far as the class or the quantisation
+    scheme tells. Such a module can be adapted all the same: ``Opaque.call`` handles each call."""
+    # stacks of experts count, because some of their implementations have no gradient, and a user
+    # may choose another implementation at any time
+    classes = (*WITHOUT_GRADIENT, *EXPERTS)
     if any((cls := _class(path)) and isinstance(module, cls) for path in classes):
         return True
     if is_compressed(module):
@@ -333,8 +337,9 @@ class Opaque(Storage):
     def call(
         self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """y = forward(x, …) of the module, with a gradient for x even if forward has none. A
-        forward that cuts the graph would silently give all trained layers below a wrong gradient.
+        """y = forward(x, …) of the module, with a gradient for x even if forward has none. Without
+        it, a forward that cuts the graph would silently give the trained layers below a wrong
+        gradient.
 
         Raises:
             TargetError: x requires a gradient, and the module is no linear layer, so its gradient
@@ -387,8 +392,9 @@ def weight_of(module: nn.Module, name: str) -> Any:
     weight = parameters[name] if name in parameters else None  # noqa: SIM401
     if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
         return parametrizations._modules.get(name)
-    # First a cheap test that all opaque layers pass and few others: there is no such parameter, it
-    # has one byte per element, or compressed-tensors has quantised the module.
+    # First a cheap test that all opaque layers pass and few other modules: the module has no
+    # parameter of this name, the parameter has one byte per element, or compressed-tensors has
+    # quantised the module.
     if (
         name == "weight"
         and (

@@ -15,9 +15,10 @@ supported: torchao's kernel passes no gradient to x, so the layers below would s
 gradient.
 
 **Merging** gives each block its old scale, or a new scale by torchao's own rule, whichever comes
-closer to W + ΔW. Elements are then rounded with this scale. New scales for all blocks would change
-all elements of each, and shrink a decoded int4 block by a fifteenth. Faithful rounding then chooses
-among the numbers that these scales allow.
+closer to W + ΔW. Elements are then rounded with this scale: to nearest or, with faithful rounding,
+to one of the two neighbours that the scale allows. Rejected: new scales for all blocks. They would
+change every element: for an int4 block of numbers that are already rounded, for example, torchao's
+rule may give a scale that is smaller by a fifteenth.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Torchao(GridStorage):
             # so that ``dequantize`` rounds once, to float32
             attributes = {**attributes, "dtype": torch.float32}
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
-        # a scale of x, which is a scale of the columns of W
+        # torchao scales the features of x by this, which equals scaling the columns of W
         scale = getattr(weight, "act_pre_scale", None)
         return dense if scale is None else dense * scale.float()
 
@@ -182,8 +183,8 @@ def _levels(weight: Any) -> Tensor:
 
 
 def _divide_by_input_scale(weight: Any, values: Tensor) -> Tensor:
-    """Dense values divided by the scale of x, if there is one: what ``qdata`` and its scales
-    represent."""
+    """Dense values divided by the scale of x, if there is one. ``qdata`` and the scales of the
+    blocks represent this quotient."""
     scale = getattr(weight, "act_pre_scale", None)
     return values if scale is None else values / scale.double()
 

@@ -6,6 +6,7 @@
     kohya, diffusers, gguf, vllm, dense     one file for each format; a new file registers itself
     parts                   the prefixes that name the models of an image pipeline
     gguf_claims             the sizes that a GGUF file claims, checked before it is read
+    vera_projections        the matrices that the layers of PEFT's VeRA share
 
 A reader turns the tensors of a file into changes by module path; a writer does the reverse. A
 format knows keys and shapes only; its caller maps the paths to the modules of a model.

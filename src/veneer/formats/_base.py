@@ -3,8 +3,9 @@
     read(path, base, options)                  -> Contents    the changes in the file
     write(adapter, path, base, options)        -> [notes]     writes the file; notes for the user
 
-All formats meet in PEFT's layout: ``PeftLayer`` holds A and B in the shapes that nearly every
-format uses. To add a format, add a file to this folder that calls ``register(Format(...))``.
+Readers return low-rank changes, and writers take them, in PEFT's layout: a ``PeftLayer`` holds A
+and B in the shapes that nearly every format uses. To add a format, add a file to this folder that
+calls ``register(Format(...))``.
 Rejected: one converter for each pair of formats, which would be thirty converters for six formats.
 """
 
@@ -102,8 +103,9 @@ class LowRankChange:
 
     weight: str
     layer: PeftLayer
-    #: linear, Conv1D, conv, grouped conv, embedding, attention, stack (of matrices), parameter, or
-    #: "linear or Conv1D" where only the model tells
+    #: as ``kind_of_change`` returns it: linear, Conv1D, "linear or Conv1D" (if only the model could
+    #: tell), conv, grouped conv, embedding, attention, stack (of matrices), parameter, or "weight
+    #: of shape …" (if A and B do not fit the shape)
     kind: str
 
     @property
@@ -146,7 +148,8 @@ class Format:
         parts: whether a tensor key can name the pipeline component that a layer belongs to.
         peft: whether programs load the format with PEFT, and so compute PEFT's result where it
             differs from a change of the weight (``peft_behaviour.deviation_reason``).
-        read, write: see the top of this file; None if ``convert`` itself reads or writes.
+        read, write: the functions that the docstring of this file describes; None if ``convert``
+            itself reads or writes the format.
     """
 
     name: str
@@ -250,8 +253,8 @@ def build_peft_layer(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype``. ``AdapterError``: a
-    finite value becomes infinite in ``dtype``."""
+    """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype`` if it is floating-point
+    (None keeps its dtype). ``AdapterError``: a finite value becomes infinite in ``dtype``."""
     converted = (
         tensor.detach()
         .to("cpu", dtype if tensor.is_floating_point() else None)
@@ -305,8 +308,8 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file. ``AdapterError``: the file is truncated, or
-    a value is not finite."""
+    """The tensors and the header of a safetensors file. ``AdapterError``: the file is damaged, a
+    value is not finite, or a floating dtype has 8 bits or less."""
     tensors, header = tensor_files.read_tensors(path)
     require_finite(tensors, path)
     return tensors, header

@@ -13,10 +13,11 @@ Older releases of diffusers wrote ``.lora.down.weight`` and ``.lora.up.weight``,
 and alphas as tensors (``<component>.<path>.alpha``) or no alpha, which means alpha = r. Veneer
 reads all of these layouts and writes the first one.
 
-Text encoders are written with two other suffixes, because diffusers 0.42 needs them and other
-programs also read them. Magnitudes end in ``.weight``: transformers' loader expects this name, and
-would initialise the magnitudes otherwise. If no attention projection is among the changes, A and B
-are named ``lora_linear_layer``, by which diffusers recognises the format.
+For text encoders, the writer uses other suffixes in two cases, as diffusers 0.42 requires; other
+programs read these suffixes, too. The keys of DoRA's magnitudes end in ``.weight``, because
+transformers' loader looks for this name and would otherwise initialise the magnitudes. If no
+attention projection is among the changes, A and B are named ``lora_linear_layer.down.weight`` and
+``lora_linear_layer.up.weight``, by which diffusers recognises the format.
 
 rsLoRA is written as plain LoRA with alpha = scale · r, because many loaders do not know its flag.
 """

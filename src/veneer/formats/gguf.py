@@ -22,7 +22,7 @@ compute wrong results. alpha is stored in float32. If a layer's scale differs fr
 multiplied by the quotient of the two.
 
 Refused, because llama.cpp cannot represent them: convolutions, DoRA, parameters trained in full
-(its loader silently skips norms), and changes of the embedding or head of a base that ties the two.
+(llama.cpp silently skips norms), and changes of the embedding or head of a base that ties the two.
 llama.cpp would read the change of a tied weight in two orientations: for the embedding as a row of
 lora_a for each token, for the head as a matrix lora_a [r, d], whose shape it asserts at run time. A
 base that was saved with a separate head becomes a GGUF file with ``output.weight``, which supports
@@ -416,9 +416,9 @@ def _stack_experts(
     alpha: float,
     base: BaseFacts,
 ) -> dict[str, PeftLayer]:
-    """The changes of experts in the layout of PEFT's file: A [E·r, in] and B [out, r·E]. If several
-    parameters of a module change, the path of the first ends in ``base_layer``, because PEFT nests
-    their wrappers."""
+    """The changes of E experts in PEFT's layout, A [E·r, in] and B [out, r·E], by their path in
+    PEFT's file. If two parameters of a module change, the path of the first one ends in
+    ``base_layer``, because PEFT nests their wrappers."""
     layers: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
         module_path, pairs_by_name = weight.rpartition(".")[0], stacks[weight]
@@ -446,8 +446,8 @@ def _stack_experts(
 def _join_pairs(
     pairs: list[tuple[Tensor, Tensor] | None], shape: tuple[int, ...], weight: str, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """Join the changes of gate and up into one change of ``gate_up_proj``. A change that is None is
-    zero. The rank stays the same if both have the same A; else it is the sum of their ranks."""
+    """Join the changes of gate and up into one change of ``gate_up_proj``; None stands for no
+    change. If both have the same A, the rank stays; else it is the sum of their ranks."""
     changed_pairs = [pair for pair in pairs if pair is not None]
     # A [E, r, in] and B [E, out, r] of a stack [E, out, in]
     is_fitting = len(shape) == 3 and all(

@@ -1,5 +1,5 @@
-"""kohya's safetensors (sd-scripts, ComfyUI, A1111), with their prefixes of keys and LyCORIS' LoHa
-and LoKr.
+"""kohya's safetensors format, which sd-scripts, ComfyUI and A1111 use: keys with flattened module
+paths, and the LoHa and LoKr of LyCORIS.
 
     lora_unet_<path, each dot as _>.lora_down.weight    A [r, in, *k]
     lora_unet_….lora_up.weight                          B [out, r, *1]
@@ -175,9 +175,9 @@ def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[
 
 
 def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
-    """The path of the only module with this flattened name, which begins with a prefix.
-    ``modules``: the paths by flattened name, without a prefix. ``AdapterError``: there is none, or
-    there are several."""
+    """The path of the only module with the flattened name ``module_name``, which begins with one of
+    ``PREFIXES``. ``modules``: the paths by flattened name, without a prefix. ``AdapterError``: no
+    module has this name, or several have it."""
     flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
     matches = modules.get(flat_name, [])
     if len(matches) > 1:
@@ -248,7 +248,7 @@ def _read_factors(
 
 
 def _to_float32(*tensors: Tensor) -> list[Tensor]:
-    """Convert tensors to float32, or keep float64: products of 16-bit numbers are then exact."""
+    """Convert tensors to float32, in which products of 16-bit numbers are exact; keep float64."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
@@ -409,7 +409,8 @@ def _omissions_of_diffusers(
 ) -> Iterator[str]:
     """The contents of a kohya file that diffusers' converter drops when it loads a pipeline, as
     texts. The converter uses a single alpha for the attention of a model: the alpha that most
-    layers have. It finds the alpha of a text encoder by an out-projection."""
+    layers have. It reads the alpha of a text encoder from an out-projection, and drops the
+    encoder's attention if no out-projection changes."""
     transformer_modules = [
         module for component, module in locations.values() if component == "transformer"
     ]

@@ -37,8 +37,8 @@ def component_of(path: str) -> str:
     return first_segment if is_component else ""
 
 
-#: the prefix of paths in CLIP's text encoder until transformers 5, and the beginning of a path
-#: without it. Files have the prefix, and so has CLIP's encoder with a projection, in every release
+#: the prefix of paths in CLIP's text encoder until transformers 5, and how a path without the
+#: prefix begins. Files have the prefix. So has CLIPTextModelWithProjection in every release
 _CLIP_PREFIX, _CLIP_LAYERS = "text_model.", "encoder.layers."
 
 
@@ -53,8 +53,9 @@ def path_before_transformers_5(component: str, path: str) -> str:
 
 
 def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> str:
-    """The path in the base of the module that has ``path`` in a file: with CLIP's prefix, or
-    without. ``exists``: a function that tells whether the base has a module at a path."""
+    """The path that a module has in the base, with CLIP's prefix or without, for its ``path`` in a
+    file. ``exists``: a function that tells whether the base has a module at a path. If it has none
+    at either, the result is ``path``."""
     candidates = (
         path,
         path_before_transformers_5(component, path),

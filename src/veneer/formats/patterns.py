@@ -1,5 +1,5 @@
-"""Match paths with the regular expressions of a PEFT config: with the whole path, or with its last
-segments. They are evaluated as ``re`` does, but with a time limit.
+"""Match module paths, or their last segments, with the regular expressions of a PEFT config. The
+result is that of ``re``, but there is a time limit.
 
 Configs are untrusted. A backtracking matcher takes 2ⁿ steps for ``(a|a)*b`` on n letters, and
 ``re`` cannot be interrupted. The package ``regex`` supports a time limit. It accepts more syntax
@@ -25,7 +25,8 @@ from veneer.errors import AdapterError
 #: the largest number of characters of all expressions of a field, and of one expression when each
 #: counted repetition ``{n}`` is written out n times
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
-#: the largest number of characters of an expression that ``re`` compiles, in a tenth of a second
+#: the largest number of characters of an expression for ``re``, which compiles so many in a tenth
+#: of a second
 MAX_SOURCE = 65_536
 #: seconds for matching all expressions of a field, and further seconds for each path matched
 SECONDS, PER_PATH = 0.5, 1e-4

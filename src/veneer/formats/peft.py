@@ -11,8 +11,8 @@
     base_model.model.<path>.lora_B.bias                   the bias of ``lora_bias``, which is scaled
                                                           as B is
     base_model.model.<attention>.base_layer.out_proj.…    the out-projection of an adapted attention
-    base_model.model.<experts>.base_layer.lora_A.weight   of several adapted parameters of a module,
-                                                          the second to last
+    base_model.model.<experts>.base_layer.lora_A.weight   A of the second to last of several adapted
+                                                          parameters of one module
     base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted
                                                           parameter
 
@@ -145,7 +145,7 @@ class PeftLayer:
 
 
 def not_for_peft(config: Mapping[str, Any]) -> str | None:
-    """The reason that ``peft_type`` holds why PEFT would compute another result with the adapter;
+    """The reason, stored in ``peft_type``, why PEFT would compute another result with the adapter;
     None if PEFT may load the adapter."""
     type_ = str(config.get("peft_type"))
     return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
@@ -153,7 +153,8 @@ def not_for_peft(config: Mapping[str, Any]) -> str | None:
 
 def may_be_transposed(config: Mapping[str, Any]) -> bool:
     """Whether a folder may have changes of [in, out] weights. ``fan_in_fan_out`` is one flag for
-    all layers, and False beside changes of parameters (see peft_mapping.py)."""
+    all layers. Beside changes of parameters it is always False, and so does not tell (see
+    ``adapter_files/peft_mapping.py``)."""
     return bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
 
 
@@ -226,9 +227,9 @@ def _build_layer(
     by_veneer: bool,
     problems: list[str],
 ) -> PeftLayer | None:
-    """The change at one path of the file; None, with a problem added, if A or B is missing or no
-    matrix. ``entry``: the ``suffixes`` of A and B, and tensors by "A", "B" or a variant's suffix.
-    """
+    """The change at one path of the file. If A or B is missing or has fewer than two axes, adds a
+    problem and returns None. ``entry``: the "suffixes" of A and B, and the tensors by "A", "B" or a
+    variant's suffix."""
     A, B = entry.get("A"), entry.get("B")
     parameter_path = parameter_at(config, path, by_veneer)
     if A is None or B is None:
@@ -258,12 +259,14 @@ def _build_layer(
 
 
 def targets_parameter(path: str, layer: PeftLayer) -> bool:
-    """Whether the config targets a parameter with the entry at ``path``, rather than a module."""
+    """Whether the config names the target of the change at ``path`` as a parameter, rather than as
+    a module."""
     return layer.target_path != strip_wrappers(path)[0]
 
 
 def pattern_of(path: str, layer: PeftLayer) -> str:
-    """The path that the entry at ``path`` has in ``rank_pattern`` and ``alpha_pattern``."""
+    """The path by which ``rank_pattern`` and ``alpha_pattern`` give the rank and alpha of the
+    change at ``path`` in the file."""
     return (
         layer.target_path
         if targets_parameter(path, layer)

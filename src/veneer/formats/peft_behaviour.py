@@ -1,5 +1,5 @@
-"""The layers, options of modules and versions of PEFT for which PEFT's result differs from a change
-of the weight."""
+"""Where PEFT computes something else than op(x; W + ΔW): for which kinds of layers, options of
+modules and versions of PEFT."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OUT_PROJ_REPEATS, LATEST_CHECKED = 2, "0.21"
 
 
 def out_proj_problem(config: Mapping[str, Any]) -> str | None:
-    """The reason why we cannot know how many times a change of an out-projection is added: a later
-    release of PEFT wrote the config. None if a checked release wrote it."""
+    """The reason why it is not known how many times PEFT adds a change of an out-projection: a
+    later release than ``LATEST_CHECKED`` wrote the config. None if no later one did."""
     version = str(config.get("peft_version") or LATEST_CHECKED)
     is_later_release = [int(number) for number in re.findall(r"\d+", version)[:2]] > [
         int(number) for number in LATEST_CHECKED.split(".")

@@ -56,7 +56,7 @@ _IRRELEVANT = {
 _GROUP_SIZE = 16
 #: the rank and alpha of a ``peft.LoraConfig()``
 _DEFAULTS = {"r": 8, "lora_alpha": 8}
-#: the names of modules that a config of Veneer would interpret as a pattern of its own
+#: names of modules that a config of Veneer would not take literally, but as one of its patterns
 _VENEER_PATTERN = re.compile(r"(peft-)?all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
 
 
@@ -191,14 +191,15 @@ def _module_patterns(modules: str | Iterable[str]) -> Any:
 
 #: what follows the path of a module in that of its weight, such as "weight" or "weight_ih_l0"
 _WEIGHT = r"\.[^.]*weight[^.]*"
-#: "$" and "\Z" in an expression; the group takes other escapes, and sets of characters
+#: matches "$" and "\Z" in an expression. It also matches, as its group, other escapes and sets of
+#: characters, so that a "$" within these is not found
 _TEXT_END = re.compile(r"(\\[^Z]|\[\^?\]?[^\]]*\])|\$|\\Z")
 
 
 def _weight_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Patterns of the weights of the modules in ``exclude_modules``. PEFT leaves out neither the
-    modules below these nor their biases; a pattern of modules would leave out both."""
-    if isinstance(modules, str):  # an end of the text is the end of the module's path
+    """Patterns of the weights of the modules in ``exclude_modules``. For such a module, PEFT still
+    adapts its submodules and trains its bias; a pattern of the module would exclude both."""
+    if isinstance(modules, str):  # "$" meant the end of the module's path, which the weight follows
         paths = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
     else:
         paths = [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]

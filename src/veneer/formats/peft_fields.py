@@ -106,9 +106,9 @@ _UNREPEATABLE_INITS = (
 
 
 def changes_base_at_load(config: Mapping[str, Any]) -> bool:
-    """Whether the file holds changes of a base that PEFT changes when it loads the folder. With
-    these values of ``init_lora_weights``, PEFT takes the initial B A off the base's weight; it
-    recomputes the initial B A as it loads."""
+    """Whether PEFT changes the base's weights when it loads the folder, so that the file holds
+    changes of that changed base. With these values of ``init_lora_weights``, PEFT subtracts the
+    initial scale · B A from the base's weight, and recomputes it on loading."""
     init_method = config.get("init_lora_weights")
     return isinstance(init_method, str) and (
         init_method == "pissa" or init_method.lower() == "olora"
@@ -181,7 +181,8 @@ def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problems of options that become changes of weights only with the base's help."""
+    """The problems of options that Veneer can convert to changes of weights only if it has the
+    base."""
     if config.get("lora_bias") is True and not with_base:
         do = "load it on its base, and merge or save it there"
         yield sentence("lora_bias=true, biases beside B", "changes of weights alone", do)
@@ -196,7 +197,8 @@ def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str
 
 
 def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of options that would change the tokens before an adapter's invocation, too."""
+    """The problems of options that also affect the tokens before ``alora_invocation_tokens``, which
+    an adapter with such tokens must leave as the base computes them."""
     if not config.get("alora_invocation_tokens"):
         return
     names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")

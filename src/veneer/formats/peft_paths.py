@@ -130,10 +130,10 @@ def attention_of(path: str) -> str | None:
 
 
 def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[str]:
-    """[the path of the parameter that the entry at ``path`` in a file changes], or [] if the entry
-    changes a module's weight. If ``target_parameters`` has several parameters of the module, the
-    entry under the outermost wrapper changes the last one, and each further wrapper in the path
-    leads to the parameter before."""
+    """[the path of the parameter that the change at ``path`` in a file belongs to], or [] if the
+    change belongs to a module's weight. If ``target_parameters`` has several parameters of the
+    module, the change under the outermost wrapper belongs to the last one, and each further
+    segment ``base_layer`` in the path leads to the parameter before it."""
     bare_path, depth = strip_wrappers(path)
     split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     parameters = [parameter for module, _, parameter in split_targets if module == bare_path]
@@ -157,8 +157,8 @@ def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[
 
 def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] | str:
     """The ``target_modules`` with which PEFT adapts exactly ``target_paths`` out of
-    ``all_paths``: the last segments of the paths if they suffice, else the full paths. If one path
-    is the end of another, a regular expression."""
+    ``all_paths``: the last segments of the paths if they suffice, else the full paths. If these do
+    not suffice either, because one path is the end of another, a regular expression."""
     all_paths, expected = list(all_paths), set(target_paths)
     if not expected:
         return []
@@ -171,17 +171,19 @@ def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] 
 def common_size(
     ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float
 ) -> tuple[int, float]:
-    """The rank and alpha for ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if a layer has both,
-    else the pair that most layers have. So if all layers have one scale, ``r`` and ``lora_alpha``
-    give this scale too, for readers that ignore the patterns (as vLLM did)."""
+    """The values to write as ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if some layer has
+    both, else the pair that most layers have. So if all layers have one scale, ``r`` and
+    ``lora_alpha`` give this scale too, for readers that ignore the patterns (as vLLM did).
+    ``ranks``, ``alphas``: of each layer, by path."""
     pairs = [(ranks[path], alphas[path]) for path in ranks]
     return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """A ``rank_pattern`` or ``alpha_pattern``: an expression for the full path of every layer of
-    which the value differs from the default. No key matches another layer whose path has the same
-    ending but another value."""
+    """A ``rank_pattern`` or ``alpha_pattern``: the value of each layer that differs from the
+    default, by an expression that matches the layer's full path. ``values``: of all layers, by
+    path. If the path of another layer with another value ends in this path, the expression begins
+    with "^", so that it does not match the other one."""
 
     def pattern(path: str) -> str:
         is_ambiguous = any(

@@ -19,8 +19,8 @@ from veneer.errors import AdapterError, listing
 from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
-#: the fields of LoRA's config that narrow its targets, and for each other ``peft_type`` the fields
-#: that its config does not have, so that PEFT ignores them
+#: the fields of LoRA's config that narrow its targets; for some other ``peft_type``, those of these
+#: fields that its config does not have, so that PEFT ignores them
 _NARROWING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _MISSING_FIELDS = {
     "VERA": _NARROWING_FIELDS[:1],

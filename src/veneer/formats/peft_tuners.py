@@ -105,7 +105,7 @@ _are_masks = all_values(dict, all_values(list, _is_flag))
 def _read_adalora(module: ModuleTensors) -> VariantChange:
     A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    # the file still has the columns of B, rows of A and values of E that are masked
+    # the file may still have the columns of B, rows of A and values of E that the mask prunes
     if module.mask is not None and len(module.mask) == rank:
         mask = torch.tensor(module.mask, dtype=torch.float32)
     elif rank != (module.rank if module.mask is None else sum(module.mask)):
@@ -138,8 +138,8 @@ def _read_lokr(module: ModuleTensors) -> VariantChange:
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        # in a Conv1d, PEFT multiplies C into the last two of three axes: no Kronecker product of
-        # matrices, so the result becomes a single matrix
+        # in a Conv1d, PEFT multiplies C into the last two of three axes. This is no Kronecker
+        # product of matrices, so store the result itself as w2, and C = 1
         if w2.dim() == 3:
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from veneer.errors import sentence
 
-#: a function of the path of a base's parameter. It returns (shape, dtype), with dtype None if the
-#: parameter is stored packed, or None if the base lacks the parameter
+#: a function that takes the name of a base's parameter and returns its (shape, dtype). The dtype is
+#: None if the parameter is stored packed. The function returns None if the base lacks the parameter
 Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 #: module path -> (number of outputs, number of inputs, dtype) of the module's weight
 _Sizes = dict[str, tuple[int, int, "torch.dtype | None"]]
@@ -33,8 +33,8 @@ def layer_projections(
     weights: Weights | None,
     problems: list[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A [r, in], B [out, r]) of each module, by path. Empty if ``weights`` is None, or if
-    ``problems`` has entries, to which this function adds."""
+    """(A [r, in], B [out, r]) of each module, by path. This function adds to ``problems``; if that
+    then has entries, or if ``weights`` is None, the result is empty."""
     if weights is None:
         return {}
     sizes = _layer_sizes(tensors_by_module, weights, problems)

@@ -1,4 +1,4 @@
-"""The arithmetic of adapted layers: functions of tensors and shapes, which know no modules and no
+"""The arithmetic of adapted layers: functions of tensors and shapes, which use no modules and no
 configs."""
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ are freed after the call:
 
     Δ = (x Aᵀ) B        x: [N, t, in]   A: [N, r, in]   B: [N, r, out]
 
-Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one CPU core.
-The groups take 15 µs there, and the layer itself 246 µs in float32. All adapters joined along the
-rank, with a mask: 48 µs. One product per adapter: 3 to 5 µs each. Gathering the factors of each
-row: copies every adapter once per row (Chen et al. 2023, "Punica", arXiv:2310.18547, gathers in a
-custom kernel).
+Measured for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one CPU core: the products of
+all groups take 15 µs, and the layer itself 246 µs in float32. Rejected: joining all adapters along
+the rank, with a mask (48 µs); a product with A and one with B for each adapter (3 to 5 µs each);
+gathering the factors of each row, which copies an adapter once for every row that uses it (Chen et
+al. 2023, "Punica", arXiv:2310.18547, gathers in a custom kernel).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from veneer.kernels.switch import is_on
 
 #: the fewest elements of a weight for which ``mixed_rows.py``, and numba with it, is loaded
 LOOP_MIN_WEIGHT = 1 << 16
-#: the most multiply-adds of a layer, times the number of torch's threads, for which that loop,
-#: which has one thread, is faster than batched products
+#: the most multiply-adds of a layer's low-rank products, times the number of torch's threads, up to
+#: which the loop of ``mixed_rows.py``, which has one thread, is faster than batched products
 LOOP_MAX_WORK = 1 << 22
-#: the dtypes of W, A and B that it takes
+#: the dtypes of W, A and B that the loop supports
 LOOP_DTYPES = {torch.bfloat16, torch.float32}
 
 
@@ -62,8 +62,9 @@ def load_row_loop(weight: Tensor, factor_dtype: torch.dtype) -> ModuleType | Non
 
 
 def compile_row_loop(weight: Tensor) -> None:
-    """Load and compile that loop for a base whose largest weight is ``weight``, so that the first
-    mixed batch does not wait for it. Does nothing for a base that the loop does not support."""
+    """Load and compile the loop of ``mixed_rows.py`` for a base whose largest weight is ``weight``,
+    so that the first batch with several adapters does not wait for it. Does nothing for a base that
+    the loop does not support."""
     if (loop := load_row_loop(weight, weight.dtype)) is not None:
         rank = loop.RANKS_TOGETHER
         factor = loop.to_array(torch.zeros(rank, 1, dtype=weight.dtype))
@@ -74,7 +75,7 @@ def compile_row_loop(weight: Tensor) -> None:
 @dataclass(frozen=True, eq=False)
 class Grouping:
     """How the rows of a call are arranged in groups by adapter, and how results are arranged back.
-    Each row has one token here. A group is padded to n positions.
+    Each token counts as a row here, N in all. A group is padded to n positions.
 
     Fields:
         group_count: S, the number of groups.
@@ -100,11 +101,12 @@ def make_grouping(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Grouping:
-    """Group rows by adapter, one lane for each. Computed on the CPU, so that nothing waits for an
-    accelerator.
+    """Group rows by adapter. A lane is the group of one adapter before its rows are expanded to
+    tokens. The grouping is computed on the CPU, so that nothing waits for an accelerator.
 
     Args:
-        rows: for each row, (lane of an adapter, blend weight).
+        rows: for each row, (lane, blend weight) of each of its adapters.
+        lane_count: the number of adapters, S.
         tokens: tokens per row.
         device, dtype: of the tensors of the result.
     """
@@ -122,8 +124,8 @@ def make_grouping(
         return tensor.to(device, non_blocking=True)
 
     def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
-        """Indices of rows or lanes, expanded to the indices of their tokens. None if these are 0,
-        1, 2, … in order."""
+        """The indices of the tokens of rows, or of positions in lanes, with these indices. None if
+        the result would leave all tokens in their order (0, 1, 2, …)."""
         first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens
         token_indices = (first_tokens + torch.arange(tokens, device="cpu")).flatten()
         count = len(token_indices)
@@ -198,7 +200,7 @@ def linear(
     zeros: Tensor,
 ) -> Tensor:
     """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias, [N, *, out], where row n of x has its own factors A_n
-    and B_n. Differentiable in everything but W. For devices other than the CPU.
+    and B_n. Differentiable in all tensors but W. For devices other than the CPU.
 
     Args:
         x: [N, *, in].
@@ -235,7 +237,7 @@ def linear(
     if not is_recorded:
         y = fused.add_product(delta, tokens, weight, bias)
     elif bias is None:
-        # out of place: in place, autograd would copy ``delta``, which is a view
+        # out of place, because ``delta`` is a view, which autograd would copy for an in-place sum
         y = torch.addmm(delta, tokens, weight.mT)
     else:
         y = torch.addmm(delta + bias, tokens, weight.mT)

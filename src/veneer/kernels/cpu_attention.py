@@ -24,17 +24,18 @@ from veneer.kernels import is_eager
 _C: Any = torch._C
 
 #: whether the CPU has instructions for products of bfloat16. Without them, products of 16 bits are
-#: slower than torch's kernel.
+#: slower than torch's attention kernel
 HAS_BF16_PRODUCTS: bool = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-#: the most keys for which ``products`` is faster than torch's kernel, and saves little for backward
+#: the most keys for which ``products`` is faster than torch's kernel and the probabilities that it
+#: saves for backward are small
 MAX_KEYS = 128
 #: the fewest keys for which torch's 16-bit softmax is vectorised, and so faster than in float32
 VECTOR_MIN_KEYS = 32
 
 
 def is_faster(query: Tensor, key: Tensor) -> bool:
-    """Whether ``products`` is faster than torch's kernel: if there will be a backward, which is
-    slow there in bfloat16."""
+    """Whether ``products`` is faster than torch's kernel. It is in training on short rows in
+    bfloat16, because the backward of torch's kernel is slow in bfloat16."""
     return (
         HAS_BF16_PRODUCTS
         and query.device.type == "cpu"
@@ -130,8 +131,8 @@ def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) 
 
 
 class Packed:
-    """n sequences that are packed in one row. Sequence i consists of tokens ``starts[i]`` to
-    ``starts[i + 1]``, at most ``longest`` of them.
+    """n sequences that are packed in one row. Sequence i consists of the tokens ``starts[i]`` …
+    ``starts[i + 1]`` - 1. The longest sequence has ``longest`` tokens.
 
     ``unpack`` turns [1, h, s, d] into [n, h, longest, d]: each sequence is padded on the right with
     its last token. ``pack`` turns [n, longest, h, d] into [1, s, h, d].

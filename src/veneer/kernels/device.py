@@ -42,7 +42,7 @@ from veneer.kernels.dropout import keep_mask
 from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 _C: Any = torch._C
-#: reads a weight [out, in] in a dtype
+#: a function that reads a weight [out, in] and returns it in the given dtype
 ReadWeight = Callable[[torch.dtype], Tensor]
 
 
@@ -120,7 +120,7 @@ def applies(x: Tensor, weight: Any) -> bool:
 
 
 def applies_without_cast(x: Tensor, weight: Any) -> bool:
-    """Whether ``applies`` and autocast casts nothing: for functions that do not handle autocast."""
+    """Whether ``applies`` and autocast has nothing to cast. For callers that ignore autocast."""
     return applies(x, weight) and product_dtype(x) == x.dtype == weight.dtype
 
 
@@ -304,7 +304,8 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
         if gain is not None:
             y = torch.mul(y, gain, out=torch.empty_like(y))
             y = y if bias is None else y.add_(bias)
-        ys.append(y.view(*x.shape[:-1], y.shape[1]).data)  # `data` is no view for autograd
+        # autograd forbids in-place changes of a view that a custom function returns; `data` is none
+        ys.append(y.view(*x.shape[:-1], y.shape[1]).data)
     if ctx is not None:
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape, ctx.device_type = settings, x.shape, x.device.type

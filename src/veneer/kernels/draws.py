@@ -31,10 +31,9 @@ def log_exponentials(
     row_generators: Sequence[torch.Generator], count: int, device: torch.device
 ) -> Tensor:
     """Logarithms of exponential random numbers of rate 1, [rows, count] in float32. Each row uses
-    its own generator. −log of a uniform number is an exponential one, and takes a quarter of the
-    time of ``Tensor.exponential_`` on a CPU. Uniform numbers of float32 are multiples of 2⁻²⁴, so
-    that tokens less likely than that would never be drawn: they are float64 where the device has
-    it."""
+    its own generator. An exponential number is −log of a uniform one, which takes a quarter of the
+    time of ``Tensor.exponential_`` on a CPU. The uniform numbers are float64 if the device has it:
+    in float32 they are multiples of 2⁻²⁴, and tokens less likely than that would never be drawn."""
     dtype = torch.float64 if precision.has_float64(device) else torch.float32
     logs = torch.empty(len(row_generators), count, device=device)
     # one row at a time stays in the cache of a CPU; a GPU needs few calls

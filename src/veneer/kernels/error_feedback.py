@@ -7,13 +7,13 @@ input, or where it writes its output.
     minimise  ‖E Fᵀ‖² + λ ‖E‖²      F [k, in]: the k directions to protect, for example A's rows
 
 Rounding to nearest loses a change that is small compared with the distance of two neighbours, and
-what it loses has the shape of ΔW itself. But the adapter adds B (A x), so only k values of a row's
-errors matter, namely E Fᵀ, and a row has many more elements than k to choose for. So the columns
-are rounded one after the other. Each element is rounded up or down, whichever leaves the smaller
-residual R = E Fᵀ of its row. This is error feedback, as in sigma-delta converters. (GPTQ, Frantar
-et al. 2022, arXiv:2210.17323, instead corrects an error by changing the following columns and
-rounds these to nearest: small corrections would be lost as ΔW is.) λ weights the error itself, so
-that a small gain does not cause large errors.
+the loss is mainly a fraction of ΔW itself. But the adapter adds B (A x). So of a row's errors only
+the k values of E Fᵀ matter, and the row has many more elements than k, each of which can be rounded
+in two ways. The columns are therefore rounded one after the other, and each element up or down,
+whichever leaves the smaller residual R = E Fᵀ of its row. This is error feedback, as in sigma-delta
+converters. (GPTQ, Frantar et al. 2022, arXiv:2210.17323, instead corrects an error by changing the
+following columns and rounds these to nearest. Small corrections would be lost there, as ΔW is.) λ
+is the weight of the error itself, so that a slightly smaller residual does not cost a large error.
 
     e = mid - copysign(half, t)     t = fᵀ R + mid (‖f‖² + λ)
     e: the error of an element      f: the column of F that belongs to the element's column
@@ -28,7 +28,8 @@ Inputs outside of the span of A's rows get an error 1.6 times as large as with r
 at ‖ΔW‖ = 10⁻³ ‖W‖ (three times at 10⁻⁴), and three quarters as large as with stochastic rounding
 (``benchmarks/results/before/merge_fidelity.json``). Protecting B's columns in place of A's rows
 (the transposed problem) is no better on a real model, so it serves only embeddings, whose inputs
-are indices without directions. Measured inputs give by far the best result, if available.
+are indices without directions. F from measured inputs (``directions``) gives by far the best
+result.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ DEVICE_CHUNK, DEVICE_BLOCK = 128, 32
 ROWS, ROW_BYTES = 1 << 11, 1 << 23
 #: the most threads
 MAX_THREADS = 2
-#: how many directions of the inputs are protected, and how often they are refined: each iteration
-#: of subspace iteration gives half a digit or so
+#: how many directions of measured inputs are protected, and the number of subspace iterations that
+#: compute them, each of which gives about half a decimal digit
 INPUT_DIRECTIONS, ITERATIONS = 16, 6
 #: λ, in units of the mean squared length of a column of F
 RELATIVE_LAMBDA = 0.05
@@ -100,14 +101,14 @@ def faithful(
     out: Float[Tensor, "g out in_"],
     grid: Grid | None = None,
 ) -> float:
-    """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded by error feedback (see the module). All
-    elements must round to finite numbers.
+    """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded by error feedback as the docstring of
+    this file describes. All elements must round to finite numbers. g: matrices in the weight, 1 for
+    a linear layer.
 
     Args:
         low: ΔW's factors in float64.
-        gain: [g, out, 1] or [g, 1, in] in float64. It changes a row of the weight also in a
-            direction outside of the span of A's rows. The complete change of the row, V - W, is
-            then protected as one more direction.
+        gain: [g, out, 1] or [g, 1, in] in float64. With a gain, the change V - W of a row also has
+            a part outside of the span of A's rows. V - W is then protected as one more direction.
         protect: F of the module's docstring, in float64.
         grid: the grid of a quantised weight of this shape: ``out`` gets numbers of this grid. If
             None, it gets numbers of its 16-bit dtype.
@@ -206,11 +207,12 @@ def _cell_finder(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slic
 
 
 class _Rows:
-    """Error feedback on some rows of some groups, column after column in ``order``. The longest
-    columns of F come first, so that the last columns can correct the residual finely.
+    """Error feedback on some rows of some groups, column after column in ``order``. The columns of
+    F with the largest norms come first, so that the last columns can correct the residual finely.
 
     Fields:
-        weight: [g · in, rows], W before and W' after ``run``. A row of it is a column of W.
+        weight: [g · in, rows], W before ``run`` and W' afterwards. A row of this tensor is a column
+            of W.
         residual: R = E Fᵀ, [g, k, rows].
         change_norm: ‖V - W‖ of each row, [g, 1, rows]. Only with a gain.
         change_error: for each row, the product of E with the unit vector in the direction of V - W,

@@ -133,9 +133,10 @@ def thin_product(thin_factor: Tensor, x: Tensor, dropped: Tensor | None = None) 
 def thin_gradients(
     U: Tensor, joined_A: Tensor, x: Tensor, dropped: Tensor | None, need_x: bool, need_A: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients (Uᵀ joined_A of x [T, in], U drop(x) of A [R, in]) with U [R, T], joined_A
-    [R, in] and x [T, in]. Entries of x with the flat indices ``dropped`` are zero, in x and in its
-    gradient. None for a gradient that is not needed."""
+    """(the gradient of x through the low-rank products, Uᵀ joined_A [T, in]; the gradient of
+    joined_A, U drop(x) [R, in]) for U [R, T], joined_A [R, in] and x [T, in]. The entries with the
+    flat indices ``dropped`` are zero in drop(x) and in the gradient of x. A gradient that is not
+    needed is None."""
     dx = torch.mm(U.t(), joined_A) if need_x else None
     if dropped is not None:
         x = dropout.zero_entries(x, dropped) if need_A else x
@@ -147,7 +148,8 @@ def add_product(
     change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, decodes: bool = False
 ) -> Tensor:
     """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it. ``decodes``:
-    whether x may be multiplied weight first, as in a block of ``weight_first.use``."""
+    whether the call is a decoding step, so that ``weight_first`` may compute x Wᵀ, as in a block of
+    ``weight_first.use``."""
     if (decodes or weight_first.STATE.is_used) and weight_first.suits(x, weight):
         return weight_first.add_product(change, x, weight, bias)
     if bias is None:
@@ -240,7 +242,7 @@ class _Linears(torch.autograd.Function):
                 add_product(torch.mm(layer_h.t(), up.t()), tokens, W, bias)
                 for layer_h, up, W, bias in factors
             ]
-            # h is small compared with x unless ranks are large; then recomputing it is cheaper
+            # h is small compared with x unless ranks are large; a large h is recomputed in backward
             h = h if h.shape[0] * 8 <= x.shape[-1] else None
             if A[0].dtype != x.dtype:
                 casts = joined_A, *ups
@@ -312,8 +314,8 @@ def _output_gradients(
 
 
 class _Linear(torch.autograd.Function):
-    """``_Linears`` for one layer without dropout, with few Python calls. If ctx is
-    None, nothing is saved for backward."""
+    """``_Linears`` for one layer without dropout, with few Python calls. If ctx is None, nothing is
+    saved for backward."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from veneer.kernels import cost_model, device, dropout, fused, reference
 
-#: the most elements of x for which the fused function is not used: on so small an input, two
-#: convolutions and a sum are as fast, because they make fewer Python calls; measured on a CPU core
+#: up to this number of elements of x, the fused function is not used, because two convolutions and
+#: a sum, which make fewer Python calls, are as fast then; measured on a CPU core
 SMALL_INPUT_SIZE = 1 << 17
 #: the channels-last memory format by the number of axes
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -37,7 +37,7 @@ ALIGNMENT_BYTES = 16
 
 
 class Segments(NamedTuple):
-    """Which rows use which expert. Known on the host.
+    """Which rows use which expert, as numbers on the host (not tensors).
 
     Fields:
         bounds: (expert, first row, row after the last) of each expert with rows, in the order of
@@ -233,9 +233,9 @@ _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
 def _source_rows(x: Tensor, source: Tensor | None, any_size: bool) -> Tensor | None:
-    """The indices of the rows of ``source`` that x consists of, if the node of x in the autograd
-    graph is such an indexing. Else None, and also if x or ``source`` was written to, or if
-    ``source`` has no fewer rows than x, unless ``any_size``."""
+    """The indices (int64) for which x is ``source[indices]``, if the node of x in the autograd
+    graph computed x so. Else None. Also None if x or ``source`` has been modified in place, or if
+    ``source`` has as many rows as x or more and ``any_size`` is False."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
         return None

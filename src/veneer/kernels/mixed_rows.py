@@ -25,7 +25,8 @@ from torch import Tensor
 
 from veneer.kernels.numba_loops import compile_loop, to_float32, to_stored
 
-#: how many ranks are computed together; the ranks of an adapter are padded with zeros to a multiple
+#: how many ranks are computed together; an adapter's factors are padded with zeros so that its rank
+#: is a multiple of this
 RANKS_TOGETHER = 8
 
 

@@ -1,7 +1,8 @@
-"""What loops compiled by numba share: how they are compiled, and bfloat16 numbers as 16-bit words.
+"""Functions that the loops compiled by numba share: to compile a loop, and to read and write
+bfloat16 numbers, which numba lacks, as 16-bit words.
 
-Integers are 32-bit words in LLVM's terms, because numba widens each integer sum to 64 bits, which
-halves the width of the vectors.
+The operations on integers are written as LLVM code for 32-bit words, because numba would compute
+integer sums in 64 bits, and a vector register holds half as many of these.
 
 Rejected: C, which must be built for every system; torch.compile, which needs a C++ compiler at run
 time.

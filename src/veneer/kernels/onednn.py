@@ -1,26 +1,28 @@
 """Bound the memory of torch's and oneDNN's caches for products on a CPU.
 
-oneDNN caches a kernel for each shape of a 16-bit product and of a convolution, and torch the
-description of one, 250 KiB or more each, 1,024 of each by default. Calls with many different
-numbers of tokens fill both with hundreds of MiB.
+For each shape of a 16-bit product or a convolution, oneDNN caches a kernel, and torch the
+description of the operation. An entry takes 250 KiB or more, and each of the two caches holds 1,024
+entries by default. Calls with many different numbers of tokens fill both with hundreds of MiB.
 """
 
 from __future__ import annotations
 
 import os
 
-#: the variables that oneDNN and torch read when they compute the first such product
+#: the environment variables with the numbers of entries, which oneDNN and torch read when they
+#: compute the first such product
 VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-#: kernels of a server: those of three to six numbers of tokens
+#: entries for a server: enough for calls with three to six different numbers of tokens
 SERVING = 48
-#: kernels of a training run: those of ten numbers of tokens in forward and backward, or those of
-#: all layers of most convolutional models
+#: entries for a training run: enough for ten different numbers of tokens in forward and backward,
+#: or for all layers of most convolutional models
 TRAINING = 256
 
 
 def limit_kernel_caches(count: int) -> None:
-    """Let the caches of this process keep ``count`` kernels, unless the variables are set. Has no
-    effect after the first product. A step should not use more shapes than that: the kernels of all
-    of them would be made anew in each step."""
+    """Limit each of the two caches of this process to ``count`` entries, unless its variable is
+    set. Has no effect after the first product. ``count`` should be at least the number of shapes in
+    a step. Otherwise every kernel is evicted before its next use, and compiled anew in each
+    step."""
     for variable in VARIABLES:
         os.environ.setdefault(variable, str(count))

@@ -161,7 +161,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     realised = moved = base = np.float32(0)
     for j in range(len(old)):
         W = to_float32(old[j])
-        delta = (  # begin with zero, not with the first product, which may be -0
+        delta = (  # begin with change[j], which is never -0; a product may be -0
             change[j]
             + b0 * a0[j]
             + b1 * a1[j]

@@ -1,7 +1,7 @@
 """Fold a low-rank change into a weight: exact, in bounded memory, at the speed of copying.
 
     W' = round(gain ⊙ (W + scale · B @ A))        W: [g, out, in]   A: [g, r, in]   B: [g, out, r]
-    g: groups of a convolution, else 1   r: rank
+    g: matrices in the weight (experts, or groups of a convolution), else 1   r: rank
 
 **One rounding.** The stored value is the one nearest to the exact result (ties to even). All faster
 paths must give the same bits. For 16-bit targets, v is W + ΔW in float32, with a proven bound of
@@ -58,7 +58,7 @@ TILES_PER_WEIGHT, SMALLEST_TILE = 8, 1 << 10
 #: on a GPU, the temporary tensors of a tile have about ``TEMPORARY_BYTES`` per element, and take at
 #: most 1 / ``FREE_SHARE`` of the free memory
 FREE_SHARE, TEMPORARY_BYTES = 16, 40
-#: how many squares are summed at once, because longer float32 sums lose precision
+#: how many squares a sum in float32 has, because longer sums lose precision
 SUM_LENGTH = 256
 #: the most threads
 MAX_THREADS = 8
@@ -150,7 +150,7 @@ def fold(
         inputs: Σ xᵀx of further inputs (or outputs, see ``side``) to protect, in any scale.
         out: tensor for the result, of ``dtype``, with any strides, that shares no memory with
             ``weight``. By default a new tensor with the memory layout of ``weight``.
-        compiled: whether numba may be used: faster, with the same bits, and 100 MiB for its code.
+        compiled: whether numba may be used (faster, the same bits, 100 MiB of memory for its code).
 
     Temporary memory is below 32 MiB on a CPU, and about 2.5 times a 16-bit weight on another
     device, besides float64 copies of A and B and numba's code. A device without float64 (MPS) uses
@@ -254,10 +254,10 @@ def is_inaccurate(sums: Sums) -> bool:
     """Whether rounding to nearest is not good enough: it retains less than 99 % or more than 101 %
     of ΔW, or its error is above 0.3 ‖ΔW‖.
 
-    A loss of 1 % comes with an error of at least 0.1 ‖ΔW‖. A loss with a smaller error is chance,
-    in a small weight. If W has more bits than the target dtype, the rounding of W itself hides the
-    loss, so the error decides: 0.3 is the error at which rounding a W of the target dtype loses
-    1 %."""
+    A systematic loss of 1 % comes with an error of at least 0.1 ‖ΔW‖. With a smaller error, the
+    loss is chance, as in a weight with few elements. If W has more bits than the target dtype, the
+    rounding of W itself hides the loss, and only the error shows it. 0.3 is the error at which
+    rounding a W of the target dtype loses 1 %."""
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
@@ -375,8 +375,9 @@ def _in_float64(
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
     """A bound of float32's error in ΔW for each row, float32 [g, out, 1].
 
-    None if the float32 path does not apply: to a target or weight with more than 16 or 32 bits, to
-    values outside of float32's range, or if torch may compute products in lower precision."""
+    None if the float32 path does not apply: the target has more than 16 bits, the weight more than
+    32, values exceed float32's range, torch may multiply float32 in lower precision, or the weight
+    is not on the CPU."""
     if (
         not old.numel()
         or dtype not in HALF_DTYPES

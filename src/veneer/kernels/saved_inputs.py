@@ -67,9 +67,10 @@ class SavedInput(NamedTuple):
 
 
 def input_to_save(x: Tensor, is_slice: bool = False) -> SavedInput:
-    """The tensors to save for an input x that has an autograd graph. ``is_slice``: x is one of many
-    small inputs, for which two factors are worth saving together. No gate is used for them, because
-    it would take longer than their products."""
+    """The tensors to save for an input x, which may have an autograd graph. ``is_slice``: x is one
+    of many inputs (the rows of one expert, say). Then two factors are saved in place of a small x,
+    too, because together they save memory; but no gate is made for a small x, because that would
+    take longer than the layer's products."""
     node: Any = x.grad_fn
     if (
         node is None

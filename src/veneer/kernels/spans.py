@@ -34,8 +34,8 @@ from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 
 class Span(NamedTuple):
-    """Tokens from ``first`` up to, but without, ``after``; the rank and scale of their change; and
-    the probability and seed of dropout."""
+    """The tokens ``first`` … ``after`` - 1; the rank and scale of their change; and the probability
+    and seed of dropout."""
 
     first: int
     after: int
@@ -154,7 +154,7 @@ class _Linears(Function):
         *saved, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
         ctx.save_for_backward(*saved, downs, *ups, *weights, *h)
-        # `.data` is no view for autograd
+        # `.data` is no view for autograd, as in ``fused.py``
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
@@ -163,8 +163,8 @@ class _Linears(Function):
         return _gradients(ctx, dys)
 
 
-# as in ``fused.py``: skips ``Function.apply``, whose Python calls serve the transforms of
-# ``torch.func``; calls under a transform never reach this function
+# As in ``fused.py``, this skips ``Function.apply``, whose Python calls serve the transforms of
+# ``torch.func``. Calls under a transform never reach this function.
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
@@ -174,8 +174,8 @@ _Gradients = tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]
 
 
 class _Batched:
-    """All spans together, by batched products: N spans of t tokens. Products with the tokens as the
-    last axis are faster, in float32 and in 16 bits."""
+    """All spans together, by batched products: N spans of t tokens. h is computed as [N, r, t],
+    because products with the tokens as the last axis are faster, in float32 and in 16 bits."""
 
     @staticmethod
     def forward(

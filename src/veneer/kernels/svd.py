@@ -33,9 +33,9 @@ from torch import Tensor
 #: distance, as estimated from its passes
 LARGEST_RATIO = 1.005
 PASSES = 10
-#: the fewest directions of the randomised method. More directions than r make the passes converge,
-#: and MKL's QR of 24 to 30 columns takes 100 times as long on two threads (576 × 30: 25 ms,
-#: 576 × 32: 0.1 ms)
+#: the fewest directions of the randomised method. With more directions than r, the passes converge
+#: faster. With 24 to 30, MKL's QR on two threads takes 100 times as long as with 32 (576 × 30:
+#: 25 ms, 576 × 32: 0.1 ms)
 FEWEST_DIRECTIONS = 32
 #: how many elements of D are cast to float64 at once
 BLOCK_ELEMENTS = 1 << 21

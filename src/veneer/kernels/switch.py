@@ -10,16 +10,16 @@ mixed_rows       A compiled loop multiplies the tokens of a decoding step with t
                  operations, but not the same bits.
 round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
                  operations, in a quarter of their time.
-saved_inputs     Not compiled. It edits the tensors that autograd's nodes save: a third of the
-                 memory that a training step over a frozen Llama saves is then recomputed in
-                 backward, with the same bits.
+saved_inputs     Not compiled. It changes which tensors autograd's nodes save. In a training step
+                 over a frozen Llama, a third of the bytes that autograd would save is recomputed in
+                 backward instead, with the same bits.
 weight_first     Not compiled. For 2 to 64 rows that decode in float32, in the engine or in a bank,
                  x Wᵀ is computed as (W xᵀ)ᵀ on CPUs of AMD, in 0.3 to 0.9 of the time. Its sums are
                  as exact, but not the same bits.
 
-Compiled loops need numba (the extra ``fast``), which takes half a second and 100 MiB to load. The
-first mixed batch over such a base, or merging the first large weight, loads it.
-The variable is read once, when veneer is imported.
+Compiled loops need numba (the extra ``fast``), which takes half a second and 100 MiB to load. It is
+loaded for the first batch with several adapters over such a base, and for the first large weight
+that is merged. The variable is read once, when veneer is imported.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 
 def threads_for(tensor: Tensor, limit: int) -> int:
     """The number of threads for work on ``tensor``. On a CPU this is torch's number, at most
-    ``limit``, because each thread needs memory and they share its bandwidth. On other devices it is
-    0, which means the calling thread, because one stream suffices."""
+    ``limit``, because each thread needs memory of its own and all share the memory's bandwidth. On
+    other devices it is 0, which means the calling thread, because one stream suffices."""
     return min(torch.get_num_threads(), limit) if tensor.device.type == "cpu" else 0
 
 

@@ -1,13 +1,14 @@
-"""x Wᵀ of a few tokens, computed as (W xᵀ)ᵀ: as in a decoding step in float32 on a CPU of AMD.
+"""x Wᵀ for a few tokens, computed as (W xᵀ)ᵀ, which is faster in float32 on a CPU of AMD.
 
     x: [T, in]   W: [out, in]
 
-Torch's BLAS (MKL) then reads W once, at the speed of memory. On CPUs of Intel, for which MKL is
-written, x Wᵀ is about as fast. The sums are as exact as those of x Wᵀ, but not the
-same bits. It is used in the engine's decode calls (``use``), and in a bank's calls with one token a
-row, to which the calls of running rows and prompts together belong. A model that is called
-otherwise computes the bits of its base. One token needs no such
-help: torch multiplies W with a vector. In 16 bits both orders take the same time.
+In this order, torch's BLAS (MKL) reads W once, at the speed of memory. On CPUs of Intel, for which
+MKL is written, x Wᵀ is about as fast. The sums are as exact as those of x Wᵀ, but not the same
+bits. The order is therefore used only in decoding steps: in ``Forward.decode`` of models/decode
+(``use``), and in a bank's calls with one token per row (which include calls that compute running
+rows and pieces of prompts together). In all other calls, x Wᵀ has the bits that the base itself
+computes. A single token does not need this order, because torch then multiplies W with a vector. In
+16 bits both orders take the same time.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from torch import Tensor
 
 from veneer.kernels.switch import is_on
 
-#: the most tokens for which this is faster. With more, transposing the result costs what the
-#: product gains.
+#: the most tokens for which this order is faster. With more, transposing the result takes as long
+#: as the product saves
 MOST_TOKENS = 64
 
 
 class _State(threading.local):
-    """Of each thread: whether it is in a block of ``use``."""
+    """Whether the current thread is in a block of ``use``."""
 
     is_used = False
 
@@ -38,7 +39,8 @@ STATE = _State()
 
 @contextmanager
 def use() -> Iterator[None]:
-    """Within this block, products of this thread are computed so where that is faster."""
+    """A block in which ``fused.add_product`` and the output head of ``models/decode/forward.py``
+    compute x Wᵀ as (W xᵀ)ᵀ if ``suits``, in this thread."""
     STATE.is_used = True
     try:
         yield
@@ -54,7 +56,8 @@ def is_amd() -> bool:
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this module multiplies x [T, in] and W [out, in] faster than torch, and is on."""
+    """Whether (W xᵀ)ᵀ is faster than x Wᵀ for x [T, in] and W [out, in], and the optimisation
+    "weight_first" is turned on (``switch.py``)."""
     return (
         1 < x.shape[0] <= MOST_TOKENS
         and x.dtype is torch.float32

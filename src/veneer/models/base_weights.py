@@ -13,8 +13,8 @@ first axis. So two models that are larger than memory can be compared, and a sta
 read one expert at a time, even if the file holds a tensor for each expert. A GGUF file is first
 converted to a folder (``gguf_conversion.py``).
 
-A tied parameter is one weight with several names. A file may hold a copy of it under each name. The
-copies after the first are its ``duplicates``, for callers that need to know that they are equal.
+A tied parameter is one weight with several names. The files may hold a copy of it under each name.
+The copies after the first are its ``duplicates``, for callers that compare the copies.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BaseWeight:
     Fields:
         read_rows: takes a slice of rows of the first axis, or None for all rows, and returns the
             values on the device of the source (the CPU for files). The tensor must not be changed.
-        duplicates: read the other copies in the files, if the weight is tied.
+        duplicates: functions that read the other copies in the files, if the weight is tied.
     """
 
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class BaseWeights:
 
     Fields:
         label: describes the source in messages.
-        unread: names of tensors in the files of which the model has no parameter.
+        unread: names of the tensors in the files for which the model has no parameter.
         file_weights: for a folder that was opened without a model, its weights by their names in
             the files. ``get`` finds them with or without a prefix.
     """
@@ -284,7 +284,7 @@ def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
 def state_dict_weights(
     model: nn.Module, tensors: Mapping[str, Tensor], label: str = "the state dict"
 ) -> BaseWeights:
-    """The weights of a state dict of ``model``. Tensors of which the model has no parameter keep
+    """The weights of a state dict of ``model``. Tensors for which the model has no parameter keep
     their names."""
     weights = {name: _tensor_weight(tensor) for name, tensor in tensors.items()}
     known_names = model.state_dict().keys()
@@ -330,10 +330,10 @@ def checkpoint_weights(
 
     Returns:
         (weights, each by one of its names in the state dict of ``model``; names of the checkpoint's
-        tensors of which the model has no parameter).
+        tensors for which the model has no parameter).
 
     Raises:
-        CheckpointError: tensors do not fill their parameter.
+        CheckpointError: the tensors for a parameter do not fill the parameter's shape.
     """
     param_slices = map_checkpoint_names(model, checkpoint.file_of)
     tensors_of_path: dict[str, list[tuple[str, ParamSlice]]] = {}

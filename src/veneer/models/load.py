@@ -106,8 +106,8 @@ def load_base(
             is bf16 where the hardware multiplies bf16 natively, and fp32 elsewhere.
         device: the device of the model; None is the GPU if there is one.
         attention: an attention implementation of transformers, or "products" (see
-            ``use_products``); "auto" leaves the choice to transformers, and takes "products" for
-            its "sdpa" on a CPU.
+            ``use_products``). "auto" leaves the choice to transformers; if that is "sdpa" on a CPU,
+            "products" replaces it.
         quantize: "nf4", "fp4" or "int8": keep the linear layers, but not the output head, in 4 or 8
             bits (``models/quantize.py``). ``precision`` is then the dtype of all other weights, and
             of the products.
@@ -361,7 +361,8 @@ def context_length_of(config: Any) -> int | None:
     length = getattr(config, "max_position_embeddings", None)
     if not length or length < 0:  # XLNet's -1 is no limit
         return None
-    has_table = getattr(config, "position_embedding_type", None) != "rotary"  # not ESM-2
+    # a table of position embeddings; ESM-2 has rotary ones
+    has_table = getattr(config, "position_embedding_type", None) != "rotary"
     if config.model_type in PADDED_POSITION_TYPES and has_table:
         return int(length) - ((config.pad_token_id or 0) + 1)
     return int(length)

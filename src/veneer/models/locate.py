@@ -36,7 +36,8 @@ _OTHER_WEIGHTS = (
     "original/*",
     "onnx/*",
 )
-#: logs each message once: the hub client tries for most of a minute before it gives up
+#: logs a message, each text only once. It tells the user why a call takes long: the hub client
+#: tries for most of a minute before it gives up
 _log_once = functools.cache(log.info)
 
 

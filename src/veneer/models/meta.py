@@ -234,7 +234,7 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pa
     """Map the tensors of a checkpoint to slices of the parameters of ``model``, by the rules with
     which transformers renames, stacks, joins and splits tensors on loading.
 
-    The result omits tensors of which the model has no parameter, and tensors that transformers
+    The result omits tensors for which the model has no parameter, and tensors that transformers
     converts in another way. So the caller sees that parameters lack values."""
     state = model.state_dict()
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):

@@ -52,7 +52,7 @@ _WEIGHTS = (
 #: name in a safetensors file -> torch dtype, and the reverse
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: patterns of a model's files: if another model replaces it, these files are overwritten or removed
+#: patterns of a model's files, which are overwritten or removed if another model replaces the model
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",

@@ -21,7 +21,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
     "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
 }  # fmt: skip
-#: those fields that only transformers' sampler supports; `veneer generate` uses another sampler
+#: the fields of ``NEUTRAL_VALUES`` that only transformers' sampler supports; `veneer generate` uses
+#: another sampler
 TRANSFORMERS_ONLY = (
     "min_p",
     "top_h",
@@ -50,7 +51,7 @@ class SamplingDefaults:
     further_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, names: Iterable[str]) -> str:
-        """Those fields in ``names`` that the file sets, as text: "temperature 0.6, top_k 20"."""
+        """The fields in ``names`` that the file sets, as text: "temperature 0.6, top_k 20"."""
         values = {**vars(self), **self.further_fields}
         return ", ".join(
             f"{name} {str(values[name])[:60]}"

@@ -1,7 +1,8 @@
 """Load a base so that each process reads only its own rows of the files.
 
     build_on_meta       transformers' model, with the files' tensors on the meta device
-    spread              ``fully_shard``, say: parameters become DTensors, still on the meta device
+    spread              a function of the caller (such as ``fully_shard``) that turns parameters
+                        into DTensors, still on the meta device
     _read_shares        reads the values of this process's shard of each parameter
 
 transformers builds the model. It gets the shapes of the files' tensors instead of their values. So
@@ -37,8 +38,8 @@ class WholeOnlyError(ConfigError):
 
 
 class _MetaPlaceholder:
-    """A placeholder that transformers takes for a tensor of the files. Instead of values, it reads
-    an empty tensor on the meta device."""
+    """A placeholder that transformers takes for a tensor of the files. When transformers reads its
+    values, it gets an empty tensor on the meta device."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape

@@ -25,8 +25,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     CPU."""
     is_on_cpu = "cpu" in (config.device_map, config.device or best_device())
     _check_settings(config, is_on_cpu)
-    # With early stopping, the best checkpoint is kept, so each checkpoint needs an evaluation. If
-    # only one of `eval_every` and `save_every` is given, the other gets the same value.
+    # With early stopping each checkpoint needs an evaluation: one interval sets the other.
     early_stopping = config.early_stopping
     eval_every = (
         config.eval_every

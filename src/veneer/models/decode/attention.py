@@ -1,12 +1,16 @@
-"""The attention of one call of the model, over keys and values in size classes (``slots.py``).
+"""The attention of one call of the model over the rows of the KV cache (``slots.py``), for three
+kinds of calls.
 
-    fill       tokens of some rows, each from a column of its row on, right-padded to one width
-    decode     one token of each running row, after the tokens that the row holds
-    together   a decode, and tokens of further rows, each of which is a row of the batch by itself
+    Fill       new tokens of some rows, each from a column of its row on, right-padded to one width
+    Decode     one new token of each running row, after the tokens that the row holds
+    Together   a ``Decode``, and tokens of other rows; in the batch, each of these tokens is a row
 
-For each layer, ``keep`` writes the new keys and values into the rows, and ``attend`` then computes
-the attention. Linear layers see all rows as one batch; attention is computed for each run of
-neighbouring rows of one class, on views of the class's tensors.
+A row holds the keys and values of one sequence; its columns are the tokens. For each layer,
+``keep`` writes the new keys and values into the rows, and ``attend`` then computes the attention.
+Linear layers compute all rows as one batch. Attention is computed for each run of neighbouring rows
+of one size class, on views of the class's tensors.
+
+Shapes: h: query heads   kv: key-value heads   d: size of a query or key   e: size of a value
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ if TYPE_CHECKING:
 #: have the alignment that GPUs need
 BLOCK = 16
 
-#: of this thread: ``call`` is the running call; ``last`` the index of the token of each row that
-#: the head reads; ``windows``, in a trial, the sliding windows that "mask" and "attention"
-#: functions are given
+#: the state of this thread's call. ``call``: the ``Fill``, ``Decode`` or ``Together``; None outside
+#: of one. ``last``: for each row, the index of the token whose hidden state the output head reads.
+#: ``rows``: in ``Forward.together``, the rows of the batch whose hidden states the head reads.
+#: ``head_rows``: hidden states for ``_multiply_taken_rows``. ``windows``: in a trial, the sliding
+#: windows that the functions for the "mask" and the "attention" have been given
 NOW = threading.local()
 
-#: arguments of attention functions that are ignored here
+#: arguments of attention functions that ``attend`` does not support
 UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
 
 
@@ -40,8 +46,8 @@ def round_up(number: int, block: int = BLOCK) -> int:
 
 
 class Fill:
-    """New tokens of ``rows``: row i gets ``counts[i]`` of the call's ``width``, from column
-    ``starts[i]`` on. The others are padding, which is not stored."""
+    """New tokens of ``rows``, ``width`` for each in the batch. The first ``counts[i]`` of row i are
+    stored from its column ``starts[i]`` on; the others are padding."""
 
     def __init__(
         self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
@@ -61,7 +67,8 @@ class Fill:
     def attend(
         self, query: Tensor, scale: float | None, window: int | None, cap: float | None
     ) -> Tensor:
-        """The attention of queries [rows, h, width, d] -> [rows, width, h, e]."""
+        """The attention of queries [rows, h, width, d] -> [rows, width, h, e]. ``window``: the
+        number of tokens of a sliding window. ``cap``: soft-caps the scores."""
         key, value = self.new
         if not any(self.starts):
             return self.attend_to(query, key, value, 0, scale, window, cap)
@@ -87,7 +94,8 @@ class Fill:
         window: int | None,
         cap: float | None,
     ) -> Tensor:
-        """The attention of the tokens from column ``start`` on over the first columns of a row."""
+        """The attention of tokens that begin in column ``start`` of a row, over the row's first
+        columns, which ``key`` and ``value`` [rows, kv, columns, ·] hold."""
         n, h, width, d = query.shape
         heads = key.shape[1]
         # as in a decode, so that the keys of a head are read once, not once for each query head
@@ -121,8 +129,9 @@ class Fill:
     def _mask(
         self, start: int, columns: int, window: int | None, query: Tensor, copies: int
     ) -> Tensor | None:
-        """The additive mask of the scores, [copies · width, columns]; None is "causal". Torch would
-        convert a boolean mask again in each layer."""
+        """The mask to add to the scores, [copies · width, columns]; None if torch's own causal mask
+        suffices. It is not boolean, because torch would convert a boolean mask anew in each layer.
+        ``copies``: the query heads of one key-value head, if they are computed as rows; else 1."""
         if window is not None and start + self.width <= window:
             window = None
         if not start and window is None:
@@ -150,8 +159,9 @@ class Run(NamedTuple):
 
 
 class Decode:
-    """One token for each of ``rows``, which are sorted by size class and index. ``positions``: the
-    columns of these tokens, [n]."""
+    """One new token for each of n ``rows``, which are sorted by ``Row.position``. ``lengths``: the
+    number of tokens that each row holds. ``positions``: the columns of the new tokens, which are
+    the same numbers, as a tensor [n]."""
 
     def __init__(self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor) -> None:
         self.positions = positions
@@ -203,7 +213,8 @@ class Decode:
         return attended.reshape(n, 1, h, -1)
 
     def _targets(self, number: int, heads: int, device: torch.device) -> Tensor:
-        """The rows of the flat memory that receive the new keys of a group, [rows · heads]."""
+        """The indices in ``Layer.flat`` at which the new keys and values of a group of rows (those
+        of one size class) are stored, [rows · heads]."""
         form = number, heads, device
         if (targets := self.targets.get(form)) is None:
             size_class, start, stop = self.groups[number]
@@ -236,9 +247,9 @@ class Decode:
 
 
 class Together:
-    """A ``Decode`` and ``pieces`` of prompts in one call, which reads the weights once. The batch
-    begins with the rows of the decode; each token of a piece (a ``Fill`` of one row without
-    padding) is a further row."""
+    """A ``Decode`` and ``pieces`` of prompts in one call, so that the model's weights are read only
+    once. Each piece is a ``Fill`` of one row without padding. The batch begins with the rows of the
+    ``Decode``; after these, each token of a piece is a row of the batch."""
 
     def __init__(self, decode: Decode, pieces: Sequence[Fill]) -> None:
         self.decode, self.pieces = decode, pieces
@@ -272,8 +283,8 @@ class Together:
 
 
 def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:
-    """Group sorted rows, which hold ``lengths`` tokens before this call adds one, into runs.
-    ``ValueError``: the rows are not sorted."""
+    """Divide sorted rows into runs. ``lengths``: the number of tokens that each row holds before
+    this call adds one. ``ValueError``: the rows are not sorted."""
     runs: list[Run] = []
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if number and rows[number - 1].position >= row.position:
@@ -288,8 +299,8 @@ def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:
 
 
 def _groups_of(runs: Sequence[Run]) -> list[tuple[SizeClass, int, int]]:
-    """Each size class of the runs, with the first row of the batch in it and the row after its
-    last."""
+    """For each size class of the runs: (the class, its first row in the batch, the row after its
+    last)."""
     bounds: dict[SizeClass, tuple[int, int]] = {}
     for run in runs:
         start, _ = bounds.get(run.size_class, (run.batch_start, 0))
@@ -300,8 +311,8 @@ def _groups_of(runs: Sequence[Run]) -> list[tuple[SizeClass, int, int]]:
 def _soft_capped_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None, cap: float
 ) -> Tensor:
-    """Attention with soft-capped scores, cap · tanh(scores / cap), which torch has no kernel for ->
-    [b, s, h, e]."""
+    """Attention [b, s, h, e] with soft-capped scores, cap · tanh(scores / cap), for which torch has
+    no kernel. ``visible`` is True where a query may attend to a key."""
     b, h, s, d = query.shape
     heads = key.shape[1]
     grouped = query.reshape(b, heads, h // heads, s, d)
@@ -316,7 +327,9 @@ def _soft_capped_attention(
 
 
 def attend(query: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
-    """The attention of the running call -> [b, s, h, e]."""
+    """The attention of the running call, [b, s, h, e]. ``further``: other arguments that
+    transformers passes to an attention function. ``NotImplementedError``: one of ``UNSUPPORTED`` is
+    among them."""
     if unsupported := [name for name in UNSUPPORTED if further.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unsupported)}")
     call = NOW.call

@@ -1,12 +1,14 @@
-"""Continuations of many prompts, by a model as it is now: continuous batching, without a server.
+"""Generate continuations of many prompts with a model in memory, by continuous batching, without a
+server.
 
-    equal prompts are a group → its prompt is computed once → a copy of that row for each
-    continuation → in each step a token of every running row → a row that ends frees its place
+    equal prompts form a group → its prompt is computed once, into a row of the KV cache → each of
+    its continuations gets a copy of that row → each step adds a token to every running row → a row
+    that ends makes room for the next continuation
 
-A step is one call of the model for the running rows, and prompts that begin are computed in it
-where they are short, else in calls of their own. So a short answer waits for no long one, and eight
-answers to a prompt cost its tokens once. All rows use the adapter that is selected in the calling
-thread, with the weights that it has now.
+In each step, one call of the model computes all running rows. Prompts of groups that begin in this
+step are computed in the same call if they are short, else in calls of their own. So a short answer
+does not wait until a long one ends, and eight answers to one prompt compute its tokens once. All
+rows use the adapter that is selected in the calling thread, with its current weights.
 """
 
 from __future__ import annotations
@@ -26,33 +28,36 @@ from veneer.models.decode.forward import TOGETHER, Forward
 from veneer.models.decode.row_memory import LayerForm, Row
 from veneer.models.decode.slots import Slots
 
-#: tokens of prompts, padding included, that are computed in one call
+#: the most tokens of prompts, padding included, in one call that computes several prompts
 PREFILL = 4096
 
-#: tokens of the trial of a model that sets no limit; it takes fewer
+#: the ``length`` of ``Forward.prove`` for a model whose architecture sets no limit; the trial uses
+#: nine tokens of it
 TRIAL = 32
 
-#: by model: what was true of it when it was tried, and the forms of its layers, or why it cannot be
-#: called on slots
+#: for each model, the result of its trial: (the state of the model in the trial; the forms of its
+#: layers, or the reason why it cannot be called on the KV cache)
 _TRIED: weakref.WeakKeyDictionary[Any, tuple[Hashable, tuple[LayerForm, ...] | str]] = (
     weakref.WeakKeyDictionary()
 )
 
-#: tokens for logits [n, vocabulary], of the continuations with these numbers
+#: a function (logits [n, vocabulary], the numbers of the n continuations) -> a token for each
 Sample = Callable[[Tensor, Sequence[int]], list[int]]
 
 
 def open_forward(model: Any, length: int) -> Forward:
     """A ``Forward`` of a model of transformers in eval mode, for rows of up to ``length`` tokens.
-    ``close`` gives the model back as it was. Calls of the base are tried beside its own forward
-    once, and again after a change of its attention, dtype or device. The
-    arithmetic of adapters is no part of what is tried: a trained one may amplify the rounding of 16
-    bits beyond what a trial allows.
+    Its ``close`` restores the model.
+
+    The first call for a model runs a trial, which compares the logits on the KV cache with those
+    of the model's own forward. The result is kept until the model's attention, dtype, device or
+    autocast change. The trial runs without adapters, because a trained adapter may amplify the
+    rounding errors of 16-bit numbers beyond the tolerance of the trial.
 
     Raises:
-        ConfigError: the model cannot be called on slots, or not with such long rows.
+        ConfigError: the model cannot be called on the KV cache, or not with such long rows.
     """
-    if "generate" in vars(model):  # somebody else's, which does more than the class's
+    if "generate" in vars(model):  # replaced by another library; it may do more than the class's
         raise ConfigError(
             f"{type(model).__name__}, a model whose generate was replaced",
             "one that generates as its class does",
@@ -91,23 +96,24 @@ def open_forward(model: Any, length: int) -> Forward:
 
 
 def _base_of(model: Any) -> AbstractContextManager[Any]:
-    """A block in which calls use the base; with a merged adapter, the weights as they are."""
+    """A block in which calls use no adapter. An adapter that is merged stays in the weights."""
     attached = adapters_of(model)
     plain = attached is None or attached.merged is not None
     return nullcontext() if plain else use(model, None)
 
 
 class _Continuation:
-    """A continuation that runs, the ``number``-th of all: its last token, and the row that has the
-    keys and values of the ``length`` tokens before it."""
+    """A continuation that runs. ``number``: its index among all prompts. ``token``: its last token.
+    ``row`` holds the keys and values of the ``length`` tokens before that token."""
 
     def __init__(self, number: int, token: int, row: Row, length: int) -> None:
         self.number, self.token, self.row, self.length = number, token, row, length
 
 
 class _Group:
-    """Continuations of one prompt that have not begun, by ``numbers``. Once the prompt is computed
-    it lies in ``row``, and ``logits`` [vocabulary] follow it."""
+    """The continuations of one prompt that have not begun. ``numbers``: their indices among all
+    prompts. Once the prompt is computed, ``row`` holds its keys and values, and ``logits``
+    [vocabulary] are those after its last token."""
 
     row: Row
     logits: Tensor | None = None
@@ -117,8 +123,9 @@ class _Group:
 
 
 class Continuations:
-    """The continuations of ``prompts``: up to ``max_new_tokens`` tokens each, the last of which may
-    be one of ``end_tokens``. At most ``rows`` of them run at a time; the longest prompts begin."""
+    """One continuation for each of ``prompts``, of up to ``max_new_tokens`` tokens. It ends early
+    with a token in ``end_tokens``. At most ``rows`` continuations run at a time; those of the
+    longest prompts begin first."""
 
     def __init__(
         self,
@@ -149,12 +156,13 @@ class Continuations:
         try:
             while self.waiting or self.running:
                 self._step()
-        finally:  # a failure's traceback keeps this object, and must not keep the memory
+        finally:  # after a failure, the traceback keeps this object; it must not keep the memory
             self.slots.clear()
         return self.answers
 
     def _length_of(self, group: _Group) -> int:
-        """Tokens that a row of the group may have. Nothing is computed of a last token."""
+        """The most tokens that a row of the group holds. It does not hold the last token of an
+        answer, of which no keys and values are computed."""
         return len(group.prompt) + self.max_new_tokens - 1
 
     def _step(self) -> None:
@@ -171,8 +179,8 @@ class Continuations:
             self._begin(group, count)
 
     def _next_groups(self) -> list[tuple[_Group, int]]:
-        """The groups of which continuations begin now, and how many of each. A group leaves the
-        queue with its last one."""
+        """The groups whose continuations begin in this step, each with the number of these
+        continuations. A group leaves the queue when its last continuation begins."""
         free, groups = self.rows - len(self.running), list[tuple[_Group, int]]()
         while free and self.waiting:
             group = self.waiting[0]
@@ -184,8 +192,8 @@ class Continuations:
         return groups
 
     def _reserve(self, beginning: Sequence[tuple[_Group, int]]) -> None:
-        """Make memory for the rows of these continuations at once, and for the row of a prompt that
-        stays for further ones."""
+        """Allocate memory at once for the rows of the continuations that begin, and for the row of
+        a prompt if further continuations of its group follow in later steps."""
         rows = Counter[int]()
         for group, count in beginning:
             stays, computed = count < len(group.numbers), group.logits is not None
@@ -195,12 +203,13 @@ class Continuations:
 
     def _allocate(self, group: _Group) -> Row:
         row = self.slots.allocate(self._length_of(group))
-        assert row is not None  # there is no budget
+        assert row is not None  # the budget has no limit
         return row
 
     def _compute(self, running: Sequence[_Continuation], new: Sequence[_Group]) -> Tensor | None:
-        """Logits [running, vocabulary] behind a token of each running row; None if there is none.
-        The prompts of ``new`` groups are computed, too."""
+        """Compute the last token of each running continuation, and the prompts of the ``new``
+        groups, whose logits are stored in the groups. Returns the logits [running, vocabulary] of
+        the running ones; None if none runs."""
         rows = [continuation.row for continuation in running]
         tokens = [continuation.token for continuation in running]
         lengths = [continuation.length for continuation in running]
@@ -230,8 +239,8 @@ class Continuations:
                 self.running.append(continuation)
 
     def _begin(self, group: _Group, count: int) -> None:
-        """Sample the first token of so many continuations of a group. Each that goes on gets a copy
-        of the prompt's row; the last of the group gets that row itself."""
+        """Sample the first token of ``count`` continuations of a group. Each one that does not end
+        with it gets a copy of the prompt's row; the last of the group gets that row itself."""
         assert group.logits is not None
         numbers = [group.numbers.popleft() for _ in range(count)]
         tokens = self.sample(group.logits.expand(count, -1), numbers)
@@ -252,13 +261,14 @@ class Continuations:
             self.slots.release(group.row)
 
     def _append(self, number: int, token: int) -> bool:
-        """Add a token to an answer; whether that was its last one."""
+        """Add a token to an answer. Returns whether this token ends the answer."""
         self.answers[number].append(token)
         return token in self.end_tokens or len(self.answers[number]) == self.max_new_tokens
 
 
 def _calls_of(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
-    """Groups, the longest first, whose prompts are computed in one call."""
+    """Divide groups, which are sorted by the length of their prompts, the longest first, among the
+    calls that compute the prompts."""
     call: list[_Group] = []
     for group in groups:
         if call and (len(call) + 1) * len(call[0].prompt) > PREFILL:

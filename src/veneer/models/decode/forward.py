@@ -1,10 +1,11 @@
-"""A causal language model of transformers, called on slots.
+"""Call a causal language model of transformers on the KV cache of ``slots.py``.
 
-    logits = forward.fill(slots, …) | forward.decode(slots, …)    [rows, vocabulary], of last tokens
+    logits = forward.fill(slots, …) | forward.decode(slots, …)    [rows, vocabulary], after the last
+                                                                  token of each row
 
-While a Forward is open, calls of the engine differ from others in two ways: attention reads keys
-and values from the slots, and the output head gets only the last hidden state of each row. A trial
-call shows whether the architecture gives the same logits so.
+While a ``Forward`` is open, its calls differ from all other calls of the model in two ways:
+attention reads keys and values from the slots, and the output head gets only the last hidden state
+of each row. A trial (``prove``) shows whether the architecture still computes the same logits.
 """
 
 from __future__ import annotations
@@ -29,16 +30,23 @@ from veneer.models.decode.slots import LayerForm, Row, Slots
 
 PREFIX = "veneer_slots_"
 
-#: tokens of prompts up to which they are computed in the call of the running rows
+#: the most tokens of prompts that are computed in one call with the running rows
 TOGETHER = 128
 
+#: a function that takes a number of rows and returns a block in which calls on so many rows use no
+#: adapter
 SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 
 class Forward:
-    """Calls of a causal language model of transformers, in eval mode; ``close`` restores the model.
-    ``logits``: the number of logits of one token. ``forms``: the form of each layer's keys and
-    values. ``ConfigError``: an architecture that cannot be called on slots."""
+    """Calls of a causal language model of transformers in eval mode, whose attention is replaced
+    until ``close``. ``logits``: the number of logits of one token. ``forms``: the form of each
+    layer's keys and values. ``context``: the most tokens of a row, or None.
+
+    Raises:
+        ConfigError: the model is in training mode or already has an open ``Forward``, its adapter
+            has invocation tokens, or its architecture cannot be called on the KV cache.
+    """
 
     def __init__(self, model: Any) -> None:
         if model.training:
@@ -118,17 +126,18 @@ class Forward:
         *,
         of_all_tokens: bool = False,
     ) -> Tensor:
-        """Logits [rows, vocabulary] of the last token of each of ``prompts``, which are stored in
-        the rows from columns ``starts`` on (0, if none are given); or [rows, width, vocabulary],
-        padding included, ``of_all_tokens``."""
+        """Compute the tokens of ``prompts[i]`` and store their keys and values in ``rows[i]``, from
+        column ``starts[i]`` on (0 by default). Returns the logits after the last token of each
+        prompt, [rows, vocabulary]; with ``of_all_tokens`` those after every token, [rows, width,
+        vocabulary], where width is the length of the longest prompt or more."""
         starts = starts or [0] * len(prompts)
         counts = [len(ids) for ids in prompts]
         width = max(counts)
         if width > BLOCK or (any(starts) and self._is_wide):
-            # fewer shapes, because the CPU library caches a kernel for each; and in float32 the
-            # same bits, however much of a prompt is cached
+            # Rounding up gives fewer shapes, for each of which the CPU library caches a kernel. In
+            # float32, a prompt then gets the same bits, however much of it is cached.
             width = round_up(width)
-        # pad with the last token, which no other token attends to and which the model knows
+        # pad with the prompt's last token, a valid id; no real token attends to the padding
         ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
         positions = torch.arange(width, device=self.device)
         positions = positions + self._to_device(list(starts))[:, None]
@@ -139,14 +148,14 @@ class Forward:
             return self._logits(slots, ids, positions, last, of_all_tokens=of_all_tokens)
 
     def _to_device(self, numbers: Any) -> Tensor:
-        """Copy numbers to the device at once, without waiting."""
+        """These numbers as a tensor on the device, in one copy for which the host does not wait."""
         return torch.tensor(numbers, device="cpu").to(self.device, non_blocking=True)
 
     def decode(
         self, slots: Slots, rows: Sequence[Row], tokens: Sequence[int], lengths: Sequence[int]
     ) -> Tensor:
-        """Logits [rows, vocabulary] after one more token of each of the rows, which are sorted by
-        position and hold ``lengths`` tokens."""
+        """Logits [rows, vocabulary] after one more token of each row, given by ``tokens``. The rows
+        are sorted by ``Row.position`` and hold ``lengths`` tokens."""
         ids, positions = self._to_device([tokens, lengths]).unbind()
         with (
             slots.decode(rows, lengths, positions),
@@ -162,9 +171,9 @@ class Forward:
         lengths: Sequence[int],
         pieces: Sequence[tuple[Row, int, Sequence[int]]],
     ) -> Tensor:
-        """Logits [rows + pieces, vocabulary] of one call that is ``decode``, and computes further
-        tokens of prompts: each of ``pieces`` is a row, a column of it, and the tokens from there
-        on. In the batch each token is a row."""
+        """Compute in one call what ``decode`` computes, and ``pieces`` of prompts: (row, column of
+        the first token, tokens) each. Returns the logits after the token of each row and the last
+        token of each piece, [rows + pieces, vocabulary]. In the batch each token is a row."""
         ids, positions, wanted = [*tokens], [*lengths], list(range(len(rows)))
         for _, start, piece in pieces:
             ids += piece
@@ -178,7 +187,7 @@ class Forward:
                 logits = self._logits(slots, batch[0][:, None], batch[1][:, None], None)
             finally:
                 NOW.rows = None
-        if len(logits) > len(wanted):  # a head with adapters, or a head that is no module
+        if len(logits) > len(wanted):  # the head computed all rows: it is adapted, or no module
             logits = logits.index_select(0, rows_wanted.to(logits.device))
         return logits
 
@@ -200,13 +209,21 @@ class Forward:
             NOW.last = None
         if of_all_tokens:
             return logits
-        if logits.shape[1] > 1 and last is not None:  # a head that is no module
+        if logits.shape[1] > 1 and last is not None:  # the head is no module, so no hook ran
             logits = _last(logits, last)
         return logits[:, -1]
 
     def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
-        """Try the calls on a few tokens, beside the model's own forward; ``forms`` are known
-        afterwards. ``ConfigError``: the logits differ."""
+        """Compare the logits of calls on the KV cache with those of the model's own forward, on at
+        most nine tokens, and set ``forms``.
+
+        Args:
+            length: the most tokens of a row.
+            rows: selects the base for the calls of the trial.
+
+        Raises:
+            ConfigError: the logits differ, or a call fails.
+        """
         steps = min(9, length)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = [(37 * i + 11) % vocabulary for i in range(steps)]
@@ -240,8 +257,9 @@ class Forward:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
 
     def _check_windows(self, windows: dict[str, set[int]]) -> None:
-        """``ConfigError``: masks alone apply a sliding window that rows may exceed. Calls on slots
-        apply the windows that attention functions are given."""
+        """Raise ``ConfigError`` if the model applies a sliding window, which rows may exceed, by
+        its masks alone. Calls on the KV cache do not use these masks. They apply the windows that
+        the model passes to its attention function."""
         kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
         if kinds and "sliding_attention" not in kinds:
             return  # some models make masks that none of their layers uses
@@ -250,9 +268,9 @@ class Forward:
             raise self._refusal(f"whose masks alone apply a sliding window of {masked[0]:,} tokens")
 
     def _trial(self, ids: Sequence[int], select: SelectRows) -> Any:
-        """Logits by column: of two rows of different size classes that are filled and decode
-        together, of one that is filled in two calls, and of one that is filled while another one
-        decodes."""
+        """Yield (column, logits after the token of this column): of two rows of different size
+        classes that are filled and decoded in the same calls, of a row that is filled in two calls,
+        and of a row that is filled in the call in which another one decodes."""
         total, half = len(ids), (len(ids) + 1) // 2
         slots = Slots(6, 2 * BLOCK, self.device, smallest=BLOCK)
         lengths = [max(1, half - 1), half]
@@ -280,7 +298,8 @@ class Forward:
 
 
 def _attentions_of(config: Any, default: str) -> dict[str, Any]:
-    """The attention of a config and of those in it, as ``set_attn_implementation`` takes them."""
+    """The names of the attention implementations of a config and its sub-configs, in the nested
+    form that ``set_attn_implementation`` takes. ``default``: for a config that names none."""
     inner = {name: getattr(config, name, None) for name in config.sub_configs}
     return {"": config._attn_implementation or default} | {
         name: _attentions_of(each, default) for name, each in inner.items() if each is not None
@@ -288,9 +307,9 @@ def _attentions_of(config: Any, default: str) -> dict[str, Any]:
 
 
 def context(config: Any) -> int | None:
-    """The most positions of a row; None if the architecture sets no limit. Rotary frequencies that
-    change beyond a length would be chosen for all rows of a call by the longest one. Rows therefore
-    end before that length, so that no row depends on others."""
+    """The most positions of a row; None if the architecture sets no limit. Some rotary embeddings
+    change their frequencies beyond a length, and the longest row of a call would decide for all
+    rows. Rows therefore end before that length, so that no row depends on others."""
     config = config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -307,8 +326,9 @@ def context(config: Any) -> int | None:
 
 
 def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """In a call of the engine: the hidden state of each row's last token, [rows, 1, width], for the
-    head to read; or those of some rows, where no adapter of the head expects one for each."""
+    """A hook before the output head. In a call on the KV cache, it passes on only the hidden state
+    of each row's last token, [rows, 1, width]. In ``Forward.together``, it passes on those of the
+    rows in ``NOW.rows``, unless the head is adapted, because an adapter expects all rows."""
     last, rows = getattr(NOW, "last", None), getattr(NOW, "rows", None)
     if rows is not None and inputs and state_of(head) is None:
         return (inputs[0].index_select(0, rows.to(inputs[0].device)), *inputs[1:])
@@ -318,9 +338,10 @@ def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """In a decode call: keep the few rows that a plain linear head multiplies, and give it none.
-    ``_multiply_taken_rows`` then multiplies them weight first. The head is not changed for this, as
-    another thread may attach an adapter to it during the call."""
+    """A hook before the output head. In a decode call with few rows, it passes no rows to a plain
+    linear head, and stores them for ``_multiply_taken_rows``, which multiplies them as
+    ``kernels/weight_first.py`` does. The head itself is not changed for this, because another
+    thread may attach an adapter to it during the call."""
     NOW.head_rows = None
     if not inputs or inputs[0].dim() < 2 or not weight_first.STATE.is_used:
         return None  # no decode call
@@ -353,8 +374,8 @@ def _last(values: Tensor, last: Tensor) -> Tensor:
 
 
 def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function under which slots and, outside of the engine's calls, the model's
-    ``own`` are found."""
+    """The attention function to register with transformers. In calls on the KV cache it is
+    ``attend``, and in all other calls the model's own ``implementation``."""
 
     def attention(
         module: Any,
@@ -381,7 +402,8 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
 
 
 def _mask(implementation: str) -> Callable[..., Any]:
-    """A mask function: none in calls of the engine, the implementation's own in all others."""
+    """The mask function to register with transformers. It returns no mask in calls on the KV cache,
+    and the mask of ``implementation`` in all other calls."""
 
     def mask(*args: Any, **options: Any) -> Any:
         if getattr(NOW, "call", None) is not None:

@@ -1,4 +1,5 @@
-"""Memory for keys and values: size classes of rows, and in them a tensor pair for each layer."""
+"""The memory of the KV cache: size classes of rows, each with one tensor of keys and one of values
+for each layer of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 
 class LayerForm(NamedTuple):
-    """The form of a layer's keys and values."""
+    """The sizes, dtype and device of a layer's keys and values. ``heads``: key-value heads.
+    ``key_width``, ``value_width``: the size of a head's key and value, d and e."""
 
     heads: int
     key_width: int
@@ -20,18 +22,19 @@ class LayerForm(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a token."""
+        """Bytes of the keys and values of one token."""
         return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
     @property
     def largest(self) -> int:
-        """Bytes of a token in the larger one of the two tensors."""
+        """Bytes of the keys, or of the values, of one token, whichever are larger."""
         return self.heads * max(self.key_width, self.value_width) * self.dtype.itemsize
 
 
 class Row:
-    """A row of a size class. ``index`` changes when the last row moves into a freed place.
-    ``touched``: how many of its first columns have been written; the others are zero."""
+    """The row of one sequence in a size class. ``index``: its place in the class's tensors, which
+    changes when this row is the last one and moves into the place of a row that ends. ``touched``:
+    how many of its first columns have been written; the others are zero."""
 
     def __init__(self, size_class: SizeClass, index: int) -> None:
         self.size_class, self.index, self.touched = size_class, index, 0
@@ -43,7 +46,7 @@ class Row:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The key that sorts the rows of a decode call."""
+        """The key by which the rows of a decode call are sorted: (columns of the class, index)."""
         return self.size_class.columns, self.index
 
 
@@ -61,12 +64,13 @@ class Layer:
 
     def _forget_views(self) -> None:
         stored = self.keys, self.values
-        self.flat = tuple(each.view(-1, each.shape[-1]) for each in stored)  # a row of memory each
+        # [rows · kv · columns, d] and [rows · kv · columns, e]
+        self.flat = tuple(each.view(-1, each.shape[-1]) for each in stored)
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def show(self, first: int, count: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Views [count, kv, columns, ·] of keys and values. Equal arguments give the same
-        objects."""
+        """Views [count, kv, columns, ·] of the keys and values of ``count`` rows from ``first`` on.
+        They are cached: equal arguments give the same objects."""
         view = first, count, columns
         if view not in self._views:
             if len(self._views) >= 8:
@@ -80,12 +84,12 @@ class Layer:
         return self.keys.nbytes + self.values.nbytes
 
     def resize(self, rows: int, used: int, *, grows: bool) -> None:
-        """Allocate memory for ``rows`` rows and copy the first ``used``. With ``grows``, a tensor
-        that already has as many rows is left as it is."""
+        """Allocate memory for ``rows`` rows and copy the first ``used`` into it. If ``grows``, a
+        tensor that already has at least ``rows`` rows is left as it is."""
         for name in (
             "keys",
             "values",
-        ):  # one after the other, so that only one of them exists twice at a time
+        ):  # one tensor after the other, so that at most one of them exists twice at a time
             old = getattr(self, name)
             if not (grows and len(old) >= rows):
                 resized = old.new_zeros(rows, *old.shape[1:])
@@ -97,14 +101,14 @@ class Layer:
 
 class SizeClass:
     """Rows of up to ``columns`` tokens. Each layer has memory for ``capacity`` rows; the first
-    ``len(rows)`` of them are in use. ``forms``: the form of each layer of the model; the first call
-    of the model adds what is missing."""
+    ``len(rows)`` of them are in use. ``forms``: the form of each layer of the model, a list that
+    all size classes share; the first call of the model appends the forms that are missing."""
 
     def __init__(self, columns: int, forms: list[LayerForm]) -> None:
         self.columns, self.forms, self.capacity = columns, forms, 0
         self.rows: list[Row] = []
         self.layers: list[Layer] = []
-        self.emptied = time.monotonic()  # when its last row left
+        self.emptied = time.monotonic()  # when the class became empty
 
     @property
     def nbytes(self) -> int:
@@ -138,14 +142,14 @@ class SizeClass:
         self.capacity = capacity
 
     def take(self) -> Row:
-        """Return a new row after the last. The caller has checked ``capacity``."""
+        """Return a new row after the last. The caller has checked that ``capacity`` suffices."""
         row = Row(self, len(self.rows))
         self.rows.append(row)
         return row
 
     def release(self, row: Row) -> None:
-        """Free a row: the last row moves into its place, and the memory of the last one is zeroed,
-        so that no key or value of an ended request remains."""
+        """Free a row. The last row moves into its place, and the old place of the last row is
+        zeroed, so that no key or value of an ended request remains."""
         last_row = self.rows.pop()
         columns = max(row.touched, last_row.touched)
         for layer in self.layers:

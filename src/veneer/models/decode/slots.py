@@ -1,4 +1,5 @@
-"""Keys and values of rows, in size classes: a transformers Cache.
+"""The KV cache of many sequences, as a ``Cache`` of transformers. Each sequence is a row in one of
+several size classes.
 
     class of 128 columns    rows of up to 128 tokens: [rows, kv heads, 128, head dim] for each layer
     class of 256 columns    rows of up to 256 tokens: [rows, kv heads, 256, head dim]
@@ -11,7 +12,8 @@ tensors: a row that ends is replaced by the last one. Row r holds its tokens in 
 positions are already applied to the keys, so a row may be moved, and its prefix copied to another
 row.
 
-Memory is taken within a ``Budget``, which cached prefixes (``prefixes.py``) share.
+Memory is allocated within a ``Budget`` of bytes, which the server's cached prefixes share
+(``serve/prefixes.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from veneer.models.decode.row_memory import LayerForm, Row, SizeClass
 #: columns of the smallest size class
 SMALLEST = 128
 
-#: blocks that are copied at one time
+#: the most blocks (of ``BLOCK`` tokens) that are copied at one time
 COPIED = 16
 
 
@@ -54,9 +56,17 @@ class Budget:
 
 
 class Slots(Cache):
-    """Room for ``rows`` rows of ``length`` tokens, taken as it is needed. ``forms``: of the model's
-    layers, if they are known. ``smallest``: columns of the smallest class. ``reclaim`` is called
-    where the budget lacks so many bytes, and may free others'."""
+    """A KV cache for up to ``rows`` rows of up to ``length`` tokens. Memory is allocated as rows
+    need it.
+
+    Args:
+        forms: the forms of the model's layers; empty if they are not known yet.
+        budget: the limit of memory; None is no limit.
+        smallest: columns of the smallest size class.
+
+    ``reclaim`` is called with the number of bytes that the budget lacks, and may free memory of
+    others, such as cached prefixes.
+    """
 
     def __init__(
         self,
@@ -86,22 +96,23 @@ class Slots(Cache):
         return sum(size_class.nbytes for size_class in self.classes.values())
 
     def allocate(self, length: int) -> Row | None:
-        """A row for so many tokens; None where the budget has no room for it."""
+        """A new row for ``length`` tokens; None if the budget has no room for it."""
         size_class = self._class_for(length)
         if len(size_class.rows) == size_class.capacity and not self._grow(size_class):
             return None
         return size_class.take()
 
     def reserve(self, length: int, count: int) -> None:
-        """Have memory for so many more rows of so many tokens, so that ``allocate`` need not make
-        it row by row. Nothing happens where the budget has no room for all of them."""
+        """Allocate memory for ``count`` more rows of ``length`` tokens at once, so that
+        ``allocate`` need not resize the class for each row. Does nothing if the budget has no room
+        for all of them."""
         size_class = self._class_for(length)
         capacity = len(size_class.rows) + count
         if capacity > size_class.capacity and self._make_room(size_class, capacity):
             self._resize(size_class, capacity)
 
     def copy(self, source: Row, targets: Sequence[Row], length: int) -> None:
-        """Let rows begin with the first ``length`` tokens of another one."""
+        """Copy the first ``length`` tokens of the row ``source`` to the rows ``targets``."""
         for target in targets:
             target.touched = max(target.touched, length)
             for old, new in zip(source.size_class.layers, target.size_class.layers, strict=True):
@@ -109,7 +120,7 @@ class Slots(Cache):
                 new.values[target.index, :, :length] = old.values[source.index, :, :length]
 
     def clear(self) -> None:
-        """Free all memory, also that of rows which somebody still refers to."""
+        """Free all memory, also that of rows to which callers still have references."""
         for size_class in self.classes.values():
             size_class.layers.clear()
         self.classes.clear()
@@ -124,7 +135,8 @@ class Slots(Cache):
         if wider is None:
             return False
         self.copy(row, [wider], row.touched)
-        # the row keeps its identity: the new object goes in its place, and is released there
+        # the caller keeps its Row object: the two objects exchange their places in the classes, and
+        # the old place is then released
         row.size_class.rows[row.index], wider.size_class.rows[wider.index] = wider, row
         row.size_class, wider.size_class = wider.size_class, row.size_class
         row.index, wider.index = wider.index, row.index
@@ -135,7 +147,7 @@ class Slots(Cache):
         row.size_class.release(row)
 
     def trim(self, idle: float = 0.0) -> None:
-        """Free the memory of classes that have had no row for ``idle`` seconds."""
+        """Free the memory of size classes that have had no row for ``idle`` seconds."""
         moment = time.monotonic()
         empty = [size_class for size_class in self.classes.values() if not size_class.rows]
         for size_class in empty:
@@ -167,8 +179,8 @@ class Slots(Cache):
             self._account()
 
     def _make_room(self, size_class: SizeClass, capacity: int) -> bool:
-        """Whether the budget has room for ``capacity`` rows of a class. Frees memory that no row
-        uses, and asks ``reclaim`` for more, if necessary."""
+        """Whether the budget has room for ``capacity`` rows of a class. If necessary, frees memory
+        that no row uses and calls ``reclaim`` to make room."""
         if self._lacking(size_class, capacity) <= 0:
             return True
         if self._lacking(size_class, capacity, least=True) > 0:
@@ -185,8 +197,9 @@ class Slots(Cache):
         return self._lacking(size_class, capacity) <= 0
 
     def _lacking(self, size_class: SizeClass, capacity: int, *, least: bool = False) -> int:
-        """The bytes that the budget lacks for ``capacity`` rows of a class. ``least``: the bytes
-        that it would lack without cached prefixes and without memory that no row uses."""
+        """The bytes that the budget lacks for ``capacity`` rows of a class; 0 or less if there is
+        room. With ``least``, the bytes that it would lack without cached prefixes and without
+        memory that no row uses."""
         if self.budget.limit is None:
             return 0
         capacities = {
@@ -207,16 +220,16 @@ class Slots(Cache):
     def fill(
         self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
     ) -> AbstractContextManager[None]:
-        """A block whose call computes ``width`` tokens of rows, of which ``counts`` are no padding,
-        from columns ``starts`` on."""
+        """A block for one call of the model that computes ``width`` tokens of each row, from the
+        row's column in ``starts`` on. ``counts``: how many of them are no padding, for each row."""
         return self._during_call(self._fill_of(rows, starts, counts, width))
 
     def decode(
         self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor
     ) -> AbstractContextManager[None]:
-        """A block whose call computes one token for each of the rows, behind the ``lengths`` tokens
-        that it has. ``positions`` are these numbers as a tensor [n]. Rows are sorted by their
-        positions."""
+        """A block for one call of the model that computes one more token of each row. ``lengths``:
+        the number of tokens that each row holds; ``positions``: the same numbers as a tensor [n].
+        ``rows`` are sorted by ``Row.position``."""
         return self._during_call(self._decode_of(rows, lengths, positions))
 
     def together(
@@ -226,8 +239,9 @@ class Slots(Cache):
         positions: Tensor,
         pieces: Sequence[tuple[Row, int, int]],
     ) -> AbstractContextManager[None]:
-        """A block whose call computes a decode, and ``pieces``: of a row, from a column on, so many
-        tokens. Each token is a row of the batch."""
+        """A block for one call of the model that computes what ``decode`` does, and ``pieces`` of
+        prompts: (row, column of the first token, number of tokens) each. In the batch, each token
+        of a piece is a row."""
         fills = [self._fill_of([row], [start], [count], count) for row, start, count in pieces]
         return self._during_call(Together(self._decode_of(rows, lengths, positions), fills))
 
@@ -269,7 +283,7 @@ class Slots(Cache):
         return reduce(torch.promote_types, (form.dtype for form in self.forms))
 
     def read_blocks(self, row: Row, first: int, stop: int) -> list[Tensor]:
-        """Copies of blocks ``first`` … ``stop`` − 1 of a row, each a tensor [numbers]."""
+        """Copies of blocks ``first`` … ``stop`` − 1 of a row, [``block_elements``] each."""
         blocks: list[Tensor] = []
         for start in range(first, stop, COPIED):
             count = min(COPIED, stop - start)
@@ -295,7 +309,7 @@ class Slots(Cache):
         self, row: Row, stacked: Tensor, first: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Views [kv, blocks, BLOCK, d] of each layer's keys and values in a row, from block
-        ``first`` on, and of their copies in ``stacked``, [blocks, numbers]."""
+        ``first`` on, and of their copies in ``stacked``, [blocks, ``block_elements``]."""
         count, offset = len(stacked), 0
         columns = slice(first * BLOCK, (first + count) * BLOCK)
         for layer in row.size_class.layers:
@@ -310,8 +324,8 @@ class Slots(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [b, kv, s, d]. The call's attention reads what is stored, not
-        what is returned."""
+        """Store new keys and values [b, kv, s, d]. The call's attention reads the stored ones, not
+        those that this method returns."""
         if self.call is None:
             raise RuntimeError(
                 "Slots hold the rows of an engine: call the model within fill or decode"
