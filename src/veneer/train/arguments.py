@@ -18,6 +18,9 @@ from veneer.models.load import best_device
 from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 
+#: transformers' names of schedules, where they differ
+SCHEDULES = {"constant": "constant_with_warmup"}
+
 
 def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> TrainingArguments:
     """The trainer's arguments for a configuration and its data. Raises `ConfigError` for an
@@ -54,9 +57,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
         learning_rate=config.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            config.schedule, config.schedule
-        ),
+        lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
         warmup_steps=config.warmup,
         optim=config.optimiser,
         weight_decay=config.weight_decay,
