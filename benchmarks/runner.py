@@ -360,11 +360,11 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
     return {**describe_case(case), **state, **machine(), "cases": cases}
 
 
-def spread(
+def process_values(
     processes: Sequence[Mapping[str, Any]], arm: str, floor: str, number: str, form: str
-) -> list[float] | None:
-    """[median, least, most] between the processes that count: of a number's median over the rounds,
-    or of its ratio to the floor's in the same round."""
+) -> list[float]:
+    """A value of each process that counts: a number's median over the rounds, or that of its ratio
+    to the floor's in the same round. Processes without the number are left out."""
     values = []
     for process in processes:
         rounds = process["rounds"]
@@ -375,6 +375,14 @@ def spread(
             floors = [unit[number] for unit in rounds[floor]]
             units = [unit / base for unit, base in zip(units, floors, strict=True) if base]
         values += [statistics.median(units)] if units else []
+    return values
+
+
+def spread(
+    processes: Sequence[Mapping[str, Any]], arm: str, floor: str, number: str, form: str
+) -> list[float] | None:
+    """[median, least, most] of `process_values`; None without any."""
+    values = process_values(processes, arm, floor, number, form)
     return [statistics.median(values), min(values), max(values)] if values else None
 
 

@@ -3,11 +3,15 @@ docs/benchmarks.md. Tables show the latest record; a small plot shows all record
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 MAX_COLUMNS = 6
 #: the characters of a sparkline, from low to high
 BARS = "▁▂▃▄▅▆▇█"
+#: repeats whose numbers differ with a smaller p-value are counted
+P_LIMIT = 0.05
 PENDING = "Figures are being recorded; earlier ones were [wrong](docs/benchmarks.md#corrections)."
 #: headings of docs/benchmarks.md by case
 TITLES = {
@@ -129,26 +135,77 @@ def repeat_of(result: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((repeat for repeat in recorded if repeat["commit"] == result["commit"]), None)
 
 
-def compare_repeat(
-    result: Mapping[str, Any], repeat: Mapping[str, Any]
-) -> list[tuple[str, str, str, str, str, bool]]:
-    """Compare each number that is shown of a record with its repeat: (setting, arm, title of the
-    number, cell of the record, cell of the repeat, whether the median of the repeat lies in the
-    range of the record). The ratio of the floor to itself is omitted."""
+@dataclass(frozen=True)
+class RepeatedNumber:
+    """A number of a record beside the same number of its repeat.
+
+    `first` and `again` are cells of a table. `is_within` says whether the median of the repeat lies
+    in the range of the record, `chance_outside` how probable it is that it does not although
+    nothing has changed. `p` is of `rank_sum_p`.
+    """
+
+    setting: str
+    arm: str
+    title: str
+    first: str
+    again: str
+    is_within: bool
+    chance_outside: float
+    p: float
+
+
+def compare_repeat(result: Mapping[str, Any], repeat: Mapping[str, Any]) -> list[RepeatedNumber]:
+    """Compare each number that is shown of a record with its repeat. The ratio of the floor to
+    itself is omitted."""
     rows, floor = [], result["floor"]
     for case, case_again in zip(result["cases"], repeat["cases"], strict=True):
         for arm in case["processes"][0]["rounds"]:
             for number, (title, form) in result["shown"].items():
                 if arm == floor and form == "ratio":
                     continue
-                first = runner.spread(case["processes"], arm, floor, number, form)
-                second = runner.spread(case_again["processes"], arm, floor, number, form)
-                if first is None or second is None:
+                first, again = (
+                    runner.process_values(record["processes"], arm, floor, number, form)
+                    for record in (case, case_again)
+                )
+                if not first or not again:
                     continue
                 cells = [cell(record, arm, floor, number, form) for record in (case, case_again)]
-                is_within = first[1] <= second[0] <= first[2]
-                rows.append((describe(case["setting"]), arm, title, *cells, is_within))
+                rows.append(
+                    RepeatedNumber(
+                        describe(case["setting"]),
+                        arm,
+                        title,
+                        *cells,
+                        is_within=min(first) <= statistics.median(again) <= max(first),
+                        chance_outside=chance_outside(len(first), len(again)),
+                        p=rank_sum_p(first, again),
+                    )
+                )
     return rows
+
+
+def chance_outside(first_count: int, again_count: int) -> float:
+    """The probability that the median of `again_count` values lies outside of the range of
+    `first_count` values of the same continuous distribution.
+
+    The median is above the range exactly if the greatest k of all values are new ones, where k new
+    values are at or above the median. With an even count the upper of the two middle values takes
+    its place, which gives an upper bound.
+    """
+    above = (again_count + 1) // 2
+    total = math.comb(first_count + again_count, above)
+    return min(1.0, 2 * math.comb(again_count, above) / total)
+
+
+def rank_sum_p(first: Sequence[float], again: Sequence[float]) -> float:
+    """The two-sided p-value of Wilcoxon's rank-sum test that two samples are of one distribution,
+    exact by all ways to divide the values (252 for 5 and 5). Ties have their mean rank."""
+    values = sorted([*first, *again])
+    ranks = [(2 * values.index(value) + values.count(value) + 1) / 2 for value in (*first, *again)]
+    expected = len(first) * (len(values) + 1) / 2
+    distance = abs(sum(ranks[: len(first)]) - expected)
+    divisions = [sum(chosen) for chosen in itertools.combinations(ranks, len(first))]
+    return sum(abs(ranks_sum - expected) >= distance for ranks_sum in divisions) / len(divisions)
 
 
 def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) -> str:
@@ -352,11 +409,15 @@ def _count_repeats() -> list[str]:
     rows = [row for result, repeat in pairs if repeat for row in compare_repeat(result, repeat)]
     if not rows:
         return []
+    outside = sum(row.chance_outside for row in rows)
     text = (
         f"{sum(repeat is not None for _, repeat in pairs)} of {len(pairs)} cases were recorded a"
-        f" second time, from a fresh clone of the same commit: {sum(row[-1] for row in rows)} of"
-        f" {len(rows)} medians of the second record lie in the range of the first. Both are in"
-        " the details of each case."
+        f" second time, from a fresh clone of the same commit: {sum(row.is_within for row in rows)}"
+        f" of {len(rows)} medians of the second record lie in the range of the first, where about"
+        f" {len(rows) - outside:.0f} would if nothing but chance differed (a range of so few"
+        f" processes is narrow). {sum(row.p < P_LIMIT for row in rows)} of them differ by an exact"
+        f" rank-sum test (p below {P_LIMIT}), where at most {P_LIMIT * len(rows):.0f} would. Both"
+        " records are in the details of each case."
     )
     return _paragraph(text)
 
@@ -397,10 +458,14 @@ def _repeat_section(result: Mapping[str, Any]) -> list[str]:
     if repeat is None:
         return []
     rows = [
-        [setting, arm, title, first, second, "yes" if is_within else "no"]
-        for setting, arm, title, first, second, is_within in compare_repeat(result, repeat)
+        [
+            *(row.setting, row.arm, row.title, row.first, row.again),
+            "yes" if row.is_within else "no",
+            f"{row.p:.2f}",
+        ]
+        for row in compare_repeat(result, repeat)
     ]
-    head = ["", "", "", "first", "again", "median in the range"]
+    head = ["", "", "", "first", "again", "median in the range", "rank-sum p"]
     lead = f"Recorded again from a fresh clone, {_provenance(repeat)[3:]}"
     return [*_paragraph(lead), *table(head, rows)]
 

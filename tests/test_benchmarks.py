@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -608,11 +610,37 @@ def test_the_page_shows_a_second_record_of_the_same_commit_beside_the_first(tmp_
     assert "1 of 1 cases were recorded a second time" in page
     # the toys' times are equal in each process, so a range is one number
     rows = bench_page.compare_repeat(result, bench_page.repeat_of(result))
-    by_arm = {arm: (first, second, within) for _, arm, _, first, second, within in rows}
-    assert by_arm["veneer"] == ("1.25", "1.50", False)
-    assert by_arm["peft"][-1] is True
+    by_arm = {row.arm: row for row in rows}
+    assert (by_arm["veneer"].first, by_arm["veneer"].again) == ("1.25", "1.50")
+    assert not by_arm["veneer"].is_within
+    assert by_arm["veneer"].p == pytest.approx(2 / 252)  # no process of one is in the other
+    assert by_arm["peft"].is_within
+    assert by_arm["peft"].p == 1.0
     assert "floor" not in by_arm
     assert f"{len(rows) - 1} of {len(rows)} medians of the second record lie in" in page
+    assert "1 of them differ by an exact rank-sum test (p below 0.05)" in page
+
+
+@pytest.mark.parametrize(("first", "again"), [(5, 5), (9, 5), (4, 3)])
+def test_the_chance_of_a_median_outside_of_a_range_is_that_of_all_orders(first, again):
+    orders = list(itertools.combinations(range(first + again), again))
+    outside = sum(
+        not min(set(range(first + again)) - set(chosen))
+        < statistics.median(chosen)
+        < max(set(range(first + again)) - set(chosen))
+        for chosen in orders
+    )
+    assert bench_page.chance_outside(first, again) == pytest.approx(outside / len(orders))
+
+
+def test_a_rank_sum_is_unlikely_exactly_as_often_as_it_is_rare():
+    p_values = [
+        bench_page.rank_sum_p(chosen, sorted(set(range(8)) - set(chosen)))
+        for chosen in itertools.combinations(range(8), 4)
+    ]
+    for p in set(p_values):
+        assert sum(value <= p + 1e-9 for value in p_values) / len(p_values) == pytest.approx(p)
+    assert bench_page.rank_sum_p([1.0, 1.0], [1.0, 1.0]) == 1.0
 
 
 def test_the_page_of_plans_takes_the_latest_record(tmp_path, monkeypatch):
