@@ -340,13 +340,10 @@ class _Match:
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
             tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
-            specs = {
-                ref: TargetSpec(
-                    *tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha)),
-                    module_only=ref in self.module_only,
-                )
-                for ref, layer in layers.items()
-            }
+            specs = {}
+            for ref, layer in layers.items():
+                rank, alpha = tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha))
+                specs[ref] = TargetSpec(rank, alpha, module_only=ref in self.module_only)
         else:
             specs = self.specs_from_record(recorded_changes)
         for ref, tokens in self.tokens.items():

@@ -413,13 +413,9 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
         model,
     )
-    hooks = model._forward_pre_hooks.values()
-    model_adapters: Any = next(
-        (hook.args[0] for hook in hooks if isinstance(hook, partial) and hook.func is _begin_call),
-        None,
-    )
+    model_adapters = _adapters_of_hooks(model)
     rows_by_adapter = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
-    if not rows_by_adapter:
+    if model_adapters is None or not rows_by_adapter:
         return method(*args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
@@ -445,6 +441,14 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     prompt_starts = {**context.current.prompt_starts, model_adapters.uid: starts}
     with context.override(prompt_starts=prompt_starts):
         return method(*args, **kwargs)
+
+
+def _adapters_of_hooks(module: nn.Module) -> ModelAdapters | None:
+    """The ``ModelAdapters`` of the hook ``_begin_call`` of a module; None without the hook."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, partial) and hook.func is _begin_call:
+            return hook.args[0]
+    return None
 
 
 # ---- activation checkpointing --------------------------------------------------------------------
