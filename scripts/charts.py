@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from veneer.tools.report.charts import COLOURS, HEIGHT, LEFT_MARGIN, WIDTH, Points, line_elements
+from veneer.tools.report.charts import (
+    COLOUR_COUNT,
+    HEIGHT,
+    LEFT_MARGIN,
+    WIDTH,
+    Points,
+    line_elements,
+)
 
 #: line colours of SVG files, visible on white and on black
 FILE_COLOURS = (
@@ -39,7 +46,7 @@ def lines_file(series: Mapping[str, Points], *, x: str, y: str, **options: Any) 
     for number, name in enumerate(legend):
         top = HEIGHT + ROW_HEIGHT * number + 6
         elements.append(
-            f'<line class="s{number % COLOURS}" x1="{LEFT_MARGIN}" x2="{LEFT_MARGIN + 22}"'
+            f'<line class="s{number % COLOUR_COUNT}" x1="{LEFT_MARGIN}" x2="{LEFT_MARGIN + 22}"'
             f' y1="{top}" y2="{top}"/>'
         )
         elements.append(f'<text x="{LEFT_MARGIN + 30}" y="{top + 4}">{escape(name)}</text>')
@@ -75,7 +82,7 @@ def ranges_file(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], 
             )
         for number, (name, (middle, least, greatest)) in enumerate(ranges.items()):
             centre = top + ROW_HEIGHT * number + ROW_HEIGHT / 2
-            css_class = f"s{number % COLOURS}"
+            css_class = f"s{number % COLOUR_COUNT}"
             x1, middle_x, x2 = (
                 RANGE_LEFT_MARGIN + number_in_range * scale
                 for number_in_range in (least, middle, greatest)

@@ -21,16 +21,16 @@ from benchmarks import runner
 import veneer
 from veneer.models.meta import countable_model
 from veneer.train.plan.hardware import (
-    BYTES,
-    CONTEXT,
+    BANDWIDTH_SHARE,
     DEVICES,
-    LAUNCH,
-    LINKS,
-    PRODUCTS,
-    SLACK,
+    FRAGMENTATION_SHARE,
+    LAUNCH_SECONDS,
+    LINK_SHARE,
+    PEAK_SHARE,
+    RESERVED_BYTES,
     Hardware,
 )
-from veneer.train.plan.serving import BUSY, Load, plan_service
+from veneer.train.plan.serving import BUSY_SHARE, Load, plan_service
 from veneer.train.plan.training_plan import Planner, Run, RunPlan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -384,13 +384,13 @@ def page() -> str:
     for name, lines in sections.items():
         text = text.replace(f"{{{{{name}}}}}", "\n".join(lines))
     shares = {
-        "products": f"{PRODUCTS:.0%}",
-        "bytes": f"{BYTES:.0%}",
-        "links": f"{LINKS:.0%}",
-        "slack": f"{SLACK:.0%}",
-        "context": f"{CONTEXT / GIB:g}",
-        "launch": f"{1e6 * LAUNCH:g}",
-        "busy": f"{BUSY:.0%}",
+        "products": f"{PEAK_SHARE:.0%}",
+        "bytes": f"{BANDWIDTH_SHARE:.0%}",
+        "links": f"{LINK_SHARE:.0%}",
+        "slack": f"{FRAGMENTATION_SHARE:.0%}",
+        "context": f"{RESERVED_BYTES / GIB:g}",
+        "launch": f"{1e6 * LAUNCH_SECONDS:g}",
+        "busy": f"{BUSY_SHARE:.0%}",
         "tuned": of_peak(3083, 165.2, True),
         "tuned6000": of_peak(4699, 154.8, False),
     }

@@ -20,7 +20,7 @@ from runner import Arms, Case
 from veneer.models.load import load_head
 from veneer.models.meta import countable_model
 from veneer.train.loss import token_loss
-from veneer.train.plan.hardware import BYTES, PRODUCTS, Hardware, Network
+from veneer.train.plan.hardware import BANDWIDTH_SHARE, PEAK_SHARE, Hardware, Network
 from veneer.train.plan.training_plan import Planner, Run
 
 #: the shape of SmolLM2-135M with fewer blocks, and others of about its width
@@ -197,7 +197,7 @@ def predict(name: str, speeds: Mapping[str, float], changes: Mapping[str, Any]) 
     base, dtype, adapter, _ = CONFIGURATIONS[name]
     model = countable_model({**base, **changes}, DTYPES[dtype])
     veneer.attach(model, veneer.LoraConfig(**{"rank": 8, **adapter}))
-    peak, bandwidth = speeds["operations"] / PRODUCTS, speeds["bytes"] / BYTES
+    peak, bandwidth = speeds["operations"] / PEAK_SHARE, speeds["bytes"] / BANDWIDTH_SHARE
     machine = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, Network(1, None), "measured")
     run, strategy = run_of(name)
     devices = PROCESSES if strategy else 1

@@ -250,7 +250,7 @@ def enter(
     opener: Any,
     selection: Mapping[str, Any],
     *,
-    outside: Callable[[], Any] | None = None,
+    make_suspended: Callable[[], Any] | None = None,
     **context_fields: Any,
 ) -> None:
     """Add a selection to the present one and replace other fields of the context, until ``leave``
@@ -259,15 +259,15 @@ def enter(
     Args:
         opener: the object that opens the block, which identifies it.
         selection: ``ActiveAdapter`` by the ``uid`` of its model.
-        outside: a function whose result becomes the entry of each model in
+        make_suspended: a function whose result becomes the entry of each model in
             ``Block.suspended_selection``. It is passed for blocks of the user, which may be opened
             in a generator. None for blocks that no generator can suspend.
         context_fields: the values of other fields of the context.
     """
     stored_context = _CONTEXT.get()
-    frame = None if outside is None else _generator_frame()
-    if outside is not None and frame is not None:
-        suspended_selection = dict.fromkeys(selection, outside())
+    frame = None if make_suspended is None else _generator_frame()
+    if make_suspended is not None and frame is not None:
+        suspended_selection = dict.fromkeys(selection, make_suspended())
         block = Block(frame, opener, selection, suspended_selection, context_fields)
         _OPEN_BLOCKS.setdefault(frame, []).append(block)
         _CONTEXT.set(replace(stored_context, blocks=(*_open_blocks(stored_context.blocks), block)))
@@ -340,13 +340,13 @@ def _remove_block(context: Context, block: Block) -> Context:
 def override(
     selection: Mapping[str, Any] | None = None,
     *,
-    outside: Callable[[], Any] | None = None,
+    make_suspended: Callable[[], Any] | None = None,
     **context_fields: Any,
 ) -> Iterator[None]:
     """A context manager that changes the selection and other fields of the context. The arguments
     are those of ``enter``."""
     opener = object()
-    enter(opener, selection or {}, outside=outside, **context_fields)
+    enter(opener, selection or {}, make_suspended=make_suspended, **context_fields)
     try:
         yield
     finally:

@@ -265,22 +265,24 @@ class Ranks:
     """The ranks of one meeting, which run operations together.
 
     Attributes:
-        store, key: the store of ``torch.distributed``, and the prefix of the meeting's keys in it.
+        store, key_prefix: the store of ``torch.distributed``, and the prefix of the meeting's keys
+            in it.
         members: the ranks that take part.
         patience: seconds that a rank waits for the others.
-        writes: whether this rank writes files: the first member does. Without members, none does.
-        step: the number of operations so far; the keys in the store contain it.
-        gates: how many times the running operation has called ``gate``.
+        is_writer: whether this rank writes files, as the first member does. Without members, none
+            does.
+        operation_index: the number of operations so far; the keys in the store contain it.
+        gate_count: how many times the running operation has called ``gate``.
     """
 
     def __init__(
-        self, store: Any, key: str, members: Sequence[int], patience: float | None = None
+        self, store: Any, key_prefix: str, members: Sequence[int], patience: float | None = None
     ) -> None:
-        self.store, self.key, self.members = store, key, members
+        self.store, self.key_prefix, self.members = store, key_prefix, members
         self.patience = PATIENCE if patience is None else patience
         self.rank = dist.get_rank()
-        self.writes = self.rank in members[:1]
-        self.step = self.gates = 0
+        self.is_writer = self.rank in members[:1]
+        self.operation_index = self.gate_count = 0
 
     @contextmanager
     def joint_work(self, subject: str = "") -> Iterator[Callable[..., None]]:
@@ -297,7 +299,7 @@ class Ranks:
                 the same class.
             AdapterError: the summaries differ, or a rank does not answer.
         """
-        self.step, self.gates = self.step + 1, 0
+        self.operation_index, self.gate_count = self.operation_index + 1, 0
         summaries: list[str] = []
         token = _CURRENT_RANKS.set(self)
         try:
@@ -311,9 +313,9 @@ class Ranks:
 
     def _await_all(self, summary: str, subject: str) -> None:
         """Wait until every rank has ended the block, and compare the summaries."""
-        rank_of_key = {f"{self.key}/{self.step}/{r}": r for r in self.members}
+        rank_of_key = {f"{self.key_prefix}/{self.operation_index}/{r}": r for r in self.members}
         # JSON is never empty: some stores cannot tell an empty value from a missing one
-        self.store.set(f"{self.key}/{self.step}/{self.rank}", json.dumps(summary))
+        self.store.set(f"{self.key_prefix}/{self.operation_index}/{self.rank}", json.dumps(summary))
         missing_keys = wait_for_keys(self.store, [*rank_of_key], self.patience, self._failure_key)
         self._raise_reported_error()
         if missing_keys:
@@ -337,15 +339,15 @@ class Ranks:
                 "look for what differs by rank: a seed, gradients that are not averaged, a base"
                 " that was loaded anew",
             )
-            error.reported_elsewhere = not self.writes
+            error.reported_elsewhere = not self.is_writer
             raise error
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on the first rank and return its result, a JSON value, on every rank. Raises
         the errors of ``joint_work``."""
-        value_key = f"{self.key}/{self.step + 1}/value"
+        value_key = f"{self.key_prefix}/{self.operation_index + 1}/value"
         with self.joint_work():
-            if self.writes:
+            if self.is_writer:
                 self.store.set(value_key, json.dumps(work()))
         return json.loads(self.store.get(value_key))
 
@@ -372,8 +374,8 @@ class Ranks:
         """
         if not self.members:
             return
-        self.gates += 1
-        key = f"{self.key}/{self.step}/gate/{self.gates}"
+        self.gate_count += 1
+        key = f"{self.key_prefix}/{self.operation_index}/gate/{self.gate_count}"
         deadline = time.monotonic() + self.patience
         pause = 0.001
         arrived_count = self.store.add(key, 1)
@@ -397,7 +399,7 @@ class Ranks:
 
     @property
     def _failure_key(self) -> str:
-        return f"{self.key}/failed"
+        return f"{self.key_prefix}/failed"
 
 
 def _error_of_rank(report: dict[str, Any]) -> VeneerError:

@@ -132,7 +132,9 @@ def test_clipping_has_the_bits_of_torch(dtype, max_norm):
     norm = clip_gradients(ours, max_norm)
     assert norm == float(torch.nn.utils.clip_grad_norm_(theirs, max_norm))
     assert_equal([p.grad for p in ours], [p.grad for p in theirs])
-    assert clip_gradients(ours, 0.0, wide=True) == pytest.approx(min(norm, max_norm), rel=0.01)
+    assert clip_gradients(ours, 0.0, in_float64=True) == pytest.approx(
+        min(norm, max_norm), rel=0.01
+    )
 
 
 def test_the_state_of_an_optimizer_finds_its_parameters_by_name():

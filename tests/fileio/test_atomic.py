@@ -16,7 +16,7 @@ from veneer.errors import OutputExistsError
 from veneer.fileio import atomic, locks, temporary
 from veneer.fileio.atomic import EVERYTHING, new_file, new_folder
 from veneer.fileio.locks import acquire
-from veneer.fileio.temporary import NEW, recover, sweep, write_plan
+from veneer.fileio.temporary import NEW, recover, recover_all, write_plan
 
 OURS = ("config", "tensors", "more")
 
@@ -267,7 +267,7 @@ def test_what_was_being_replaced_is_the_old_or_the_new(tmp_path, within, steps, 
     if by == "recover" or within:
         recover(path)
     elif by == "sweep":
-        sweep(tmp_path)
+        recover_all(tmp_path)
     else:
         with pytest.raises(OutputExistsError):
             new_folder(path).__enter__()
@@ -295,7 +295,7 @@ def test_what_an_earlier_version_moved_aside_comes_back(tmp_path, there):
     fill(tmp_path / ".run.abc12345.tmp", "new", *OURS)
     if there:  # scripts make their output folder as they start
         (tmp_path / "run").mkdir()
-    sweep(tmp_path)
+    recover_all(tmp_path)
     assert content(tmp_path / "run") == dict.fromkeys(OURS, "old")
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
@@ -305,13 +305,13 @@ def test_what_a_living_process_writes_is_not_swept(tmp_path):
     for path in (tmp_path / "run", tmp_path / "within"):
         with new_folder(path, overwrite=True, replaces=OURS) as folder:
             fill(folder, "new", "config")
-            sweep(tmp_path)
+            recover_all(tmp_path)
             recover(path)
             assert content(folder) == {"config": "new"}
         assert content(path)["config"] == "new"
     with new_file(tmp_path / "file") as file:
         file.write_text("new")
-        sweep(tmp_path)
+        recover_all(tmp_path)
     assert content(tmp_path)["file"] == "new"
 
 

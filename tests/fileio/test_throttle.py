@@ -27,7 +27,7 @@ def run(busy, items=20):
             throttle.throttle_loads(busy)
         for item in throttle.throttle(range(items)):
             came.append(item)
-            work(throttle.SLICE / 2)
+            work(throttle.SLICE_SECONDS / 2)
 
     before = time.sleep
     throttle.time.sleep = pauses.append
@@ -53,8 +53,8 @@ def test_a_bank_loads_slowly_beside_calls_and_fast_alone(tmp_path, monkeypatch):
     bank = veneer.Bank(model)
     for name in "abc":
         bank.register(name, tmp_path / name)
-    monkeypatch.setattr(throttle, "SLICE", 0.0)
-    monkeypatch.setattr(throttle, "PAUSE", 1e-4)
+    monkeypatch.setattr(throttle, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(throttle, "PAUSE_SECONDS", 1e-4)
     sleep = time.sleep
     monkeypatch.setattr(
         throttle.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds))

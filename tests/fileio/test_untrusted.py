@@ -35,11 +35,11 @@ import veneer
 from veneer.adapter_files.record import PARAMETERS
 from veneer.errors import AdapterError
 from veneer.fileio.untrusted import (
-    BITS,
+    BITS_PER_VALUE,
     MAX_DEPTH,
-    MAX_HEADER,
-    MAX_JSON,
-    MAX_METADATA,
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_METADATA_CHARACTERS,
     parse,
     read_header,
     read_json,
@@ -84,7 +84,7 @@ def test_what_the_library_writes_is_read(tmp_path_factory, shapes, dtype):
         assert (
             found.stop - found.start
             == count * tensors[name].element_size()
-            == count * BITS[found.dtype] / 8
+            == count * BITS_PER_VALUE[found.dtype] / 8
         )
         assert data[found.start : found.stop] == bytes(
             tensors[name].reshape(-1).view(torch.uint8).tolist()
@@ -131,7 +131,7 @@ LIES = [
     ({"__metadata__": {"x": 1}, "x": entry()}, 24, "__metadata__ is no mapping of text to text"),
     ({"__metadata__": None, "x": entry()}, 24, "__metadata__ is no mapping"),
     (
-        {"__metadata__": {"x": "y" * (MAX_METADATA + 1)}, "x": entry()},
+        {"__metadata__": {"x": "y" * (MAX_METADATA_CHARACTERS + 1)}, "x": entry()},
         24,
         "__metadata__ has .* characters",
     ),
@@ -164,7 +164,7 @@ def test_several_tensors_are_named_at_once(tmp_path):
         read_header(path)
 
 
-@pytest.mark.parametrize("length", [0, 1, 2**20, MAX_HEADER + 1, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 1, 2**20, MAX_HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1])
 def test_a_length_is_a_claim_too(tmp_path, length):
     path = write(tmp_path / "x", {"x": entry()}, bytes(24), length)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -291,9 +291,9 @@ def test_traps_of_json(text, words):
 
 def test_a_json_file_is_an_object_of_bounded_size(tmp_path):
     file = tmp_path / "x.json"
-    file.write_text("{}" + " " * (MAX_JSON - 2))
+    file.write_text("{}" + " " * (MAX_JSON_BYTES - 2))
     assert read_json(file) == {}
-    file.write_text("{}" + " " * MAX_JSON)
+    file.write_text("{}" + " " * MAX_JSON_BYTES)
     with pytest.raises(AdapterError, match="more than 16,777,216 bytes"):
         read_json(file)
     file.write_text("[]")
@@ -306,7 +306,7 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path):
     deep: list = []
     for _ in range(MAX_DEPTH):
         deep = [deep]
-    for provenance in ({"x": deep}, {"x": 2**64}, {"x": "y" * MAX_JSON}):
+    for provenance in ({"x": deep}, {"x": 2**64}, {"x": "y" * MAX_JSON_BYTES}):
         with pytest.raises(AdapterError, match=r"could not be read again|bytes"):
             handle.save(tmp_path / "adapter", provenance=provenance)
         assert not (tmp_path / "adapter").exists()

@@ -315,7 +315,7 @@ steps = trainer.AdapterTrainer.training_step
 def step(self, model, *args, **kwargs):
     frozen = [p for p in model.parameters() if not p.requires_grad]
     spread = [p for p in frozen if isinstance(p, DTensor)]
-    assert len(spread) == 14 if self.processes.same_rows else spread == frozen
+    assert len(spread) == 14 if self.processes.computes_all_rows else spread == frozen
     assert not any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
     assert sum(p.to_local().numel() for p in spread) < 0.6 * sum(p.numel() for p in spread)
     return steps(self, model, *args, **kwargs)

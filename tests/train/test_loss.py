@@ -275,7 +275,7 @@ def test_every_kind_of_head(name: str, trained: str) -> None:
     assert is_cut(model)
     for chunk in (3, 1000):
         compare(model, batch(0, "scattered"), chunk=chunk)
-    assert head_split.ROWWISE[model]
+    assert head_split.HEAD_IS_ROWWISE[model]
 
 
 @pytest.mark.parametrize("trained", ["everything", "body", "head"])
@@ -286,7 +286,7 @@ def test_a_head_that_is_not_of_each_row_is_run_in_full(name: str, trained: str) 
         shaken(model, [head_of(model)] if trained == "head" else "all-linear")
     for seed in range(2):  # the second call knows
         compare(model, batch(seed, "scattered"), chunk=3)
-    assert head_split.ROWWISE.get(model) is not True
+    assert head_split.HEAD_IS_ROWWISE.get(model) is not True
 
 
 @functools.cache
@@ -634,7 +634,7 @@ def test_losses_of_each_label() -> None:
 def test_adapter_dropout_on_the_head_is_no_reason_to_run_in_full() -> None:
     model = shaken(tiny_model(tie_word_embeddings=False), ["lm_head"], dropout=0.5).train()
     causal_loss(model, batch(0, "nothing"), chunk=4)
-    assert head_split.ROWWISE[model]
+    assert head_split.HEAD_IS_ROWWISE[model]
 
 
 def test_a_hook_on_a_trained_number_runs_once() -> None:

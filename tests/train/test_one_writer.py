@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from veneer.errors import OutputExistsError
 from veneer.fileio.atomic import new_folder
-from veneer.fileio.locks import HOLDER
+from veneer.fileio.locks import HOLDER_SUFFIX
 from veneer.train import checkpoint
 from veneer.train.dry_run import dry_run
 from veneer.train.processes import Processes
@@ -74,7 +74,7 @@ def test_the_lock_of_a_process_that_died_holds_nobody_up(make: Make, whole: Any)
     config = make("run")
     with pytest.raises(ZeroDivisionError):
         fit(config, callbacks=[Crash(7)], quiet=True)
-    for name in (checkpoint.LOCK, checkpoint.LOCK + HOLDER):
+    for name in (checkpoint.LOCK, checkpoint.LOCK + HOLDER_SUFFIX):
         (config.output / name).write_text("process 1 on elsewhere")
     same(fit(config, quiet=True), whole)
 

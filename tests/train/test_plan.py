@@ -23,7 +23,14 @@ from veneer.models.meta import countable_model
 from veneer.train import loss
 from veneer.train.config import make_config
 from veneer.train.plan import count, memory
-from veneer.train.plan.hardware import CONTEXT, DEVICES, LAUNCH, LINKS, PRODUCTS, find_hardware
+from veneer.train.plan.hardware import (
+    DEVICES,
+    LAUNCH_SECONDS,
+    LINK_SHARE,
+    PEAK_SHARE,
+    RESERVED_BYTES,
+    find_hardware,
+)
 from veneer.train.plan.serving import Load, plan_service
 from veneer.train.plan.training_plan import Planner, Run, plan_all, recommend
 
@@ -195,7 +202,7 @@ def test_checkpointing_trades_activations_for_a_forward_pass():
 
 
 def test_the_loss_is_counted_as_it_is_computed():
-    assert count.LOSS_ROWS == loss.CHUNK
+    assert count.MAX_LOGIT_ROWS == loss.MAX_LOGIT_ROWS
     few, all_ = (
         count.count_step(countable(LLAMA), 2, 256, labelled_share=share).total
         for share in (0.25, 1.0)
@@ -306,7 +313,7 @@ def test_the_parts_of_a_run_are_what_holds_them(batch):
     assert planned.memory["optimiser"] == 2 * own
     assert planned.memory["base"] == 2 * planner.total
     assert planned.fits
-    assert planned.total <= DEVICES["h100"].memory - CONTEXT
+    assert planned.total <= DEVICES["h100"].memory - RESERVED_BYTES
     assert planned.tokens == 2 * 64 * batch
     nf4 = planner.plan(Run(batch, 64, quantize="nf4"))
     assert nf4.memory["base"] < planned.memory["base"]
@@ -393,7 +400,7 @@ def test_fsdp_has_the_logits_of_all_rows():
     ddp, fsdp = (
         planner.plan(Run(2, 512), strategy, 2).memory["workspace"] for strategy in ("ddp", "fsdp")
     )
-    assert fsdp - ddp >= (512 - count.LOSS_ROWS) * 3000 * (2 + 4)
+    assert fsdp - ddp >= (512 - count.MAX_LOGIT_ROWS) * 3000 * (2 + 4)
 
 
 def test_tp_cuts_what_transformers_cuts():
@@ -454,14 +461,14 @@ def test_a_plan_leaves_out_what_cannot_be():
 def test_time_is_that_of_each_call_at_its_limit():
     on = DEVICES["h100"]
     large, tiny = (10**12, 10**6, False), (10, 10, True)
-    assert on.seconds(count.Work({large: 2})) == pytest.approx(2 * 10**12 / (PRODUCTS * 989e12))
-    assert on.seconds(count.Work({tiny: 5})) == pytest.approx(5 * LAUNCH)
+    assert on.seconds(count.Work({large: 2})) == pytest.approx(2 * 10**12 / (PEAK_SHARE * 989e12))
+    assert on.seconds(count.Work({tiny: 5})) == pytest.approx(5 * LAUNCH_SECONDS)
     assert on.seconds(count.Work({large: 1}), itemsize=4) == pytest.approx(
-        10**12 / (PRODUCTS * 67e12)
+        10**12 / (PEAK_SHARE * 67e12)
     )
-    assert on.transfer_seconds(10**9, 8) == pytest.approx(10**9 / (LINKS * 450e9))
+    assert on.transfer_seconds(10**9, 8) == pytest.approx(10**9 / (LINK_SHARE * 450e9))
     assert on.transfer_seconds(10**9, 16) == pytest.approx(
-        10**9 / (LINKS * 400e9)
+        10**9 / (LINK_SHARE * 400e9)
     )  # eight adapters, of 50 GB/s each
 
 
@@ -495,7 +502,7 @@ def test_what_is_recommended_fits():
     assert recommend(planner, Run(1, 32), (1, 2), ("ddp",), on).startswith("one h100: ")
     most, less = (planner.plan(Run(8, 128, checkpointing=how)).total for how in (False, True))
     small, none = (
-        replace(on, name="small", memory=CONTEXT + size) for size in ((most + less) / 2, 1e4)
+        replace(on, name="small", memory=RESERVED_BYTES + size) for size in ((most + less) / 2, 1e4)
     )
     assert "with activation checkpointing: " in recommend(
         planner, Run(8, 128), (1,), ("ddp",), small

@@ -592,7 +592,7 @@ def test_candidates_share_the_passes_of_an_evaluation(
     monkeypatch.setattr(cohort, "evaluate_runs", evaluated)
     axes = {"rank": [2, 4, 6], "variant": ["lora", "dora"]}
     for tokens in (10_000, 300, 20):
-        monkeypatch.setattr(held_out, "TOKENS", tokens)
+        monkeypatch.setattr(held_out, "MAX_PASS_TOKENS", tokens)
         passes.clear()
         ran(make, f"sweep-{tokens}", axes, {"rungs": []}, max_steps=1, eval_fraction=0.3)
         assert max(rows * width for rows, width in passes) <= tokens
@@ -604,7 +604,7 @@ def test_who_goes_on_is_the_share_of_those_that_were_there() -> None:
     search = Search(make_sweep({"axes": {"rank": [1, 2]}, "rungs": [1], "keep": 0.55}), 10)
     for count, left in ((100, 55), (99, 55), (3, 2)):
         assert (
-            len(search.judge(1, {f"c{number}": float(number) for number in range(count)}))
+            len(search.choose_ended(1, {f"c{number}": float(number) for number in range(count)}))
             == count - left
         )
 

@@ -20,7 +20,7 @@ from veneer.train.loss import log_probabilities
 from veneer.train.tasks import TASKS
 from veneer.train.tasks.embed import ranking_losses
 from veneer.train.tasks.grpo import advantages, losses
-from veneer.train.tasks.orpo import log_ratio
+from veneer.train.tasks.orpo import log_sigmoid_odds_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers'
 #: trl takes its log-probabilities in float32
@@ -128,10 +128,10 @@ def test_orpo() -> None:
     chosen[:4] = torch.tensor([-1e-6, -0.69, -0.7, -40.0])
     peer = SimpleNamespace(beta=0.25, accelerator=SimpleNamespace(device="cpu"))
     expected = ORPOTrainer.odds_ratio_loss(peer, chosen, rejected)[0]
-    found = 0.25 * log_ratio(chosen.double(), rejected.double())
+    found = 0.25 * log_sigmoid_odds_ratio(chosen.double(), rejected.double())
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-6)
     exact = torch.tensor([-1e-12, -0.3, -50.0], dtype=torch.float64, requires_grad=True)
-    log_ratio(exact, exact.detach() - 0.1).sum().backward()
+    log_sigmoid_odds_ratio(exact, exact.detach() - 0.1).sum().backward()
     assert bool(exact.grad.isfinite().all())  # at both ends
 
 

@@ -162,7 +162,7 @@ def save_with(
         content = collect()
         compare(_content_hash, content)
     with ranks.joint_work():
-        if ranks.writes:
+        if ranks.is_writer:
             write_content(content)
 
 

@@ -43,7 +43,7 @@ from veneer.adapter_files.record import (
 from veneer.adapter_files.verify_base import change_dims, check_against_base
 from veneer.errors import CheckpointError, listing, sentence
 from veneer.fileio.tensors import read_tensors
-from veneer.fileio.untrusted import MAX_JSON, describe_format, location_problems, read_json
+from veneer.fileio.untrusted import MAX_JSON_BYTES, describe_format, location_problems, read_json
 from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_targets import describe_ignored
 from veneer.formats.peft_tuners import check_config, tuner_of
@@ -363,7 +363,7 @@ def _auto_map_classes(file: Path) -> list[str]:
     if not file.name.endswith("config.json"):
         return []
     with file.open("rb") as stream:
-        raw = stream.read(MAX_JSON)
+        raw = stream.read(MAX_JSON_BYTES)
     if b'"auto_map"' not in raw:
         return []
     try:  # not ``read_json``: the model_max_length of a tokenizer may have 31 digits

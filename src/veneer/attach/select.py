@@ -97,7 +97,7 @@ class use:
     def __enter__(self) -> None:
         self._was_entered = True
         selection = {self._uid: self._selected}
-        context.enter(self, selection, outside=self._outside, **self._context_fields)
+        context.enter(self, selection, make_suspended=self._make_suspended, **self._context_fields)
 
     def __exit__(self, *_: object) -> None:
         if not context.leave(self):
@@ -108,7 +108,7 @@ class use:
                 "leave blocks where they were entered, the last one first, as `with` does",
             )
 
-    def _outside(self) -> OutsideGenerator:
+    def _make_suspended(self) -> OutsideGenerator:
         """The selection of calls between two steps of a generator that has entered this block."""
         return OutsideGenerator(f"veneer.use(…, {self._name!r})")
 

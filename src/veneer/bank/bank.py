@@ -480,9 +480,9 @@ class Bank:
         try:
             if any(rows):
                 active = ActiveAdapter("a bank's rows", batch_state.use(rows).table)
-            outside = partial(OutsideGenerator, "bank.rows(…)")
+            make_suspended = partial(OutsideGenerator, "bank.rows(…)")
             selection = {self._attached.uid: BASE if active is None else active}
-            with context.override(selection, outside=outside):
+            with context.override(selection, make_suspended=make_suspended):
                 yield
         finally:
             # a task that copied this context must not use the rows of a later call

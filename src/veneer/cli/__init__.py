@@ -130,7 +130,7 @@ def _explain(error: OSError) -> str:
 _PACKAGE_OF_MODULE = {"yaml": "pyyaml", "google": "protobuf"}
 #: the extras of Veneer that an error suggests first. If several extras install a package, the first
 #: of these is suggested; extras that are not listed come last, in alphabetical order.
-_EXTRAS_BY_SIZE = ("cli", "train", "serve", "remote")
+_PREFERRED_EXTRAS = ("cli", "train", "serve", "remote")
 
 
 def extra_with_module(module: str) -> str | None:
@@ -149,7 +149,9 @@ def extra_with_module(module: str) -> str | None:
     return min(
         extras,
         key=lambda extra: (
-            _EXTRAS_BY_SIZE.index(extra) if extra in _EXTRAS_BY_SIZE else len(_EXTRAS_BY_SIZE),
+            _PREFERRED_EXTRAS.index(extra)
+            if extra in _PREFERRED_EXTRAS
+            else len(_PREFERRED_EXTRAS),
             extra,
         ),
         default=None,

@@ -41,7 +41,7 @@ def add_to_earlier_gradients(
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
-def add_earlier(parameters: Sequence[nn.Parameter], earlier_gradients: Gradients) -> None:
+def add_earlier_gradients(parameters: Sequence[nn.Parameter], earlier_gradients: Gradients) -> None:
     """Add ``earlier_gradients`` to the gradients of the parameters. The ``earlier_gradients`` are
     not modified, so they can still be restored."""
     for parameter, gradient in zip(parameters, earlier_gradients, strict=True):
@@ -56,21 +56,21 @@ def present_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def clip_gradients(
-    parameters: Sequence[nn.Parameter], max_norm: float, *, wide: bool = False
+    parameters: Sequence[nn.Parameter], max_norm: float, *, in_float64: bool = False
 ) -> float:
     """Scale the gradients down so that their joint norm is at most ``max_norm``, as
     ``torch.nn.utils.clip_grad_norm_`` does. A ``max_norm`` of 0 leaves them unchanged.
 
     Args:
-        wide: compute the norm in float64, for gradients whose squares overflow float32. The norm in
-            float32 is bit for bit that of transformers' ``Trainer``.
+        in_float64: compute the norm in float64, for gradients whose squares overflow float32. The
+            norm in float32 is bit for bit that of transformers' ``Trainer``.
 
     Returns:
         the norm before scaling.
     """
     gradients = present_gradients(parameters)
-    if wide:
-        norm = math.hypot(*wide_norms(gradients))
+    if in_float64:
+        norm = math.hypot(*norms_in_float64(gradients))
         total_norm = torch.tensor(norm)
     else:
         total_norm = torch.nn.utils.get_total_norm(gradients)
@@ -80,7 +80,7 @@ def clip_gradients(
     return norm
 
 
-def wide_norms(tensors: Sequence[Tensor]) -> list[float]:
+def norms_in_float64(tensors: Sequence[Tensor]) -> list[float]:
     """The norm of each tensor, in float64 if the device supports it, because squares of large
     values overflow float32."""
     if not tensors:

@@ -107,9 +107,9 @@ class TrainedAdapter:
         """Whether there are gradients that no step has used."""
         return any(parameter.grad is not None for parameter in self.parameters)
 
-    def clip(self, max_norm: float, *, wide: bool = False) -> float:
+    def clip(self, max_norm: float, *, in_float64: bool = False) -> float:
         """Clip the gradients, as ``clip_gradients`` does, and return their norm before."""
-        return clip_gradients(self.parameters, max_norm, wide=wide)
+        return clip_gradients(self.parameters, max_norm, in_float64=in_float64)
 
     def step(self) -> None:
         """Take a step of the optimiser and of the schedule, and clear the gradients."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from veneer.errors import OutputExistsError, listing
 from veneer.fileio.temporary import (
+    INNER_PATTERN,
     NEW,
-    WITHIN,
     files_in,
     flush_folder,
     move_files,
@@ -204,7 +204,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    return path.is_dir() and all(WITHIN.fullmatch(file.name) for file in path.iterdir())
+    return path.is_dir() and all(INNER_PATTERN.fullmatch(file.name) for file in path.iterdir())
 
 
 def _contains_working_directory(path: Path) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 #: the ending of the file that names the holder of a lock
-HOLDER = ".holder"
+HOLDER_SUFFIX = ".holder"
 #: seconds to wait for another process that replaces files
 PATIENCE = 600.0
 
@@ -29,7 +29,7 @@ def hold_lock(path: Path, refusal: Callable[[str], Exception] | None = None) -> 
     ``refusal`` is None, wait for up to PATIENCE seconds instead, then raise TimeoutError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = acquire(path, 0 if refusal else PATIENCE)
-    holder_file = path.with_name(path.name + HOLDER)
+    holder_file = path.with_name(path.name + HOLDER_SUFFIX)
     if lock is None:
         raise (
             TimeoutError(f"{path} is locked by another process")

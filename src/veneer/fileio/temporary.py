@@ -34,13 +34,16 @@ NEW, LOCK, PLAN = "new", "lock", "plan.json"
 #: lock file that is held while files of a folder are replaced one by one
 FOLDER_LOCK = ".veneer.lock"
 #: names of temporary folders beside NAME, and within it
-_SIBLING, WITHIN = re.compile(r"\.(.+)\.[^.]+\.tmp"), re.compile(r"\.veneer-[^.]+\.tmp")
+_SIBLING_PATTERN, INNER_PATTERN = (
+    re.compile(r"\.(.+)\.[^.]+\.tmp"),
+    re.compile(r"\.veneer-[^.]+\.tmp"),
+)
 #: names of folders that earlier versions of Veneer moved aside for a moment
 _MOVED_ASIDE = re.compile(r"\.(.+)\.replaced")
 
 
 #: attempts to remove a folder that another process changes at the same time
-REMOVALS = 20
+MAX_REMOVAL_ATTEMPTS = 20
 
 
 @contextmanager
@@ -66,19 +69,19 @@ def recover(path: Path) -> None:
     """Clean up the temporary folders of killed writers of ``path``: if there is a plan, finish
     replacing files, then remove the folder. Folders of running processes stay."""
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
-        if (match := _SIBLING.fullmatch(sibling.name)) and match[1] == path.name:
+        if (match := _SIBLING_PATTERN.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
         elif (match := _MOVED_ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
             _put_back(sibling, path)
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
-        if WITHIN.fullmatch(inner.name):
+        if INNER_PATTERN.fullmatch(inner.name):
             _finish_or_remove(inner, path)
 
 
-def sweep(folder: Path) -> None:
+def recover_all(folder: Path) -> None:
     """Call ``recover`` for every path in ``folder`` that a killed writer was writing."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _SIBLING.fullmatch(path.name) or _MOVED_ASIDE.fullmatch(path.name)
+        match = _SIBLING_PATTERN.fullmatch(path.name) or _MOVED_ASIDE.fullmatch(path.name)
         if match is not None:
             recover(folder / match[1])
 
@@ -174,7 +177,7 @@ def files_in(folder: Path) -> list[str]:
     names = []
     for root, folders, files in os.walk(folder):
         linked_folders = [name for name in folders if Path(root, name).is_symlink()]
-        folders[:] = [name for name in folders if not WITHIN.fullmatch(name)]
+        folders[:] = [name for name in folders if not INNER_PATTERN.fullmatch(name)]
         names += [
             Path(root, name).relative_to(folder).as_posix()
             for name in (*files, *linked_folders)
@@ -190,12 +193,15 @@ def remove(path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    for attempt in range(REMOVALS):
+    for attempt in range(MAX_REMOVAL_ATTEMPTS):
         try:
             shutil.rmtree(path)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == REMOVALS - 1:
+            if (
+                error.errno not in (errno.ENOENT, errno.ENOTEMPTY)
+                or attempt == MAX_REMOVAL_ATTEMPTS - 1
+            ):
                 raise
             if not path.exists():
                 return

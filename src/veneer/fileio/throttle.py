@@ -16,7 +16,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 #: seconds of a slice of work, and of the pause after it
-SLICE, PAUSE = 0.001, 0.012
+SLICE_SECONDS, PAUSE_SECONDS = 0.001, 0.012
 
 #: of each thread that called ``throttle_loads``: its argument ``is_busy``, and ``slice_start``, the
 #: CPU time in seconds of the thread at which its slice of work began
@@ -36,8 +36,8 @@ def is_throttled() -> bool:
 def throttle(items: Iterable[Item]) -> Iterator[Item]:
     """Yield ``items``, with pauses between them in a thread that called ``throttle_loads``."""
     for item in items:
-        if is_throttled() and time.thread_time() - _THREAD.slice_start > SLICE:
+        if is_throttled() and time.thread_time() - _THREAD.slice_start > SLICE_SECONDS:
             if _THREAD.is_busy():
-                time.sleep(PAUSE)
+                time.sleep(PAUSE_SECONDS)
             _THREAD.slice_start = time.thread_time()
         yield item

@@ -29,7 +29,7 @@ from veneer.errors import AdapterError, listing, sentence
 from veneer.fileio.throttle import throttle
 
 #: dtype name of the format -> bits per value
-BITS = {
+BITS_PER_VALUE = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -37,13 +37,13 @@ BITS = {
 }  # fmt: skip
 #: the largest accepted header, in bytes (the limit of the safetensors library), and the most
 #: characters of its metadata, keys and values together
-MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
+MAX_HEADER_BYTES, MAX_METADATA_CHARACTERS = 100_000_000, 16 * 2**20
 #: the largest accepted JSON file, in bytes; its deepest nesting; and its most commas, colons and
 #: opening brackets. Their number is an estimate of the number of values, which is limited because
 #: a list of empty lists takes thirty times more memory than its text.
-MAX_JSON, MAX_DEPTH, MAX_SEPARATORS = 16 * 2**20, 64, 1_000_000
+MAX_JSON_BYTES, MAX_DEPTH, MAX_SEPARATORS = 16 * 2**20, 64, 1_000_000
 #: the most characters of a tensor's name, and the most axes of a tensor
-MAX_NAME, MAX_AXES = 512, 64
+MAX_NAME_CHARACTERS, MAX_AXES = 512, 64
 #: the most values of a tensor: more cannot be addressed
 MAX_NUMEL = 2**63 - 1
 
@@ -99,7 +99,7 @@ def read_header(path: str | Path) -> Header:
         file_size = os.fstat(stream.fileno()).st_size
         first_bytes = stream.read(16)
         header_length = int.from_bytes(first_bytes[:8], "little")
-        is_too_long = header_length > min(file_size - 8, MAX_HEADER)
+        is_too_long = header_length > min(file_size - 8, MAX_HEADER_BYTES)
         if file_size < 8 or is_too_long or first_bytes[8:9] != b"{":
             reason = _not_a_header(first_bytes, file_size, header_length)
             raise AdapterError(_unreadable(path, reason))
@@ -137,8 +137,8 @@ def _not_a_header(first_bytes: bytes, file_size: int, header_length: int) -> str
         return f"it is {format_name}"
     if file_size < 8:
         return f"it has {file_size} bytes, and is cut short"
-    if header_length > MAX_HEADER:
-        return f"its header claims {header_length:,} bytes, of {MAX_HEADER:,} at most"
+    if header_length > MAX_HEADER_BYTES:
+        return f"its header claims {header_length:,} bytes, of {MAX_HEADER_BYTES:,} at most"
     if header_length > file_size - 8:
         claim = f"its header claims {header_length:,} bytes in a file of {file_size:,}"
         return f"{claim}: it is cut short, or no safetensors file"
@@ -169,8 +169,8 @@ def _metadata_problem(metadata: Any) -> str | None:
         return "its __metadata__ is no mapping of text to text"
     length = sum(len(key) + len(value) for key, value in metadata.items())
     return (
-        f"its __metadata__ has {length:,} characters, of {MAX_METADATA:,} at most"
-        if length > MAX_METADATA
+        f"its __metadata__ has {length:,} characters, of {MAX_METADATA_CHARACTERS:,} at most"
+        if length > MAX_METADATA_CHARACTERS
         else None
     )
 
@@ -181,14 +181,15 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
 
     ``data_size`` is the number of bytes of tensor data in the file."""
     tensor = f"tensor {name[:80]!r}"
-    if not name or len(name) > MAX_NAME or not name.isprintable():
+    if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         return (
-            f"{tensor} has a name that is empty, longer than {MAX_NAME} characters or not printable"
+            f"{tensor} has a name that is empty, longer than {MAX_NAME_CHARACTERS} characters or"
+            " not printable"
         )
     if not isinstance(claim, dict) or claim.keys() != _TENSOR_FIELDS:
         return f"{tensor} is not described by dtype, shape and data_offsets alone"
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS_PER_VALUE:
         return f"{tensor} has the unknown dtype {str(dtype)[:40]!r}"
     if not _are_counts(shape) or len(shape) > MAX_AXES:
         return f"{tensor} has a shape that is no list of at most {MAX_AXES} whole numbers"
@@ -200,7 +201,7 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
     # an axis of size 0 counts as 1, because torch computes strides from the other axes
     if math.prod(axis or 1 for axis in shape) > MAX_NUMEL:
         return f"{tensor} has a shape {_shorten(shape)} that no memory can hold"
-    bits = math.prod(shape) * BITS[dtype]
+    bits = math.prod(shape) * BITS_PER_VALUE[dtype]
     if bits != 8 * (stop - start):
         expected = f"{-(-bits // 8):,} by its shape {_shorten(shape)} of {dtype}"
         return f"{tensor} claims {stop - start:,} bytes, and {expected}"
@@ -237,7 +238,10 @@ def parse(text: str | bytes) -> Any:
     UTF-8 cannot encode). It limits depth and memory. Raises ValueError with the reason.
     """
     json_bytes = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-    if len(json_bytes) > MAX_HEADER or sum(map(json_bytes.count, _SEPARATORS)) > MAX_SEPARATORS:
+    if (
+        len(json_bytes) > MAX_HEADER_BYTES
+        or sum(map(json_bytes.count, _SEPARATORS)) > MAX_SEPARATORS
+    ):
         raise ValueError(f"more than {MAX_SEPARATORS:,} values")
     try:
         value = json.loads(
@@ -292,17 +296,17 @@ def _parse_float(digits: str) -> float:
 
 def read_json(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
-        return json_object(stream.read(MAX_JSON + 1), str(file))
+        return json_object(stream.read(MAX_JSON_BYTES + 1), str(file))
 
 
 def json_object(text: str | bytes, file: str, do: str = "get the file again") -> dict[str, Any]:
-    """Parse a JSON object of at most ``MAX_JSON`` bytes.
+    """Parse a JSON object of at most ``MAX_JSON_BYTES`` bytes.
 
     Raises AdapterError, which names ``file`` and the reason, if the text is larger, is not JSON, or
     is not an object. ``do`` is the advice in the error."""
-    if len(text) > MAX_JSON:
+    if len(text) > MAX_JSON_BYTES:
         raise AdapterError(
-            f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do
+            f"{file}, a JSON file of more than {MAX_JSON_BYTES:,} bytes", "a smaller one", do
         )
     try:
         content = parse(text)

@@ -50,7 +50,7 @@ from veneer.errors import (
     sentence,
 )
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
-from veneer.fileio.temporary import remove, sweep
+from veneer.fileio.temporary import recover_all, remove
 from veneer.models.gguf_conversion import cache_dir
 from veneer.store.remote import ensure_cached, is_remote, pull
 
@@ -243,8 +243,8 @@ class Library:
             sizes = {path: _size(path) for path in leftovers}
             # leftovers first, because they may hold files of a partly deleted object; ``sweep``
             # keeps the temporary folders of running processes
-            sweep(self.folder)
-            sweep(objects)
+            recover_all(self.folder)
+            recover_all(objects)
             for path in leftovers:
                 if path.parent == objects or not path.is_dir():
                     remove(path)

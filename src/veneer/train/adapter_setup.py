@@ -21,7 +21,7 @@ from veneer.errors import ConfigError
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary
 from veneer.train.config import TrainConfig
-from veneer.train.further import TRAINED, load_to_train
+from veneer.train.further import TRAINED_ADAPTER, load_to_train
 from veneer.train.prepare import Prepared, Rows
 from veneer.train.run_record import ResumePoint
 from veneer.train.tasks import Task
@@ -46,7 +46,9 @@ def attach_adapter(
         model, task.processor, trained_token_ids, config.seed
     )
     if resume_point is not None:
-        return load(model, resume_point[0] / checkpoint.ADAPTER, name=TRAINED, trainable=True)
+        return load(
+            model, resume_point[0] / checkpoint.ADAPTER, name=TRAINED_ADAPTER, trainable=True
+        )
     if task.initial_adapter is not None:
         return load_to_train(model, task.initial_adapter)
     torch.manual_seed(config.seed)
@@ -58,7 +60,7 @@ def attach_adapter(
             ids_by_path,
             vocabulary.invocation_ids(config, task.processor, prepared.train),
         ),
-        name=TRAINED,
+        name=TRAINED_ADAPTER,
         **calibration_arguments(task, prepared.train, model),
     )
 
@@ -138,7 +140,7 @@ def _calibration_batches(
     """The first ``CALIBRATION_ROWS`` rows that have a label, in the order of the data, as keyword
     arguments of the model."""
     labelled_rows = (
-        row for row, count in zip(rows.rows, rows.trained_counts, strict=True) if count
+        row for row, count in zip(rows.rows, rows.head_token_counts, strict=True) if count
     )
     for row in islice(labelled_rows, CALIBRATION_ROWS):
         ids = torch.tensor([row["input_ids"]], device=device)

@@ -89,22 +89,22 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     task.open_base()
     prepared = task.prepare()
     trained_tokens = prepared.train.trained_tokens
-    rank_parameters, width, model_type = _read_base_sizes(config)
+    parameters_per_rank, hidden_size, model_type = _read_base_sizes(config)
     advice = [
-        _advise_rank(trained_tokens, rank_parameters),
-        _advise_rate(width, model_type, prepared.steps),
+        _advise_rank(trained_tokens, parameters_per_rank),
+        _advise_rate(hidden_size, model_type, prepared.steps),
         *FIXED_ADVICE,
     ]
     return advice, prepared
 
 
-def _advise_rank(trained_tokens: int, rank_parameters: int) -> Advice:
+def _advise_rank(trained_tokens: int, parameters_per_rank: int) -> Advice:
     low, high = RANK_LIMITS
-    needed_rank = 2 ** math.ceil(math.log2(max(trained_tokens / rank_parameters, 1)))
+    needed_rank = 2 ** math.ceil(math.log2(max(trained_tokens / parameters_per_rank, 1)))
     rank = min(max(needed_rank, low), high)
     reason = (
-        f"{trained_tokens:,} tokens are learnt, and a rank has {rank_parameters:,} numbers:"
-        f" {rank * rank_parameters:,} "
+        f"{trained_tokens:,} tokens are learnt, and a rank has {parameters_per_rank:,} numbers:"
+        f" {rank * parameters_per_rank:,} "
     )
     reason += (
         "are at least as many"
@@ -114,15 +114,16 @@ def _advise_rank(trained_tokens: int, rank_parameters: int) -> Advice:
     return Advice("rank", rank, reason, LORA_PRIMER)
 
 
-def _advise_rate(width: int, model_type: str, steps: int) -> Advice:
+def _advise_rate(hidden_size: int, model_type: str, steps: int) -> Advice:
     family = next((name for name in WIDTH_EXPONENTS if name in model_type), None)
     if family is None:
         rate, source = DEFAULT_RATE, LORA_WITHOUT_REGRET
         reason = f"ten times {DEFAULT_RATE / 10:g}, which is usual for training everything"
     else:
-        rate, source = 10 * 5e-5 * (2000 / width) ** WIDTH_EXPONENTS[family], TINKER_COOKBOOK
+        rate, source = 10 * 5e-5 * (2000 / hidden_size) ** WIDTH_EXPONENTS[family], TINKER_COOKBOOK
         reason = (
-            f"ten times the rate of training everything, as fitted to a {family} of width {width:,}"
+            f"ten times the rate of training everything, as fitted to a {family} of width"
+            f" {hidden_size:,}"
         )
     if steps <= SHORT_RUN_STEPS:
         rate *= SHORT_RUN_FACTOR
@@ -145,9 +146,11 @@ def _read_base_sizes(config: TrainConfig) -> tuple[int, int, str]:
     base_config = config_of(config.base)
     base_config = getattr(base_config, "text_config", None) or base_config
     model = countable_model(config.base, torch.bfloat16)
-    rank_parameters = attach(model, LoraConfig(rank=1, targets="all-linear")).summary().trainable
+    parameters_per_rank = (
+        attach(model, LoraConfig(rank=1, targets="all-linear")).summary().trainable
+    )
     embedding: Any = model.get_input_embeddings()
-    return rank_parameters, int(embedding.weight.shape[1]), str(base_config.model_type)
+    return parameters_per_rank, int(embedding.weight.shape[1]), str(base_config.model_type)
 
 
 def apply_advice(config: TrainConfig, advice: Sequence[Advice]) -> TrainConfig:

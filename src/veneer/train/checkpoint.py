@@ -25,7 +25,7 @@ from typing import Any
 from veneer.errors import OutputExistsError
 from veneer.fileio.atomic import EVERYTHING, disk_errors, new_folder, write_whole
 from veneer.fileio.locks import hold_lock
-from veneer.fileio.temporary import remove, sweep
+from veneer.fileio.temporary import recover_all, remove
 from veneer.train.processes import Processes
 
 ADAPTER, STATE, RUN, LOG, METRICS = (
@@ -79,7 +79,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
         if not output.is_file():  # `can_resume` refuses a file
             stack.enter_context(hold_lock(output / LOCK, make_refusal))
         if (output / RUN).exists():  # leave folders of other programs alone
-            sweep(output)
+            recover_all(output)
 
     try:
         with ExitStack() as stack:

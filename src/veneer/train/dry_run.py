@@ -33,7 +33,7 @@ from veneer.variants import VARIANTS
 #: duration in seconds of the measurement of the machine's speed
 TIMED_SECONDS = 0.3
 #: maximal number of characters that are shown of each segment of the example
-MAX_SHOWN = 1000
+MAX_SHOWN_CHARACTERS = 1000
 
 
 @with_trust_of_config
@@ -136,6 +136,8 @@ def _print_example(task: Task, prepared: Prepared, console: Console) -> None:
     say(console, f"Example  row {prepared.train.record_indices[0] + 1} of the data:")
     for is_trained, name, text in segments:
         label = f"{'learnt' if is_trained else 'read':<6}" + (f" {name:<{width}}" if width else "")
-        shown_text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"
+        shown_text = (
+            text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]} …"
+        )
         for line in shown_text.split("\n"):
             say(console, f"  {label} │ {line}")

@@ -35,7 +35,7 @@ LOWEST_RATE, HIGHEST_RATE, STEPS = 1e-6, 1.0, 80
 #: third of the steps
 STOP_FACTOR = 1.5
 #: decay of the running mean of the losses
-DECAY = 0.8
+MEAN_DECAY = 0.8
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class RateSweep:
         """The bias-corrected running mean of the losses."""
         means, mean = [], 0.0
         for count, loss in enumerate(self.losses, 1):
-            mean = DECAY * mean + (1 - DECAY) * loss
-            means.append(mean / (1 - DECAY**count))  # corrects the bias of the initial zero
+            mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss
+            means.append(mean / (1 - MEAN_DECAY**count))  # corrects the bias of the initial zero
         return tuple(means)
 
     @property

@@ -22,7 +22,7 @@ from veneer.handle import Handle, load
 from veneer.store.library import resolve
 
 #: names of the adapters of a run: the one that trains, and its initial state as the reference
-TRAINED, REFERENCE = "default", "reference"
+TRAINED_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
 
 
 class InitialAdapter(NamedTuple):
@@ -63,7 +63,7 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
     random weights that the adapter does not train, and else the errors of ``veneer.load``."""
     names = Names(model)
     new_head_parameters = fresh_head(names, names.fresh_parameters().values())
-    handle = load(model, initial_adapter.folder, name=TRAINED, trainable=True)
+    handle = load(model, initial_adapter.folder, name=TRAINED_ADAPTER, trainable=True)
     layers = handle.layers
     untrained_paths = [
         path
@@ -86,14 +86,14 @@ def as_reference(
     model: Any, initial_adapter: InitialAdapter | None, needs_reference: bool
 ) -> Iterator[None]:
     """A block around the steps of a run. If the loss compares the model with the initial adapter
-    (`needs_reference`), the block attaches a second, frozen copy of that adapter (`REFERENCE`). The
-    trained adapter stays selected."""
+    (`needs_reference`), the block attaches a second, frozen copy of that adapter
+    (`REFERENCE_ADAPTER`). The trained adapter stays selected."""
     if initial_adapter is None or not needs_reference:
         yield
         return
-    load(model, initial_adapter.folder, name=REFERENCE)
+    load(model, initial_adapter.folder, name=REFERENCE_ADAPTER)
     try:
-        with use(model, TRAINED):
+        with use(model, TRAINED_ADAPTER):
             yield
     finally:
-        detach(model, REFERENCE)
+        detach(model, REFERENCE_ADAPTER)

@@ -33,7 +33,7 @@ from veneer.distributed import base_class
 from veneer.kernels import fused
 
 #: by model, whether its head computes each row independently; filled by `Head.is_rowwise`
-ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+HEAD_IS_ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -45,21 +45,21 @@ class Head:
     states of h features). A call returns the model's output, with logits [1, n, v].
 
     Args:
-        path: the path of the body.
+        body_path: the path of the body.
         inputs: the keyword arguments of the model's forward for the batch.
     """
 
-    def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, body_path: ModulePath, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         if "output_router_logits" in inspect.signature(base_class(model).forward).parameters:
             # the balancing loss of the experts is computed with the body
             self.inputs = {**inputs, "output_router_logits": False}
         self.output: Any = None
-        self.rows = self.memory = torch.empty(0)
-        #: whether `memory` holds logits that are still needed, so that it cannot be overwritten
+        self.rows = self.logit_memory = torch.empty(0)
+        #: whether `logit_memory` holds logits that are still needed and must not be overwritten
         self.memory_in_use = False
         self.view = self.reuse_memory(
-            body_view(model, path, lambda *_, **__: with_rows(self.output, self.rows))
+            body_view(model, body_path, lambda *_, **__: with_rows(self.output, self.rows))
         )
 
     def __call__(self, rows: Tensor) -> Any:
@@ -69,7 +69,8 @@ class Head:
     def release(self) -> None:
         """Drop the references to the tensors of the call. The head and its view of the model refer
         to each other, so the tensors would otherwise live until garbage is collected."""
-        self.output, self.rows, self.memory, self.inputs = None, torch.empty(0), torch.empty(0), {}
+        self.output, self.inputs = None, {}
+        self.rows, self.logit_memory = torch.empty(0), torch.empty(0)
 
     def call_within_forward(self, rows: Tensor) -> Any:
         """Run the head on rows while the model's forward is running. This bypasses a wrapper of the
@@ -92,7 +93,7 @@ class Head:
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the logits of some rows stay the same in a larger batch and in another order;
         tested once per model."""
-        is_rowwise = ROWWISE.get(self.model)
+        is_rowwise = HEAD_IS_ROWWISE.get(self.model)
         if is_rowwise is not None or len(rows) == 0:
             return is_rowwise is not False
         # the logits of both calls below are needed at once, so neither may be in the shared memory
@@ -113,7 +114,7 @@ class Head:
             separate, reordered = logits.detach()[0], batched.detach()[0, len(rows) :].flip(0)
             tolerance = torch.finfo(separate.dtype).eps ** 0.5 * float(separate.abs().max())
             is_rowwise = torch.allclose(separate, reordered, rtol=0, atol=tolerance, equal_nan=True)
-        ROWWISE[self.model], self.memory_in_use = is_rowwise, False
+        HEAD_IS_ROWWISE[self.model], self.memory_in_use = is_rowwise, False
         return is_rowwise
 
     def reuse_memory(self, model: nn.Module) -> nn.Module:
@@ -145,9 +146,9 @@ class Head:
             if self.memory_in_use or not is_plain:
                 return functional.linear(rows, weight, bias)
             self.memory_in_use, logit_count = True, rows.shape[:-1].numel() * len(weight)
-            if self.memory.numel() < logit_count:
-                self.memory = rows.new_empty(logit_count)
-            return _LinearInto.apply(rows, weight, bias, self.memory)  # pyright: ignore[reportReturnType]
+            if self.logit_memory.numel() < logit_count:
+                self.logit_memory = rows.new_empty(logit_count)
+            return _LinearInto.apply(rows, weight, bias, self.logit_memory)  # pyright: ignore[reportReturnType]
 
         return body_view(model, (name,), forward)
 
@@ -201,8 +202,8 @@ def find_body(model: nn.Module) -> ModulePath | None:
     ]
     if len(bodies) != 1 or bodies[0][1]:
         return None
-    path = bodies[0][0]
-    if _head_acts_per_call(model, path):
+    body_path = bodies[0][0]
+    if _head_acts_per_call(model, body_path):
         return None
     model_adapters = adapters_of(model)
     if model_adapters is not None:
@@ -212,16 +213,16 @@ def find_body(model: nn.Module) -> ModulePath | None:
         if (
             active_adapter.name is None
             and active_adapter.layer_adapters
-            and _changes_outside(model, path, active_adapter.layer_adapters)
+            and _changes_outside(model, body_path, active_adapter.layer_adapters)
         ):
             return None
-    return path
+    return body_path
 
 
-def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
+def _head_acts_per_call(model: nn.Module, body_path: ModulePath) -> bool:
     """Whether a module outside the body would repeat for each chunk an action that is meant to
     happen once per batch: gather a sharded head, or call a hook on the gradient of a parameter."""
-    outside_modules = list(_modules_outside(model, path))
+    outside_modules = list(_modules_outside(model, body_path))
     outside_parameters = [
         value
         for module in outside_modules
@@ -230,7 +231,7 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
     ]
     if any(isinstance(value, DTensor) for value in outside_parameters):
         body_parameter_ids = {
-            id(value) for value in model.get_submodule(".".join(path)).parameters()
+            id(value) for value in model.get_submodule(".".join(body_path)).parameters()
         }
         if any(
             isinstance(value, DTensor) and id(value) not in body_parameter_ids
@@ -248,19 +249,25 @@ def _head_acts_per_call(model: nn.Module, path: ModulePath) -> bool:
     )
 
 
-def _changes_outside(model: nn.Module, path: ModulePath, changes: Mapping[Any, Any]) -> bool:
-    """Whether an adapter changes a layer outside the body. ``path``: the path of the body.
-    ``changes``: the adapter's changes, by the key of the layer or by (key, method)."""
+def _changes_outside(
+    model: nn.Module, body_path: ModulePath, layer_adapters: Mapping[Any, Any]
+) -> bool:
+    """Whether an adapter changes a layer outside the body. ``layer_adapters``: those of the
+    adapter, by the key of the layer or by (key, method)."""
     outside_keys = [
-        module.key for module in _modules_outside(model, path) if isinstance(module, LayerState)
+        module.key
+        for module in _modules_outside(model, body_path)
+        if isinstance(module, LayerState)
     ]
     changed_keys = (
-        {key[0] if isinstance(key, tuple) else key for key in changes} if outside_keys else set()
+        {key[0] if isinstance(key, tuple) else key for key in layer_adapters}
+        if outside_keys
+        else set()
     )
     return any(key in changed_keys for key in outside_keys)
 
 
-def changes_head(model: nn.Module, path: ModulePath) -> bool:
+def changes_head(model: nn.Module, body_path: ModulePath) -> bool:
     """Whether the active adapter changes a layer outside the model's body."""
     model_adapters = adapters_of(model)
     if model_adapters is None:
@@ -269,7 +276,7 @@ def changes_head(model: nn.Module, path: ModulePath) -> bool:
     return (
         active_adapter is not None
         and bool(active_adapter.layer_adapters)
-        and _changes_outside(model, path, active_adapter.layer_adapters or {})
+        and _changes_outside(model, body_path, active_adapter.layer_adapters or {})
     )
 
 

@@ -50,7 +50,7 @@ __all__ = [
 
 #: Maximal number of rows of logits at a time. With fewer rows, the head's weight is read more
 #: often; more rows do not fit into the caches of a CPU.
-CHUNK = 256
+MAX_LOGIT_ROWS = 256
 
 
 class TokenLoss(NamedTuple):
@@ -88,7 +88,7 @@ def token_loss(
     inputs: Mapping[str, Any],
     *,
     accuracy: bool = False,
-    chunk: int = CHUNK,
+    chunk: int = MAX_LOGIT_ROWS,
     count: int | None = None,
 ) -> TokenLoss:
     """The summed loss of one batch.
@@ -112,7 +112,9 @@ def token_loss(
         ConfigError: `chunk` is less than 1.
     """
     if chunk < 1:
-        raise ConfigError(f"chunk={chunk}", "at least one row", f"leave it out for {CHUNK}")
+        raise ConfigError(
+            f"chunk={chunk}", "at least one row", f"leave it out for {MAX_LOGIT_ROWS}"
+        )
     labels: Tensor = inputs["labels"]
     model_inputs = {
         name: value
@@ -137,7 +139,7 @@ def causal_loss(
     inputs: Mapping[str, Any],
     num_items_in_batch: Tensor | int | None = None,
     *,
-    chunk: int = CHUNK,
+    chunk: int = MAX_LOGIT_ROWS,
 ) -> Tensor:
     """The mean loss per label, for `backward()` in a training loop, in place of
     `model(**inputs).loss`.
@@ -156,7 +158,11 @@ def causal_loss(
 
 
 def label_losses(
-    model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    accuracy: bool = False,
+    chunk: int = MAX_LOGIT_ROWS,
 ) -> LabelLosses:
     """The loss of each label, instead of the sum that `token_loss` returns, for a loss that weights
     the labels differently. Arguments are those of `token_loss`. The losses can be differentiated
@@ -185,10 +191,10 @@ def label_losses(
     counts, outputs = has_label.sum(1), None
     # In chunks, the gradients of the head's parameters are summed over the labels, so that a weight
     # for each label could not be applied to them.
-    is_head_trained = (
+    adapter_changes_head = (
         torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
     )
-    if body_path is not None and has_label.any() and not is_head_trained:
+    if body_path is not None and has_label.any() and not adapter_changes_head:
         rows, sums, outputs, _ = _forward_in_chunks(
             model, body_path, model_inputs, labels, accuracy, chunk, None
         )

@@ -275,8 +275,8 @@ def _label_losses(
     joined = label_losses(model, {**inputs, "labels": labels}, accuracy=accuracy)
     counts = joined.counts.split([batch.row_count for batch in batches.values()])
     label_counts = [int(row_counts.sum()) for row_counts in counts]
-    right = [None] * len(counts) if joined.right is None else joined.right.split(label_counts)
-    run_values = zip(joined.losses.split(label_counts), counts, right, strict=True)
+    is_correct = [None] * len(counts) if joined.right is None else joined.right.split(label_counts)
+    run_values = zip(joined.losses.split(label_counts), counts, is_correct, strict=True)
     return {name: LabelLosses(*values) for name, values in zip(batches, run_values, strict=True)}
 
 

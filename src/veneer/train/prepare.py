@@ -30,15 +30,15 @@ class Rows(Dataset[dict[str, Any]]):
         lengths: by row, the number of tokens that the model computes for it, of all its texts and
             answers; 0 for images. For grouping rows of similar length, and for estimates.
         record_indices: by row, the index of its record in the data.
-        trained_counts: by row, the number of its tokens that reach the output head; [] if the task
-            does not count them.
+        head_token_counts: by row, the number of its tokens that reach the output head; [] if the
+            task does not count them.
         dropped, truncated: number of records that were dropped or cut, because they were too long.
     """
 
     rows: list[dict[str, Any]]
     lengths: list[int]
     record_indices: list[int]
-    trained_counts: list[int] = field(default_factory=list)
+    head_token_counts: list[int] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
 
@@ -51,7 +51,7 @@ class Rows(Dataset[dict[str, Any]]):
     @property
     def trained_tokens(self) -> int:
         """The number of tokens that reach the output head."""
-        return sum(self.trained_counts)
+        return sum(self.head_token_counts)
 
 
 @dataclass(frozen=True)

@@ -60,26 +60,26 @@ class Processes:
 
     Attributes:
         ranks: the group of processes; None for a run in one process.
-        same_rows: whether each process computes all rows of a batch with a shard of the base
-            (tensor parallelism). Otherwise each computes its share of the rows.
+        computes_all_rows: whether each process computes all rows of a batch with a shard of the
+            base (tensor parallelism). Otherwise each computes its share of the rows.
         is_first: whether this process writes and prints.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks, self.same_rows, self.parent_pid = ranks, False, os.getppid()
+        self.ranks, self.computes_all_rows, self.parent_pid = ranks, False, os.getppid()
         self.count = 1 if ranks is None else len(ranks.members)
         self.rank = 0 if ranks is None else ranks.rank
-        self.is_first = ranks is None or ranks.writes
+        self.is_first = ranks is None or ranks.is_writer
 
     @property
     def share_count(self) -> int:
         """The number of shares into which the rows of a step are divided."""
-        return 1 if self.same_rows else self.count
+        return 1 if self.computes_all_rows else self.count
 
     @property
     def share_index(self) -> int:
         """The index of this process's share."""
-        return 0 if self.same_rows else self.rank
+        return 0 if self.computes_all_rows else self.rank
 
     def must_have_parent(self) -> None:
         """Raise `TrainingError` if the launcher of this process is gone. Else a new launcher could

@@ -126,7 +126,7 @@ def fit(
         OSError: the disk is full or not writable.
     """
     processes = join()
-    processes.same_rows = config.parallel == "tp"
+    processes.computes_all_rows = config.parallel == "tp"
     console = (
         (console or Console(stderr=True, quiet=quiet))
         if processes.is_first

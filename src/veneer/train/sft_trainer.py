@@ -16,7 +16,7 @@ from veneer.train.tokens import IGNORED
 from veneer.train.trainer import AdapterTrainerBase, mark_as_adapted
 
 #: key under which a batch holds its number of labels
-LABELS = "veneer_labels"
+LABEL_COUNT = "veneer_labels"
 
 
 class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
@@ -31,7 +31,7 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
     """
 
     #: number of forward passes of this step in all processes, without those that have no weight
-    _passes = 1
+    _weighted_pass_count = 1
 
     def __init__(
         self,
@@ -82,12 +82,14 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
                 torch.full_like(counts[0], packed_tokens),
             )
             passes = torch.full_like(tokens, len(weighted_inputs))
-            all_counts = torch.stack([*counts, *self._sum_counts(tokens, passes)]).tolist()
-            token_total, self._passes, *stop_requests = all_counts[len(counts) :]
+            step_counts = self._sum_counts_and_stop_requests(tokens, passes)
+            all_counts = torch.stack([*counts, *step_counts]).tolist()
+            token_total, self._weighted_pass_count, *stop_requests = all_counts[len(counts) :]
             counts = all_counts[: len(counts)]
             self._stop_if_requested(stop_requests)
             batches = [
-                {**inputs, LABELS: count} for inputs, count in zip(batches, counts, strict=True)
+                {**inputs, LABEL_COUNT: count}
+                for inputs, count in zip(batches, counts, strict=True)
             ]
             self._total_train_tokens += token_total
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -102,8 +104,11 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
             raise NotImplementedError(
                 "AdapterTrainer computes no full logits; set prediction_loss_only=True"
             )
-        training, count, is_weightless = model.training, inputs.get(LABELS), WEIGHTLESS in inputs
-        inputs = {name: value for name, value in inputs.items() if name not in (LABELS, WEIGHTLESS)}
+        training, is_weightless = model.training, WEIGHTLESS in inputs
+        count = inputs.get(LABEL_COUNT)
+        inputs = {
+            name: value for name, value in inputs.items() if name not in (LABEL_COUNT, WEIGHTLESS)
+        }
         with (
             nullcontext()
             if self.hidden_state_cache is None
@@ -122,6 +127,6 @@ class AdapterTrainer(AdapterTrainerBase, SFTTrainer):
         # undoes the average of the processes' gradients.
         if result.extra is not None and not is_weightless:
             loss = loss + result.extra * (
-                self.processes.share_count / self._passes if training else 1
+                self.processes.share_count / self._weighted_pass_count if training else 1
             )
         return loss

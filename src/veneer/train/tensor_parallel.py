@@ -44,25 +44,26 @@ from veneer.variants.dora import gain_of, row_norms
 #: The partitions: how the weights of a layer are cut. EXPERTS: stacked experts; the plan gives the
 #: partition of each weight. BETWEEN: a layer between a column-wise and a row-wise one, such as a
 #: norm of queries; its weights are not cut, but it computes on a shard.
-COLUMNS, ROWS, EXPERTS, BETWEEN = "column-wise", "row-wise", "experts", "between"
+COLUMN_WISE, ROW_WISE, EXPERTS, BETWEEN = "column-wise", "row-wise", "experts", "between"
 #: the partition of each style in transformers' plans
-STYLES = {
-    "colwise": COLUMNS, "packed_colwise": COLUMNS, "rowwise": ROWS, "moe_tp_experts": EXPERTS,
-    "replicated_with_grad_allreduce": BETWEEN,
+PARTITION_BY_STYLE = {
+    "colwise": COLUMN_WISE, "packed_colwise": COLUMN_WISE, "rowwise": ROW_WISE,
+    "moe_tp_experts": EXPERTS, "replicated_with_grad_allreduce": BETWEEN,
 }  # fmt: skip
 #: styles of layers that are not cut, because their input and output are complete in each process
-UNCUT = {
+UNCUT_STYLES = {
     "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep",
     "embedding_rowwise", "embedding_colwise", "replicate",
 }  # fmt: skip
 #: by parameter of a variant, the partition in which it is cut, because A belongs to the inputs of
 #: the layer, and B and the magnitude belong to its outputs
-PARTITION_BY_PARAMETER = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}
+PARTITION_BY_PARAMETER = {"A": ROW_WISE, "B": COLUMN_WISE, "magnitude": COLUMN_WISE}
 
 
 class Cut(NamedTuple):
     """The shard of a weight that this process keeps: the rows or columns ``indices`` [k] along
-    ``axis``, which is negative (counted from the end). ``partition``: as in ``STYLES``."""
+    ``axis``, which is negative (counted from the end). ``partition``: as in
+    ``PARTITION_BY_STYLE``."""
 
     partition: str
     axis: int
@@ -74,16 +75,16 @@ class CutLayer:
     """A layer of which this process computes a shard.
 
     Fields:
-        partition: how the layer is cut, as in ``STYLES``.
-        weights: the cuts of the layer's weights, by name.
-        values: the local tensors that replace the layer's parameters in a call, by the id of the
-            parameter.
+        partition: how the layer is cut, as in ``PARTITION_BY_STYLE``.
+        cuts: the cuts of the layer's weights, by name.
+        local_values: the local tensors that replace the layer's parameters in a call, by the id of
+            the parameter.
     """
 
     module: Any
     partition: str
-    weights: dict[str, Cut] = field(default_factory=dict)
-    values: dict[int, Any] = field(default_factory=dict)
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    local_values: dict[int, Any] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------ cut a model
@@ -104,7 +105,7 @@ def cut_model(model: Any, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     parallel_group = _ParallelGroup(mesh.get_group(), mesh.size(), mesh.get_local_rank())
     for layer in layers:
-        for name, cut in layer.weights.items():
+        for name, cut in layer.cuts.items():
             _keep_shard(layer, name, cut, mesh, device)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -114,9 +115,8 @@ def cut_model(model: Any, device: torch.device) -> None:
                 elif value is not None and not is_sharded(value):
                     tensors[name] = value.to(device)
     for layer in layers:
-        layer.weights = {
-            name: cut._replace(indices=cut.indices.to(device))
-            for name, cut in layer.weights.items()
+        layer.cuts = {
+            name: cut._replace(indices=cut.indices.to(device)) for name, cut in layer.cuts.items()
         }
         layer.module.__dict__["forward"] = _forward_of(layer, parallel_group)
 
@@ -125,34 +125,34 @@ def cut_layers(model: Any, process_count: int, rank: int) -> list[CutLayer]:
     """The layers of the model that are cut, with their cuts for process ``rank``. Does not change
     the model. Raises ``ConfigError`` as ``cut_model`` does."""
     plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
-    problems = [f"{style!r} in its plan" for style in sorted({*plan.values()} - {*STYLES} - UNCUT)]
+    unknown_styles = {*plan.values()} - {*PARTITION_BY_STYLE} - UNCUT_STYLES
+    problems = [f"{style!r} in its plan" for style in sorted(unknown_styles)]
     problems += _indivisible_heads(model.config.get_text_config(), process_count)
     layers = []
     for path, module in model.named_modules():
-        if (partition := STYLES.get(style_of(plan, path))) is None:
+        if (partition := PARTITION_BY_STYLE.get(style_of(plan, path))) is None:
             continue
         layers.append(layer := CutLayer(module, partition))
         for name, weight in module._parameters.items():
             style = style_of(plan, path, name)
-            weight_partition = STYLES.get(style)
+            weight_partition = PARTITION_BY_STYLE.get(style)
             if weight is None or weight_partition == BETWEEN:
                 continue
-            if weight_partition == ROWS and weight.ndim == 1:
+            if weight_partition == ROW_WISE and weight.ndim == 1:
                 continue
-            if weight_partition not in (COLUMNS, ROWS):
+            if weight_partition not in (COLUMN_WISE, ROW_WISE):
                 problems.append(f"{path}.{name}, which its plan leaves out")
                 continue
-            axis = -1 if weight_partition == ROWS or weight.ndim == 1 else -2
+            axis = -1 if weight_partition == ROW_WISE or weight.ndim == 1 else -2
             axis_size, matrix_count = weight.shape[axis], 2 if style == "packed_colwise" else 1
             if axis_size % (matrix_count * process_count):
-                problems.append(
-                    f"{axis_size} {'inputs' if weight_partition == ROWS else 'outputs'} of {path}"
-                )
+                axis_name = "inputs" if weight_partition == ROW_WISE else "outputs"
+                problems.append(f"{axis_size} {axis_name} of {path}")
                 continue
             indices = torch.arange(axis_size).view(matrix_count, process_count, -1)[:, rank]
-            layer.weights[name] = Cut(weight_partition, axis, indices.flatten())
+            layer.cuts[name] = Cut(weight_partition, axis, indices.flatten())
         problems += _unsupported_adapters(path, layer)
-    if not problems and not any(layer.weights for layer in layers):
+    if not problems and not any(layer.cuts for layer in layers):
         problems.append("no plan of transformers that cuts matrices")
     if problems:
         raise ConfigError(
@@ -207,7 +207,7 @@ def _unsupported_adapters(path: str, layer: CutLayer) -> Iterator[str]:
                 f"{path}, whose {name} is no plain matrix [out, in]": (
                     change.storage.name != "plain"
                     or change.layer.out_axis
-                    or name not in (layer.weights or {name})
+                    or name not in (layer.cuts or {name})
                 ),
                 f"dropout at {path}: each process would drop the same places of its part": (
                     layer.partition == EXPERTS and change.dropout
@@ -235,7 +235,7 @@ def _keep_shard(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.d
     )
     parameter = nn.Parameter(sharded_weight, requires_grad=False)
     layer.module._parameters[name] = parameter
-    layer.values[id(parameter)] = nn.Parameter(local_weight, requires_grad=False)
+    layer.local_values[id(parameter)] = nn.Parameter(local_weight, requires_grad=False)
 
 
 # ------------------------------------------------------------------------------ call a cut layer
@@ -328,12 +328,12 @@ def _forward_of(layer: CutLayer, parallel_group: _ParallelGroup) -> Callable[...
     module = layer.module
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if layer.partition in (COLUMNS, EXPERTS):
+        if layer.partition in (COLUMN_WISE, EXPERTS):
             args = tuple(map(parallel_group.sum_gradient_of, args))
             kwargs = {name: parallel_group.sum_gradient_of(value) for name, value in kwargs.items()}
         with use_local_shards(layer, parallel_group):
             y = type(module).forward(module, *args, **kwargs)
-        return parallel_group.sum_output(y) if layer.partition in (ROWS, EXPERTS) else y
+        return parallel_group.sum_output(y) if layer.partition in (ROW_WISE, EXPERTS) else y
 
     return forward
 
@@ -341,24 +341,22 @@ def _forward_of(layer: CutLayer, parallel_group: _ParallelGroup) -> Callable[...
 @contextmanager
 def use_local_shards(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
     """A context in which a layer and its adapters hold the shards of this process."""
-    module, local_values = layer.module, dict(layer.values)
+    module, local_values = layer.module, dict(layer.local_values)
     modules, has_dropout = [module], False
     with ExitStack() as stack:
         for adapter in _layer_adapters(module):
             local_values |= _shards_of_full_parameters(adapter, layer, parallel_group)
             modules.append(adapter.full)
             for name, change in adapter.changes.items():
-                local_values |= _shards_of_change(change, layer.weights.get(name), parallel_group)
+                local_values |= _shards_of_change(change, layer.cuts.get(name), parallel_group)
                 modules.append(change)
                 has_dropout = has_dropout or bool(change.training and change.dropout)
-                stack.enter_context(
-                    _with_local_dims(change, layer.weights.get(name), parallel_group)
-                )
+                stack.enter_context(_with_local_dims(change, layer.cuts.get(name), parallel_group))
         bias = module._parameters.get("bias")
-        if layer.partition == ROWS and bias is not None and parallel_group.rank:
+        if layer.partition == ROW_WISE and bias is not None and parallel_group.rank:
             local_values[id(bias)] = None  # only the first process adds it
         stack.enter_context(with_values(modules, local_values))
-        if has_dropout and layer.partition == ROWS:
+        if has_dropout and layer.partition == ROW_WISE:
             stack.enter_context(_local_seed(parallel_group))
         yield
 
@@ -371,11 +369,11 @@ def _shards_of_full_parameters(
     for name, value in adapter.full._parameters.items():
         if value is None:
             continue
-        cut = layer.weights.get(name)
+        cut = layer.cuts.get(name)
         # a bias that the adapter adds to a layer without one is cut like the outputs
-        if cut is None and name == "bias" and layer.partition == COLUMNS:
-            cut = next(iter(layer.weights.values()))._replace(axis=-1)
-        if layer.partition == ROWS and name == "bias" and parallel_group.rank:
+        if cut is None and name == "bias" and layer.partition == COLUMN_WISE:
+            cut = next(iter(layer.cuts.values()))._replace(axis=-1)
+        if layer.partition == ROW_WISE and name == "bias" and parallel_group.rank:
             local_values[id(value)] = torch.zeros_like(value)
         elif cut is None:
             local_values[id(value)] = TakeShard.apply(value, 0, None, parallel_group.count)
@@ -420,9 +418,11 @@ def _with_local_dims(change: Change, cut: Cut | None, parallel_group: Any) -> It
     local_size = len(cut.indices)
     groups, out, in_ = dims
     change.dims = (
-        Dims(groups, out, local_size) if cut.partition == ROWS else Dims(groups, local_size, in_)
+        Dims(groups, out, local_size)
+        if cut.partition == ROW_WISE
+        else Dims(groups, local_size, in_)
     )
-    if cut.partition == ROWS and variant.resolve is VARIANTS["dora"].resolve:
+    if cut.partition == ROW_WISE and variant.resolve is VARIANTS["dora"].resolve:
         change.variant = replace(variant, resolve=_dora_resolve(parallel_group.group))
     try:
         yield

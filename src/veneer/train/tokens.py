@@ -33,8 +33,8 @@ def tokenise(
     completion_only: bool = True,
 ) -> Rows:
     """The rows {"input_ids", "labels"} of every record, at most `max_length` tokens each.
-    `Rows.trained_counts` leaves out the first token of a row, which has no context to be predicted
-    from.
+    `Rows.head_token_counts` leaves out the first token of a row, which has no context to be
+    predicted from.
 
     Args:
         too_long: what to do with a longer row. "truncate" keeps the beginning of a row if the

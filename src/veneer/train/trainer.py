@@ -147,13 +147,13 @@ class AdapterTrainerBase(Trainer):
         """The number of processes that compute the same rows."""
         return self.processes.count // self.processes.share_count
 
-    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+    def _sum_over_shares(self, value: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all shares of the rows, element by element."""
         if self.processes.share_count > 1:
             dist.all_reduce(value)
         return value
 
-    def _sum_counts(self, *counts: torch.Tensor) -> torch.Tensor:
+    def _sum_counts_and_stop_requests(self, *counts: torch.Tensor) -> torch.Tensor:
         """Sum scalar counts of this step over all shares of the rows. With several processes, the
         number of processes with a request to stop is appended, so that one all-reduce suffices."""
         if self.processes.count == 1:
@@ -183,7 +183,7 @@ class AdapterTrainerBase(Trainer):
         reshard(self.adapter.model)  # FSDP keeps weights gathered if no backward follows
         prefix = kwargs.get("metric_key_prefix", "eval")
         if self._eval_sums is not None and output.metrics is not None:
-            loss, items, *sums = self._sum(self._eval_sums).tolist()
+            loss, items, *sums = self._sum_over_shares(self._eval_sums).tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
             for name, value in zip(self.measures, sums, strict=True):
                 if not math.isnan(value):  # nan: the task does not compute the measure here
@@ -283,7 +283,7 @@ class TaskTrainer(AdapterTrainerBase):
             sum(map(self.task.count_items, weighted_inputs)), device=self.accelerator.device
         )
         tokens: Any = sum(token_counts, torch.zeros_like(item_count))
-        counts = self._sum_counts(item_count, tokens.to(item_count.device))
+        counts = self._sum_counts_and_stop_requests(item_count, tokens.to(item_count.device))
         _, global_tokens, *stop_requests = counts.tolist()
         self._stop_if_requested(stop_requests)
         self._total_train_tokens += global_tokens
@@ -322,7 +322,7 @@ class TaskTrainer(AdapterTrainerBase):
         since the last entry."""
         if "loss" in logs:
             local_sums = torch.tensor([*self._train_sums.values()], dtype=torch.float32)
-            global_sums = self._sum(local_sums.to(self.accelerator.device)).tolist()
+            global_sums = self._sum_over_shares(local_sums.to(self.accelerator.device)).tolist()
             sums = dict(zip(self._train_sums, global_sums, strict=True))
             items = sums.pop("items", 0.0)
             logs |= {

@@ -32,12 +32,12 @@ from veneer.config import LoraConfig
 from veneer.engine import PassResult, TrainedAdapter, isolate_failures
 from veneer.engine.gradients import (
     Gradients,
-    add_earlier,
+    add_earlier_gradients,
     largest_magnitude,
+    norms_in_float64,
     present_gradients,
     restore_gradients,
     take_gradients,
-    wide_norms,
 )
 from veneer.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from veneer.errors import DataError, TrainingError
@@ -295,7 +295,7 @@ class Trainer:
             return
         parameters = self._parameters(training_pass.run)
         if training_pass.error is None:
-            add_earlier(parameters, earlier_gradients)
+            add_earlier_gradients(parameters, earlier_gradients)
             largest_gradient = largest_magnitude(present_gradients(parameters))
             if not largest_gradient <= MAX_GRADIENT:  # also true for NaN
                 training_pass.error = TrainingError(
@@ -316,7 +316,7 @@ class Trainer:
         """
         adam.check()
         adapter = self.engine.adapters[run]
-        norm = adapter.clip(adam.clip, wide=True)
+        norm = adapter.clip(adam.clip, in_float64=True)
         _adamw(adapter).param_groups[0].update(
             lr=adam.rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.decay
         )
@@ -329,7 +329,7 @@ class Trainer:
         """Check that an adapter folder can hold a run's weights. ``DivergenceError``: a weight or a
         product of weights is too large."""
         parameters = self._parameters(run)
-        norms = wide_norms(parameters)
+        norms = norms_in_float64(parameters)
         magnitudes = [
             abs(scale) * norms[A_index] * norms[B_index]
             for A_index, B_index, scale in self._products[run]

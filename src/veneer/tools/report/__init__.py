@@ -43,9 +43,9 @@ from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intru
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-#: ENOUGH: the share of ‖ΔW‖² that the suggested rank must keep. FULL: the rank counts as fully used
-#: if the effective rank is at least this share of it
-ENOUGH, FULL = 0.99, 0.75
+#: KEPT_SHARE: the share of ‖ΔW‖² that the suggested rank must keep. FULL_USE_SHARE: the rank counts
+#: as fully used if the effective rank is at least this share of it
+KEPT_SHARE, FULL_USE_SHARE = 0.99, 0.75
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _examine_layer(
     spectrum = svd.S.square().sum(0).sqrt()
     norm = float(spectrum.norm())
     block_match = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
-    rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, ENOUGH))
+    rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, KEPT_SHARE))
     relative, cosines, control, intruders = None, (), (), None
     if weight_intruders is not None:
         relative = (
@@ -381,11 +381,11 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
     median_use = sorted(layer.used for layer in layers)[len(layers) // 2]
     if not any(layer.norm for layer in layers):
         return largest_rank, "every change is zero: it was not trained"
-    sufficient_rank = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
+    sufficient_rank = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - KEPT_SHARE)
     if sufficient_rank < largest_rank:
         retained_share = 1 - next(cut.lost for cut in cuts if cut.rank == sufficient_rank) ** 2
         return sufficient_rank, f"rank {sufficient_rank} holds {retained_share:.1%} of ‖ΔW‖²"
-    if median_use >= FULL:
+    if median_use >= FULL_USE_SHARE:
         return (
             2 * largest_rank,
             (
@@ -395,5 +395,5 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
         )
     return (
         largest_rank,
-        f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²",
+        f"every smaller power of two would lose more than {1 - KEPT_SHARE:.0%} of ‖ΔW‖²",
     )

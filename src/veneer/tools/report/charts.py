@@ -15,7 +15,7 @@ from typing import Any
 #: a chart of lines, in SVG units: its size, and the margins around the drawing
 WIDTH, HEIGHT, LEFT_MARGIN, BOTTOM_MARGIN, TOP_MARGIN, RIGHT_MARGIN = 400, 250, 40, 36, 26, 10
 #: the number of line colours in the style sheet
-COLOURS = 8
+COLOUR_COUNT = 8
 #: (x, y) of the points of a line
 Points = Sequence[tuple[float, float]]
 
@@ -27,7 +27,7 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> st
     if not elements:
         return "<p>Nothing to draw: every value is 0.</p>"
     legend = "".join(
-        f'<span class="s{number % COLOURS}">{escape(name)}</span>'
+        f'<span class="s{number % COLOUR_COUNT}">{escape(name)}</span>'
         for number, name in enumerate(series)
     )
     title = escape(f"{y} by {x}: {', '.join(series)}")
@@ -85,7 +85,7 @@ def line_elements(
     elements += [_polyline("axis", map(svg_point, line_points)) for line_points in faint]
     for number, line_points in enumerate(series.values()):
         svg_points = [svg_point(point) for point in line_points]
-        css_class = f"s{number % COLOURS}"
+        css_class = f"s{number % COLOUR_COUNT}"
         elements += _circles(css_class, svg_points) if dots else [_polyline(css_class, svg_points)]
     return elements
 

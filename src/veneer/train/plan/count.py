@@ -32,7 +32,7 @@ from veneer.errors import ConfigError, first_line
 from veneer.kernels.device import count_on_meta
 
 #: number of tokens whose logits exist at once, as in the loss of ``veneer train``
-LOSS_ROWS = 256
+MAX_LOGIT_ROWS = 256
 
 #: (operations, bytes moved, whether tensor parallelism replicates the call on each device) ->
 #: number of calls with these values
@@ -190,8 +190,8 @@ def count_step(
         is_plain: whether the frozen weights are unpacked tensors, so that an adapted linear layer
             is a single autograd function. A packed weight (4 or 8 bits) is multiplied by its
             library, and the adapter saves its inputs in addition.
-        chunked_loss: whether the loss computes the logits of ``LOSS_ROWS`` tokens at a time. False:
-            of all tokens at once, as for a base that FSDP shards.
+        chunked_loss: whether the loss computes the logits of ``MAX_LOGIT_ROWS`` tokens at a time.
+            False: of all tokens at once, as for a base that FSDP shards.
 
     Raises:
         ConfigError: the model has no repeated blocks, or cannot run on tensors without data.
@@ -323,7 +323,7 @@ def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
     """The gradient of the cross-entropy with respect to ``rows``, the hidden states [tokens,
     hidden size] of the labelled tokens, computed in chunks of tokens as in ``train/loss.py``."""
     return torch.cat(
-        [_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(LOSS_ROWS)]
+        [_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(MAX_LOGIT_ROWS)]
     )
 
 

@@ -1,11 +1,12 @@
 """Published figures of devices, the time of counted work on a device, and the time of transfers
 within and between machines.
 
-    seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
+    seconds = Σ calls · max(operations / (PEAK_SHARE · peak), bytes / (BANDWIDTH_SHARE · bandwidth),
+                            LAUNCH_SECONDS)
 
-This applies the roofline model to each call of an operation. The three shares (``PRODUCTS``,
-``BYTES`` and ``LINKS``) are assumed for a well-used device. They are the same for all devices, so
-ratios of times are more reliable than times.
+This applies the roofline model to each call of an operation. The three shares (``PEAK_SHARE``,
+``BANDWIDTH_SHARE`` and ``LINK_SHARE``) are assumed for a well-used device. They are the same for
+all devices, so ratios of times are more reliable than times.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from veneer.train.plan.count import Work
 
 #: assumed shares of published figures: of the peak rate by large matrix products, of the memory
 #: bandwidth by operations that only move data, and of the bandwidth of links between devices
-PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
-#: the least time of a call in seconds: the launch of its kernel takes as long
-LAUNCH = 4e-6
-#: bytes of a GPU that no program can use: the driver's context, and workspaces of libraries
-CONTEXT = 0.75 * 2**30
+PEAK_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.65, 0.8, 0.75
+#: the least time of a call: the launch of its kernel takes as long
+LAUNCH_SECONDS = 4e-6
+#: memory of a GPU that no program can use: the driver's context, and workspaces of libraries
+RESERVED_BYTES = 0.75 * 2**30
 #: free bytes in the allocator's blocks (fragmentation), as a share of the bytes held
-SLACK = 0.05
+FRAGMENTATION_SHARE = 0.05
 
 
 class Network(NamedTuple):
@@ -65,14 +66,14 @@ class Hardware:
     @property
     def usable_memory(self) -> float:
         """Bytes that a program can use."""
-        return self.memory - CONTEXT
+        return self.memory - RESERVED_BYTES
 
     def seconds(self, work: Work, itemsize: int = 2) -> float:
         """Seconds that ``work`` takes if the elements of its matrices have ``itemsize`` bytes."""
-        peak_rate = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
-        bandwidth = self.memory_bandwidth * BYTES
+        peak_rate = (self.peak16 if itemsize < 4 else self.peak32) * PEAK_SHARE
+        bandwidth = self.memory_bandwidth * BANDWIDTH_SHARE
         return sum(
-            count * max(operations / peak_rate, bytes_moved / bandwidth, LAUNCH)
+            count * max(operations / peak_rate, bytes_moved / bandwidth, LAUNCH_SECONDS)
             for (operations, bytes_moved, _), count in work.items()
         )
 
@@ -81,7 +82,7 @@ class Hardware:
         collectives run one ring for each network card. So the bytes of a device are divided among
         all cards of its machine, and the bandwidth is that of the machine."""
         return sent / (
-            LINKS
+            LINK_SHARE
             * (
                 self.link_bandwidth
                 if devices <= self.devices_per_machine

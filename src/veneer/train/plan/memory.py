@@ -53,9 +53,9 @@ STATES_PER_VALUE = {
     "rmsprop": 1,
     "ademamix": 3,
 }
-#: STATE_BLOCK: how many values of optimiser state share a scale, by the bits of a value.
-#: MIN_QUANTIZED: the number of values of the smallest tensor whose state is quantised
-STATE_BLOCK, MIN_QUANTIZED = {8: 256, 4: 128}, 4096
+#: VALUES_PER_STATE_SCALE: how many values of optimiser state share a scale, by the bits of a value.
+#: MIN_QUANTIZED_VALUES: the number of values of the smallest tensor whose state is quantised
+VALUES_PER_STATE_SCALE, MIN_QUANTIZED_VALUES = {8: 256, 4: 128}, 4096
 #: how many values of a 4-bit weight share a scale, and how many of these scales share another scale
 #: (bitsandbytes' double quantisation)
 WEIGHTS_PER_SCALE, SCALES_PER_SCALE = 64, 256
@@ -232,10 +232,10 @@ def predict_at_once(
     rows = max(1, min(config.batch_size, tokens))
     length, breakdowns = max(1, round(tokens / rows)), []
     for names in groups.values():  # groups run one after another
-        trained_counts = {
+        parameter_counts = {
             name: sum(parameter.numel() for parameter in runs[name].parameters) for name in names
         }
-        largest_adapter = max(names, key=trained_counts.__getitem__)
+        largest_adapter = max(names, key=parameter_counts.__getitem__)
         step = count_model_step(
             model,
             rows * len(names),
@@ -246,7 +246,7 @@ def predict_at_once(
         bytes_by_use = _breakdown_at_once(model, runs, step, gradients_wait=len(groups) > 1)
         # each layer's factors are concatenated in the dtype of the base and saved for backward
         if len(names) > 1:
-            bytes_by_use["activations"] += sum(trained_counts.values()) * model.dtype.itemsize
+            bytes_by_use["activations"] += sum(parameter_counts.values()) * model.dtype.itemsize
         breakdowns.append(bytes_by_use)
     return max(breakdowns, key=lambda bytes_by_use: sum(bytes_by_use.values()))
 
@@ -446,9 +446,11 @@ def state_bytes(parameter: Tensor, optimiser: str) -> float:
     name, value_count = optimiser.lower(), parameter.numel()
     states = next((states for key, states in STATES_PER_VALUE.items() if key in name), 2)
     bits_in_name = re.search(r"(?<!\d)([48])bit", name)
-    if bits_in_name is not None and value_count >= MIN_QUANTIZED:
+    if bits_in_name is not None and value_count >= MIN_QUANTIZED_VALUES:
         bits = int(bits_in_name[1])
-        return states * (value_count * bits / 8 + 4 * -(-value_count // STATE_BLOCK[bits]))
+        return states * (
+            value_count * bits / 8 + 4 * -(-value_count // VALUES_PER_STATE_SCALE[bits])
+        )
     # bitsandbytes keeps all other states in float32
     is_bitsandbytes = "torch" not in name and (
         bits_in_name is not None or "32bit" in name or "bnb" in name

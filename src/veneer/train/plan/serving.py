@@ -11,7 +11,8 @@
 A row is a running request. A replica is ``devices`` devices that share the weights by tensor
 parallelism. It runs as many rows as fit into its memory, up to ``rows``, each with an adapter if
 there are several; further adapters fill the rest. The load is spread evenly over replicas, each of
-which is busy for the share ``BUSY`` of the time: queues grow without bound as this share nears 1.
+which is busy for the share ``BUSY_SHARE`` of the time: queues grow without bound as this share
+nears 1.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.train.plan.count import count_forward
-from veneer.train.plan.hardware import BYTES, PRODUCTS, SLACK, Hardware
+from veneer.train.plan.hardware import BANDWIDTH_SHARE, FRAGMENTATION_SHARE, PEAK_SHARE, Hardware
 from veneer.train.plan.memory import packed_linears, packed_weight_bytes, weight_bytes
 
 #: share of the time that a replica is busy under the planned load
-BUSY = 0.7
+BUSY_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,11 @@ def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
     length = load.prompt + load.answer
     operations, row_bytes = count_forward(model, length)
     operations /= length
-    free_bytes = load.devices * hardware.usable_memory / (1 + SLACK) - base_bytes
+    free_bytes = load.devices * hardware.usable_memory / (1 + FRAGMENTATION_SHARE) - base_bytes
     bytes_per_row = row_bytes + adapter_bytes * (load.adapters > 1)
     rows = max(0, min(load.rows, math.floor((free_bytes - adapter_bytes) / bytes_per_row)))
-    peak_rate = PRODUCTS * (hardware.peak16 if itemsize < 4 else hardware.peak32) * load.devices
-    bandwidth = BYTES * hardware.memory_bandwidth * load.devices
+    peak_rate = PEAK_SHARE * (hardware.peak16 if itemsize < 4 else hardware.peak32) * load.devices
+    bandwidth = BANDWIDTH_SHARE * hardware.memory_bandwidth * load.devices
     load_fields = (hardware.name, load, base_bytes, adapter_bytes, row_bytes)
     if rows == 0:
         return Service(*load_fields, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
@@ -122,18 +123,18 @@ def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
         + distinct_adapters * adapter_bytes
         + rows * row_bytes * (load.prompt + load.answer / 2) / length
     )
-    step = max(read_bytes / bandwidth, rows * operations / peak_rate)
-    busy_seconds = load.prompt * operations / peak_rate + load.answer * step / rows
-    replicas = math.ceil(load.requests * busy_seconds / BUSY)
-    hits = min(1.0, in_memory * replicas / load.adapters)
+    step_seconds = max(read_bytes / bandwidth, rows * operations / peak_rate)
+    busy_seconds = load.prompt * operations / peak_rate + load.answer * step_seconds / rows
+    replicas = math.ceil(load.requests * busy_seconds / BUSY_SHARE)
+    adapter_hit_share = min(1.0, in_memory * replicas / load.adapters)
     return Service(
         *load_fields,
         rows,
         in_memory,
-        step,
+        step_seconds,
         1 / busy_seconds,
         replicas,
-        hits,
+        adapter_hit_share,
         adapter_bytes / hardware.host_bandwidth,
     )
 

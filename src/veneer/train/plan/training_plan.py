@@ -25,10 +25,10 @@ from typing import Any
 
 from veneer.errors import ConfigError, sentence
 from veneer.train.plan.count import Cost, Step, Work, count_step
-from veneer.train.plan.hardware import SLACK, Hardware
+from veneer.train.plan.hardware import FRAGMENTATION_SHARE, Hardware
 from veneer.train.plan.memory import memory_breakdown, packed_linears, shard_base, weight_bytes
 from veneer.train.processes import split_step
-from veneer.train.tensor_parallel import COLUMNS, ROWS, STYLES, style_of
+from veneer.train.tensor_parallel import COLUMN_WISE, PARTITION_BY_STYLE, ROW_WISE, style_of
 
 STRATEGIES = ("ddp", "fsdp", "tp")
 #: bytes of each value of a gradient that is summed over the devices: float32
@@ -155,7 +155,7 @@ class Planner:
                 reductions = block_count * 2 * (3 if run.checkpointing else 2)
                 summed_bytes = 2 * ring_share * step.hidden_bytes * reductions * run.accumulate
             summed_bytes += 2 * ring_share * gradient_bytes
-        bytes_by_use["slack"] = round(SLACK * sum(bytes_by_use.values()))
+        bytes_by_use["slack"] = round(FRAGMENTATION_SHARE * sum(bytes_by_use.values()))
         seconds = fits = None
         if hardware is not None:
             compute_seconds = self._compute_seconds(run, cost, hardware)
@@ -190,10 +190,8 @@ class Planner:
         sharded_bytes = 0
         for path, parameter in self.model.named_parameters():
             module, _, name = path.rpartition(".")
-            if not parameter.requires_grad and STYLES.get(style_of(plan, module, name)) in (
-                COLUMNS,
-                ROWS,
-            ):
+            partition = PARTITION_BY_STYLE.get(style_of(plan, module, name))
+            if not parameter.requires_grad and partition in (COLUMN_WISE, ROW_WISE):
                 sharded_bytes += parameter.nbytes
         if not sharded_bytes:
             raise ConfigError(

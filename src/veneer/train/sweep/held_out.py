@@ -1,8 +1,9 @@
 """Losses and measures of candidates on the held-out rows, in shared forwards of the base.
 
 One forward computes the same rows for several candidates. A candidate's loss does not depend on the
-other candidates of the forward, except for rounding. A forward has at most about `TOKENS` tokens
-and keeps no gradients, so its memory does not grow with the number of candidates.
+other candidates of the forward, except for rounding. A forward has at most about
+`MAX_PASS_TOKENS` tokens and keeps no gradients, so its memory does not grow with the number of
+candidates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from veneer.train.tasks._base import move_batch
 
 #: maximal number of tokens of a forward over its rows and candidates, padding included; enough to
 #: use a processor fully
-TOKENS = 2048
+MAX_PASS_TOKENS = 2048
 
 
 def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str, dict[str, float]]:
@@ -53,10 +54,12 @@ def plan_passes(
     row_order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
     while start < len(row_order):
         row_tokens = lengths[row_order[start]]
-        row_count = max(1, TOKENS // (row_tokens * len(names))) if row_tokens else batch_size
+        row_count = (
+            max(1, MAX_PASS_TOKENS // (row_tokens * len(names))) if row_tokens else batch_size
+        )
         indices = row_order[start : start + row_count]
         candidates_per_pass = (
-            max(1, TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
+            max(1, MAX_PASS_TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
         )
         for first in range(0, len(names), candidates_per_pass):
             yield names[first : first + candidates_per_pass], indices

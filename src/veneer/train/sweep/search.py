@@ -1,7 +1,7 @@
 """Propose the candidates of a sweep, and rank them at each rung to decide which end early.
 
     ask(count)                     propose further candidates: their names and changed settings
-    judge(step, losses)            return the candidates that end at this step
+    choose_ended(step, losses)     return the candidates that end at this step
     report_end(name, loss, ...)    record that a candidate has ended
 
 The results depend only on the settings and on the losses. So a resumed sweep repeats these calls
@@ -20,9 +20,9 @@ from veneer.errors import ConfigError, nearest
 from veneer.train.sweep.sweep_settings import Range, Sweep
 
 #: settings with integer values
-INTEGERS = frozenset({"rank", "seed", "data_seed"})
+INTEGER_AXES = frozenset({"rank", "seed", "data_seed"})
 #: significant digits of a value that is drawn from a range
-DIGITS = 4
+SIGNIFICANT_DIGITS = 4
 
 
 class Search:
@@ -61,7 +61,7 @@ class Search:
             )
         return candidates
 
-    def judge(self, step: int, losses: Mapping[str, float]) -> set[str]:
+    def choose_ended(self, step: int, losses: Mapping[str, float]) -> set[str]:
         """The candidates that end at `step`, among those in `losses`; never the best one."""
         best = min(losses, key=losses.__getitem__, default=None)
         for name in losses if self.study is not None else ():
@@ -75,7 +75,7 @@ class Search:
 
     def report_end(self, name: str, loss: float | None, ended_early: bool) -> None:
         """Record that a candidate has ended. `loss`: its last loss, None if it failed.
-        `ended_early`: whether `judge` ended it."""
+        `ended_early`: whether `choose_ended` ended it."""
         if self.study is None:
             return
         TrialState = import_module("optuna.trial").TrialState
@@ -118,7 +118,7 @@ class Search:
             # as an index, because Optuna accepts no list (such as targets) as a value
             if isinstance(values, list):
                 settings[axis] = values[trial.suggest_categorical(axis, [*range(len(values))])]
-            elif axis in INTEGERS:
+            elif axis in INTEGER_AXES:
                 settings[axis] = trial.suggest_int(
                     axis, math.ceil(values.low), math.floor(values.high), log=values.log
                 )
@@ -140,14 +140,14 @@ def _draw_value(generator: random.Random, axis: str, values: list[Any] | Range) 
     drawn_value = math.exp(drawn_value) if values.log else drawn_value
     return (
         min(max(round(drawn_value), math.ceil(values.low)), math.floor(values.high))
-        if axis in INTEGERS
+        if axis in INTEGER_AXES
         else round_digits(drawn_value)
     )
 
 
 def round_digits(number: float) -> float:
-    """Round to `DIGITS` significant digits, for readable settings."""
-    return float(f"{number:.{DIGITS}g}")
+    """Round to `SIGNIFICANT_DIGITS` significant digits, for readable settings."""
+    return float(f"{number:.{SIGNIFICANT_DIGITS}g}")
 
 
 def _create_study(settings: Sweep, adaptive: bool) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from veneer.tools.report.charts import COLOURS, Points, lines, table
+from veneer.tools.report.charts import COLOUR_COUNT, Points, lines, table
 from veneer.tools.report.report_page import document
 from veneer.train.callbacks import format_duration
 from veneer.train.sweep.conclusions import describe_edge, describe_repetition
@@ -139,12 +139,12 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
         ]
         series = {
             f"{candidate['name']}: {format_changes(candidate['changes'])}": curve
-            for candidate, curve in labelled_curves[:COLOURS]
+            for candidate, curve in labelled_curves[:COLOUR_COUNT]
         }
-        faint_curves = [curve for _, curve in labelled_curves[COLOURS:]]
+        faint_curves = [curve for _, curve in labelled_curves[COLOUR_COUNT:]]
         chart = lines(series, x="step", y=y_label, bottom=None, faint=faint_curves)
         charts.append(f"<figure>{chart}</figure>")
-    note = f" The best {COLOURS} have colours." if len(drawn_candidates) > COLOURS else ""
+    note = f" The best {COLOUR_COUNT} have colours." if len(drawn_candidates) > COLOUR_COUNT else ""
     return (
         f"<h2>Curves</h2><p>Cut at {loss_limit:.3g}.{note}</p><div"
         f' class="pair">{"".join(charts)}</div>'

@@ -209,7 +209,7 @@ class _SweepRun:
                 replayed |= {candidate.name: candidate.changes for candidate in candidates}
             for step, losses in self.state.losses_by_step(cohort):
                 if step < self.steps:
-                    self.search.judge(step, losses)
+                    self.search.choose_ended(step, losses)
             if cohort < self.state.cohort:
                 self._report_ends(cohort)
         recorded = {candidate.name: candidate.changes for candidate in self.state.candidates}
@@ -348,7 +348,7 @@ class _SweepRun:
             for name, loss in losses.items():
                 state[name].judged.append((step, loss))
         if step < self.steps:
-            for name in self.search.judge(step, losses):
+            for name in self.search.choose_ended(step, losses):
                 state[name].status = ENDED
                 cohort.remove(name)
 

@@ -35,7 +35,7 @@ UNSUPPORTED = (
 )  # fmt: skip
 #: defaults of `rungs`, as shares of the run, and of `keep`, the share of the candidates that
 #: continues after a rung
-RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
+DEFAULT_RUNGS, DEFAULT_KEEP = (1 / 9, 1 / 3), 1 / 3
 
 
 class Range(BaseModel):
@@ -75,7 +75,7 @@ class Sweep(BaseModel):
     sampler: str | dict[str, Any] | None = None
     pruner: str | dict[str, Any] | None = None
     rungs: list[float] | None = None
-    keep: float = Field(KEEP, gt=0, lt=1)
+    keep: float = Field(DEFAULT_KEEP, gt=0, lt=1)
     judged_by: Literal["held_out", "training"] = "held_out"
     at_once: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
@@ -160,7 +160,9 @@ class Sweep(BaseModel):
                 f"less than {steps}",
                 "name an earlier step, or a share such as 0.3",
             )
-        rungs = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
+        rungs = (
+            [] if self.pruner is not None else DEFAULT_RUNGS if self.rungs is None else self.rungs
+        )
         steps_of_rungs = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in rungs}
         return sorted(step for step in steps_of_rungs if step < steps)
 

@@ -35,7 +35,7 @@ from veneer.registry import Registry
 from veneer.train import data, prepare
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import TrainConfig
-from veneer.train.further import REFERENCE, read_initial_adapter
+from veneer.train.further import REFERENCE_ADAPTER, read_initial_adapter
 from veneer.train.prepare import Prepared, Rows
 from veneer.train.tokens import IGNORED, label_runs
 
@@ -207,12 +207,12 @@ class Task(ABC):
         """Load the base with the head of the task, and the processor. Raises `ConfigError` for a
         language model that is not causal, which is tested by a forward, because not every config
         tells it."""
-        model = self.model()
+        model = self.load_model()
         if self.generates_text():
             must_not_see_later_tokens(model, self.config.base)
         return Base(model, self.processor, self.config.base)
 
-    def model(self, **fields: Any) -> Any:
+    def load_model(self, **fields: Any) -> Any:
         """Load the base by the class `auto_class`. ``fields``: values for the model's config."""
         return models.load_head(self.config.base, self.auto_class, **self.load_options, **fields)
 
@@ -249,7 +249,7 @@ class Task(ABC):
             : self.config.batch_size
         ]
         return len(longest_rows) * rows.lengths[longest_rows[0]], (
-            sum(rows.trained_counts[i] for i in longest_rows) if rows.trained_counts else 0
+            sum(rows.head_token_counts[i] for i in longest_rows) if rows.head_token_counts else 0
         )
 
     def describe_size(self, rows: Any) -> str:
@@ -259,7 +259,7 @@ class Task(ABC):
 
 
 #: least number of tokens of an example row (`Task.example`), so that tokens attend to other tokens
-MIN_TOKENS = 8
+MIN_EXAMPLE_TOKENS = 8
 #: the fields of the configuration that `models.load_head` takes
 LOAD_OPTIONS = ("precision", "device", "attention", "quantize", "device_map")
 #: the fields of the configuration that `Task.record` writes. `reward` is missing because it names
@@ -276,9 +276,9 @@ def register(cls: type[Task]) -> type[Task]:
 
 
 def short_row_index(lengths: Sequence[int]) -> int:
-    """The index of the shortest row of at least `MIN_TOKENS` tokens, else of the longest row. In
-    a row of a single token, queries and keys get no gradient, because the attention is always 1."""
-    long_enough = [i for i, length in enumerate(lengths) if length >= MIN_TOKENS]
+    """The index of the shortest row of at least `MIN_EXAMPLE_TOKENS` tokens, else of the longest.
+    In a row of a single token, queries and keys get no gradient, because attention is always 1."""
+    long_enough = [i for i, length in enumerate(lengths) if length >= MIN_EXAMPLE_TOKENS]
     if long_enough:
         return min(long_enough, key=lengths.__getitem__)
     return max(range(len(lengths)), key=lengths.__getitem__)
@@ -336,7 +336,9 @@ def reference(model: Any) -> Iterator[None]:
     that trains an adapter further, the reference is that adapter as it was loaded."""
     unwrapped = unwrap(model)
     adapters = adapters_of(unwrapped)
-    reference_name = None if adapters is None or REFERENCE not in adapters.configs else REFERENCE
+    reference_name = (
+        None if adapters is None or REFERENCE_ADAPTER not in adapters.configs else REFERENCE_ADAPTER
+    )
     selection = nullcontext() if adapters is None else use(unwrapped, reference_name)
     with torch.no_grad(), evaluation_mode(unwrapped), selection:
         yield

@@ -80,7 +80,7 @@ class PreferenceTask(CausalTask):
                 "at least one",
                 "raise max_length",
             )
-        encoded_rows, lengths, trained_counts = [], [], []
+        encoded_rows, lengths, head_token_counts = [], [], []
         for index in retained_indices:
             pair_positions = [answer_positions[index] for answer_positions in positions]
             answers = [
@@ -89,14 +89,14 @@ class PreferenceTask(CausalTask):
             ]
             encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})
             lengths.append(2 * max(len(ids) for ids, _ in answers))
-            trained_counts.append(
+            head_token_counts.append(
                 sum(label != IGNORED for _, labels in answers for label in labels)
             )
         return Rows(
             encoded_rows,
             lengths,
             retained_indices,
-            trained_counts,
+            head_token_counts,
             len(records) - len(retained_indices),
             max(examples.truncated for examples in answer_examples),
         )

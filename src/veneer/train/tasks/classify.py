@@ -316,7 +316,7 @@ class Classify(Task):
                 "the labels of the head, or no head",
                 "name a base without a head, or change the labels of the data",
             )
-        model = self.model(**fields)
+        model = self.load_model(**fields)
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
 

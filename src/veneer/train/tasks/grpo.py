@@ -40,7 +40,7 @@ from veneer.train.generate import continuations, encode
 from veneer.train.loss import log_probabilities
 from veneer.train.prepare import Prepared
 from veneer.train.tasks._base import (
-    MIN_TOKENS,
+    MIN_EXAMPLE_TOKENS,
     Rows,
     RowSegment,
     TaskLoss,
@@ -128,12 +128,12 @@ class Grpo(CausalTask):
         lengths_with_answers = [
             (len(row["ids"]) + self.config.answer_tokens) * self.config.answers for row in rows
         ]
-        trained_counts = [self.config.answers * self.config.answer_tokens] * len(rows)
+        head_token_counts = [self.config.answers * self.config.answer_tokens] * len(rows)
         return Rows(
             rows,
             lengths_with_answers,
             retained_indices,
-            trained_counts,
+            head_token_counts,
             len(records) - len(rows),
             truncated_count,
         )
@@ -161,7 +161,7 @@ class Grpo(CausalTask):
         """The model's keyword arguments for a prompt with an answer of arbitrary tokens."""
         prompt = min((row["ids"] for row in prepared.train.rows), key=len)
         ids = torch.tensor(
-            [[*prompt, *range(min(MIN_TOKENS, self.config.answer_tokens))]], device=device
+            [[*prompt, *range(min(MIN_EXAMPLE_TOKENS, self.config.answer_tokens))]], device=device
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 

@@ -55,13 +55,13 @@ class Kto(CausalTask):
             }
             for example, index in zip(examples.rows, examples.record_indices, strict=True)
         ]
-        trained_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
+        head_token_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
         return Rows(
             rows,
             lengths,
             examples.record_indices,
-            trained_counts,
+            head_token_counts,
             examples.dropped,
             examples.truncated,
         )

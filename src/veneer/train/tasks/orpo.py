@@ -29,11 +29,11 @@ class Orpo(PreferenceTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         label_counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
         chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / label_counts).chunk(2)
-        total = (-chosen - self.beta * log_ratio(chosen, rejected)).sum()
+        total = (-chosen - self.beta * log_sigmoid_odds_ratio(chosen, rejected)).sum()
         return TaskLoss(total, len(chosen), pair_measures(chosen, rejected))
 
 
-def log_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+def log_sigmoid_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """log σ of the log odds ratio of b pairs, [b], from the mean log-probabilities of their
     answers, [b] each."""
     return logsigmoid((chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected)))

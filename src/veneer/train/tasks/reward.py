@@ -26,7 +26,7 @@ class Reward(PreferenceTask):
     uses_single_forward = True
 
     def load(self) -> Base:
-        model = self.model(num_labels=1, pad_token_id=padding_token(self.processor))
+        model = self.load_model(num_labels=1, pad_token_id=padding_token(self.processor))
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
 

@@ -132,12 +132,12 @@ class Seq2seq(Task):
         )
         # the lengths by which `group_by_length` groups rows; audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
-        trained_counts = [len(row["labels"]) for row in rows]
+        head_token_counts = [len(row["labels"]) for row in rows]
         return Rows(
             rows,
             lengths,
             retained_indices,
-            trained_counts,
+            head_token_counts,
             len(records) - len(rows),
             truncated_count,
         )
