@@ -252,7 +252,7 @@ class Llama3Json(JsonCallParser):
     def _step_start(self, *, at_end: bool) -> bool:
         """Find out whether an object follows. Otherwise the rest of the answer is text."""
         text = self._buffer.lstrip()
-        if self.calls:
+        if self.call_count:
             text = text.lstrip("; \n")
         if text.startswith(self.PYTHON):
             self._buffer = text[len(self.PYTHON) :]

@@ -91,7 +91,7 @@ class TrainingPlugin:
     ``max_resident`` runs are in memory."""
 
     def __init__(self, folder: str | Path, max_resident: int = 50) -> None:
-        self.folder, self.max_resident, self.turn = folder, max_resident, FairLock()
+        self.folder, self.max_resident, self.model_lock = folder, max_resident, FairLock()
 
     def extend(self, service: Any, model: Any) -> TrainingExtension:
         """Create and start the training service. ``ConfigError``: the model is an encoder, or the
@@ -109,7 +109,7 @@ class TrainingPlugin:
             training = Training(
                 service,
                 model,
-                self.turn,
+                self.model_lock,
                 store,
                 tokenizer=tokenizer,
                 max_resident=self.max_resident,
