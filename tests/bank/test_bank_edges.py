@@ -228,7 +228,7 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
         bank.register(name, tmp_path / name)
     bank.remove("a")
     bank.register("a", tmp_path / "a")
-    monkeypatch.setattr(veneer.bank.bank, "PATIENCE", 2.0)
+    monkeypatch.setattr(veneer.bank.bank, "MAX_WAIT_SECONDS", 2.0)
     load, outcomes = veneer.bank.bank.load_resident, []
     monkeypatch.setattr(
         veneer.bank.bank,

@@ -69,7 +69,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 
 #: the most tokens for which products with A and B are faster in float32 than in 16 bits
-MOST_FLOAT32_TOKENS = 32
+MAX_FLOAT32_TOKENS = 32
 
 
 class Settings(NamedTuple):
@@ -383,7 +383,7 @@ def linear_without_graph(
     with float32 A and B, where B A x is computed in float32, which is faster."""
     dtype, width = x.dtype, x.shape[-1]
     is_one_token, is_narrow = x.numel() == width, dtype.itemsize < 4
-    has_few_tokens = x.numel() <= MOST_FLOAT32_TOKENS * width if is_narrow else is_one_token
+    has_few_tokens = x.numel() <= MAX_FLOAT32_TOKENS * width if is_narrow else is_one_token
     uses_float32 = A.dtype is torch.float32 and B.dtype is torch.float32
     if not (has_few_tokens and uses_float32 and dtype is not torch.float64):
         return _Linear.forward(None, scale, x, weight, bias, A, B)

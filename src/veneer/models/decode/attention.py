@@ -60,7 +60,7 @@ class Fill:
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
         """Store keys and values [rows, kv, width, d]."""
-        self.layer_index, self.new = layer_index, (key, value)
+        self.layer_index, self.new_keys_values = layer_index, (key, value)
         for number, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
             layer, count = row.size_class.layer(layer_index, key, value), self.counts[number]
             layer.keys[row.index, :, start : start + count] = key[number, :, :count]
@@ -71,7 +71,7 @@ class Fill:
     ) -> Tensor:
         """The attention of queries [rows, h, width, d] -> [rows, width, h, e]. ``window``: the
         number of tokens of a sliding window. ``cap``: soft-caps the scores."""
-        key, value = self.new
+        key, value = self.new_keys_values
         if not any(self.starts):
             return self.attend_to(query, key, value, 0, scale, window, cap)
         outputs = []
@@ -138,14 +138,14 @@ class Fill:
             window = None
         if not start and window is None:
             return None
-        form = start, columns, window, copies, query.dtype, query.device
-        if form not in self.masks:
+        cache_key = start, columns, window, copies, query.dtype, query.device
+        if cache_key not in self.masks:
             tokens = torch.arange(start, start + self.width, device=query.device)
-            behind = tokens[:, None] - torch.arange(columns, device=query.device)
-            unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            distances = tokens[:, None] - torch.arange(columns, device=query.device)
+            unseen = distances < 0 if window is None else (distances < 0) | (distances >= window)
             zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            self.masks[form] = zeros.masked_fill_(unseen, -torch.inf).repeat(copies, 1)
-        return self.masks[form]
+            self.masks[cache_key] = zeros.masked_fill_(unseen, -torch.inf).repeat(copies, 1)
+        return self.masks[cache_key]
 
 
 class Run(NamedTuple):
@@ -217,8 +217,8 @@ class Decode:
     def _targets(self, number: int, heads: int, device: torch.device) -> Tensor:
         """The indices in ``LayerMemory.flat_views`` at which the new keys and values of a group of
         rows (those of one size class) are stored, [rows · heads]."""
-        form = number, heads, device
-        if (targets := self.targets.get(form)) is None:
+        cache_key = number, heads, device
+        if (targets := self.targets.get(cache_key)) is None:
             size_class, start, stop = self.groups[number]
             heads_of_runs = [
                 torch.arange(run.first * heads, (run.first + run.count) * heads, device=device)
@@ -228,13 +228,13 @@ class Decode:
             starts = heads_of_runs[0] if len(heads_of_runs) == 1 else torch.cat(heads_of_runs)
             columns = self.positions[start:stop].to(device)[:, None]
             targets = starts.view(-1, heads) * size_class.columns + columns
-            targets = self.targets[form] = targets.view(-1)
+            targets = self.targets[cache_key] = targets.view(-1)
         return targets
 
     def _mask(self, number: int, window: int | None, query: Tensor) -> Tensor:
         """The additive mask of the scores of a run, [rows, 1, 1, columns]."""
-        form = number, window, query.dtype, query.device
-        if (mask := self.masks.get(form)) is None:
+        cache_key = number, window, query.dtype, query.device
+        if (mask := self.masks.get(cache_key)) is None:
             run = self.runs[number]
             columns = torch.arange(run.columns, device=query.device)
             stop = run.batch_start + run.count
@@ -244,7 +244,7 @@ class Decode:
                 unseen |= columns <= tokens - window
             zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
             mask = zeros.masked_fill_(unseen, -torch.inf)[:, None, None]
-            self.masks[form] = mask
+            self.masks[cache_key] = mask
         return mask
 
 
@@ -324,8 +324,8 @@ def _soft_capped_attention(
         visible.unsqueeze(1) if visible.dim() == 4 else visible
     )  # [n, 1, 1, 1, columns] or [s, columns]
     scores = scores.masked_fill(~visible, -torch.inf)
-    chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(chances, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(probabilities, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
 
 
 def attend(query: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:

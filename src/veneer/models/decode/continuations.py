@@ -29,7 +29,7 @@ from veneer.models.decode.row_memory import LayerForm, Row
 from veneer.models.decode.slots import Slots
 
 #: the most tokens of prompts, padding included, in one call that computes several prompts
-PREFILL = 4096
+MAX_PREFILL_TOKENS = 4096
 
 #: the ``length`` of ``Forward.compare_logits`` for a model whose architecture sets no limit; the
 #: trial uses nine tokens of it
@@ -271,7 +271,7 @@ def _calls_of(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
     calls that compute the prompts."""
     call: list[_Group] = []
     for group in groups:
-        if call and (len(call) + 1) * len(call[0].prompt) > PREFILL:
+        if call and (len(call) + 1) * len(call[0].prompt) > MAX_PREFILL_TOKENS:
             yield call
             call = []
         call.append(group)

@@ -234,7 +234,7 @@ class Forward:
         # no inference mode: tensors that the model keeps of a call are used in training, too
         with torch.no_grad():
             with select_base(1):
-                wanted = self.model(
+                expected = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
             CALL_STATE.windows = windows = {"mask": set(), "attention": set()}
@@ -253,12 +253,14 @@ class Forward:
             finally:
                 CALL_STATE.windows = None
         self._check_windows(windows)
-        size = wanted.abs().amax().clamp_min(1e-3)
-        allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
+        magnitude = expected.abs().amax().clamp_min(1e-3)
+        tolerance = 0.05 if expected.dtype.itemsize == 2 else 1e-3
         for column, logits in outputs:
-            off = float((logits - wanted[column]).abs().amax() / size)
-            if not off < allowed:
-                raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
+            difference = float((logits - expected[column]).abs().amax() / magnitude)
+            if not difference < tolerance:
+                raise self._refusal(
+                    f"whose logits on slots differ by {difference:.1%} from its own"
+                )
 
     def _check_windows(self, windows: dict[str, set[int]]) -> None:
         """Raise ``ConfigError`` if the model applies a sliding window, which rows may exceed, by

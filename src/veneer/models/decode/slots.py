@@ -40,10 +40,10 @@ from veneer.models.decode.attention import (
 from veneer.models.decode.row_memory import LayerForm, Row, SizeClass
 
 #: columns of the smallest size class
-SMALLEST = 128
+MIN_COLUMNS = 128
 
 #: the most blocks (of ``BLOCK`` tokens) that are copied at one time
-COPIED = 16
+MAX_COPIED_BLOCKS = 16
 
 
 class Budget:
@@ -82,7 +82,7 @@ class Slots(Cache):
         device: torch.device,
         forms: Sequence[LayerForm] = (),
         budget: Budget | None = None,
-        smallest: int = SMALLEST,
+        smallest: int = MIN_COLUMNS,
     ) -> None:
         super().__init__(layers=[])
         self.rows, self.length, self.device, self.smallest = rows, length, device, smallest
@@ -300,8 +300,8 @@ class Slots(Cache):
     def read_blocks(self, row: Row, first: int, stop: int) -> list[Tensor]:
         """Copies of blocks ``first`` … ``stop`` − 1 of a row, [``block_elements``] each."""
         blocks: list[Tensor] = []
-        for start in range(first, stop, COPIED):
-            count = min(COPIED, stop - start)
+        for start in range(first, stop, MAX_COPIED_BLOCKS):
+            count = min(MAX_COPIED_BLOCKS, stop - start)
             stacked = torch.empty(
                 count, self.block_elements, dtype=self.block_dtype, device=self.device
             )
@@ -315,8 +315,8 @@ class Slots(Cache):
     def write_blocks(self, row: Row, blocks: Sequence[Tensor]) -> None:
         """Copy blocks into the first columns of a row."""
         row.written_columns = max(row.written_columns, len(blocks) * BLOCK)
-        for start in range(0, len(blocks), COPIED):
-            stacked = torch.stack(list(blocks[start : start + COPIED]))
+        for start in range(0, len(blocks), MAX_COPIED_BLOCKS):
+            stacked = torch.stack(list(blocks[start : start + MAX_COPIED_BLOCKS]))
             for stored, copy in self._block_views(row, stacked, start):
                 stored.copy_(copy)
 

@@ -30,7 +30,7 @@ from veneer.serve.training.training_service import Training
 
 #: the largest size of a request body with training data, in bytes. Clients are configured to send
 #: less than a third of it (``routes.CLIENT_SETTINGS``).
-MAX_BODY = 16 * 2**20
+MAX_BODY_BYTES = 16 * 2**20
 
 
 class TrainingExtension(Extension):
@@ -41,7 +41,7 @@ class TrainingExtension(Extension):
     secret_path = "/api/v1/files/"  # the next segment of a file's URL is a secret token
     public_paths = ("/api/v1/healthz", secret_path)
     key_prefix = "tml-"  # the tinker SDK accepts no other API keys
-    max_body = MAX_BODY
+    max_body = MAX_BODY_BYTES
     model_prefix = "tinker://"
 
     def __init__(self, training: Training) -> None:
