@@ -111,16 +111,14 @@ def make_grouping(
         device, dtype: of the tensors of the result.
     """
     rows_of_group: list[list[tuple[int, float]]] = [[] for _ in range(group_count)]
-    groups_of_row: list[list[tuple[int, int]]] = []  # for each row, (group, index in it)
+    groups_of_row: list[list[tuple[int, int]]] = []  # for each row, (group, offset in it)
     for row, blend in enumerate(rows):
         groups_of_row.append([])
         for group, weight in blend:
             groups_of_row[row].append((group, len(rows_of_group[group])))
             rows_of_group[group].append((row, weight))
     group_size = max(map(len, rows_of_group))
-    groups = [
-        group_rows + [(0, 0.0)] * (group_size - len(group_rows)) for group_rows in rows_of_group
-    ]
+    groups = [members + [(0, 0.0)] * (group_size - len(members)) for members in rows_of_group]
 
     def move_to_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
@@ -131,9 +129,8 @@ def make_grouping(
         first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens_per_row
         token_indices = (first_tokens + torch.arange(tokens_per_row, device="cpu")).flatten()
         count = len(token_indices)
-        same_length = (
-            count == group_count * group_size * tokens_per_row == len(rows) * tokens_per_row
-        )
+        position_count = group_count * group_size * tokens_per_row
+        same_length = count == position_count == len(rows) * tokens_per_row
         if same_length and torch.equal(token_indices, torch.arange(count, device="cpu")):
             return None
         return move_to_device(token_indices)
@@ -151,16 +148,10 @@ def make_grouping(
             row_groups[position] if present else (0, 0)
             for row_groups, present in zip(groups_of_row, is_present, strict=True)
         ]
-        result_indices = [
-            group * group_size + index_in_group for group, index_in_group in group_entries
-        ]
+        result_indices = [group * group_size + offset for group, offset in group_entries]
         index = expand_to_tokens(result_indices)
-        is_absent = None
-        if not all(is_present):
-            is_absent = move_to_device(
-                ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens_per_row)[:, None]
-            )
-        result_rows.append((index, is_absent))
+        is_absent = ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens_per_row)
+        result_rows.append((index, None if all(is_present) else move_to_device(is_absent[:, None])))
     return Grouping(group_count, order, weights, tuple(result_rows))
 
 
