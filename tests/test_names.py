@@ -18,7 +18,7 @@ PRIVATE = {
     "sites": "LayerState", "wish": "TargetSpec", "lowplan": "LowRankPlan", "evidence": "calibration data",
     "settle": "finalize", "hollow": "meta_model", "skeleton": "linear_stub_model", "prints": "fingerprints",
     "lineup": "BatchAssignment", "spot": "AlignedWeight", "grounds": "BaseWeights", "ground": "BaseWeight",
-    "deck": "BatchState", "decks": "BatchState", "rack": "lanes", "racks": "lanes", "mix": "blend",
+    "deck": "BatchState", "decks": "BatchState", "rack": "groups", "racks": "groups", "mix": "blend",
     "mixes": "blend", "skinny": "thin_matmul", "dot16": "bf16_dot", "pace": "throttle", "paced": "throttle",
     "give_way": "throttle_loads", "chooser": "Sampler", "beside": "aux_files", "wholes": "full_params",
     "opened": "base_info",

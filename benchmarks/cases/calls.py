@@ -87,7 +87,7 @@ class Decoding:
 
         self.forward, self.length = Forward(model), length
         self.slots = Slots(ROWS, length + 1, torch.device("cpu"))
-        prompts = torch.randint(0, self.forward.logits, (ROWS, length)).tolist()
+        prompts = torch.randint(0, self.forward.logit_count, (ROWS, length)).tolist()
         with torch.inference_mode():
             self.rows: Any = [self.slots.allocate(length + 1) for _ in prompts]
             self.forward.fill(self.slots, self.rows, prompts)

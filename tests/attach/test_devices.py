@@ -155,7 +155,7 @@ def test_a_tile_on_a_device_is_a_share_of_the_weight(monkeypatch, size):
     expected = fold(weight, low, rounding="nearest")
 
     def tile(like):
-        return max(-(-like.numel() // rounding.TILES_PER_WEIGHT), rounding.SMALLEST_TILE)
+        return max(-(-like.numel() // rounding.TILES_PER_WEIGHT), rounding.MIN_TILE_SIZE)
 
     monkeypatch.setattr(rounding, "_tile_size", tile)
     monkeypatch.setattr(rounding, "_bound", lambda *_: None)  # as on any other device

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import veneer
 import veneer.bank.bank
-from veneer.bank.batch_state import Layer
+from veneer.bank.batch_state import BatchedLayer
 from veneer.bases import BASES
 from veneer.errors import BankFullError, SelectionError
 
@@ -155,9 +155,9 @@ def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
 def test_an_adapter_removed_in_use_keeps_its_factors_and_leaves_nothing(tmp_path, monkeypatch):
     model = save_adapters(Linears(128), tmp_path, "a", "b")
     bank, x, made = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
-    stack_factors = Layer.stack_factors
+    stack_factors = BatchedLayer.stack_factors
     monkeypatch.setattr(
-        Layer,
+        BatchedLayer,
         "stack_factors",
         lambda *given: (made.append(given[0].name), stack_factors(*given))[1],
     )
@@ -228,7 +228,7 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
         bank.register(name, tmp_path / name)
     bank.remove("a")
     bank.register("a", tmp_path / "a")
-    monkeypatch.setattr(veneer.bank.bank, "PATIENCE", 2.0)
+    monkeypatch.setattr(veneer.bank.bank, "MAX_WAIT_SECONDS", 2.0)
     load, outcomes = veneer.bank.bank.load_resident, []
     monkeypatch.setattr(
         veneer.bank.bank,

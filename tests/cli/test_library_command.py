@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from veneer.store.library import GRACE, INDEX, Library
+from veneer.store.library import GRACE_SECONDS, INDEX, Library
 
 Case = Callable[..., Any]
 
@@ -53,7 +53,7 @@ def test_a_library_from_the_command_line(veneer: Case, adapter: Path, tmp_path: 
 
 
 def test_the_grace_of_the_command_is_that_of_the_library(veneer: Case) -> None:
-    assert f"{GRACE}" in veneer("gc", "--help").out
+    assert f"{GRACE_SECONDS}" in veneer("gc", "--help").out
 
 
 def test_bad_names_are_one_message(veneer: Case, adapter: Path, tmp_path: Path) -> None:

@@ -208,4 +208,4 @@ def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
         kept = ((actual.double() - base) * change).sum() / change.square().sum()
         assert abs(kept - 1) < (0.15 if bias else 0.05)
     with pytest.raises(ValueError, match="float32"):
-        fused.linears(fused.Settings((1.0,), form=True), x, [W], [b], [A], [B])
+        fused.linears(fused.Settings((1.0,), forms_weight=True), x, [W], [b], [A], [B])

@@ -25,17 +25,17 @@ pytestmark = needs_loop("round_nearest")
 def path(name):
     """Every weight takes this path, "loop" or "torch"; yields how many numbers were in doubt in
     each slab of the loop."""
-    slabs, before, compiled = [], rounding.NUMBA_MINIMUM, round_nearest._slab
+    slabs, before, compiled = [], rounding.NUMBA_MIN_ELEMENTS, round_nearest._slab
 
     def counted(*arguments):
         slabs.append(compiled(*arguments))
         return slabs[-1]
 
-    rounding.NUMBA_MINIMUM, round_nearest._slab = (0 if name == "loop" else 1 << 62), counted
+    rounding.NUMBA_MIN_ELEMENTS, round_nearest._slab = (0 if name == "loop" else 1 << 62), counted
     try:
         yield slabs
     finally:
-        rounding.NUMBA_MINIMUM, round_nearest._slab = before, compiled
+        rounding.NUMBA_MIN_ELEMENTS, round_nearest._slab = before, compiled
 
 
 def both(weight, low, dtype=torch.bfloat16, **options):

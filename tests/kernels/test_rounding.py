@@ -184,10 +184,10 @@ from veneer.lowrank import LowRank
 weight = (torch.randn(1, {out}, {in_}) * 0.02).{dtype}()
 low = LowRank(torch.randn(1, 8, {in_}) * 1e-4, torch.randn(1, {out}, 8), 1.0)
 made = torch.zeros_like(weight)
-worth, rounding.NUMBA_MINIMUM = rounding.NUMBA_MINIMUM, 0  # numba's own memory is another matter
+worth, rounding.NUMBA_MIN_ELEMENTS = rounding.NUMBA_MIN_ELEMENTS, 0  # numba's own memory is another matter
 for part in (fold(weight[:, :64, :64], low.__class__(low.A[:, :, :64], low.B[:, :64], 1.0), rounding="{rounding}"),):
     pass
-rounding.NUMBA_MINIMUM = worth
+rounding.NUMBA_MIN_ELEMENTS = worth
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert fold(weight, low, rounding="{rounding}", out=made).rounding == "{rounding}"
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

@@ -52,7 +52,7 @@ def loaded(monkeypatch):
         return module
 
     monkeypatch.setattr(rounding, "rounding_loop", record)
-    monkeypatch.setattr(rounding, "NUMBA_MINIMUM", 0)
+    monkeypatch.setattr(rounding, "NUMBA_MIN_ELEMENTS", 0)
     monkeypatch.setattr(saved_inputs, "SMALL_INPUT_SIZE", 0)
     return names
 
@@ -118,7 +118,7 @@ x, W = torch.randn(200, 256).requires_grad_(), torch.randn(16, 256)
 A, B = torch.randn(4, 256, requires_grad=True), torch.randn(16, 4, requires_grad=True)
 fused.linear(1.0, x, W, None, A, B).sum().backward()
 print("numba" in sys.modules)
-rounding.NUMBA_MINIMUM = 0
+rounding.NUMBA_MIN_ELEMENTS = 0
 rounding.fold(torch.randn(1, 30, 40).bfloat16(), LowRank(torch.randn(1, 2, 40), torch.randn(1, 30, 2), 0.1))
 print("numba" in sys.modules)
 """

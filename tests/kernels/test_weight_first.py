@@ -20,7 +20,7 @@ def on_amd():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(2, weight_first.MOST_TOKENS),
+    tokens=st.integers(2, weight_first.MAX_TOKENS),
     in_=st.integers(1, 40),
     out=st.integers(1, 40),
     has_bias=st.booleans(),

@@ -98,7 +98,7 @@ def defined(model, handle, x):
 def test_both_ways_are_the_definition(name, fast, formed, calls):
     model, handle, x = adapted(name)
     found = values(model, handle, x)
-    assert [one.form for one in calls] == [formed]
+    assert [one.forms_weight for one in calls] == [formed]
     assert not found[0].is_contiguous() or "last" not in name
     assert found[1].stride() == x.stride()
     for mine, exact in zip(found, defined(model, handle, x), strict=True):

@@ -13,7 +13,7 @@ from tests.support.serving import make
 from veneer.kernels import weight_first
 from veneer.models.decode.attention import round_up
 from veneer.models.decode.forward import Forward
-from veneer.models.decode.slots import SMALLEST, Budget, LayerForm, Slots
+from veneer.models.decode.slots import MIN_COLUMNS, Budget, LayerForm, Slots
 
 CPU = torch.device("cpu")
 #: of the tiny Llama in float64: 2 layers, 2 key-value heads of 8 numbers
@@ -161,8 +161,8 @@ def test_a_long_row_lies_apart_from_short_ones():
         before = slots.nbytes
         long = slots.allocate(700)
         forward.fill(slots, [long], [[5] * 700])
-        assert [row.columns for row in short] == [SMALLEST] * 3
-        assert before == 3 * SMALLEST * TOKEN
+        assert [row.columns for row in short] == [MIN_COLUMNS] * 3
+        assert before == 3 * MIN_COLUMNS * TOKEN
         assert slots.nbytes - before == round_up(1000) * TOKEN
         slots.release(long)
         slots.trim()
@@ -170,7 +170,7 @@ def test_a_long_row_lies_apart_from_short_ones():
 
 
 def test_rows_are_taken_within_the_budget():
-    row = SMALLEST * TOKEN
+    row = MIN_COLUMNS * TOKEN
     tensor = row // 4  # of keys or values in one layer
     slots = Slots(16, 512, CPU, [FORM, FORM], Budget(4 * row + 4 * tensor))
     rows = [slots.allocate(100) for _ in range(4)]
@@ -182,11 +182,11 @@ def test_rows_are_taken_within_the_budget():
     assert slots.budget.rows == slots.nbytes == 4 * row
     assert slots.widen(rows[0], 200)  # in the memory that the two have left
     assert slots.nbytes + slots.budget.reserve <= slots.budget.limit
-    assert rows[0].columns == 2 * SMALLEST
+    assert rows[0].columns == 2 * MIN_COLUMNS
 
 
 def test_what_others_hold_is_reclaimed_before_a_row_is_refused():
-    row = SMALLEST * TOKEN
+    row = MIN_COLUMNS * TOKEN
     budget = Budget(2 * row)
     slots = Slots(4, 128, CPU, [FORM, FORM], budget)
     budget.prefixes, requested = row, []

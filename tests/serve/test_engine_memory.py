@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_tokenizer
 
 from veneer.errors import ConfigError
 from veneer.models.decode.attention import BLOCK
-from veneer.models.decode.slots import SMALLEST, Slots
+from veneer.models.decode.slots import MIN_COLUMNS, Slots
 from veneer.serve.engine import Engine
 from veneer.serve.memory import MAX_FINISHED_ROWS
 from veneer.serve.prefill_budget import MULTIPLE
@@ -364,7 +364,7 @@ def test_a_finished_row_holds_no_adapter_in_memory(opened):
 def budget_for(rows: int) -> int:
     """Bytes that hold so many rows of the smallest class, with the tensor that is copied as they
     grow."""
-    return rows * SMALLEST * TOKEN + rows * SMALLEST * TOKEN // 4
+    return rows * MIN_COLUMNS * TOKEN + rows * MIN_COLUMNS * TOKEN // 4
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
@@ -458,7 +458,7 @@ def test_a_long_row_costs_short_ones_nothing(opened):
             widths.update((len(row.size_class.rows), row.columns) for row in size_class.rows)
 
     work_off(engine, [*short, long], watch)
-    assert max(count for count, columns in widths if columns > SMALLEST) == 1
+    assert max(count for count, columns in widths if columns > MIN_COLUMNS) == 1
     assert long.tokens == alone(make("llama"), ids(240), 5)
 
 
@@ -472,7 +472,7 @@ def test_50_tiny_requests_over_the_budget(opened):
 
 def test_a_request_that_never_fits_is_refused_at_once(opened, caplog):
     engine = opened(cache_memory=budget_for(1))
-    assert engine.length == SMALLEST
+    assert engine.length == MIN_COLUMNS
     assert "hold rows of 128 tokens, not of 256" in caplog.text
     with pytest.raises(RequestError, match="a prompt of 130 tokens"):
         Client(engine, asked(ids(130)))

@@ -113,8 +113,8 @@ def test_a_notation_is_read(case):
     deltas, parser = parse(name, text)
     assert plain(join_deltas(deltas)) == expected
     has_calls = any(not isinstance(part, str) for part in expected)
-    assert parser.finish("stop") == ("tool_calls" if has_calls else "stop")
-    assert parser.finish("length") == "length"
+    assert parser.finish_reason("stop") == ("tool_calls" if has_calls else "stop")
+    assert parser.finish_reason("length") == "length"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -165,7 +165,7 @@ def test_arguments_that_are_cut_off_stay_cut_off():
     deltas, parser = parse("hermes", '<tool_call>{"name": "f", "arguments": {"a": [1, ')
     (call,) = join_deltas(deltas)
     assert (call.name, call.arguments) == ("f", '{"a": [1, ')
-    assert parser.finish("length") == "length"
+    assert parser.finish_reason("length") == "length"
 
 
 def test_references_in_a_schema_say_what_a_text_is_to_be():
@@ -221,7 +221,7 @@ def test_a_named_call_is_its_arguments():
     assert arguments == CallDelta(0, arguments='{"a": ')
     assert parser.feed("1}") == [CallDelta(0, arguments="1}")]
     assert parser.end() == []
-    assert parser.finish("stop") == "tool_calls"
+    assert parser.finish_reason("stop") == "tool_calls"
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])

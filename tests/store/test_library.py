@@ -19,7 +19,16 @@ from veneer.adapter_files.file_names import content_hash
 from veneer.errors import AdapterError, LibraryError, OutputExistsError
 from veneer.fileio.atomic import new_file
 from veneer.fileio.temporary import NEW, write_plan
-from veneer.store.library import COPY, GRACE, INDEX, LOCK, OBJECTS, Library, default_folder, resolve
+from veneer.store.library import (
+    COPY,
+    GRACE_SECONDS,
+    INDEX,
+    LOCK,
+    OBJECTS,
+    Library,
+    default_folder,
+    resolve,
+)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +228,7 @@ def test_gc_keeps_what_has_a_name_and_what_lost_it_lately(library, adapters):
         for name, path in zip("abc", adapters, strict=True)
     }
     for path in paths.values():
-        age(path, 10 * GRACE)  # added long ago
+        age(path, 10 * GRACE_SECONDS)  # added long ago
     assert library.gc().objects == ()
     library.remove("a")
     library.add(adapters[0], "b", overwrite=True)
@@ -227,7 +236,7 @@ def test_gc_keeps_what_has_a_name_and_what_lost_it_lately(library, adapters):
     assert library.gc().objects == (), "the grace period runs from the moment when the name went"
     for path in paths.values():
         veneer.adapter_files.read(path)
-    age(paths["a"], GRACE + 1)
+    age(paths["a"], GRACE_SECONDS + 1)
     done = library.gc()
     assert done.objects == (paths["a"].name,)
     assert done.freed > 1000
@@ -353,13 +362,13 @@ def test_what_a_rebuild_gives_up_is_not_deleted_at_once(library, adapters, index
     library.add(adapters[0], "a")
     path = library.get("a")
     (path / "README.md").write_text("my notes")
-    age(path, 10 * GRACE)
+    age(path, 10 * GRACE_SECONDS)
     if index is not None:
         (library.folder / INDEX).write_text(index)
     assert library.rebuild().lost == ("a",)
     assert library.gc().objects == ()
     assert veneer.adapter_files.read(path).config.rank == 1
-    age(path, GRACE + 1)
+    age(path, GRACE_SECONDS + 1)
     assert library.gc().objects == (path.name,)
 
 
@@ -367,7 +376,7 @@ def test_what_nobody_here_can_read_is_not_deleted_at_once(library, adapters, mon
     """An object that only the damaged index named, of a variant that this installation lacks."""
     library.add(adapters[0], "a")
     path = library.get("a")
-    age(path, 10 * GRACE)
+    age(path, 10 * GRACE_SECONDS)
     for file in (INDEX, COPY):
         (library.folder / file).write_text("x")
     with monkeypatch.context() as patch:

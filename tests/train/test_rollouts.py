@@ -227,8 +227,10 @@ def test_a_row_that_ends_gives_its_place_to_the_next_prompt():
 
 def test_the_model_is_tried_once_and_again_after_a_change(monkeypatch):
     model, tried = make("llama"), []
-    prove = Forward.prove
-    monkeypatch.setattr(Forward, "prove", lambda self, *a: tried.append(1) or prove(self, *a))
+    compare = Forward.compare_logits
+    monkeypatch.setattr(
+        Forward, "compare_logits", lambda self, *a: tried.append(1) or compare(self, *a)
+    )
     for _ in range(3):
         both_ways(model, UNEQUAL[:2])
     assert len(tried) == 1

@@ -59,7 +59,7 @@ from veneer.errors import AdapterError, SelectionError, nearest, raise_all
 from veneer.fileio import throttle
 
 #: seconds for which a load waits for memory that leased adapters occupy
-PATIENCE = 60.0
+MAX_WAIT_SECONDS = 60.0
 #: seconds after a call during which throttled loads still pause, because the next call may follow
 CALL_GAP = 0.05
 
@@ -430,8 +430,8 @@ class Bank:
 
     def _make_room(self, byte_count: int, requested: Sequence[Entry]) -> None:
         """Evict adapters, and wait for leases, until ``byte_count`` bytes fit. ``BankFullError``:
-        they cannot fit beside pinned and ``requested`` adapters, or not within ``PATIENCE``."""
-        deadline = time.monotonic() + PATIENCE
+        they cannot fit beside pinned and ``requested`` adapters, or the wait was too long."""
+        deadline = time.monotonic() + MAX_WAIT_SECONDS
         with self._changed:
             while self.capacity is not None:
                 requested_ids = set(map(id, requested))
@@ -448,7 +448,7 @@ class Bank:
                 finally:
                     self._waiting_loads -= 1
                 if not was_notified and self._bytes + byte_count > self.capacity:
-                    raise full_error(byte_count, occupied, self.capacity, PATIENCE)
+                    raise full_error(byte_count, occupied, self.capacity, MAX_WAIT_SECONDS)
 
     def _unload(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False

@@ -1,14 +1,14 @@
 """The state of one call of a bank: which adapters each row uses, and the factors of these adapters
 in the form that ``kernels/batched.py`` and ``kernels/mixed_rows.py`` (the compiled loop) take.
 
-    BatchState ─ layers         a ``Layer`` for each layer that ``ResolvedLowRank`` change
+    BatchState ─ layers         a ``BatchedLayer`` for each layer that ``ResolvedLowRank`` change
                ─ assignments    the adapters of each row of a call; groups of rows, gains and biases
 
 Adapters whose ranks round up to the same power of two are computed together. For each layer and
-each rounded rank, an assignment stacks the factors of its adapters into A [lanes, r, in] and
-B [lanes, r, out], where each adapter has one lane, an index of the first axis. On a CPU, the next
-call with the same adapters uses the same tensors. The lane of an adapter that does not change the
-layer is zero. The lane of an adapter of a smaller rank is padded with zeros.
+each rounded rank, an assignment stacks the factors of its adapters into A [adapters, r, in] and
+B [adapters, r, out]. On a CPU, the next call with the same adapters uses the same tensors. The
+factors of an adapter that does not change the layer are zero. The factors of an adapter of a
+smaller rank are padded with zeros.
 
 Each running call has its own batch state, so another call cannot change the state during the call.
 """
@@ -61,7 +61,7 @@ class ModelLayout:
         self.modules: dict[Any, nn.Module] = {}
 
 
-class Layer:
+class BatchedLayer:
     """One layer of the model for one batch state. Its ``run`` replaces the layer's forward.
 
     Attributes:
@@ -71,25 +71,25 @@ class Layer:
         empty_factors: A [0, in] and B [0, out], for an adapter that does not change the layer.
     """
 
-    def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
-        self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
-        weight: Any = batch_state.layout.modules[key]._parameters[resolved_low.name]
-        self.is_transposed = resolved_low.layer.out_axis == 1
-        self.in_dim, self.out_dim = resolved_low.A.shape[1], resolved_low.B.shape[1]
+    def __init__(self, batch_state: BatchState, key: Any, low_rank_change: ResolvedLowRank) -> None:
+        self.batch_state, self.key, self.name = batch_state, key, low_rank_change.name
+        weight: Any = batch_state.layout.modules[key]._parameters[low_rank_change.name]
+        self.is_transposed = low_rank_change.layer.out_axis == 1
+        self.in_dim, self.out_dim = low_rank_change.A.shape[1], low_rank_change.B.shape[1]
         self.on_gpu = not weight.is_cpu
         self.device, self.weight_dtype = weight.device, weight.dtype
         self.compute_dtype = weight.dtype if self.on_gpu else at_least_float32(weight.dtype)
         self.time_first = batch_state.layout.time_first
-        self.factor_dtype = resolved_low.A.dtype
+        self.factor_dtype = low_rank_change.A.dtype
         self.row_loop: Any = batched.load_row_loop(weight, self.factor_dtype)
         self.empty_factors = (
-            resolved_low.A.new_empty(0, self.in_dim),
-            resolved_low.B.new_empty(0, self.out_dim),
+            low_rank_change.A.new_empty(0, self.in_dim),
+            low_rank_change.B.new_empty(0, self.out_dim),
         )
 
     def stack_factors(self, adapters: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
-        """A [lanes, r, in] and B [lanes, r, out]: the factors of these adapters, one lane for each,
-        padded with zeros to the largest rank."""
+        """A [adapters, r, in] and B [adapters, r, out]: the factors of these adapters, padded with
+        zeros to the largest rank."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         if self.on_gpu:
             return self.join_factors(
@@ -174,53 +174,57 @@ class Layer:
             ):
                 weight = weight.mT if self.is_transposed else weight
                 bias = parameters["bias"] if "bias" in parameters else getattr(module, "bias", None)
-                flat = x.view(-1, self.in_dim) if x.is_contiguous() else x.reshape(-1, self.in_dim)
-                tokens = len(flat) // assignment.row_count
-                if assignment.multiplies_by_row(self, tokens):
-                    delta = batched.multiply_rows(flat, *assignment.row_factors(self))
-                elif tokens > MAX_GROUPED_TOKENS or (
+                token_inputs = (x.view if x.is_contiguous() else x.reshape)(-1, self.in_dim)
+                tokens_per_row = len(token_inputs) // assignment.row_count
+                if assignment.multiplies_by_row(self, tokens_per_row):
+                    delta = batched.multiply_rows(token_inputs, *assignment.row_factors(self))
+                elif tokens_per_row > MAX_GROUPED_TOKENS or (
                     self.on_gpu and assignment.run_count <= MAX_SINGLE_RUNS
                 ):
-                    delta = batched.multiply_runs(flat, self.out_dim, assignment.runs(self), tokens)
+                    runs = assignment.runs(self)
+                    delta = batched.multiply_runs(token_inputs, self.out_dim, runs, tokens_per_row)
                 else:
-                    delta = self.multiply_groups(flat, tokens, assignment)
+                    delta = self.multiply_groups(token_inputs, tokens_per_row, assignment)
                 if self.key in assignment.gain_or_bias_keys:
-                    y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
+                    y = self.add_gain_and_bias(delta, token_inputs, weight, bias, assignment)
                 else:
-                    y = fused.add_product(delta, flat, weight, bias, tokens == 1)
+                    y = fused.add_product(delta, token_inputs, weight, bias, tokens_per_row == 1)
                 return y.view(*x.shape[:-1], self.out_dim)
         return assignment.unresolved_layers[self.key].run(call)
 
-    def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
-        """x ΔWᵀ [N, out] for x = ``flat`` [N, in], the tokens of all rows, with the ΔW of each row.
-        ``tokens``: tokens per row."""
-        if self.row_loop is not None and assignment.fits_row_loop(self, tokens):
-            A, B, pairs = assignment.row_pairs(self, tokens)
-            return self.row_loop.multiply_pairs(flat, A, B, pairs)
-        inputs = flat if flat.dtype is self.compute_dtype else flat.to(self.compute_dtype)
-        delta = None
-        for grouping, (A, B) in assignment.groups(self, tokens):
-            h = batched.project_down(batched.gather_rows(inputs, grouping), A, grouping)
+    def multiply_groups(
+        self, token_inputs: Tensor, tokens_per_row: int, assignment: BatchAssignment
+    ) -> Tensor:
+        """x ΔWᵀ [N, out] for x = ``token_inputs`` [N, in], with the ΔW of each token's row."""
+        if self.row_loop is not None and assignment.fits_row_loop(self, tokens_per_row):
+            A, B, pairs = assignment.row_pairs(self, tokens_per_row)
+            return self.row_loop.multiply_pairs(token_inputs, A, B, pairs)
+        wide_inputs, delta = token_inputs, None
+        if token_inputs.dtype is not self.compute_dtype:
+            wide_inputs = token_inputs.to(self.compute_dtype)
+        for grouping, (A, B) in assignment.groups(self, tokens_per_row):
+            h = batched.project_down(batched.gather_rows(wide_inputs, grouping), A, grouping)
             delta = batched.project_up(h, B, grouping, delta)
         if delta is None:
-            return flat.new_zeros(len(flat), self.out_dim)
-        return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
+            return token_inputs.new_zeros(len(token_inputs), self.out_dim)
+        return delta if delta.dtype is token_inputs.dtype else delta.to(token_inputs.dtype)
 
     def add_gain_and_bias(
         self,
         delta: Tensor,
-        flat: Tensor,
+        token_inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         assignment: BatchAssignment,
     ) -> Tensor:
-        """gain ⊙ (x Wᵀ) + ``delta`` + bias, [N, out], for x = ``flat`` [N, in], with the gain and
-        the bias of each row."""
-        gain, row_bias = assignment.row_gain_and_bias(self, bias, flat)
+        """gain ⊙ (x Wᵀ) + ``delta`` + bias, [N, out], for x = ``token_inputs`` [N, in], with the
+        gain and the bias of each row."""
+        gain, row_bias = assignment.row_gain_and_bias(self, bias, token_inputs)
         if gain is None:
-            y = fused.add_product(delta, flat, weight, None)
+            y = fused.add_product(delta, token_inputs, weight, None)
         else:
-            base_output, shape_by_row = flat @ weight.mT, (assignment.row_count, -1, self.out_dim)
+            shape_by_row = assignment.row_count, -1, self.out_dim
+            base_output = token_inputs @ weight.mT
             y = delta.view(shape_by_row).addcmul_(base_output.view(shape_by_row), gain[:, None])
         if row_bias is not None:
             y = y.view(assignment.row_count, -1, self.out_dim).add_(row_bias[:, None])
@@ -262,7 +266,7 @@ class BatchAssignment:
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
-        #: results of ``Layer.join_ranks`` by layer, shared in the same way
+        #: results of ``BatchedLayer.join_ranks`` by layer, shared in the same way
         self.joined_factors: dict[Any, tuple[Any, Any, tuple[tuple[int, int], ...]]] = next(
             (sibling.joined_factors for sibling in siblings), {}
         )
@@ -296,7 +300,7 @@ class BatchAssignment:
             and (change.gain is not None or change.bias is not None)
         }
 
-    def runs(self, layer: Layer) -> list[batched.Run]:
+    def runs(self, layer: BatchedLayer) -> list[batched.Run]:
         """Runs of neighbouring rows with the same adapters, in the form of ``multiply_runs``:
         (first row, row after the last, [(A, B, weight) of each adapter])."""
         if layer.key not in self.run_cache:
@@ -318,19 +322,18 @@ class BatchAssignment:
     def run_count(self) -> int:
         return 1 + sum(blend != next_blend for blend, next_blend in itertools.pairwise(self.rows))
 
-    def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
+    def multiplies_by_row(self, layer: BatchedLayer, tokens_per_row: int) -> bool:
         """Whether to multiply each row with its own copy of its adapters' factors
         (``batched.multiply_rows``). On a GPU, this is faster. On a CPU, it is faster only for
-        prompts in 16 bits, where two batched products replace two products per run and adapter.
-        ``tokens``: tokens per row."""
+        prompts in 16 bits, where two batched products replace two products per run and adapter."""
         if self.run_count <= MAX_SINGLE_RUNS:
             return False
         if not layer.on_gpu:
-            return tokens > MAX_GROUPED_TOKENS and layer.weight_dtype.itemsize == 2
+            return tokens_per_row > MAX_GROUPED_TOKENS and layer.weight_dtype.itemsize == 2
         has_few_rows = self.row_count <= MAX_ROWS_PER_ADAPTER * max(len(self.adapters), 1)
-        return tokens > MAX_GROUPED_TOKENS or has_few_rows
+        return tokens_per_row > MAX_GROUPED_TOKENS or has_few_rows
 
-    def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
+    def row_factors(self, layer: BatchedLayer) -> tuple[Tensor, Tensor, Tensor | None]:
         """A [rows, r, in] and B [rows, r, out] of a layer, copied for this call, and the weight of
         the adapter that each rank belongs to, [rows, 1, r], or None if all weights are 1."""
         if layer.key not in self.row_factor_cache:
@@ -355,25 +358,22 @@ class BatchAssignment:
         row_changes, weights = self.row_factor_cache[layer.key]
         return *layer.join_factors(row_changes), weights
 
-    def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each rounded rank: (how rows of ``tokens`` tokens are grouped, a layer's factors)."""
-        key, adapters_by_rank = (tokens, layer.device, layer.compute_dtype), self.adapters_by_rank
+    def groups(
+        self, layer: BatchedLayer, tokens_per_row: int
+    ) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
+        """For each rounded rank: (how the rows are grouped, a layer's factors)."""
+        key = tokens_per_row, layer.device, layer.compute_dtype
         if key not in self.groupings:
             self.groupings[key] = [
                 batched.make_grouping(self.index_adapters(adapters), len(adapters), *key)
-                for adapters in adapters_by_rank.values()
+                for adapters in self.adapters_by_rank.values()
             ]
-        if layer.on_gpu:
-            return zip(
-                self.groupings[key],
-                [layer.stack_factors(adapters) for adapters in adapters_by_rank.values()],
-                strict=True,
-            )
-        if layer.key not in self.factors:
-            self.factors[layer.key] = [
-                layer.stack_factors(adapters) for adapters in adapters_by_rank.values()
-            ]
-        return zip(self.groupings[key], self.factors[layer.key], strict=True)
+        factors = None if layer.on_gpu else self.factors.get(layer.key)
+        if factors is None:
+            factors = [layer.stack_factors(adapters) for adapters in self.adapters_by_rank.values()]
+            if not layer.on_gpu:
+                self.factors[layer.key] = factors
+        return zip(self.groupings[key], factors, strict=True)
 
     def index_adapters(self, adapters: Sequence[ResidentAdapter]) -> list[list[tuple[int, float]]]:
         """For each row: (index in ``adapters``, weight) of each of its adapters that is there."""
@@ -398,24 +398,25 @@ class BatchAssignment:
         }
         return sum(rounded.get(resident, 0) for blend in self.rows for resident, _ in blend)
 
-    def fits_row_loop(self, layer: Layer, tokens: int) -> bool:
-        """Whether the compiled loop is faster than batched products. ``tokens``: tokens per row."""
-        work = self.rank_sum * tokens * (layer.in_dim + layer.out_dim)
+    def fits_row_loop(self, layer: BatchedLayer, tokens_per_row: int) -> bool:
+        """Whether the compiled loop is faster than batched products."""
+        work = self.rank_sum * tokens_per_row * (layer.in_dim + layer.out_dim)
         return work * torch.get_num_threads() <= batched.LOOP_MAX_WORK
 
-    def row_pairs(self, layer: Layer, tokens: int) -> tuple[Any, Any, Any]:
-        """The arguments of the compiled loop for rows of ``tokens`` tokens: the joined factors A
-        and B of a layer, and the pairs of rows and adapters (``mixed_rows.RowPairs``)."""
+    def row_pairs(self, layer: BatchedLayer, tokens_per_row: int) -> tuple[Any, Any, Any]:
+        """The arguments of the compiled loop: the joined factors A and B of a layer, and the pairs
+        of rows and adapters (``mixed_rows.RowPairs``)."""
         if layer.key not in self.joined_factors:
             self.joined_factors[layer.key] = layer.join_ranks(self.sorted_adapters)
         A, B, bounds = self.joined_factors[layer.key]
-        if (tokens, bounds) not in self.pair_cache:
+        key = tokens_per_row, bounds
+        if key not in self.pair_cache:
             rows = self.index_adapters(self.sorted_adapters)
-            self.pair_cache[tokens, bounds] = layer.row_loop.make_pairs(rows, bounds, tokens)
-        return A, B, self.pair_cache[tokens, bounds]
+            self.pair_cache[key] = layer.row_loop.make_pairs(rows, bounds, tokens_per_row)
+        return A, B, self.pair_cache[key]
 
     def row_gain_and_bias(
-        self, layer: Layer, bias: Tensor | None, like: Tensor
+        self, layer: BatchedLayer, bias: Tensor | None, like: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gain and the bias of each row for a layer, each [rows, out]. The gain is None if no
         adapter has one, and so is the bias. ``bias``: the layer's own bias; ``like``: a tensor of
@@ -437,10 +438,8 @@ class BatchAssignment:
 
             ones = torch.ones(layer.out_dim, dtype=layer.compute_dtype, device=like.device)
             gain = of_rows("gain", ones)
-            self.gain_and_bias_cache[layer.key] = (
-                gain,
-                None if bias is None else of_rows("bias", bias.to(layer.compute_dtype)),
-            )
+            row_bias = None if bias is None else of_rows("bias", bias.to(layer.compute_dtype))
+            self.gain_and_bias_cache[layer.key] = gain, row_bias
         return self.gain_and_bias_cache[layer.key]
 
 
@@ -458,7 +457,7 @@ class BatchState:
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = layout
-        self.layers: dict[Any, Layer] = {}
+        self.layers: dict[Any, BatchedLayer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
         self.zero_buffers: dict[Any, Tensor] = {}
@@ -483,7 +482,7 @@ class BatchState:
             for resident in {resident for blend in rows for resident, _ in blend}:
                 for layer_key, change in resident.layer_changes.items():
                     if isinstance(change, ResolvedLowRank) and layer_key not in self.layers:
-                        self.layers[layer_key] = Layer(self, layer_key, change)
+                        self.layers[layer_key] = BatchedLayer(self, layer_key, change)
             # later calls, which may be outside of inference mode, use the assignment's tensors
             with torch.inference_mode(False):
                 assignment = BatchAssignment(self, rows)

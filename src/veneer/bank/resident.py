@@ -179,9 +179,9 @@ def load_resident(
             "call veneer.unmerge(model) first",
         )
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
-    config, low = load_plan.adapter_files.config, load_plan.plans.low
-    # ``cache`` keeps the tuple ``low``, so no other object gets its id
-    resolve_plan = resolve_plans.get(id(low))
+    config, low_rank_plans = load_plan.adapter_files.config, load_plan.plans.low
+    # ``cache`` keeps the tuple ``low_rank_plans``, so no other object gets its id
+    resolve_plan = resolve_plans.get(id(low_rank_plans))
     if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:
         layer_changes = resolve_plan.resolve(load_plan.adapter_parameters, dtype)
         return _make_resident(path, config, layer_changes, [], len(layer_changes))
@@ -190,17 +190,17 @@ def load_resident(
     )
     load_plan.fill(layer_adapters)
     table = adapt_modules(names, layer_adapters)
-    resolved_low, unresolved = _split_adapters(names, layer_adapters, dtype)
+    changes_by_adapter_id, unresolved = _split_adapters(names, layer_adapters, dtype)
     layer_changes = {
-        key: resolved_low.get(id(layer_adapter), layer_adapter)
+        key: changes_by_adapter_id.get(id(layer_adapter), layer_adapter)
         for key, layer_adapter in table.items()
     }
-    modules = [names.modules[entry.path] for entry in low]
+    modules = [names.modules[entry.path] for entry in low_rank_plans]
     all_resolved = not (unresolved or load_plan.full or VARIANTS[config.variant].derived) and len(
         table
-    ) == len(low)
-    if all_resolved and all(map(_covers_weight, low, modules)):
-        resolve_plans[id(low)] = ResolvePlan(config, low, modules)
+    ) == len(low_rank_plans)
+    if all_resolved and all(map(_covers_weight, low_rank_plans, modules)):
+        resolve_plans[id(low_rank_plans)] = ResolvePlan(config, low_rank_plans, modules)
     return _make_resident(path, config, layer_changes, unresolved, len(layer_adapters))
 
 
@@ -218,14 +218,18 @@ def resident_of(
     layer_adapters = {
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
     }
-    resolved_low, unresolved = _split_adapters(Names(model), layer_adapters, dtype)
+    changes_by_adapter_id, unresolved = _split_adapters(Names(model), layer_adapters, dtype)
     table = {
         key: entry.layer_adapter if isinstance(entry, InvokedAdapter) else entry
         for key, entry in attached.selections[name].usable_layer_adapters.items()
     }
-    if unresolved or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
+    if unresolved or any(
+        id(layer_adapter) not in changes_by_adapter_id for layer_adapter in table.values()
+    ):
         return None
-    layer_changes = {key: resolved_low[id(layer_adapter)] for key, layer_adapter in table.items()}
+    layer_changes = {
+        key: changes_by_adapter_id[id(layer_adapter)] for key, layer_adapter in table.items()
+    }
     return _make_resident(path, attached.configs[name], layer_changes, [], len(layer_changes))
 
 
@@ -236,12 +240,12 @@ class ResolvePlan:
 
     Fields:
         config: the config that an adapter must have.
-        low: the plan of each low-rank change.
+        low_rank_plans: the plan of each low-rank change.
         modules: for each of these, the module with the changed weight.
     """
 
     config: LoraConfig
-    low: tuple[LowRankPlan, ...]
+    low_rank_plans: tuple[LowRankPlan, ...]
     modules: Sequence[nn.Module]
 
     @torch.no_grad()
@@ -252,14 +256,14 @@ class ResolvePlan:
         ``dtype``: dtype of the factors; None takes the dtype of each weight."""
         variant = VARIANTS[self.config.variant]
         resolved = []
-        for entry, module in throttle(zip(self.low, self.modules, strict=True)):
+        for entry, module in throttle(zip(self.low_rank_plans, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             parameter_dtype = trained_dtype(self.config, weight.dtype)
             weight_parameters = {
                 name: value.to(weight.device, parameter_dtype)
                 for name, value in parameters[entry.ref].items()
             }
-            low, gain = variant.resolve(
+            low_rank, gain = variant.resolve(
                 weight_parameters,
                 variant.scale(entry.alpha, entry.rank),
                 lambda entry=entry, weight=weight: entry.layer.unfold(
@@ -268,13 +272,13 @@ class ResolvePlan:
             )
             factor_dtype = weight.dtype if dtype is None else dtype
             resolved.append(
-                (module, entry.dims, [*_flatten_factors(low, gain, factor_dtype), None])
+                (module, entry.dims, [*_flatten_factors(low_rank, gain, factor_dtype), None])
             )
-        resolved_low = _join_in_memory(resolved)
+        resolved_changes = _join_in_memory(resolved)
         layer_states: list[Any] = [state_of(module) for module in self.modules]
         return {
             layer_state.key: change
-            for layer_state, change in zip(layer_states, resolved_low, strict=True)
+            for layer_state, change in zip(layer_states, resolved_changes, strict=True)
         }
 
 
@@ -394,30 +398,33 @@ def _resolve_adapter(
     weight: Any = weight_of(module, name)
     if layer_adapter.full._parameters and module._parameters["bias"] is None:
         return None
-    low, gain = change.resolve(weight)
+    low_rank, gain = change.resolve(weight)
     kind: Any = layer_state.layer
-    if (change.is_transposed_in(kind) and gain is not None) or len(low.A) > 1:
+    if (change.is_transposed_in(kind) and gain is not None) or len(low_rank.A) > 1:
         return None
     parameters, derived = change.adapter_parameters, change.variant.derived
     parameter_count = sum(value.numel() for key, value in parameters.items() if key not in derived)
-    if low.A.numel() + low.B.numel() > MAX_GROWTH * parameter_count:
+    if low_rank.A.numel() + low_rank.B.numel() > MAX_GROWTH * parameter_count:
         return None
     factor_dtype: torch.dtype = weight.dtype if dtype is None else dtype
     bias = layer_adapter.full._parameters.get("bias")
     return [
-        *_flatten_factors(change.as_read_by(kind, low), gain, factor_dtype),
+        *_flatten_factors(change.as_read_by(kind, low_rank), gain, factor_dtype),
         None if bias is None else bias.to(factor_dtype),
     ]
 
 
-def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+def _flatten_factors(
+    low_rank: LowRank, gain: Tensor | None, dtype: torch.dtype
+) -> list[Tensor | None]:
     """[A, B, gain] in the form of a ``ResolvedLowRank``: B is transposed and multiplied by the
     scale and the gain."""
     if gain is not None:
-        low = low.scale_rows(gain.view(1, -1))
-    B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT
+        low_rank = low_rank.scale_rows(gain.view(1, -1))
+    B = (low_rank.B[0].to(at_least_float32(low_rank.B.dtype)) * low_rank.scale).mT
     return [
-        factor if factor is None else factor.detach().to(dtype) for factor in (low.A[0], B, gain)
+        factor if factor is None else factor.detach().to(dtype)
+        for factor in (low_rank.A[0], B, gain)
     ]
 
 

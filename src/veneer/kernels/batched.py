@@ -96,66 +96,63 @@ class Grouping:
 
 def make_grouping(
     rows: Sequence[Sequence[tuple[int, float]]],
-    lane_count: int,
-    tokens: int,
+    group_count: int,
+    tokens_per_row: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Grouping:
-    """Group rows by adapter. A lane is the group of one adapter before its rows are expanded to
-    tokens. The grouping is computed on the CPU, so that nothing waits for an accelerator.
+    """Group rows by adapter. The grouping is computed on the CPU, so that nothing waits for an
+    accelerator.
 
     Args:
-        rows: for each row, (lane, blend weight) of each of its adapters.
-        lane_count: the number of adapters, S.
-        tokens: tokens per row.
+        rows: for each row, (index of the adapter, blend weight) of each of its adapters.
+        group_count: the number of adapters, S. Each has a group.
+        tokens_per_row: tokens per row, t.
         device, dtype: of the tensors of the result.
     """
-    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in range(lane_count)]
-    lanes_of_row: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
+    rows_of_group: list[list[tuple[int, float]]] = [[] for _ in range(group_count)]
+    groups_of_row: list[list[tuple[int, int]]] = []  # for each row, (group, offset in it)
     for row, blend in enumerate(rows):
-        lanes_of_row.append([])
-        for lane, weight in blend:
-            lanes_of_row[row].append((lane, len(rows_of_lane[lane])))
-            rows_of_lane[lane].append((row, weight))
-    lane_size = max(map(len, rows_of_lane))
-    lanes = [lane_rows + [(0, 0.0)] * (lane_size - len(lane_rows)) for lane_rows in rows_of_lane]
+        groups_of_row.append([])
+        for group, weight in blend:
+            groups_of_row[row].append((group, len(rows_of_group[group])))
+            rows_of_group[group].append((row, weight))
+    group_size = max(map(len, rows_of_group))
+    groups = [members + [(0, 0.0)] * (group_size - len(members)) for members in rows_of_group]
 
     def move_to_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
     def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
-        """The indices of the tokens of rows, or of positions in lanes, with these indices. None if
+        """The indices of the tokens of rows, or of positions in groups, with these indices. None if
         the result would leave all tokens in their order (0, 1, 2, …)."""
-        first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens
-        token_indices = (first_tokens + torch.arange(tokens, device="cpu")).flatten()
+        first_tokens = torch.tensor(indices, device="cpu")[:, None] * tokens_per_row
+        token_indices = (first_tokens + torch.arange(tokens_per_row, device="cpu")).flatten()
         count = len(token_indices)
-        same_length = count == lane_count * lane_size * tokens == len(rows) * tokens
+        position_count = group_count * group_size * tokens_per_row
+        same_length = count == position_count == len(rows) * tokens_per_row
         if same_length and torch.equal(token_indices, torch.arange(count, device="cpu")):
             return None
         return move_to_device(token_indices)
 
-    order = expand_to_tokens([row for lane_rows in lanes for row, _ in lane_rows])
-    lane_weights = [[weight for _, weight in lane_rows] for lane_rows in lanes]
+    order = expand_to_tokens([row for group_rows in groups for row, _ in group_rows])
+    group_weights = [[weight for _, weight in group_rows] for group_rows in groups]
     weights = None
-    if not all(weight in (0.0, 1.0) for row_weights in lane_weights for weight in row_weights):
-        weight_tensor = torch.tensor(lane_weights, dtype=dtype, device="cpu")
-        weights = move_to_device(weight_tensor.repeat_interleave(tokens, 1)[:, None])
-    gathers = []
-    for position in range(max(map(len, lanes_of_row))):
-        is_present = [len(row_lanes) > position for row_lanes in lanes_of_row]
-        lane_entries = [
-            row_lanes[position] if present else (0, 0)
-            for row_lanes, present in zip(lanes_of_row, is_present, strict=True)
+    if not all(weight in (0.0, 1.0) for row_weights in group_weights for weight in row_weights):
+        weight_tensor = torch.tensor(group_weights, dtype=dtype, device="cpu")
+        weights = move_to_device(weight_tensor.repeat_interleave(tokens_per_row, 1)[:, None])
+    result_rows = []
+    for position in range(max(map(len, groups_of_row))):
+        is_present = [len(row_groups) > position for row_groups in groups_of_row]
+        group_entries = [
+            row_groups[position] if present else (0, 0)
+            for row_groups, present in zip(groups_of_row, is_present, strict=True)
         ]
-        lane_indices = [lane * lane_size + index_in_lane for lane, index_in_lane in lane_entries]
-        index = expand_to_tokens(lane_indices)
-        is_absent = None
-        if not all(is_present):
-            is_absent = move_to_device(
-                ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
-            )
-        gathers.append((index, is_absent))
-    return Grouping(lane_count, order, weights, tuple(gathers))
+        result_indices = [group * group_size + offset for group, offset in group_entries]
+        index = expand_to_tokens(result_indices)
+        is_absent = ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens_per_row)
+        result_rows.append((index, None if all(is_present) else move_to_device(is_absent[:, None])))
+    return Grouping(group_count, order, weights, tuple(result_rows))
 
 
 def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
@@ -249,11 +246,11 @@ def linear(
 Run = tuple[int, int, Sequence[tuple[Tensor, Tensor, float]]]
 
 
-def multiply_runs(x: Tensor, out: int, runs: Sequence[Run], tokens: int) -> Tensor:
-    """Δ [N · t, out] for x [N · t, in], run by run. ``tokens`` is t, the tokens of a row."""
+def multiply_runs(x: Tensor, out: int, runs: Sequence[Run], tokens_per_row: int) -> Tensor:
+    """Δ [N · t, out] for x [N · t, in], run by run. ``tokens_per_row``: t."""
     delta = x.new_empty(x.shape[0], out)
     for first, after, factors in runs:
-        tokens_of_run = slice(first * tokens, after * tokens)
+        tokens_of_run = slice(first * tokens_per_row, after * tokens_per_row)
         x_rows, delta_rows = x[tokens_of_run], delta[tokens_of_run]
         if not factors:
             delta_rows.zero_()

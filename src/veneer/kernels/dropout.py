@@ -20,7 +20,7 @@ from torch import Tensor
 _C: Any = torch._C
 
 #: the largest p for which drawing indices is faster than a mask
-LARGEST_SPARSE_P = 0.3
+MAX_INDEXED_PROBABILITY = 0.3
 
 
 def new_seed() -> int:
@@ -32,7 +32,7 @@ def draw_entries(count: int, p: float, seed: int, device: torch.device) -> Tenso
     """Indices (int64) of the entries to drop, out of ``count``: each with probability p,
     independently of the others. In no order, and an index may occur several times."""
     generator = torch.Generator(device).manual_seed(seed)
-    if p > LARGEST_SPARSE_P:
+    if p > MAX_INDEXED_PROBABILITY:
         return (torch.rand(count, generator=generator, device=device) < p).nonzero()[:, 0]
     mean = torch.tensor(-math.log1p(-p) * count, dtype=torch.float64, device=device)
     draw_count = int(torch.poisson(mean, generator=generator))

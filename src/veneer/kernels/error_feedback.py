@@ -136,9 +136,9 @@ def faithful(
                 if gain.shape[2] == 1
                 else gain[groups].mT.gather(1, order[:, :, None])
             )
-        find_cells = _cell_finder(out.dtype, grid, piece)
+        find_in_columns = _neighbour_finder(out.dtype, grid, piece)
         change_times_error = _Rows(
-            weight_columns, order, F, A, B[:, :, rows], ordered_gain, find_cells, chunk, block
+            weight_columns, order, F, A, B[:, :, rows], ordered_gain, find_in_columns, chunk, block
         ).run()
         _transpose_into(weight_columns.to(out.dtype), out[piece])
         return change_times_error
@@ -186,10 +186,12 @@ def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
 
 #: (flat column indices, values [g, count, rows], buffer, mid, half): for each value, fill ``mid``
 #: and ``half`` as ``find_neighbours`` does. The buffer may be overwritten
-_FindCells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+_FindNeighbours = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-def _cell_finder(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _FindCells:
+def _neighbour_finder(
+    dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]
+) -> _FindNeighbours:
     """The function that finds the neighbours of values, on a grid or in a 16-bit dtype."""
     if grid is None:
         return lambda _, values, buffer, mid, half: find_neighbours(
@@ -198,12 +200,14 @@ def _cell_finder(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slic
     # [g · in, rows], as ``_Rows.weight``
     columns_grid = grid.map_tensors(lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1))
 
-    def find_cells(columns: Tensor, values: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
+    def find_in_columns(
+        columns: Tensor, values: Tensor, _: Tensor, mid: Tensor, half: Tensor
+    ) -> None:
         columns_grid.map_tensors(
             lambda tensor: tensor.index_select(0, columns).view(values.shape)
         ).find_neighbours(values, mid, half)
 
-    return find_cells
+    return find_in_columns
 
 
 class _Rows:
@@ -230,11 +234,11 @@ class _Rows:
         A: Tensor,
         B: Tensor,
         gain: Tensor | None,
-        find_cells: _FindCells,
+        find_in_columns: _FindNeighbours,
         chunk: int,
         block: int,
     ) -> None:
-        self.F, self.A, self.B, self.gain, self.find_cells = F, A, B, gain, find_cells
+        self.F, self.A, self.B, self.gain, self.find_in_columns = F, A, B, gain, find_in_columns
         self.chunk, self.block = chunk, block
         self.groups, self.columns, self.rows = weight_columns.shape
         # the columns of one group come after the columns of the previous group
@@ -287,7 +291,7 @@ class _Rows:
         values, change = self._exact_values(columns)
         slope, mid, half = (buffer[:, :count] for buffer in self.buffers[1:4])
         F = self.F[:, :, columns]
-        self.find_cells(self._column_index(columns), values, slope, mid, half)
+        self.find_in_columns(self._column_index(columns), values, slope, mid, half)
         coupling = F.mT @ F
         torch.mul(mid, coupling.diagonal(dim1=1, dim2=2)[:, :, None] + self.penalty, out=slope)
         if self.gain is not None:

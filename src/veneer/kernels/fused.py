@@ -69,7 +69,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 
 #: the most tokens for which products with A and B are faster in float32 than in 16 bits
-MOST_FLOAT32_TOKENS = 32
+MAX_FLOAT32_TOKENS = 32
 
 
 class Settings(NamedTuple):
@@ -79,15 +79,15 @@ class Settings(NamedTuple):
         scales: s_i.
         dropout: probability of dropping an entry of x on the low-rank path. ``seed`` determines the
             dropped entries, which are the same for all layers.
-        form: multiply x by the sum W_i + s_i B_i A_i, computed in forward and again in backward,
-            instead of adding a low-rank product. Not with dropout, and not in 16 bits, where the
-            sum would lose a small change.
+        forms_weight: multiply x by the sum W_i + s_i B_i A_i, computed in forward and again in
+            backward, instead of adding a low-rank product. Not with dropout, and not in 16 bits,
+            where the sum would lose a small change.
     """
 
     scales: tuple[float, ...]
     dropout: float = 0.0
     seed: int = 0
-    form: bool = False
+    forms_weight: bool = False
 
 
 def linears(
@@ -109,9 +109,9 @@ def linears(
             own dtype.
 
     Raises:
-        ValueError: ``form`` with dropout or in 16 bits.
+        ValueError: ``forms_weight`` with dropout or in 16 bits.
     """
-    if settings.form and (settings.dropout or x.element_size() < 4):
+    if settings.forms_weight and (settings.dropout or x.element_size() < 4):
         raise ValueError("W + ΔW is formed in float32 or float64 only, and without dropout")
     return _apply(settings, x, *weights, *biases, *A, *B)
 
@@ -145,12 +145,16 @@ def thin_gradients(
 
 
 def add_product(
-    change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, decodes: bool = False
+    change: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    allows_weight_first: bool = False,
 ) -> Tensor:
-    """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it. ``decodes``:
-    whether the call is a decoding step, so that ``weight_first`` may compute x Wᵀ, as in a block of
-    ``weight_first.use``."""
-    if (decodes or weight_first.STATE.is_used) and weight_first.suits(x, weight):
+    """change + x Wᵀ + bias, in place. Rounded once if torch has a kernel for it.
+    ``allows_weight_first``: whether ``weight_first`` may compute x Wᵀ, as in a block of
+    ``weight_first.use``; for a decoding step."""
+    if (allows_weight_first or weight_first.STATE.is_used) and weight_first.suits(x, weight):
         return weight_first.add_product(change, x, weight, bias)
     if bias is None:
         return change.addmm_(x, weight.mT)
@@ -227,7 +231,7 @@ class _Linears(torch.autograd.Function):
         weights, biases, A, B = split_equally(tensors, 4)
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
         h, casts = None, (None,) * (1 + len(B))
-        if settings.form:
+        if settings.forms_weight:
             factors = zip(weights, biases, A, B, settings.scales, strict=True)
             ys = [
                 F.linear(tokens, _form_weight(W, down, up, scale), bias)
@@ -278,12 +282,12 @@ class _Linears(torch.autograd.Function):
         U, dB = _output_gradients(dys, ups, _split_layers(h, ups), need_B)
         U = _scale_layers(U, ups, settings)  # s · (dy B)ᵀ of each layer, [R, T]
         dx, joined_dA = thin_gradients(
-            U, joined_A, tokens, dropped, need_x and not settings.form, True in need_A
+            U, joined_A, tokens, dropped, need_x and not settings.forms_weight, True in need_A
         )
         if need_x:  # add dy W of all layers to the low-rank gradient, or compute dy (W + ΔW)
             for dy, W, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
                 if dy is not None:
-                    W = _form_weight(W, down, up, scale) if settings.form else W
+                    W = _form_weight(W, down, up, scale) if settings.forms_weight else W
                     dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
             dx = (torch.zeros_like(tokens) if dx is None else dx).view(ctx.shape)
         pairs = zip(dys, need_bias, strict=True)
@@ -379,7 +383,7 @@ def linear_without_graph(
     with float32 A and B, where B A x is computed in float32, which is faster."""
     dtype, width = x.dtype, x.shape[-1]
     is_one_token, is_narrow = x.numel() == width, dtype.itemsize < 4
-    has_few_tokens = x.numel() <= MOST_FLOAT32_TOKENS * width if is_narrow else is_one_token
+    has_few_tokens = x.numel() <= MAX_FLOAT32_TOKENS * width if is_narrow else is_one_token
     uses_float32 = A.dtype is torch.float32 and B.dtype is torch.float32
     if not (has_few_tokens and uses_float32 and dtype is not torch.float64):
         return _Linear.forward(None, scale, x, weight, bias, A, B)

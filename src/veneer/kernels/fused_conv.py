@@ -57,7 +57,7 @@ class Settings(NamedTuple):
 
     Fields:
         scale: s / (1 - ``drop_probability``).
-        form: whether to compute W + s B A.
+        forms_weight: whether to compute W + s B A.
         channels_last: whether channels are last in memory, in x, y and W.
     """
 
@@ -65,7 +65,7 @@ class Settings(NamedTuple):
     scale: float
     drop_probability: float
     seed: int
-    form: bool
+    forms_weight: bool
     channels_last: bool
 
 
@@ -116,7 +116,7 @@ def conv(
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
     position_count, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
     is_linear = channels_last and _is_product(geometry, weight)
-    form = not drop_probability and position_count > cost_model.forms_above(
+    forms_weight = not drop_probability and position_count > cost_model.forms_above(
         weight.shape[0], in_, B.shape[1], x.dtype
     )
     seed = dropout.new_seed() if drop_probability else 0
@@ -127,11 +127,11 @@ def conv(
             [scale], rows, weights, [bias], [A], [B], None, drop_probability, seed
         )[0].movedim(-1, 1)
     if is_linear:
-        settings = fused.Settings((scale,), drop_probability, seed, form)
+        settings = fused.Settings((scale,), drop_probability, seed, forms_weight)
         y = fused.linears(settings, x.movedim(1, -1), [weight.flatten(1)], [bias], [A], [B])[0]
         return y.movedim(-1, 1)
     scale = scale / (1 - drop_probability)
-    settings = Settings(geometry, scale, drop_probability, seed, form, channels_last)
+    settings = Settings(geometry, scale, drop_probability, seed, forms_weight, channels_last)
     return _Conv.apply(settings, x, weight, bias, A, B)  # pyright: ignore[reportReturnType]
 
 
@@ -139,7 +139,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, x, weight, bias, A, B) -> Tensor:
         down, up = A.to(x.dtype), B.to(x.dtype)
-        if settings.form:
+        if settings.forms_weight:
             h, changed_weight = None, _form_weight(weight, down, up, settings.scale)
             y = _convolve(settings, x, changed_weight, bias)
         else:
@@ -174,11 +174,11 @@ class _Conv(torch.autograd.Function):
             dB = None if dB is None else dB.to(B.dtype)
             if need_A or need_x:
                 dx, dA = _bottleneck_gradients(
-                    settings, x, down, weight, dh, need_x and not settings.form, need_A
+                    settings, x, down, weight, dh, need_x and not settings.forms_weight, need_A
                 )
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
-                if settings.form:
+                if settings.forms_weight:
                     weight = _form_weight(weight, down, up, settings.scale)
                 low_rank_dx = dx
                 dx, *_ = _convolution_backward(settings, dy, x, weight, (True, False, False))

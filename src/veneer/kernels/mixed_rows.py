@@ -49,15 +49,17 @@ class RowPairs(NamedTuple):
 
 
 def make_pairs(
-    rows: Sequence[Sequence[tuple[int, float]]], bounds: Sequence[tuple[int, int]], tokens: int
+    rows: Sequence[Sequence[tuple[int, float]]],
+    bounds: Sequence[tuple[int, int]],
+    tokens_per_row: int,
 ) -> RowPairs:
-    """The pairs of rows of ``tokens`` tokens each.
+    """The pairs of rows of ``tokens_per_row`` tokens each.
 
     Args:
         rows: for each row, (index of the adapter, blend weight).
         bounds: for each adapter, its first rank in A and B and the rank after its last.
     """
-    by_token = [row for row in rows for _ in range(tokens)]
+    by_token = [row for row in rows for _ in range(tokens_per_row)]
     pairs = [pair for row in by_token for pair in row]
     adapters_of_row = [[adapter for adapter, _ in row] for row in by_token]
     ranks = np.array([bounds[adapter] for adapter, _ in pairs], np.int64).reshape(-1, 2)

@@ -52,18 +52,18 @@ __all__ = ["Folded", "fold", "fold_onto"]
 #: elements of a tile, whose buffers fit into a cache; the most columns of a tile in float64;
 #: elements for one call of the compiled loop. They are constants, so that the sums of a report do
 #: not depend on the number of threads
-TILE_SIZE, WIDEST_TILE, SLAB_SIZE = 1 << 16, 1 << 13, 1 << 19
+TILE_SIZE, MAX_TILE_COLUMNS, SLAB_SIZE = 1 << 16, 1 << 13, 1 << 19
 #: on a GPU, the most tiles of a weight, and the fewest elements of a tile
-TILES_PER_WEIGHT, SMALLEST_TILE = 8, 1 << 10
+TILES_PER_WEIGHT, MIN_TILE_SIZE = 8, 1 << 10
 #: on a GPU, the temporary tensors of a tile have about ``TEMPORARY_BYTES`` per element, and take at
 #: most 1 / ``FREE_SHARE`` of the free memory
 FREE_SHARE, TEMPORARY_BYTES = 16, 40
 #: how many squares a sum in float32 has, because longer sums lose precision
-SUM_LENGTH = 256
+SQUARES_PER_SUM = 256
 #: the most threads
 MAX_THREADS = 8
 #: the fewest elements of a weight for which numba is loaded
-NUMBA_MINIMUM = 1 << 20
+NUMBA_MIN_ELEMENTS = 1 << 20
 #: how many doubtful elements are computed again at once
 DOUBTFUL_CHUNK = 1 << 15
 ROUNDINGS = ("auto", "nearest", "faithful")
@@ -273,11 +273,11 @@ def _nearest(
     if bound is None:
         sums = _in_float64(old, factors, wide_gain, new)
     else:
-        loop = rounding_loop(old, new) if compiled and old.numel() >= NUMBA_MINIMUM else None
+        loop = rounding_loop(old, new) if compiled and old.numel() >= NUMBA_MIN_ELEMENTS else None
         sums = _in_float32(old, factors, bound, new, loop)
     has_finite_sums = all(map(math.isfinite, (sums.realised, sums.moved, sums.base)))
     # finite sums show that all elements are finite
-    tiles = () if has_finite_sums else _slices(new.shape, _tile_size(new), WIDEST_TILE)
+    tiles = () if has_finite_sums else _slices(new.shape, _tile_size(new), MAX_TILE_COLUMNS)
     is_finite = all(bool(new[tile].isfinite().all()) for tile in tiles)
     if bound is not None and not (has_finite_sums and sums.base > 1e-20 * old.numel()):
         sums = _in_float64(old, factors, wide_gain, None)  # squares are out of float32's range
@@ -301,10 +301,10 @@ def _tile_size(weight: Tensor) -> int:
     temporaries are a few times as large as a 16-bit weight. It is smaller if memory is short."""
     if weight.device.type == "cpu":
         return TILE_SIZE
-    tile = max(-(-weight.numel() // TILES_PER_WEIGHT), SMALLEST_TILE)
+    tile = max(-(-weight.numel() // TILES_PER_WEIGHT), MIN_TILE_SIZE)
     if weight.is_cuda:
         tile_in_memory = _free_bytes(weight.device) // (FREE_SHARE * TEMPORARY_BYTES)
-        tile = min(tile, max(tile_in_memory, SMALLEST_TILE))
+        tile = min(tile, max(tile_in_memory, MIN_TILE_SIZE))
     return tile
 
 
@@ -366,7 +366,7 @@ def _in_float64(
             [change.dot(change), change.dot(moved), moved.dot(moved), base.dot(base)]
         )
 
-    tiles = list(_slices(old.shape, _tile_size(old), WIDEST_TILE))
+    tiles = list(_slices(old.shape, _tile_size(old), MAX_TILE_COLUMNS))
     sums = map_on_threads(tiles, lambda: None, sum_tile, threads_for(old, MAX_THREADS))
     no_tiles = torch.zeros(4, dtype=torch.float64, device=old.device)
     return Sums(*torch.stack([*sums, no_tiles]).sum(0).tolist())
@@ -443,12 +443,12 @@ class _Tile:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         count = shape.numel()
-        padded_count = -(-count // SUM_LENGTH) * SUM_LENGTH
+        padded_count = -(-count // SQUARES_PER_SUM) * SQUARES_PER_SUM
         # dtype and device are named, because the caller may have changed torch's defaults
         wide = torch.zeros(4, padded_count, dtype=torch.float32, device="cpu")
         rounded_end = torch.zeros(padded_count, dtype=dtype, device="cpu")
         marks = torch.zeros(padded_count, dtype=torch.int16, device="cpu")
-        self.base_lines, self.words = wide[0].view(-1, SUM_LENGTH), marks.view(torch.int64)
+        self.base_lines, self.words = wide[0].view(-1, SQUARES_PER_SUM), marks.view(torch.int64)
         _, self.flat_change, _, self.flat_end = wide[:, :count].unbind()
         self.base, self.change, self.value, self.end = wide[:, :count].view(4, *shape).unbind()
         self.rounded_end, self.marks = rounded_end[:count].view(shape), marks[:count].view(shape)

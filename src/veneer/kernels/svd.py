@@ -14,8 +14,8 @@ T V have the singular values as norms, and divided by them they are U. There are
   applied several times to random directions, more than r, which are orthonormalised after each
   pass. H itself is never computed. Each pass gives the share of ‖D‖² that the r best directions
   hold. From pass to pass, the gain of this share shrinks geometrically, so the last two gains
-  predict its limit. The method ends when it is within ``LARGEST_RATIO`` of the limit. If ``PASSES``
-  passes are not enough, the exact method is used.
+  predict its limit. The method ends when it is within ``MAX_DISTANCE_RATIO`` of the limit. If
+  ``MAX_PASSES`` passes are not enough, the exact method is used.
 
 All sums are in float64, over blocks of D's rows that are cast one at a time. Rejected:
 ``torch.linalg.svd`` of D, which takes 3 to 6 times as long as H and its eigenvectors, and several
@@ -31,12 +31,12 @@ from torch import Tensor
 
 #: the randomised method ends when its distance from D is at most this times the smallest possible
 #: distance, as estimated from its passes
-LARGEST_RATIO = 1.005
-PASSES = 10
+MAX_DISTANCE_RATIO = 1.005
+MAX_PASSES = 10
 #: the fewest directions of the randomised method. With more directions than r, the passes converge
 #: faster. With 24 to 30, MKL's QR on two threads takes 100 times as long as with 32 (576 × 30:
 #: 25 ms, 576 × 32: 0.1 ms)
-FEWEST_DIRECTIONS = 32
+MIN_DIRECTIONS = 32
 #: how many elements of D are cast to float64 at once
 BLOCK_ELEMENTS = 1 << 21
 
@@ -54,7 +54,7 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
     """
     out, in_ = matrix.shape
     long, short = max(out, in_), min(out, in_)
-    directions = min(short, max(FEWEST_DIRECTIONS, rank + 10 + rank // 4))
+    directions = min(short, max(MIN_DIRECTIONS, rank + 10 + rank // 4))
     is_faster = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
     vectors = _project_randomly(matrix, rank, directions, seed) if is_faster and not exact else None
     if vectors is not None:
@@ -115,8 +115,8 @@ def energy(matrix: Tensor) -> float:
 
 
 def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
-    """The leading directions by the randomised method. None if ``PASSES`` passes do not come close
-    enough to the limit."""
+    """The leading directions by the randomised method. None if ``MAX_PASSES`` passes
+    do not come close enough to the limit."""
     # cast a small matrix once, not in each pass
     matrix = matrix.to(torch.float64) if matrix.numel() <= BLOCK_ELEMENTS else matrix
     short, total = min(matrix.shape), energy(matrix)
@@ -125,7 +125,7 @@ def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> 
         matrix.device
     )
     basis, loss, gain = torch.linalg.qr(start)[0], total, 0.0
-    for _ in range(PASSES):
+    for _ in range(MAX_PASSES):
         image = torch.zeros_like(basis)  # H applied to the basis
         for rows in _row_blocks(matrix):
             image.addmm_(rows.mT, rows @ basis)
@@ -134,7 +134,7 @@ def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> 
         previous_gain, gain = gain, max(previous_loss - loss, 0.0)
         # the gain of all further passes, as the limit of a geometric series
         further_gain = gain * gain / (previous_gain - gain) if gain < previous_gain else loss
-        is_close = previous_gain > 0 and further_gain <= (LARGEST_RATIO**2 - 1) * loss
+        is_close = previous_gain > 0 and further_gain <= (MAX_DISTANCE_RATIO**2 - 1) * loss
         if loss <= 1e-14 * total or is_close:
             return basis @ rotation[:, -rank:].flip(1)
         basis = torch.linalg.qr(image)[0]

@@ -25,7 +25,7 @@ from veneer.kernels.switch import is_on
 
 #: the most tokens for which this order is faster. With more, transposing the result takes as long
 #: as the product saves
-MOST_TOKENS = 64
+MAX_TOKENS = 64
 
 
 class _State(threading.local):
@@ -59,7 +59,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether (W xᵀ)ᵀ is faster than x Wᵀ for x [T, in] and W [out, in], and the optimisation
     "weight_first" is turned on (``switch.py``)."""
     return (
-        1 < x.shape[0] <= MOST_TOKENS
+        1 < x.shape[0] <= MAX_TOKENS
         and x.dtype is torch.float32
         and x.is_cpu
         and weight.is_contiguous()

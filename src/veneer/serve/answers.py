@@ -216,7 +216,7 @@ class AnswerWriter:
 
     def finish_reason(self, index: int, piece: Piece) -> str | None:
         """OpenAI's ``finish_reason`` of an answer, from its last piece."""
-        return self.parsers[index].finish(piece.finish) if self.parsers else piece.finish
+        return self.parsers[index].finish_reason(piece.finish) if self.parsers else piece.finish
 
     def token_name(self, id: int, text: str) -> str:
         """How an answer shows a token: its text, or "token_id:…" if the client asks for ids."""

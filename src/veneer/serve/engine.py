@@ -108,7 +108,7 @@ class Engine:
         self._turn = nullcontext() if turn is None else turn
         self._forward = Forward(model.eval())
         try:
-            self._forward.prove(self.length, lambda count: self._select_adapters([None] * count))
+            self._forward.compare_logits(self.length, lambda n: self._select_adapters([None] * n))
             device = self._forward.device
             self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
             self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
@@ -117,7 +117,7 @@ class Engine:
             raise
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._eos = end_tokens(model, tokenizer)
-        self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
+        self._schemas = Schemas(tokenizer, self._forward.logit_count, sorted(self._eos))
 
         # guards the following attributes; notified when they change
         self._wake = threading.Condition()
@@ -128,7 +128,7 @@ class Engine:
 
         # used by the engine's thread only
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
-        scored = scored_per_call(prefill, self._forward.logits)
+        scored = scored_per_call(prefill, self._forward.logit_count)
         self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill, scored), prefix_cache
         self._batch = self._new_batch()
         self._called: list[RequestState] = []  # the requests of the running call
@@ -165,7 +165,7 @@ class Engine:
             sampling,
             None if grammar is None else self._schemas.matcher(grammar),
             processors_of(
-                sampling, request.prompt, self._eos, self._forward.logits, self._forward.device
+                sampling, request.prompt, self._eos, self._forward.logit_count, self._forward.device
             ),
             None if sampling.schema is None else self._schemas.layout(limit),
         )

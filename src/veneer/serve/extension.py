@@ -71,7 +71,7 @@ class Plugin(Protocol):
     """Creates an extension when a service starts."""
 
     @property
-    def turn(self) -> AbstractContextManager[Any]:
+    def model_lock(self) -> AbstractContextManager[Any]:
         """A lock. The engine holds it during each step, and the extension while it changes the
         model's layers."""
         ...

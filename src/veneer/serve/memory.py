@@ -255,7 +255,7 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
 def longest_row(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     """The tokens of the longest row that ``limit`` bytes hold, at most ``length``. ``ConfigError``:
     the bytes do not hold ``BLOCK`` tokens."""
-    token = sum(form.nbytes for form in forms) + max(form.largest for form in forms)
+    token = sum(form.nbytes for form in forms) + max(form.larger_tensor_bytes for form in forms)
     if token * -(-length // BLOCK) * BLOCK <= limit:
         return length
     tokens = limit // token // BLOCK * BLOCK

@@ -24,7 +24,7 @@ from veneer.serve.chat_messages import (
 from veneer.serve.refusal import describe_value, raise_first_error, value_error
 from veneer.serve.requests import Sampling
 from veneer.serve.sampling_fields import SamplingFields, TemplateFields, TokenId, limit_entries
-from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
+from veneer.serve.tools.forced import MAX_CALLS, arguments_schema, calls_schema
 
 T = TypeVar("T")
 
@@ -326,7 +326,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
         schemas = [(tool.function.name, tool.function.parameters) for tool in self.tools]
         if self.forced_tool:
             return arguments_schema(dict(schemas)[self.forced_tool])
-        return calls_schema(schemas, MOST_CALLS if self.parallel_tool_calls else 1)
+        return calls_schema(schemas, MAX_CALLS if self.parallel_tool_calls else 1)
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -73,7 +73,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     engine = embedder = None
     rows = settings.rows or ROWS
     if is_causal:
-        turn = None if plugin is None else plugin.turn
+        turn = None if plugin is None else plugin.model_lock
         engine = _start_engine(settings, loaded_base, bank, rows, length, metrics, turn)
         length = engine.length
     else:

@@ -60,7 +60,7 @@ __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolv
 INDEX, COPY, LOCK, OBJECTS = "index.json", "index.copy.json", "lock", "objects"
 FORMAT = 1
 #: seconds for which an object without a name is kept, the grace period
-GRACE = 3600.0
+GRACE_SECONDS = 3600.0
 #: the beginning of the address of an adapter in the default library
 SCHEME = "library:"
 #: the pattern of adapter names, in a library and on a server
@@ -228,7 +228,7 @@ class Library:
             entries[name] = replace(entry, tags=remaining)
         return entries[name]
 
-    def gc(self, *, grace: float = GRACE) -> Collected:
+    def gc(self, *, grace: float = GRACE_SECONDS) -> Collected:
         """Delete the objects that have had no name for ``grace`` seconds, and the temporary folders
         of killed writers."""
         with self._hold_lock():

@@ -146,12 +146,12 @@ def outputs(
     if not on_cpu:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
     tokens = x.numel() // x.shape[-1]
-    form = (
+    forms_weight = (
         not dropout
         and x.dtype.itemsize >= 4
         and all(tokens > fused_change.forms_above for _, fused_change in members)
     )
-    settings = fused.Settings(scales, dropout, seed, form)
+    settings = fused.Settings(scales, dropout, seed, forms_weight)
     return fused.linears(settings, x, weights, biases, A, B)
 
 

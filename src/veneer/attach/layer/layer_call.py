@@ -117,20 +117,21 @@ def run_factored(
     low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
-    form: bool = False,
+    forms_weight: bool = False,
 ) -> Any:
     """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias.
 
     Args:
         low_rank: ΔW as the layer reads it (``Change.as_read_by``).
-        form: whether the fused kernel, if it computes this call without dropout, forms W + ΔW.
+        forms_weight: whether the fused kernel, if it computes this call without dropout, forms
+            W + ΔW.
     """
     module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
     kind: Any = layer_state.layer
     bias = call.bias(change)
     if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
         settings = fused.Settings(
-            (low_rank.scale,), dropout, new_seed() if dropout else 0, form and not dropout
+            (low_rank.scale,), dropout, new_seed() if dropout else 0, forms_weight and not dropout
         )
         matrix = weight.mT if kind.out_axis == 1 else weight
         return fused.linears(settings, x, (matrix,), (bias,), (low_rank.A[0],), (low_rank.B[0],))[0]

@@ -256,7 +256,7 @@ class Blend:
         dropouts = [change.dropout if change.training else 0.0 for change in changes]
         has_gain, first_change = any(gain is not None for gain in gains), changes[0]
         if not has_gain and not any(dropouts):
-            low_rank, form = LowRank.sum(low_ranks, weights), False
+            low_rank, forms_weight = LowRank.sum(low_ranks, weights), False
             if (
                 context.current.path is None
                 and layer_state.is_plain_product
@@ -264,8 +264,8 @@ class Blend:
             ):
                 _, out, in_ = first_change.dims
                 forms_above = cost_model.forms_above(out, in_, low_rank.rank, base_weight.dtype)
-                form = x.numel() // x.shape[-1] > forms_above
-            return run_factored(call, first_change, low_rank, None, 0.0, form)
+                forms_weight = x.numel() // x.shape[-1] > forms_above
+            return run_factored(call, first_change, low_rank, None, 0.0, forms_weight)
         y = base_y = call.base_output(first_change, with_bias=not has_gain)
         for low_rank, gain, weight, dropout in zip(
             low_ranks, gains, weights, dropouts, strict=True

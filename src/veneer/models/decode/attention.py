@@ -1,12 +1,14 @@
 """The attention of one call of the model over the rows of the KV cache (``slots.py``), for three
 kinds of calls.
 
-    Fill       new tokens of some rows, each from a column of its row on, right-padded to one width
-    Decode     one new token of each running row, after the tokens that the row holds
-    Together   a ``Decode``, and tokens of other rows; in the batch, each of these tokens is a row
+    Fill                new tokens of some rows, each from a column of its row on, right-padded to
+                        one width
+    Decode              one new token of each running row, after the tokens that the row holds
+    DecodeWithPrompts   a ``Decode``, and tokens of other rows; in the batch, each of these tokens
+                        is a row
 
 A row holds the keys and values of one sequence; its columns are the tokens. For each layer,
-``keep`` writes the new keys and values into the rows, and ``attend`` then computes the attention.
+``store`` writes the new keys and values into the rows, and ``attend`` then computes the attention.
 Linear layers compute all rows as one batch. Attention is computed for each run of neighbouring rows
 of one size class, on views of the class's tensors.
 
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
 #: have the alignment that GPUs need
 BLOCK = 16
 
-#: the state of this thread's call. ``call``: the ``Fill``, ``Decode`` or ``Together``; None outside
-#: of one. ``last``: for each row, the index of the token whose hidden state the output head reads.
-#: ``rows``: in ``Forward.together``, the rows of the batch whose hidden states the head reads.
-#: ``head_rows``: hidden states for ``_multiply_taken_rows``. ``windows``: in a trial, the sliding
-#: windows that the functions for the "mask" and the "attention" have been given
-NOW = threading.local()
+#: the state of this thread's call. ``call``: the ``Fill``, ``Decode`` or ``DecodeWithPrompts``;
+#: None outside of one. ``last``: for each row, the index of the token whose hidden state the output
+#: head reads. ``rows``: in ``Forward.together``, the rows of the batch whose hidden states the head
+#: reads. ``head_rows``: hidden states for ``_multiply_taken_rows``. ``windows``: in a trial, the
+#: sliding windows that the functions for the "mask" and the "attention" have been given
+CALL_STATE = threading.local()
 
 #: arguments of attention functions that ``attend`` does not support
 UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
@@ -56,9 +58,9 @@ class Fill:
         self.masks: dict[Any, Tensor] = {}
         self.layers_stored = self.layers_attended = 0
 
-    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+    def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
         """Store keys and values [rows, kv, width, d]."""
-        self.layer_index, self.new = layer_index, (key, value)
+        self.layer_index, self.new_keys_values = layer_index, (key, value)
         for number, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
             layer, count = row.size_class.layer(layer_index, key, value), self.counts[number]
             layer.keys[row.index, :, start : start + count] = key[number, :, :count]
@@ -69,7 +71,7 @@ class Fill:
     ) -> Tensor:
         """The attention of queries [rows, h, width, d] -> [rows, width, h, e]. ``window``: the
         number of tokens of a sliding window. ``cap``: soft-caps the scores."""
-        key, value = self.new
+        key, value = self.new_keys_values
         if not any(self.starts):
             return self.attend_to(query, key, value, 0, scale, window, cap)
         outputs = []
@@ -78,7 +80,7 @@ class Fill:
             if start:
                 columns = min(round_up(start + self.width), row.columns)
                 layer = row.size_class.layers[self.layer_index]
-                keys, values = layer.show(row.index, 1, columns)
+                keys, values = layer.views(row.index, 1, columns)
             else:
                 keys, values = key[batch], value[batch]
             outputs.append(self.attend_to(query[batch], keys, values, start, scale, window, cap))
@@ -136,14 +138,14 @@ class Fill:
             window = None
         if not start and window is None:
             return None
-        form = start, columns, window, copies, query.dtype, query.device
-        if form not in self.masks:
+        cache_key = start, columns, window, copies, query.dtype, query.device
+        if cache_key not in self.masks:
             tokens = torch.arange(start, start + self.width, device=query.device)
-            behind = tokens[:, None] - torch.arange(columns, device=query.device)
-            unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            distances = tokens[:, None] - torch.arange(columns, device=query.device)
+            unseen = distances < 0 if window is None else (distances < 0) | (distances >= window)
             zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            self.masks[form] = zeros.masked_fill_(unseen, -torch.inf).repeat(copies, 1)
-        return self.masks[form]
+            self.masks[cache_key] = zeros.masked_fill_(unseen, -torch.inf).repeat(copies, 1)
+        return self.masks[cache_key]
 
 
 class Run(NamedTuple):
@@ -171,13 +173,13 @@ class Decode:
         self.masks: dict[Any, Tensor] = {}
         self.layers_stored = self.layers_attended = 0
 
-    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+    def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
         """Store keys and values [n, kv, 1, d]."""
         self.layer_index = layer_index
         for number, (size_class, start, stop) in enumerate(self.groups):
             layer = size_class.layer(layer_index, key, value)
             targets = self._targets(number, key.shape[1], key.device)
-            keys, values = layer.flat
+            keys, values = layer.flat_views
             keys.index_copy_(0, targets, key[start:stop].reshape(-1, keys.shape[1]))
             values.index_copy_(0, targets, value[start:stop].reshape(-1, values.shape[1]))
 
@@ -200,7 +202,7 @@ class Decode:
     ) -> Tensor:
         run = self.runs[number]
         layer = run.size_class.layers[self.layer_index]
-        key, value = layer.show(run.first, run.count, run.columns)
+        key, value = layer.views(run.first, run.count, run.columns)
         n, h, _, d = query.shape
         heads = key.shape[1]
         mask = self._mask(number, window, query)
@@ -213,10 +215,10 @@ class Decode:
         return attended.reshape(n, 1, h, -1)
 
     def _targets(self, number: int, heads: int, device: torch.device) -> Tensor:
-        """The indices in ``Layer.flat`` at which the new keys and values of a group of rows (those
-        of one size class) are stored, [rows · heads]."""
-        form = number, heads, device
-        if (targets := self.targets.get(form)) is None:
+        """The indices in ``LayerMemory.flat_views`` at which the new keys and values of a group of
+        rows (those of one size class) are stored, [rows · heads]."""
+        cache_key = number, heads, device
+        if (targets := self.targets.get(cache_key)) is None:
             size_class, start, stop = self.groups[number]
             heads_of_runs = [
                 torch.arange(run.first * heads, (run.first + run.count) * heads, device=device)
@@ -226,13 +228,13 @@ class Decode:
             starts = heads_of_runs[0] if len(heads_of_runs) == 1 else torch.cat(heads_of_runs)
             columns = self.positions[start:stop].to(device)[:, None]
             targets = starts.view(-1, heads) * size_class.columns + columns
-            targets = self.targets[form] = targets.view(-1)
+            targets = self.targets[cache_key] = targets.view(-1)
         return targets
 
     def _mask(self, number: int, window: int | None, query: Tensor) -> Tensor:
         """The additive mask of the scores of a run, [rows, 1, 1, columns]."""
-        form = number, window, query.dtype, query.device
-        if (mask := self.masks.get(form)) is None:
+        cache_key = number, window, query.dtype, query.device
+        if (mask := self.masks.get(cache_key)) is None:
             run = self.runs[number]
             columns = torch.arange(run.columns, device=query.device)
             stop = run.batch_start + run.count
@@ -240,13 +242,13 @@ class Decode:
             unseen = columns > tokens
             if window is not None:
                 unseen |= columns <= tokens - window
-            flat = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            mask = flat.masked_fill_(unseen, -torch.inf)[:, None, None]
-            self.masks[form] = mask
+            zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
+            mask = zeros.masked_fill_(unseen, -torch.inf)[:, None, None]
+            self.masks[cache_key] = mask
         return mask
 
 
-class Together:
+class DecodeWithPrompts:
     """A ``Decode`` and ``pieces`` of prompts in one call, so that the model's weights are read only
     once. Each piece is a ``Fill`` of one row without padding. The batch begins with the rows of the
     ``Decode``; after these, each token of a piece is a row of the batch."""
@@ -256,13 +258,13 @@ class Together:
         self.count = len(decode.positions)
         self.layers_stored = self.layers_attended = 0
 
-    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+    def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
         """Store keys and values [n + tokens, kv, 1, d]."""
-        self.decode.keep(layer_index, key[: self.count], value[: self.count])
+        self.decode.store(layer_index, key[: self.count], value[: self.count])
         for piece, batch in self._batches():
-            # [1, kv, tokens, d], the shape that ``Fill.keep`` expects
+            # [1, kv, tokens, d], the shape that ``Fill.store`` expects
             keys, values = (each[batch, :, 0].transpose(0, 1)[None] for each in (key, value))
-            piece.keep(layer_index, keys, values)
+            piece.store(layer_index, keys, values)
 
     def attend(
         self, query: Tensor, scale: float | None, window: int | None, cap: float | None
@@ -322,8 +324,8 @@ def _soft_capped_attention(
         visible.unsqueeze(1) if visible.dim() == 4 else visible
     )  # [n, 1, 1, 1, columns] or [s, columns]
     scores = scores.masked_fill(~visible, -torch.inf)
-    chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(chances, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(probabilities, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
 
 
 def attend(query: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
@@ -332,6 +334,6 @@ def attend(query: Tensor, scaling: float | None, further: dict[str, Any]) -> Ten
     among them."""
     if unsupported := [name for name in UNSUPPORTED if further.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unsupported)}")
-    call = NOW.call
+    call = CALL_STATE.call
     call.layers_attended += 1
     return call.attend(query, scaling, further.get("sliding_window"), further.get("softcap"))

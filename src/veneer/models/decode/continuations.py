@@ -29,11 +29,11 @@ from veneer.models.decode.row_memory import LayerForm, Row
 from veneer.models.decode.slots import Slots
 
 #: the most tokens of prompts, padding included, in one call that computes several prompts
-PREFILL = 4096
+MAX_PREFILL_TOKENS = 4096
 
-#: the ``length`` of ``Forward.prove`` for a model whose architecture sets no limit; the trial uses
-#: nine tokens of it
-TRIAL = 32
+#: the ``length`` of ``Forward.compare_logits`` for a model whose architecture sets no limit; the
+#: trial uses nine tokens of it
+TRIAL_LENGTH = 32
 
 #: for each model, the result of its trial: (the state of the model in the trial; the forms of its
 #: layers, or the reason why it cannot be called on the KV cache)
@@ -75,7 +75,7 @@ def open_forward(model: Any, length: int) -> Forward:
         forward = Forward(model)
         try:
             if verdict is None:
-                forward.prove(forward.context or TRIAL, lambda count: _base_of(model))
+                forward.compare_logits(forward.context or TRIAL_LENGTH, lambda _: _base_of(model))
             else:
                 forward.forms = verdict
         except BaseException:
@@ -271,7 +271,7 @@ def _calls_of(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
     calls that compute the prompts."""
     call: list[_Group] = []
     for group in groups:
-        if call and (len(call) + 1) * len(call[0].prompt) > PREFILL:
+        if call and (len(call) + 1) * len(call[0].prompt) > MAX_PREFILL_TOKENS:
             yield call
             call = []
         call.append(group)

@@ -5,7 +5,8 @@
 
 While a ``Forward`` is open, its calls differ from all other calls of the model in two ways:
 attention reads keys and values from the slots, and the output head gets only the last hidden state
-of each row. A trial (``prove``) shows whether the architecture still computes the same logits.
+of each row. A trial (``compare_logits``) shows whether the architecture still computes the same
+logits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from veneer.attach import adapters_of, state_of
 from veneer.errors import ConfigError
 from veneer.kernels import weight_first
-from veneer.models.decode.attention import BLOCK, NOW, attend, round_up
+from veneer.models.decode.attention import BLOCK, CALL_STATE, attend, round_up
 from veneer.models.decode.slots import LayerForm, Row, Slots
 
 PREFIX = "veneer_slots_"
@@ -40,7 +41,7 @@ SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 class Forward:
     """Calls of a causal language model of transformers in eval mode, whose attention is replaced
-    until ``close``. ``logits``: the number of logits of one token. ``forms``: the form of each
+    until ``close``. ``logit_count``: the number of logits of one token. ``forms``: the form of each
     layer's keys and values. ``context``: the most tokens of a row, or None.
 
     Raises:
@@ -91,7 +92,8 @@ class Forward:
             model.set_attn_implementation(self._attentions)
             raise self._refusal("an attention of its own")
         head = model.get_output_embeddings()
-        self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
+        output_layer = model.get_input_embeddings() if head is None else head
+        self.logit_count = output_layer.weight.shape[0]
         self._hooks: list[Any] = []
         if head is not None:
             self._hooks = [
@@ -182,11 +184,11 @@ class Forward:
         batch = self._to_device([ids, positions])
         spans = [(row, start, len(piece)) for row, start, piece in pieces]
         with slots.together(rows, lengths, batch[1, : len(rows)], spans):
-            NOW.rows = rows_wanted = self._to_device(wanted)
+            CALL_STATE.rows = rows_wanted = self._to_device(wanted)
             try:
                 logits = self._logits(slots, batch[0][:, None], batch[1][:, None], None)
             finally:
-                NOW.rows = None
+                CALL_STATE.rows = None
         if len(logits) > len(wanted):  # the head computed all rows: it is adapted, or no module
             logits = logits.index_select(0, rows_wanted.to(logits.device))
         return logits
@@ -200,26 +202,28 @@ class Forward:
         *,
         of_all_tokens: bool = False,
     ) -> Tensor:
-        NOW.last = None if of_all_tokens else last
+        CALL_STATE.last = None if of_all_tokens else last
         try:
             logits = self.model(
                 input_ids=ids, position_ids=positions, use_cache=True, **{self.cache: slots}
             ).logits
         finally:
-            NOW.last = None
+            CALL_STATE.last = None
         if of_all_tokens:
             return logits
         if logits.shape[1] > 1 and last is not None:  # the head is no module, so no hook ran
             logits = _last(logits, last)
         return logits[:, -1]
 
-    def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
+    def compare_logits(
+        self, length: int, select_base: SelectRows = lambda count: nullcontext()
+    ) -> None:
         """Compare the logits of calls on the KV cache with those of the model's own forward, on at
         most nine tokens, and set ``forms``.
 
         Args:
             length: the most tokens of a row.
-            rows: selects the base for the calls of the trial.
+            select_base: selects the base for the calls of the trial.
 
         Raises:
             ConfigError: the logits differ, or a call fails.
@@ -229,13 +233,13 @@ class Forward:
         ids = [(37 * i + 11) % vocabulary for i in range(steps)]
         # no inference mode: tensors that the model keeps of a call are used in training, too
         with torch.no_grad():
-            with rows(1):
-                wanted = self.model(
+            with select_base(1):
+                expected = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
-            NOW.windows = windows = {"mask": set(), "attention": set()}
+            CALL_STATE.windows = windows = {"mask": set(), "attention": set()}
             try:
-                outputs = list(self._trial(ids, rows))
+                outputs = list(self._trial(ids, select_base))
             except (
                 NotImplementedError,
                 AttributeError,
@@ -247,14 +251,16 @@ class Forward:
                     f"which failed in a trial ({type(error).__name__}: {error})"
                 ) from error
             finally:
-                NOW.windows = None
+                CALL_STATE.windows = None
         self._check_windows(windows)
-        size = wanted.abs().amax().clamp_min(1e-3)
-        allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
+        magnitude = expected.abs().amax().clamp_min(1e-3)
+        tolerance = 0.05 if expected.dtype.itemsize == 2 else 1e-3
         for column, logits in outputs:
-            off = float((logits - wanted[column]).abs().amax() / size)
-            if not off < allowed:
-                raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
+            difference = float((logits - expected[column]).abs().amax() / magnitude)
+            if not difference < tolerance:
+                raise self._refusal(
+                    f"whose logits on slots differ by {difference:.1%} from its own"
+                )
 
     def _check_windows(self, windows: dict[str, set[int]]) -> None:
         """Raise ``ConfigError`` if the model applies a sliding window, which rows may exceed, by
@@ -267,7 +273,7 @@ class Forward:
         if masked and (self.context is None or masked[0] < self.context):
             raise self._refusal(f"whose masks alone apply a sliding window of {masked[0]:,} tokens")
 
-    def _trial(self, ids: Sequence[int], select: SelectRows) -> Any:
+    def _trial(self, ids: Sequence[int], select_base: SelectRows) -> Any:
         """Yield (column, logits after the token of this column): of two rows of different size
         classes that are filled and decoded in the same calls, of a row that is filled in two calls,
         and of a row that is filled in the call in which another one decodes."""
@@ -275,22 +281,22 @@ class Forward:
         slots = Slots(6, 2 * BLOCK, self.device, smallest=BLOCK)
         lengths = [max(1, half - 1), half]
         rows: Any = [slots.allocate(columns) for columns in (BLOCK, 2 * BLOCK)]
-        with select(2):
+        with select_base(2):
             yield half - 1, self.fill(slots, rows, [ids[:length] for length in lengths])[1]
             while lengths[1] < total:
                 yield lengths[1], self.decode(slots, rows, [ids[n] for n in lengths], lengths)[1]
                 lengths = [n + 1 for n in lengths]
         rows = [slots.allocate(BLOCK)]
-        with select(1):
+        with select_base(1):
             self.fill(slots, rows, [ids[:half]])
             if half < total:
                 yield total - 1, self.fill(slots, rows, [ids[half:]], [half])[0]
         self.forms: tuple[LayerForm, ...] = tuple(slots.forms)
         if half > 1:
             rows = [slots.allocate(BLOCK), slots.allocate(2 * BLOCK)]
-            with select(2):
+            with select_base(2):
                 self.fill(slots, rows, [ids[:-1], ids[:1]])
-            with select(half):
+            with select_base(half):
                 piece = [(rows[1], 1, ids[1:half])]
                 logits = self.together(slots, rows[:1], ids[-1:], [total - 1], piece)
             yield total - 1, logits[0]
@@ -328,8 +334,8 @@ def context(config: Any) -> int | None:
 def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A hook before the output head. In a call on the KV cache, it passes on only the hidden state
     of each row's last token, [rows, 1, width]. In ``Forward.together``, it passes on those of the
-    rows in ``NOW.rows``, unless the head is adapted, because an adapter expects all rows."""
-    last, rows = getattr(NOW, "last", None), getattr(NOW, "rows", None)
+    rows in ``CALL_STATE.rows``, unless the head is adapted, because an adapter expects all rows."""
+    last, rows = getattr(CALL_STATE, "last", None), getattr(CALL_STATE, "rows", None)
     if rows is not None and inputs and state_of(head) is None:
         return (inputs[0].index_select(0, rows.to(inputs[0].device)), *inputs[1:])
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
@@ -342,7 +348,7 @@ def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None
     linear head, and stores them for ``_multiply_taken_rows``, which multiplies them as
     ``kernels/weight_first.py`` does. The head itself is not changed for this, because another
     thread may attach an adapter to it during the call."""
-    NOW.head_rows = None
+    CALL_STATE.head_rows = None
     if not inputs or inputs[0].dim() < 2 or not weight_first.STATE.is_used:
         return None  # no decode call
     x = inputs[0]
@@ -355,16 +361,16 @@ def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None
         or not weight_first.suits(x.flatten(0, -2), head.weight)
     ):
         return None
-    NOW.head_rows = x
+    CALL_STATE.head_rows = x
     return (x[:0],)
 
 
 def _multiply_taken_rows(head: Any, inputs: Any, output: Tensor) -> Tensor | None:
     """The output of the head for the rows of ``_take_few_rows``; None if there are none."""
-    x = getattr(NOW, "head_rows", None)
+    x = getattr(CALL_STATE, "head_rows", None)
     if x is None:
         return None
-    NOW.head_rows = None
+    CALL_STATE.head_rows = None
     return weight_first.linear(x.flatten(0, -2), head.weight, head.bias).view(*x.shape[:-1], -1)
 
 
@@ -387,7 +393,7 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
         scaling: float | None = None,
         **further: Any,
     ) -> tuple[Tensor, Any]:
-        if getattr(NOW, "call", None) is not None:
+        if getattr(CALL_STATE, "call", None) is not None:
             _note_window("attention", further.get("sliding_window"))
             return attend(query, scaling, further), None
         if implementation == "eager":  # defined in the module of each model
@@ -406,7 +412,7 @@ def _mask(implementation: str) -> Callable[..., Any]:
     and the mask of ``implementation`` in all other calls."""
 
     def mask(*args: Any, **options: Any) -> Any:
-        if getattr(NOW, "call", None) is not None:
+        if getattr(CALL_STATE, "call", None) is not None:
             _note_window("mask", options.get("local_size"))
             return None
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **options)
@@ -416,7 +422,7 @@ def _mask(implementation: str) -> Callable[..., Any]:
 
 def _note_window(function: str, window: int | None) -> None:
     """In a trial: record the sliding window that a mask or attention function is given."""
-    windows = getattr(NOW, "windows", None)
+    windows = getattr(CALL_STATE, "windows", None)
     if windows is not None and window is not None:
         windows[function].add(window)
 

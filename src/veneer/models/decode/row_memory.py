@@ -26,18 +26,18 @@ class LayerForm(NamedTuple):
         return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
     @property
-    def largest(self) -> int:
+    def larger_tensor_bytes(self) -> int:
         """Bytes of the keys, or of the values, of one token, whichever are larger."""
         return self.heads * max(self.key_width, self.value_width) * self.dtype.itemsize
 
 
 class Row:
     """The row of one sequence in a size class. ``index``: its place in the class's tensors, which
-    changes when this row is the last one and moves into the place of a row that ends. ``touched``:
-    how many of its first columns have been written; the others are zero."""
+    changes when this row is the last one and moves into the place of a row that ends.
+    ``written_columns``: how many of its first columns have been written; the others are zero."""
 
     def __init__(self, size_class: SizeClass, index: int) -> None:
-        self.size_class, self.index, self.touched = size_class, index, 0
+        self.size_class, self.index, self.written_columns = size_class, index, 0
 
     @property
     def columns(self) -> int:
@@ -50,7 +50,7 @@ class Row:
         return self.size_class.columns, self.index
 
 
-class Layer:
+class LayerMemory:
     """Keys and values of one layer in one size class, and views of them."""
 
     keys: Tensor  # [rows, kv, columns, d]
@@ -64,11 +64,11 @@ class Layer:
 
     def _forget_views(self) -> None:
         stored = self.keys, self.values
-        # [rows · kv · columns, d] and [rows · kv · columns, e]
-        self.flat = tuple(each.view(-1, each.shape[-1]) for each in stored)
+        #: the keys [rows · kv · columns, d] and the values [rows · kv · columns, e]
+        self.flat_views = tuple(each.view(-1, each.shape[-1]) for each in stored)
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-    def show(self, first: int, count: int, columns: int) -> tuple[Tensor, Tensor]:
+    def views(self, first: int, count: int, columns: int) -> tuple[Tensor, Tensor]:
         """Views [count, kv, columns, ·] of the keys and values of ``count`` rows from ``first`` on.
         They are cached: equal arguments give the same objects."""
         view = first, count, columns
@@ -107,7 +107,7 @@ class SizeClass:
     def __init__(self, columns: int, forms: list[LayerForm]) -> None:
         self.columns, self.forms, self.capacity = columns, forms, 0
         self.rows: list[Row] = []
-        self.layers: list[Layer] = []
+        self.layers: list[LayerMemory] = []
         self.emptied = time.monotonic()  # when the class became empty
 
     @property
@@ -118,16 +118,19 @@ class SizeClass:
     def row_bytes(self) -> int:
         return self.columns * sum(form.nbytes for form in self.forms)
 
-    def largest_tensor(self, capacity: int) -> int:
-        return capacity * self.columns * max((form.largest for form in self.forms), default=0)
+    def largest_tensor_bytes(self, capacity: int) -> int:
+        token_bytes = max((form.larger_tensor_bytes for form in self.forms), default=0)
+        return capacity * self.columns * token_bytes
 
-    def layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
+    def layer(self, index: int, key: Tensor, value: Tensor) -> LayerMemory:
         """The memory of a layer. At the model's first call, ``key`` and ``value`` give its form."""
         while len(self.layers) <= index:
             if len(self.forms) == len(self.layers):
                 widths = key.shape[-1], value.shape[-1]
                 self.forms.append(LayerForm(key.shape[1], *widths, key.dtype, key.device))
-            self.layers.append(Layer(self.forms[len(self.layers)], self.capacity, self.columns))
+            self.layers.append(
+                LayerMemory(self.forms[len(self.layers)], self.capacity, self.columns)
+            )
         return self.layers[index]
 
     def resize(self, capacity: int) -> None:
@@ -136,7 +139,7 @@ class SizeClass:
         grows = capacity > self.capacity
         for index, form in enumerate(self.forms):
             if index == len(self.layers):
-                self.layers.append(Layer(form, capacity, self.columns))
+                self.layers.append(LayerMemory(form, capacity, self.columns))
             else:
                 self.layers[index].resize(capacity, len(self.rows), grows=grows)
         self.capacity = capacity
@@ -151,12 +154,12 @@ class SizeClass:
         """Free a row. The last row moves into its place, and the old place of the last row is
         zeroed, so that no key or value of an ended request remains."""
         last_row = self.rows.pop()
-        columns = max(row.touched, last_row.touched)
+        columns = max(row.written_columns, last_row.written_columns)
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
                 if row is not last_row:
                     stored[row.index, :, :columns] = stored[last_row.index, :, :columns]
-                stored[last_row.index, :, : last_row.touched] = 0
+                stored[last_row.index, :, : last_row.written_columns] = 0
         if row is not last_row:
             self.rows[row.index], last_row.index = last_row, row.index
         if not self.rows:

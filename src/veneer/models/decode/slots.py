@@ -29,14 +29,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from veneer.models.decode.attention import BLOCK, NOW, Decode, Fill, Together, round_up
+from veneer.models.decode.attention import (
+    BLOCK,
+    CALL_STATE,
+    Decode,
+    DecodeWithPrompts,
+    Fill,
+    round_up,
+)
 from veneer.models.decode.row_memory import LayerForm, Row, SizeClass
 
 #: columns of the smallest size class
-SMALLEST = 128
+MIN_COLUMNS = 128
 
 #: the most blocks (of ``BLOCK`` tokens) that are copied at one time
-COPIED = 16
+MAX_COPIED_BLOCKS = 16
 
 
 class Budget:
@@ -75,14 +82,14 @@ class Slots(Cache):
         device: torch.device,
         forms: Sequence[LayerForm] = (),
         budget: Budget | None = None,
-        smallest: int = SMALLEST,
+        smallest: int = MIN_COLUMNS,
     ) -> None:
         super().__init__(layers=[])
         self.rows, self.length, self.device, self.smallest = rows, length, device, smallest
         self.forms, self.budget = list(forms), budget or Budget()
         self.classes: dict[int, SizeClass] = {}
-        self.reclaim: Callable[[int], None] = lambda lacking: None
-        self.call: Fill | Decode | Together | None = None
+        self.reclaim: Callable[[int], None] = lambda lacking_bytes: None
+        self.call: Fill | Decode | DecodeWithPrompts | None = None
 
     def columns_for(self, length: int) -> int:
         """The columns of the size class for rows of ``length`` tokens."""
@@ -114,7 +121,7 @@ class Slots(Cache):
     def copy(self, source: Row, targets: Sequence[Row], length: int) -> None:
         """Copy the first ``length`` tokens of the row ``source`` to the rows ``targets``."""
         for target in targets:
-            target.touched = max(target.touched, length)
+            target.written_columns = max(target.written_columns, length)
             for old, new in zip(source.size_class.layers, target.size_class.layers, strict=True):
                 new.keys[target.index, :, :length] = old.keys[source.index, :, :length]
                 new.values[target.index, :, :length] = old.values[source.index, :, :length]
@@ -134,7 +141,7 @@ class Slots(Cache):
         wider = self.allocate(length)
         if wider is None:
             return False
-        self.copy(row, [wider], row.touched)
+        self.copy(row, [wider], row.written_columns)
         # the caller keeps its Row object: the two objects exchange their places in the classes, and
         # the old place is then released
         row.size_class.rows[row.index], wider.size_class.rows[wider.index] = wider, row
@@ -166,7 +173,7 @@ class Slots(Cache):
         """Allocate memory for another row, and for some more if the budget allows it."""
         used = len(size_class.rows)
         generous = max(used + 1, min(used * 3 // 2, self.rows))
-        capacity = generous if self._lacking(size_class, generous) <= 0 else used + 1
+        capacity = generous if self._bytes_lacking(size_class, generous) <= 0 else used + 1
         if not self._make_room(size_class, capacity):
             return False
         self._resize(size_class, capacity)
@@ -181,40 +188,46 @@ class Slots(Cache):
     def _make_room(self, size_class: SizeClass, capacity: int) -> bool:
         """Whether the budget has room for ``capacity`` rows of a class. If necessary, frees memory
         that no row uses and calls ``reclaim`` to make room."""
-        if self._lacking(size_class, capacity) <= 0:
+        if self._bytes_lacking(size_class, capacity) <= 0:
             return True
-        if self._lacking(size_class, capacity, least=True) > 0:
+        if self._bytes_lacking(size_class, capacity, after_freeing=True) > 0:
             return False  # freeing memory would not suffice
         self.trim()
         self.classes[size_class.columns] = size_class
-        if (lacking := self._lacking(size_class, capacity)) > 0:
-            self.reclaim(lacking)
-        for each in self.classes.values():
-            lacking = self._lacking(size_class, capacity)
-            if lacking > 0 and each is not size_class and each.capacity > len(each.rows):
-                each.resize(len(each.rows))
+        if (lacking_bytes := self._bytes_lacking(size_class, capacity)) > 0:
+            self.reclaim(lacking_bytes)
+        for other in self.classes.values():
+            lacking_bytes = self._bytes_lacking(size_class, capacity)
+            if lacking_bytes > 0 and other is not size_class and other.capacity > len(other.rows):
+                other.resize(len(other.rows))
                 self._account()
-        return self._lacking(size_class, capacity) <= 0
+        return self._bytes_lacking(size_class, capacity) <= 0
 
-    def _lacking(self, size_class: SizeClass, capacity: int, *, least: bool = False) -> int:
+    def _bytes_lacking(
+        self, size_class: SizeClass, capacity: int, *, after_freeing: bool = False
+    ) -> int:
         """The bytes that the budget lacks for ``capacity`` rows of a class; 0 or less if there is
-        room. With ``least``, the bytes that it would lack without cached prefixes and without
-        memory that no row uses."""
+        room. With ``after_freeing``, the bytes that it would lack without cached prefixes and
+        without memory that no row uses."""
         if self.budget.limit is None:
             return 0
         capacities = {
-            each: len(each.rows) if least else each.capacity for each in self.classes.values()
+            other: len(other.rows) if after_freeing else other.capacity
+            for other in self.classes.values()
         } | {size_class: capacity}
-        total = sum(rows * each.row_bytes for each, rows in capacities.items())
-        reserve = max(each.largest_tensor(rows) for each, rows in capacities.items())
-        prefixes = 0 if least else self.budget.prefixes
+        total = sum(rows * each_class.row_bytes for each_class, rows in capacities.items())
+        reserve = max(
+            each_class.largest_tensor_bytes(rows) for each_class, rows in capacities.items()
+        )
+        prefixes = 0 if after_freeing else self.budget.prefixes
         return total + reserve + prefixes - self.budget.limit
 
     def _account(self) -> None:
         classes = self.classes.values()
         self.budget.rows = self.nbytes
         self.budget.reserve = max(
-            (size_class.largest_tensor(size_class.capacity) for size_class in classes), default=0
+            (size_class.largest_tensor_bytes(size_class.capacity) for size_class in classes),
+            default=0,
         )
 
     def fill(
@@ -243,28 +256,30 @@ class Slots(Cache):
         prompts: (row, column of the first token, number of tokens) each. In the batch, each token
         of a piece is a row."""
         fills = [self._fill_of([row], [start], [count], count) for row, start, count in pieces]
-        return self._during_call(Together(self._decode_of(rows, lengths, positions), fills))
+        return self._during_call(
+            DecodeWithPrompts(self._decode_of(rows, lengths, positions), fills)
+        )
 
     def _fill_of(
         self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
     ) -> Fill:
         for row, start, count in zip(rows, starts, counts, strict=True):
-            row.touched = max(row.touched, start + count)
+            row.written_columns = max(row.written_columns, start + count)
         return Fill(rows, starts, counts, width)
 
     def _decode_of(self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor) -> Decode:
         call = Decode(rows, lengths, positions)
         for row, length in zip(rows, lengths, strict=True):
-            row.touched = max(row.touched, length + 1)
+            row.written_columns = max(row.written_columns, length + 1)
         return call
 
     @contextmanager
-    def _during_call(self, call: Fill | Decode | Together) -> Iterator[None]:
-        self.call = NOW.call = call
+    def _during_call(self, call: Fill | Decode | DecodeWithPrompts) -> Iterator[None]:
+        self.call = CALL_STATE.call = call
         try:
             yield
         finally:
-            self.call = NOW.call = None
+            self.call = CALL_STATE.call = None
         if call.layers_stored != call.layers_attended:
             raise RuntimeError(
                 f"{call.layers_stored} layers stored keys and {call.layers_attended} asked for "
@@ -285,8 +300,8 @@ class Slots(Cache):
     def read_blocks(self, row: Row, first: int, stop: int) -> list[Tensor]:
         """Copies of blocks ``first`` … ``stop`` − 1 of a row, [``block_elements``] each."""
         blocks: list[Tensor] = []
-        for start in range(first, stop, COPIED):
-            count = min(COPIED, stop - start)
+        for start in range(first, stop, MAX_COPIED_BLOCKS):
+            count = min(MAX_COPIED_BLOCKS, stop - start)
             stacked = torch.empty(
                 count, self.block_elements, dtype=self.block_dtype, device=self.device
             )
@@ -299,9 +314,9 @@ class Slots(Cache):
 
     def write_blocks(self, row: Row, blocks: Sequence[Tensor]) -> None:
         """Copy blocks into the first columns of a row."""
-        row.touched = max(row.touched, len(blocks) * BLOCK)
-        for start in range(0, len(blocks), COPIED):
-            stacked = torch.stack(list(blocks[start : start + COPIED]))
+        row.written_columns = max(row.written_columns, len(blocks) * BLOCK)
+        for start in range(0, len(blocks), MAX_COPIED_BLOCKS):
+            stacked = torch.stack(list(blocks[start : start + MAX_COPIED_BLOCKS]))
             for stored, copy in self._block_views(row, stacked, start):
                 stored.copy_(copy)
 
@@ -331,7 +346,7 @@ class Slots(Cache):
                 "Slots hold the rows of an engine: call the model within fill or decode"
             )
         self.call.layers_stored += 1
-        self.call.keep(layer_idx, key_states, value_states)
+        self.call.store(layer_idx, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

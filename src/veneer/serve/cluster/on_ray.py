@@ -52,8 +52,8 @@ class AdapterRouter(RequestRouter):
     """A request router of Ray that uses ``routing.replica_groups``. Ray passes the adapter as the
     id of a multiplexed model."""
 
-    def initialize_state(self, rows: int = 16) -> None:
-        self._rows = rows
+    def initialize_state(self, rows_per_replica: int = 16) -> None:
+        self._rows_per_replica = rows_per_replica
 
     async def choose_replicas(
         self,
@@ -71,7 +71,7 @@ class AdapterRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # wait if all replicas are full
         return [
             [by_name[name] for name in group]
-            for group in routing.replica_groups(adapter, running, self._rows)
+            for group in routing.replica_groups(adapter, running, self._rows_per_replica)
         ]
 
 
@@ -196,12 +196,12 @@ def application(
     Raises:
         ConfigError: the keys or ``replicas`` are invalid.
     """
-    rows, queue = settings.rows or ROWS, settings.queue or QUEUE
+    rows_per_replica, queue = settings.rows or ROWS, settings.queue or QUEUE
     # read the keys here, so that an invalid file is reported now and not in the log of a replica
     must_have_keys_for_any_origin(settings, _keyring(keys).is_open)
     router_config: dict[str, Any] = {
         "request_router_class": AdapterRouter,
-        "request_router_kwargs": {"rows": rows},
+        "request_router_kwargs": {"rows_per_replica": rows_per_replica},
     }
     shared_options = {
         "health_check_period_s": HEALTH_CHECK_SECONDS,
@@ -209,9 +209,9 @@ def application(
     }
     replica_deployment = serve.deployment(Replica, name="Replica").options(
         **shared_options,
-        **scale(replicas, rows),
+        **scale(replicas, rows_per_replica),
         request_router_config=RequestRouterConfig(**router_config),
-        max_ongoing_requests=rows + queue,
+        max_ongoing_requests=rows_per_replica + queue,
         ray_actor_options=dict(replica_resources or {}),
     )
     gateway_deployment = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
@@ -221,10 +221,10 @@ def application(
     return gateway_deployment.bind(replicas_app, settings, keys, hosts)
 
 
-def scale(replicas: str, rows: int) -> dict[str, Any]:
+def scale(replicas: str, rows_per_replica: int) -> dict[str, Any]:
     """Ray's options for a number of replicas such as "3", or for a range such as "1-8", within
-    which Ray scales with the load. ``rows``: how many requests a replica answers at one time.
-    ``ConfigError``: ``replicas`` is neither."""
+    which Ray scales with the load. ``rows_per_replica``: how many requests a replica answers at one
+    time. ``ConfigError``: ``replicas`` is neither."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
     min_replicas, max_replicas = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= min_replicas <= max_replicas:
@@ -236,7 +236,7 @@ def scale(replicas: str, rows: int) -> dict[str, Any]:
             "min_replicas": min_replicas,
             "max_replicas": max_replicas,
             "initial_replicas": min_replicas,
-            "target_ongoing_requests": rows,
+            "target_ongoing_requests": rows_per_replica,
         }
     }
 

@@ -34,16 +34,20 @@ def preferred_replicas(adapter: str, replicas: Iterable[str]) -> list[str]:
     )
 
 
-def replica_groups(adapter: str, running: Mapping[str, int], rows: int) -> list[list[str]]:
+def replica_groups(
+    adapter: str, running: Mapping[str, int], rows_per_replica: int
+) -> list[list[str]]:
     """Groups of replicas to try, one group after the other. Within a group, the caller takes the
     replica with the fewest requests. ``adapter``: "" for the base, which every replica has.
-    ``running``: the number of running and waiting requests of each replica, by its name. ``rows``:
-    how many requests a replica answers at one time."""
+    ``running``: the number of running and waiting requests of each replica, by its name.
+    ``rows_per_replica``: how many requests a replica answers at one time."""
     all_replicas = list(running)
     if not adapter:
         return [all_replicas]
     preferred = [
-        [name] for name in preferred_replicas(adapter, all_replicas) if running[name] < rows
+        [name]
+        for name in preferred_replicas(adapter, all_replicas)
+        if running[name] < rows_per_replica
     ]
     return [*preferred, all_replicas]
 

@@ -92,7 +92,7 @@ class CallParser:
         self._new_id = new_id or type(self).new_id
         self._buffer, self._held_space, self._state = "", "", self.first_state
         self._deltas: list[Delta] = []
-        self.calls = 0  # number of calls so far
+        self.call_count = 0  # calls so far
 
     def feed(self, text: str) -> list[Delta]:
         """Add text to the answer; return the deltas that are now certain."""
@@ -105,15 +105,15 @@ class CallParser:
         """Return the remaining deltas, at the end of the answer."""
         while self._step(at_end=True):
             pass
-        if not self.calls:
+        if not self.call_count:
             self._deltas.append(TextDelta(self._held_space))
         self._held_space = ""
         return self._take_deltas()
 
-    def finish(self, engine_reason: str | None) -> str | None:
+    def finish_reason(self, engine_reason: str | None) -> str | None:
         """The ``finish_reason`` of OpenAI's API. ``engine_reason``: why the engine ended the
         answer, such as "stop" or "length"; None while the answer goes on."""
-        return "tool_calls" if engine_reason == "stop" and self.calls else engine_reason
+        return "tool_calls" if engine_reason == "stop" and self.call_count else engine_reason
 
     def _step(self, *, at_end: bool) -> bool:
         """Parse the beginning of the buffer. Return False if nothing more can be parsed before more
@@ -141,12 +141,12 @@ class CallParser:
         self._deltas.append(TextDelta(stripped))
 
     def _emit_call(self, name: str, id: str | None = None) -> None:
-        self._deltas.append(CallDelta(self.calls, id or self._new_id(self._id_prefix), name))
+        self._deltas.append(CallDelta(self.call_count, id or self._new_id(self._id_prefix), name))
         self._held_space = ""
-        self.calls += 1
+        self.call_count += 1
 
     def _emit_arguments(self, arguments: str) -> None:
-        self._deltas.append(CallDelta(self.calls - 1, arguments=arguments))
+        self._deltas.append(CallDelta(self.call_count - 1, arguments=arguments))
 
     def _find_tag(self, tags: Sequence[str], *, at_end: bool) -> tuple[int, str]:
         """The position of the first tag in the buffer, and the tag. If the buffer has no tag: the

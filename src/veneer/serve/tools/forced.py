@@ -17,7 +17,7 @@ from veneer.serve.tools.json_calls import JsonCall, JsonCallParser
 
 #: the largest number of calls in one answer. Without a limit, a small model may write calls until
 #: the answer has its largest length.
-MOST_CALLS = 16
+MAX_CALLS = 16
 
 Schema = Mapping[str, Any]
 
@@ -81,7 +81,7 @@ class NamedCall(CallParser):
         self._name = name
 
     def _step(self, *, at_end: bool) -> bool:
-        if not self.calls and (self._buffer or at_end):
+        if not self.call_count and (self._buffer or at_end):
             self._emit_call(self._name)
         if self._buffer:
             self._emit_arguments(self._consume(len(self._buffer)))

@@ -21,7 +21,7 @@ from veneer.serve.tools.deltas import CallParser, NewId, short_id
 
 #: the largest length of a header (the text between a tag and the arguments, with the tool's name),
 #: in characters
-MAX_HEADER = 512
+MAX_HEADER_CHARS = 512
 
 
 class ValueScanner:
@@ -204,8 +204,8 @@ class JsonCallParser(CallParser):
         return True
 
     def _step_header(self, *, at_end: bool) -> bool:
-        position = self._buffer.find("{", 0, MAX_HEADER)
-        if position < 0 and len(self._buffer) < MAX_HEADER and not at_end:
+        position = self._buffer.find("{", 0, MAX_HEADER_CHARS)
+        if position < 0 and len(self._buffer) < MAX_HEADER_CHARS and not at_end:
             return False
         match = self.header.fullmatch(self._buffer[: max(position, 0)])
         if match is None:  # the tag begins no call, so it is text
@@ -252,7 +252,7 @@ class Llama3Json(JsonCallParser):
     def _step_start(self, *, at_end: bool) -> bool:
         """Find out whether an object follows. Otherwise the rest of the answer is text."""
         text = self._buffer.lstrip()
-        if self.calls:
+        if self.call_count:
             text = text.lstrip("; \n")
         if text.startswith(self.PYTHON):
             self._buffer = text[len(self.PYTHON) :]

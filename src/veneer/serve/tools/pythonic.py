@@ -77,7 +77,7 @@ class Pythonic(CallParser):
             self._emit_call(name_and_arguments[0])
             self._emit_arguments(name_and_arguments[1])
         elif source:
-            self._emit_text("" if self.calls else "[")
+            self._emit_text("" if self.call_count else "[")
             next_state = "text"
         if next_state != "text":
             self._consume(self._position)

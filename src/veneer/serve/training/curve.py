@@ -35,7 +35,7 @@ LOSS_METRIC = "loss:sum"
 class Curve:
     """The losses of a run by step. One thread changes the curve; others may read it meanwhile.
 
-    All fields but ``passes`` are saved as JSON under these names.
+    All fields but ``sums_since_step`` are saved as JSON under these names.
 
     Fields:
         steps: number of optimizer steps so far.
@@ -43,7 +43,8 @@ class Curve:
         every: number of steps per point.
         points: (last step of the point, loss per token, as the mean over ``every`` steps).
         begun: (number of steps in the unfinished next point, sum of their losses per token).
-        passes: (sum of the losses, sum of the token weights) over the passes since the last step.
+        sums_since_step: (sum of the losses, sum of the token weights) over the passes since the
+            last step.
     """
 
     steps: int = 0
@@ -51,16 +52,19 @@ class Curve:
     every: int = 1
     points: list[tuple[int, float]] = field(default_factory=list)
     begun: tuple[int, float] = (0, 0.0)
-    passes: tuple[float, float] = (0.0, 0.0)
+    sums_since_step: tuple[float, float] = (0.0, 0.0)
 
     def add_pass(self, loss_sum: float, loss_name: str, data: Sequence[Datum]) -> None:
         """Add a pass with a backward. ``loss_sum``: the loss summed over all tokens of ``data``."""
-        self.passes = self.passes[0] + loss_sum, self.passes[1] + _token_weight(loss_name, data)
+        earlier_loss_sum, earlier_weight = self.sums_since_step
+        weight = earlier_weight + _token_weight(loss_name, data)
+        self.sums_since_step = earlier_loss_sum + loss_sum, weight
         self.tokens += sum(len(datum.tokens) for datum in data)
 
     def add_step(self) -> None:
         """Turn the passes since the last step into the loss of one step."""
-        (loss_sum, weight), self.passes, self.steps = self.passes, (0.0, 0.0), self.steps + 1
+        loss_sum, weight = self.sums_since_step
+        self.sums_since_step, self.steps = (0.0, 0.0), self.steps + 1
         if not weight:
             return
         self.begun = self.begun[0] + 1, self.begun[1] + loss_sum / weight
@@ -75,7 +79,7 @@ class Curve:
     def drop_passes(self) -> None:
         """Drop the passes since the last step: a loaded checkpoint has replaced the weights and
         discarded the gradients."""
-        self.passes = 0.0, 0.0
+        self.sums_since_step = 0.0, 0.0
 
     def all_points(self) -> list[tuple[int, float]]:
         """The points, and the unfinished next point if it has a loss."""
@@ -97,7 +101,7 @@ class Curve:
                 self.drop_passes()
 
     def write(self, folder: Path) -> None:
-        fields = {name: value for name, value in asdict(self).items() if name != "passes"}
+        fields = {name: value for name, value in asdict(self).items() if name != "sums_since_step"}
         write_whole(folder / CURVE_FILE, json.dumps(fields))
 
 

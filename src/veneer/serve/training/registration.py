@@ -30,7 +30,7 @@ from veneer.serve.training.training_service import Training
 
 #: the largest size of a request body with training data, in bytes. Clients are configured to send
 #: less than a third of it (``routes.CLIENT_SETTINGS``).
-MAX_BODY = 16 * 2**20
+MAX_BODY_BYTES = 16 * 2**20
 
 
 class TrainingExtension(Extension):
@@ -41,7 +41,7 @@ class TrainingExtension(Extension):
     secret_path = "/api/v1/files/"  # the next segment of a file's URL is a secret token
     public_paths = ("/api/v1/healthz", secret_path)
     key_prefix = "tml-"  # the tinker SDK accepts no other API keys
-    max_body = MAX_BODY
+    max_body = MAX_BODY_BYTES
     model_prefix = "tinker://"
 
     def __init__(self, training: Training) -> None:
@@ -91,7 +91,7 @@ class TrainingPlugin:
     ``max_resident`` runs are in memory."""
 
     def __init__(self, folder: str | Path, max_resident: int = 50) -> None:
-        self.folder, self.max_resident, self.turn = folder, max_resident, FairLock()
+        self.folder, self.max_resident, self.model_lock = folder, max_resident, FairLock()
 
     def extend(self, service: Any, model: Any) -> TrainingExtension:
         """Create and start the training service. ``ConfigError``: the model is an encoder, or the
@@ -109,7 +109,7 @@ class TrainingPlugin:
             training = Training(
                 service,
                 model,
-                self.turn,
+                self.model_lock,
                 store,
                 tokenizer=tokenizer,
                 max_resident=self.max_resident,

@@ -55,7 +55,7 @@ CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 8192
 #: names within a checkpoint's folder: the adapter folder, and the file of the optimizer's state
 ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
 #: the largest learning rate and the smallest epsilon: beyond these bounds, weights may overflow
-MAX_RATE, MIN_EPS = 10.0, 1e-20
+MAX_LEARNING_RATE, MIN_EPSILON = 10.0, 1e-20
 #: the largest magnitude in a gradient: AdamW stores squares, and float32 overflows above 3e38
 MAX_GRADIENT = 1e18
 
@@ -94,10 +94,10 @@ class Adam:
 
     def check(self) -> None:
         bounds = (
-            ("learning_rate", self.rate, 0.0, MAX_RATE),
+            ("learning_rate", self.rate, 0.0, MAX_LEARNING_RATE),
             ("beta1", self.beta1, 0.0, 1 - 1e-9),
             ("beta2", self.beta2, 0.0, 1 - 1e-9),
-            ("eps", self.eps, MIN_EPS, 1.0),
+            ("eps", self.eps, MIN_EPSILON, 1.0),
             ("weight_decay × learning_rate", self.decay * self.rate, 0.0, 1.0),
             ("grad_clip_norm", self.clip, 0.0, math.inf),
         )
