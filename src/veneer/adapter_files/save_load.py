@@ -30,10 +30,10 @@ from veneer.attach import (
     name_problems,
     need_adapters,
     only_name,
+    replaced_tensors,
     tie_again,
     unwrap,
     walk,
-    with_values,
     without_backup,
 )
 from veneer.bases import weight_of
@@ -149,7 +149,7 @@ def save_with(
         tensors = full_tensors(
             tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
         )
-        with with_values(modules, tensors):
+        with replaced_tensors(modules, tensors):
             return _content(model, adapter_name, base_name, fingerprints)
 
     if ranks is None:

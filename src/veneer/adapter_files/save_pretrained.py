@@ -37,10 +37,10 @@ from veneer.attach import (
     changes,
     layer_states,
     need_adapters,
+    replaced_tensors,
     require_attached_base,
     selected_name,
     unwrap,
-    with_values,
     without_adapters,
 )
 from veneer.distributed import base_class, is_spread
@@ -274,7 +274,7 @@ def _save_from_state(
             id(model_tensors[key]),
             nn.Parameter(state[key], requires_grad=False) if is_parameter else state[key],
         )
-    with with_values(model.modules(), replacements):
+    with replaced_tensors(model.modules(), replacements):
         write()
 
 

@@ -33,7 +33,7 @@ from veneer.variants import VARIANTS
 
 #: the largest ``in`` of a layer for which Σ xᵀx [in, in] is collected. At this size, the matrix
 #: takes 8.6 GB in float64
-MAX_INPUTS = 32_768
+MAX_MOMENT_INPUTS = 32_768
 
 #: (model, batch) -> the loss of the model for the batch, a scalar tensor
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -112,10 +112,10 @@ def _problems(
                 kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
             )
             yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
-        elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_INPUTS:
+        elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_MOMENT_INPUTS:
             yield sentence(
                 f"{path} with {weight_plan.dims.in_} inputs",
-                f"at most {MAX_INPUTS}, whose second moment fits into memory",
+                f"at most {MAX_MOMENT_INPUTS}, whose second moment fits into memory",
                 "exclude it",
             )
         weight = weight_of(modules[weight_plan.path], weight_plan.weight)

@@ -31,10 +31,10 @@ from veneer.attach.layer.state import (
     ModelAdapters,
     one_thread_at_a_time,
 )
-from veneer.attach.layer.token_rows import ROWS, initial_rows
+from veneer.attach.layer.token_rows import TOKEN_ROWS, initial_rows
 from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.attach.planning.refusals import name_problems
-from veneer.attach.source.source_analysis import same_input
+from veneer.attach.source.source_analysis import shared_input_groups
 from veneer.attach.source.weight_readers import (
     bound_methods,
     fast_path_switches,
@@ -156,14 +156,14 @@ def build_layer_adapters(
     # layer adapter too, which turns the fast path off.
     readers = [reader for weight_plan in plans.low for reader in weight_plan.weight_readers]
     for reader in (*readers, *plans.full_readers):
-        read_path = names.canonical[".".join((reader.path, *reader.below)).strip(".")]
+        read_path = names.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
         read_adapter = layer_adapters[read_path]
         layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            layer_adapter.submodule_adapters[reader.below] = read_adapter
+            layer_adapter.submodule_adapters[reader.path_below] = read_adapter
         else:
             layer_adapter.submodule_adapters_by_method.setdefault(reader.method, {})[
-                reader.below
+                reader.path_below
             ] = read_adapter
     for path in list(layer_adapters):
         for path_above in modules_with_fast_path(names, path):
@@ -271,7 +271,7 @@ def adapt_modules(
             model_adapters.layer_paths[layer_state.key] = path
             adapt_module(module, layer_state)
             layer_state.bound_methods = tuple(bound_methods(module))
-        layer_adapter.finalize(module, layer_state)
+        layer_adapter.set_fused_change(module, layer_state)
         adapt_methods(module, layer_adapter.submodule_adapters_by_method)
         adapters_by_key.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
     group_shared_inputs(names, layer_adapters)
@@ -301,7 +301,7 @@ def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]
     """Group the layers that read the same input, such as q_proj, k_proj and v_proj, so that the
     call of the first one computes all of them."""
     for path, module in names.modules.items():
-        for children in same_input(base_class(module)):
+        for children in shared_input_groups(base_class(module)):
             groups: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
             for child_path in dict.fromkeys(
                 names.canonical.get(parameter_path(path, child), "") for child in children
@@ -367,19 +367,21 @@ def make_change(
     weight = weight_of(module, weight_plan.weight)
     change_parameters: dict[str, Tensor] = {}
     if weight_plan.rank:
-        loaded_parameters = {name: value for name, value in parameters.items() if name != ROWS}
+        loaded_parameters = {
+            name: value for name, value in parameters.items() if name != TOKEN_ROWS
+        }
         change_parameters = _variant_parameters(
             weight_plan, weight, config, loaded_parameters, calibration
         )
     tokens = None if weight_plan.tokens is None else torch.tensor(weight_plan.tokens, device="cpu")
     if tokens is not None:
         token_rows = (
-            parameters[ROWS]
-            if ROWS in parameters
+            parameters[TOKEN_ROWS]
+            if TOKEN_ROWS in parameters
             else initial_rows(weight_plan.storage.dense(weight), tokens)
         )
         dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
-        change_parameters[ROWS] = token_rows.to(
+        change_parameters[TOKEN_ROWS] = token_rows.to(
             weight_plan.storage.device(weight), dtype, copy=True
         )
     return Change(

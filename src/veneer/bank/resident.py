@@ -93,7 +93,7 @@ class ResolvedLowRank:
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         yield id(self)
 
-    def below(self, method: str) -> Mapping[ModulePath, Any]:
+    def adapters_read_by(self, method: str) -> Mapping[ModulePath, Any]:
         return {}
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:

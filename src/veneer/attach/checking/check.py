@@ -45,13 +45,13 @@ from veneer.precision import compute_device, double
 #: The largest relative error of a change's gradient against that of a plain model of W + ΔW, by the
 #: size of the weight's elements in bytes. If a layer's ΔW is not read, the error is about 1. Kinks
 #: of ReLUs and rounding errors stay below these limits.
-TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
+TOLERANCE_BY_ELEMENT_SIZE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
 #: gradient of a key projection's bias.
-NOISE = 1e-4
+NOISE_SHARE = 1e-4
 #: in most error texts of ``_CheckedChange.problem``: what is expected, and what to do
-DEPENDS = "a layer that the output depends on"
-REACH = "exclude it, or give an example that reaches it"
+EXPECTED_LAYER = "a layer that the output depends on"
+HOW_TO_REACH = "exclude it, or give an example that reaches it"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class _CheckedChange:
     ids: frozenset[int]
     parameters: tuple[nn.Parameter, ...]
 
-    def problem(self, description: str, expected: str = DEPENDS, do: str = REACH) -> str:
+    def problem(
+        self, description: str, expected: str = EXPECTED_LAYER, do: str = HOW_TO_REACH
+    ) -> str:
         subject = f"{self.path!r} ({base_class(self.module).__name__}) {description}"
         return sentence(subject, expected, do)
 
@@ -288,11 +290,11 @@ def _gradient_problems(
     for change in checked:
         expected = full_gradient(defined_gradients, change)
         error = (full_gradient(adapter_gradients, change) - expected).norm().item() / max(
-            expected.norm().item(), NOISE * largest_norm, 1e-30
+            expected.norm().item(), NOISE_SHARE * largest_norm, 1e-30
         )
         parameters = change.module.parameters(recurse=False)
         element_size = min((p.element_size() for p in parameters), default=4)
-        if not error < TOLERANCE.get(element_size, 0.5):
+        if not error < TOLERANCE_BY_ELEMENT_SIZE.get(element_size, 0.5):
             problem = f"has a different gradient than W + ΔW in its place ({error:.0%} off)"
             readable = (
                 "a weight that is read through its layer's forward, or directly by a module"

@@ -309,7 +309,7 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
 
 
 @contextmanager
-def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
+def replaced_tensors(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
     """A context manager that replaces tensors of modules. Each parameter or buffer whose ``id`` is
     a key of ``values`` is replaced by the value of that key until the end of the context."""
     tables: list[Any] = [

@@ -51,13 +51,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
+def need_adapters(
+    model: nn.Module, name: str | None = None, *, check_all_layers: bool = True
+) -> ModelAdapters:
     """The ``ModelAdapters`` of a model.
 
     Args:
         name: an adapter that must exist; None requires no adapter of a name.
-        walk: whether to check all layers for adapters of another model object. If False, they are
-            checked only if an adapted layer has been copied in this process.
+        check_all_layers: whether to check all layers for adapters of another model object. If
+            False, they are checked only if an adapted layer has been copied in this process.
 
     Raises:
         SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
@@ -71,7 +73,7 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
             "call veneer.attach or load first",
         )
     model_adapters.claim(unwrap(model))
-    if (walk or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
+    if (check_all_layers or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
         raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in model_adapters.configs):
         raise SelectionError(

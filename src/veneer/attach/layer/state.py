@@ -114,15 +114,16 @@ NONE_SELECTED = ActiveAdapter(None, None)
 
 #: A lock that is held while adapters are attached, detached or merged. Threads that call the model
 #: never wait for it.
-CHANGING = threading.RLock()
+ADAPTER_CHANGE_LOCK = threading.RLock()
 
 
 def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of functions that change a model's adapters: the function holds ``CHANGING``."""
+    """Decorator of functions that change a model's adapters: the function holds
+    ``ADAPTER_CHANGE_LOCK``."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with CHANGING:
+        with ADAPTER_CHANGE_LOCK:
             return function(*args, **kwargs)
 
     return run

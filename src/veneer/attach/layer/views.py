@@ -55,7 +55,10 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
-    function, submodule_adapters = method_of(base_cls, method), layer_adapter.below(method)
+    function, submodule_adapters = (
+        method_of(base_cls, method),
+        layer_adapter.adapters_read_by(method),
+    )
     replacements = layer_adapter.replacements(module)
     dtypes = {
         change.storage.dtype(frozen_weight(change, module, name))

@@ -116,7 +116,7 @@ def _misread_base_problem(model: nn.Module) -> str | None:
     misread = [
         f"{path!r} {tuple(storage.shape(weight))}"
         for path, weight, storage in packed_weights
-        if storage.misread(weight)
+        if storage.library_misreads(weight)
     ]
     if not misread:
         return None
@@ -168,7 +168,7 @@ def frozen_on_purpose(names: Names) -> set[int]:
     model_adapters = adapters_of(names.model)
     requires_grad_before = {} if model_adapters is None else model_adapters.original_requires_grad
     trains: dict[int, bool] = {}
-    for key, refs in names.holders().items():
+    for key, refs in names.refs_by_parameter_id().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
         requires_grad_now = names.modules[path]._parameters[name].requires_grad
         trains[key] = requires_grad_before.get(parameter_path(path, name), requires_grad_now)
