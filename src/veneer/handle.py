@@ -105,7 +105,7 @@ def attach(
     # holds its new rows, and its fingerprint shows at loading whether the other rows differ.
     adapter_parameter_ids |= {
         id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
-        for weight_plan in plans.low
+        for weight_plan in plans.low_rank_plans
         if weight_plan.tokens
     }
     untrained_refs = [

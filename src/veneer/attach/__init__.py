@@ -34,15 +34,15 @@ if TYPE_CHECKING:
         adapters,
         adapters_of,
         changes,
+        name_or_default,
         need_adapters,
-        only_name,
         selected_name,
         unwrap,
     )
     from veneer.attach.layer.names import Names
     from veneer.attach.layer.state import (
         BASE,
-        STATE,
+        LAYER_STATE_NAME,
         ActiveAdapter,
         Call,
         LayerState,
@@ -130,7 +130,7 @@ _LAZY = {
     "adapters_of": "layer.lookup",  # the ModelAdapters of a model, or None
     "changes": "layer.lookup",  # each weight with a low-rank change of an adapter, with its Change
     "need_adapters": "layer.lookup",  # the ModelAdapters of a model; an error if it has none
-    "only_name": "layer.lookup",  # the name of the default adapter, or of the only one
+    "name_or_default": "layer.lookup",  # the name of the default adapter, or of the only one
     "selected_name": "layer.lookup",  # the name of the adapter that a call would use now
     "unwrap": "layer.lookup",  # the model inside of the wrappers of DDP and torch.compile
     # an adapted layer
@@ -141,7 +141,7 @@ _LAZY = {
     "LayerAdapter": "layer.layer_adapter",  # the changes of one adapter at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
     "TOKEN_ROWS": "layer.token_rows",  # the name of the trained token rows in a Change
-    "STATE": "layer.state",  # the name of the child of a layer that holds its LayerState
+    "LAYER_STATE_NAME": "layer.state",  # the name of the child of a layer that holds its LayerState
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None

@@ -25,7 +25,7 @@ from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
-    ADAPTERS,
+    MODEL_ADAPTERS_NAME,
     ActiveAdapter,
     LayerState,
     ModelAdapters,
@@ -131,11 +131,11 @@ def build_layer_adapters(
         TargetError: the variant cannot be initialised from some weights.
     """
     modules, parameters = names.modules, parameters or {}
-    for weight_plan in plans.low:
+    for weight_plan in plans.low_rank_plans:
         weight_plan.storage.prepare(modules[weight_plan.path])
     problems: list[str] = []
     layer_adapters: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
-    for weight_plan in plans.low:
+    for weight_plan in plans.low_rank_plans:
         try:
             change = make_change(
                 weight_plan, modules, plans.config, parameters.get(weight_plan.ref, {}), calibration
@@ -146,7 +146,7 @@ def build_layer_adapters(
         layer_adapters[weight_plan.path].low._modules[weight_plan.weight] = change
         for path, weight in weight_plan.holders:
             layer_adapters[path].changes[weight] = change
-    for weight_plan in plans.low if problems else ():
+    for weight_plan in plans.low_rank_plans if problems else ():
         if state_of(modules[weight_plan.path]) is None:
             weight_plan.storage.release(modules[weight_plan.path])
     raise_all(TargetError, "Nothing was attached", problems)
@@ -154,7 +154,9 @@ def build_layer_adapters(
     # A module that directly reads the weight of a module below it gets a reference to the layer
     # adapter of that module. Each module with a fused fast path above an adapted module gets a
     # layer adapter too, which turns the fast path off.
-    readers = [reader for weight_plan in plans.low for reader in weight_plan.weight_readers]
+    readers = [
+        reader for weight_plan in plans.low_rank_plans for reader in weight_plan.weight_readers
+    ]
     for reader in (*readers, *plans.full_readers):
         read_path = names.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
         read_adapter = layer_adapters[read_path]
@@ -245,7 +247,7 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
         model_adapters.original_requires_grad = {
             path: p.requires_grad for path, p in model.named_parameters()
         }
-        model.__dict__[ADAPTERS] = model_adapters
+        model.__dict__[MODEL_ADAPTERS_NAME] = model_adapters
         model_adapters.claim(model)
         for parameter in model.parameters():
             # not ``requires_grad_``, which fails on a parameter that has no shape yet

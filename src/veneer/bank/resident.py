@@ -179,9 +179,9 @@ def load_resident(
             "call veneer.unmerge(model) first",
         )
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
-    config, low = load_plan.adapter_files.config, load_plan.plans.low
-    # ``cache`` keeps the tuple ``low``, so no other object gets its id
-    resolve_plan = resolve_plans.get(id(low))
+    config, low_rank_plans = load_plan.adapter_files.config, load_plan.plans.low_rank_plans
+    # ``cache`` keeps the tuple ``low_rank_plans``, so no other object gets its id
+    resolve_plan = resolve_plans.get(id(low_rank_plans))
     if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:
         layer_changes = resolve_plan.resolve(load_plan.adapter_parameters, dtype)
         return _make_resident(path, config, layer_changes, [], len(layer_changes))
@@ -195,12 +195,12 @@ def load_resident(
         key: resolved_low.get(id(layer_adapter), layer_adapter)
         for key, layer_adapter in table.items()
     }
-    modules = [names.modules[entry.path] for entry in low]
+    modules = [names.modules[entry.path] for entry in low_rank_plans]
     all_resolved = not (unresolved or load_plan.full or VARIANTS[config.variant].derived) and len(
         table
-    ) == len(low)
-    if all_resolved and all(map(_covers_weight, low, modules)):
-        resolve_plans[id(low)] = ResolvePlan(config, low, modules)
+    ) == len(low_rank_plans)
+    if all_resolved and all(map(_covers_weight, low_rank_plans, modules)):
+        resolve_plans[id(low_rank_plans)] = ResolvePlan(config, low_rank_plans, modules)
     return _make_resident(path, config, layer_changes, unresolved, len(layer_adapters))
 
 
@@ -236,12 +236,12 @@ class ResolvePlan:
 
     Fields:
         config: the config that an adapter must have.
-        low: the plan of each low-rank change.
+        low_rank_plans: the plan of each low-rank change.
         modules: for each of these, the module with the changed weight.
     """
 
     config: LoraConfig
-    low: tuple[LowRankPlan, ...]
+    low_rank_plans: tuple[LowRankPlan, ...]
     modules: Sequence[nn.Module]
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class ResolvePlan:
         ``dtype``: dtype of the factors; None takes the dtype of each weight."""
         variant = VARIANTS[self.config.variant]
         resolved = []
-        for entry, module in throttle(zip(self.low, self.modules, strict=True)):
+        for entry, module in throttle(zip(self.low_rank_plans, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             parameter_dtype = trained_dtype(self.config, weight.dtype)
             weight_parameters = {
@@ -278,7 +278,8 @@ class ResolvePlan:
         }
 
 
-#: by the id of ``LoadPlan.plans.low``, the tuple with the plans of an adapter's low-rank changes
+#: by the id of ``LoadPlan.plans.low_rank_plans``, the tuple with the plans of an adapter's low-rank
+#: changes
 ResolvePlans = dict[int, ResolvePlan]
 
 

@@ -30,8 +30,8 @@ from veneer.attach.checking.recompute import ComputedParameters, ParametersCompu
 from veneer.attach.layer.adapted_module import layer_states, walk
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
-from veneer.attach.layer.state import STATE, ActiveAdapter
+from veneer.attach.layer.lookup import adapters, changes, name_or_default, need_adapters, unwrap
+from veneer.attach.layer.state import LAYER_STATE_NAME, ActiveAdapter
 from veneer.attach.layer.views import view
 from veneer.attach.rows.blend import Blend
 from veneer.attach.select import active_adapter
@@ -120,7 +120,9 @@ def check(
     """
     model = unwrap(model)
     model_adapters = need_adapters(model)
-    active = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
+    active = active_adapter(
+        model, name if isinstance(name, Mapping) else name_or_default(model, name)
+    )
     if model_adapters.merged != active.merged_at_attach:
         raise CheckError(
             f"{model_adapters.merged!r} merged into the weights, on which {active.name!r} does not"
@@ -411,7 +413,7 @@ def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | Non
     submodule_adapters: set[int] = set()
     for _, module, layer_adapter in adapters(model, name):
         are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
-        layer_state: Any = module._modules[STATE]
+        layer_state: Any = module._modules[LAYER_STATE_NAME]
         submodule_adapters.update(
             id(adapter) for adapter in layer_adapter.submodule_adapters.values()
         )

@@ -33,9 +33,9 @@ from veneer.errors import SelectionError
 from veneer.layers import Layer
 
 #: the name of the child of an adapted layer that holds its ``LayerState``
-STATE = "veneer"
+LAYER_STATE_NAME = "veneer"
 #: the attribute of a model that holds its ``ModelAdapters``
-ADAPTERS = "_veneer"
+MODEL_ADAPTERS_NAME = "_veneer"
 
 #: the names of the children that lead from a module to a module below it
 ModulePath = tuple[str, ...]

@@ -77,7 +77,7 @@ class Plans:
     """Everything that one adapter changes.
 
     Fields:
-        low: the plans of the low-rank changes.
+        low_rank_plans: the plans of the low-rank changes.
         full: the names of the parameters that are trained in full, by the path of their module.
         full_modules: the paths of the modules that ``train_also`` matches. The adapter also has
             copies of their buffers.
@@ -87,7 +87,7 @@ class Plans:
     """
 
     config: LoraConfig
-    low: tuple[LowRankPlan, ...]
+    low_rank_plans: tuple[LowRankPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     full_modules: frozenset[str] = frozenset()
     full_readers: tuple[WeightReader, ...] = ()

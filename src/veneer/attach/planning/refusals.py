@@ -18,7 +18,7 @@ from veneer.attach.invocation import takes_input_ids
 from veneer.attach.layer.adapted_module import walk
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
-from veneer.attach.layer.state import STATE, LayerState
+from veneer.attach.layer.state import LAYER_STATE_NAME, LayerState
 from veneer.attach.source.from_peft import peft_problem
 from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable, weight_of
@@ -153,13 +153,12 @@ def unadaptable(names: Names, path: str, method: str = "forward") -> str | None:
 
 def _name_conflict(module: nn.Module) -> str | None:
     """An error text if a module has a child with the name of the layer state; else None."""
-    child = dict(module._modules.items()).get(STATE)  # a ScriptModule's children are no dict
+    # a ScriptModule's children are no dict
+    child = dict(module._modules.items()).get(LAYER_STATE_NAME)
     is_free = child is None or isinstance(child, LayerState)
-    return (
-        None
-        if is_free
-        else f"it has a child of its own called {STATE!r}, where its adapters would stand"
-    )
+    if is_free:
+        return None
+    return f"it has a child of its own called {LAYER_STATE_NAME!r}, where its adapters would stand"
 
 
 def frozen_on_purpose(names: Names) -> set[int]:

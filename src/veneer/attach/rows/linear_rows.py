@@ -25,7 +25,7 @@ from veneer.attach.layer.fused_linear import (
 )
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import add_update
-from veneer.attach.layer.state import STATE
+from veneer.attach.layer.state import LAYER_STATE_NAME
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import new_seed
 from veneer.kernels.spans import Span, can_batch, linear, linears
@@ -92,7 +92,7 @@ class LinearRows:
         if any(modules != group_modules[0] for modules in group_modules):
             return []
         siblings = [
-            (module, self.row_adapters[module._modules[STATE].key].linear)
+            (module, self.row_adapters[module._modules[LAYER_STATE_NAME].key].linear)
             for module in group_modules[0][1:]
         ]
         return [
