@@ -16,7 +16,7 @@ PRIVATE = {
     "artefact": "AdapterFiles", "filing": "PEFT mapping", "filed": "PeftEntry", "fitting": "match",
     "fitted": "match", "derive": "write_derived", "hosted": "submodule_adapters", "site": "LayerState",
     "sites": "LayerState", "wish": "TargetSpec", "lowplan": "LowRankPlan", "evidence": "calibration data",
-    "settle": "finalize", "hollow": "meta_model", "skeleton": "linear_stub_model", "prints": "fingerprints",
+    "settle": "set_fused_change", "hollow": "meta_model", "skeleton": "linear_stub_model", "prints": "fingerprints",
     "lineup": "BatchAssignment", "spot": "AlignedWeight", "grounds": "BaseWeights", "ground": "BaseWeight",
     "deck": "BatchState", "decks": "BatchState", "rack": "groups", "racks": "groups", "mix": "blend",
     "mixes": "blend", "skinny": "thin_matmul", "dot16": "bf16_dot", "pace": "throttle", "paced": "throttle",

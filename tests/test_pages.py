@@ -17,7 +17,7 @@ import yaml
 from scripts import errors_page, files_index
 
 import veneer
-from veneer.attach.source.from_peft import METHODS
+from veneer.attach.source.from_peft import PEFT_METHODS
 from veneer.errors import AdapterError
 from veneer.formats import peft_fields
 
@@ -422,7 +422,7 @@ def test_every_helper_of_peft_has_its_row():
 
 def test_the_methods_that_are_answered_are_listed():
     peft = pytest.importorskip("peft")
-    answered = METHODS.keys() & {*dir(peft.PeftModel), *dir(peft.LoraModel)}
+    answered = PEFT_METHODS.keys() & {*dir(peft.PeftModel), *dir(peft.LoraModel)}
     text = FROM_PEFT.split("raise a `MethodError`", 1)[1].split("`save_pretrained`", 1)[0]
     assert set(re.findall(r"`(\w+)`", text)) == answered
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from veneer.attach import (
-    METHODS,
+    PEFT_METHODS,
     CallPlan,
     Change,
     LayerAdapter,
@@ -105,7 +105,7 @@ def attach(
     # holds its new rows, and its fingerprint shows at loading whether the other rows differ.
     adapter_parameter_ids |= {
         id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
-        for weight_plan in plans.low
+        for weight_plan in plans.low_rank_plans
         if weight_plan.tokens
     }
     untrained_refs = [
@@ -220,7 +220,7 @@ class Handle:
         def __getattr__(self, name: str) -> Any:
             """Raise an error that names the replacement of PEFT's methods, or the model's attribute
             of this name."""
-            do = METHODS.get(name)
+            do = PEFT_METHODS.get(name)
             if name == "save_pretrained":
                 do = (
                     "handle.save(folder), or model.save_pretrained(folder), which writes the"

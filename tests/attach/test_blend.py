@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import veneer
-from veneer.attach.layer.state import STATE
+from veneer.attach.layer.state import LAYER_STATE_NAME
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.variants import VARIANTS
@@ -43,7 +43,9 @@ def bits(model):
     """Every parameter and buffer that is the base's own."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        path: value.detach().clone() for path, value in own.items() if STATE not in path.split(".")
+        path: value.detach().clone()
+        for path, value in own.items()
+        if LAYER_STATE_NAME not in path.split(".")
     }
 
 

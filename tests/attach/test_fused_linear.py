@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer import context
-from veneer.attach.source.source_analysis import same_input
+from veneer.attach.source.source_analysis import shared_input_groups
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
@@ -102,7 +102,7 @@ def test_layers_that_read_one_value_are_computed_together():
 def test_what_real_models_compute_together(name, groups):
     module, _, cls = f"transformers.models.{name}".rpartition(".")
     __import__(module)
-    assert set(same_input(getattr(sys.modules[module], cls))) == groups
+    assert set(shared_input_groups(getattr(sys.modules[module], cls))) == groups
 
 
 class Branches(nn.Module):
@@ -124,7 +124,7 @@ class Branches(nn.Module):
 
 
 def test_branches_and_new_values_are_not_alike():
-    assert same_input(Branches) == ()
+    assert shared_input_groups(Branches) == ()
     module, handle = adapted(Branches(), targets=["a", "b", "d", "e"])
     assert together(handle) == []
     x = torch.randn(3, 4, dtype=torch.float64)
@@ -485,7 +485,7 @@ def test_the_plan_forms_weights_for_many_tokens_in_float32_only():
         cost_model.costs(576, 576, 8, tokens, torch.float32, True) for tokens in (64, 4096)
     )
     assert (few.choice, many.choice) == ("factored", "materialised")
-    above = cost_model.forms_above(576, 576, 8, torch.float32)
+    above = cost_model.max_factored_tokens(576, 576, 8, torch.float32)
     assert 64 < above < 4096
     below, beyond = (
         cost_model.costs(576, 576, 8, int(above) + step, torch.float32, True).choice
@@ -494,7 +494,7 @@ def test_the_plan_forms_weights_for_many_tokens_in_float32_only():
     assert (below, beyond) == ("factored", "materialised")
     assert "materialised" in str(many)
     for dtype in (torch.bfloat16, torch.float16):
-        assert cost_model.forms_above(576, 576, 8, dtype) == float("inf")
+        assert cost_model.max_factored_tokens(576, 576, 8, dtype) == float("inf")
         assert cost_model.costs(576, 576, 8, 10**9, dtype, True).choice == "factored"
 
 
@@ -518,7 +518,7 @@ def test_the_plan_can_be_printed_and_overridden():
 @pytest.mark.parametrize("tokens", [3, 4000])
 def test_both_sides_of_the_plan_give_one_answer(tokens):
     layer, handle = adapted(nn.Linear(16, 16))
-    assert 3 < handle.layers[""].fused_change.forms_above < 4000
+    assert 3 < handle.layers[""].fused_change.max_factored_tokens < 4000
     x = torch.randn(tokens, 16, dtype=torch.float64)
     assert same(values(layer, x), reference(layer, x))
     before = bits(layer)

@@ -18,7 +18,7 @@ from tests.support.tiny import tiny_model
 from torch import nn
 
 import veneer
-from veneer.attach.source.from_peft import METHODS
+from veneer.attach.source.from_peft import PEFT_METHODS
 from veneer.errors import AdapterError, ConfigError, MethodError, NotQuantized, TargetError
 from veneer.formats import peft as peft_format
 
@@ -38,7 +38,7 @@ def conv_net() -> nn.Module:
 # ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(PEFT_METHODS))
 @pytest.mark.parametrize(
     "make", [tiny_model, lambda: nn.Sequential(nn.Linear(8, 8))], ids=["transformers", "torch"]
 )
@@ -48,7 +48,7 @@ def test_a_method_of_pefts_models_says_what_does_the_same_here(make: Any, method
     handle = veneer.attach(model, LORA)
     with pytest.raises(MethodError, match=method) as raised:
         getattr(model, method)
-    assert METHODS[method] in str(raised.value)
+    assert PEFT_METHODS[method] in str(raised.value)
     with pytest.raises(MethodError, match=method):
         getattr(copy.deepcopy(model), method)
     assert not hasattr(model, method)
@@ -64,7 +64,7 @@ def test_every_method_that_transformers_mixes_in_for_peft_is_answered() -> None:
     from transformers.integrations.peft import PeftAdapterMixin
 
     public = {name for name in vars(PeftAdapterMixin) if not name.startswith("_")}
-    assert public - {"peft_config"} - METHODS.keys() == {
+    assert public - {"peft_config"} - PEFT_METHODS.keys() == {
         "enable_peft_hotswap"
     }  # of later calls of the others
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files.save_pretrained import LoadedElsewhere
-from veneer.attach.layer.state import STATE
+from veneer.attach.layer.state import LAYER_STATE_NAME
 from veneer.errors import BaseMismatchError, CheckError, MergeError, SelectionError, VeneerError
 from veneer.tools.compare import compare
 
@@ -27,7 +27,9 @@ LINEAR = veneer.LoraConfig(rank=2, targets="all-linear")
 def bits(model):
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        path: value.detach().clone() for path, value in own.items() if STATE not in path.split(".")
+        path: value.detach().clone()
+        for path, value in own.items()
+        if LAYER_STATE_NAME not in path.split(".")
     }
 
 

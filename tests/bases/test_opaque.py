@@ -367,7 +367,7 @@ def test_a_product_of_torch_that_has_no_derivative_trains():
 
 def test_the_gradient_is_the_same_in_pieces(libraries, monkeypatch):  # noqa: F811
     module, dense, _, change = adapted(libraries, "fbgemm", False)
-    monkeypatch.setattr("veneer.bases.opaque.COLUMNS", 24)
+    monkeypatch.setattr("veneer.bases.opaque.COLUMNS_PER_CALL", 24)
     x = torch.randn(3, 2, IN, requires_grad=True)
     module(x).sum().backward()
     low, _ = change.resolve_float64(module)

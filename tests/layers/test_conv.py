@@ -40,7 +40,7 @@ def _any_size(monkeypatch):
 def formed(request, monkeypatch):
     """Whether W + ΔW is formed for any number of positions."""
     monkeypatch.setattr(
-        cost_model, "forms_above", lambda *about: 0 if request.param else float("inf")
+        cost_model, "max_factored_tokens", lambda *about: 0 if request.param else float("inf")
     )
     return request.param
 

@@ -34,7 +34,7 @@ from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_
 from veneer.adapter_files.peft_starts import without_initial_product
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach import (
-    ROWS,
+    TOKEN_ROWS,
     LayerAdapter,
     LowRankPlan,
     Names,
@@ -366,7 +366,7 @@ class _Match:
 
     def rows_of(self, plan: LowRankPlan) -> dict[str, Tensor]:
         """The adapter parameter with the trained token rows of a weight, by the parameter's name
-        (``ROWS``); empty if the folder has no rows for the weight."""
+        (``TOKEN_ROWS``); empty if the folder has no rows for the weight."""
         tokens = self.tokens.get(plan.ref)
         if self.adapter_files.record is not None and saved_token_rows.differs_from_record(
             self.adapter_files, plan.full_path, tokens
@@ -376,7 +376,7 @@ class _Match:
                 "the same",
                 COPY_ADVICE,
             )
-        return {} if tokens is None else {ROWS: tokens.rows}
+        return {} if tokens is None else {TOKEN_ROWS: tokens.rows}
 
     def specs_from_record(self, changes: Mapping[str, Any]) -> dict[ParamRef, TargetSpec]:
         """The target specs for the changes in a record, by weight."""

@@ -27,13 +27,13 @@ from veneer.attach import (
     bits_before_merge,
     changes,
     install_adapter,
+    name_or_default,
     name_problems,
     need_adapters,
-    only_name,
+    replaced_tensors,
     tie_again,
     unwrap,
     walk,
-    with_values,
     without_backup,
 )
 from veneer.bases import weight_of
@@ -138,18 +138,18 @@ def save_with(
     model = unwrap(model)
     if not alone:
         reshard(model)
-    _must_be_gathered(model, only_name(model, name))
+    _must_be_gathered(model, name_or_default(model, name))
     ranks = meet_ranks(str(path), model, alone=alone)
 
     def collect() -> dict[str, Any]:
-        adapter_name = only_name(model, name)
+        adapter_name = name_or_default(model, name)
         modules = [change for *_, change in changes(model, adapter_name)] + [
             layer_adapter.full for _, _, layer_adapter in adapters(model, adapter_name)
         ]
         tensors = full_tensors(
             tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
         )
-        with with_values(modules, tensors):
+        with replaced_tensors(modules, tensors):
             return _content(model, adapter_name, base_name, fingerprints)
 
     if ranks is None:
@@ -157,7 +157,7 @@ def save_with(
         return
     # compare the shapes of the ranks' adapters before any tensor is gathered
     with ranks.joint_work("an adapter") as compare:
-        compare(hash_json, _describe_adapter(model, only_name(model, name)))
+        compare(hash_json, _describe_adapter(model, name_or_default(model, name)))
     with ranks.joint_work("an adapter, or a base,") as compare:
         content = collect()
         compare(_content_hash, content)

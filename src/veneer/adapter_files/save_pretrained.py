@@ -27,7 +27,7 @@ from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_with
 from veneer.attach import (
-    STATE,
+    LAYER_STATE_NAME,
     Change,
     LayerAdapter,
     ModelAdapters,
@@ -37,10 +37,10 @@ from veneer.attach import (
     changes,
     layer_states,
     need_adapters,
+    replaced_tensors,
     require_attached_base,
     selected_name,
     unwrap,
-    with_values,
     without_adapters,
 )
 from veneer.distributed import base_class, is_spread
@@ -249,7 +249,7 @@ def _save_from_state(
     """
     model_state = model.state_dict(keep_vars=True)
     model_tensors = {key: value for key, value in model_state.items() if isinstance(value, Tensor)}
-    marker = f".{STATE}.{name}."
+    marker = f".{LAYER_STATE_NAME}.{name}."
     missing_keys = [key for key in model_tensors if marker in f".{key}" and key not in state]
     unknown_keys = [key for key in state if key not in model_state]
     if missing_keys or unknown_keys:
@@ -274,7 +274,7 @@ def _save_from_state(
             id(model_tensors[key]),
             nn.Parameter(state[key], requires_grad=False) if is_parameter else state[key],
         )
-    with with_values(model.modules(), replacements):
+    with replaced_tensors(model.modules(), replacements):
         write()
 
 
@@ -323,7 +323,7 @@ def _differences(
 ) -> Iterator[str]:
     """The error texts for settings in which the adapter of a folder differs from the attached one:
     changed weights, variant, rank, alpha, rows, tokens, and tensors that are trained in full."""
-    folder_plans = {plan.ref: plan for plan in load_plan.plans.low}
+    folder_plans = {plan.ref: plan for plan in load_plan.plans.low_rank_plans}
     do = "attach with the config of the run that wrote it"
     for problem, refs in (
         ("no change of", attached_changes.keys() - folder_plans.keys()),

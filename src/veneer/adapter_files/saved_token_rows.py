@@ -48,7 +48,7 @@ def config_fields(names: Names, adapter_name: str) -> dict[str, Any]:
     """The fields of PEFT's config for the trained tokens. If PEFT would compute another result,
     ``peft_type`` holds the reason."""
     fields: dict[str, Any] = {}
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     for path, weight, change in _token_changes(names, adapter_name):
         tokens: Any = change.tokens
         fields.setdefault(peft_tokens.INDICES_FIELD, {})[path] = tokens.tolist()
@@ -139,7 +139,7 @@ def match_tokens(
         by_peft_rules: whether another library wrote the folder, so that rows are also refused if
             PEFT computes another result with them than a model with these rows in its weight.
     """
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     matches: dict[ParamRef, peft_tokens.TokenRows] = {}
     for module_path, entry in adapter_files.tokens.items():
         owner = owner_at(names, module_path, refs_by_id)
@@ -244,7 +244,7 @@ def _missing_rows(
     file."""
     token_ids = adapter_files.peft_config.get(peft_tokens.INDICES_FIELD) or {}
     for path_ending in token_ids if isinstance(token_ids, Mapping) else ():
-        owners = {owner_at(names, path, refs_by_id) for path in names.matching(path_ending)}
+        owners = {owner_at(names, path, refs_by_id) for path in names.modules_matching(path_ending)}
         if not owners & matches.keys():
             problem = (
                 f"trained tokens of {path_ending!r} in {peft.CONFIG}, and no rows of them in"
@@ -298,7 +298,7 @@ def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
         problems.append(
             sentence("a model with adapters", "one that may still grow", "load this adapter first")
         )
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     trained_ids = {
         owner_at(names, module_path, refs_by_id): token_rows.ids
         for module_path, token_rows in adapter_files.tokens.items()

@@ -45,7 +45,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     if required is False:
         return None
     names = Names(model)
-    if not any(len(refs) > 1 for refs in names.holders().values()):
+    if not any(len(refs) > 1 for refs in names.refs_by_parameter_id().values()):
         return None
     refs = refs_to_untie(names, read(path, weights_of(names)))
     if not refs:
@@ -86,7 +86,7 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
         for path, layer in adapter_files.low.items()
     }
     low_rank_refs: list[ParamRef] = []
-    tied_groups = [refs for refs in names.holders().values() if len(refs) > 1]
+    tied_groups = [refs for refs in names.refs_by_parameter_id().values() if len(refs) > 1]
     for refs in tied_groups:
         layers = [layers_by_ref[ref] for ref in refs if ref in layers_by_ref]
         if layers and (
@@ -122,7 +122,7 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
 
 def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights for which the folder has different token rows."""
-    refs_by_id, token_refs = names.holders(), []
+    refs_by_id, token_refs = names.refs_by_parameter_id(), []
     base_record = adapter_files.metadata.get("base", {})
     recorded_names = {
         tensor_name for kind in ("weights", "rest") for tensor_name in base_record.get(kind) or ()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.adapter_files.findings import FindingLog, Level
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import UNTIE
+from veneer.attach import HOW_TO_UNTIE
 from veneer.errors import listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_without_rows
 from veneer.formats import peft_paths
@@ -251,7 +251,7 @@ def _check_tied_values(
                 " base"
             )
             advice = "they load as PEFT computes them, each place with its own. Before a merge,"
-            log.add("warning", "base", f"{problem}: {advice} {UNTIE}")
+            log.add("warning", "base", f"{problem}: {advice} {HOW_TO_UNTIE}")
 
 
 def change_dims(low: LowRank) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         open_bank,
     )
     from veneer.attach.invocation import find_starts
-    from veneer.attach.layer.adapted_module import layer_states, state_of, walk, with_values
+    from veneer.attach.layer.adapted_module import layer_states, replaced_tensors, state_of, walk
     from veneer.attach.layer.change import Change
     from veneer.attach.layer.invoked_adapter import InvokedAdapter
     from veneer.attach.layer.layer_adapter import LayerAdapter
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
         adapters,
         adapters_of,
         changes,
+        name_or_default,
         need_adapters,
-        only_name,
         selected_name,
         unwrap,
     )
     from veneer.attach.layer.names import Names
     from veneer.attach.layer.state import (
         BASE,
-        STATE,
+        LAYER_STATE_NAME,
         ActiveAdapter,
         Call,
         LayerState,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         ModulePath,
         OutsideGenerator,
     )
-    from veneer.attach.layer.token_rows import ROWS
+    from veneer.attach.layer.token_rows import TOKEN_ROWS
     from veneer.attach.layer.views import run_on_view, view
     from veneer.attach.merging.fold_weights import fold_change
     from veneer.attach.merging.merge import merge, output_change_problems
@@ -74,17 +74,21 @@ if TYPE_CHECKING:
     from veneer.attach.planning.refusals import name_problems
     from veneer.attach.planning.targets import excluded_refs, fresh_head, target_refs
     from veneer.attach.planning.weight_tying import (
-        UNTIE,
+        HOW_TO_UNTIE,
         Untied,
         split_tie_problems,
         tie_again,
         untie,
     )
     from veneer.attach.reference import Reference, reference_of
-    from veneer.attach.rows.blend import blend_adapters, common_base_adapter, require_finite_weights
+    from veneer.attach.rows.blend import (
+        blend_adapters,
+        common_base_adapter,
+        require_finite_coefficients,
+    )
     from veneer.attach.rows.select_rows import RowAdapters, time_first
     from veneer.attach.select import set_default, use
-    from veneer.attach.source.from_peft import METHODS, answer_peft_names
+    from veneer.attach.source.from_peft import PEFT_METHODS, answer_peft_names
     from veneer.attach.source.method_overrides import (
         is_overridden,
         override_method,
@@ -126,7 +130,7 @@ _LAZY = {
     "adapters_of": "layer.lookup",  # the ModelAdapters of a model, or None
     "changes": "layer.lookup",  # each weight with a low-rank change of an adapter, with its Change
     "need_adapters": "layer.lookup",  # the ModelAdapters of a model; an error if it has none
-    "only_name": "layer.lookup",  # the name of the default adapter, or of the only one
+    "name_or_default": "layer.lookup",  # the name of the default adapter, or of the only one
     "selected_name": "layer.lookup",  # the name of the adapter that a call would use now
     "unwrap": "layer.lookup",  # the model inside of the wrappers of DDP and torch.compile
     # an adapted layer
@@ -136,14 +140,14 @@ _LAZY = {
     "InvokedAdapter": "layer.invoked_adapter",  # a LayerAdapter for the tokens of an invocation
     "LayerAdapter": "layer.layer_adapter",  # the changes of one adapter at one layer
     "LayerState": "layer.state",  # the adapters of one layer, and how it uses its weights
-    "ROWS": "layer.token_rows",  # the name of the trained token rows in a Change
-    "STATE": "layer.state",  # the name of the child of a layer that holds its LayerState
+    "TOKEN_ROWS": "layer.token_rows",  # the name of the trained token rows in a Change
+    "LAYER_STATE_NAME": "layer.state",  # the name of the child of a layer that holds its LayerState
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None
     "view": "layer.views",  # a second object of a module that has other weights
     "walk": "layer.adapted_module",  # each module of a model under each of its names
-    "with_values": "layer.adapted_module",  # a context manager in which modules hold other tensors
+    "replaced_tensors": "layer.adapted_module",  # a context in which modules hold other tensors
     # modules and parameters by name
     "ModulePath": "layer.state",  # the names of children on the path to a module below
     "Names": "layer.names",  # the modules and parameters of a model, by path
@@ -154,7 +158,7 @@ _LAZY = {
     "RowAdapters": "rows.select_rows",  # the selection of a call whose rows have different adapters
     "blend_adapters": "rows.blend",  # the ActiveAdapter of a weighted blend
     "common_base_adapter": "rows.blend",  # the adapter that was merged when each was attached
-    "require_finite_weights": "rows.blend",  # an error if a coefficient of a blend is not finite
+    "require_finite_coefficients": "rows.blend",  # an error unless a blend's are all finite
     "time_first": "rows.select_rows",  # whether a module takes inputs [time, batch, …]
     # which weights a config means
     "excluded_refs": "planning.targets",  # the parameters that a config excludes
@@ -170,7 +174,7 @@ _LAZY = {
     "plan_low": "planning.plan",  # a LowRankPlan for each weight that has a TargetSpec
     "with_ties": "planning.plan",  # parameters and every name that is tied to one of them
     # weights that are tied
-    "UNTIE": "planning.weight_tying",  # how to untie a weight, as a text for messages
+    "HOW_TO_UNTIE": "planning.weight_tying",  # how to untie a weight, as a text for messages
     "Untied": "planning.weight_tying",  # the names of tied weights that untie gave new parameters
     "split_tie_problems": "planning.weight_tying",  # error texts: ties that a merge would break
     "tie_again": "planning.weight_tying",  # tie the weights again that untie has untied
@@ -194,7 +198,7 @@ _LAZY = {
     "weight_readers": "source.weight_readers",  # methods that read a weight directly
     # methods of a model that are overridden
     "answer_peft_names": "source.from_peft",  # PEFT's method names raise errors that name Veneer's
-    "METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer
+    "PEFT_METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer
     "is_overridden": "source.method_overrides",  # whether a method of a model object is overridden
     "override_method": "source.method_overrides",  # replace a method of one model object
     "without_adapters": "source.method_overrides",  # a view of a model without its adapters

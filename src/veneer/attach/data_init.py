@@ -33,7 +33,7 @@ from veneer.variants import VARIANTS
 
 #: the largest ``in`` of a layer for which Σ xᵀx [in, in] is collected. At this size, the matrix
 #: takes 8.6 GB in float64
-MAX_INPUTS = 32_768
+MAX_MOMENT_INPUTS = 32_768
 
 #: (model, batch) -> the loss of the model for the batch, a scalar tensor
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -104,7 +104,7 @@ def _problems(
             yield sentence(
                 f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
-    for weight_plan in filter(_has_low_rank, plans.low):
+    for weight_plan in filter(_has_low_rank, plans.low_rank_plans):
         path = weight_plan.full_path
         if "inputs" in variant.needs and type(weight_plan.layer).inputs is Layer.inputs:
             problem = f"{path}, of kind {weight_plan.layer.name!r}, whose inputs cannot be read"
@@ -112,10 +112,10 @@ def _problems(
                 kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
             )
             yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
-        elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_INPUTS:
+        elif "inputs" in variant.needs and weight_plan.dims.in_ > MAX_MOMENT_INPUTS:
             yield sentence(
                 f"{path} with {weight_plan.dims.in_} inputs",
-                f"at most {MAX_INPUTS}, whose second moment fits into memory",
+                f"at most {MAX_MOMENT_INPUTS}, whose second moment fits into memory",
                 "exclude it",
             )
         weight = weight_of(modules[weight_plan.path], weight_plan.weight)
@@ -183,7 +183,7 @@ def _input_moments(
         return add_moment
 
     with ExitStack() as stack:
-        for weight_plan in filter(_has_low_rank, plans.low):
+        for weight_plan in filter(_has_low_rank, plans.low_rank_plans):
             module, kind, weight = _computing_layer(weight_plan, modules)
             hook = make_hook(weight_plan, kind, weight)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -221,7 +221,7 @@ def _loss_gradients(
     with g as above."""
     weights = {
         weight_plan.ref: weight_of(modules[weight_plan.path], weight_plan.weight)
-        for weight_plan in filter(_has_low_rank, plans.low)
+        for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
     }
     if not weights:  # no weight has a change that a variant initialises
         return {}
@@ -245,7 +245,7 @@ def _loss_gradients(
     _require_all(plans, sums, "gradient")
     return {
         weight_plan.ref: _planned_rows(weight_plan, sums[weight_plan.ref])
-        for weight_plan in filter(_has_low_rank, plans.low)
+        for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
     }
 
 
@@ -259,7 +259,7 @@ def _original_weights(
     # A state dict does not contain the classes of modules, but the quantised modules record them.
     sources = dict(original.named_modules(remove_duplicate=False)) if is_module else modules
     problems, weights = [], {}
-    for weight_plan in filter(_has_low_rank, plans.low):
+    for weight_plan in filter(_has_low_rank, plans.low_rank_plans):
         path = weight_plan.full_path
         weight = state.get(path)
         if weight is None:
@@ -311,7 +311,7 @@ def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> No
     some planned weights."""
     missing = [
         weight_plan.full_path
-        for weight_plan in filter(_has_low_rank, plans.low)
+        for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
         if weight_plan.ref not in data
     ]
     do = "exclude it"

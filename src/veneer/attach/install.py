@@ -25,16 +25,16 @@ from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import (
-    ADAPTERS,
+    MODEL_ADAPTERS_NAME,
     ActiveAdapter,
     LayerState,
     ModelAdapters,
     one_thread_at_a_time,
 )
-from veneer.attach.layer.token_rows import ROWS, initial_rows
+from veneer.attach.layer.token_rows import TOKEN_ROWS, initial_rows
 from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.attach.planning.refusals import name_problems
-from veneer.attach.source.source_analysis import same_input
+from veneer.attach.source.source_analysis import shared_input_groups
 from veneer.attach.source.weight_readers import (
     bound_methods,
     fast_path_switches,
@@ -131,11 +131,11 @@ def build_layer_adapters(
         TargetError: the variant cannot be initialised from some weights.
     """
     modules, parameters = names.modules, parameters or {}
-    for weight_plan in plans.low:
+    for weight_plan in plans.low_rank_plans:
         weight_plan.storage.prepare(modules[weight_plan.path])
     problems: list[str] = []
     layer_adapters: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
-    for weight_plan in plans.low:
+    for weight_plan in plans.low_rank_plans:
         try:
             change = make_change(
                 weight_plan, modules, plans.config, parameters.get(weight_plan.ref, {}), calibration
@@ -146,7 +146,7 @@ def build_layer_adapters(
         layer_adapters[weight_plan.path].low._modules[weight_plan.weight] = change
         for path, weight in weight_plan.holders:
             layer_adapters[path].changes[weight] = change
-    for weight_plan in plans.low if problems else ():
+    for weight_plan in plans.low_rank_plans if problems else ():
         if state_of(modules[weight_plan.path]) is None:
             weight_plan.storage.release(modules[weight_plan.path])
     raise_all(TargetError, "Nothing was attached", problems)
@@ -154,16 +154,18 @@ def build_layer_adapters(
     # A module that directly reads the weight of a module below it gets a reference to the layer
     # adapter of that module. Each module with a fused fast path above an adapted module gets a
     # layer adapter too, which turns the fast path off.
-    readers = [reader for weight_plan in plans.low for reader in weight_plan.weight_readers]
+    readers = [
+        reader for weight_plan in plans.low_rank_plans for reader in weight_plan.weight_readers
+    ]
     for reader in (*readers, *plans.full_readers):
-        read_path = names.canonical[".".join((reader.path, *reader.below)).strip(".")]
+        read_path = names.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
         read_adapter = layer_adapters[read_path]
         layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            layer_adapter.submodule_adapters[reader.below] = read_adapter
+            layer_adapter.submodule_adapters[reader.path_below] = read_adapter
         else:
             layer_adapter.submodule_adapters_by_method.setdefault(reader.method, {})[
-                reader.below
+                reader.path_below
             ] = read_adapter
     for path in list(layer_adapters):
         for path_above in modules_with_fast_path(names, path):
@@ -245,7 +247,7 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
         model_adapters.original_requires_grad = {
             path: p.requires_grad for path, p in model.named_parameters()
         }
-        model.__dict__[ADAPTERS] = model_adapters
+        model.__dict__[MODEL_ADAPTERS_NAME] = model_adapters
         model_adapters.claim(model)
         for parameter in model.parameters():
             # not ``requires_grad_``, which fails on a parameter that has no shape yet
@@ -271,7 +273,7 @@ def adapt_modules(
             model_adapters.layer_paths[layer_state.key] = path
             adapt_module(module, layer_state)
             layer_state.bound_methods = tuple(bound_methods(module))
-        layer_adapter.finalize(module, layer_state)
+        layer_adapter.set_fused_change(module, layer_state)
         adapt_methods(module, layer_adapter.submodule_adapters_by_method)
         adapters_by_key.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
     group_shared_inputs(names, layer_adapters)
@@ -301,7 +303,7 @@ def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]
     """Group the layers that read the same input, such as q_proj, k_proj and v_proj, so that the
     call of the first one computes all of them."""
     for path, module in names.modules.items():
-        for children in same_input(base_class(module)):
+        for children in shared_input_groups(base_class(module)):
             groups: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
             for child_path in dict.fromkeys(
                 names.canonical.get(parameter_path(path, child), "") for child in children
@@ -367,19 +369,21 @@ def make_change(
     weight = weight_of(module, weight_plan.weight)
     change_parameters: dict[str, Tensor] = {}
     if weight_plan.rank:
-        loaded_parameters = {name: value for name, value in parameters.items() if name != ROWS}
+        loaded_parameters = {
+            name: value for name, value in parameters.items() if name != TOKEN_ROWS
+        }
         change_parameters = _variant_parameters(
             weight_plan, weight, config, loaded_parameters, calibration
         )
     tokens = None if weight_plan.tokens is None else torch.tensor(weight_plan.tokens, device="cpu")
     if tokens is not None:
         token_rows = (
-            parameters[ROWS]
-            if ROWS in parameters
+            parameters[TOKEN_ROWS]
+            if TOKEN_ROWS in parameters
             else initial_rows(weight_plan.storage.dense(weight), tokens)
         )
         dtype = trained_dtype(config, weight_plan.storage.dtype(weight))
-        change_parameters[ROWS] = token_rows.to(
+        change_parameters[TOKEN_ROWS] = token_rows.to(
             weight_plan.storage.device(weight), dtype, copy=True
         )
     return Change(

@@ -47,9 +47,9 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 #: names of arguments that a call has only if a row holds several packed sequences
 _PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 #: the attribute of a cache that holds the ``CachedStarts`` of the adapters that filled it
-_STARTS = "_veneer_starts"
+_STARTS_ATTRIBUTE = "_veneer_starts"
 #: the attribute of a layer of transformers that holds the function that checkpoints it
-_CHECKPOINT = "_gradient_checkpointing_func"
+_CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ def _remove_hooks(module: nn.Module) -> None:
                     module._forward_hooks_always_called,
                 ):
                     flags.pop(hook_id, None)
-    checkpoint = module.__dict__.get(_CHECKPOINT)
+    checkpoint = module.__dict__.get(_CHECKPOINT_ATTRIBUTE)
     if isinstance(checkpoint, _CheckpointInCall):
-        setattr(module, _CHECKPOINT, checkpoint.function)
+        setattr(module, _CHECKPOINT_ATTRIBUTE, checkpoint.function)
 
 
 # ---- a call --------------------------------------------------------------------------------------
@@ -186,12 +186,12 @@ def _end_call(
         return
     kv_cache = _cache_in(_arguments(module, args, kwargs)) or _cache_of(output)
     if kv_cache is not None:
-        earlier_invocations = getattr(kv_cache, _STARTS, {})
+        earlier_invocations = getattr(kv_cache, _STARTS_ATTRIBUTE, {})
         new_invocations = {
             (model_adapters.uid, name): cached_starts
             for name, cached_starts in invoked_call.cached.items()
         }
-        setattr(kv_cache, _STARTS, {**earlier_invocations, **new_invocations})
+        setattr(kv_cache, _STARTS_ATTRIBUTE, {**earlier_invocations, **new_invocations})
 
 
 def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
@@ -384,7 +384,7 @@ def _cached_starts(
 ) -> CachedStarts | None:
     """The invocation of an adapter in a cache that now holds ``length`` columns of ``row_count``
     rows. None if the cache holds nothing about it."""
-    cached_starts = getattr(kv_cache, _STARTS, {}).get((model_adapters.uid, active.name))
+    cached_starts = getattr(kv_cache, _STARTS_ATTRIBUTE, {}).get((model_adapters.uid, active.name))
     token_count = len(active.invocation_tokens)
     return None if cached_starts is None else cached_starts.resized(length, row_count, token_count)
 
@@ -397,7 +397,7 @@ def _length_of(kv_cache: Any) -> int:
     if not length:
         is_linear = getattr(kv_cache, "is_linear", ())
         if isinstance(is_linear, Sequence) and is_linear and all(is_linear):
-            cached_starts = getattr(kv_cache, _STARTS, {}).values()
+            cached_starts = getattr(kv_cache, _STARTS_ATTRIBUTE, {}).values()
             return max((starts.length for starts in cached_starts), default=0)
     return length
 
@@ -484,6 +484,6 @@ def _checkpoint_in_calls(module: nn.Module) -> None:
     """Wrap the function that checkpoints a layer in each layer for which the model has enabled
     checkpointing."""
     for layer in module.modules():
-        function = layer.__dict__.get(_CHECKPOINT)
+        function = layer.__dict__.get(_CHECKPOINT_ATTRIBUTE)
         if function is not None and not isinstance(function, _CheckpointInCall):
-            setattr(layer, _CHECKPOINT, _CheckpointInCall(function))
+            setattr(layer, _CHECKPOINT_ATTRIBUTE, _CheckpointInCall(function))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.layer.adapted_module import with_values
+from veneer.attach.layer.adapted_module import replaced_tensors
 from veneer.attach.layer.lookup import adapters, changes, need_adapters, selected_name, unwrap
 from veneer.attach.select import use
 from veneer.attach.source.method_overrides import without_adapters
@@ -85,7 +85,7 @@ class Reference(nn.Module):
         return self
 
     def _require_unmerged(self) -> None:
-        model_adapters = need_adapters(self._root, self._adapter, walk=False)
+        model_adapters = need_adapters(self._root, self._adapter, check_all_layers=False)
         if model_adapters.merged is not None:
             raise MergeError(
                 f"{model_adapters.merged!r} merged into the weights of a reference model",
@@ -100,7 +100,7 @@ class Reference(nn.Module):
         with (
             context.evaluation_mode(self._root),
             use(self._root, self._adapter),
-            with_values(_holders(self._root, self._adapter), self._frozen_copies),
+            replaced_tensors(_holders(self._root, self._adapter), self._frozen_copies),
         ):
             yield
 

@@ -20,7 +20,7 @@ from torch import nn
 from veneer import context
 from veneer.attach.layer.lookup import need_adapters, unwrap
 from veneer.attach.layer.state import BASE, ActiveAdapter, OutsideGenerator, one_thread_at_a_time
-from veneer.attach.rows.blend import blend_adapters, require_finite_weights
+from veneer.attach.rows.blend import blend_adapters, require_finite_coefficients
 from veneer.attach.rows.select_rows import by_rows
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
@@ -73,7 +73,7 @@ class use:
                 f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None",
             )
         self._context_fields: dict[str, Any] = {} if path is None else {"path": path}
-        model_adapters = need_adapters(model, walk=False)
+        model_adapters = need_adapters(model, check_all_layers=False)
         self._uid = model_adapters.uid
         self._name = name
         if name is None or isinstance(name, str | Mapping):
@@ -154,22 +154,26 @@ def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):
-        return need_adapters(model, choice, walk=False).selections[choice]
+        return need_adapters(model, choice, check_all_layers=False).selections[choice]
     if not choice:
         raise SelectionError(
             "a blend of nothing, {}",
             "at least one adapter",
             'name adapters and their weights, as {"a": 0.7, "b": 0.3}, or None for the base alone',
         )
-    require_finite_weights(choice)
+    require_finite_coefficients(choice)
     if None in choice:
         raise SelectionError(
             "the weight of None in a blend",
             "names alone: what is missing to 1 is the base's anyway",
             "leave it out",
         )
-    weighted_adapters = [(active_adapter(model, name), weight) for name, weight in choice.items()]
-    weighted_adapters = [(active, weight) for active, weight in weighted_adapters if weight]
+    weighted_adapters = [
+        (active_adapter(model, name), coefficient) for name, coefficient in choice.items()
+    ]
+    weighted_adapters = [
+        (active, coefficient) for active, coefficient in weighted_adapters if coefficient
+    ]
     return blend_adapters(weighted_adapters) if weighted_adapters else BASE
 
 

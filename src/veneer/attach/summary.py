@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
+from veneer.attach.layer.lookup import adapters, changes, name_or_default, need_adapters, unwrap
 from veneer.attach.layer.names import Names
 from veneer.attach.planning.targets import layers_left_out
 from veneer.bases import storage_of, weight_of
@@ -90,7 +90,7 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
             adapters and no default.
     """
     model = unwrap(model)
-    name = only_name(model, name)
+    name = name_or_default(model, name)
     counts_by_kind: dict[str, list[int]] = {}  # [layers, parameters, bytes]
     counted_ids: set[int] = set()  # tied parameters have one copy, which is counted once
 
@@ -173,7 +173,7 @@ class CallPlan:
         model = unwrap(model)
         costs_and_paths: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
         group_paths: dict[int, list[str]] = {}
-        for path, module, layer_adapter in adapters(model, only_name(model, name)):
+        for path, module, layer_adapter in adapters(model, name_or_default(model, name)):
             fused_change = layer_adapter.fused_change
             if fused_change is None:
                 continue

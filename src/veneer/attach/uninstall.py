@@ -17,7 +17,7 @@ from veneer.attach.layer.adapted_module import (
     walk,
 )
 from veneer.attach.layer.lookup import adapters_of, need_adapters, unwrap
-from veneer.attach.layer.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
+from veneer.attach.layer.state import MODEL_ADAPTERS_NAME, ModelAdapters, one_thread_at_a_time
 from veneer.attach.planning.weight_tying import tie_again
 from veneer.attach.source.from_peft import answer_peft_names
 from veneer.attach.source.method_overrides import remove_overrides
@@ -132,4 +132,4 @@ def _release_layers(model: nn.Module, model_adapters: ModelAdapters) -> None:
         for path, parameter in model.named_parameters():
             original_flags = model_adapters.original_requires_grad
             parameter.requires_grad = original_flags.get(path, parameter.requires_grad)
-        del model.__dict__[ADAPTERS]
+        del model.__dict__[MODEL_ADAPTERS_NAME]

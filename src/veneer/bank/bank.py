@@ -31,7 +31,7 @@ from veneer.attach import (
     close_bank,
     layer_states,
     open_bank,
-    require_finite_weights,
+    require_finite_coefficients,
     time_first,
     unwrap,
     walk,
@@ -251,7 +251,7 @@ class Bank:
         """
         future: Future[Lease] = Future()
         with self._changed:
-            require_finite_weights(adapter_weights)
+            require_finite_coefficients(adapter_weights)
             if (lease := self._lease_if_resident(adapter_weights)) is not None:
                 future.set_result(lease)
                 return future

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.attach import require_finite_weights
+from veneer.attach import require_finite_coefficients
 from veneer.bank.batch_state import WeightedAdapters
 from veneer.bank.resident import ResidentAdapter
 from veneer.errors import BankFullError, SelectionError
@@ -206,7 +206,7 @@ def weights_of(choice: Any) -> dict[str, float]:
     if isinstance(choice, str):
         return {choice: 1.0}
     if isinstance(choice, Mapping):
-        require_finite_weights(choice)
+        require_finite_coefficients(choice)
         return dict(choice)
     raise SelectionError(
         f"{choice!r} for a row",

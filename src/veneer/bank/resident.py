@@ -93,7 +93,7 @@ class ResolvedLowRank:
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         yield id(self)
 
-    def below(self, method: str) -> Mapping[ModulePath, Any]:
+    def adapters_read_by(self, method: str) -> Mapping[ModulePath, Any]:
         return {}
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def load_resident(
             "call veneer.unmerge(model) first",
         )
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
-    config, low_rank_plans = load_plan.adapter_files.config, load_plan.plans.low
+    config, low_rank_plans = load_plan.adapter_files.config, load_plan.plans.low_rank_plans
     # ``cache`` keeps the tuple ``low_rank_plans``, so no other object gets its id
     resolve_plan = resolve_plans.get(id(low_rank_plans))
     if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:
@@ -282,7 +282,8 @@ class ResolvePlan:
         }
 
 
-#: by the id of ``LoadPlan.plans.low``, the tuple with the plans of an adapter's low-rank changes
+#: by the id of ``LoadPlan.plans.low_rank_plans``, the tuple with the plans of an adapter's low-rank
+#: changes
 ResolvePlans = dict[int, ResolvePlan]
 
 

@@ -106,7 +106,7 @@ class Storage(ABC):
     def release(self, module: Any) -> None:  # noqa: B027
         """Undo ``prepare``. Called when the adapter is detached."""
 
-    def misread(self, weight: Any) -> bool:
+    def library_misreads(self, weight: Any) -> bool:
         """Whether the library has a fault by which it decodes this weight to other numbers than it
         has stored, both in ``decode`` and in its own forward."""
         return False

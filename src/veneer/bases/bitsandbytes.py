@@ -55,7 +55,7 @@ from veneer.errors import TargetError
 from veneer.kernels.grid import Grid
 
 #: how many scales of blocks share one nested scale
-NESTED_BLOCK = 256
+SCALES_PER_NESTED_BLOCK = 256
 
 
 def _classes(*names: str) -> tuple[type, ...]:
@@ -194,7 +194,7 @@ class Bitsandbytes4bit(GridStorage):
             packed, _scales(stored), state.blocksize, state.quant_type, state.shape, torch.float32
         )
 
-    def misread(self, weight: Any) -> bool:
+    def library_misreads(self, weight: Any) -> bool:
         state = weight.quant_state
         if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
             return False
@@ -287,7 +287,9 @@ class Bitsandbytes4bit(GridStorage):
                 state.offset = stored["offset"].detach().clone()
                 scales = {"absmax": stored["nested_absmax"], "code": stored["nested_code"]}
                 scales = {name: values.detach().clone() for name, values in scales.items()}
-                state.state2 = type(state)(**scales, blocksize=NESTED_BLOCK, dtype=torch.float32)
+                state.state2 = type(state)(
+                    **scales, blocksize=SCALES_PER_NESTED_BLOCK, dtype=torch.float32
+                )
             else:
                 state.offset = state.state2 = None
 
@@ -362,7 +364,7 @@ def _scales(stored: Mapping[str, Tensor]) -> Tensor:
         stored["absmax"],
         stored["nested_absmax"],
         stored["nested_code"],
-        NESTED_BLOCK,
+        SCALES_PER_NESTED_BLOCK,
         torch.float32,
     )
     return torch.ops.bitsandbytes.dequantize_blockwise(*arguments) + stored["offset"]
@@ -372,11 +374,13 @@ def _nest(scales: Tensor, is_same: Tensor, old: Mapping[str, Tensor]) -> dict[st
     """Store scales in 8 bits, around the offset of ``old``. If all scales of a nested block are the
     same as before (``is_same``), it keeps its bytes and its nested scale."""
     centred = scales.double() - old["offset"].double()
-    blocks = _blocks(centred, NESTED_BLOCK)  # [c, 256]
-    is_unchanged = (_blocks((~is_same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
+    blocks = _blocks(centred, SCALES_PER_NESTED_BLOCK)  # [c, 256]
+    is_unchanged = (_blocks((~is_same).byte(), SCALES_PER_NESTED_BLOCK) == 0).all(1)  # [c]
     absmax = torch.where(is_unchanged, old["nested_absmax"], blocks.abs().amax(1).float())
     indices = _nearest_level(blocks * _inverse(absmax)[:, None], old["nested_code"])
-    indices = torch.where(is_unchanged[:, None], _blocks(old["absmax"], NESTED_BLOCK), indices)
+    indices = torch.where(
+        is_unchanged[:, None], _blocks(old["absmax"], SCALES_PER_NESTED_BLOCK), indices
+    )
     return {"absmax": indices.flatten()[: scales.numel()], "nested_absmax": absmax}
 
 

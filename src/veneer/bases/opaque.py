@@ -93,7 +93,7 @@ EXPERTS_WITH_GRADIENT: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("eager", "grouped_mm"),
 }
 #: how many columns of W one call of forward reads
-COLUMNS = 1 << 10
+COLUMNS_PER_CALL = 1 << 10
 
 
 def _class(path: tuple[str, str]) -> Any:
@@ -244,15 +244,17 @@ class _Product(torch.autograd.Function):
 
 
 def _columns(module: Any) -> Iterator[Tensor]:
-    """W in blocks of at most ``COLUMNS`` columns, [out, ≤ COLUMNS] each."""
+    """W in blocks of at most ``COLUMNS_PER_CALL`` columns, [out, ≤ COLUMNS_PER_CALL] each."""
     if is_compressed(module):
-        yield from _decompress(module).split(COLUMNS, 1)
+        yield from _decompress(module).split(COLUMNS_PER_CALL, 1)
         return
     forward, storage, in_ = _without_bias(module).forward, BASES["opaque"], module.in_features
     device, dtype = storage.device(module), storage.dtype(module)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for first in range(0, in_, COLUMNS):
-            rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
+        for first in range(0, in_, COLUMNS_PER_CALL):
+            rows = torch.zeros(
+                min(COLUMNS_PER_CALL, in_ - first) + 1, in_, dtype=dtype, device=device
+            )
             rows[:-1, first:].fill_diagonal_(1)
             y = forward(rows)
             y_of_zeros = y[-1]  # the bias, if a kernel has packed it too

@@ -35,9 +35,9 @@ from veneer.bases._base import GridStorage, register
 from veneer.errors import MergeError
 from veneer.kernels.grid import Grid
 
-WRITABLE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+WRITABLE_CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 #: the tensors that a merge replaces; other tensors, such as the scales of x, stay
-REPLACED = ("qdata", "scale", "zero_point")
+REPLACED_TENSORS = ("qdata", "scale", "zero_point")
 
 
 @register
@@ -64,8 +64,8 @@ class Torchao(GridStorage):
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         names, _ = weight.__tensor_flatten__()
         replaced = (
-            [name for name in names if name in REPLACED]
-            if type(weight).__name__ in WRITABLE
+            [name for name in names if name in REPLACED_TENSORS]
+            if type(weight).__name__ in WRITABLE_CLASSES
             else names
         )
         return {name: getattr(weight, name) for name in replaced}
@@ -73,7 +73,7 @@ class Torchao(GridStorage):
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         names, attributes = weight.__tensor_flatten__()
         tensors = {name: getattr(weight, name) for name in names} | dict(stored)
-        if type(weight).__name__ in WRITABLE:
+        if type(weight).__name__ in WRITABLE_CLASSES:
             # so that ``dequantize`` rounds once, to float32
             attributes = {**attributes, "dtype": torch.float32}
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
@@ -83,10 +83,10 @@ class Torchao(GridStorage):
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         type_name = type(weight).__name__
-        if type_name not in WRITABLE:
+        if type_name not in WRITABLE_CLASSES:
             raise MergeError(
                 f"a weight of torchao's type {type_name}, whose layout Veneer cannot write",
-                f"one of {', '.join(WRITABLE)}",
+                f"one of {', '.join(WRITABLE_CLASSES)}",
                 "keep the adapter unmerged, or merge it into the model before quantize_ and "
                 "quantise that",
             )
@@ -124,7 +124,7 @@ class Torchao(GridStorage):
         return _quantise(weight, _divide_by_input_scale(weight, values), stored)
 
     def dtype(self, weight: Any) -> torch.dtype:
-        return torch.float32 if type(weight).__name__ in WRITABLE else weight.dtype
+        return torch.float32 if type(weight).__name__ in WRITABLE_CLASSES else weight.dtype
 
     def examples(self) -> Iterator[nn.Module]:
         if find_spec("torchao") is None:

@@ -267,7 +267,7 @@ class StepEngine:
     ) -> tuple[dict[str, ActiveAdapter], AbstractContextManager[Any]]:
         """(the adapter selection for the joined rows, by the id of the set of adapters; a context
         in which the base's dropout draws for each adapter from the adapter's stream)."""
-        attached = need_adapters(self.model, walk=False)
+        attached = need_adapters(self.model, check_all_layers=False)
         selections = [attached.selections[name] for name in group]
         selections_with_streams = [
             dataclasses.replace(selection, random_stream=self.adapters[name].stream)
@@ -305,7 +305,9 @@ class StepEngine:
         samples = list(batches.values())[:2]
         key = len(samples[0].args), *samples[0].kwargs
         if len(samples) > 1 and key not in self._checked_structures:
-            check_independent_rows(self.model, need_adapters(self.model, walk=False).uid, samples)
+            check_independent_rows(
+                self.model, need_adapters(self.model, check_all_layers=False).uid, samples
+            )
             self._checked_structures.add(key)
 
 

@@ -74,7 +74,7 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
 
 
 @functools.cache
-def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
+def max_factored_tokens(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
     """The number of tokens above which a training step is cheaper with W + ΔW computed. Infinity if
     it never is, or if W + ΔW would lose precision. Inference uses this number too, so that training
     and inference round equally."""

@@ -116,7 +116,7 @@ def conv(
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
     position_count, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
     is_linear = channels_last and _is_product(geometry, weight)
-    forms_weight = not drop_probability and position_count > cost_model.forms_above(
+    forms_weight = not drop_probability and position_count > cost_model.max_factored_tokens(
         weight.shape[0], in_, B.shape[1], x.dtype
     )
     seed = dropout.new_seed() if drop_probability else 0

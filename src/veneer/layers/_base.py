@@ -262,7 +262,7 @@ def register(kind: type[Layer]) -> type[Layer]:
 
 
 #: the name of the kind of all modules that have parameters, but no kind of their own
-GENERAL = "parameter"
+GENERAL_KIND_NAME = "parameter"
 
 
 #: (path of a module, name of one of its parameters)
@@ -279,7 +279,7 @@ def kind_of(module: Any) -> Layer | None:
     precedence over Veneer's, because it is registered later."""
     kind = next(
         (kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())),
-        LAYERS[GENERAL],
+        LAYERS[GENERAL_KIND_NAME],
     )
     return kind if kind.weights(module) or kind.vectors(module) else None
 
@@ -288,7 +288,7 @@ def kind_for(module: nn.Module, name: str) -> Any:
     """The layer kind for one parameter of a module: the module's kind, or the general kind if the
     module's kind does not list the parameter."""
     kind = kind_of(module)
-    return kind if kind is not None and name in kind.weights(module) else LAYERS[GENERAL]
+    return kind if kind is not None and name in kind.weights(module) else LAYERS[GENERAL_KIND_NAME]
 
 
 def can_factor(

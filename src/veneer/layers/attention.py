@@ -19,9 +19,9 @@ from torch import Tensor, nn, randn
 from veneer.layers._base import Layer, join_outputs, register
 
 #: the weights if queries, keys and values have separate weights
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SEPARATE_WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 #: the names of forward's arguments, in order
-_ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
+_FORWARD_ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
 
 
 @register
@@ -34,7 +34,7 @@ class Attention(Layer):
         return (nn.MultiheadAttention,)
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        return (self.weight,) if module._qkv_same_embed_dim else _SEPARATE
+        return (self.weight,) if module._qkv_same_embed_dim else _SEPARATE_WEIGHTS
 
     def below(self, module: Any) -> tuple[str, ...]:
         return ("out_proj",)
@@ -43,7 +43,7 @@ class Attention(Layer):
         if weight == "out_proj.weight":
             tensors = [self._heads(module, args)]
         else:
-            tensors = args[:3] if weight == self.weight else [args[_SEPARATE.index(weight)]]
+            tensors = args[:3] if weight == self.weight else [args[_SEPARATE_WEIGHTS.index(weight)]]
         return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in tensors], dim=1)
 
     def _heads(self, module: Any, args: tuple) -> Tensor:
@@ -62,7 +62,7 @@ class Attention(Layer):
     def take(
         self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
     ) -> tuple[tuple, dict]:
-        names = _ARGUMENTS
+        names = _FORWARD_ARGUMENTS
         subclass_args = args[len(names) :]  # further arguments, which a subclass may have
         arguments = dict(zip(names, args, strict=False)) | kwargs
         axis = 0 if module.batch_first else 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, randn
 
-from veneer.layers._base import GENERAL, Dims, Layer, register
+from veneer.layers._base import GENERAL_KIND_NAME, Dims, Layer, register
 from veneer.lowrank import LowRank
 
 
@@ -55,7 +55,7 @@ def without_unit_axes(shape: torch.Size) -> tuple[int, ...]:
 
 @register
 class Parameters(Layer):
-    name = GENERAL
+    name = GENERAL_KIND_NAME
 
     def types(self) -> tuple[type[nn.Module], ...]:
         return ()  # ``kind_of`` uses this kind if no other kind matches

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach import Change, LayerAdapter, state_of, with_values
+from veneer.attach import Change, LayerAdapter, replaced_tensors, state_of
 from veneer.distributed import is_sharded
 from veneer.errors import ConfigError, listing
 from veneer.kernels.dropout import new_seed
@@ -355,7 +355,7 @@ def use_local_shards(layer: CutLayer, parallel_group: Any) -> Iterator[None]:
         bias = module._parameters.get("bias")
         if layer.partition == ROW_WISE and bias is not None and parallel_group.rank:
             local_values[id(bias)] = None  # only the first process adds it
-        stack.enter_context(with_values(modules, local_values))
+        stack.enter_context(replaced_tensors(modules, local_values))
         if has_dropout and layer.partition == ROW_WISE:
             stack.enter_context(_local_seed(parallel_group))
         yield

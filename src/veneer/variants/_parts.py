@@ -10,9 +10,9 @@ from torch import Tensor
 
 #: a matrix whose shorter side is at most this gets a full SVD. A full SVD takes a second for a side
 #: of 2,048, and a time that grows with the cube of the side
-FULL_SVD_SIZE = 1024
+FULL_SVD_MAX_SIDE = 1024
 #: extra directions and power iterations of the randomised SVD (Halko et al. 2009, arXiv:0909.4061)
-OVERSAMPLE, ITERATIONS = 16, 16
+EXTRA_DIRECTIONS, POWER_ITERATIONS = 16, 16
 
 
 def principal_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,10 +23,10 @@ def principal_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
     global random state. It is less exact, but an initialisation needs the right subspace, not the
     last digit.
     """
-    if min(matrix.shape[-2:]) <= max(FULL_SVD_SIZE, 8 * rank):
+    if min(matrix.shape[-2:]) <= max(FULL_SVD_MAX_SIDE, 8 * rank):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        U, S, V = torch.svd_lowrank(matrix, q=rank + OVERSAMPLE, niter=ITERATIONS)
+        U, S, V = torch.svd_lowrank(matrix, q=rank + EXTRA_DIRECTIONS, niter=POWER_ITERATIONS)
         Vh = V.mT
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
 
@@ -43,10 +43,10 @@ def minor_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A = √S Vᵀ [g, rank, in] and B = U √S [g, out, rank] of the largest singular triplets: B @ A
     is the best approximation of ``matrix`` with this rank."""
-    return split(*principal_triplets(matrix, rank))
+    return factors_from_triplets(*principal_triplets(matrix, rank))
 
 
-def split(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+def factors_from_triplets(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """A = √S Vᵀ and B = U √S from singular triplets U [g, out, k], S [g, k], Vᵀ [g, k, in]."""
     root = S.sqrt()
     return root[..., :, None] * Vh, U * root[..., None, :]

@@ -18,15 +18,15 @@ from veneer.variants._base import Base, InitContext, Parameters, Resolved, regis
 from veneer.variants.lora import LORA
 
 #: standard deviation of the initial A and B
-DEVIATION = 0.02
+INIT_STD = 0.02
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """Normal A [g, r, in] and B [g, out, r], E [g, r] of zeros, and a mask [g, r] of ones. E has a
     gradient in the first step, A and B from the second step on."""
     return {
-        "A": torch.empty(context.groups, context.rank, context.in_).normal_(std=DEVIATION),
-        "B": torch.empty(context.groups, context.out, context.rank).normal_(std=DEVIATION),
+        "A": torch.empty(context.groups, context.rank, context.in_).normal_(std=INIT_STD),
+        "B": torch.empty(context.groups, context.out, context.rank).normal_(std=INIT_STD),
         "E": torch.zeros(context.groups, context.rank),
         "mask": torch.ones(context.groups, context.rank),
     }

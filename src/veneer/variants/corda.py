@@ -23,22 +23,27 @@ import torch
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor_triplets, principal_triplets, split, with_frozen_start
+from veneer.variants._parts import (
+    factors_from_triplets,
+    minor_triplets,
+    principal_triplets,
+    with_frozen_start,
+)
 from veneer.variants.pissa import PISSA
 
 #: (matrix [g, out, in], rank) -> U [g, out, rank], S [g, rank], Vᵀ [g, rank, in]
 Triplets = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 #: the first damping, relative to the mean diagonal of C
-DAMPING = 0.01
+FIRST_DAMPING = 0.01
 #: the largest accepted ‖C C⁻¹ − I‖
-LARGEST_ERROR = 0.05
+MAX_INVERSE_ERROR = 0.05
 
 
 def init(context: InitContext, triplets: Triplets = principal_triplets) -> dict[str, Tensor]:
     """A₀ and B₀ from ``triplets`` of W C, which are the r largest or the r smallest."""
     C, inverse = damped_moment(context.inputs())
     U, S, Vh = triplets(context.base().to(C) @ C, context.rank)
-    return with_frozen_start(*split(U, S, Vh @ inverse))
+    return with_frozen_start(*factors_from_triplets(U, S, Vh @ inverse))
 
 
 def damped_moment(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,12 +51,12 @@ def damped_moment(moment: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     C = moment / torch.where(mean == 0, torch.ones_like(mean), mean)
-    damping = DAMPING
+    damping = FIRST_DAMPING
     while True:
         damped = C + damping * eye
         inverse = torch.linalg.inv(damped)
         errors = (damped @ inverse - eye).flatten(1).norm(dim=1)
-        if damped.is_meta or bool((errors < LARGEST_ERROR).all()):
+        if damped.is_meta or bool((errors < MAX_INVERSE_ERROR).all()):
             return damped, inverse
         damping *= 2
 

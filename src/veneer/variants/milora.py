@@ -11,12 +11,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor_triplets, split, with_frozen_start
+from veneer.variants._parts import factors_from_triplets, minor_triplets, with_frozen_start
 from veneer.variants.pissa import PISSA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    return with_frozen_start(*split(*minor_triplets(context.base(), context.rank)))
+    return with_frozen_start(*factors_from_triplets(*minor_triplets(context.base(), context.rank)))
 
 
 register(PISSA, name="milora", paper="Wang et al. 2024, arXiv:2406.09044", init=init)

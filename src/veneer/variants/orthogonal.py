@@ -18,7 +18,7 @@ from veneer.variants._base import InitContext, register
 from veneer.variants.lora import LORA
 
 #: standard deviation of the random elements
-DEVIATION = 0.1
+INIT_STD = 0.1
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
@@ -27,8 +27,8 @@ def init(context: InitContext) -> dict[str, Tensor]:
     A = torch.zeros(context.groups, context.rank, context.in_)
     B = torch.zeros(context.groups, context.out, context.rank)
     half = (context.rank + 1) // 2
-    A[:, :half].normal_(std=DEVIATION)
-    B[..., half:].normal_(std=DEVIATION)
+    A[:, :half].normal_(std=INIT_STD)
+    B[..., half:].normal_(std=INIT_STD)
     return {"A": A, "B": B}
 
 

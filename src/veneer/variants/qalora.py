@@ -19,14 +19,18 @@ from veneer.variants._base import Base, InitContext, Parameters, Resolved, kaimi
 from veneer.variants.lora import LORA
 
 #: the largest L, the number of inputs that are pooled into one
-GROUP = 16
+MAX_POOLED_INPUTS = 16
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
     """A1 [g, r, in / L], which is A above, Kaiming-uniform; B [g, out, r] of zeros; and a frozen
     pool [g, L] of ones, the factors of the L inputs of a group. B has a gradient in the first step,
     A1 from the second step on."""
-    size = next(size for size in range(min(GROUP, context.in_), 0, -1) if context.in_ % size == 0)
+    size = next(
+        size
+        for size in range(min(MAX_POOLED_INPUTS, context.in_), 0, -1)
+        if context.in_ % size == 0
+    )
     pooled = context.in_ // size
     A = kaiming_uniform(replace(context, in_=pooled, fan_in=pooled))
     return {

@@ -124,12 +124,12 @@ def watch(monkeypatch):
 
     for name, make in (("Lock", lock), ("RLock", rlock), ("Condition", condition)):
         monkeypatch.setattr(threading, name, make)
-    changing = WatchedAgain(watch, "CHANGING", state_.CHANGING)
+    changing = WatchedAgain(watch, "ADAPTER_CHANGE_LOCK", state_.ADAPTER_CHANGE_LOCK)
     for module in [
         module for name, module in list(sys.modules.items()) if name.startswith("veneer.")
     ]:
-        if getattr(module, "CHANGING", None) is changing.lock:
-            monkeypatch.setattr(module, "CHANGING", changing)
+        if getattr(module, "ADAPTER_CHANGE_LOCK", None) is changing.lock:
+            monkeypatch.setattr(module, "ADAPTER_CHANGE_LOCK", changing)
     return watch
 
 

@@ -30,8 +30,8 @@ from veneer.attach.checking.recompute import ComputedParameters, ParametersCompu
 from veneer.attach.layer.adapted_module import layer_states, walk
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.layer_adapter import LayerAdapter
-from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
-from veneer.attach.layer.state import STATE, ActiveAdapter
+from veneer.attach.layer.lookup import adapters, changes, name_or_default, need_adapters, unwrap
+from veneer.attach.layer.state import LAYER_STATE_NAME, ActiveAdapter
 from veneer.attach.layer.views import view
 from veneer.attach.rows.blend import Blend
 from veneer.attach.select import active_adapter
@@ -45,13 +45,13 @@ from veneer.precision import compute_device, double
 #: The largest relative error of a change's gradient against that of a plain model of W + ΔW, by the
 #: size of the weight's elements in bytes. If a layer's ΔW is not read, the error is about 1. Kinks
 #: of ReLUs and rounding errors stay below these limits.
-TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
+TOLERANCE_BY_ELEMENT_SIZE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
 #: gradient of a key projection's bias.
-NOISE = 1e-4
+NOISE_SHARE = 1e-4
 #: in most error texts of ``_CheckedChange.problem``: what is expected, and what to do
-DEPENDS = "a layer that the output depends on"
-REACH = "exclude it, or give an example that reaches it"
+EXPECTED_LAYER = "a layer that the output depends on"
+HOW_TO_REACH = "exclude it, or give an example that reaches it"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class _CheckedChange:
     ids: frozenset[int]
     parameters: tuple[nn.Parameter, ...]
 
-    def problem(self, description: str, expected: str = DEPENDS, do: str = REACH) -> str:
+    def problem(
+        self, description: str, expected: str = EXPECTED_LAYER, do: str = HOW_TO_REACH
+    ) -> str:
         subject = f"{self.path!r} ({base_class(self.module).__name__}) {description}"
         return sentence(subject, expected, do)
 
@@ -118,7 +120,9 @@ def check(
     """
     model = unwrap(model)
     model_adapters = need_adapters(model)
-    active = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
+    active = active_adapter(
+        model, name if isinstance(name, Mapping) else name_or_default(model, name)
+    )
     if model_adapters.merged != active.merged_at_attach:
         raise CheckError(
             f"{model_adapters.merged!r} merged into the weights, on which {active.name!r} does not"
@@ -288,11 +292,11 @@ def _gradient_problems(
     for change in checked:
         expected = full_gradient(defined_gradients, change)
         error = (full_gradient(adapter_gradients, change) - expected).norm().item() / max(
-            expected.norm().item(), NOISE * largest_norm, 1e-30
+            expected.norm().item(), NOISE_SHARE * largest_norm, 1e-30
         )
         parameters = change.module.parameters(recurse=False)
         element_size = min((p.element_size() for p in parameters), default=4)
-        if not error < TOLERANCE.get(element_size, 0.5):
+        if not error < TOLERANCE_BY_ELEMENT_SIZE.get(element_size, 0.5):
             problem = f"has a different gradient than W + ΔW in its place ({error:.0%} off)"
             readable = (
                 "a weight that is read through its layer's forward, or directly by a module"
@@ -409,7 +413,7 @@ def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | Non
     submodule_adapters: set[int] = set()
     for _, module, layer_adapter in adapters(model, name):
         are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
-        layer_state: Any = module._modules[STATE]
+        layer_state: Any = module._modules[LAYER_STATE_NAME]
         submodule_adapters.update(
             id(adapter) for adapter in layer_adapter.submodule_adapters.values()
         )

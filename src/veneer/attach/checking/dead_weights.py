@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 #: the largest number of zero weights that are tested one by one; if there are more, all are
 #: reported
-MAX_TESTED = 64
+MAX_TESTED_WEIGHTS = 64
 #: the standard deviation of the random numbers that replace zeros
 FILL_STD = 0.02
 
@@ -53,7 +53,7 @@ def blocking_weights(
     # A parameter that is only added, such as a bias that starts at zero, blocks nothing: the
     # gradient appears whether it is zero or not.
     blocking_names: list[list[str]] = [[] for _ in have_gradients_filled]
-    for name in zeros if len(zeros) <= MAX_TESTED else ():
+    for name in zeros if len(zeros) <= MAX_TESTED_WEIGHTS else ():
         with _fill_zeros(parameter for key, parameter in zeros.items() if key != name):
             for names, has_gradient, has_gradient_filled in zip(
                 blocking_names, have_gradients(), have_gradients_filled, strict=True

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from veneer import context
 from veneer.attach.layer.qconfig import Qconfig
-from veneer.attach.layer.state import STATE, Call, LayerState
+from veneer.attach.layer.state import LAYER_STATE_NAME, Call, LayerState
 from veneer.bases import is_opaque
 from veneer.distributed import base_class
 
@@ -68,7 +68,7 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
         # Every layer of a decoding step runs this, so it uses subscripts instead of calls.
         modules, calling_context = self._modules, context.current
         try:
-            layer_state = modules[STATE]
+            layer_state = modules[LAYER_STATE_NAME]
         except KeyError:  # another thread has detached since this method was looked up
             return base_cls.forward(self, *args, **kwargs)
         model_adapters, selection = layer_state.model_adapters, calling_context.selection
@@ -158,7 +158,7 @@ def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
 
 def state_of(module: nn.Module) -> LayerState | None:
     return (
-        cast("LayerState | None", module._modules.get(STATE))
+        cast("LayerState | None", module._modules.get(LAYER_STATE_NAME))
         if isinstance(module, Adapted)
         else None
     )
@@ -177,7 +177,7 @@ def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     stop_answering_peft_names(module)
     wrapper = instance_forward(module)
     layer_state.instance_forward = wrapper if wrapper is not type(module).forward else None
-    set_child(module, STATE, layer_state)
+    set_child(module, LAYER_STATE_NAME, layer_state)
     module.__class__ = adapted_class(type(module), ())
     if COMPRESSED_FORWARD in module.__dict__:
         module.__dict__[COMPRESSED_FORWARD] = type(module).forward
@@ -227,7 +227,7 @@ def instance_forward(module: nn.Module) -> FunctionType | None:
 def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """The output of an adapted module without its adapters. ``base_cls`` is the class that the
     module had before it was adapted."""
-    layer_state = module._modules.get(STATE)
+    layer_state = module._modules.get(LAYER_STATE_NAME)
     if layer_state is None or layer_state.opaque_storage is None:
         return base_cls.forward(module, *args, **kwargs)
     forward = partial(base_cls.forward, module)
@@ -246,7 +246,7 @@ def restore_module(module: nn.Module) -> None:
     wrapper = None if layer_state is None else layer_state.instance_forward
     # Remove the layer state before the class changes: a module of its base class with a layer
     # state counts as a view.
-    set_child(module, STATE, None)
+    set_child(module, LAYER_STATE_NAME, None)
     is_wrapped = has_wrapped_forward(module)
     # The first call of the model may have set this attribute after ``adapt_module``.
     if COMPRESSED_FORWARD in module.__dict__:
@@ -309,7 +309,7 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
 
 
 @contextmanager
-def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
+def replaced_tensors(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
     """A context manager that replaces tensors of modules. Each parameter or buffer whose ``id`` is
     a key of ``values`` is replaced by the value of that key until the end of the context."""
     tables: list[Any] = [

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from veneer import precision
 from veneer.attach.layer.adapted_module import state_of
-from veneer.attach.layer.token_rows import ROWS, with_rows
+from veneer.attach.layer.token_rows import TOKEN_ROWS, with_token_rows
 from veneer.bases import Storage, weight_of
 from veneer.distributed import base_class
 from veneer.errors import SelectionError, TargetError, sentence
@@ -28,7 +28,7 @@ from veneer.variants import Variant
 
 #: the number of blocks of rows in which a packed (quantised) weight is decoded, so that there is
 #: never a full dense copy of it
-PIECE_COUNT = 8
+ROW_BLOCK_COUNT = 8
 
 
 def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
@@ -128,7 +128,7 @@ class Change(nn.Module):
         """The variant's parameters, trained and frozen, by name. Parameters that accelerate has
         offloaded are copied to the device of the module."""
         parameters = self._all_parameters()
-        parameters.pop(ROWS, None)
+        parameters.pop(TOKEN_ROWS, None)
         return parameters
 
     def _all_parameters(self) -> dict[str, Any]:
@@ -156,10 +156,10 @@ class Change(nn.Module):
         if self.tokens is None:
             return self.low_rank(weight, dtype)
         low_and_gain = self.low_rank(weight, dtype) if self.rank else (None, None)
-        token_rows, dense = self._all_parameters()[ROWS], self.storage.dense(weight)
+        token_rows, dense = self._all_parameters()[TOKEN_ROWS], self.storage.dense(weight)
         token_rows = token_rows if dtype is None else precision.cast(token_rows, dtype)
         token_ids = self._indices_on(token_rows.device, "tokens")
-        return with_rows(*low_and_gain, token_rows, token_ids, dense, self.layer)
+        return with_token_rows(*low_and_gain, token_rows, token_ids, dense, self.layer)
 
     def low_rank(
         self, weight: Any, dtype: torch.dtype | None = None
@@ -219,7 +219,7 @@ class Change(nn.Module):
         has_row_blocks = self.layer.product and not self.layer.out_axis and self.rows is None
         if has_row_blocks and dtype is None and self.storage.dense_name is None:
             vars(read_weight)["pieces"] = lambda: (
-                piece[None] for piece in self.storage.pieces(weight, PIECE_COUNT)
+                piece[None] for piece in self.storage.pieces(weight, ROW_BLOCK_COUNT)
             )
         return read_weight
 

@@ -129,7 +129,7 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if type(index) is int:
         return _select_matrix(weight, index)
     if isinstance(index, slice):
-        return make_unformed(weight.stack.slice_matrices(index), None, weight.flipped)
+        return make_unformed(weight.stack.slice_matrices(index), None, weight.is_transposed)
     if (
         not isinstance(index, Tensor)
         or isinstance(index, Unformed)
@@ -243,11 +243,11 @@ def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
     if isinstance(split_size, int):
         sizes = [min(split_size, length - start) for start in range(0, length, split_size)]
     axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
-    axis = 3 - axis if weight.flipped else axis
+    axis = 3 - axis if weight.is_transposed else axis
     slices, start = [], 0
     for size in sizes:
         narrowed = weight.stack.narrow_matrices(axis, start, size)
-        slices.append(make_unformed(narrowed, weight.index, weight.flipped))
+        slices.append(make_unformed(narrowed, weight.index, weight.is_transposed))
         start += size
     return tuple(slices)
 
@@ -380,7 +380,7 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
         and not _has_autocast(x)
     ):
         order, inverse, segments = _group_rows(stack, weight.index)
-        W, A, B = stack.factors(None, weight.flipped != transposed)
+        W, A, B = stack.factors(None, weight.is_transposed != transposed)
         rows = x[:, 0] if order is None else x[:, 0].index_select(0, order)
         y = grouped.linear(rows, W, A, B, stack.scale, segments)
         return (y if inverse is None else y.index_select(0, inverse))[:, None]

@@ -30,16 +30,16 @@ class FusedChange:
         change: the ``Change``. Its A and B are read at each call, because they may be replaced.
         weight, bias: the names of the layer's parameters. ``bias`` is None for a layer that cannot
             have a bias.
-        flipped: whether the weight is stored transposed, as [in, out].
-        forms_above: the number of tokens above which W + ΔW is formed
-            (``cost_model.forms_above``).
+        is_transposed: whether the weight is stored transposed, as [in, out].
+        max_factored_tokens: the number of tokens above which W + ΔW is formed
+            (``cost_model.max_factored_tokens``).
     """
 
     change: Any
     weight: str
     bias: str | None
-    flipped: bool
-    forms_above: float
+    is_transposed: bool
+    max_factored_tokens: float
 
     @property
     def active_dropout(self) -> float:
@@ -58,9 +58,9 @@ class FusedChange:
         parameters = module._parameters
         weight: Any = parameters[self.weight]
         bias = None if self.bias is None else parameters[self.bias]
-        return weight.mT if self.flipped else weight, bias
+        return weight.mT if self.is_transposed else weight, bias
 
-    def read_key(self, module: nn.Module) -> tuple[Any, ...]:
+    def dependency_key(self, module: nn.Module) -> tuple[Any, ...]:
         """A key of everything besides x that the layer's output depends on. Equal keys mean equal
         outputs."""
         factors, parameters = self.change._parameters, module._parameters
@@ -70,10 +70,10 @@ class FusedChange:
             factors["A"],
             factors["B"],
         )
-        return self.active_dropout, self.change.scale, *identities(tensors)
+        return self.active_dropout, self.change.scale, *tensor_versions(tensors)
 
 
-def identities(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
+def tensor_versions(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
     """The ``id`` and version of each tensor. They change when a tensor is replaced or written."""
     return ((id(tensor), tensor._version) for tensor in tensors if tensor is not None)
 
@@ -116,11 +116,11 @@ def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChan
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
-    forms_above = cost_model.forms_above(out, in_, change.rank, weight.dtype)
-    return FusedChange(change, layer.weight, bias, layer.out_axis == 1, forms_above)
+    max_factored_tokens = cost_model.max_factored_tokens(out, in_, change.rank, weight.dtype)
+    return FusedChange(change, layer.weight, bias, layer.out_axis == 1, max_factored_tokens)
 
 
-def outputs(
+def fused_outputs(
     members: Sequence[tuple[nn.Module, FusedChange]], x: Tensor, seed: int | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of several layers for one input x [*, in] that they all read. ``members`` are the
@@ -149,7 +149,7 @@ def outputs(
     forms_weight = (
         not dropout
         and x.dtype.itemsize >= 4
-        and all(tokens > fused_change.forms_above for _, fused_change in members)
+        and all(tokens > fused_change.max_factored_tokens for _, fused_change in members)
     )
     settings = fused.Settings(scales, dropout, seed, forms_weight)
     return fused.linears(settings, x, weights, biases, A, B)
@@ -175,7 +175,7 @@ class SharedInputLayers:
         self.members = members
 
     @staticmethod
-    def applies(fused_change: FusedChange, x: Tensor) -> bool:
+    def can_share_outputs(fused_change: FusedChange, x: Tensor) -> bool:
         """Whether the outputs for x can be computed together in the present gradient mode."""
         if torch.is_grad_enabled():
             return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
@@ -183,18 +183,18 @@ class SharedInputLayers:
         return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:
-        """The output of ``module`` with its layer adapter for x [*, in]. ``applies`` must be
-        True."""
+        """The output of ``module`` with its layer adapter for x [*, in]. ``can_share_outputs`` must
+        be True."""
         pending_output = _PENDING_OUTPUTS.take(x, id(layer_adapter))
         if pending_output is not None:
-            y, read_key = pending_output
-            if read_key == layer_adapter.fused_change.read_key(module) and (
+            y, dependency_key = pending_output
+            if dependency_key == layer_adapter.fused_change.dependency_key(module) and (
                 x.is_cpu or y.dtype == device.product_dtype(x)
             ):
                 return y
         fused_change = layer_adapter.fused_change
         if layer_adapter is not self.members[0][1] or not fused_change.can_compute_early(module, x):
-            return outputs([(module, fused_change)], x)[0]
+            return fused_outputs([(module, fused_change)], x)[0]
         later_members = [
             (later_module, later_adapter)
             for later_module, later_adapter in self.members[1:]
@@ -205,12 +205,15 @@ class SharedInputLayers:
             (later_module, later_adapter.fused_change)
             for later_module, later_adapter in later_members
         ]
-        y, *later_outputs = outputs([(module, fused_change), *later_changes], x)
+        y, *later_outputs = fused_outputs([(module, fused_change), *later_changes], x)
         if later_outputs:
             _PENDING_OUTPUTS.put(
                 x,
                 {
-                    id(later_adapter): (later_y, later_adapter.fused_change.read_key(later_module))
+                    id(later_adapter): (
+                        later_y,
+                        later_adapter.fused_change.dependency_key(later_module),
+                    )
                     for (later_module, later_adapter), later_y in zip(
                         later_members, later_outputs, strict=True
                     )
@@ -239,7 +242,7 @@ class SharedInputLayers:
         return seed
 
 
-def seed_of(module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
+def shared_dropout_seed(module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
     """The dropout seed for x of a layer adapter that has a ``FusedChange``."""
     shared_layers = layer_adapter.shared_input_layers
     return (

@@ -33,9 +33,9 @@ from veneer.attach.layer.fused_linear import (
     FusedChange,
     SharedInputLayers,
     bias_is_parameter,
+    fused_outputs,
     make_fused_change,
-    outputs,
-    seed_of,
+    shared_dropout_seed,
 )
 from veneer.attach.layer.layer_call import (
     LinearCall,
@@ -107,7 +107,7 @@ class LayerAdapter(nn.Module):
         for method in self.submodule_adapters_by_method:
             yield layer_state.key, method
 
-    def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
+    def set_fused_change(self, module: nn.Module, layer_state: LayerState) -> None:
         """Set ``fused_change`` if this layer adapter is one product B A for all outputs, which the
         fused kernel can compute. Call this once all changes are set."""
         changes, kind = tuple(self.changes.values()), cast(Layer, layer_state.layer)
@@ -131,10 +131,10 @@ class LayerAdapter(nn.Module):
         ``Context.reached_ids``."""
         yield id(self)
         yield from map(id, self.changes.values())
-        for layer_adapter in self.below(method).values():
+        for layer_adapter in self.adapters_read_by(method).values():
             yield from layer_adapter.reached_ids()
 
-    def below(self, method: str) -> Mapping[ModulePath, LayerAdapter]:
+    def adapters_read_by(self, method: str) -> Mapping[ModulePath, LayerAdapter]:
         """The layer adapters of modules below whose weights a method reads directly, by path."""
         return (
             self.submodule_adapters
@@ -180,19 +180,23 @@ class LayerAdapter(nn.Module):
                     if (
                         self.shared_input_layers is not None
                         and may_share
-                        and self.shared_input_layers.applies(fused_change, x)
+                        and self.shared_input_layers.can_share_outputs(fused_change, x)
                     ):
                         return self.shared_input_layers.output(module, self, x)
                     shape, change = x.shape, fused_change.change
                     tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
                     if change.dropout and change.training:
-                        seed = seed_of(module, self, x) if may_share and seed is None else seed
-                        return outputs([(module, fused_change)], x, seed)[0]
-                    if tokens > fused_change.forms_above:
-                        return outputs([(module, fused_change)], x)[0]
+                        seed = (
+                            shared_dropout_seed(module, self, x)
+                            if may_share and seed is None
+                            else seed
+                        )
+                        return fused_outputs([(module, fused_change)], x, seed)[0]
+                    if tokens > fused_change.max_factored_tokens:
+                        return fused_outputs([(module, fused_change)], x)[0]
                     factors: Any = change._parameters
                     bias = None if fused_change.bias is None else parameters[fused_change.bias]
-                    weight = weight.mT if fused_change.flipped else weight
+                    weight = weight.mT if fused_change.is_transposed else weight
                     linear = fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
                     return linear(change.scale, x, weight, bias, factors["A"], factors["B"])
                 if device.applies(x, weight):
@@ -267,11 +271,11 @@ class LayerAdapter(nn.Module):
         """The output of a layer on a device other than the CPU. If ``may_share``, the fused kernel
         also computes the layers that read the same x."""
         shared_layers = self.shared_input_layers if may_share else None
-        if shared_layers is not None and shared_layers.applies(fused_change, x):
+        if shared_layers is not None and shared_layers.can_share_outputs(fused_change, x):
             return shared_layers.output(module, self, x)
         if may_share and fused_change.active_dropout and seed is None:
-            seed = seed_of(module, self, x)
-        return outputs([(module, fused_change)], x, seed)[0]
+            seed = shared_dropout_seed(module, self, x)
+        return fused_outputs([(module, fused_change)], x, seed)[0]
 
     def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """``gain ⊙ (W + ΔW)`` of every changed weight, by name: in at least float32 if ``wide``,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.layer.adapted_module import base_forward
-from veneer.attach.layer.change import PIECE_COUNT, Change, frozen_weight
+from veneer.attach.layer.change import ROW_BLOCK_COUNT, Change, frozen_weight
 from veneer.attach.layer.dtypes import no_autocast, output_dtype, widen
 from veneer.attach.layer.state import Call, LayerState
 from veneer.attach.layer.views import view
@@ -199,13 +199,13 @@ def _run_on_device(
     )[0]
 
 
-def _read_dense(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in] in a dtype. ``flipped``: the weight is stored as [in, out]. It is
-    read in blocks of rows, because the storage may compute them in a wider dtype."""
+def _read_dense(change: Change, weight: Any, is_transposed: bool, dtype: torch.dtype) -> Tensor:
+    """The dense weight [out, in] in a dtype. ``is_transposed``: the weight is stored as [in, out].
+    It is read in blocks of rows, because the storage may compute them in a wider dtype."""
     dense, first_row = None, 0
-    for row_block in change.storage.pieces(weight, PIECE_COUNT):
-        if len(row_block) == (change.dims.in_ if flipped else change.dims.out):
-            return row_block.to(dtype).mT if flipped else row_block.to(dtype)
+    for row_block in change.storage.pieces(weight, ROW_BLOCK_COUNT):
+        if len(row_block) == (change.dims.in_ if is_transposed else change.dims.out):
+            return row_block.to(dtype).mT if is_transposed else row_block.to(dtype)
         if dense is None:
             dense = row_block.new_empty(change.dims.out, change.dims.in_, dtype=dtype)
         dense[first_row : first_row + len(row_block)].copy_(row_block)

@@ -19,8 +19,8 @@ from veneer.attach.layer.adapted_module import layer_states
 from veneer.attach.layer.change import Change, frozen_weight
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.state import (
-    ADAPTERS,
     COPIES_WITHOUT_ROOT,
+    MODEL_ADAPTERS_NAME,
     ModelAdapters,
     one_thread_at_a_time,
 )
@@ -30,7 +30,7 @@ from veneer.errors import SelectionError, TargetError, listing, nearest, sentenc
 def adapters_of(model: nn.Module) -> ModelAdapters | None:
     """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``, or
     None."""
-    return unwrap(model).__dict__.get(ADAPTERS)
+    return unwrap(model).__dict__.get(MODEL_ADAPTERS_NAME)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -43,7 +43,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TargetError(
             f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first"
         )
-    while ADAPTERS not in model.__dict__:
+    while MODEL_ADAPTERS_NAME not in model.__dict__:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if inner is None or len(model._modules) != 1:
             return model
@@ -51,13 +51,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
+def need_adapters(
+    model: nn.Module, name: str | None = None, *, check_all_layers: bool = True
+) -> ModelAdapters:
     """The ``ModelAdapters`` of a model.
 
     Args:
         name: an adapter that must exist; None requires no adapter of a name.
-        walk: whether to check all layers for adapters of another model object. If False, they are
-            checked only if an adapted layer has been copied in this process.
+        check_all_layers: whether to check all layers for adapters of another model object. If
+            False, they are checked only if an adapted layer has been copied in this process.
 
     Raises:
         SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
@@ -71,7 +73,7 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
             "call veneer.attach or load first",
         )
     model_adapters.claim(unwrap(model))
-    if (walk or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
+    if (check_all_layers or COPIES_WITHOUT_ROOT) and (problem := foreign_layers_problem(model)):
         raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in model_adapters.configs):
         raise SelectionError(
@@ -105,7 +107,7 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
     return sentence(problem, "one root for all adapters", f"{do}copying or attach after")
 
 
-def only_name(model: nn.Module, name: str | None) -> str:
+def name_or_default(model: nn.Module, name: str | None) -> str:
     """``name``, or, if it is None, the name of the model's default adapter or of its only adapter.
 
     Raises:
@@ -143,14 +145,14 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
     model_adapters = need_adapters(model)
     active = context.current.selection.get(model_adapters.uid)
     if active is None:
-        return only_name(model, None)
+        return name_or_default(model, None)
     if active.name is None:
         raise SelectionError(
             "a selection of the base, or of an adapter for each row",
             "one adapter",
             f"call {method} inside `with veneer.use(model, name):`",
         )
-    return only_name(model, active.name)
+    return name_or_default(model, active.name)
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:

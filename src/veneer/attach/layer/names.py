@@ -59,7 +59,7 @@ class Names:
             }
             yield from (((path, name), parameter) for name, parameter in visible_parameters.items())
 
-    def holders(self) -> dict[int, list[ParamRef]]:
+    def refs_by_parameter_id(self) -> dict[int, list[ParamRef]]:
         """For each parameter, by its ``id``, the (path, name) of every module that holds it. A tied
         parameter has several."""
         refs_by_id: dict[int, list[ParamRef]] = {}
@@ -69,14 +69,14 @@ class Names:
 
     def holders_of(self, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
         """(path, name) of every module that holds the parameter ``ref``, in the model's order.
-        ``refs_by_id`` is the result of ``holders``."""
+        ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
         return refs_by_id.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
 
     def split_ties(self, values: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
         """The tied parameters whose names have different values in ``values``, or of which only
         some names have a value there. ``values`` is {path: {name: value}}."""
         split_refs: set[ParamRef] = set()
-        for refs in self.holders().values():
+        for refs in self.refs_by_parameter_id().values():
             tied_values = [
                 values[path][name] for path, name in refs if name in values.get(path, ())
             ]
@@ -105,7 +105,7 @@ class Names:
                 fresh_refs.setdefault(id(parameter), ref)
         return fresh_refs
 
-    def matching(self, pattern: str) -> list[str]:
+    def modules_matching(self, pattern: str) -> list[str]:
         """The first names of the modules that match ``pattern`` under any of their names, in the
         model's order."""
         is_match = path_test(pattern)
@@ -121,7 +121,7 @@ class Names:
             if any(is_match(f"{alias}.{name}".lstrip(".")) for alias in self.aliases[path])
         ]
 
-    def refs(self, path: str) -> list[ParamRef]:
+    def adaptable_refs(self, path: str) -> list[ParamRef]:
         """The parameters of a module that an adapter may change: its weights and vectors, and those
         of the children whose weights its forward uses as part of its own computation."""
         module = self.modules[path]
@@ -132,9 +132,12 @@ class Names:
         child_paths = [
             self.canonical[f"{path}.{child}".lstrip(".")] for child in kind.below(module)
         ]
-        return [*refs, *(ref for child_path in child_paths for ref in self.refs(child_path))]
+        return [
+            *refs,
+            *(ref for child_path in child_paths for ref in self.adaptable_refs(child_path)),
+        ]
 
-    def children(self, path: str) -> Iterator[str]:
+    def subtree_paths(self, path: str) -> Iterator[str]:
         """Yield ``path`` and the first name of every module below it."""
         for name, aliases in self.aliases.items():
             if any(
@@ -155,7 +158,7 @@ class Names:
             return f" (as a regular expression it matches {count} paths: write {'re:' + pattern!r})"
         return nearest(pattern, [*(path.rpartition(".")[2] for path in paths), *paths])
 
-    def last_names(self) -> str:
+    def last_components_text(self) -> str:
         """The distinct last components of the paths of modules that can be attached to, such as
         "q_proj", as a text for messages."""
         names = (

@@ -33,9 +33,9 @@ from veneer.errors import SelectionError
 from veneer.layers import Layer
 
 #: the name of the child of an adapted layer that holds its ``LayerState``
-STATE = "veneer"
+LAYER_STATE_NAME = "veneer"
 #: the attribute of a model that holds its ``ModelAdapters``
-ADAPTERS = "_veneer"
+MODEL_ADAPTERS_NAME = "_veneer"
 
 #: the names of the children that lead from a module to a module below it
 ModulePath = tuple[str, ...]
@@ -114,15 +114,16 @@ NONE_SELECTED = ActiveAdapter(None, None)
 
 #: A lock that is held while adapters are attached, detached or merged. Threads that call the model
 #: never wait for it.
-CHANGING = threading.RLock()
+ADAPTER_CHANGE_LOCK = threading.RLock()
 
 
 def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of functions that change a model's adapters: the function holds ``CHANGING``."""
+    """Decorator of functions that change a model's adapters: the function holds
+    ``ADAPTER_CHANGE_LOCK``."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with CHANGING:
+        with ADAPTER_CHANGE_LOCK:
             return function(*args, **kwargs)
 
     return run

@@ -24,7 +24,7 @@ from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 
 #: the name of R among the parameters of a ``Change``
-ROWS = "token_rows"
+TOKEN_ROWS = "token_rows"
 
 
 def initial_rows(dense: Tensor, ids: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def initial_rows(dense: Tensor, ids: Tensor) -> Tensor:
     return dense.detach().index_select(0, ids.to(dense.device))
 
 
-def with_rows(
+def with_token_rows(
     low_rank: LowRank | None,
     gain: Tensor | None,
     token_rows: Tensor,

@@ -73,9 +73,9 @@ class Stack:
     call_input: Tensor | None = None
     unbound: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
-    def factors(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(W, A, B) of the matrices ``index``. If ``flipped``, (Wᵀ, Bᵀ, Aᵀ), which are the factors
-        of the transposed matrices."""
+    def factors(self, index: Index, is_transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(W, A, B) of the matrices ``index``. If ``is_transposed``, (Wᵀ, Bᵀ, Aᵀ), which are the
+        factors of the transposed matrices."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
             # The backward of ``unbind`` creates one gradient of the stack's size for all matrices.
@@ -88,7 +88,7 @@ class Stack:
                 W, A, B = W[index], A[index], B[index]
         elif index is not None:
             W, A, B = (stacked.index_select(0, index) for stacked in (W, A, B))
-        return (W.mT, B.mT, A.mT) if flipped else (W, A, B)
+        return (W.mT, B.mT, A.mT) if is_transposed else (W, A, B)
 
     @property
     def needs_gradient(self) -> bool:
@@ -111,9 +111,9 @@ class Stack:
     def _with(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
         return Stack(W, A, B, self.scale, self.can_form, self.call_state, self.call_input)
 
-    def form(self, index: Index, flipped: bool) -> Tensor:
+    def form_matrices(self, index: Index, is_transposed: bool) -> Tensor:
         """W + ΔW of the matrices ``index``, differentiable in A and B; transposed if
-        ``flipped``."""
+        ``is_transposed``."""
         if not self.can_form:
             raise CannotFormError
         W, A, B = self.factors(index, False)
@@ -122,7 +122,7 @@ class Stack:
             LowRank(A, B, self.scale) if W.dim() == 3 else LowRank(A[None], B[None], self.scale)
         )
         dense = (W.to(wide_dtype) + low_rank.delta(wide_dtype).view(W.shape)).to(W.dtype)
-        return dense.mT if flipped else dense
+        return dense.mT if is_transposed else dense
 
 
 class Unformed(Tensor):
@@ -130,32 +130,32 @@ class Unformed(Tensor):
 
     Fields:
         index: the selected matrices of ``stack``.
-        flipped: whether the matrices are transposed.
+        is_transposed: whether the matrices are transposed.
     """
 
     stack: Stack
     index: Index
-    flipped: bool
+    is_transposed: bool
     # Redefined here: the attributes of ``Tensor`` would pass through ``__torch_function__``.
     shape: Any
     dtype: Any
     device: Any
     ndim: Any
 
-    def form(self) -> Tensor:
+    def form_values(self) -> Tensor:
         """The values W + ΔW."""
-        return self.stack.form(self.index, self.flipped)
+        return self.stack.form_matrices(self.index, self.is_transposed)
 
     def factors(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(W, A, B) of this tensor's matrices, or of their transposes."""
-        return self.stack.factors(self.index, self.flipped != transposed)
+        return self.stack.factors(self.index, self.is_transposed != transposed)
 
     def take_matrices(self, index: Index) -> Unformed:
         """The ``Unformed`` of one or some of the stack's matrices."""
-        return make_unformed(self.stack, index, self.flipped)
+        return make_unformed(self.stack, index, self.is_transposed)
 
     def transpose_matrices(self) -> Unformed:
-        return make_unformed(self.stack, self.index, not self.flipped)
+        return make_unformed(self.stack, self.index, not self.is_transposed)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,7 +181,7 @@ class Unformed(Tensor):
 
 def _form_all(tree: Any) -> Any:
     """Replace each ``Unformed`` in a tree of arguments by its values."""
-    return pytree.tree_map_only(Unformed, Unformed.form, tree)
+    return pytree.tree_map_only(Unformed, Unformed.form_values, tree)
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
@@ -197,16 +197,16 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
-def make_unformed(stack: Stack, index: Index = None, flipped: bool = False) -> Unformed:
-    """An ``Unformed`` of the selected matrices, transposed if ``flipped``."""
+def make_unformed(stack: Stack, index: Index = None, is_transposed: bool = False) -> Unformed:
+    """An ``Unformed`` of the selected matrices, transposed if ``is_transposed``."""
     return (
-        _apply(stack, index, flipped, stack.A, stack.B)
+        _apply(stack, index, is_transposed, stack.A, stack.B)
         if stack.needs_gradient
-        else _create(stack, index, flipped)
+        else _create(stack, index, is_transposed)
     )
 
 
-def _create(stack: Stack, index: Index, flipped: bool) -> Unformed:
+def _create(stack: Stack, index: Index, is_transposed: bool) -> Unformed:
     """An ``Unformed`` without a gradient."""
     W = stack.W
     shape, strides = W.shape, W.stride()
@@ -214,7 +214,7 @@ def _create(stack: Stack, index: Index, flipped: bool) -> Unformed:
         shape, strides = shape[1:], strides[1:]
     elif index is not None:
         shape, strides = (len(index), *shape[1:]), (shape[1] * shape[2], shape[2], 1)
-    if flipped:
+    if is_transposed:
         shape, strides = (
             (*shape[:-2], shape[-1], shape[-2]),
             (*strides[:-2], strides[-1], strides[-2]),
@@ -224,7 +224,11 @@ def _create(stack: Stack, index: Index, flipped: bool) -> Unformed:
         Unformed, shape, strides=strides, dtype=dtype, device=device
     )
     attributes = unformed.__dict__
-    attributes["stack"], attributes["index"], attributes["flipped"] = stack, index, flipped
+    attributes["stack"], attributes["index"], attributes["is_transposed"] = (
+        stack,
+        index,
+        is_transposed,
+    )
     attributes["_shape"], attributes["_dtype"], attributes["_device"], attributes["_ndim"] = (
         torch.Size(shape),
         dtype,
@@ -244,17 +248,19 @@ class _UnformedNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stack: Stack, index: Index, flipped: bool, A: Tensor, B: Tensor
+        ctx: Any, stack: Stack, index: Index, is_transposed: bool, A: Tensor, B: Tensor
     ) -> Unformed:
-        ctx.scale, ctx.index, ctx.flipped = stack.scale, index, flipped
+        ctx.scale, ctx.index, ctx.is_transposed = stack.scale, index, is_transposed
         ctx.save_for_backward(A, B)
-        return _create(stack, index, flipped)
+        return _create(stack, index, is_transposed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         A, B = ctx.saved_tensors
         index = ctx.index
-        G = (gradient.mT if ctx.flipped else gradient).to(at_least_float32(A.dtype)) * ctx.scale
+        G = (gradient.mT if ctx.is_transposed else gradient).to(
+            at_least_float32(A.dtype)
+        ) * ctx.scale
         if index is None:
             return (
                 None,

@@ -39,7 +39,7 @@ from veneer.attach.layer.dtypes import (
     widen,
 )
 from veneer.attach.layer.experts import LAYERS_THAT_FORM, unformed_weights_of
-from veneer.attach.layer.state import STATE, Call, LayerState, ModulePath, detached_error
+from veneer.attach.layer.state import LAYER_STATE_NAME, Call, LayerState, ModulePath, detached_error
 from veneer.attach.layer.unformed import CannotFormError
 from veneer.bases import BASES
 from veneer.distributed import base_class
@@ -55,7 +55,10 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
-    function, submodule_adapters = method_of(base_cls, method), layer_adapter.below(method)
+    function, submodule_adapters = (
+        method_of(base_cls, method),
+        layer_adapter.adapters_read_by(method),
+    )
     replacements = layer_adapter.replacements(module)
     dtypes = {
         change.storage.dtype(frozen_weight(change, module, name))
@@ -264,7 +267,7 @@ def _view_read_below(
     if layer_adapter is None:
         children = _children_read_below(module, layer_adapters, views)
         return _create_view(module, type(module), {}, children, None, views, {})
-    if layer_state is None and STATE in module._modules:
+    if layer_state is None and LAYER_STATE_NAME in module._modules:
         return module  # already a view, created for a module above
     if layer_state is None:
         raise detached_error("the selected one")

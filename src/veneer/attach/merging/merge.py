@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.lookup import adapters, changes, need_adapters, only_name, unwrap
+from veneer.attach.layer.lookup import adapters, changes, name_or_default, need_adapters, unwrap
 from veneer.attach.layer.state import ModelAdapters, one_thread_at_a_time
 from veneer.attach.merging.fold_weights import merged_content
 from veneer.attach.merging.merge_report import LayerMerge, MergeReport
@@ -96,7 +96,7 @@ def merge(
         SelectionError: there is no such adapter.
     """
     model = unwrap(model)
-    name = only_name(model, name)
+    name = name_or_default(model, name)
     model_adapters = need_adapters(model, name)
     if tokens := model_adapters.configs[name].invocation_tokens:
         raise MergeError(

@@ -77,7 +77,7 @@ class Plans:
     """Everything that one adapter changes.
 
     Fields:
-        low: the plans of the low-rank changes.
+        low_rank_plans: the plans of the low-rank changes.
         full: the names of the parameters that are trained in full, by the path of their module.
         full_modules: the paths of the modules that ``train_also`` matches. The adapter also has
             copies of their buffers.
@@ -87,7 +87,7 @@ class Plans:
     """
 
     config: LoraConfig
-    low: tuple[LowRankPlan, ...]
+    low_rank_plans: tuple[LowRankPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     full_modules: frozenset[str] = frozenset()
     full_readers: tuple[WeightReader, ...] = ()
@@ -239,7 +239,7 @@ class _Planner:
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
         """The targets that an adapter can change. With "all", the other targets are no error: a
         warning names them."""
-        refs_by_id = self.names.holders()
+        refs_by_id = self.names.refs_by_parameter_id()
         modules_without_kind = {
             path: module for path, module in self.names.modules.items() if kind_of(module) is None
         }
@@ -269,7 +269,7 @@ class _Planner:
         names, config = self.names, self.config
         variant = VARIANTS[config.variant]
         alpha = variant.default_alpha if config.alpha is None else config.alpha
-        refs_by_id = names.holders()
+        refs_by_id = names.refs_by_parameter_id()
         specs: dict[ParamRef, TargetSpec] = {}
         for ref in targets:
             if not is_matrix(names, ref):
@@ -292,7 +292,7 @@ class _Planner:
         ids_by_owner = token_targets.token_ids_by_weight(
             self.names, self.config.trainable_tokens, self.problems
         )
-        refs_by_id = self.names.holders() if ids_by_owner else {}
+        refs_by_id = self.names.refs_by_parameter_id() if ids_by_owner else {}
         specs_with_tokens = dict(specs)
         for ref, spec in specs.items() if ids_by_owner else ():
             owner = self.names.holders_of(ref, refs_by_id)[0]
@@ -352,7 +352,7 @@ def _changed_refs(
 def with_ties(names: Names, full_params: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """``full_params``, {module path: parameter names}, with every other name of those parameters
     that are tied, because tied parameters are trained as one."""
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     tied = {path: dict.fromkeys(parameters) for path, parameters in full_params.items()}
     for path, name in _changed_refs((), full_params):
         for holder_path, holder_name in refs_by_id.get(
@@ -408,7 +408,7 @@ def plan_low(
 ) -> list[LowRankPlan]:
     """A plan for each weight in ``specs``, with every module that holds or reads it. Reasons
     against a plan are added to ``problems``."""
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
         refusals_of_ref = list(refusals.refusals_of(names, ref, refs_by_id))

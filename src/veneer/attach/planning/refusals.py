@@ -18,7 +18,7 @@ from veneer.attach.invocation import takes_input_ids
 from veneer.attach.layer.adapted_module import walk
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
 from veneer.attach.layer.names import Names
-from veneer.attach.layer.state import STATE, LayerState
+from veneer.attach.layer.state import LAYER_STATE_NAME, LayerState
 from veneer.attach.source.from_peft import peft_problem
 from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable, weight_of
@@ -116,7 +116,7 @@ def _misread_base_problem(model: nn.Module) -> str | None:
     misread = [
         f"{path!r} {tuple(storage.shape(weight))}"
         for path, weight, storage in packed_weights
-        if storage.misread(weight)
+        if storage.library_misreads(weight)
     ]
     if not misread:
         return None
@@ -153,13 +153,12 @@ def unadaptable(names: Names, path: str, method: str = "forward") -> str | None:
 
 def _name_conflict(module: nn.Module) -> str | None:
     """An error text if a module has a child with the name of the layer state; else None."""
-    child = dict(module._modules.items()).get(STATE)  # a ScriptModule's children are no dict
+    # a ScriptModule's children are no dict
+    child = dict(module._modules.items()).get(LAYER_STATE_NAME)
     is_free = child is None or isinstance(child, LayerState)
-    return (
-        None
-        if is_free
-        else f"it has a child of its own called {STATE!r}, where its adapters would stand"
-    )
+    if is_free:
+        return None
+    return f"it has a child of its own called {LAYER_STATE_NAME!r}, where its adapters would stand"
 
 
 def frozen_on_purpose(names: Names) -> set[int]:
@@ -168,7 +167,7 @@ def frozen_on_purpose(names: Names) -> set[int]:
     model_adapters = adapters_of(names.model)
     requires_grad_before = {} if model_adapters is None else model_adapters.original_requires_grad
     trains: dict[int, bool] = {}
-    for key, refs in names.holders().items():
+    for key, refs in names.refs_by_parameter_id().items():
         (path, name), *_ = refs  # for a tied parameter the first of its names
         requires_grad_now = names.modules[path]._parameters[name].requires_grad
         trains[key] = requires_grad_before.get(parameter_path(path, name), requires_grad_now)

@@ -68,14 +68,14 @@ def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[
     for pattern in config.exclude:
         parameters = (
             []
-            if pattern in WORDS or names.matching(pattern)
+            if pattern in WORDS or names.modules_matching(pattern)
             else names.parameters_matching(pattern)
         )
         if parameters:
             excluded.update(parameters)
             continue
         for path in _modules(names, pattern, "exclude", problems):
-            for path_below in names.children(path):
+            for path_below in names.subtree_paths(path):
                 excluded.update(
                     (path_below, name) for name in own_parameters(names.modules[path_below])
                 )
@@ -112,7 +112,7 @@ def unmatched_pattern_problems(
     if not patterns:
         return []
     paths = dict.fromkeys(path for path, _ in targets)
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     holders = [holder for ref in targets for holder in names.holders_of(ref, refs_by_id)]
     return [
         sentence(
@@ -134,7 +134,7 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
         paths_below = [
             path
             for path_above in matches
-            for path in names.children(path_above)
+            for path in names.subtree_paths(path_above)
             if names.modules[path]._parameters
         ]
         if matches and not paths_below:
@@ -147,7 +147,7 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
 def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:
     """The modules that a word or a pattern matches. If there are none, the reason is added to
     ``problems``."""
-    matches = _word_modules(names, pattern) if pattern in WORDS else names.matching(pattern)
+    matches = _word_modules(names, pattern) if pattern in WORDS else names.modules_matching(pattern)
     if not matches:
         examples = listing(
             dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12
@@ -169,13 +169,15 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             if kind_of(module) and targets(name, module)
         ]
         if not paths:
-            do = f"choose among {names.last_names()}"
+            do = f"choose among {names.last_components_text()}"
             problems.append(sentence("targets callable chose no module", "at least one", do))
-        return [ref for path in paths for ref in names.refs(path)]
+        return [ref for path in paths for ref in names.adaptable_refs(path)]
     selected_refs: set[ParamRef] = set()
     for pattern in pattern_list(targets):
-        matches = _word_modules(names, pattern) if pattern in WORDS else names.matching(pattern)
-        refs = [ref for path in matches for ref in names.refs(path)]
+        matches = (
+            _word_modules(names, pattern) if pattern in WORDS else names.modules_matching(pattern)
+        )
+        refs = [ref for path in matches for ref in names.adaptable_refs(path)]
         if not matches and pattern not in WORDS:
             refs = names.parameters_matching(pattern)
         if not refs and matches:
@@ -183,7 +185,7 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
             problem = (
                 f"targets pattern {pattern!r} matches {types}, without parameters of their own"
             )
-            do = f"name layers such as {names.last_names()}, or use {pattern + '.*'!r}"
+            do = f"name layers such as {names.last_components_text()}, or use {pattern + '.*'!r}"
             reasons = [reason for path in matches if (reason := unreadable(names.modules[path]))]
             if reasons:
                 reason, fix = reasons[0]
@@ -194,18 +196,20 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
                 f"targets {pattern!r} means {_WORD_MEANINGS[pattern]}, of which this model has"
                 f" none, but {_count_types(names)}"
             )
-            do = f'use targets="all", or name layers such as {names.last_names()}'
+            do = f'use targets="all", or name layers such as {names.last_components_text()}'
             problems.append(sentence(problem, "at least one such layer", do))
         elif not refs:
             problem = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
-            expected = f"a word ({', '.join(WORDS)}) or names such as {names.last_names()}"
+            expected = (
+                f"a word ({', '.join(WORDS)}) or names such as {names.last_components_text()}"
+            )
             problems.append(sentence(problem, expected, "correct it"))
         selected_refs.update(refs)
     module_order = {path: index for index, path in enumerate(names.modules)}
     order_in_module = {
         ref: index
         for path in names.modules
-        for index, ref in enumerate(names.refs(path))
+        for index, ref in enumerate(names.adaptable_refs(path))
         if ref[0] == path
     }
     last_index = len(order_in_module)
@@ -220,7 +224,7 @@ def _count_types(names: Names) -> str:
     counts = Counter(
         base_class(names.modules[path]).__name__
         for path in _word_modules(names, "all")
-        if names.refs(path)
+        if names.adaptable_refs(path)
     )
     return listing(f"{count} {name}" for name, count in counts.most_common())
 
@@ -233,7 +237,9 @@ def layers_left_out(names: Names, config: LoraConfig) -> str:
         return ""
     excluded_weights = excluded_refs(names, config, [])
     head = _output_head(names)
-    train_also_paths = {path for pattern in config.train_also for path in names.matching(pattern)}
+    train_also_paths = {
+        path for pattern in config.train_also for path in names.modules_matching(pattern)
+    }
     block_count = _block_count(names)
     block_indices = {index % block_count for index in config.layers or () if block_count}
     counts: Counter[str] = Counter()
@@ -290,7 +296,7 @@ def _body_paths(names: Names) -> set[str]:
     head = _output_head(names)
     return {
         name
-        for name in (names.children(prefix) if has_base_model else names.modules)
+        for name in (names.subtree_paths(prefix) if has_base_model else names.modules)
         if names.modules[name] is not head
     }
 

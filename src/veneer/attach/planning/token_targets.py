@@ -24,7 +24,7 @@ def token_ids_by_weight(
     for them. A tied weight is listed under the first of its names. Reasons against ``tokens`` are
     added to ``problems``."""
     ids_by_weight: dict[ParamRef, tuple[int, ...]] = {}
-    refs_by_id = names.holders()
+    refs_by_id = names.refs_by_parameter_id()
     for path, ids in _ids_by_module(names, tokens, problems):
         module = names.modules[path]
         kind = kind_of(module)
@@ -56,7 +56,7 @@ def _ids_by_module(
     ``LoraConfig.trainable_tokens``, are added to ``problems``."""
     if isinstance(tokens, Mapping):
         for pattern, ids in tokens.items():
-            matching = names.matching(pattern)
+            matching = names.modules_matching(pattern)
             if not matching:
                 problems.append(
                     sentence(

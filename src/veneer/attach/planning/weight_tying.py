@@ -26,7 +26,7 @@ from veneer.errors import AdapterError, listing, sentence
 from veneer.layers import ParamRef, parameter_path
 
 #: how to untie a weight so that it can be merged, for messages
-UNTIE = (
+HOW_TO_UNTIE = (
     "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
     " the base first (config.tie_word_embeddings = False, and a copy for the head:"
     " `model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and"
@@ -42,7 +42,7 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
         for path, _, layer_adapter in adapters(model, name)
         if layer_adapter.full._parameters
     }
-    for refs in Names(model).holders().values() if trained else ():
+    for refs in Names(model).refs_by_parameter_id().values() if trained else ():
         values = [trained.get(path, {}).get(weight) for path, weight in refs]
         if all(value is values[0] for value in values):
             continue
@@ -58,7 +58,7 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield sentence(
             f"values of their own for {listing(changed_paths)}, {tie} in this model",
             "one value",
-            UNTIE,
+            HOW_TO_UNTIE,
         )
 
 
@@ -104,7 +104,7 @@ def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
     holds all names of a weight, the first name keeps the original parameter. Raises an AdapterError
     if a weight is stored packed."""
     chosen_refs, untied_refs = set(refs), []
-    for tied_refs in names.holders().values():
+    for tied_refs in names.refs_by_parameter_id().values():
         kept_ref = next((ref for ref in tied_refs if ref not in chosen_refs), tied_refs[0])
         untied_refs += [
             (ref, kept_ref) for ref in tied_refs if ref in chosen_refs and ref != kept_ref

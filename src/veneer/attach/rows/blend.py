@@ -44,18 +44,18 @@ from veneer.variants import VARIANTS
 _LORA = VARIANTS["lora"]
 
 
-def require_finite_weights(weights: Mapping[Any, Any]) -> None:
+def require_finite_coefficients(coefficients: Mapping[Any, Any]) -> None:
     """Raise a SelectionError unless every coefficient of a blend {adapter name: coefficient} is a
     finite number."""
-    for name, weight in weights.items():
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    for name, coefficient in coefficients.items():
+        is_number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
         try:
-            is_finite = is_number and math.isfinite(weight)
+            is_finite = is_number and math.isfinite(coefficient)
         except OverflowError:  # an integer too large for a float
             is_finite = False
         if not is_finite:
             raise SelectionError(
-                f"weight {weight!r} of {name!r}", "a finite number", "correct the weight"
+                f"weight {coefficient!r} of {name!r}", "a finite number", "correct the weight"
             )
 
 
@@ -74,7 +74,7 @@ def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> 
         )
     base_name = common_base_adapter([active for active, _ in weighted_adapters])
     return ActiveAdapter(
-        " + ".join(f"{weight!r} {active.name}" for active, weight in weighted_adapters),
+        " + ".join(f"{coefficient!r} {active.name}" for active, coefficient in weighted_adapters),
         _BlendTable(weighted_adapters),
         base_name,
     )
@@ -109,8 +109,8 @@ class _BlendTable(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Blend:
         components = [
-            (active.usable_layer_adapters[key], weight)
-            for active, weight in self.weighted_adapters
+            (active.usable_layer_adapters[key], coefficient)
+            for active, coefficient in self.weighted_adapters
             if key in active.usable_layer_adapters
         ]
         if not components:
@@ -147,22 +147,22 @@ class Blend:
 
     @property
     def submodule_adapters(self) -> dict[ModulePath, Blend]:
-        return self.below("forward")
+        return self.adapters_read_by("forward")
 
     @property
     def submodule_adapters_by_method(self) -> dict[str, dict[ModulePath, Blend]]:
         return {
-            method: self.below(method)
+            method: self.adapters_read_by(method)
             for layer_adapter, _ in self.components
             for method in layer_adapter.submodule_adapters_by_method
         }
 
-    def below(self, method: str) -> dict[ModulePath, Blend]:
-        """As ``LayerAdapter.below``."""
+    def adapters_read_by(self, method: str) -> dict[ModulePath, Blend]:
+        """As ``LayerAdapter.adapters_read_by``."""
         components_by_path: dict[ModulePath, list[tuple[Any, float]]] = {}
-        for layer_adapter, weight in self.components:
-            for path, read_adapter in layer_adapter.below(method).items():
-                components_by_path.setdefault(path, []).append((read_adapter, weight))
+        for layer_adapter, coefficient in self.components:
+            for path, read_adapter in layer_adapter.adapters_read_by(method).items():
+                components_by_path.setdefault(path, []).append((read_adapter, coefficient))
         return {path: Blend(components) for path, components in components_by_path.items()}
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
@@ -174,8 +174,8 @@ class Blend:
         """As ``LayerAdapter.replacements``: the blended tensors that are trained in full."""
         module_tensors: dict[str, Any] = {**module._buffers, **module._parameters}
         weighted_tensors = [
-            (layer_adapter.replacements(module), weight)
-            for layer_adapter, weight in self.components
+            (layer_adapter.replacements(module), coefficient)
+            for layer_adapter, coefficient in self.components
         ]
         if module.training and any("running_mean" in tensors for tensors, _ in weighted_tensors):
             raise SelectionError(
@@ -191,9 +191,9 @@ class Blend:
             [
                 (
                     {name: value for name, value in tensors.items() if name not in low_rank_names},
-                    weight,
+                    coefficient,
                 )
-                for tensors, weight in weighted_tensors
+                for tensors, coefficient in weighted_tensors
             ],
             module_tensors,
         )
@@ -242,11 +242,11 @@ class Blend:
         layer_state, x, base_weight = call.layer_state, call.x, call.weight
         kind: Any = layer_state.layer
         weighted_changes = [
-            (layer_adapter.changes[kind.weight], weight)
-            for layer_adapter, weight in self.components
+            (layer_adapter.changes[kind.weight], coefficient)
+            for layer_adapter, coefficient in self.components
             if layer_adapter.changes
         ]
-        changes, weights = zip(*weighted_changes, strict=True)
+        changes, coefficients = zip(*weighted_changes, strict=True)
         resolved = [change.resolve(base_weight) for change in changes]
         low_ranks = [
             change.as_read_by(kind, low_rank)
@@ -256,26 +256,28 @@ class Blend:
         dropouts = [change.dropout if change.training else 0.0 for change in changes]
         has_gain, first_change = any(gain is not None for gain in gains), changes[0]
         if not has_gain and not any(dropouts):
-            low_rank, forms_weight = LowRank.sum(low_ranks, weights), False
+            low_rank, forms_weight = LowRank.sum(low_ranks, coefficients), False
             if (
                 context.current.path is None
                 and layer_state.is_plain_product
                 and fused.applies(x, base_weight)
             ):
                 _, out, in_ = first_change.dims
-                forms_above = cost_model.forms_above(out, in_, low_rank.rank, base_weight.dtype)
-                forms_weight = x.numel() // x.shape[-1] > forms_above
+                max_factored_tokens = cost_model.max_factored_tokens(
+                    out, in_, low_rank.rank, base_weight.dtype
+                )
+                forms_weight = x.numel() // x.shape[-1] > max_factored_tokens
             return run_factored(call, first_change, low_rank, None, 0.0, forms_weight)
         y = base_y = call.base_output(first_change, with_bias=not has_gain)
-        for low_rank, gain, weight, dropout in zip(
-            low_ranks, gains, weights, dropouts, strict=True
+        for low_rank, gain, coefficient, dropout in zip(
+            low_ranks, gains, coefficients, dropouts, strict=True
         ):
             if gain is None:
-                scaled = LowRank(low_rank.A, low_rank.B, low_rank.scale * weight)
+                scaled = LowRank(low_rank.A, low_rank.B, low_rank.scale * coefficient)
                 y = add_update(kind, call.module, x, y, scaled, None, None, dropout)
             else:
                 adapter_y = add_update(kind, call.module, x, base_y, low_rank, gain, None, dropout)
-                y = y + (adapter_y - base_y) * weight
+                y = y + (adapter_y - base_y) * coefficient
         bias = call.bias(first_change) if has_gain else None
         return y if bias is None else y + kind.per_output(call.module, bias, y).to(y.dtype)
 
@@ -283,7 +285,7 @@ class Blend:
         """As ``LayerAdapter.stacks``. A and B of the adapters' changes are concatenated along the
         rank, so that the rank of each stack's change is the sum of their ranks."""
         weighted_stacks: dict[str, list[tuple[Any, LowRank, float]]] = {}
-        for layer_adapter, weight in self.components:
+        for layer_adapter, coefficient in self.components:
             layer_stacks = layer_adapter.stacks(module)
             if (
                 layer_stacks is None
@@ -291,12 +293,13 @@ class Blend:
             ):
                 return None
             for name, (stack, low_rank) in layer_stacks.items():
-                weighted_stacks.setdefault(name, []).append((stack, low_rank, weight))
+                weighted_stacks.setdefault(name, []).append((stack, low_rank, coefficient))
         blended_stacks = {}
         for name, terms in weighted_stacks.items():
             A = torch.cat([low_rank.A for _, low_rank, _ in terms], 1)
             B = torch.cat(
-                [low_rank.B * (low_rank.scale * weight) for _, low_rank, weight in terms], 2
+                [low_rank.B * (low_rank.scale * coefficient) for _, low_rank, coefficient in terms],
+                2,
             )
             blended_stacks[name] = terms[0][0], LowRank(A, B, 1.0)
         return blended_stacks
@@ -308,14 +311,14 @@ class Blend:
         for name, change in self.changes.items():
             dense = change.storage.dense(frozen_weight(change, module, name))
             base_weights[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
-        for layer_adapter, weight in self.components:
+        for layer_adapter, coefficient in self.components:
             replacements = {
                 name: tensor
                 for name, tensor in layer_adapter.replacements(module).items()
                 if name in base_weights
             }
             tensors = {**replacements, **layer_adapter.changed_weights(module, wide=True)}
-            weighted_tensors.append((tensors, weight))
+            weighted_tensors.append((tensors, coefficient))
         blended = self._blend_tensors(weighted_tensors, base_weights)
         if wide:
             return blended
@@ -326,8 +329,8 @@ class Blend:
         weighted_tensors: Sequence[tuple[Mapping[str, Tensor], float]],
         base_tensors: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        """The blend base + Σ weight · (tensor − base) of ({name: tensor}, weight) pairs, by the
-        name of the tensor. Here, a weight is the coefficient of an adapter."""
+        """The blend base + Σ coefficient · (tensor − base) of ({name: tensor}, coefficient) pairs,
+        by the name of the tensor."""
         blended: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for tensors, _ in weighted_tensors for name in tensors):
             base = base_tensors[name]
@@ -339,8 +342,8 @@ class Blend:
                 continue
             wide_base = base.to(at_least_float32(base.dtype))
             differences = (
-                weight * (tensors[name].to(wide_base.dtype) - wide_base)
-                for tensors, weight in weighted_tensors
+                coefficient * (tensors[name].to(wide_base.dtype) - wide_base)
+                for tensors, coefficient in weighted_tensors
                 if name in tensors
             )
             total: Any = sum(differences, wide_base)

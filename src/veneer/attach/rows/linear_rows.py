@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.fused_linear import PendingOutputs, bias_is_parameter, identities, seed_of
+from veneer.attach.layer.fused_linear import (
+    PendingOutputs,
+    bias_is_parameter,
+    shared_dropout_seed,
+    tensor_versions,
+)
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.layer_call import add_update
-from veneer.attach.layer.state import STATE
+from veneer.attach.layer.state import LAYER_STATE_NAME
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import new_seed
 from veneer.kernels.spans import Span, can_batch, linear, linears
@@ -87,7 +92,7 @@ class LinearRows:
         if any(modules != group_modules[0] for modules in group_modules):
             return []
         siblings = [
-            (module, self.row_adapters[module._modules[STATE].key].linear)
+            (module, self.row_adapters[module._modules[LAYER_STATE_NAME].key].linear)
             for module in group_modules[0][1:]
         ]
         return [
@@ -128,7 +133,7 @@ class LinearRows:
                 seeds.append(None)  # only the fused paths take a seed
                 continue
             with selection.random_stream or nullcontext():
-                seeds.append(seed_of(module, layer_adapter, x))
+                seeds.append(shared_dropout_seed(module, layer_adapter, x))
         return seeds
 
     def _output_by_spans(
@@ -290,7 +295,7 @@ class LinearRows:
         """The identity and version of each tensor besides x that the output depends on."""
         parameters, fused_change, (A, B) = module._parameters, self.fused_change, self._factors()
         bias = None if fused_change.bias is None else parameters[fused_change.bias]
-        return [*identities((parameters[fused_change.weight], bias, *A, *B))]
+        return [*tensor_versions((parameters[fused_change.weight], bias, *A, *B))]
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
         """(the A of each change, the B of each change)."""
@@ -359,7 +364,7 @@ class LinearRows:
         )
         zero_factors = row_adapters.zeros(max(map(len, row_A)) * max(weight.shape), A)
         scale = scale if len({*scales}) == 1 else row_adapters.scales(scales, x)
-        matrix = weight.mT if fused_change.flipped else weight
+        matrix = weight.mT if fused_change.is_transposed else weight
         return batched.linear(x, matrix, bias, row_A, row_B, scale, zero_factors)
 
 

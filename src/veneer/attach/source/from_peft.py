@@ -29,17 +29,17 @@ from veneer.attach.layer.lookup import unwrap
 from veneer.distributed import base_class
 from veneer.errors import MethodError, sentence
 
-_MERGE = (
+_HOW_TO_MERGE = (
     "handle.merge(), then handle.detach(keep_merged=True): the model itself is then the plain one"
 )
-_USE = (
+_HOW_TO_SELECT = (
     "call the model inside `with veneer.use(model, name):`, or name None for the base; "
     "veneer.set_default(model, name) chooses for all other calls"
 )
 #: name of a method of a PeftModel, or of the mixins of transformers and diffusers -> the function
 #: of Veneer that replaces it
-METHODS = {
-    "merge_and_unload": _MERGE,
+PEFT_METHODS = {
+    "merge_and_unload": _HOW_TO_MERGE,
     "merge_adapter": "handle.merge(), or veneer.merge(model, name)",
     "unmerge_adapter": "handle.unmerge(), or veneer.unmerge(model)",
     "fuse_lora": "handle.merge(), or veneer.merge(model, name)",
@@ -48,14 +48,14 @@ METHODS = {
     "get_base_model": (
         "use the model itself, which stays what it was; veneer.detach(model) removes the adapters"
     ),
-    "set_adapter": _USE,
-    "set_adapters": _USE,
-    "disable_adapter": _USE,
-    "disable_adapters": _USE,
-    "enable_adapters": _USE,
-    "disable_adapter_layers": _USE,
-    "enable_adapter_layers": _USE,
-    "active_adapters": _USE,
+    "set_adapter": _HOW_TO_SELECT,
+    "set_adapters": _HOW_TO_SELECT,
+    "disable_adapter": _HOW_TO_SELECT,
+    "disable_adapters": _HOW_TO_SELECT,
+    "enable_adapters": _HOW_TO_SELECT,
+    "disable_adapter_layers": _HOW_TO_SELECT,
+    "enable_adapter_layers": _HOW_TO_SELECT,
+    "active_adapters": _HOW_TO_SELECT,
     "add_adapter": "veneer.attach(model, veneer.LoraConfig(…), name)",
     "load_adapter": "veneer.load(model, folder, name=name)",
     "load_lora_adapter": "veneer.load(model, folder, name=name)",
@@ -81,8 +81,8 @@ class _Absent:
 
 
 def answer_peft_names(model: nn.Module) -> None:
-    """Let the names in ``METHODS`` raise an error on this model. If the model's class defines such
-    a method, it stays, unless it comes from a mixin that looks for adapters of PEFT."""
+    """Let the names in ``PEFT_METHODS`` raise an error on this model. If the model's class defines
+    such a method, it stays, unless it comes from a mixin that looks for adapters of PEFT."""
     model = unwrap(model)
     stop_answering_peft_names(model)
     model.__class__ = _answering_class(type(model))
@@ -93,11 +93,11 @@ def _answering_class(cls: Any) -> Any:
     """The subclass of a model's class whose instances raise an error for PEFT's names."""
     mixin_names = {
         name
-        for name in METHODS
+        for name in PEFT_METHODS
         if getattr(getattr(cls, name, None), "__module__", "").startswith(_MIXINS)
     }
     refused_names = frozenset(
-        name for name in METHODS if name in mixin_names or not hasattr(cls, name)
+        name for name in PEFT_METHODS if name in mixin_names or not hasattr(cls, name)
     )
 
     def find_attribute(self: Any, name: str) -> Any:
@@ -135,7 +135,7 @@ def _method_error(model: nn.Module, name: str) -> MethodError:
         f"{name}, a method of PEFT's models, of a {base_class(model).__name__} with adapters of"
         " Veneer",
         "functions of Veneer, because an attached model is no PeftModel",
-        METHODS[name],
+        PEFT_METHODS[name],
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from veneer.attach.layer.adapted_module import walk
-from veneer.attach.layer.state import STATE, LayerState
+from veneer.attach.layer.state import LAYER_STATE_NAME, LayerState
 from veneer.distributed import base_class
 
 
@@ -81,6 +81,7 @@ def without_adapters(module: nn.Module) -> nn.Module:
 def _differs(module: nn.Module) -> bool:
     """Whether a module, or a module below it, has adapters or overrides."""
     return any(
-        STATE in below._modules or any(is_overridden(below, name) for name in below.__dict__)
+        LAYER_STATE_NAME in below._modules
+        or any(is_overridden(below, name) for name in below.__dict__)
         for _, below in walk(module)
     )

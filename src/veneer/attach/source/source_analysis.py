@@ -1,14 +1,14 @@
 """Analyse the source of a model's Python code. All parsing of source in Veneer is done here and in
 ``source_reader.py``.
 
-    reads(cls, method)              which parameters below ``self`` a method reads and writes
-    mentions(cls, method)           a superset of the names in the method, found without parsing
-    same_input(cls)                 which children forward calls on one value, as ("q_proj", …)
+    paths_used_by(cls, method)      which parameters below ``self`` a method reads and writes
+    words_in_method(cls, method)    a superset of the names in the method, found without parsing
+    shared_input_groups(cls)        which children forward calls on one value, as ("q_proj", …)
     submodule_calls(forward)        which modules below a forward calls, and whether later code
                                     reads other inputs
     compares_attention(model)       whether code compares the name of the attention with "sdpa"
 
-``reads`` gives paths of attributes below ``self``:
+``paths_used_by`` gives paths of attributes below ``self``:
 
     self.lm_head.weight                       ("lm_head", "weight")
     for i, l in enumerate(self.ls): l.weight  ("ls", "*", "weight")           "*" is any index
@@ -39,7 +39,7 @@ from torch import nn
 from veneer.attach.layer.state import ModulePath
 from veneer.attach.source.source_reader import (
     Reader,
-    Reads,
+    UsedPaths,
     class_attribute,
     is_torch_module,
     python_function,
@@ -48,12 +48,12 @@ from veneer.attach.source.source_reader import (
 
 
 @functools.cache
-def reads(
+def paths_used_by(
     cls: type[nn.Module],
     method: str,
     member_names: frozenset[str] = frozenset(),
     attributes: frozenset[tuple[str, Any]] = frozenset(),
-) -> Reads:
+) -> UsedPaths:
     """The paths below ``self`` that ``cls.method`` reads and writes.
 
     Args:
@@ -64,21 +64,21 @@ def reads(
     """
     reader = Reader(cls, member_names, method == "forward", dict(attributes))
     reader.follow(python_function(class_attribute(cls, method)), [{()}])
-    return reader.reads
+    return reader.used_paths
 
 
 @functools.cache
-def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
+def words_in_method(cls: type[nn.Module], method: str) -> frozenset[str]:
     """The names and string constants in the compiled code of a method and of the functions that it
-    may call. They are found without parsing, and tell for most methods that ``reads`` would find
-    nothing."""
+    may call. They are found without parsing, and tell for most methods that ``paths_used_by``
+    would find nothing."""
     methods, visited, mentioned_words = _functions(cls), set(), set()
     pending = [*methods.get(method, ())]
     while pending:
         if (function := pending.pop()) in visited:
             continue
         visited.add(function)
-        words = _words_in(function.__code__)
+        words = _words_in_code(function.__code__)
         mentioned_words |= words
         pending += [called for word in words & methods.keys() for called in methods[word]]
         global_values = [function.__globals__.get(word) for word in words]
@@ -108,20 +108,20 @@ def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
 
 
 @functools.cache
-def _words_in(code: CodeType) -> frozenset[str]:
+def _words_in_code(code: CodeType) -> frozenset[str]:
     """The names in compiled code, and the string constants in it, split at dots."""
-    inner_words = [_words_in(value) for value in code.co_consts if isinstance(value, CodeType)]
+    inner_words = [_words_in_code(value) for value in code.co_consts if isinstance(value, CodeType)]
     string_parts = [value.split(".") for value in code.co_consts if isinstance(value, str)]
     return frozenset(code.co_names).union(*string_parts, *inner_words)
 
 
 @functools.cache
-def same_input(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+def shared_input_groups(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """Groups of children that a class's forward, or a method that it calls, calls on the same local
     value. Calls in two branches of an ``if`` are in different groups, as are calls with a name that
     was assigned in between."""
     groups: list[tuple[str, ...]] = []
-    for function in reads(cls, "forward").functions:
+    for function in paths_used_by(cls, "forward").functions:
         finder = _SharedInputFinder()
         finder.visit_block(function.body if isinstance(function, ast.FunctionDef) else [])
         groups += [

@@ -1,7 +1,8 @@
 """Follow a method through its syntax tree: which attribute paths below ``self`` it reads and
 writes.
 
-``Reader`` implements ``source_analysis.reads``. That function documents the results and the limits.
+``Reader`` implements ``source_analysis.paths_used_by``. That function documents the results and the
+limits.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ _MAX_DEPTH = 16
 
 
 @dataclass(frozen=True)
-class Reads:
+class UsedPaths:
     """The result of an analysis.
 
     Fields:
@@ -133,7 +134,7 @@ class Reader(ast.NodeVisitor):
     ) -> None:
         self.cls, self.member_names = cls, member_names | {"*"}
         self.follow_forward, self.attribute_values = follow_forward, attribute_values
-        self.reads = Reads()
+        self.used_paths = UsedPaths()
         self.return_paths: dict[Any, set[ModulePath]] = {}
         self.call_stack: list[FunctionType] = []
         self.local_paths: dict[str, set[ModulePath]] = {}
@@ -164,8 +165,8 @@ class Reader(ast.NodeVisitor):
             self.local_paths = dict(local_paths)
             self.returned = self.return_paths.setdefault(key, set())
             self.call_stack.append(function)
-            if arguments[:1] == [{()}] and tree not in self.reads.functions:
-                self.reads.functions.append(tree)
+            if arguments[:1] == [{()}] and tree not in self.used_paths.functions:
+                self.used_paths.functions.append(tree)
             if isinstance(tree, ast.Lambda):
                 self.returned |= self.paths_of(tree.body)
                 self.visit(tree.body)
@@ -347,16 +348,20 @@ class Reader(ast.NodeVisitor):
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             self.record_write(node)
         else:
-            self.reads.read.update(path for path in paths if path and path[-1] not in _METADATA)
+            self.used_paths.read.update(
+                path for path in paths if path and path[-1] not in _METADATA
+            )
         if not paths:
             self.generic_visit(node)
 
     def record_write(self, node: ast.AST | None) -> None:
         """Record that an expression is written: its paths, and ("", name) for each attribute in it,
         because any object may have that attribute."""
-        self.reads.written.update(self.paths_of(node))
+        self.used_paths.written.update(self.paths_of(node))
         while isinstance(node, ast.Attribute | ast.Subscript):
-            self.reads.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
+            self.used_paths.written.update(
+                {("", node.attr)} if isinstance(node, ast.Attribute) else ()
+            )
             node = node.value
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -369,8 +374,8 @@ class Reader(ast.NodeVisitor):
             self.record_write(node.args[0] if is_module_function and node.args else holder)
         elif name == "setattr" and len(node.args) > 1:
             written_name = _string_constant(node.args[1]) or "*"
-            self.reads.written.update(_append_name(self.paths_of(node.args[0]), written_name))
-        self.reads.read.update(path for path in self.call_paths(node) if path)
+            self.used_paths.written.update(_append_name(self.paths_of(node.args[0]), written_name))
+        self.used_paths.read.update(path for path in self.call_paths(node) if path)
         if isinstance(node.func, ast.Attribute) and name not in _METADATA:
             self.record_use(node.func.value)  # weight.t() reads weight
         elif not isinstance(node.func, ast.Attribute):

@@ -7,8 +7,9 @@ the module that holds it:
     model.encode(x)                           a caller uses another method, which reads a weight
 
 ``weight_readers`` finds the methods whose code reads a weight in one of these ways. An adapter runs
-these methods on a view, in which the weight is changed. ``SWITCHES`` holds the attributes that turn
-off torch's fused fast paths. On the plain path that runs instead, every adapter takes effect.
+these methods on a view, in which the weight is changed. ``FAST_PATH_SWITCHES`` holds the attributes
+that turn off torch's fused fast paths. On the plain path that runs instead, every adapter takes
+effect.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch import nn
 from veneer.attach.layer.adapted_module import has_wrapped_forward, instance_forward
 from veneer.attach.layer.names import Names
 from veneer.attach.layer.state import ModulePath
-from veneer.attach.source.source_analysis import mentions, reads
-from veneer.attach.source.source_reader import Reads, class_attribute
+from veneer.attach.source.source_analysis import paths_used_by, words_in_method
+from veneer.attach.source.source_reader import UsedPaths, class_attribute
 from veneer.bases import own_parameters
 from veneer.distributed import base_class
 
 #: module class -> the attributes that turn its fused fast path off
-SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
+FAST_PATH_SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
@@ -39,17 +40,20 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class WeightReader(NamedTuple):
-    """A method of the module at ``path`` that reads a weight. ``below`` is the path from that
+    """A method of the module at ``path`` that reads a weight. ``path_below`` is the path from that
     module to the module that holds the weight; it is () if they are the same."""
 
     path: str
-    below: ModulePath
+    path_below: ModulePath
     method: str = "forward"
 
 
 def fast_path_switches(module: nn.Module) -> dict[str, Any]:
     """The attributes that turn off the fused fast path of ``module`` on a view of it."""
-    return next((attributes for cls, attributes in SWITCHES.items() if isinstance(module, cls)), {})
+    return next(
+        (attributes for cls, attributes in FAST_PATH_SWITCHES.items() if isinstance(module, cls)),
+        {},
+    )
 
 
 def modules_with_fast_path(names: Names, path: str) -> Iterator[str]:
@@ -84,17 +88,19 @@ def weight_readers(
             if path_below and not fast_path_switches(module)
             else ()
         )
-        readers = [method for method in forward_methods if _reads(module, method, weight_path)]
+        readers = [
+            method for method in forward_methods if _reads_parameter(module, method, weight_path)
+        ]
         is_reachable = not reachable_only or any(
-            _reads(module, method, weight_path, _constants(module)) for method in readers
+            _reads_parameter(module, method, weight_path, _constants(module)) for method in readers
         )
         if readers and is_reachable:
             yield WeightReader(path_above, path_below)
         for method in _public_methods(cls):
-            words = mentions(cls, method)
+            words = words_in_method(cls, method)
             first_name = weight_path[0]
             is_named = weight in words and (first_name in words or first_name.isdigit())
-            if is_named and _reads(module, method, weight_path):
+            if is_named and _reads_parameter(module, method, weight_path):
                 yield WeightReader(path_above, path_below, method)
 
 
@@ -112,10 +118,10 @@ def _constants(module: nn.Module) -> _Constants:
     )
 
 
-def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()) -> Reads:
+def _used_paths(module: nn.Module, method: str, constants: _Constants = frozenset()) -> UsedPaths:
     """The paths that a method of a module reads and writes. ``constants`` are (name, value) pairs
     of attributes; branches that they rule out are ignored."""
-    return reads(
+    return paths_used_by(
         base_class(module),
         method,
         frozenset((*module._modules, *own_parameters(module))),
@@ -123,13 +129,13 @@ def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()
     )
 
 
-def _reads(
+def _reads_parameter(
     module: nn.Module, method: str, path_below: ModulePath, constants: _Constants = frozenset()
 ) -> bool:
     """Whether a method reads the parameter at ``path_below``. A method other than forward that also
     writes this parameter, or one with the same name, does not count: it is to work on the base's
     values, as an initialisation does."""
-    accesses = _analyse(module, method, constants)
+    accesses = _used_paths(module, method, constants)
     is_written = method != "forward" and any(
         _begins_with(path, path_below[: len(path)]) or path_below[-1] in path
         for path in accesses.written
@@ -145,7 +151,7 @@ def attributes_read_above(names: Names, path: str) -> Iterator[tuple[str, str]]:
         if path_below and has_forward(module):
             attributes = {
                 read_path[len(path_below)]
-                for read_path in _analyse(module, "forward").read
+                for read_path in _used_paths(module, "forward").read
                 if len(read_path) > len(path_below) and _begins_with(read_path, path_below)
             }
             yield from ((path_above, name) for name in sorted(attributes) if name != "*")

@@ -18,7 +18,7 @@ only locks with a higher number:
     3  FairLock._next_in_line   one thread waits for the model lock (4)
     4  FairLock._lock     the model lock: a step of the engine, or a batch of the trainer
     5  Queue.wake         active runs and promises; the training thread sleeps on it
-    6  CHANGING           while the model's layers are changed (``attach/layer/state.py``)
+    6  ADAPTER_CHANGE_LOCK   while the model's layers are changed (``attach/layer/state.py``)
     7  Bank._changed      the bank's tables; a load sleeps on it while leases hold the bank's memory
     8  Engine._wake       the engine's queue; the engine sleeps on it
     9  Index.lock         while the index is written

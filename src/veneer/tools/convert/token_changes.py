@@ -105,7 +105,7 @@ def _token_changes(
 ) -> Iterator[LowRankChange]:
     """The change of each weight with trained tokens, under every name of the weight."""
     names = Names(model)
-    holders_by_id, split_refs = names.holders(), split_head(names, saved_adapter)
+    holders_by_id, split_refs = names.refs_by_parameter_id(), split_head(names, saved_adapter)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue

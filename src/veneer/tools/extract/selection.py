@@ -76,7 +76,7 @@ def select_weights(
     problems += target_problems
     targeted_refs = set(target_ref_list)
     unwritten_refs = excluded_refs(names, config, []) | _matching_refs(
-        names, [pattern for pattern in config.exclude if names.matching(pattern)], []
+        names, [pattern for pattern in config.exclude if names.modules_matching(pattern)], []
     )
     keep_refs = _matching_refs(names, keep_patterns, problems)
     low_rank_pairs, full_pairs, lost_pairs = [], [], []
@@ -157,7 +157,9 @@ def _matching_refs(names: Names, patterns: Sequence[str], problems: list[str]) -
     of a module that contains it."""
     refs: set[ParamRef] = set()
     for pattern in patterns:
-        module_paths = [child for path in names.matching(pattern) for child in names.children(path)]
+        module_paths = [
+            child for path in names.modules_matching(pattern) for child in names.subtree_paths(path)
+        ]
         matches = [
             (path, name)
             for path in module_paths

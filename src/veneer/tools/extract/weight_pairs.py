@@ -20,7 +20,7 @@ from veneer.attach import Names, adapters_of, unwrap
 from veneer.distributed import base_class
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer, kind_for
-from veneer.layers._base import GENERAL
+from veneer.layers._base import GENERAL_KIND_NAME
 from veneer.models.base_weights import (
     BaseWeight,
     BaseWeights,
@@ -80,7 +80,7 @@ class WeightPair:
     def is_stack(self) -> bool:
         """Whether the weight is a stack [g, …] of g matrices, each of which gets a product."""
         return (
-            self.kind.name == GENERAL
+            self.kind.name == GENERAL_KIND_NAME
             and len(self.base.shape) == 3
             and self.dims.groups == self.base.shape[0]
         )

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach import only_name, state_of, use
+from veneer.attach import name_or_default, state_of, use
 from veneer.bases import storage_of
 from veneer.distributed import base_class, is_spread
 from veneer.errors import ConfigError, format_bytes
@@ -359,7 +359,7 @@ def count_model_step(
 def _unpacked_copy(model: Any, adapter_name: str | None) -> Any:
     """A model of the same config on the meta device, with unpacked weights and an adapter of the
     same shapes."""
-    config = Handle(model, only_name(model, adapter_name)).config
+    config = Handle(model, name_or_default(model, adapter_name)).config
     # a variant whose initial values need data is replaced by one with the same shapes
     variant = config.variant if not VARIANTS[config.variant].needs else "lora"
     meta_model = countable_model(model.config, model.dtype)
