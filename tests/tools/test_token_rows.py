@@ -24,7 +24,7 @@ from veneer.tools.compare import compare
 from veneer.tools.compose import compose
 from veneer.tools.convert import conversion, convert
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
-from veneer.tools.merge_checkpoint.aux_files import ConfigChanges, write_aux_files
+from veneer.tools.merge_checkpoint.aux_files import FileChanges, write_aux_files
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
@@ -99,7 +99,7 @@ def test_the_new_size_is_written_wherever_a_config_has_the_old_one(tmp_path, con
     base = written(tmp_path / "base")
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
-    write_aux_files(open_checkpoint(base), ConfigChanges(vocabulary_size=262), tmp_path / "out")
+    write_aux_files(open_checkpoint(base), FileChanges(vocabulary_size=262), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
 
 

@@ -274,7 +274,7 @@ def vocabulary_size(adapter_files: AdapterFiles) -> int:
     )
 
 
-def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
+def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
     """The number of rows to which the vocabulary of a model must grow for an adapter; None if it is
     large enough.
 
@@ -339,7 +339,7 @@ def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
 def grow_vocabulary(model: Any, path: Any) -> Iterator[None]:
     """A context that grows the vocabulary of a model for the adapter in a folder. If the block
     raises an error, the vocabulary shrinks to its old size."""
-    old_size, size = None, grown_size(model, read(path, weights_of(Names(model))))
+    old_size, size = None, grown_row_count(model, read(path, weights_of(Names(model))))
     if size is not None:
         old_size = len(model.get_input_embeddings().weight)
         model.resize_token_embeddings(size, mean_resizing=False)
