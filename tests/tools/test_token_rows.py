@@ -16,7 +16,7 @@ from tests.support.toys import bits, error
 from transformers import AutoModelForCausalLM
 
 import veneer
-from veneer.adapter_files.file_names import TOKENIZER
+from veneer.adapter_files.file_names import TOKENIZER_FILES
 from veneer.adapter_files.verify import verify
 from veneer.errors import AdapterError, BaseMismatchError, MergeError
 from veneer.models.safetensors_dir import open_checkpoint
@@ -261,7 +261,9 @@ def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):
 
 
 def tokenizer_files(folder):
-    return {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).exists()}
+    return {
+        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()
+    }
 
 
 def test_a_converted_folder_has_the_tokenizer_and_a_file_names_it_as_left_out(tmp_path):

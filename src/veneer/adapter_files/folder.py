@@ -30,7 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapter_files import model_card
-from veneer.adapter_files.file_names import FILES, TOKENIZER, copy_tokenizer, must_hold_no_model
+from veneer.adapter_files.file_names import (
+    FILES,
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    must_hold_no_model,
+)
 from veneer.adapter_files.number_checks import change_problems, number_problems, variance_problems
 from veneer.adapter_files.record import (
     PARAMETERS,
@@ -41,7 +46,7 @@ from veneer.adapter_files.record import (
     require_unchanged,
     seal_record,
 )
-from veneer.adapter_files.tuner_folder import TunerFolder, Unsized, tuner_folder
+from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, tuner_folder
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
@@ -238,8 +243,8 @@ def write(
         for file_name, text in texts_by_file.items():
             json_object(text, file_name, "give less provenance")
     must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
-    texts_by_file[model_card.NAME] = _card_text(path, peft_config, record, tensors)
-    replaces = FILES if tokenizer is None else (*FILES, *TOKENIZER)
+    texts_by_file[model_card.CARD_FILE] = _card_text(path, peft_config, record, tensors)
+    replaces = FILES if tokenizer is None else (*FILES, *TOKENIZER_FILES)
     with new_folder(path, overwrite=overwrite, replaces=replaces) as folder:
         for file_name, text in texts_by_file.items():
             (folder / file_name).write_text(text, encoding="utf-8", errors="replace")
@@ -264,7 +269,7 @@ def _card_text(
 ) -> str:
     """The model card of an adapter, with the notes of the card in the folder ``path``, if any."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    old_path = path / model_card.NAME
+    old_path = path / model_card.CARD_FILE
     old_card = (
         old_path.read_text(encoding="utf-8", errors="replace") if old_path.is_file() else None
     )
@@ -390,7 +395,7 @@ def assemble(
             config,
             peft_config,
             record,
-            Unsized(tuner_files, path),
+            UnknownShapes(tuner_files, path),
             full,
             parameters_by_weight,
             tuner_files,

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.expert_pairs import stack_experts
 from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.initial_products import without_initial_product
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
 from veneer.adapter_files.match_parameters import COPY_ADVICE, MODEL_ADVICE, ParameterReader
-from veneer.adapter_files.peft_deviations import attention_above, deviations
+from veneer.adapter_files.peft_deviations import attention_above, deviation_reasons
 from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
-from veneer.adapter_files.peft_starts import without_initial_product
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach import (
     ROWS,
@@ -235,7 +235,7 @@ class _Match:
             config_path = ref[0] if attention_path is None else attention_path
         rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
         if self.by_peft_rules:
-            reader_reason, reason = deviations(
+            reader_reason, reason = deviation_reasons(
                 names, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
             )
             if reader_reason is not None and has_forward(module):

@@ -69,7 +69,7 @@ class TunerFolder:
         return replace(plain_config, variant=self.tuner.variant, rank=lora_config["r"], alpha=alpha)
 
 
-class Unsized(Mapping[str, Any]):
+class UnknownShapes(Mapping[str, Any]):
     """Takes the place of the mapping of low-rank changes if only the base tells their shapes. Any
     access raises an AdapterError that asks for the base."""
 

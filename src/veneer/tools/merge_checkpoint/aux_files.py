@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from veneer.adapter_files.file_names import TOKENIZER
+from veneer.adapter_files.file_names import TOKENIZER_FILES
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.tools.merge_checkpoint.growth import Head
 
@@ -115,10 +115,12 @@ def _sources(checkpoint: Checkpoint, changes: FileChanges) -> tuple[dict[Path, P
     files, left_out = list_aux_files(checkpoint)
     sources = {file: checkpoint.folder / file for file in files}
     if changes.tokenizer is not None:
-        sources = {file: source for file, source in sources.items() if file.name not in TOKENIZER}
+        sources = {
+            file: source for file, source in sources.items() if file.name not in TOKENIZER_FILES
+        }
         sources |= {
             Path(name): changes.tokenizer / name
-            for name in TOKENIZER
+            for name in TOKENIZER_FILES
             if (changes.tokenizer / name).is_file()
         }
     return sources, left_out
