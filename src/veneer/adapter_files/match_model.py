@@ -32,7 +32,7 @@ from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_mod
 from veneer.adapter_files.match_parameters import COPY_ADVICE, MODEL_ADVICE, ParameterReader
 from veneer.adapter_files.peft_deviations import attention_above, deviation_reasons
 from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
-from veneer.adapter_files.tuner_folder import weights_of
+from veneer.adapter_files.tuner_folder import weight_lookup_of
 from veneer.attach import (
     ROWS,
     LayerAdapter,
@@ -133,7 +133,7 @@ def match(
         BaseMismatchError: the adapter was trained on a base with other weights.
     """
     cache = MatchCache(Names(model)) if cache is None else cache
-    adapter_files = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
+    adapter_files = stack_experts(read(path, weight_lookup_of(cache.names)), cache.names, problems)
     matching = _Match(
         adapter_files,
         cache.names,
@@ -339,10 +339,12 @@ class _Match:
         adapter_files, layers = self.adapter_files, self.layers
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
-            tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
+            tuner_ranks_and_alphas = (
+                {} if adapter_files.tuner is None else adapter_files.tuner.ranks_and_alphas
+            )
             specs = {
                 ref: TargetSpec(
-                    *tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha)),
+                    *tuner_ranks_and_alphas.get(parameter_path(*ref), (layer.rank, layer.alpha)),
                     module_only=ref in self.module_only,
                 )
                 for ref, layer in layers.items()

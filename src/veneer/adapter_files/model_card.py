@@ -284,7 +284,7 @@ class _Card:
         if reasons:
             yield f"vLLM cannot serve it: {'; '.join(reasons)}."
             return
-        rank = next(rank for rank in vllm.RANKS if rank >= vllm.largest_rank(self.config))
+        rank = next(rank for rank in vllm.VALID_MAX_RANKS if rank >= vllm.largest_rank(self.config))
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
         yield f"```console\nvllm serve {shlex.quote(transformers_name or 'BASE')} {options}\n```"
         yield "vLLM decides by the architecture of the base which of its layers may have adapters."
