@@ -339,7 +339,7 @@ class _Match:
         adapter_files, layers = self.adapter_files, self.layers
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
-            tuner_ranks_and_alphas = (
+            tuner_ranks_and_alphas: Mapping[str, tuple[int, float]] = (
                 {} if adapter_files.tuner is None else adapter_files.tuner.ranks_and_alphas
             )
             specs = {

@@ -10,7 +10,7 @@ Tools for low-rank changes (``convert``, ``compose``, ``compare``) read the plai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,17 +158,12 @@ def tuner_folder(
         module_path: (product.rank, product.scale * product.rank)
         for module_path, product in products.items()
     }
-    default_rank_and_alpha = next(
-        iter(plain_ranks_and_alphas.values()), (lora_config["r"], lora_config["lora_alpha"])
-    )
+    config_default = lora_config["r"], lora_config["lora_alpha"]
+    default = next(iter(plain_ranks_and_alphas.values()), config_default)
     plain_config = {**lora_config, "use_rslora": False}
-    plain_config = config_fields(plain_config, plain_ranks_and_alphas, default_rank_and_alpha, ())
+    plain_config = config_fields(plain_config, plain_ranks_and_alphas, default, ())
     tuner_tensors = {
         key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes
-    }
-    paths = {
-        peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0]
-        for key in tuner_tensors
     }
     return TunerFolder(
         tuner=tuner,
@@ -179,9 +174,15 @@ def tuner_folder(
         ranks_and_alphas=ranks_and_alphas,
         # the shapes of VeRA's changes follow from a base
         needs_base_shapes=tuner.type == "VERA" and weight_lookup is None,
-        paths=tuple(sorted(paths)),
+        paths=_module_paths(tuner_tensors),
         value_count=sum(tensor.numel() for tensor in tuner_tensors.values()),
     )
+
+
+def _module_paths(keys: Iterable[str]) -> tuple[str, ...]:
+    """The paths of the modules that the tensors with these keys belong to, in sorted order."""
+    paths_in_file = (key.removeprefix(peft.PREFIX).rpartition(".")[0] for key in keys)
+    return tuple(sorted({peft_paths.strip_wrappers(path)[0] for path in paths_in_file}))
 
 
 def _plain_product(

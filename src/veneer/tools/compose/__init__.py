@@ -451,22 +451,18 @@ def _combine_change(
         )
     ]
     if options.method in MERGE_METHODS:
-        combined_change = merge_by_method(
+        combined = merge_by_method(
             terms,
             options,
             None if frozen_weight is None else frozen_weight.weight,
             aligned_weight.model_path,
         )
     elif frozen_weight is not None:
-        combined_change = sum_with_magnitudes(
+        combined = sum_with_magnitudes(
             terms, options, frozen_weight.weight, aligned_weight.model_path, dtype
         )
     else:
-        combined_change = reduce_rank(
-            LowRank.sum([term.low_rank for term in terms], [term.coefficient for term in terms]),
-            options,
-        )
-    low_rank = (combined_change.low_rank.T if is_transposed else combined_change.low_rank).to(dtype)
-    return combined_change, layers[0].with_low_rank(low_rank).with_magnitude(
-        combined_change.magnitude
-    )
+        total = LowRank.sum([term.low_rank for term in terms], [*coefficients.values()])
+        combined = reduce_rank(total, options)
+    low_rank = (combined.low_rank.T if is_transposed else combined.low_rank).to(dtype)
+    return combined, layers[0].with_low_rank(low_rank).with_magnitude(combined.magnitude)
