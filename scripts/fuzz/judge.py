@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import veneer
-from veneer.adapter_files.file_names import CORE
+from veneer.adapter_files.file_names import CORE_FILES
 from veneer.adapter_files.verify import verify
 
 from .mutations import MUTATIONS, Mutant
@@ -163,7 +163,7 @@ def judge_mutant(number: int, seed: int, stands: list[Stand]) -> Outcome:
             stand.prepare()
         size = sum(
             (created.folder / file).stat().st_size
-            for file in CORE
+            for file in CORE_FILES
             if (created.folder / file).is_file()
         )
         before, start = _peak(reset=True), time.perf_counter()

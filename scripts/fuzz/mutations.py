@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from veneer.adapter_files.file_names import CORE
+from veneer.adapter_files.file_names import CORE_FILES
 from veneer.adapter_files.record import PARAMETERS, RECORD, hash_record, hash_tensors
 from veneer.fileio.hashing import hash_json
 from veneer.formats import peft
@@ -50,7 +50,8 @@ class Mutant:
 
     def file(self, *names: str) -> Path:
         """A random one of the existing files; ``names``: the candidates."""
-        files = [self.folder / name for name in names or CORE if (self.folder / name).is_file()]
+        files = [self.folder / name for name in names or CORE_FILES]
+        files = [file for file in files if file.is_file()]
         return self.random.choice(files)
 
     def maybe_forge(self) -> None:
@@ -712,14 +713,14 @@ def odd_json(m: Mutant) -> None:
 @mutation
 def swap_files(m: Mutant) -> None:
     """Replace files by those of another adapter with the same shapes."""
-    for name in m.random.sample(CORE, m.random.choice([1, 1, 2])):
+    for name in m.random.sample(CORE_FILES, m.random.choice([1, 1, 2])):
         if (m.twin / name).exists() and (m.folder / name).exists():
             shutil.copy(m.twin / name, m.folder / name)
             m.note(name)
     # if all files are the twin's now, they are another complete adapter
     m.forged = all(
         (m.folder / name).read_bytes() == (m.twin / name).read_bytes()
-        for name in CORE
+        for name in CORE_FILES
         if (m.folder / name).exists()
     )
 

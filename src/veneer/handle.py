@@ -48,9 +48,9 @@ _HUB_PAGE = "https://huggingface.co/"
 def _patch_model(model: nn.Module) -> None:
     """Patch methods that other libraries call, such as ``model.save_pretrained``, for adapters."""
     # imported late, because ``adapter_files`` takes as long to import as the rest of the package
-    from veneer.adapter_files.trainers import cover
+    from veneer.adapter_files.trainers import patch_model
 
-    cover(model)
+    patch_model(model)
 
 
 def attach(

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.file_names import FILES
 from veneer.adapter_files.save_load import install_from
-from veneer.adapter_files.save_pretrained import refill, write_adapter
-from veneer.adapter_files.trainers import cover, disable_dropout, patch_trainers
+from veneer.adapter_files.save_pretrained import load_into_attached, write_adapter
+from veneer.adapter_files.trainers import disable_dropout, patch_model, patch_trainers
 from veneer.attach import Reference, adapters_of, reference_of, selected_name, unwrap
 from veneer.config import LoraConfig
 from veneer.distributed import is_spread
@@ -282,10 +282,10 @@ def _write_files(files: Mapping[str, Tensor], folder: Path) -> None:
 def _restore_adapter(model: nn.Module, folder: Path) -> None:
     """Load an adapter folder into the adapter of a model, or attach it if the model has none."""
     if _has_adapter(model):
-        refill(model, folder)
+        load_into_attached(model, folder)
     else:
         install_from(model, folder, "default", trainable=True, verify_base=True)
-        cover(model)
+        patch_model(model)
 
 
 def _random_states() -> dict[str, Any]:
@@ -380,7 +380,7 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
     def load(models: list[Any], folder: str) -> None:
         for index, folder_name in reversed(adapter_folders(models)):
             if (Path(folder) / folder_name).is_dir():
-                refill(models[index], Path(folder) / folder_name)
+                load_into_attached(models[index], Path(folder) / folder_name)
                 del models[index]
 
     hooks = (

@@ -16,7 +16,7 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files import file_names
-from veneer.adapter_files.model_card import NAME, NOTES_MARKER, card, front_matter, renew_card
+from veneer.adapter_files.model_card import CARD_FILE, NOTES_MARKER, card, front_matter, renew_card
 from veneer.variants import VARIANTS
 
 PEFT = {
@@ -75,12 +75,12 @@ def test_a_server_gets_room_for_the_largest_rank():
 def test_every_adapter_has_a_card_that_reading_does_not_mind(tmp_path):
     path = save(tmp_path / "a", provenance={"license": "mit", "loss": {"a": [1, None]}})
     before = veneer.adapter_files.read(path)
-    assert metadata((path / NAME).read_text())["license"] == "mit"
+    assert metadata((path / CARD_FILE).read_text())["license"] == "mit"
     for text in ("edited", "---\nnot: [yaml\n---"):
-        (path / NAME).write_text(text)
+        (path / CARD_FILE).write_text(text)
         assert veneer.adapter_files.read(path).record == before.record
-    (path / NAME).write_bytes(b"\xff\xfe")
-    (path / NAME).unlink()
+    (path / CARD_FILE).write_bytes(b"\xff\xfe")
+    (path / CARD_FILE).unlink()
     assert veneer.adapter_files.read(path).record == before.record
 
 
@@ -164,7 +164,7 @@ def test_the_hub_reads_the_card(tmp_path):
         provenance=provenance,
         base_name="owner/base",
     )
-    read = ModelCard.load(path / NAME)
+    read = ModelCard.load(path / CARD_FILE)
     data = read.data.to_dict()
     assert (data["license"], data["base_model"], data["library_name"]) == (
         "mit",
@@ -183,7 +183,7 @@ def test_the_fingerprint_and_the_hash_are_those_of_inspect(tmp_path):
     from veneer.cli.inspect import _facts
 
     path = save(tmp_path / "a")
-    text, saved = (path / NAME).read_text(), veneer.adapter_files.read(path)
+    text, saved = (path / CARD_FILE).read_text(), veneer.adapter_files.read(path)
     assert _facts(saved)["fingerprint"] in section(text, "Base")
     assert saved.metadata["hashes"]["record"] in section(text, "Verify")
 
@@ -205,7 +205,7 @@ def test_the_code_of_the_card_runs(tmp_path, base, monkeypatch):
     path = save(tmp_path / "a", load_base(str(base)).model, veneer.LoraConfig(rank=2))
     monkeypatch.chdir(path)
     blocks = [
-        *code((path / NAME).read_text(), "python"),
+        *code((path / CARD_FILE).read_text(), "python"),
         f"from veneer.models import load_base; model = load_base({str(base)!r}).model",
     ]
     logits = []
@@ -222,7 +222,7 @@ def test_the_code_of_the_card_runs(tmp_path, base, monkeypatch):
 def test_an_adapter_that_peft_refuses_says_why_instead(tmp_path):
     model = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2))
     path = save(tmp_path / "a", model, veneer.LoraConfig(rank=1, targets="all"))
-    text = (path / NAME).read_text()
+    text = (path / CARD_FILE).read_text()
     reason = veneer.adapter_files.read(path).peft_config["peft_type"]
     assert reason.startswith("not for PEFT")
     assert "PEFT and vLLM cannot load it" in section(text, "Use")
@@ -261,7 +261,7 @@ def test_vllm_is_named_only_where_it_can(changes, reason):
 )
 def test_every_variant_has_a_card(tmp_path, variant):
     path = save(tmp_path / "a", config=veneer.LoraConfig(rank=1, variant=variant))
-    text = (path / NAME).read_text()
+    text = (path / CARD_FILE).read_text()
     assert f"variant `{variant}`" in text
     assert variant in metadata(text)["tags"]
 
@@ -328,14 +328,14 @@ def test_a_provenance_of_any_form_can_be_saved(tmp_path, value):
         "other",
     )
     path = save(tmp_path / "a", provenance=dict.fromkeys(keys, value))
-    metadata((path / NAME).read_text())
+    metadata((path / CARD_FILE).read_text())
     assert veneer.adapter_files.read(path).metadata["provenance"]["other"] == value
 
 
 def test_a_text_that_utf8_lacks_can_be_saved(tmp_path):
     path = save(tmp_path / "a", provenance={"title": "a\ud800b"})
     assert veneer.adapter_files.read(path).metadata["provenance"]["title"] == "a?b"
-    metadata((path / NAME).read_text(encoding="utf-8"))
+    metadata((path / CARD_FILE).read_text(encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -344,24 +344,24 @@ def test_a_text_that_utf8_lacks_can_be_saved(tmp_path):
 
 def test_notes_survive_saving_again_and_the_rest_is_made_anew(tmp_path):
     path = save(tmp_path / "a", provenance={"license": "mit"})
-    text = (path / NAME).read_text()
+    text = (path / CARD_FILE).read_text()
     assert text.endswith(f"{NOTES_MARKER}\n")
-    (path / NAME).write_text(text.replace("# LoRA", "# My LoRA") + "\nMind the *gap*.\n")
+    (path / CARD_FILE).write_text(text.replace("# LoRA", "# My LoRA") + "\nMind the *gap*.\n")
     save(path, provenance={"license": "bsd-3-clause"}, overwrite=True)
-    again = (path / NAME).read_text()
+    again = (path / CARD_FILE).read_text()
     assert again.endswith(f"{NOTES_MARKER}\n\nMind the *gap*.\n")
     assert again.count(NOTES_MARKER) == 1
     assert metadata(again)["license"] == "bsd-3-clause"
     assert "# My LoRA" not in again
     save(path, provenance={"license": "bsd-3-clause"}, overwrite=True)
-    assert "Mind the *gap*." in (path / NAME).read_text()
+    assert "Mind the *gap*." in (path / CARD_FILE).read_text()
 
 
 def test_a_card_of_somebody_else_is_kept(tmp_path):
     path = save(tmp_path / "a")
-    (path / NAME).write_text("# Mine\n")
+    (path / CARD_FILE).write_text("# Mine\n")
     save(path, overwrite=True)
-    assert (path / NAME).read_text() == "# Mine\n"
+    assert (path / CARD_FILE).read_text() == "# Mine\n"
 
 
 def test_renewed():

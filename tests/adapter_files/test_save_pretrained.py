@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import veneer
-from veneer.adapter_files.save_pretrained import refill
+from veneer.adapter_files.save_pretrained import load_into_attached
 from veneer.adapter_files.trainers import when_imported
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError
 from veneer.variants import VARIANTS
@@ -500,7 +500,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(base, tmp_path):
         attach(other, **changes)
         before = numbers(other)
         with pytest.raises(AdapterError, match=text):
-            refill(other, tmp_path)
+            load_into_attached(other, tmp_path)
         assert all(torch.equal(value, before[name]) for name, value in numbers(other).items())
 
 

@@ -539,7 +539,7 @@ def test_a_message_is_never_longer_than_one_reads(tmp_path):
 )
 def test_an_expression_that_never_ends_ends(tmp_path, monkeypatch, field, pattern):
     """Each takes Python's ``re`` years on this model's paths."""
-    monkeypatch.setattr("veneer.formats.patterns.SECONDS", 0.05)
+    monkeypatch.setattr("veneer.formats.patterns.MAX_SECONDS", 0.05)
     path = remove_record(small_adapter(tmp_path / "adapter", model=long(), targets=["linear"]))
     config = json.loads((path / CONFIG).read_text())
     value = {pattern: 2} if field in ("rank_pattern", "alpha_pattern") else pattern

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from veneer.errors import AdapterError
 from veneer.formats import peft_paths
-from veneer.formats.patterns import MAX_LENGTH, Expressions, PathEndings, full_matcher, literal
+from veneer.formats.patterns import MAX_FIELD_CHARS, Expressions, PathEndings, full_matcher, literal
 
 ATOMS = [
     "a",
@@ -178,7 +178,7 @@ def test_whole_paths_are_looked_up():
     found = PathEndings(dotted)
     assert [found.first_match(path) for path in dotted] == dotted
     assert found.first_match(dotted[3].replace(".", "x")) == dotted[3]
-    assert sum(map(len, dotted)) > MAX_LENGTH
+    assert sum(map(len, dotted)) > MAX_FIELD_CHARS
 
 
 def test_what_is_a_text():

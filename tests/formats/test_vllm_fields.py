@@ -20,7 +20,7 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files.folder import read
-from veneer.formats.vllm import MAX_RANK, parse, problems
+from veneer.formats.vllm import DEFAULT_MAX_RANK, parse_tensor_name, problems
 from veneer.tools.convert import convert
 from veneer.variants import VARIANTS
 
@@ -29,7 +29,7 @@ class Refused(ValueError):  # noqa: N818
     """vLLM's answer."""
 
 
-def helper(config, max_rank=MAX_RANK):
+def helper(config, max_rank=DEFAULT_MAX_RANK):
     """PEFTHelper.from_dict and validate_legal: the scale of all layers, or why the adapter is
     refused."""
     missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
@@ -61,7 +61,7 @@ def name_of(tensor):
     raise Refused(f"{tensor} is unsupported")
 
 
-def loaded(path, supported, max_rank=MAX_RANK):
+def loaded(path, supported, max_rank=DEFAULT_MAX_RANK):
     """A folder as vLLM's loader takes it: the module's path -> (A, B, scale)."""
     config = json.loads((path / "adapter_config.json").read_text())
     scale, held = helper(config, max_rank), load_file(path / "adapter_model.safetensors")
@@ -164,7 +164,8 @@ def test_the_rank_is_compared_with_the_servers(tmp_path):
     names = list(load_file(first.path / "adapter_model.safetensors"))
     assert problems(first.peft_config, names) == []
     assert any(
-        "rank is 32" in problem for problem in problems(first.peft_config, names, max_rank=MAX_RANK)
+        "rank is 32" in problem
+        for problem in problems(first.peft_config, names, max_rank=DEFAULT_MAX_RANK)
     )
     with pytest.raises(Refused, match="rank"):
         loaded(first.path, SUPPORTED)
@@ -220,6 +221,6 @@ def test_layers_that_vllm_has_not_are_told(tmp_path):
     ],
 )
 def test_names_are_parsed_as_there(name, means):
-    assert parse(name) == means
+    assert parse_tensor_name(name) == means
     if means is not None:
         assert name_of(name) == (means[0], means[1] == "lora_a")

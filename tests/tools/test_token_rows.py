@@ -16,7 +16,7 @@ from tests.support.toys import bits, error
 from transformers import AutoModelForCausalLM
 
 import veneer
-from veneer.adapter_files.file_names import TOKENIZER
+from veneer.adapter_files.file_names import TOKENIZER_FILES
 from veneer.adapter_files.verify import verify
 from veneer.errors import AdapterError, BaseMismatchError, MergeError
 from veneer.models.safetensors_dir import open_checkpoint
@@ -24,7 +24,7 @@ from veneer.tools.compare import compare
 from veneer.tools.compose import compose
 from veneer.tools.convert import conversion, convert
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
-from veneer.tools.merge_checkpoint.aux_files import ConfigChanges, write_aux_files
+from veneer.tools.merge_checkpoint.aux_files import FileChanges, write_aux_files
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
@@ -99,7 +99,7 @@ def test_the_new_size_is_written_wherever_a_config_has_the_old_one(tmp_path, con
     base = written(tmp_path / "base")
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
-    write_aux_files(open_checkpoint(base), ConfigChanges(vocabulary_size=262), tmp_path / "out")
+    write_aux_files(open_checkpoint(base), FileChanges(vocabulary_size=262), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
 
 
@@ -261,7 +261,9 @@ def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):
 
 
 def tokenizer_files(folder):
-    return {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).exists()}
+    return {
+        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()
+    }
 
 
 def test_a_converted_folder_has_the_tokenizer_and_a_file_names_it_as_left_out(tmp_path):

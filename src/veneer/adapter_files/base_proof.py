@@ -94,14 +94,16 @@ class WeightValues:
         return tuple(map(_tensor_version, plain_tensors)) or None
 
 
-def _values_of(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> WeightValues:
+def _values_of(
+    weight: ModuleWeight, stored_before_merge: Mapping[int, Mapping[str, Tensor]]
+) -> WeightValues:
     """The values of a weight. If an adapter is merged into the weight, they are the values from
-    before the merge: ``bits`` has its stored tensors by the ``id`` of the weight. The weight's
-    storage must be prepared (``_prepare_storages``)."""
-    stored_before = bits.get(id(weight.weight))
-    if stored_before:
-        anchor = next(iter(stored_before.values()))
-        return WeightValues(weight.weight, weight.storage, dict(stored_before), anchor)
+    before the merge: ``stored_before_merge`` has its stored tensors by the ``id`` of the weight.
+    The weight's storage must be prepared (``_prepare_storages``)."""
+    old_stored = stored_before_merge.get(id(weight.weight))
+    if old_stored:
+        anchor = next(iter(old_stored.values()))
+        return WeightValues(weight.weight, weight.storage, dict(old_stored), anchor)
     stored = {} if weight.storage is None else weight.storage.stored_tensors(weight.weight)
     return WeightValues(weight.weight, weight.storage, stored, weight.weight)
 
@@ -114,20 +116,20 @@ _HASHING_LOCK = threading.RLock()
 
 def fingerprints_of(
     tensors: Sequence[ModuleWeight],
-    bits: Mapping[int, Mapping[str, Tensor]] | None = None,
+    stored_before_merge: Mapping[int, Mapping[str, Tensor]] | None = None,
     hash_kind: str = XXH3,
     as_loaded: bool = False,
 ) -> list[str]:
     """The fingerprint of each tensor, from the cache if the tensor has not changed.
 
     Args:
-        bits: the stored tensors of merged weights before the merge, by the ``id`` of the weight
-            (``stored_weights.bits_before_merge``).
+        stored_before_merge: the stored tensors of merged weights before the merge, by the ``id`` of
+            the weight (``stored_weights.bits_before_merge``).
         hash_kind: the hash, XXH3 or SHA256. Only fingerprints of one hash can be compared.
         as_loaded: see ``WeightValues.dense``.
     """
     with _HASHING_LOCK, _prepare_storages(tensors):
-        all_values = [_values_of(tensor, bits or {}) for tensor in tensors]
+        all_values = [_values_of(tensor, stored_before_merge or {}) for tensor in tensors]
         versions = [values.version() for values in all_values]
         fingerprints: list[str] = []
         for values, version in zip(all_values, versions, strict=True):
@@ -174,13 +176,13 @@ def was_modified_by_call(tensor: ModuleWeight) -> bool:
 def fingerprint_without_rows(
     tensor: ModuleWeight,
     rows: Sequence[int],
-    bits: Mapping[int, Mapping[str, Tensor]] | None = None,
+    stored_before_merge: Mapping[int, Mapping[str, Tensor]] | None = None,
     hash_kind: str = XXH3,
 ) -> str:
     """The fingerprint of a weight without the ``rows`` (ascending) that an adapter replaces."""
     with _HASHING_LOCK, _prepare_storages([tensor]):
         return hashing.fingerprint_without_rows(
-            _values_of(tensor, bits or {}).dense(), rows, hash_kind
+            _values_of(tensor, stored_before_merge or {}).dense(), rows, hash_kind
         )
 
 

@@ -237,7 +237,9 @@ def _peft_config(
 ) -> dict[str, Any]:
     """The config of the new adapter in PEFT's fields."""
     configs = [source.peft_config for source in sources]
-    sizes = {peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()}
+    ranks_and_alphas = {
+        peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()
+    }
     parameters = list(
         dict.fromkeys(
             layer.target_path for path, layer in low.items() if peft.targets_parameter(path, layer)
@@ -283,4 +285,6 @@ def _peft_config(
         **({"use_dora": True} if variant == "dora" else {}),
         **({"alora_invocation_tokens": invocation_tokens} if invocation_tokens else {}),
     }
-    return config_fields(fields, sizes, (configs[0]["r"], configs[0]["lora_alpha"]), parameters)
+    return config_fields(
+        fields, ranks_and_alphas, (configs[0]["r"], configs[0]["lora_alpha"]), parameters
+    )

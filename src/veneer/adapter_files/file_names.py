@@ -17,11 +17,11 @@ from veneer.formats import peft, peft_tokens
 from veneer.models.load import tokenizer_at
 
 #: the files that ``folder.read`` opens; to read them runs no code that they contain
-CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
+CORE_FILES = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 #: all files that an adapter may have, but for a tokenizer
-FILES = (*CORE, model_card.NAME)
+FILES = (*CORE_FILES, model_card.CARD_FILE)
 #: the files of a tokenizer, in the folder of an adapter that trains added tokens
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
@@ -47,7 +47,7 @@ def adapter_file_names(path: Path) -> list[str]:
     """The names of the files in a folder that belong to the adapter. A tokenizer belongs to it if
     the adapter trains tokens. ``AdapterError``: one of the files is a link that leaves the folder.
     """
-    names = (*FILES, *(TOKENIZER if trains_tokens(path) else ()))
+    names = (*FILES, *(TOKENIZER_FILES if trains_tokens(path) else ()))
     raise_all(AdapterError, f"{path} cannot be copied", location_problems(path, names))
     return [name for name in names if (path / name).is_file()]
 
@@ -71,18 +71,20 @@ def tokenizer_folder(path: Path) -> Path | None:
     """``path`` itself if the adapter in this folder trains tokens and the folder has a tokenizer;
     else None."""
     has_tokenizer = any(
-        (path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER[:2]
+        (path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER_FILES[:2]
     )
     return (
         path
-        if has_tokenizer and trains_tokens(path) and not any(location_problems(path, TOKENIZER))
+        if has_tokenizer
+        and trains_tokens(path)
+        and not any(location_problems(path, TOKENIZER_FILES))
         else None
     )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the files of the tokenizer in ``source`` into ``folder``."""
-    for name in TOKENIZER:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

@@ -29,8 +29,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veneer.adapter_files import model_card
-from veneer.adapter_files.file_names import FILES, TOKENIZER, copy_tokenizer, must_hold_no_model
+from veneer.adapter_files import file_names, model_card
 from veneer.adapter_files.number_checks import change_problems, number_problems, variance_problems
 from veneer.adapter_files.record import (
     PARAMETERS,
@@ -41,7 +40,7 @@ from veneer.adapter_files.record import (
     require_unchanged,
     seal_record,
 )
-from veneer.adapter_files.tuner_folder import TunerFolder, Unsized, tuner_folder
+from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, tuner_folder
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
@@ -56,7 +55,7 @@ from veneer.fileio.untrusted import (
 )
 from veneer.formats import peft, peft_fields, peft_targets, peft_tokens
 from veneer.formats.peft_config import BIASES
-from veneer.formats.peft_tuners import Weights, check_config, check_tensors, tuner_of
+from veneer.formats.peft_tuners import WeightLookup, check_config, check_tensors, tuner_of
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
@@ -237,9 +236,11 @@ def write(
         assemble(path, peft_config, record, tensors, parameters)
         for file_name, text in texts_by_file.items():
             json_object(text, file_name, "give less provenance")
-    must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
-    texts_by_file[model_card.NAME] = _card_text(path, peft_config, record, tensors)
-    replaces = FILES if tokenizer is None else (*FILES, *TOKENIZER)
+    file_names.must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
+    texts_by_file[model_card.CARD_FILE] = _card_text(path, peft_config, record, tensors)
+    replaces = (
+        file_names.FILES if tokenizer is None else (*file_names.FILES, *file_names.TOKENIZER_FILES)
+    )
     with new_folder(path, overwrite=overwrite, replaces=replaces) as folder:
         for file_name, text in texts_by_file.items():
             (folder / file_name).write_text(text, encoding="utf-8", errors="replace")
@@ -250,7 +251,7 @@ def write(
         )
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, folder)
+            file_names.copy_tokenizer(tokenizer, folder)
         with _report_unwritten(path):
             for file_name in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
                 read_header(folder / file_name)
@@ -264,7 +265,7 @@ def _card_text(
 ) -> str:
     """The model card of an adapter, with the notes of the card in the folder ``path``, if any."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    old_path = path / model_card.NAME
+    old_path = path / model_card.CARD_FILE
     old_card = (
         old_path.read_text(encoding="utf-8", errors="replace") if old_path.is_file() else None
     )
@@ -283,7 +284,7 @@ def _report_unwritten(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
+def read(path: str | Path, weights: WeightLookup | None = None) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
 
     Args:
@@ -351,12 +352,14 @@ def assemble(
     record: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
-    weights: Weights | None = None,
+    weight_lookup: WeightLookup | None = None,
 ) -> AdapterFiles:
     """Combine files into an adapter, after each was checked. ``AdapterError``: the files do not fit
     together."""
     tuner = tuner_of(peft_config) if record is None else None
-    tuner_files = None if tuner is None else tuner_folder(tuner, peft_config, tensors, weights)
+    tuner_files = (
+        None if tuner is None else tuner_folder(tuner, peft_config, tensors, weight_lookup)
+    )
     if tuner_files is not None:
         peft_config = tuner_files.config
         tensors = tuner_files.tensors
@@ -390,7 +393,7 @@ def assemble(
             config,
             peft_config,
             record,
-            Unsized(tuner_files, path),
+            UnknownShapes(tuner_files, path),
             full,
             parameters_by_weight,
             tuner_files,
@@ -426,7 +429,7 @@ def folder_problems(path: Path) -> list[str]:
         recover(path.resolve())
     if not path.is_dir():
         return [sentence(f"no folder {path}", "an adapter folder", _fetch_advice(str(path)))]
-    problems = [*pickle_problems(path), *location_problems(path, FILES)]
+    problems = [*pickle_problems(path), *location_problems(path, file_names.FILES)]
     missing_files = [name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()]
     if missing_files and not problems:
         problem = f"no {' and no '.join(missing_files)} in {path}"

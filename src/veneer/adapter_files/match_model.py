@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.expert_pairs import stack_experts
 from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.initial_products import without_initial_product
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
 from veneer.adapter_files.match_parameters import COPY_ADVICE, MODEL_ADVICE, ParameterReader
-from veneer.adapter_files.peft_deviations import attention_above, deviations
+from veneer.adapter_files.peft_deviations import attention_above, deviation_reasons
 from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
-from veneer.adapter_files.peft_starts import without_initial_product
-from veneer.adapter_files.tuner_folder import weights_of
+from veneer.adapter_files.tuner_folder import weight_lookup_of
 from veneer.attach import (
     TOKEN_ROWS,
     LayerAdapter,
@@ -133,7 +133,7 @@ def match(
         BaseMismatchError: the adapter was trained on a base with other weights.
     """
     cache = MatchCache(Names(model)) if cache is None else cache
-    adapter_files = stack_experts(read(path, weights_of(cache.names)), cache.names, problems)
+    adapter_files = stack_experts(read(path, weight_lookup_of(cache.names)), cache.names, problems)
     matching = _Match(
         adapter_files,
         cache.names,
@@ -235,7 +235,7 @@ class _Match:
             config_path = ref[0] if attention_path is None else attention_path
         rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
         if self.by_peft_rules:
-            reader_reason, reason = deviations(
+            reader_reason, reason = deviation_reasons(
                 names, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
             )
             if reader_reason is not None and has_forward(module):
@@ -339,10 +339,11 @@ class _Match:
         adapter_files, layers = self.adapter_files, self.layers
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
-            tuner_sizes = {} if adapter_files.tuner is None else adapter_files.tuner.sizes
+            tuner = adapter_files.tuner
+            ranks_and_alphas = {} if tuner is None else tuner.ranks_and_alphas
             specs = {}
             for ref, layer in layers.items():
-                rank, alpha = tuner_sizes.get(parameter_path(*ref), (layer.rank, layer.alpha))
+                rank, alpha = ranks_and_alphas.get(parameter_path(*ref), (layer.rank, layer.alpha))
                 specs[ref] = TargetSpec(rank, alpha, module_only=ref in self.module_only)
         else:
             specs = self.specs_from_record(recorded_changes)

@@ -59,10 +59,10 @@ class ParameterReader:
         """The adapter parameters of one planned change, by name; empty if they do not fit it."""
         weight_path, layer = parameter_path(*plan.ref), self.layers.get(plan.ref)
         variant = VARIANTS[self.adapter_files.config.variant]
-        shared_pair = self.shared_pair(plan)
-        if shared_pair is None or layer is None:
+        factors = self.tied_factors(plan)
+        if factors is None or layer is None:
             return {}
-        A, B = shared_pair
+        A, B = factors
         if layer.extras.keys() != set(variant.peft_keys.values()):
             expected = f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has"
             problem = f"{listing(layer.extras)} at {plan.path!r}"
@@ -108,15 +108,15 @@ class ParameterReader:
             expected = f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}"
             self.add_problem(problem, expected, COPY_ADVICE)
 
-    def shared_pair(self, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
+    def tied_factors(self, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
         """(A, B) of a planned weight. Every module that shares the weight must have an equal
         change. None if a module has no change that fits."""
         changes: list[tuple[Tensor, ...]] = []
         for ref in plan.holders:
-            pair = self.pair_at(ref, plan)
-            if pair is None:
+            factors = self.factors_at(ref, plan)
+            if factors is None:
                 return None
-            changes.append((*pair, *self.layers[ref].extras.values()))
+            changes.append((*factors, *self.layers[ref].extras.values()))
         first_change = changes[0]
         if any(
             len(change) != len(first_change) or not all(map(torch.equal, change, first_change))
@@ -132,7 +132,7 @@ class ParameterReader:
             self.add_problem(problem, expected, "set it to zero, or use PEFT for it")
         return A, B
 
-    def pair_at(self, ref: ParamRef, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
+    def factors_at(self, ref: ParamRef, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
         """(A [groups, rank, in], B [groups, out, rank]) from the file for ``ref``, a module that
         has the planned weight. None if the file has no change of ``ref`` that fits."""
         (path, name), module, layer = ref, self.names.modules[ref[0]], self.layers.get(ref)
@@ -150,18 +150,18 @@ class ParameterReader:
         if means_parameter(self.names, ref, self.adapter_files.peft_config):
             layer_kind = GENERAL_KIND  # PEFT stores a parameter alike in every kind of module
         shape = plan.storage.shape(weight_of(module, name))
-        pair = (
+        factors = (
             layer_kind.unpack(layer.A, layer.B, module, shape)
             if layer.suffixes == layer_kind.file_keys
             else None
         )
-        if pair is not None and layer_kind.out_axis != plan.layer.out_axis:
-            pair = pair[1].mT, pair[0].mT
+        if factors is not None and layer_kind.out_axis != plan.layer.out_axis:
+            factors = factors[1].mT, factors[0].mT
         groups, out, in_ = plan.dims
         if (
-            pair is None
-            or pair[0].shape[::2] != (groups, in_)
-            or pair[1].shape[:2] != (groups, out)
+            factors is None
+            or factors[0].shape[::2] != (groups, in_)
+            or factors[1].shape[:2] != (groups, out)
         ):
             problem = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
             expected = (
@@ -170,12 +170,12 @@ class ParameterReader:
             )
             self.add_problem(problem, expected)
             return None
-        if pair[0].shape[1] != layer.rank:
-            problem = f"rank {pair[0].shape[1]} at {path!r}"
+        if factors[0].shape[1] != layer.rank:
+            problem = f"rank {factors[0].shape[1]} at {path!r}"
             expected = f"{layer.rank}, as the config says"
             self.add_problem(problem, expected, "get both files again")
             return None
-        return pair
+        return factors
 
 
 @functools.cache

@@ -44,17 +44,17 @@ from veneer.fileio.hashing import hash_json
 from veneer.formats import peft, vllm
 
 #: the file name of the card
-NAME = "README.md"
+CARD_FILE = "README.md"
 #: the last generated line of a card; people may write notes below it
 NOTES_MARKER = (
     "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands"
     " above. -->"
 )
 #: the code in an example for a base that the card does not know
-UNKNOWN = "...  # the base"
+UNKNOWN_BASE_CODE = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # settings of a run that other sections of the card show, or that concern only the run's machine
-_ELSEWHERE = {
+_HIDDEN_SETTINGS = {
     "base",
     "data",
     "eval_data",
@@ -245,7 +245,7 @@ class _Card:
         settings = {
             name: value
             for name, value in config.items()
-            if value not in (None, [], "") and name not in _ELSEWHERE
+            if value not in (None, [], "") and name not in _HIDDEN_SETTINGS
         }
         settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
         return {
@@ -265,7 +265,7 @@ class _Card:
         loader = self.multimodal_class or "AutoModelForCausalLM"
         transformers_import = [f"from transformers import {loader}"] if transformers_name else []
         load_call = f"{loader}.from_pretrained({_quote_string(transformers_name)})"
-        transformers_code = f"model = {load_call if transformers_name else UNKNOWN}"
+        transformers_code = f"model = {load_call if transformers_name else UNKNOWN_BASE_CODE}"
         veneer_code, veneer_import = transformers_code, transformers_import
         if base_name and not self.multimodal_class:
             veneer_code = f"model = load_base({_quote_string(base_name)}).model"
@@ -284,7 +284,7 @@ class _Card:
         if reasons:
             yield f"vLLM cannot serve it: {'; '.join(reasons)}."
             return
-        rank = next(rank for rank in vllm.RANKS if rank >= vllm.largest_rank(self.config))
+        rank = next(rank for rank in vllm.VALID_MAX_RANKS if rank >= vllm.largest_rank(self.config))
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
         yield f"```console\nvllm serve {shlex.quote(transformers_name or 'BASE')} {options}\n```"
         yield "vLLM decides by the architecture of the base which of its layers may have adapters."

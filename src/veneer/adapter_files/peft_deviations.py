@@ -72,7 +72,7 @@ def deviation_reason(
     return reason
 
 
-def deviations(
+def deviation_reasons(
     names: Names,
     ref: ParamRef,
     layer: peft.PeftLayer,

@@ -246,27 +246,29 @@ def peft_config(
         **(variant.peft or {}),
     }
     alpha = variant.default_alpha if config.alpha is None else config.alpha
-    sizes = {target: (entry.low.rank, entry.alpha) for target, entry in entries_by_path.items()}
-    return config_fields(fields, sizes, (config.rank, alpha), parameters)
+    ranks_and_alphas = {
+        target: (entry.low.rank, entry.alpha) for target, entry in entries_by_path.items()
+    }
+    return config_fields(fields, ranks_and_alphas, (config.rank, alpha), parameters)
 
 
 def config_fields(
     fields: Mapping[str, Any],
-    sizes: Mapping[str, tuple[int, float]],
+    ranks_and_alphas: Mapping[str, tuple[int, float]],
     default: tuple[int, float],
     parameters: Sequence[str],
 ) -> dict[str, Any]:
     """A config with PEFT's ``fields``, completed by the rank and alpha of each target.
 
     Args:
-        sizes: (rank, alpha) by path of a target.
+        ranks_and_alphas: (rank, alpha) by path of a target.
         default: (rank, alpha) for ``r`` and ``lora_alpha``, if some target has both. Else they are
-            the most frequent pair in ``sizes``.
+            the most frequent pair in ``ranks_and_alphas``.
         parameters: the paths for ``target_parameters``.
     """
-    ranks = {target: rank for target, (rank, _) in sizes.items()}
-    alphas = {target: alpha for target, (_, alpha) in sizes.items()}
-    rank, alpha = peft_paths.common_size(ranks, alphas, *default)
+    ranks = {target: rank for target, (rank, _) in ranks_and_alphas.items()}
+    alphas = {target: alpha for target, (_, alpha) in ranks_and_alphas.items()}
+    rank, alpha = peft_paths.common_rank_and_alpha(ranks, alphas, *default)
     return {
         **fields,
         "r": rank,

@@ -1,5 +1,5 @@
-"""``save_pretrained`` of a model with adapters, and ``refill``, which copies a saved adapter into
-the parameters of an attached adapter.
+"""``save_pretrained`` of a model with adapters, and ``load_into_attached``, which copies a saved
+adapter into the parameters of an attached adapter.
 
 ``model.save_pretrained(d)``, ``trainer.save_model(d)`` and ``model.push_to_hub(…)`` write:
 
@@ -50,7 +50,7 @@ from veneer.layers import ParamRef, parameter_path
 from veneer.models.safetensors_dir import must_hold_no_adapter
 
 #: the name of the replaced method
-SAVE = "save_pretrained"
+SAVE_METHOD = "save_pretrained"
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -77,10 +77,10 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     elif adapters_of(module) is not attached:
         adapter_names = ", ".join(attached.configs)
         raise SelectionError(
-            f"{SAVE} of a {base_class(module).__name__} within the model that {adapter_names}"
-            " belongs to",
+            f"{SAVE_METHOD} of a {base_class(module).__name__} within the model that"
+            f" {adapter_names} belongs to",
             "one folder for all of an adapter",
-            f"call {SAVE} (or veneer.save) of the model that the adapter was attached to",
+            f"call {SAVE_METHOD} (or veneer.save) of the model that the adapter was attached to",
         )
     else:
         _save_adapter(module, options)
@@ -89,7 +89,7 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of the replaced method, by name. In every library the first argument
     is the folder."""
-    method = getattr(without_adapters(module), SAVE)
+    method = getattr(without_adapters(module), SAVE_METHOD)
     bound = inspect.signature(method).bind(*args, **kwargs).arguments
     keywords_name = next(
         (
@@ -112,13 +112,13 @@ def _save_model(module: nn.Module, options: dict[str, Any]) -> None:
         options["state_dict"] = {
             key: value for key, value in _passed_state(options).items() if key not in adapter_keys
         }
-    getattr(plain_module, SAVE)(**options)
+    getattr(plain_module, SAVE_METHOD)(**options)
 
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     """Save one adapter into a folder that may hold other files: the selected adapter, else the
     default one, else the only one."""
-    folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
+    folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE_METHOD)
     unsupported_options = [
         *(option for option in ("variant", "distributed_checkpoint") if options.get(option)),
         *(
@@ -288,7 +288,7 @@ def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
 
 
 @torch.no_grad()
-def refill(model: nn.Module, folder: str | Path) -> None:
+def load_into_attached(model: nn.Module, folder: str | Path) -> None:
     """Copy the parameters of an adapter folder into those of an attached adapter: the selected one,
     else the default one, else the only one. The copy is in place, as an optimiser may hold the
     parameters. If an error is raised, no parameter has changed.
@@ -300,7 +300,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
         MergeError: an adapter is merged into the weights.
     """
     model = unwrap(model)
-    name = selected_name(model, SAVE)
+    name = selected_name(model, SAVE_METHOD)
     require_attached_base(need_adapters(model), name, "a checkpoint for")
     load_plan = match(model, folder, [])
     attached_changes = {(path, weight): change for path, _, weight, change in changes(model, name)}

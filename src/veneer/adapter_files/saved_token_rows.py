@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from veneer.adapter_files import peft_deviations, peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
-from veneer.adapter_files.tuner_folder import weights_of
+from veneer.adapter_files.tuner_folder import weight_lookup_of
 from veneer.attach import Change, Names, adapters_of, changes
 from veneer.bases import storage_of, weight_of
 from veneer.distributed import base_class
@@ -113,7 +113,7 @@ def _paths_tied_to_input(names: Names) -> Iterator[str]:
                 yield names.canonical[path]
 
 
-def owner_at(
+def first_ref_at(
     names: Names, module_path: str, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> ParamRef | None:
     """The first name, in the order of the model, of the weight of the module at ``module_path``, a
@@ -141,9 +141,9 @@ def match_tokens(
     """
     refs_by_id = names.refs_by_parameter_id()
     matches: dict[ParamRef, peft_tokens.TokenRows] = {}
-    for module_path, entry in adapter_files.tokens.items():
-        owner = owner_at(names, module_path, refs_by_id)
-        if owner is None:
+    for module_path, token_rows in adapter_files.tokens.items():
+        first_ref = first_ref_at(names, module_path, refs_by_id)
+        if first_ref is None:
             problem = (
                 f"trained tokens of {module_path!r}, which this model"
                 f" lacks{nearest(module_path, names.modules)}"
@@ -152,18 +152,19 @@ def match_tokens(
                 sentence(problem, "the same modules", "load it on the model that it was trained on")
             )
             continue
-        size_problem = _size_problem(names, adapter_files, owner, entry)
-        earlier_entry = matches.get(owner)
-        if earlier_entry is not None and (
-            earlier_entry.ids != entry.ids or not torch.equal(earlier_entry.rows, entry.rows)
+        size_problem = _size_problem(names, adapter_files, first_ref, token_rows)
+        earlier_rows = matches.get(first_ref)
+        if earlier_rows is not None and (
+            earlier_rows.ids != token_rows.ids
+            or not torch.equal(earlier_rows.rows, token_rows.rows)
         ):
             problem = (
-                f"two sets of trained tokens for {parameter_path(*owner)!r}, whose names share one"
-                " weight"
+                f"two sets of trained tokens for {parameter_path(*first_ref)!r}, whose names share"
+                " one weight"
             )
             problems.append(sentence(problem, "one", "untie the weights first"))
         elif size_problem is not None:
-            problems += [size_problem] if earlier_entry is None else []
+            problems += [size_problem] if earlier_rows is None else []
         elif by_peft_rules:
             ref, trained_paths = ref_of(names, module_path), {*adapter_files.tokens}
             reason = deviation_reason(names, ref, refs_by_id, trained_paths)
@@ -175,7 +176,7 @@ def match_tokens(
                 if trains_one_name(names, ref, refs_by_id, trained_paths):
                     do = "load it with veneer.load(…, untie=True)"
                 problems.append(sentence(problem, "rows of a weight", do))
-        matches[owner] = entry
+        matches[first_ref] = token_rows
     problems += _missing_rows(names, adapter_files, matches, refs_by_id)
     return matches
 
@@ -187,33 +188,35 @@ def ref_of(names: Names, module_path: str) -> ParamRef:
 
 
 def _size_problem(
-    names: Names, adapter_files: AdapterFiles, owner: ParamRef, entry: peft_tokens.TokenRows
+    names: Names,
+    adapter_files: AdapterFiles,
+    first_ref: ParamRef,
+    token_rows: peft_tokens.TokenRows,
 ) -> str | None:
     """Why the trained rows do not fit the weight: the weight has another width or another number of
     rows. None if they fit."""
-    weight = weight_of(names.modules[owner[0]], owner[1])
+    module = names.modules[first_ref[0]]
+    weight = weight_of(module, first_ref[1])
     storage: Any = storage_of(weight)
-    weight_path = parameter_path(*owner)
+    weight_path = parameter_path(*first_ref)
     shape = storage.shape(weight) if storage is not None else ()
-    if len(shape) != 2 or kind_for(names.modules[owner[0]], owner[1]).name not in (
+    if len(shape) != 2 or kind_for(module, first_ref[1]).name not in (
         "embedding",
         "linear",
     ):
-        problem = (
-            f"trained tokens of {weight_path!r}, a {base_class(names.modules[owner[0]]).__name__}"
-        )
+        problem = f"trained tokens of {weight_path!r}, a {base_class(module).__name__}"
         return sentence(
             problem, "an embedding or a linear head", "load it on the model that it was trained on"
         )
-    if entry.rows.shape[1] != shape[1]:
-        problem = f"trained rows of {entry.rows.shape[1]} numbers for {weight_path!r}"
+    if token_rows.rows.shape[1] != shape[1]:
+        problem = f"trained rows of {token_rows.rows.shape[1]} numbers for {weight_path!r}"
         return sentence(
             problem, f"{shape[1]}, as its own have", "load it on the model that it was trained on"
         )
     expected_row_count = (
         adapter_files.metadata.get("changes", {})
         .get(weight_path, {})
-        .get("of", max(shape[0], entry.ids[-1] + 1))
+        .get("of", max(shape[0], token_rows.ids[-1] + 1))
     )
     if expected_row_count == shape[0]:
         return None
@@ -244,8 +247,10 @@ def _missing_rows(
     file."""
     token_ids = adapter_files.peft_config.get(peft_tokens.INDICES_FIELD) or {}
     for path_ending in token_ids if isinstance(token_ids, Mapping) else ():
-        owners = {owner_at(names, path, refs_by_id) for path in names.modules_matching(path_ending)}
-        if not owners & matches.keys():
+        first_refs = {
+            first_ref_at(names, path, refs_by_id) for path in names.modules_matching(path_ending)
+        }
+        if not first_refs & matches.keys():
             problem = (
                 f"trained tokens of {path_ending!r} in {peft.CONFIG}, and no rows of them in"
                 f" {peft.TENSORS}"
@@ -254,12 +259,12 @@ def _missing_rows(
 
 
 def differs_from_record(
-    adapter_files: AdapterFiles, weight_path: str, entry: peft_tokens.TokenRows | None
+    adapter_files: AdapterFiles, weight_path: str, token_rows: peft_tokens.TokenRows | None
 ) -> bool:
     """Whether the record lists other trained tokens of a weight than those in the tensor file,
-    which ``entry`` holds (None: the file has none)."""
+    which ``token_rows`` holds (None: the file has none)."""
     recorded_ranges = adapter_files.metadata.get("changes", {}).get(weight_path, {}).get("tokens")
-    return recorded_ranges != (None if entry is None else ranges_of(entry.ids))
+    return recorded_ranges != (None if token_rows is None else ranges_of(token_rows.ids))
 
 
 def vocabulary_size(adapter_files: AdapterFiles) -> int:
@@ -274,7 +279,7 @@ def vocabulary_size(adapter_files: AdapterFiles) -> int:
     )
 
 
-def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
+def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
     """The number of rows to which the vocabulary of a model must grow for an adapter; None if it is
     large enough.
 
@@ -300,23 +305,23 @@ def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
         )
     refs_by_id = names.refs_by_parameter_id()
     trained_ids = {
-        owner_at(names, module_path, refs_by_id): token_rows.ids
+        first_ref_at(names, module_path, refs_by_id): token_rows.ids
         for module_path, token_rows in adapter_files.tokens.items()
     }
     for layer in embeddings.values():
-        owner = refs_by_id[id(layer.weight)][0]
-        untrained_ids = sorted({*range(old_size, size)} - {*trained_ids.get(owner, ())})
+        first_ref = refs_by_id[id(layer.weight)][0]
+        untrained_ids = sorted({*range(old_size, size)} - {*trained_ids.get(first_ref, ())})
         if untrained_ids:
             problem = (
-                f"row {', '.join(map(str, untrained_ids[:4]))} of {parameter_path(*owner)!r} that"
-                " grew and was never trained"
+                f"row {', '.join(map(str, untrained_ids[:4]))} of {parameter_path(*first_ref)!r}"
+                " that grew and was never trained"
             )
             do = (
                 "save the base as it grew (save_pretrained), and load on that; or train these"
                 " rows too"
             )
             problems.append(sentence(problem, "rows that the adapter holds", do))
-        path, do = owner[0], "save the base as it grew (save_pretrained), and load on that"
+        path, do = first_ref[0], "save the base as it grew (save_pretrained), and load on that"
         if getattr(layer, "bias", None) is not None and "bias" not in adapter_files.full.get(
             path, ()
         ):
@@ -339,7 +344,7 @@ def grown_size(model: nn.Module, adapter_files: AdapterFiles) -> int | None:
 def grow_vocabulary(model: Any, path: Any) -> Iterator[None]:
     """A context that grows the vocabulary of a model for the adapter in a folder. If the block
     raises an error, the vocabulary shrinks to its old size."""
-    old_size, size = None, grown_size(model, read(path, weights_of(Names(model))))
+    old_size, size = None, grown_row_count(model, read(path, weight_lookup_of(Names(model))))
     if size is not None:
         old_size = len(model.get_input_embeddings().weight)
         model.resize_token_embeddings(size, mean_resizing=False)

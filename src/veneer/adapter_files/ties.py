@@ -18,7 +18,7 @@ from torch import nn
 from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
-from veneer.adapter_files.tuner_folder import weights_of
+from veneer.adapter_files.tuner_folder import weight_lookup_of
 from veneer.attach import Names, Untied, adapters_of, untie
 from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing
@@ -47,7 +47,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     names = Names(model)
     if not any(len(refs) > 1 for refs in names.refs_by_parameter_id().values()):
         return None
-    refs = refs_to_untie(names, read(path, weights_of(names)))
+    refs = refs_to_untie(names, read(path, weight_lookup_of(names)))
     if not refs:
         return None
     attached = adapters_of(model)
@@ -128,26 +128,27 @@ def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
         tensor_name for kind in ("weights", "rest") for tensor_name in base_record.get(kind) or ()
     }
     for module_path in adapter_files.tokens:
-        owner = saved_token_rows.owner_at(names, module_path, refs_by_id)
-        if owner is None:
+        first_ref = saved_token_rows.first_ref_at(names, module_path, refs_by_id)
+        if first_ref is None:
             continue
         ref = saved_token_rows.ref_of(names, module_path)
         tied_refs = [
             tied_ref
-            for tied_ref in refs_by_id[id(weight_of(names.modules[owner[0]], owner[1]))]
+            for tied_ref in refs_by_id[id(weight_of(names.modules[first_ref[0]], first_ref[1]))]
             if tied_ref != ref
         ]
         if adapter_files.record is None:
             differs = saved_token_rows.trains_one_name(
                 names, ref, refs_by_id, {*adapter_files.tokens}
             )
-            tied_entries = [
+            tied_token_rows = [
                 adapter_files.tokens[path] for path, _ in tied_refs if path in adapter_files.tokens
             ]
-            entry = adapter_files.tokens[module_path]
+            token_rows = adapter_files.tokens[module_path]
             differs |= any(
-                tied_entry.ids != entry.ids or not torch.equal(tied_entry.rows, entry.rows)
-                for tied_entry in tied_entries
+                other_rows.ids != token_rows.ids
+                or not torch.equal(other_rows.rows, token_rows.rows)
+                for other_rows in tied_token_rows
             )
         else:  # the base had separate weights in training if the record lists the other name
             differs = any(parameter_path(*tied_ref) in recorded_names for tied_ref in tied_refs)

@@ -1,5 +1,5 @@
 """Patches for the trainers of transformers and TRL, which otherwise support adapters in a
-``PeftModel`` only. ``cover`` applies the patches when an adapter is attached.
+``PeftModel`` only. ``patch_model`` applies the patches when an adapter is attached.
 
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
         copies the parameters of the checkpoint into the attached adapter's, which the optimiser
@@ -32,7 +32,7 @@ from torch import nn
 from veneer.adapter_files import model_card
 from veneer.adapter_files.file_names import copy_files
 from veneer.adapter_files.save_load import install_from
-from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
+from veneer.adapter_files.save_pretrained import SAVE_METHOD, load_into_attached, save_pretrained
 from veneer.attach import (
     Change,
     Reference,
@@ -51,18 +51,20 @@ from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
 #: the module of transformers that has ``Trainer``
-TRAINER = "transformers.trainer"
+TRAINER_MODULE = "transformers.trainer"
 #: the modules of TRL with a trainer that disables dropout, or that loads a second copy of the base
 #: as reference model of the policy
-TRL = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward"))
+TRL_MODULES = tuple(
+    f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward")
+)
 
 
-def cover(model: nn.Module) -> None:
+def patch_model(model: nn.Module) -> None:
     """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers, even
     those that are imported later."""
     for _, module in walk(model):
-        if callable(getattr(module, SAVE, None)):
-            override_method(module, SAVE, save_pretrained)
+        if callable(getattr(module, SAVE_METHOD, None)):
+            override_method(module, SAVE_METHOD, save_pretrained)
     answer_peft_names(model)
     if "transformers" in sys.modules:
         patch_trainers()
@@ -70,8 +72,8 @@ def cover(model: nn.Module) -> None:
 
 def patch_trainers() -> None:
     """Patch the trainers of transformers and TRL, now or after their import."""
-    when_imported(TRAINER, patch_trainer)
-    for name in TRL:
+    when_imported(TRAINER_MODULE, patch_trainer)
+    for name in TRL_MODULES:
         when_imported(name, patch_trl)
 
 
@@ -128,9 +130,9 @@ def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     if _has_adapter(model):
-        if not is_overridden(unwrap(model), SAVE):
+        if not is_overridden(unwrap(model), SAVE_METHOD):
             return False
-        refill(model, folder)
+        load_into_attached(model, folder)
         return True
     is_peft = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
     if is_peft or not (Path(folder) / peft.CONFIG).is_file():
@@ -141,7 +143,7 @@ def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
     except VeneerError:
         detach(model)
         raise
-    cover(model)
+    patch_model(model)
     disable_dropout(model, trainer.args)
     return True
 
@@ -160,7 +162,7 @@ def _has_veneer_card(trainer: Any) -> bool:
     """Whether the output folder has Veneer's model card, which must stay. ``Trainer`` would take it
     for PEFT's, replace it and call a method of ``PeftModel``. (TRL's trainers write other cards.)
     """
-    card_path = Path(trainer.args.output_dir) / model_card.NAME
+    card_path = Path(trainer.args.output_dir) / model_card.CARD_FILE
     return (
         _has_adapter(trainer.model)
         and card_path.is_file()

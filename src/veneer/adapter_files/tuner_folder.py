@@ -10,7 +10,7 @@ Tools for low-rank changes (``convert``, ``compose``, ``compare``) read the plai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, first_line, raise_all, sentence
 from veneer.formats import peft, peft_paths, peft_tuners
-from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
+from veneer.formats.peft_tuners import Tuner, VariantChange, WeightLookup
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
@@ -40,7 +40,7 @@ class TunerFolder:
         source: the config in the tuner's fields.
         config, tensors: the config in LoRA's fields and LoRA's tensors, for the plain changes.
         parameters: the variant's parameters, by the path of a weight and the parameter's name.
-        sizes: (rank, alpha) of the variant, by the path of a weight.
+        ranks_and_alphas: (rank, alpha) of the variant, by the path of a weight.
         needs_base_shapes: whether only the base tells the shapes of the changes. ``tensors`` then
             has no changes.
         paths: the paths of the changed modules.
@@ -52,7 +52,7 @@ class TunerFolder:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
-    sizes: Mapping[str, tuple[int, float]]
+    ranks_and_alphas: Mapping[str, tuple[int, float]]
     needs_base_shapes: bool
     paths: tuple[str, ...]
     value_count: int
@@ -69,7 +69,7 @@ class TunerFolder:
         return replace(plain_config, variant=self.tuner.variant, rank=lora_config["r"], alpha=alpha)
 
 
-class Unsized(Mapping[str, Any]):
+class UnknownShapes(Mapping[str, Any]):
     """Takes the place of the mapping of low-rank changes if only the base tells their shapes. Any
     access raises an AdapterError that asks for the base."""
 
@@ -95,7 +95,7 @@ class Unsized(Mapping[str, Any]):
         raise self._error()
 
 
-def weights_of(names: Names) -> Weights:
+def weight_lookup_of(names: Names) -> WeightLookup:
     """A function that returns the shape of a model's weight by its path, and the dtype of a weight
     that is not packed."""
 
@@ -118,14 +118,17 @@ def weights_of(names: Names) -> Weights:
 
 @torch.no_grad()
 def tuner_folder(
-    tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
+    tuner: Tuner,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weight_lookup: WeightLookup | None,
 ) -> TunerFolder:
     """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
     not fit the base."""
-    changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weights)
+    changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weight_lookup)
     lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
-    sizes: dict[str, tuple[int, float]] = {}
+    ranks_and_alphas: dict[str, tuple[int, float]] = {}
     for module_path, change in changes.items():
         product = _plain_product(tuner, module_path, change, problems)
         if product is None:
@@ -138,7 +141,7 @@ def tuner_folder(
             rank = min(change.parameters["A"].shape[1], rank)
         # the alpha for which the variant has the scale of the change at this rank
         alpha = change.scale / VARIANTS[tuner.variant].scale(1.0, rank)
-        sizes[f"{module_path}.weight"] = rank, alpha
+        ranks_and_alphas[f"{module_path}.weight"] = rank, alpha
         parameters |= {
             f"{module_path}.weight.{name}": parameter
             for name, parameter in change.parameters.items()
@@ -146,24 +149,21 @@ def tuner_folder(
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
     plain_tensors = dict(other_tensors)
     for module_path, product in products.items():
-        A, B = peft_tuners.reshape_for_file(module_path, product.A[0], product.B[0], weights)
+        A, B = peft_tuners.reshape_for_file(module_path, product.A[0], product.B[0], weight_lookup)
         plain_tensors |= {
             peft.tensor_key(module_path, "lora_A.weight"): A,
             peft.tensor_key(module_path, "lora_B.weight"): B,
         }
-    plain_sizes = {
+    plain_ranks_and_alphas = {
         module_path: (product.rank, product.scale * product.rank)
         for module_path, product in products.items()
     }
-    default_size = next(iter(plain_sizes.values()), (lora_config["r"], lora_config["lora_alpha"]))
+    config_default = lora_config["r"], lora_config["lora_alpha"]
+    default = next(iter(plain_ranks_and_alphas.values()), config_default)
     plain_config = {**lora_config, "use_rslora": False}
-    plain_config = config_fields(plain_config, plain_sizes, default_size, ())
+    plain_config = config_fields(plain_config, plain_ranks_and_alphas, default, ())
     tuner_tensors = {
         key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes
-    }
-    paths = {
-        peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0]
-        for key in tuner_tensors
     }
     return TunerFolder(
         tuner=tuner,
@@ -171,12 +171,18 @@ def tuner_folder(
         config=plain_config,
         tensors=plain_tensors,
         parameters=parameters,
-        sizes=sizes,
+        ranks_and_alphas=ranks_and_alphas,
         # the shapes of VeRA's changes follow from a base
-        needs_base_shapes=tuner.type == "VERA" and weights is None,
-        paths=tuple(sorted(paths)),
+        needs_base_shapes=tuner.type == "VERA" and weight_lookup is None,
+        paths=_module_paths(tuner_tensors),
         value_count=sum(tensor.numel() for tensor in tuner_tensors.values()),
     )
+
+
+def _module_paths(keys: Iterable[str]) -> tuple[str, ...]:
+    """The paths of the modules that the tensors with these keys belong to, in sorted order."""
+    paths_in_file = (key.removeprefix(peft.PREFIX).rpartition(".")[0] for key in keys)
+    return tuple(sorted({peft_paths.strip_wrappers(path)[0] for path in paths_in_file}))
 
 
 def _plain_product(
@@ -186,11 +192,13 @@ def _plain_product(
     None, with a problem added, if there is none."""
     parameters, variant = change.parameters, VARIANTS[tuner.variant]
     if _count_values(tuner, parameters) > MAX_VALUES:
-        sizes = _format_shapes(parameters)
+        shapes_text = _format_shapes(parameters)
         expected = f"factors of at most {MAX_VALUES:,} numbers"
         problems.append(
             sentence(
-                f"{sizes} at {module_path!r}", expected, "get another copy; its tensors are damaged"
+                f"{shapes_text} at {module_path!r}",
+                expected,
+                "get another copy; its tensors are damaged",
             )
         )
         return None
@@ -199,8 +207,8 @@ def _plain_product(
         max_rank = min(product.B.shape[1], product.A.shape[2])
         dense = product.delta(torch.float64) if product.rank > max_rank else None
     except (RuntimeError, IndexError, ValueError) as error:
-        sizes = _format_shapes(parameters)
-        problem = f"{sizes} at {module_path!r} ({first_line(error)})"
+        shapes_text = _format_shapes(parameters)
+        problem = f"{shapes_text} at {module_path!r} ({first_line(error)})"
         problems.append(sentence(problem, f"a change of {tuner.type}", "get both files again"))
         return None
     if dense is None:

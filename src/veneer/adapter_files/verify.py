@@ -70,10 +70,10 @@ _CODE_SUFFIXES = frozenset(
         ".jar",
     ]
 )
-#: limits for outliers: at least MIN_LAYERS changes have the outlier's shape; its d (see above) is
-#: more than MAX_DEVIATION times the median d; its norm and the median norm differ by more than the
-#: factor MIN_FACTOR
-MIN_LAYERS, MAX_DEVIATION, MIN_FACTOR = 6, 6 * 1.4826, 10
+#: limits for outliers: at least MIN_SAME_SHAPE changes have the outlier's shape; its d (see above)
+#: is more than MAX_RELATIVE_DEVIATION times the median d; its norm and the median norm differ by
+#: more than the factor MIN_NORM_RATIO
+MIN_SAME_SHAPE, MAX_RELATIVE_DEVIATION, MIN_NORM_RATIO = 6, 6 * 1.4826, 10
 
 
 def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Report:
@@ -121,7 +121,7 @@ class _Verification:
         self.check_extra_files()
         readable = {
             name
-            for name in file_names.CORE
+            for name in file_names.CORE_FILES
             if (path / name).is_file() and not location_problems(path, [name])
         }
         has_config, has_tensors = peft.CONFIG in readable, peft.TENSORS in readable
@@ -386,12 +386,14 @@ def _outliers(
         if norms[path] > 0:
             log_norms.setdefault(change_dims(low), {})[path] = math.log(norms[path])
     for shape_norms in log_norms.values():
-        if len(shape_norms) < MIN_LAYERS:
+        if len(shape_norms) < MIN_SAME_SHAPE:
             continue
         median = statistics.median(shape_norms.values())
         median_deviation = statistics.median(
             abs(log_norm - median) for log_norm in shape_norms.values()
         )
         for path, log_norm in shape_norms.items():
-            if abs(log_norm - median) > max(MAX_DEVIATION * median_deviation, math.log(MIN_FACTOR)):
+            if abs(log_norm - median) > max(
+                MAX_RELATIVE_DEVIATION * median_deviation, math.log(MIN_NORM_RATIO)
+            ):
                 yield path, norms[path], math.exp(median)

@@ -41,13 +41,13 @@ def check_against_base(
     base_record = adapter_files.metadata.get("base", {})
     base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")
     do = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
-    mismatch_count, large_changes = _check_changed_weights(
+    unproven_count, large_changes = _check_changed_weights(
         log, adapter_files, products, norms, weights, do
     )
     recorded_weights = base_record.get("weights", {})
     if recorded_weights:
         _check_unchanged_tensors(
-            log, base_record, weights, len(recorded_weights) - mismatch_count, do
+            log, base_record, weights, len(recorded_weights) - unproven_count, do
         )
     if large_changes:
         problem = f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large_changes)}"
@@ -66,8 +66,9 @@ def _check_changed_weights(
     """Check each weight that the adapter changes at a low rank. ``do``: the advice in errors.
 
     Returns:
-        the number of weights that are missing or have another fingerprint than the record; a text
-        "path (‖ΔW‖ / ‖W‖)" for each change that is larger than its weight.
+        the number of weights that are missing, or have another shape than the change or another
+        fingerprint than the record; a text "path (‖ΔW‖ / ‖W‖)" for each change that is larger than
+        its weight.
     """
     recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
     # the record has the paths of weights; a product has the path of its weight or of its module
@@ -118,7 +119,8 @@ def _check_changed_weights(
     ]
     proof = "have the fingerprints of the record" if recorded_weights else "by name and shape alone"
     log.add_problems("base", sentences, f"{len(product_paths)} weights {proof}")
-    return len(missing_paths) + len(different_paths), large_changes
+    unproven_count = len(missing_paths) + len(misshapen_paths) + len(different_paths)
+    return unproven_count, large_changes
 
 
 def _check_unchanged_tensors(
@@ -131,7 +133,7 @@ def _check_unchanged_tensors(
     """Check the tensors that the record lists and that the adapter does not change.
 
     Args:
-        proven_count: how many of the changed weights are in the base and have no other fingerprint.
+        proven_count: how many of the changed weights have the fingerprint of the record.
     """
     expected_fingerprints, changed_count = base_record.get("rest"), len(base_record["weights"])
     if expected_fingerprints is None:

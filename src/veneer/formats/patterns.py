@@ -24,12 +24,12 @@ from veneer.errors import AdapterError
 
 #: the largest number of characters of all expressions of a field, and of one expression when each
 #: counted repetition ``{n}`` is written out n times
-MAX_LENGTH, MAX_COPIES = 4096, 100_000
+MAX_FIELD_CHARS, MAX_EXPANDED_CHARS = 4096, 100_000
 #: the largest number of characters of an expression for ``re``, which compiles so many in a tenth
 #: of a second
-MAX_SOURCE = 65_536
+MAX_SOURCE_CHARS = 65_536
 #: seconds for matching all expressions of a field, and further seconds for each path matched
-SECONDS, PER_PATH = 0.5, 1e-4
+MAX_SECONDS, SECONDS_PER_PATH = 0.5, 1e-4
 
 #: a counted repetition, such as {3} or {2,5}
 _REPEAT = re.compile(r"\{(\d*)(?:,\d*)?\}")
@@ -58,12 +58,14 @@ class Expressions:
     ) -> None:
         sources = tuple(sources)
         length = sum(map(len, sources))
-        if length > MAX_LENGTH:
-            raise ValueError(f"expressions of {length:,} characters, of {MAX_LENGTH:,} at most")
+        if length > MAX_FIELD_CHARS:
+            raise ValueError(
+                f"expressions of {length:,} characters, of {MAX_FIELD_CHARS:,} at most"
+            )
         self._matchers = [
             _compile(template.replace("{}", source), full_match) for source in sources
         ]
-        self._seconds_left = SECONDS
+        self._seconds_left = MAX_SECONDS
 
     def matching(self, text: str) -> Iterator[int]:
         """The indices of the expressions that match a text, in ascending order."""
@@ -83,10 +85,10 @@ class Expressions:
         except TimeoutError:
             match, self._seconds_left = None, 0.0
         self._seconds_left = min(
-            SECONDS, self._seconds_left + PER_PATH + start_seconds - time.thread_time()
+            MAX_SECONDS, self._seconds_left + SECONDS_PER_PATH + start_seconds - time.thread_time()
         )
-        if self._seconds_left <= PER_PATH:  # too little time to match another path
-            self._seconds_left = PER_PATH
+        if self._seconds_left <= SECONDS_PER_PATH:  # too little time to match another path
+            self._seconds_left = SECONDS_PER_PATH
             raise TooSlowError(
                 "an expression that takes longer than any that people use",
                 "a plain regular expression",
@@ -102,7 +104,7 @@ def _compile(source: str, full_match: bool) -> Callable[..., Any]:
     flags = compile_flags(source)
     unescaped = re.sub(r"\\.", "", source, flags=re.DOTALL)
     counts = [int(count or 0) for count in _REPEAT.findall(unescaped)]
-    if len(source) * prod(max(count, 1) for count in counts) > MAX_COPIES:
+    if len(source) * prod(max(count, 1) for count in counts) > MAX_EXPANDED_CHARS:
         raise ValueError("an expression that repeats too often")
     if "{" in _REPEAT.sub("", unescaped):
         raise ValueError("an expression with a brace that is not escaped and no repetition")
@@ -117,8 +119,10 @@ def _compile(source: str, full_match: bool) -> Callable[..., Any]:
 
 def compile_flags(source: str) -> int:
     """The flags with which ``re`` compiles an expression. ``ValueError``: ``re`` refuses it."""
-    if len(source) > MAX_SOURCE:
-        raise ValueError(f"an expression of {len(source):,} characters, of {MAX_SOURCE:,} at most")
+    if len(source) > MAX_SOURCE_CHARS:
+        raise ValueError(
+            f"an expression of {len(source):,} characters, of {MAX_SOURCE_CHARS:,} at most"
+        )
     try:
         return re.compile(source).flags
     # ``re`` raises the warning if warnings are errors

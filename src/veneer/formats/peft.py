@@ -166,25 +166,25 @@ def tensor_key(path: str, suffix: str) -> str:
 def split_tensors(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    suffixes: Iterable[tuple[str, str]],
-    extras: Iterable[str] = (),
+    suffix_pairs: Iterable[tuple[str, str]],
+    extra_suffixes: Iterable[str] = (),
     by_veneer: bool = False,
 ) -> tuple[dict[str, PeftLayer], dict[str, dict[str, Tensor]]]:
     """Split the tensors of a file into (low-rank changes by path in the file, parameters that are
     trained in full by path in the file and then by name).
 
     Args:
-        suffixes: (suffix of A, suffix of B) for each kind of layer.
-        extras: the suffixes of further parameters of variants.
+        suffix_pairs: (suffix of A, suffix of B) for each kind of layer.
+        extra_suffixes: the suffixes of further parameters of variants.
         by_veneer: whether Veneer wrote the config, which then has full paths.
 
     Raises:
         AdapterError: a key is unknown, an A has no B, or a rank differs from the config's.
     """
     roles: dict[str, Any] = {
-        suffix: (pair, "AB"[index]) for pair in suffixes for index, suffix in enumerate(pair)
+        suffix: (pair, "AB"[index]) for pair in suffix_pairs for index, suffix in enumerate(pair)
     }
-    roles |= {suffix: (None, suffix) for suffix in extras}
+    roles |= {suffix: (None, suffix) for suffix in extra_suffixes}
     entries: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []

@@ -168,7 +168,7 @@ def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] 
     return "|".join(map(re.escape, sorted(expected)))
 
 
-def common_size(
+def common_rank_and_alpha(
     ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float
 ) -> tuple[int, float]:
     """The values to write as ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if some layer has

@@ -20,7 +20,8 @@ A. A w2 that is stored as one matrix becomes the product of itself and an identi
 changes ΔW.
 
 The tensors of a file do not always determine the shape of a weight: VeRA's do not show the number
-of a layer's inputs, and a convolution's may be flattened. ``Weights`` gives the shapes of a base.
+of a layer's inputs, and a convolution's may be flattened. A ``WeightLookup`` gives the shapes of a
+base.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from torch import Tensor
 from veneer.errors import AdapterError, first_line, listing, raise_all, sentence
 from veneer.formats import peft, peft_fields, peft_paths, peft_tokens
 from veneer.formats.peft_fields import all_values, has_type, is_number
-from veneer.formats.vera_projections import PROJECTIONS, Weights, layer_projections
+from veneer.formats.vera_projections import PROJECTIONS, WeightLookup, layer_projections
 
-#: PEFT divides AdaLoRA's alpha by the rank plus EPSILON
-EPSILON = 1e-5
+#: PEFT divides AdaLoRA's alpha by the rank plus ADALORA_EPSILON
+ADALORA_EPSILON = 1e-5
 
 
 class VariantChange(NamedTuple):
@@ -165,7 +166,7 @@ def _read_vera(module: ModuleTensors) -> VariantChange:
 
 
 #: the permitted numbers of axes of a tensor, by suffix; tensors with other suffixes have 2 axes
-_AXES = {
+_AXIS_COUNTS = {
     **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
 }  # fmt: skip
@@ -354,12 +355,16 @@ def lora_config_of(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_changes(
-    tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
+    tuner: Tuner,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weight_lookup: WeightLookup | None,
 ) -> tuple[dict[str, VariantChange], dict[str, Tensor]]:
     """(the changes of a file by module path, its other tensors with the keys of LoRA's file).
 
     Args:
-        weights: the shapes of the base's weights, from which those of VeRA's changes follow.
+        weight_lookup: gives the shapes of the base's weights, from which those of VeRA's changes
+            follow.
 
     Raises:
         AdapterError: tensors are no change of this tuner.
@@ -381,7 +386,9 @@ def read_changes(
             other_tensors[key] = tensor
     is_vera = tuner.type == "VERA"
     projections = (
-        layer_projections(config, tensors, tensors_by_module, weights, problems) if is_vera else {}
+        layer_projections(config, tensors, tensors_by_module, weight_lookup, problems)
+        if is_vera
+        else {}
     )
     lora_config, layer_changes = lora_config_of(tuner, config), {}
     masks = config.get("rank_pattern") or {}
@@ -389,7 +396,7 @@ def read_changes(
         rank, alpha, scale = peft_paths.rank_alpha_scale(lora_config, module_path)
         mask = None
         if tuner.type == "ADALORA":
-            scale, mask = alpha / (rank + EPSILON), masks.get(f"{module_path}.lora_E")
+            scale, mask = alpha / (rank + ADALORA_EPSILON), masks.get(f"{module_path}.lora_E")
         pair = projections.get(module_path)
         module = ModuleTensors(module_path, module_tensors, rank, scale, mask, pair)
         if problem := _module_problem(tuner, module):
@@ -398,10 +405,10 @@ def read_changes(
             try:
                 layer_changes[module_path] = tuner.read(module)
             except (RuntimeError, ValueError, IndexError) as error:
-                sizes = ", ".join(
+                shapes_text = ", ".join(
                     f"{name} {tuple(tensor.shape)}" for name, tensor in module_tensors.items()
                 )
-                problem = f"{sizes} at {module_path!r} ({first_line(error)})"
+                problem = f"{shapes_text} at {module_path!r} ({first_line(error)})"
                 problems.append(
                     sentence(problem, f"a change of {tuner.type}", "get both files again")
                 )
@@ -413,13 +420,17 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
     """Why a module's tensors are no change of this tuner: a wrong number of axes, or a missing
     tensor. None if they are a change."""
     misshapen_names = [
-        name for name, tensor in module.tensors.items() if tensor.dim() not in _AXES.get(name, (2,))
+        name
+        for name, tensor in module.tensors.items()
+        if tensor.dim() not in _AXIS_COUNTS.get(name, (2,))
     ]
     if misshapen_names:
-        sizes = ", ".join(f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen_names)
-        axes = " or ".join(map(str, _AXES.get(misshapen_names[0], (2,))))
+        shapes_text = ", ".join(
+            f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen_names
+        )
+        axes = " or ".join(map(str, _AXIS_COUNTS.get(misshapen_names[0], (2,))))
         return sentence(
-            f"{sizes} at {module.module_path!r}",
+            f"{shapes_text} at {module.module_path!r}",
             f"{axes} axes in {misshapen_names[0]}",
             "get both files again",
         )
@@ -463,11 +474,11 @@ def deviation_reason(kind_name: str, module: Any) -> str | None:
 
 
 def reshape_for_file(
-    module_path: str, A: Tensor, B: Tensor, weights: Weights | None
+    module_path: str, A: Tensor, B: Tensor, weight_lookup: WeightLookup | None
 ) -> Iterator[Tensor]:
     """A [r, in] and B [out, r] of a plain low-rank change, reshaped as LoRA's file has them. If the
     base is known and the layer is a convolution, they get the axes of its kernel."""
-    shape_and_dtype = None if weights is None else weights(f"{module_path}.weight")
+    shape_and_dtype = None if weight_lookup is None else weight_lookup(f"{module_path}.weight")
     shape = () if shape_and_dtype is None else shape_and_dtype[0]
     is_conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]
     yield A.reshape(-1, *shape[1:]) if is_conv else A

@@ -18,7 +18,7 @@ from veneer.errors import sentence
 
 #: a function that takes the name of a base's parameter and returns its (shape, dtype). The dtype is
 #: None if the parameter is stored packed. The function returns None if the base lacks the parameter
-Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
+WeightLookup = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 #: module path -> (number of outputs, number of inputs, dtype) of the module's weight
 _Sizes = dict[str, tuple[int, int, "torch.dtype | None"]]
 
@@ -30,14 +30,14 @@ def layer_projections(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     tensors_by_module: Mapping[str, Mapping[str, Tensor]],
-    weights: Weights | None,
+    weight_lookup: WeightLookup | None,
     problems: list[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(A [r, in], B [out, r]) of each module, by path. This function adds to ``problems``; if that
-    then has entries, or if ``weights`` is None, the result is empty."""
-    if weights is None:
+    then has entries, or if ``weight_lookup`` is None, the result is empty."""
+    if weight_lookup is None:
         return {}
-    sizes = _layer_sizes(tensors_by_module, weights, problems)
+    sizes = _layer_sizes(tensors_by_module, weight_lookup, problems)
     if problems or not sizes:
         return {}
     largest_out = max(out for out, _, _ in sizes.values())
@@ -69,7 +69,9 @@ def layer_projections(
 
 
 def _layer_sizes(
-    tensors_by_module: Mapping[str, Mapping[str, Tensor]], weights: Weights, problems: list[str]
+    tensors_by_module: Mapping[str, Mapping[str, Tensor]],
+    weight_lookup: WeightLookup,
+    problems: list[str],
 ) -> _Sizes:
     """The sizes of each module's weight in the base, by path. A module that does not fit is left
     out and adds a problem."""
@@ -77,7 +79,7 @@ def _layer_sizes(
     for module_path, module_tensors in tensors_by_module.items():
         gains = module_tensors.get("vera_lambda_b")
         out = 0 if gains is None else gains.numel()
-        shape, dtype = weights(f"{module_path}.weight") or (None, None)
+        shape, dtype = weight_lookup(f"{module_path}.weight") or (None, None)
         if shape is None or not out or len(shape) != 2 or math.prod(shape) % out:
             base_shape = "none" if shape is None else tuple(shape)
             problems.append(

@@ -22,8 +22,8 @@ from veneer.formats import peft, peft_paths, peft_targets
 __all__ = ["problems"]
 
 #: the default and the valid values of vLLM's setting ``max_lora_rank``
-MAX_RANK = 16
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+DEFAULT_MAX_RANK = 16
+VALID_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: the name of a tensor: a module path, then a suffix for A or B
 _FACTOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(.*?)\.?"
@@ -31,7 +31,7 @@ _FACTOR_NAME = re.compile(
 )
 
 
-def parse(name: str) -> tuple[str, str] | None:
+def parse_tensor_name(name: str) -> tuple[str, str] | None:
     """(module path, "lora_a" or "lora_b") of a tensor's name, as vLLM reads it; None if vLLM
     refuses the name."""
     match = _FACTOR_NAME.match(name)
@@ -56,7 +56,7 @@ def problems(
         max_rank: the server's ``max_lora_rank``; None means the largest value that vLLM accepts.
     """
     names, rank = list(names), largest_rank(config)
-    limit = RANKS[-1] if max_rank is None else max_rank
+    limit = VALID_MAX_RANKS[-1] if max_rank is None else max_rank
     saved_modules, bias = config.get("modules_to_save"), config.get("bias") or "none"
     is_dora = config.get("use_dora") or any(
         name.rpartition(".")[2] == peft.MAGNITUDE for name in names
@@ -103,7 +103,9 @@ def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
     scale = peft_paths.rank_alpha_scale(config)[2]  # without a path, no pattern applies
-    paths = {parsed_name[0] for parsed_name in map(parse, names) if parsed_name is not None}
+    paths = {
+        parsed_name[0] for parsed_name in map(parse_tensor_name, names) if parsed_name is not None
+    }
     deviating_paths = sorted(
         path
         for path in paths
@@ -121,7 +123,9 @@ def _name_problems(names: Iterable[str]) -> list[str]:
     reasons = []
     # vLLM ignores the base's own embeddings, which PEFT may also write
     frozen_embedding = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
-    parsed_names = {name: parse(name) for name in names if not frozen_embedding.search(name)}
+    parsed_names = {
+        name: parse_tensor_name(name) for name in names if not frozen_embedding.search(name)
+    }
     refused_names = [
         name.removeprefix(peft.PREFIX)
         for name, parsed_name in parsed_names.items()

@@ -46,7 +46,9 @@ def largest_rank(adapters: Mapping[str, Path]) -> int:
         ranks.append(vllm.largest_rank(read_json(path / peft.CONFIG)))
     raise_all(AdapterError, "vLLM was not started", problems)
     needed_rank = max(MIN_RANK, sum(sorted(ranks)[-2:]))
-    return next((rank for rank in vllm.RANKS if rank >= needed_rank), vllm.RANKS[-1])
+    return next(
+        (rank for rank in vllm.VALID_MAX_RANKS if rank >= needed_rank), vllm.VALID_MAX_RANKS[-1]
+    )
 
 
 def command(

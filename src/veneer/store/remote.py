@@ -35,7 +35,7 @@ from typing import Any
 
 from veneer.adapter_files.file_names import (
     FILES,
-    TOKENIZER,
+    TOKENIZER_FILES,
     adapter_file_names,
     content_hash,
     copy_files,
@@ -255,7 +255,7 @@ def _push_hub(path: Path, target: RemoteAddress, message: str, private: bool | N
             api.create_branch(repository, branch=target.revision, exist_ok=True)
         remote_files = set(api.list_repo_files(repository, revision=target.revision))
         local_files = adapter_file_names(path)
-        possible_names = (*FILES, *(TOKENIZER if trains_tokens(path) else ()))
+        possible_names = (*FILES, *(TOKENIZER_FILES if trains_tokens(path) else ()))
         # files of the previous adapter that the new one lacks
         stale = [
             name for name in possible_names if name in remote_files and name not in local_files
@@ -288,7 +288,10 @@ def _pull_hub(source: RemoteAddress, cache_folder: Path) -> Path:
             )
             if trains_tokens(folder):
                 _hub_api().snapshot_download(
-                    repository, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER)
+                    repository,
+                    revision=commit,
+                    local_dir=folder,
+                    allow_patterns=list(TOKENIZER_FILES),
                 )
         # remove the files in which the hub's client records the download
         shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -425,7 +428,7 @@ def _pull_store(source: RemoteAddress, cache_folder: Path) -> Path:
             remote_names = {
                 PurePosixPath(file).name for file in system.ls(remote_folder, detail=False)
             }
-            for names in (FILES, TOKENIZER):
+            for names in (FILES, TOKENIZER_FILES):
                 for name in names if names is FILES or trains_tokens(folder) else ():
                     if name in remote_names:
                         system.get_file(f"{remote_folder}/{name}", str(folder / name))

@@ -303,11 +303,11 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
     if not bases:
         return None
     squared_overlap, angles = 0.0, []
-    for larger_basis, smaller_basis in bases:
+    for first_basis, second_basis in bases:
         larger_basis, smaller_basis = (
-            (larger_basis, smaller_basis)
-            if larger_basis.shape[1] >= smaller_basis.shape[1]
-            else (smaller_basis, larger_basis)
+            (first_basis, second_basis)
+            if first_basis.shape[1] >= second_basis.shape[1]
+            else (second_basis, first_basis)
         )
         inner_products = larger_basis.mT @ smaller_basis
         # the cosines descend, so that the angles ascend
@@ -319,7 +319,7 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
         angles += torch.where(cosines**2 > 0.5, sines.asin(), cosines.acos()).rad2deg().tolist()
         squared_overlap += float(inner_products.square().sum())
     smaller_rank = sum(
-        min(larger_basis.shape[1], smaller_basis.shape[1]) for larger_basis, smaller_basis in bases
+        min(first_basis.shape[1], second_basis.shape[1]) for first_basis, second_basis in bases
     )
     return Space(min(1.0, squared_overlap / smaller_rank), tuple(sorted(angles)))
 

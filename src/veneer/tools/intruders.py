@@ -36,11 +36,11 @@ from veneer.kernels.svd import spectrum
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights
-from veneer.tools.compose.weighted_sum import Term, gain_of
+from veneer.tools.compose.weighted_sum import WeightedChange, gain_of
 
 #: defaults: how many leading singular vectors of a changed weight are examined, and the cosine
 #: below which one is an intruder
-COUNT, THRESHOLD = 10, 0.5
+DEFAULT_VECTOR_COUNT, DEFAULT_THRESHOLD = 10, 0.5
 #: a singular value of W below this share of the largest one is rounding error
 RANK_TOLERANCE = 1e-6
 #: a singular triple (u, σ, v) of M has converged if ‖Mᵀu − σv‖ is below this share of the largest σ
@@ -96,8 +96,8 @@ def find_intruders(
     saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
     *,
-    count: int = COUNT,
-    threshold: float = THRESHOLD,
+    count: int = DEFAULT_VECTOR_COUNT,
+    threshold: float = DEFAULT_THRESHOLD,
     control: bool = False,
     seed: int = 0,
 ) -> Iterator[WeightIntruders]:
@@ -118,7 +118,7 @@ def find_intruders(
         raise ConfigError(
             f"{count!r} singular vectors and a threshold of {threshold!r}",
             "a whole number, and a cosine in (0, 1]",
-            f"use {COUNT} and {THRESHOLD}",
+            f"use {DEFAULT_VECTOR_COUNT} and {DEFAULT_THRESHOLD}",
         )
     products = applied_products(saved_adapter)
     for aligned_weight in align([saved_adapter], base_weights.parameter_order):
@@ -144,7 +144,11 @@ def _find_in_weight(
     weight, is_transposed, _ = base_weights.proven_weight(aligned_weight, [saved_adapter])
     low_rank = (low_rank.T if is_transposed else low_rank).to(torch.float64)
     magnitude = aligned_weight.layers[0].extras.get(peft.MAGNITUDE)
-    gains = None if magnitude is None else gain_of(Term(low_rank, magnitude, 1.0), weight.double())
+    gains = (
+        None
+        if magnitude is None
+        else gain_of(WeightedChange(low_rank, magnitude, 1.0), weight.double())
+    )
     cosines, control_cosines, intruders = [], [], []
     squared_norm = squared_distance = 0.0
     for group in range(weight.shape[0]):

@@ -33,7 +33,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from veneer.adapter_files.save_pretrained import refill
+from veneer.adapter_files.save_pretrained import load_into_attached
 from veneer.distributed import average_gradients, reshard
 from veneer.precision import double
 from veneer.train import checkpoint
@@ -248,7 +248,7 @@ class AdapterTrainerBase(Trainer):
         """Load the adapter's parameters from the best checkpoint."""
         if best_step := self.state.best_global_step:
             folder = checkpoint.path_of(str(self.args.output_dir), best_step)
-            refill(self.adapter.model, folder / checkpoint.ADAPTER)
+            load_into_attached(self.adapter.model, folder / checkpoint.ADAPTER)
 
 
 class TaskTrainer(AdapterTrainerBase):

@@ -38,9 +38,9 @@ from veneer.tools.compose.full_params import WeighAdapter, combine_full_params
 from veneer.tools.compose.merge_methods import MERGE_METHODS
 from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, list_factors
 from veneer.tools.compose.weighted_sum import (
-    Blend,
+    CombinedChange,
     ComposeOptions,
-    Term,
+    WeightedChange,
     merge_by_method,
     reduce_rank,
     sum_with_magnitudes,
@@ -162,13 +162,13 @@ def compose(
         if not weight
     ]
     used_indices = [index for index, weight in enumerate(adapter_weights) if weight]
-    source_weights = [adapter_weights[index] for index in used_indices]
+    coefficients = [adapter_weights[index] for index in used_indices]
     sources = [saved_adapters[index] for index in used_indices]
     common_base_record(sources)  # raises early if the adapters have different bases
     notes += _unproven_notes(sources)
     base_weights = FrozenWeights(base, model)
     aligned_weights = align(sources, base_weights.parameter_order)
-    weigh_adapter = _weigh_by_layer(source_weights, used_indices, layers, aligned_weights, sources)
+    weigh_adapter = _weigh_by_layer(coefficients, used_indices, layers, aligned_weights, sources)
     entries, reports, variant = _combine_changes(
         aligned_weights, sources, weigh_adapter, options, base_weights
     )
@@ -260,14 +260,14 @@ def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
 
 
 def _weigh_by_layer(
-    weights: Sequence[float],
+    coefficients: Sequence[float],
     used_indices: Sequence[int],
     layers: LayerFactors,
     aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
 ) -> WeighAdapter:
     """A function that returns the coefficient wᵢ of an adapter in a layer: the adapter's number in
-    ``weights``, times the factor of the first pattern in ``layers`` that matches a name of the
+    ``coefficients``, times the factor of the first pattern in ``layers`` that matches a name of the
     layer. ``used_indices``: the positions of the sources among all adapters. ``ConfigError``: a
     pattern matches no layer or is no regular expression."""
     layer_names = [
@@ -312,7 +312,7 @@ def _weigh_by_layer(
     raise_all(ConfigError, "These layers cannot be weighed", problems)
 
     def weigh_adapter(names: Sequence[str], source_index: int) -> float:
-        return weights[source_index] * next(
+        return coefficients[source_index] * next(
             (
                 factors[source_index]
                 for matches_name, factors in rules
@@ -337,37 +337,37 @@ def _combine_changes(
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is not None:
             aliases[aligned_weight.alias_of[0]].append(aligned_weight)
-    weights_by_path = _source_weights(aligned_weights, aliases, weigh_adapter)
+    coefficients_by_path = _source_coefficients(aligned_weights, aliases, weigh_adapter)
     changed_weights = [
         aligned_weight
         for aligned_weight in aligned_weights
-        if weights_by_path.get(aligned_weight.model_path)
+        if coefficients_by_path.get(aligned_weight.model_path)
     ]
     has_magnitudes = any(
         aligned_weight.layers[source_index].extras
         for aligned_weight in changed_weights
-        for source_index in weights_by_path[aligned_weight.model_path]
+        for source_index in coefficients_by_path[aligned_weight.model_path]
     )
     is_dora = has_magnitudes and options.method not in MERGE_METHODS
     combined_layers, reports = {}, []
     for aligned_weight in changed_weights:
-        weights = weights_by_path[aligned_weight.model_path]
-        blend, layer = _combine_change(
-            aligned_weight, weights, sources, options, base_weights, is_dora
+        coefficients = coefficients_by_path[aligned_weight.model_path]
+        combined_change, layer = _combine_change(
+            aligned_weight, coefficients, sources, options, base_weights, is_dora
         )
         combined_layers[aligned_weight.entry_path] = layer
         for alias in aliases[aligned_weight.model_path]:
-            tied_layer = alias.template.with_low_rank(
+            tied_layer = alias.any_layer.with_low_rank(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
-            combined_layers[alias.entry_path] = tied_layer.with_magnitude(blend.magnitude)
+            combined_layers[alias.entry_path] = tied_layer.with_magnitude(combined_change.magnitude)
         reports.append(
             LayerReport(
                 path=aligned_weight.model_path,
-                ranks=tuple(aligned_weight.layers[index].low.rank for index in weights),
+                ranks=tuple(aligned_weight.layers[index].low.rank for index in coefficients),
                 rank=layer.rank,
-                norm=blend.norm,
-                error=blend.error / blend.norm if blend.norm else 0.0,
+                norm=combined_change.norm,
+                error=combined_change.error / combined_change.norm if combined_change.norm else 0.0,
             )
         )
     ordered_layers = {
@@ -378,7 +378,7 @@ def _combine_changes(
     return ordered_layers, reports, "dora" if is_dora else "lora"
 
 
-def _source_weights(
+def _source_coefficients(
     aligned_weights: Sequence[AlignedWeight],
     aliases: Mapping[str, Sequence[AlignedWeight]],
     weigh_adapter: WeighAdapter,
@@ -386,7 +386,7 @@ def _source_weights(
     """The coefficient wᵢ of each source in the sum for a weight of the model, if it is not 0: by
     the path of the weight and then by the index of the source. ``aliases``: the entries of tied
     weights under their further names, by the path of the first name."""
-    weights_by_path: dict[str, dict[int, float]] = {}
+    coefficients_by_path: dict[str, dict[int, float]] = {}
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is None:
             names = [
@@ -395,40 +395,40 @@ def _source_weights(
                 for name in (tied_weight.model_path, tied_weight.weight_path)
                 if name
             ]
-            weights_by_path[aligned_weight.model_path] = {
-                source_index: weight
+            coefficients_by_path[aligned_weight.model_path] = {
+                source_index: coefficient
                 for source_index in aligned_weight.layers
-                if (weight := weigh_adapter(names, source_index))
+                if (coefficient := weigh_adapter(names, source_index))
             }
-    return weights_by_path
+    return coefficients_by_path
 
 
 def _combine_change(
     aligned_weight: AlignedWeight,
-    weights: Mapping[int, float],
+    coefficients: Mapping[int, float],
     sources: Sequence[AdapterFiles],
     options: ComposeOptions,
     base_weights: FrozenWeights,
     is_dora: bool,
-) -> tuple[Blend, peft.PeftLayer]:
-    """(the combined change of one weight, its entry in the adapter folder). ``weights``: the
-    coefficient wᵢ of each source by the index of the source. ``is_dora``: whether the new adapter
+) -> tuple[CombinedChange, peft.PeftLayer]:
+    """(the combined change of one weight, its entry in the adapter folder). ``coefficients``: the
+    wᵢ of each source by the index of the source. ``is_dora``: whether the new adapter
     is a DoRA adapter."""
-    layers = [aligned_weight.layers[source_index] for source_index in weights]
+    layers = [aligned_weight.layers[source_index] for source_index in coefficients]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
     )
     magnitudes = [layer.extras.get(peft.MAGNITUDE) for layer in layers]
     if (
         options.method == "sum"
-        and list(weights.values()) == [1.0]
+        and list(coefficients.values()) == [1.0]
         and (magnitudes[0] is not None or not is_dora)
     ):
         # A single change with coefficient 1 is copied, for which even DoRA needs no base. Some
         # variants have a higher rank in PEFT's file than they need; compact() lowers it.
         low_rank = layers[0].low.compact().to(dtype)
         return (
-            Blend(low_rank, magnitudes[0], low_rank.norm(), 0.0),
+            CombinedChange(low_rank, magnitudes[0], low_rank.norm(), 0.0),
             layers[0].with_low_rank(low_rank).with_magnitude(magnitudes[0]),
         )
     frozen_weight = None
@@ -441,27 +441,28 @@ def _combine_change(
                 "pass base= (--base on the command line)",
             )
         frozen_weight = base_weights.proven_weight(
-            aligned_weight, [sources[source_index] for source_index in weights]
+            aligned_weight, [sources[source_index] for source_index in coefficients]
         )
     is_transposed = frozen_weight is not None and frozen_weight.is_transposed
     terms = [
-        Term(layer.low.T if is_transposed else layer.low, magnitude, weight)
-        for layer, magnitude, weight in zip(layers, magnitudes, weights.values(), strict=True)
+        WeightedChange(layer.low.T if is_transposed else layer.low, magnitude, coefficient)
+        for layer, magnitude, coefficient in zip(
+            layers, magnitudes, coefficients.values(), strict=True
+        )
     ]
     if options.method in MERGE_METHODS:
-        blend = merge_by_method(
+        combined = merge_by_method(
             terms,
             options,
             None if frozen_weight is None else frozen_weight.weight,
             aligned_weight.model_path,
         )
     elif frozen_weight is not None:
-        blend = sum_with_magnitudes(
+        combined = sum_with_magnitudes(
             terms, options, frozen_weight.weight, aligned_weight.model_path, dtype
         )
     else:
-        blend = reduce_rank(
-            LowRank.sum([term.low_rank for term in terms], [term.weight for term in terms]), options
-        )
-    low_rank = (blend.low_rank.T if is_transposed else blend.low_rank).to(dtype)
-    return blend, layers[0].with_low_rank(low_rank).with_magnitude(blend.magnitude)
+        total = LowRank.sum([term.low_rank for term in terms], [*coefficients.values()])
+        combined = reduce_rank(total, options)
+    low_rank = (combined.low_rank.T if is_transposed else combined.low_rank).to(dtype)
+    return combined, layers[0].with_low_rank(low_rank).with_magnitude(combined.magnitude)

@@ -36,7 +36,7 @@ class AlignedWeight:
     alias_of: tuple[str, bool] | None = None
 
     @property
-    def template(self) -> peft.PeftLayer:
+    def any_layer(self) -> peft.PeftLayer:
         """One of the changes; shapes and suffixes are equal in all of them."""
         return next(iter(self.layers.values()))
 

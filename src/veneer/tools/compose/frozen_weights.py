@@ -146,7 +146,7 @@ class FrozenWeights:
             weight, is_transposed = _weight_by_shape(
                 path, dense_weight, aligned_weight, peft.may_be_transposed(config)
             )
-        groups, out, in_ = aligned_weight.template.dims
+        groups, out, in_ = aligned_weight.any_layer.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):
             raise AdapterError(
                 f"{path!r} of shape {tuple(dense_weight.shape)} in the base",
@@ -203,7 +203,7 @@ def _weight_by_shape(
         )
         raise AdapterError(
             f"{path!r} of shape {tuple(dense_weight.shape)} with a change of A"
-            f" {tuple(aligned_weight.template.A.shape)}, {layout_text}",
+            f" {tuple(aligned_weight.any_layer.A.shape)}, {layout_text}",
             "a weight of which it can be told how it is used",
             "pass model= too",
         )
@@ -215,7 +215,7 @@ def _possible_layouts(
 ) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
     """(name of the layout, (weight as [g, out, in], whether the folder stores the change as
     [g, in, out])) for each layout that fits the shapes of the weight and of its change."""
-    layer, shape = aligned_weight.template, without_unit_axes(dense_weight.shape)
+    layer, shape = aligned_weight.any_layer, without_unit_axes(dense_weight.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
         if dense_weight.shape == (in_, out):

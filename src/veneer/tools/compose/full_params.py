@@ -67,13 +67,13 @@ def combine_full_params(
                 )
             combined.setdefault(entry_paths[module_path], {})[name] = first_tensor
         else:
-            weights = {
-                source_index: weight
+            coefficients = {
+                source_index: coefficient
                 for source_index in tensors
-                if (weight := weigh_adapter((module_path, path), source_index))
+                if (coefficient := weigh_adapter((module_path, path), source_index))
             }
             combined_param = _combine_param(
-                path, tensors, weights, options, base_weights, problems, missing_in_base
+                path, tensors, coefficients, options, base_weights, problems, missing_in_base
             )
             if combined_param is not None:
                 combined.setdefault(entry_paths[module_path], {})[name] = combined_param
@@ -112,22 +112,23 @@ def _collect_params(
 def _combine_param(
     path: str,
     tensors: Mapping[int, Tensor],
-    weights: Mapping[int, float],
+    coefficients: Mapping[int, float],
     options: ComposeOptions,
     base_weights: FrozenWeights,
     problems: list[str],
     missing_in_base: list[str],
 ) -> Tensor | None:
-    """The combined value of one parameter. ``weights``: the coefficient wᵢ of each adapter by its
-    index. None if there are none (all are 0), or if an entry was added to ``problems`` or
+    """The combined value of one parameter. ``coefficients``: the wᵢ of each adapter by its index.
+    None if there are none (all are 0), or if an entry was added to ``problems`` or
     ``missing_in_base``."""
-    if not weights:
+    if not coefficients:
         return None  # the new adapter leaves this parameter at the base's value
-    merge_method, first_tensor = MERGE_METHODS.get(options.method), tensors[next(iter(weights))]
-    if merge_method is None and list(weights.values()) == [1.0]:
+    merge_method = MERGE_METHODS.get(options.method)
+    first_tensor = tensors[next(iter(coefficients))]
+    if merge_method is None and list(coefficients.values()) == [1.0]:
         return first_tensor
     base_tensor = base_weights.get(path)
-    base_cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
+    base_cancels = math.isclose(sum(coefficients.values()), 1.0, rel_tol=1e-12)
     if base_tensor is None and (merge_method is not None or not base_cancels):
         missing_in_base.append(path)
         return None
@@ -146,18 +147,23 @@ def _combine_param(
     if merge_method is None:
         # without a base, P₀ cancels, so base_value may be 0
         combined_param = base_value + torch.stack(
-            [weight * (tensors[index].double() - base_value) for index, weight in weights.items()]
+            [
+                coefficient * (tensors[index].double() - base_value)
+                for index, coefficient in coefficients.items()
+            ]
         ).sum(0)
     else:
         # The seed depends on the values, so that DARE drops the same entries under each name of a
         # tied parameter.
-        seed = "/".join([str(options.seed), *(digest(tensors[index]) for index in weights)])
-        vectors = [lambda index=index: tensors[index].double() - base_value for index in weights]
+        seed = "/".join([str(options.seed), *(digest(tensors[index]) for index in coefficients)])
+        vectors = [
+            lambda index=index: tensors[index].double() - base_value for index in coefficients
+        ]
         combined_param = base_value + merge_vectors(
-            merge_method, vectors, list(weights.values()), options.density, seed
+            merge_method, vectors, list(coefficients.values()), options.density, seed
         )
     if path.endswith("running_var") and (combined_param < 0).any():
         problem = f"a variance below 0 in {path!r}"
         problems.append(sentence(problem, "a variance", "give this layer weights that add up to 1"))
-    dtype = reduce(torch.promote_types, (tensors[index].dtype for index in weights))
+    dtype = reduce(torch.promote_types, (tensors[index].dtype for index in coefficients))
     return combined_param.to(dtype) if dtype.is_floating_point else combined_param.round().to(dtype)

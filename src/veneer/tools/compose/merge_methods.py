@@ -57,18 +57,18 @@ MERGE_METHODS = {
 def merge_vectors(
     method: MergeMethod,
     vectors: Sequence[ComputeVector],
-    weights: Sequence[float],
+    coefficients: Sequence[float],
     density: float,
     seed: str,
 ) -> Tensor:
-    """The merged vector, float64. ``weights``: the coefficient wᵢ of each vector. ``density`` in
+    """The merged vector, float64. ``coefficients``: the wᵢ of each vector. ``density`` in
     (0, 1]: the share of the entries that each vector keeps. Which random entries are kept depends
     only on ``seed`` and on the vector's index and shape."""
     # by vector index: the smallest magnitude that the vector keeps, for the election's second pass
     thresholds: dict[int, Tensor] = {}
 
     def sparsify(index: int) -> Tensor:
-        vector = vectors[index]() * weights[index]
+        vector = vectors[index]() * coefficients[index]
         # an entry is kept with probability ``density`` and divided by ``density``, so that its
         # expectation stays
         if method.keeps_random:

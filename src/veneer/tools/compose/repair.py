@@ -33,7 +33,12 @@ from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import combine_full_params
 from veneer.tools.compose.weighted_sum import ComposeOptions
-from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
+from veneer.tools.intruders import (
+    DEFAULT_THRESHOLD,
+    DEFAULT_VECTOR_COUNT,
+    WeightIntruders,
+    find_intruders,
+)
 from veneer.tools.report_text import count_noun, rank_range
 from veneer.variants.dora import row_norms
 
@@ -95,8 +100,8 @@ def repair(
     base: Source | None,
     model: nn.Module | None = None,
     factor: float = FACTOR,
-    count: int = COUNT,
-    threshold: float = THRESHOLD,
+    count: int = DEFAULT_VECTOR_COUNT,
+    threshold: float = DEFAULT_THRESHOLD,
     intruders: Sequence[WeightIntruders] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -210,7 +215,7 @@ def _folder_entry(
         return layers[aligned_weight.model_path]
     first_path, transposed = aligned_weight.alias_of
     low_rank = layers[first_path].low
-    return aligned_weight.template.with_low_rank(
+    return aligned_weight.any_layer.with_low_rank(
         low_rank.T if transposed else low_rank
     ).with_magnitude(layers[first_path].extras.get(peft.MAGNITUDE))
 

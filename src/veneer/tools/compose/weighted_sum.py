@@ -40,21 +40,21 @@ class ComposeOptions(NamedTuple):
     seed: int
 
 
-class Term(NamedTuple):
+class WeightedChange(NamedTuple):
     """One adapter's change of a weight of the model.
 
     Fields:
         low_rank: ΔW [g, out, in], oriented as the model's weight; g: matrices in the weight.
         magnitude: the magnitude [g · out] of a DoRA change, None for LoRA.
-        weight: the coefficient wᵢ of the adapter in the sum.
+        coefficient: the number wᵢ by which the sum multiplies the change.
     """
 
     low_rank: LowRank
     magnitude: Tensor | None
-    weight: float
+    coefficient: float
 
 
-class Blend(NamedTuple):
+class CombinedChange(NamedTuple):
     """The combined change of a weight.
 
     Fields:
@@ -69,33 +69,33 @@ class Blend(NamedTuple):
     error: float
 
 
-def reduce_rank(total: LowRank, options: ComposeOptions) -> Blend:
+def reduce_rank(total: LowRank, options: ComposeOptions) -> CombinedChange:
     """The change ``total``, truncated to the rank or energy in ``options`` unless the method is
     "sum"."""
     if options.method == "sum" or (
         options.rank is not None and total.rank <= min(options.rank, total.largest_rank)
     ):
-        return Blend(total.compact(), None, total.norm(), 0.0)
+        return CombinedChange(total.compact(), None, total.norm(), 0.0)
     svd = total.svd()
     rank = options.rank if options.rank is not None else svd.rank_for(options.energy or 1.0)
     low_rank, error = svd.cut(min(rank, total.largest_rank))
-    return Blend(low_rank, None, float(svd.S.norm()), error)
+    return CombinedChange(low_rank, None, float(svd.S.norm()), error)
 
 
 def sum_with_magnitudes(
-    terms: Sequence[Term],
+    terms: Sequence[WeightedChange],
     options: ComposeOptions,
     base_weight: Tensor,
     model_path: str,
     dtype: torch.dtype,
-) -> Blend:
+) -> CombinedChange:
     """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``.
     ``base_weight``: the frozen weight [g, out, in]. ``AdapterError``: the combined gain G (see
     above) is 0 in some row, so that no DoRA change equals the sum."""
     W = base_weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
-        [term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
+        [term.coefficient * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
     ).sum(0)
     zero_rows = int((G.abs() < MIN_GAIN).sum())
     if zero_rows:
@@ -108,16 +108,18 @@ def sum_with_magnitudes(
         term.low_rank.to(torch.float64).scale_rows(gain)
         for term, gain in zip(terms, gains, strict=True)
     ]
-    total = LowRank.sum(products, [term.weight for term in terms])
+    total = LowRank.sum(products, [term.coefficient for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
     low_rank, *_, error = reduce_rank(total, options)
     # The magnitude is computed from the rounded factors, so that programs that load the file get
     # the gain G from it.
     low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
-    return Blend(low_rank, (G.flatten() * dora.row_norms(W, low_rank)).to(dtype), norm, error)
+    return CombinedChange(
+        low_rank, (G.flatten() * dora.row_norms(W, low_rank)).to(dtype), norm, error
+    )
 
 
-def gain_of(term: Term, W: Tensor) -> Tensor:
+def gain_of(term: WeightedChange, W: Tensor) -> Tensor:
     """The gain [g, out] of a change of W [g, out, in]: magnitude / ‖W + ΔW‖ for each row, and 1
     where this norm is 0, as in ``variants/dora.py``. It is 1 for a LoRA change."""
     if term.magnitude is None:
@@ -127,16 +129,19 @@ def gain_of(term: Term, W: Tensor) -> Tensor:
 
 
 def merge_by_method(
-    terms: Sequence[Term], options: ComposeOptions, weight: Tensor | None, model_path: str
-) -> Blend:
-    """Merge the dense changes by the method in ``options``, and factor the result. ``weight``: the
-    frozen weight [g, out, in], needed for DoRA changes."""
+    terms: Sequence[WeightedChange],
+    options: ComposeOptions,
+    base_weight: Tensor | None,
+    model_path: str,
+) -> CombinedChange:
+    """Merge the dense changes by the method in ``options``, and factor the result. ``base_weight``:
+    the frozen weight [g, out, in], needed for DoRA changes."""
 
-    def dense_change(term: Term) -> Tensor:
+    def dense_change(term: WeightedChange) -> Tensor:
         delta = term.low_rank.delta(torch.float64)
-        if term.magnitude is None or weight is None:
+        if term.magnitude is None or base_weight is None:
             return delta
-        W = weight.double()
+        W = base_weight.double()
         gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
@@ -144,7 +149,7 @@ def merge_by_method(
     delta = merge_vectors(
         MERGE_METHODS[options.method],
         vectors,
-        [term.weight for term in terms],
+        [term.coefficient for term in terms],
         options.density,
         seed,
     )
@@ -154,4 +159,4 @@ def merge_by_method(
         else options.rank
     )
     low_rank, error = nearest_product(delta, rank, options.energy)
-    return Blend(low_rank, None, float(delta.norm()), error)
+    return CombinedChange(low_rank, None, float(delta.norm()), error)

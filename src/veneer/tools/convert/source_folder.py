@@ -88,7 +88,7 @@ def read_tuner_type(source: Path) -> str | None:
     return None if tuner is None else tuner.type
 
 
-def _weight_lookup(facts: BaseFacts) -> peft_tuners.Weights | None:
+def _weight_lookup(facts: BaseFacts) -> peft_tuners.WeightLookup | None:
     """A function that returns the shape and dtype of a weight by its path; None without a base."""
     dtype_name = facts.config.get("dtype") or facts.config.get("torch_dtype")
     dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)

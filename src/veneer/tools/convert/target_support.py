@@ -11,7 +11,7 @@ from torch import nn
 from veneer.adapter_files import UnverifiedAdapter
 from veneer.adapter_files.file_names import tokenizer_folder
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.peft_deviations import deviations
+from veneer.adapter_files.peft_deviations import deviation_reasons
 from veneer.adapter_files.peft_mapping import means_parameter, ref_at
 from veneer.attach import Names
 from veneer.errors import AdapterError, listing, raise_all, sentence
@@ -131,7 +131,7 @@ def _require_weight_changes(
         ref = ref_at(names, path, config)
         if ref is None:
             continue
-        reader_reason, layer_reason = deviations(
+        reader_reason, layer_reason = deviation_reasons(
             names, ref, layer, means_parameter(names, ref, config), saved_adapter.tuner
         )
         if reason := reader_reason or layer_reason:

@@ -51,7 +51,7 @@ from veneer.tools.extract.selection import (
     LOSSY_PRODUCT,
     Selection,
     keep_options,
-    plan,
+    plan_adapter,
     select_weights,
 )
 from veneer.tools.extract.weight_pairs import (
@@ -205,10 +205,10 @@ def _report(
         path=out,
         layers=tuple(product.report for product in products),
         whole=tuple(
-            Kept(pair.path, torch.Size(pair.base.shape).numel(), pair.change(), reason)
+            Kept(pair.path, torch.Size(pair.base.shape).numel(), pair.change_norm(), reason)
             for pair, reason in full_pairs
         ),
-        lost=tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
+        lost=tuple(Lost(pair.path, pair.change_norm(), reason) for pair, reason in selection.lost),
         unchanged=unchanged_count,
         unread=model_pair.tuned.unread,
         least=least,
@@ -348,7 +348,7 @@ def _write(
         dtype="float64" if dtype == torch.float64 else None,
     )
     problems: list[str] = []
-    plans = plan(names, config, ranks, [pair for pair, _ in full_pairs], problems)
+    plans = plan_adapter(names, config, ranks, [pair for pair, _ in full_pairs], problems)
     raise_all(TargetError, "Nothing was written", problems)
     if model_pair.is_meta:
         _randomize_rows([(names.modules[path], weight) for path, weight in ranks])

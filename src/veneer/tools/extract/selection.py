@@ -97,14 +97,14 @@ def select_weights(
         else:
             full_pairs.append((pair, VECTOR))
     ranks = {pair.model_weight.ref: 1 for pair in low_rank_pairs}
-    plan(names, config, ranks, [pair for pair, _ in full_pairs], problems)
+    plan_adapter(names, config, ranks, [pair for pair, _ in full_pairs], problems)
     if LOSSY in keep:
-        plan(names, config, {}, low_rank_pairs, problems)
+        plan_adapter(names, config, {}, low_rank_pairs, problems)
     raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
     return Selection(tuple(low_rank_pairs), tuple(full_pairs), tuple(lost_pairs))
 
 
-def plan(
+def plan_adapter(
     names: Names,
     config: LoraConfig,
     ranks: Mapping[ParamRef, int],

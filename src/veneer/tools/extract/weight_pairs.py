@@ -124,7 +124,7 @@ class WeightPair:
             is_finite = is_finite and _all_finite(base_chunk) and _all_finite(tuned_chunk)
         return is_changed, is_finite
 
-    def change(self) -> float:
+    def change_norm(self) -> float:
         """‖tuned − base‖."""
         return math.sqrt(
             sum(

@@ -31,7 +31,7 @@ from veneer.fileio.atomic import must_not_exist, new_folder
 from veneer.fileio.locks import hold_lock
 from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter, open_checkpoint
 from veneer.tools.merge_checkpoint import aux_files
-from veneer.tools.merge_checkpoint.aux_files import RECORD
+from veneer.tools.merge_checkpoint.aux_files import MERGE_RECORD
 from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor, plan_job
 from veneer.tools.merge_checkpoint.merged_files import CheckpointWriter, Progress, as_bytes
 
@@ -100,11 +100,11 @@ def merge_checkpoint(
     try:
         return _write_merge(job, base, out, overwrite, progress)
     except BaseMismatchError:
-        if not job.merge_plan.by_fingerprints:
+        if not job.merge_plan.uses_stub_model:
             raise
     # The first plan assumed that the files name tensors as the model names its parameters. A
     # fingerprint showed that this is wrong. The second plan takes the names from the model.
-    job = plan_job(base, adapters, dtype, rounding, verify_base, model, by_fingerprints=False)
+    job = plan_job(base, adapters, dtype, rounding, verify_base, model, allow_stub_model=False)
     return _write_merge(job, base, out, overwrite, progress)
 
 
@@ -130,7 +130,7 @@ def _write_merge(
         layer_reports = CheckpointWriter(job, folder).write(progress)
         left_out = _write_aux_files(job, folder)
         report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layer_reports))
-        (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
+        (folder / MERGE_RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes)
 
 
@@ -196,7 +196,7 @@ def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
 
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
-    """The record that the result holds in ``RECORD``. It contains no paths of this machine."""
+    """The record in the result's ``MERGE_RECORD``. It contains no paths of this machine."""
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,

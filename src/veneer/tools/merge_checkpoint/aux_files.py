@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from veneer.adapter_files.file_names import TOKENIZER
+from veneer.adapter_files.file_names import TOKENIZER_FILES
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.tools.merge_checkpoint.growth import Head
 
 #: the record of the merge, and the configuration of the model
-RECORD, CONFIG = "veneer_merge.json", "config.json"
+MERGE_RECORD, MODEL_CONFIG = "veneer_merge.json", "config.json"
 #: suffixes of files that hold weights
 WEIGHT_SUFFIXES = (
     ".bin",
@@ -42,7 +42,7 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     folders in the base's folder that are left out)."""
     files, left_out, folder = [], [], checkpoint.folder
     for path in sorted(folder.iterdir()):
-        if path.name in checkpoint.files or path.name in (checkpoint.index_name, RECORD):
+        if path.name in checkpoint.files or path.name in (checkpoint.index_name, MERGE_RECORD):
             continue
         contained_paths = (
             [path]
@@ -66,7 +66,7 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 
 
 @dataclass(frozen=True)
-class ConfigChanges:
+class FileChanges:
     """How the configuration and the tokenizer of the result differ from the base's.
 
     Fields:
@@ -87,20 +87,20 @@ class ConfigChanges:
         return (self.dtype, self.vocabulary_size, self.head) != (None, None, None)
 
 
-def write_aux_files(checkpoint: Checkpoint, changes: ConfigChanges, target: Path) -> list[str]:
+def write_aux_files(checkpoint: Checkpoint, changes: FileChanges, target: Path) -> list[str]:
     """Write the files that hold no weights into the folder ``target``. Returns the names of the
     base's files and folders that are left out."""
     files, left_out = _sources(checkpoint, changes)
     for file, source in files.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if file == Path(CONFIG) and changes.changes_config:
+        if file == Path(MODEL_CONFIG) and changes.changes_config:
             (target / file).write_bytes(_expected_content(source, changes, file))
         else:
             shutil.copyfile(source, target / file)
     return left_out
 
 
-def list_differences(checkpoint: Checkpoint, changes: ConfigChanges, target: Path) -> Iterator[str]:
+def list_differences(checkpoint: Checkpoint, changes: FileChanges, target: Path) -> Iterator[str]:
     """Descriptions of the files in ``target`` that ``write_aux_files`` would write differently."""
     for file, source in _sources(checkpoint, changes)[0].items():
         if not (target / file).is_file():
@@ -109,25 +109,27 @@ def list_differences(checkpoint: Checkpoint, changes: ConfigChanges, target: Pat
             yield f"{file} is another file than the base's"
 
 
-def _sources(checkpoint: Checkpoint, changes: ConfigChanges) -> tuple[dict[Path, Path], list[str]]:
+def _sources(checkpoint: Checkpoint, changes: FileChanges) -> tuple[dict[Path, Path], list[str]]:
     """(the source of each file of the result, by its path in the result; the names of files and
     folders of the base that are left out)."""
     files, left_out = list_aux_files(checkpoint)
     sources = {file: checkpoint.folder / file for file in files}
     if changes.tokenizer is not None:
-        sources = {file: source for file, source in sources.items() if file.name not in TOKENIZER}
+        sources = {
+            file: source for file, source in sources.items() if file.name not in TOKENIZER_FILES
+        }
         sources |= {
             Path(name): changes.tokenizer / name
-            for name in TOKENIZER
+            for name in TOKENIZER_FILES
             if (changes.tokenizer / name).is_file()
         }
     return sources, left_out
 
 
-def _expected_content(source: Path, changes: ConfigChanges, file: Path) -> bytes:
+def _expected_content(source: Path, changes: FileChanges, file: Path) -> bytes:
     """The bytes of ``file`` in the result, from the bytes of its ``source``."""
     content = source.read_bytes()
-    if file != Path(CONFIG) or not changes.changes_config:
+    if file != Path(MODEL_CONFIG) or not changes.changes_config:
         return content
     config = json.loads(content)
     if changes.dtype is not None:

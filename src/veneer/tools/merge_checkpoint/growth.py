@@ -7,7 +7,7 @@ output layer for new tokens, and a head that adapters train in full, such as a c
     grow_checkpoint, add_tensors             return a checkpoint with these rows and tensors
 
 The new rows and tensors are zeros until the merge writes the trained values. An adapter that does
-not train every new row is refused (``saved_token_rows.grown_size``).
+not train every new row is refused (``saved_token_rows.grown_row_count``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.record import labels_in
-from veneer.adapter_files.saved_token_rows import grown_size
+from veneer.adapter_files.saved_token_rows import grown_row_count
 from veneer.errors import MergeError, listing
 from veneer.fileio.untrusted import Entry
 from veneer.models.safetensors_dir import NAMES, Checkpoint
@@ -33,24 +33,26 @@ from veneer.models.safetensors_dir import NAMES, Checkpoint
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
     """Add the rows that the adapters' new tokens need to the embedding and head of a model without
     weights, and to the head's bias. Returns the new number of rows; None if no rows are needed."""
-    sizes = [
-        size
+    row_counts = [
+        row_count
         for saved_adapter in saved_adapters
-        if (size := grown_size(model, saved_adapter)) is not None
+        if (row_count := grown_row_count(model, saved_adapter)) is not None
     ]
-    if not sizes:
+    if not row_counts:
         return None
     # BART has a buffer with a column for each token
     if getattr(model, "final_logits_bias", None) is not None:
         raise MergeError(
             "'final_logits_bias', which grows with the vocabulary",
             "an embedding and a head alone",
-            f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into"
-            " that",
+            f"call model.resize_token_embeddings({max(row_counts)}), save_pretrained it, and merge"
+            " into that",
         )
     grown_parameters = {
         parameter_id: nn.Parameter(
-            torch.empty(max(sizes), *parameter.shape[1:], dtype=parameter.dtype, device="meta"),
+            torch.empty(
+                max(row_counts), *parameter.shape[1:], dtype=parameter.dtype, device="meta"
+            ),
             parameter.requires_grad,
         )
         for parameter_id, parameter in vocabulary_parameters(model).items()
@@ -60,9 +62,9 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
             module._parameters[name] = grown_parameters.get(id(parameter), parameter)
     for layer in _vocabulary_layers(model):
         size_attribute = "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features"
-        setattr(layer, size_attribute, max(sizes))
+        setattr(layer, size_attribute, max(row_counts))
     models.materialize_meta(model)
-    return max(sizes)
+    return max(row_counts)
 
 
 def vocabulary_parameters(model: Any) -> dict[int, nn.Parameter]:
@@ -87,44 +89,49 @@ def _vocabulary_layers(model: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class GrownCheckpoint(Checkpoint):
-    """A checkpoint with tensors that have more rows than the files store. ``file_rows``: by name of
-    such a tensor, the number of rows in its file; 0 if the files lack the tensor."""
+    """A checkpoint with tensors that have more rows than the files store. ``file_row_counts``: by
+    name of such a tensor, the number of rows in its file; 0 if the files lack the tensor."""
 
-    file_rows: Mapping[str, int]
+    file_row_counts: Mapping[str, int]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        if name not in self.file_rows:
+        if name not in self.file_row_counts:
             return super().read(name, rows)
-        row_count, shape = self.file_rows[name], self.shape(name)
+        row_count, shape = self.file_row_counts[name], self.shape(name)
         tensor = torch.zeros(shape, dtype=self.dtype(name))
         if row_count:  # else the files lack this tensor
             tensor[:row_count] = _resize_tensors(self, {name: row_count}).read(name)
         return tensor if rows is None else tensor[rows]
 
 
-def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
-    """The checkpoint with more rows in some tensors. ``sizes``: the new number of rows by name."""
-    grown_sizes = {name: rows for name, rows in sizes.items() if checkpoint.shape(name)[0] < rows}
-    if not grown_sizes:
+def grow_checkpoint(checkpoint: Checkpoint, row_counts: Mapping[str, int]) -> Checkpoint:
+    """The checkpoint with more rows in some tensors. ``row_counts``: the new number of rows by
+    name."""
+    grown_row_counts = {
+        name: row_count
+        for name, row_count in row_counts.items()
+        if checkpoint.shape(name)[0] < row_count
+    }
+    if not grown_row_counts:
         return checkpoint
-    resized = _resize_tensors(checkpoint, grown_sizes)
+    resized = _resize_tensors(checkpoint, grown_row_counts)
     return GrownCheckpoint(
         folder=resized.folder,
         files=resized.files,
         index=resized.index,
         index_name=resized.index_name,
         file_of=resized.file_of,
-        file_rows={name: checkpoint.shape(name)[0] for name in grown_sizes},
+        file_row_counts={name: checkpoint.shape(name)[0] for name in grown_row_counts},
     )
 
 
-def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
-    """A copy of the checkpoint in memory, with the row counts ``sizes`` in the entries of tensors.
-    The files are unchanged."""
+def _resize_tensors(checkpoint: Checkpoint, row_counts: Mapping[str, int]) -> Checkpoint:
+    """A copy of the checkpoint in memory, with the ``row_counts`` in the entries of tensors. The
+    files are unchanged."""
     files = dict(checkpoint.files)
-    for name, rows in sizes.items():
+    for name, row_count in row_counts.items():
         header, old_entry = files[checkpoint.file_of[name]], checkpoint.entry(name)
-        shape = rows, *old_entry.shape[1:]
+        shape = row_count, *old_entry.shape[1:]
         new_entry = Entry(
             old_entry.dtype,
             shape,
@@ -193,10 +200,10 @@ def _count_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | N
     return None
 
 
-def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+def add_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
     """The checkpoint with additional tensors at the end of its last file, in its most common dtype.
-    ``tensors``: their shapes by name."""
-    if not tensors:
+    ``shapes``: of these tensors, by name."""
+    if not shapes:
         return checkpoint
     dtypes = [
         checkpoint.dtype(name)
@@ -208,17 +215,17 @@ def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) 
     header = checkpoint.files[file]
     entries = dict(header.tensors)
     end_offset = max((entry.stop for entry in header.tensors.values()), default=0)
-    for name, shape in tensors.items():
+    for name, shape in shapes.items():
         start, end_offset = end_offset, end_offset + prod(shape) * dtype.itemsize
         entries[name] = Entry(NAMES[dtype], tuple(shape), start, end_offset)
     index = checkpoint.index
     if index is not None:
-        index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(tensors, file)}}
+        index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(shapes, file)}}
     return GrownCheckpoint(
         folder=checkpoint.folder,
         files={**checkpoint.files, file: replace(header, tensors=entries)},
         index=index,
         index_name=checkpoint.index_name,
-        file_of={**checkpoint.file_of, **dict.fromkeys(tensors, file)},
-        file_rows={**getattr(checkpoint, "file_rows", {}), **dict.fromkeys(tensors, 0)},
+        file_of={**checkpoint.file_of, **dict.fromkeys(shapes, file)},
+        file_row_counts={**getattr(checkpoint, "file_row_counts", {}), **dict.fromkeys(shapes, 0)},
     )

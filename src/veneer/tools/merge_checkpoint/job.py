@@ -29,7 +29,7 @@ from veneer.kernels.rounding import HALF_DTYPES, Folded, Sums, check_rounding, i
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
 from veneer.models.safetensors_dir import NAMES, Checkpoint, names_by_offset, open_checkpoint
-from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
+from veneer.tools.merge_checkpoint.aux_files import FileChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import (
@@ -60,11 +60,11 @@ class MergeJob:
     chosen_roundings: dict[str, str] = field(default_factory=dict)
 
     @property
-    def aux_changes(self) -> ConfigChanges:
+    def aux_changes(self) -> FileChanges:
         """The changes of the base's configuration and tokenizer."""
-        return ConfigChanges(
+        return FileChanges(
             dtype=self.dtype,
-            vocabulary_size=max(self.merge_plan.sizes.values(), default=None),
+            vocabulary_size=max(self.merge_plan.grown_row_counts.values(), default=None),
             tokenizer=self.tokenizer,
             head=self.merge_plan.head,
         )
@@ -76,7 +76,9 @@ class MergeJob:
 
     def is_copied(self, name: str) -> bool:
         """Whether the bytes of a tensor are copied from the base."""
-        is_unedited = name not in self.merge_plan.edits and name not in self.merge_plan.sizes
+        is_unedited = (
+            name not in self.merge_plan.edits and name not in self.merge_plan.grown_row_counts
+        )
         return is_unedited and self.output_dtype(name) == self.checkpoint.dtype(name)
 
     def output_bytes(self, name: str) -> int:
@@ -112,7 +114,7 @@ class MergeJob:
             zip(names, accumulate(map(self.output_bytes, names), initial=0), strict=False)
         )
         has_same_shapes = (
-            not (self.merge_plan.sizes.keys() | self.merge_plan.added.keys())
+            not (self.merge_plan.grown_row_counts.keys() | self.merge_plan.added_shapes.keys())
             & header.tensors.keys()
         )
         if has_same_shapes and all(
@@ -183,11 +185,11 @@ def plan_job(
     rounding: str,
     verify_base: bool,
     model: Any,
-    by_fingerprints: bool = True,
+    allow_stub_model: bool = True,
 ) -> MergeJob:
-    """Check the arguments of ``merge_checkpoint``, and plan the merge. ``by_fingerprints``: whether
-    ``linear_stub_model`` may replace the model. This needs ``verify_base``, as it identifies
-    tensors by the fingerprints in the adapters' records."""
+    """Check the arguments of ``merge_checkpoint``, and plan the merge. ``allow_stub_model``:
+    whether ``linear_stub_model`` may replace the model. This needs ``verify_base``, as it
+    identifies tensors by the fingerprints in the adapters' records."""
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
     check_rounding(rounding)
@@ -209,16 +211,18 @@ def plan_job(
     tokenizer = common_tokenizer({str(path): path for path, _ in weighted_paths})
     stub_model = (
         linear_stub_model(checkpoint, saved_adapters)
-        if model is None and verify_base and by_fingerprints
+        if model is None and verify_base and allow_stub_model
         else None
     )
     merge_plan = replace(
         plan_merge(
             checkpoint, weighted_paths, saved_adapters, model if stub_model is None else stub_model
         ),
-        by_fingerprints=stub_model is not None,
+        uses_stub_model=stub_model is not None,
     )
-    checkpoint = add_tensors(grow_checkpoint(checkpoint, merge_plan.sizes), merge_plan.added)
+    checkpoint = add_tensors(
+        grow_checkpoint(checkpoint, merge_plan.grown_row_counts), merge_plan.added_shapes
+    )
     return MergeJob(
         checkpoint, merge_plan, tuple(weighted_paths), dtype, rounding, verify_base, tokenizer
     )
@@ -314,8 +318,8 @@ def merge_changes(
     layer_weight = first_change.layer.unfold(parameter_slice, dims)
     low_rank, gain = _sum_changes(
         [
-            (adapter_weight, *_resolve_slice(change, edit, layer_weight))
-            for adapter_weight, change in edit.changes
+            (coefficient, *_resolve_slice(change, edit, layer_weight))
+            for coefficient, change in edit.changes
         ]
     )
     folded = fold_change(
@@ -393,16 +397,16 @@ def _sum_changes(
     means 1. ``MergeError``: G is 0 in some row."""
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1:]
-    adapter_weights, low_ranks, optional_gains = zip(*terms, strict=True)
+    coefficients, low_ranks, optional_gains = zip(*terms, strict=True)
     if all(gain is None for gain in optional_gains):
-        return LowRank.sum(low_ranks, adapter_weights), None
+        return LowRank.sum(low_ranks, coefficients), None
     gain_shape = low_ranks[0].B.shape[:2]  # [g, out]
     gains = [
         torch.ones(gain_shape).double() if gain is None else gain.double().view(gain_shape)
         for gain in optional_gains
     ]
     total_gain = 1 + torch.stack(
-        [weight * (gain - 1) for weight, gain in zip(adapter_weights, gains, strict=True)]
+        [coefficient * (gain - 1) for coefficient, gain in zip(coefficients, gains, strict=True)]
     ).sum(0)
     if total_gain.abs().min() < 1e-6:
         raise MergeError(
@@ -412,15 +416,15 @@ def _sum_changes(
         low_rank.to(torch.float64).scale_rows(gain / total_gain)
         for low_rank, gain in zip(low_ranks, gains, strict=True)
     ]
-    return LowRank.sum(scaled_low_ranks, adapter_weights), total_gain.flatten()
+    return LowRank.sum(scaled_low_ranks, coefficients), total_gain.flatten()
 
 
 def merge_full(edit: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Merge parameters Pᵢ that adapters train in full into W = ``weight``, a slice of a tensor:
     W + Σ wᵢ (Pᵢ − W), rounded once to ``dtype``."""
     trained_values = [
-        (adapter_weight, tensor[edit.param_slice.index].reshape(weight.shape))
-        for adapter_weight, tensor in edit.full
+        (coefficient, tensor[edit.param_slice.index].reshape(weight.shape))
+        for coefficient, tensor in edit.full
     ]
     if not weight.is_floating_point() or (len(trained_values) == 1 and trained_values[0][0] == 1):
         trained_value = trained_values[0][1]
@@ -429,7 +433,7 @@ def merge_full(edit: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return round_once(trained_value.double(), dtype)
     base_value = weight.double()
     change = sum(
-        adapter_weight * (trained_value.double() - base_value)
-        for adapter_weight, trained_value in trained_values
+        coefficient * (trained_value.double() - base_value)
+        for coefficient, trained_value in trained_values
     )
     return round_once(base_value + change, dtype)

@@ -82,13 +82,13 @@ class MergePlan:
     ]
     notes: tuple[str, ...]  # remarks for the report of the merge
     #: by name of a tensor with a row for each token, if the vocabulary grows: its new row count
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    grown_row_counts: Mapping[str, int] = field(default_factory=dict)
     #: by name of a tensor that adapters train in full and the files lack: its shape
-    added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Head | None = None  # the head that the added tensors belong to
     #: whether the plan was made with ``linear_stub_model``; then it holds only if the fingerprints
     #: match
-    by_fingerprints: bool = False
+    uses_stub_model: bool = False
 
 
 def plan_merge(
@@ -113,7 +113,7 @@ def plan_merge(
         else (without_meta(model), None)
     )
     param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
-    is_copy, sizes = model is None or target_model is not model, {}
+    is_copy, grown_row_counts = model is None or target_model is not model, {}
     if is_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
         grown_ids = vocabulary_parameters(target_model).keys()
         grown_tensors = {
@@ -122,8 +122,8 @@ def plan_merge(
             if {id(_get_tensor(target_model, param_slice.path)) for param_slice in tensor_slices}
             & grown_ids
         }
-        sizes = dict.fromkeys(sorted(grown_tensors), rows)
-        checkpoint = grow_checkpoint(checkpoint, sizes)
+        grown_row_counts = dict.fromkeys(sorted(grown_tensors), rows)
+        checkpoint = grow_checkpoint(checkpoint, grown_row_counts)
     adapters_by_name: dict[str, WeightedFolder] = {}
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
@@ -141,13 +141,13 @@ def plan_merge(
             notes = [
                 *_quantization_notes(adapters, saved_adapters),
                 *(str(warning.message) for warning in caught_warnings),
-                *(f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}),
+                *(f"The vocabulary grew to {rows} rows." for rows in {*grown_row_counts.values()}),
             ]
             return replace(
                 _plan_from_model(
                     target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
                 ),
-                sizes=sizes,
+                grown_row_counts=grown_row_counts,
                 head=head,
             )
         finally:
@@ -191,13 +191,13 @@ def _plan_from_model(
             # the first name of a tied parameter
             path = path_by_id[id(_get_tensor(model, param_slice.path))]
             slices_by_path.setdefault(path, {}).setdefault(tensor, param_slice)
-    added = {
+    added_shapes = {
         path: tuple(edit.shape)
         for path, edit in edits.items()
         if not slices_by_path[path] and _may_be_head(path, edit)
     }
-    slices_by_path |= {path: {path: models.ParamSlice(path)} for path in added}
-    checkpoint = add_tensors(checkpoint, added)
+    slices_by_path |= {path: {path: models.ParamSlice(path)} for path in added_shapes}
+    checkpoint = add_tensors(checkpoint, added_shapes)
     problems = [
         problem
         for path, edit in edits.items()
@@ -222,8 +222,10 @@ def _plan_from_model(
             path: (_order_tensors(slices_by_path[path]), edits[path].shape, expected_by_adapter)
             for path, expected_by_adapter in fingerprints.items()
         },
-        notes=tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, slices_by_path)])),
-        added=added,
+        notes=tuple(
+            dict.fromkeys([*notes, *_added_head_notes(model, added_shapes, slices_by_path)])
+        ),
+        added_shapes=added_shapes,
     )
 
 
@@ -253,10 +255,10 @@ def _may_be_head(path: str, edit: TensorEdit) -> bool:
 
 
 def _added_head_notes(
-    model: nn.Module, added: Mapping[str, Any], slices_by_path: Mapping[str, Any]
+    model: nn.Module, added_shapes: Mapping[str, Any], slices_by_path: Mapping[str, Any]
 ) -> Iterator[str]:
-    if added:
-        yield f"The base has no {listing(added, 4)}: added from the adapter."
+    if added_shapes:
+        yield f"The base has no {listing(added_shapes, 4)}: added from the adapter."
         stored_ids = {
             id(_get_tensor(model, path)) for path in slices_by_path if slices_by_path[path]
         }
@@ -289,7 +291,7 @@ def _collect_edits(
         for problem in (*split_tie_problems(model, name), *output_change_problems(model, name))
     ]
     raise_all(MergeError, "Nothing was merged", problems)
-    for adapter_name, (_, adapter_weight) in adapters_by_name.items():
+    for adapter_name, (_, coefficient) in adapters_by_name.items():
         for module_path, module, weight, change in changes(model, adapter_name):
             target: Any = module._parameters.get(weight)
             is_rewritten = (
@@ -306,7 +308,7 @@ def _collect_edits(
             edit = edits.get(
                 path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
             )
-            edits[edit.path] = replace(edit, changes=(*edit.changes, (adapter_weight, change)))
+            edits[edit.path] = replace(edit, changes=(*edit.changes, (coefficient, change)))
         for _, module, parameters in adapters_of(model, adapter_name):
             for name, trained_value in {
                 **parameters.full._parameters,
@@ -321,7 +323,7 @@ def _collect_edits(
                 # a tied parameter occurs under each of its names, but is merged once
                 if not any(trained_value is earlier_value for _, earlier_value in edit.full):
                     edits[edit.path] = replace(
-                        edit, full=(*edit.full, (adapter_weight, trained_value.detach()))
+                        edit, full=(*edit.full, (coefficient, trained_value.detach()))
                     )
     if conflicts := [path for path, edit in edits.items() if edit.changes and edit.full]:
         raise MergeError(

@@ -39,7 +39,12 @@ from veneer.lowrank import LowRank
 from veneer.tools.compare import LayerDifference, compare
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
-from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
+from veneer.tools.intruders import (
+    DEFAULT_THRESHOLD,
+    DEFAULT_VECTOR_COUNT,
+    WeightIntruders,
+    find_intruders,
+)
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
@@ -148,7 +153,7 @@ class Report:
     only_here: tuple[str, ...] = ()
     only_other: tuple[str, ...] = ()
     leading: int = 0
-    threshold: float = THRESHOLD
+    threshold: float = DEFAULT_THRESHOLD
     seconds: float = 0.0
     weight_intruders: tuple[WeightIntruders, ...] = field(default=(), repr=False)
 
@@ -179,8 +184,8 @@ def examine(
     model: nn.Module | None = None,
     base_name: str | None = None,
     other: str | Path | AdapterFiles | None = None,
-    count: int = COUNT,
-    threshold: float = THRESHOLD,
+    count: int = DEFAULT_VECTOR_COUNT,
+    threshold: float = DEFAULT_THRESHOLD,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
@@ -329,8 +334,8 @@ def _examine_layer(
         path=path,
         block=None if block_match is None else int(block_match[1]),
         kind=path.rpartition(".")[2],
-        shape=aligned_weight.template.dims,
-        rank=aligned_weight.template.rank,
+        shape=aligned_weight.any_layer.dims,
+        rank=aligned_weight.any_layer.rank,
         norm=norm,
         spectrum=tuple(spectrum.tolist()),
         effective_rank=effective_rank(spectrum),
