@@ -160,7 +160,7 @@ def test_a_key_with_many_calls_leaves_room_and_time_for_another():
         assert (
             order.index("one") <= 8
         )  # about as many texts of the other key as its own 12, not all 68 before the last
-        assert (made._calls.waiting, made._calls._flows) == (0, {})
+        assert (made._calls.waiting, made._calls._adapter_shares) == (0, {})
         assert len(made._waiting_by_account) == 0
     finally:
         made.model.gate.set()

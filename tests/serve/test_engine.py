@@ -743,8 +743,8 @@ def test_an_engine_without_work_gives_memory_back_once(opened, monkeypatch):
     from veneer.serve import engine as module
 
     given = []
-    monkeypatch.setattr(module, "IDLE", 0.05)
-    monkeypatch.setattr(module, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "return_unused_memory", lambda: given.append(1))
     engine = opened()
     for count in (1, 2):
         Client(engine, asked((5,) * 3, 2)).wait()
@@ -779,7 +779,7 @@ def test_200_requests_that_vanish_leave_nothing(opened):
     assert not bank.held
     assert (engine.running, engine.waiting) == (0, 0)
     assert clean(engine)
-    assert (len(engine._scheduler._owner_shares), engine._scheduler._flows) == (0, {})
+    assert (len(engine._scheduler._owner_shares), engine._scheduler._adapter_shares) == (0, {})
     engine.close()
     assert not any(one.name == "veneer-engine" for one in threading.enumerate())
 

@@ -19,9 +19,9 @@ from veneer.models.decode.attention import BLOCK
 from veneer.models.decode.slots import MIN_COLUMNS, Slots
 from veneer.serve.engine import Engine
 from veneer.serve.memory import MAX_FINISHED_ROWS
-from veneer.serve.prefill_budget import MULTIPLE
+from veneer.serve.prefill_budget import TOKEN_MULTIPLE
 from veneer.serve.requests import RequestError
-from veneer.serve.scheduler import PROMPT
+from veneer.serve.scheduler import PROMPT_TOKEN_COST
 
 #: bytes of a token of the tiny Llama, in both layers
 TOKEN = 2 * 2 * (8 + 8) * 4
@@ -133,7 +133,7 @@ def test_a_prompt_is_computed_once(length, opened):
     assert second.tokens == first.tokens == alone(make("llama"), prompt, 20)
     assert (cached_tokens(first), cached_tokens(second)) == (0, (length - 1) // BLOCK * BLOCK)
     prompt_tokens = sum(computed) - len(first.tokens) - len(second.tokens)
-    assert prompt_tokens == PROMPT * (length + length - cached_tokens(second))
+    assert prompt_tokens == PROMPT_TOKEN_COST * (length + length - cached_tokens(second))
 
 
 def test_a_conversation_goes_on_behind_its_answers(opened):
@@ -486,7 +486,7 @@ def test_a_request_that_never_fits_is_refused_at_once(opened, caplog):
 def test_memory_goes_back_when_nobody_uses_it(opened, monkeypatch):
     from veneer.serve import engine as module
 
-    monkeypatch.setattr(module, "IDLE", 0.0)
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
     engine = opened(rows=4)
     clients = [Client(engine, asked(ids(number * 40 + 5), 5)) for number in range(4)]
     work_off(engine, clients)
@@ -497,7 +497,7 @@ def test_memory_goes_back_when_nobody_uses_it(opened, monkeypatch):
         engine.step()
     assert len(finished_rows) == 4
     assert live_bytes(engine) == engine.cache_bytes > 0
-    monkeypatch.setattr(module, "PREFIX_IDLE", 0.0)
+    monkeypatch.setattr(module, "PREFIX_IDLE_SECONDS", 0.0)
     with torch.inference_mode():
         engine.step()
     assert live_bytes(engine) == engine.cache_bytes == 0
@@ -523,7 +523,7 @@ def test_long_prompts_take_turns_beside_running_rows(opened):
     long = [Client(engine, asked(ids(208, number), 2)) for number in range(3)]
     before = len(running.tokens)
     work_off(engine, long)
-    assert all(len(call) == 1 and call[0][1] <= MULTIPLE for call in calls)
+    assert all(len(call) == 1 and call[0][1] <= TOKEN_MULTIPLE for call in calls)
     assert len({call[0][0] for call in calls[:3]}) == 3
     assert len(running.tokens) - before >= len(calls)  # a token between any two of them
     model = make("llama")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.serve.prefill_budget import MULTIPLE, SHARE, TOGETHER, PrefillBudget
+from veneer.serve.prefill_budget import PROMPT_SHARE, TOGETHER, TOKEN_MULTIPLE, PrefillBudget
 
 #: of a machine: seconds of a call, and of a prompt's token in it
 CALL, TOKEN = 0.04, 0.002
@@ -54,17 +54,23 @@ def test_the_time_of_further_rows_is_no_time_of_prompts():
             prefill_budget.note_together(tokens, rows * row + tokens * TOKEN)
         else:
             prefill_budget.note_decode(rows, rows * row)
-    assert SHARE * 12 * row - 2 * MULTIPLE * TOKEN <= tokens * TOKEN <= SHARE * 16 * row
+    assert (
+        PROMPT_SHARE * 12 * row - 2 * TOKEN_MULTIPLE * TOKEN
+        <= tokens * TOKEN
+        <= PROMPT_SHARE * 16 * row
+    )
     tokens = prefill_budget.tokens(2, 1)  # the others have ended
     assert tokens == 0
     prefill_budget.note_decode(2, 2 * row)
-    assert 0 < prefill_budget.tokens(2, 1) * TOKEN <= SHARE * 2 * row + MULTIPLE * TOKEN
+    assert (
+        0 < prefill_budget.tokens(2, 1) * TOKEN <= PROMPT_SHARE * 2 * row + TOKEN_MULTIPLE * TOKEN
+    )
 
 
 @pytest.mark.parametrize("gap", [0.08, 0.15, 0.5])
 def test_prompts_take_the_gap_and_no_more(gap):
     _, added = settle_step(gap, decode=0.05)
-    assert gap - 2 * MULTIPLE * TOKEN <= added <= gap
+    assert gap - 2 * TOKEN_MULTIPLE * TOKEN <= added <= gap
 
 
 def test_a_gap_is_kept_however_many_wait():
@@ -72,15 +78,19 @@ def test_a_gap_is_kept_however_many_wait():
 
 
 def test_a_gap_that_is_too_short_still_lets_prompts_through():
-    assert settle_step(0.001, decode=0.05)[0] == MULTIPLE
+    assert settle_step(0.001, decode=0.05)[0] == TOKEN_MULTIPLE
 
 
 def test_without_a_gap_prompts_take_a_share_of_what_decoding_takes():
-    assert SHARE * 0.1 - 2 * MULTIPLE * TOKEN <= settle_step(None, decode=0.1)[1] <= SHARE * 0.1
+    assert (
+        PROMPT_SHARE * 0.1 - 2 * TOKEN_MULTIPLE * TOKEN
+        <= settle_step(None, decode=0.1)[1]
+        <= PROMPT_SHARE * 0.1
+    )
 
 
 def test_a_prompt_that_is_scored_has_a_price_of_its_own():
-    prefill_budget = PrefillBudget(0.15, 512, most_scored=64)
+    prefill_budget = PrefillBudget(0.15, 512, max_scored_tokens=64)
     assert prefill_budget.scored_tokens(0, 1) == 64
     prefill_budget.note_fill(512, 512 * TOKEN)
     assert prefill_budget.scored_tokens(8, 1) == 0  # it is measured first how long rows take
@@ -93,7 +103,7 @@ def test_a_prompt_that_is_scored_has_a_price_of_its_own():
 
 def test_where_more_wait_than_run_they_take_more():
     _, added = settle_step(None, decode=0.1, filling=16, running=8)
-    assert SHARE * 0.3 <= added <= SHARE * 0.4
+    assert PROMPT_SHARE * 0.3 <= added <= PROMPT_SHARE * 0.4
     assert settle_step(None, decode=0.1, filling=400, running=1)[0] == 512
 
 
@@ -104,5 +114,5 @@ def test_a_step_of_many_adapters_computes_few_tokens_together():
     prefill_budget.note_together(
         16, 0.1 + 16 * TOKEN / 8
     )  # which is cheaper than a call of their own
-    assert prefill_budget.tokens(8, 1, together=128) == 56
-    assert prefill_budget.tokens(8, 1, together=32) == 32
+    assert prefill_budget.tokens(8, 1, max_shared=128) == 56
+    assert prefill_budget.tokens(8, 1, max_shared=32) == 32

@@ -100,7 +100,7 @@ def test_what_nobody_asks_for_expires():
     prefixes.expire(60)
     assert find_numbers(prefixes, 1, 2) == [1, 2]
     prefixes.expire(0)
-    assert prefixes.oldest is None
+    assert prefixes.oldest_use is None
 
 
 def test_nothing_is_shared_between_adapters_weights_or_salts():

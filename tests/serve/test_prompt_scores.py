@@ -9,7 +9,7 @@ from tests.support.tiny import tiny_tokenizer
 
 from veneer.serve import prompt_scores
 from veneer.serve.engine import Engine
-from veneer.serve.prefill_budget import MULTIPLE
+from veneer.serve.prefill_budget import TOKEN_MULTIPLE
 from veneer.serve.prompt_scores import PromptScore
 from veneer.serve.requests import RequestError
 
@@ -135,8 +135,8 @@ def test_the_pieces_of_a_prompt_take_the_time_that_the_gap_leaves(opened):
             engine.step()
         running.ticket.cancel()
         engine.step()
-    pieces = [call for call in calls[calls.index(MULTIPLE) :] if call != "decode"]
-    assert pieces == [MULTIPLE] * 12 + [4]
+    pieces = [call for call in calls[calls.index(TOKEN_MULTIPLE) :] if call != "decode"]
+    assert pieces == [TOKEN_MULTIPLE] * 12 + [4]
     assert "8 8" not in " ".join(map(str, calls))
 
 

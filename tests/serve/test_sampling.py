@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.tiny import tiny_tokenizer
 
-from veneer.serve.grammars import Schemas
+from veneer.serve.grammars import MatcherFactory
 from veneer.serve.requests import Grammar, GrammarLimitError, RequestError, Sampling
 from veneer.serve.sampling import Sampler, sample
 
@@ -178,10 +178,10 @@ SCHEMA = {
 def test_an_answer_follows_its_schema_whatever_the_model_wants(temperature):
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
-    schemas = Schemas(tokenizer, 300, [2])  # more logits than tokens
+    factory = MatcherFactory(tokenizer, 300, [2])  # more logits than tokens
     done = 0
     for seed in range(8):
-        row, tokens = sampler(schemas.matcher(SCHEMA), temperature=temperature, seed=seed), []
+        row, tokens = sampler(factory.matcher(SCHEMA), temperature=temperature, seed=seed), []
         free = sampler(temperature=0.0)
         torch.manual_seed(seed)
         for _ in range(400):
@@ -213,7 +213,7 @@ def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
     row, tokens = (
-        sampler(Schemas(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0),
+        sampler(MatcherFactory(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0),
         [],
     )
     logits = torch.zeros(1, 259)
@@ -234,8 +234,8 @@ def test_whitespace_takes_no_more_than_its_share_of_an_answer():
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
     schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "name": {"const": 'a   " b'}}}
-    schemas = Schemas(tokenizer, 259, [2])
-    row = Sampler(Sampling(60, temperature=0.0), schemas.matcher(schema), (), schemas.layout(60))
+    factory = MatcherFactory(tokenizer, 259, [2])
+    row = Sampler(Sampling(60, temperature=0.0), factory.matcher(schema), (), factory.layout(60))
     logits, tokens = torch.zeros(1, 259), []
     for text, liking in ((" ", 9.0), ("\t", 8.0), ("\n", 7.0), ("}", 3.0)):
         logits[0, tokenizer(text)["input_ids"][0]] = liking
@@ -256,7 +256,7 @@ def test_whitespace_takes_no_more_than_its_share_of_an_answer():
 def test_every_usual_layout_of_json_is_allowed(layout):
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
-    row = sampler(Schemas(tokenizer, 259, [2]).matcher({"type": "object"}))
+    row = sampler(MatcherFactory(tokenizer, 259, [2]).matcher({"type": "object"}))
     for token in [
         *tokenizer(json.dumps({"a": [1, {"b": "c  d"}], "e": {}}, **layout))["input_ids"],
         2,
@@ -267,7 +267,7 @@ def test_every_usual_layout_of_json_is_allowed(layout):
 
 def test_a_token_that_the_schema_refuses_is_an_error():
     pytest.importorskip("llguidance")
-    row = sampler(Schemas(tiny_tokenizer(), 259, [2]).matcher(SCHEMA))
+    row = sampler(MatcherFactory(tiny_tokenizer(), 259, [2]).matcher(SCHEMA))
     with pytest.raises(RequestError, match="cannot follow"):
         row.accept(tiny_tokenizer().convert_tokens_to_ids("x"))
 
@@ -278,7 +278,7 @@ def test_a_token_that_the_schema_refuses_is_an_error():
 def test_a_schema_that_is_not_understood_is_refused(schema):
     pytest.importorskip("llguidance")
     with pytest.raises(RequestError, match="schema that is not understood"):
-        Schemas(tiny_tokenizer(), 259, [2]).matcher(schema)
+        MatcherFactory(tiny_tokenizer(), 259, [2]).matcher(schema)
 
 
 FORMS = [
@@ -293,10 +293,10 @@ FORMS = [
 def test_an_answer_follows_its_grammar(grammar, wanted):
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
-    schemas, texts = Schemas(tokenizer, 259, [2]), set()
+    factory, texts = MatcherFactory(tokenizer, 259, [2]), set()
     for seed in range(12):
         torch.manual_seed(seed)
-        row, tokens = sampler(schemas.matcher(grammar), seed=seed), []
+        row, tokens = sampler(factory.matcher(grammar), seed=seed), []
         for _ in range(60):
             logits = torch.randn(1, 259)
             logits[0, 2] += 2  # the end
@@ -325,16 +325,16 @@ def test_an_answer_follows_its_grammar(grammar, wanted):
 def test_a_grammar_that_is_not_understood_is_refused(grammar):
     pytest.importorskip("llguidance")
     with pytest.raises(RequestError, match="a grammar"):
-        Schemas(tiny_tokenizer(), 259, [2]).matcher(grammar)
+        MatcherFactory(tiny_tokenizer(), 259, [2]).matcher(grammar)
 
 
 def test_a_grammar_that_needs_more_than_the_limits_is_told_so():
     """And its row ends alone."""
     pytest.importorskip("llguidance")
     options = [{"type": "object", "properties": {str(i): {"type": "string"}}} for i in range(500)]
-    schemas = Schemas(tiny_tokenizer(), 259, [2])
+    factory = MatcherFactory(tiny_tokenizer(), 259, [2])
     try:
-        row = sampler(schemas.matcher({"anyOf": options}), temperature=0.0)
+        row = sampler(factory.matcher({"anyOf": options}), temperature=0.0)
     except GrammarLimitError:
         return
     logits = torch.randn(2, 259)
@@ -351,12 +351,12 @@ def test_a_grammar_that_needs_more_than_the_limits_is_told_so():
 def test_without_llguidance_a_schema_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match="pip install"):
-        Schemas(tiny_tokenizer(), 259, [2]).matcher(SCHEMA)
+        MatcherFactory(tiny_tokenizer(), 259, [2]).matcher(SCHEMA)
 
 
 def test_other_tokenizers_and_bases_without_an_end_are_refused():
     pytest.importorskip("llguidance")
     with pytest.raises(RequestError, match="fast tokenizer"):
-        Schemas(object(), 259, [2]).matcher(SCHEMA)
+        MatcherFactory(object(), 259, [2]).matcher(SCHEMA)
     with pytest.raises(RequestError, match="end-of-text"):
-        Schemas(tiny_tokenizer(), 259, []).matcher(SCHEMA)
+        MatcherFactory(tiny_tokenizer(), 259, []).matcher(SCHEMA)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from veneer.serve import scheduler
 from veneer.serve.requests import Busy
-from veneer.serve.scheduler import SHARE, Scheduler, counted_as, fit_budget, key_of
+from veneer.serve.scheduler import PLACES_PER_FREE_PLACE, Scheduler, counted_as, fit_budget, key_of
 
 
 @dataclass(eq=False)
@@ -20,11 +20,11 @@ class RequestState:
     number: int = 0
     owner: str = ""
     priority: int = 0
-    key: tuple = field(init=False)
-    flow: str = field(init=False)
+    blend_key: tuple = field(init=False)
+    counted_adapter: str = field(init=False)
 
     def __post_init__(self):
-        self.key, self.flow = key_of(self.blend), counted_as(self.blend)
+        self.blend_key, self.counted_adapter = key_of(self.blend), counted_as(self.blend)
 
 
 def entry(name: str, number: int = 0, owner: str = "") -> RequestState:
@@ -93,14 +93,14 @@ def test_adapters_get_as_many_tokens_as_long_as_they_ask(counts, costs, rows):
     while queue.waiting or running:
         while len(running) < rows and queue.waiting:
             taken = queue.take()
-            name = int(taken.key[0][0])
+            name = int(taken.blend_key[0][0])
             assert taken.number == last.get(name, -1) + 1  # first come, first served
             last[name] = taken.number
             waiting[name] -= 1
             running.append([taken, costs])
         for one in running:
             queue.charge(one[0], 1)
-            served[int(one[0].key[0][0])] += 1
+            served[int(one[0].blend_key[0][0])] += 1
             one[1] -= 1
         for one in [one for one in running if not one[1]]:
             running.remove(one)
@@ -122,7 +122,7 @@ def test_idleness_is_no_credit():
     order = []
     for _ in range(10):
         taken = queue.take()
-        order.append(taken.key[0][0])
+        order.append(taken.blend_key[0][0])
         queue.charge(taken, 100)
     assert order.count("late") == 5  # not ten, as it would with the 1,000 tokens it never asked for
 
@@ -134,8 +134,8 @@ def test_a_mix_can_be_left_out_and_an_entry_put_back():
         queue.add(one)
     assert queue.take() is first
     queue.push_back(first)
-    assert queue.take(without={first.key}) is other
-    assert queue.take(without={first.key, other.key}) is None
+    assert queue.take(excluded={first.blend_key}) is other
+    assert queue.take(excluded={first.blend_key, other.blend_key}) is None
     assert [queue.take(), queue.take(), queue.take()] == [first, second, None]
 
 
@@ -170,7 +170,7 @@ def test_one_mix_leaves_room_for_others():
     for name in "bcdef":
         queue.add(entry(name))
     assert queue.waiting == 80
-    assert SHARE == 3
+    assert PLACES_PER_FREE_PLACE == 3
 
 
 @given(places=st.integers(1, 20), names=st.lists(st.sampled_from("abcd"), max_size=60))
@@ -207,7 +207,7 @@ def test_nothing_is_kept_when_nobody_has_anything_to_do():
         taken = queue.take()
         queue.charge(taken, 5)
         queue.ended(taken)
-    assert (len(queue._owner_shares), queue._flows, queue._queues) == (0, {}, {})
+    assert (len(queue._owner_shares), queue._adapter_shares, queue._queues) == (0, {}, {})
 
 
 def test_a_count_is_kept_until_virtual_time_has_passed_it():
@@ -215,24 +215,24 @@ def test_a_count_is_kept_until_virtual_time_has_passed_it():
     for number in range(3):
         queue.add(entry("busy", number))
     queue.add(entry("gone"))
-    while (taken := queue.take()).flow != "gone":
+    while (taken := queue.take()).counted_adapter != "gone":
         continue
     queue.charge(taken, 50)
     queue.ended(taken)
-    flows = queue._flows[""]
-    assert len(flows) == 2  # its count lies ahead
+    adapter_shares = queue._adapter_shares[""]
+    assert len(adapter_shares) == 2  # its count lies ahead
     for number in range(8):
         queue.add(entry("busy", number))
         taken = queue.take()
         queue.charge(taken, 20)
         queue.ended(taken)
     queue.add(entry("other"))
-    queue.remove(next(one for one in queue.waiting_requests() if one.flow == "other"))
-    assert len(flows) == 1
+    queue.remove(next(one for one in queue.waiting_requests() if one.counted_adapter == "other"))
+    assert len(adapter_shares) == 1
 
 
 def test_counts_of_the_idle_are_bounded(monkeypatch):
-    monkeypatch.setattr(scheduler, "MAX_IDLE", 8)
+    monkeypatch.setattr(scheduler, "MAX_IDLE_COUNTS", 8)
     queue: Scheduler[RequestState] = Scheduler(100)
     queue.add(entry("busy"))
     queue.charge(queue.take(), 1)
@@ -241,7 +241,7 @@ def test_counts_of_the_idle_are_bounded(monkeypatch):
         taken = queue.take()
         queue.charge(taken, 50)
         queue.ended(taken)
-    assert len(queue._flows[""]) <= 9
+    assert len(queue._adapter_shares[""]) <= 9
 
 
 # ----------------------------------------------------------------------------------------------

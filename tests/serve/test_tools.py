@@ -381,7 +381,7 @@ def test_markers_are_a_part_of_the_text_and_other_special_tokens_are_not():
     for markers, expected in (({1: "[M]"}, "[M]a\ufffd[M]b"), ({}, "a\ufffdb")):
         text = Text(Detokenizer(tokenizer), (5, 6), (), markers)
         assert "".join(text.add(token)[0] for token in ids) + text.end() == expected
-    assert Sampling(1).markers == {}
+    assert Sampling(1).shown_special_tokens == {}
     text = Text(Detokenizer(tokenizer), (5, 6), ("b[",), {1: "[M]"})
     assert [text.add(token) for token in (*tokenizer("ab")["input_ids"], 1)][-1] == ("", True)
     assert text.stopped_by == "b["

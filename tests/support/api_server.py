@@ -42,7 +42,7 @@ BASE = "tiny"
 class Ticket:
     request: Request
     cancelled: threading.Event = field(default_factory=threading.Event)
-    submitted: float = 1.0
+    submitted_at: float = 1.0
     started_at: float | None = None
     cached: int = 0
 
@@ -79,7 +79,7 @@ class FakeEngine:
     def _write(self, ticket: Ticket, deliver: Any) -> None:
         request, finish = ticket.request, "length"
         sampling, text, generated = request.sampling, "", 0
-        blend, ticket.started_at = request.blend, ticket.submitted + 0.01
+        blend, ticket.started_at = request.blend, ticket.submitted_at + 0.01
         if self.observer:
             self.observer.started(blend, 0.01)
         if sampling.prompt_logprobs is not None:

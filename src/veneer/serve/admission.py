@@ -25,12 +25,12 @@ from typing import Any
 from veneer.errors import BankFullError
 from veneer.serve.request_state import RequestState
 from veneer.serve.requests import RequestError, cause_of
-from veneer.serve.scheduler import Key, Scheduler
+from veneer.serve.scheduler import BlendKey, Scheduler
 
 log = logging.getLogger("veneer.serve")
 
 #: the most requests whose adapters are loaded although no row is free for them yet
-AHEAD = 4
+MAX_LOADED_AHEAD = 4
 
 
 class Admission:
@@ -58,7 +58,7 @@ class Admission:
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
         self._wake, self._end = wake, end
         # blends whose adapters found no memory; they are tried again when a lease is released
-        self._without: set[Key] = set()
+        self._blends_without_memory: set[BlendKey] = set()
 
     @property
     def loaded(self) -> list[RequestState]:
@@ -68,32 +68,43 @@ class Admission:
         """Start to load the adapters of the next requests, and give leases to requests whose
         adapters are loaded. ``running``: number of rows that are in use."""
         for state in [each for each in self.admitted if each.lease is None]:
-            self._receive(state, running)
-        loading = {state.key for state in self.admitted if state.lease is None}
-        while len(self.loaded) < self._rows - running + AHEAD and len(loading) < self._rows:
-            crowded = self._bank is not None and self._bank.crowded and (running or self.loaded)
+            self._take_loaded_lease(state, running)
+        loading_blends = {state.blend_key for state in self.admitted if state.lease is None}
+        while (
+            len(self.loaded) < self._rows - running + MAX_LOADED_AHEAD
+            and len(loading_blends) < self._rows
+        ):
+            is_crowded = self._bank is not None and self._bank.crowded and (running or self.loaded)
             with self._lock:
-                waiting_states = (
-                    {state.key for state in self._scheduler.waiting_requests() if state.key}
-                    if crowded
+                waiting_blends = (
+                    {
+                        state.blend_key
+                        for state in self._scheduler.waiting_requests()
+                        if state.blend_key
+                    }
+                    if is_crowded
                     else set()
                 )
-                state = self._scheduler.take(self._without | loading | waiting_states)
+                state = self._scheduler.take(
+                    self._blends_without_memory | loading_blends | waiting_blends
+                )
             if state is None:
                 break
-            state.taken = True
+            state.has_left_queue = True
             self.admitted.append(state)
             try:
-                state.future = (
-                    _base_alone() if self._bank is None else self._bank.acquire(state.request.blend)
+                state.lease_future = (
+                    _base_lease_future()
+                    if self._bank is None
+                    else self._bank.acquire(state.request.blend)
                 )
             except Exception as error:
                 self._refuse(state, error, running)
                 continue
-            self._receive(state, running)
-            if state.future is not None and state.lease is None:
-                loading.add(state.key)
-                state.future.add_done_callback(lambda _: self._wake())
+            self._take_loaded_lease(state, running)
+            if state.lease_future is not None and state.lease is None:
+                loading_blends.add(state.blend_key)
+                state.lease_future.add_done_callback(lambda _: self._wake())
 
     def remove(self, state: RequestState) -> None:
         if state in self.admitted:
@@ -105,7 +116,7 @@ class Admission:
 
     def release(self, state: RequestState) -> None:
         """Release a request's lease, now or as soon as its adapters are loaded."""
-        future, state.future, state.lease = state.future, None, None
+        future, state.lease_future, state.lease = state.lease_future, None, None
         if future is None:
             return
 
@@ -114,16 +125,16 @@ class Admission:
                 future.result().release()
 
         future.add_done_callback(release)  # called at once if the future is done
-        self._without.clear()
+        self._blends_without_memory.clear()
 
-    def _receive(self, state: RequestState, running: int) -> None:
-        if not state.future.done():
+    def _take_loaded_lease(self, state: RequestState, running: int) -> None:
+        if not state.lease_future.done():
             return
-        if error := state.future.exception():
+        if error := state.lease_future.exception():
             self._refuse(state, error, running)
             return
         try:
-            state.take_lease(state.future.result())
+            state.take_lease(state.lease_future.result())
         except RequestError as error:
             self._refuse(state, error, running)
 
@@ -132,8 +143,8 @@ class Admission:
         requests occupy the memory, queue it again; otherwise end it with the error."""
         self.admitted.remove(state)
         if (running or self.admitted) and isinstance(error, BankFullError):
-            self._without.add(state.key)
-            state.future, state.taken = None, False
+            self._blends_without_memory.add(state.blend_key)
+            state.lease_future, state.has_left_queue = None, False
             with self._lock:
                 self._scheduler.push_back(state)
             return
@@ -141,7 +152,7 @@ class Admission:
         self._end(state, "error", str(error), cause_of(error))
 
 
-def _base_alone() -> Future[Any]:
+def _base_lease_future() -> Future[Any]:
     # like a future of ``Bank.acquire`` that is done, with a lease on no adapter
     future: Future[Any] = Future()
     future.set_result(SimpleNamespace(release=lambda: None))

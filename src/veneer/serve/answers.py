@@ -41,16 +41,16 @@ class Answers:
         engine: Any,
         requests: Sequence[Request],
         loop: asyncio.AbstractEventLoop,
-        charge: Callable[[int], None] | None = None,
+        on_tokens_used: Callable[[int], None] | None = None,
     ) -> None:
         """Submit the requests to ``engine``. Any thread may call this; the pieces of answers are
-        read in ``loop``. ``charge`` is called once with the number of tokens of all prompts and
-        answers, when all answers have ended or are cancelled. If submitting fails, it is not
-        called."""
+        read in ``loop``. ``on_tokens_used`` is called once with the number of tokens of all prompts
+        and answers, when all have ended or are cancelled; never if submitting fails."""
         self._loop, self._unfinished = loop, len(requests)
-        self._charge, self._token_count = charge, sum(len(request.prompt) for request in requests)
+        self._on_tokens_used = on_tokens_used
+        self._token_count = sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._tickets: list[Any] = []
+        self._request_states: list[Any] = []
         self._record = CURRENT_RECORD.get()
         if self._record is not None:
             # count a prompt once, although its n answers are n requests
@@ -59,9 +59,9 @@ class Answers:
             self._record.ask(requests[0].blend, prompt_tokens, requests[0].sampling)
         try:
             for index, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, partial(self._deliver, index)))
+                self._request_states.append(engine.submit(request, partial(self._deliver, index)))
         except BaseException:
-            self._charge = self._record = None
+            self._on_tokens_used = self._record = None
             self.cancel()
             raise
 
@@ -79,7 +79,7 @@ class Answers:
                 self._unfinished -= piece.finish is not None
                 self._token_count += len(piece.tokens)
                 if self._record is not None:
-                    self._record.add(piece, self._tickets[index])
+                    self._record.add(piece, self._request_states[index])
                 yield index, piece
                 # reading a queue that has items does not suspend, so let other tasks run here
                 await asyncio.sleep(0)
@@ -89,13 +89,13 @@ class Answers:
     def cancel(self) -> None:
         """Cancel the requests that still run. The first call also charges the tokens so far."""
         if self._unfinished:
-            for ticket in self._tickets:
-                ticket.cancel()
+            for request_state in self._request_states:
+                request_state.cancel()
             if self._record is not None:
                 self._record.end("cancelled")
-        charge, self._charge = self._charge, None
-        if charge is not None:
-            charge(self._token_count)
+        on_tokens_used, self._on_tokens_used = self._on_tokens_used, None
+        if on_tokens_used is not None:
+            on_tokens_used(self._token_count)
 
 
 class AnswerWriter:
@@ -135,14 +135,15 @@ class AnswerWriter:
         if body.return_token_ids:
             self.prompt_ids = [list(prompt) for prompt in prompts for _ in range(body.n)]
         #: fields of ``Sampling`` that answers with tool calls need
-        self.sampling: dict[str, Any] = {} if reading is None else {"markers": reading.markers}
+        self.sampling: dict[str, Any] = (
+            {} if reading is None else {"shown_special_tokens": reading.markers}
+        )
         if reading is not None and reading.grammar is not None:
             self.sampling["grammar"] = reading.grammar
         self.parsers = [reading.new_parser() for _ in range(self.answer_count)] if reading else []
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
-        """The response body with all answers, once all have ended. ``Refusal``: an answer
-        failed."""
+        """The response body, once all answers have ended. ``Refusal``: an answer failed."""
         pieces_by_answer = await collect_pieces(answers, self)
 
         def build_body() -> dict[str, Any]:

@@ -42,11 +42,11 @@ from veneer.serve.schemas import (
     UnloadRequest,
 )
 from veneer.serve.service import (
-    Admin,
-    Asker,
+    AdminKey,
+    ApiKey,
+    CurrentService,
     Route,
     Service,
-    Serving,
     check_model,
     in_text_thread,
     read_texts,
@@ -115,7 +115,7 @@ async def health() -> dict[str, str]:
 
 
 @operations.get("/ready")
-async def ready(service: Serving) -> Response:
+async def ready(service: CurrentService) -> Response:
     """Whether the server takes requests, and the path prefixes of its extensions."""
     if not service.ready:
         raise service.unready_refusal()
@@ -124,7 +124,7 @@ async def ready(service: Serving) -> Response:
 
 
 @operations.get("/metrics")
-async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
+async def metrics(service: CurrentService, key: AdminKey, adapters: bool = True) -> Response:
     """Metrics for Prometheus; ``adapters=0`` gives sums over all adapters."""
     service.metrics.ready.set(service.ready)
     metrics_page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
@@ -147,7 +147,7 @@ def _model_card(service: Service, name: str | None) -> dict[str, Any]:
 
 
 @operations.get("/v1/models")
-async def models(service: Serving, key: Asker) -> dict[str, Any]:
+async def models(service: CurrentService, key: ApiKey) -> dict[str, Any]:
     """The base and the adapters that the key may use."""
     names = await asyncio.to_thread(service.catalogue.refresh)
     cards = [_model_card(service, None)] if key.base else []
@@ -158,7 +158,7 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
 
 
 @operations.get("/v1/models/{model:path}")
-async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
+async def model(model: str, service: CurrentService, key: ApiKey) -> dict[str, Any]:
     """A model, with the prompt format that it was trained on."""
     blend = await requested_adapters(service, key, model, None)
     name = next(iter(blend), None)
@@ -168,7 +168,7 @@ async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
 
 
 @operations.get("/v1/adapters")
-async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
+async def adapters(service: CurrentService, key: ApiKey) -> list[dict[str, Any]]:
     """The adapters that the key may use. Each entry says whether the adapter is in memory, its
     size in bytes and the number of requests that use it."""
     await asyncio.to_thread(service.catalogue.refresh)
@@ -183,7 +183,7 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
 
 
 @operations.post("/v1/load_lora_adapter")
-async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
+async def load_lora_adapter(body: LoadRequest, service: CurrentService, key: AdminKey) -> Response:
     """Load an adapter under a new name, or replace the adapter of a served name."""
     load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
     await asyncio.get_running_loop().run_in_executor(
@@ -193,7 +193,9 @@ async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> 
 
 
 @operations.post("/v1/unload_lora_adapter")
-async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
+async def unload_lora_adapter(
+    body: UnloadRequest, service: CurrentService, key: AdminKey
+) -> Response:
     """Stop serving an adapter. Its files stay."""
     await asyncio.get_running_loop().run_in_executor(
         service.admin_executor, service.catalogue.unload, body.lora_name
@@ -203,7 +205,7 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 
 @router.post("/v1/chat/completions")
 async def chat_completions(
-    body: ChatRequest, request: Request, service: Serving, key: Asker
+    body: ChatRequest, request: Request, service: CurrentService, key: ApiKey
 ) -> Response:
     """Answer a chat, as OpenAI's Chat Completions API does."""
     return await _answer_chat(request, body)
@@ -211,7 +213,7 @@ async def chat_completions(
 
 @router.post("/v1/responses")
 async def responses(
-    body: ResponsesRequest, request: Request, service: Serving, key: Asker
+    body: ResponsesRequest, request: Request, service: CurrentService, key: ApiKey
 ) -> Response:
     """Answer a chat, as OpenAI's Responses API does."""
     return await _answer_chat(
@@ -224,7 +226,7 @@ async def responses(
 
 @router.post("/v1/messages")
 async def messages(
-    body: MessagesRequest, request: Request, service: Serving, key: Asker
+    body: MessagesRequest, request: Request, service: CurrentService, key: ApiKey
 ) -> Response:
     """Answer a chat, as Anthropic's Messages API does."""
     return await _answer_chat(
@@ -233,7 +235,7 @@ async def messages(
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
+async def count_tokens(body: CountRequest, service: CurrentService, key: ApiKey) -> dict[str, int]:
     """The number of tokens of a prompt, as Anthropic's API counts them."""
     await check_model(service, key, body.model, body.adapters)
     prompt, _ = await _read_chat(service, body.chat())
@@ -318,7 +320,7 @@ async def _read_chat(
 
 @router.post("/v1/completions")
 async def completions(
-    body: CompletionRequest, request: Request, service: Serving, key: Asker
+    body: CompletionRequest, request: Request, service: CurrentService, key: ApiKey
 ) -> Response:
     """Continue prompts, as OpenAI's Completions API does."""
     blend = await _authorized_blend(service, key, body)

@@ -17,7 +17,7 @@ from typing import Any
 from veneer.serve.memory import Memory
 from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
-from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
+from veneer.serve.scheduler import PROMPT_TOKEN_COST, Scheduler, fit_budget
 
 #: Requests that arrive together are a burst. In a burst, running requests wait for the prompts of
 #: the others, but only while they have at most this many tokens. It is not 0, because the first
@@ -48,7 +48,7 @@ class Batch:
             lock,
         )
         self._notify = notify
-        self._starts = itertools.count()
+        self._start_numbers = itertools.count()
         self.filling: list[RequestState] = []
         self.running: list[RequestState] = []
 
@@ -56,11 +56,11 @@ class Batch:
         return len(self.filling) + len(self.running)
 
     @property
-    def together(self) -> int:
+    def max_shared_prompt_tokens(self) -> int:
         """The most prompt tokens that are computed in one call with the running rows. There are
         fewer if the requests use several adapters, because the bank groups the tokens of a call by
         adapter and pads each group to the size of the largest."""
-        blends = {state.key for state in (*self.filling, *self.running) if state.key}
+        blends = {state.blend_key for state in (*self.filling, *self.running) if state.blend_key}
         return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
 
     def add(self, state: RequestState) -> bool:
@@ -68,11 +68,11 @@ class Batch:
         run at once if keys and values of all of its tokens were cached."""
         if not self.memory.start(state):
             return False
-        if state.started < 0:
-            state.started, state.cached = next(self._starts), state.length
+        if state.start_number < 0:
+            state.start_number, state.cached = next(self._start_numbers), state.length
             moment, blend = time.monotonic(), state.request.blend
             state.started_at = moment
-            self._notify("started", blend, moment - state.submitted)
+            self._notify("started", blend, moment - state.submitted_at)
             self._notify("looked_up", blend, len(state.ids), state.cached)
             with self._lock:
                 self._scheduler.began(moment)
@@ -89,11 +89,12 @@ class Batch:
             if state in states:
                 states.remove(state)
 
-    def next_fill(self) -> list[RequestState]:
+    def choose_prompts(self) -> list[RequestState]:
         """Choose the prompts of which this step computes tokens, as many as ``prefill_budget.py``
-        allows. ``filled`` of each returned request is set to the index at which its tokens of this
-        step end. Requests of the API key and the adapter that were served least come first. Prompts
-        whose log-probabilities the client asks for (``is_scored``) have calls of their own."""
+        allows. ``prefill_end`` of each returned request is set to the index at which its tokens of
+        this step end. Requests of the API key and the adapter that were served least come first.
+        Prompts whose log-probabilities the client asks for (``is_scored``) have calls of their
+        own."""
         if not self.filling:
             return []
         with self._lock:
@@ -106,15 +107,15 @@ class Batch:
         tokens = (
             budget.scored_tokens(rows, len(order))
             if scored
-            else budget.tokens(rows, len(order), self.together)
+            else budget.tokens(rows, len(order), self.max_shared_prompt_tokens)
         )
         if not tokens:
             return []
         order = [state for state in order if state.is_scored == scored]
-        counts = [min(state.piece_end(state.length) - state.length, tokens) for state in order]
+        counts = [min(state.call_end(state.length) - state.length, tokens) for state in order]
         chosen = fit_budget(counts, tokens)
         for number in chosen:
-            order[number].filled = order[number].length + counts[number]
+            order[number].prefill_end = order[number].length + counts[number]
         states = [order[number] for number in chosen]
         unchosen = [state for state in self.filling if state not in states]
         self.filling = [*unchosen, *states]
@@ -132,9 +133,10 @@ class Batch:
         started = [state.started_at or 0.0 for state in self.running]
         arrival = min(started, default=math.inf) + ARRIVAL_SECONDS
         return (
-            any(s.submitted <= arrival and s.limit > 1 for s in self.filling)
+            any(s.submitted_at <= arrival and s.limit > 1 for s in self.filling)
             and all(
-                len(s.ids) - s.length <= (budget.most_scored if s.is_scored else budget.most)
+                len(s.ids) - s.length
+                <= (budget.max_scored_tokens if s.is_scored else budget.max_prompt_tokens)
                 for s in self.filling
             )
             and all(state.generated <= BURST_TOKENS for state in self.running)
@@ -148,8 +150,10 @@ class Batch:
         complete: list[int] = []
         for number, state in enumerate(states):
             with self._lock:
-                self._scheduler.charge(state, PROMPT * (state.filled - state.length))
-            state.length = state.filled
+                self._scheduler.charge(
+                    state, PROMPT_TOKEN_COST * (state.prefill_end - state.length)
+                )
+            state.length = state.prefill_end
             if finite[number]:
                 self.memory.save(state)
             if state.length == len(state.ids):
@@ -173,9 +177,9 @@ class Batch:
         """Make room for the next token of each running request. If memory runs out, preempt the
         requests that started last, the latest first. Yield each of them at once, so that the caller
         has put it back even if the next attempt raises an error."""
-        for state in sorted(self.running, key=lambda state: state.started):
+        for state in sorted(self.running, key=lambda state: state.start_number):
             while not self.memory.widen(state):
-                last = max([*self.filling, *self.running], key=lambda state: state.started)
+                last = max([*self.filling, *self.running], key=lambda state: state.start_number)
                 self.remove(last)
                 last.length = 0
                 self._notify("preempted", last.request.blend)

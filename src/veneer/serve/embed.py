@@ -31,7 +31,7 @@ from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
 from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import Busy
-from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
+from veneer.serve.scheduler import PLACES_PER_FREE_PLACE, Scheduler, counted_as, key_of
 
 log = logging.getLogger("veneer.serve")
 
@@ -60,9 +60,9 @@ class _Call:
     vectors: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.key, self.flow = key_of(self.blend), counted_as(self.blend)
+        self.blend_key, self.counted_adapter = key_of(self.blend), counted_as(self.blend)
         # for whom its waiting texts count: the API key, or without keys the adapter
-        self.account = (self.owner, "" if self.owner else self.flow)
+        self.account = (self.owner, "" if self.owner else self.counted_adapter)
 
 
 class Embedder:
@@ -140,7 +140,10 @@ class Embedder:
             free_count = self.queue - self.waiting
             is_crowded = self.waiting and (
                 len(texts) > free_count
-                or (account_count and account_count + len(texts) > SHARE * free_count)
+                or (
+                    account_count
+                    and account_count + len(texts) > PLACES_PER_FREE_PLACE * free_count
+                )
             )
             if self._refuses_calls or is_crowded:
                 account_kind = "key" if owner else "adapter"
@@ -233,7 +236,7 @@ class Embedder:
         """Compute the vectors of a batch, and end the calls that have all of their vectors."""
         calls, reason = [call for call, _ in batch], "the model's vectors are no finite numbers"
         try:
-            vectors = self._vectors(batch)
+            vectors = self._outputs(batch)
         except Exception as error:
             log.exception("A batch of embeddings failed")
             vectors, reason = (
@@ -254,7 +257,7 @@ class Embedder:
                 self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
                 self._end_call(call)
 
-    def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
+    def _outputs(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """The embeddings [texts, width] of a batch, or a classifier's logits [texts, labels], on
         the CPU."""
         texts, device = (

@@ -37,10 +37,10 @@ from veneer.serve.requests import cause_of
 from veneer.serve.sampling_fields import Truncation
 from veneer.serve.schemas import Blend, EmbeddingRequest
 from veneer.serve.service import (
-    Asker,
+    ApiKey,
+    CurrentService,
     Route,
     Service,
-    Serving,
     in_text_thread,
     read_texts,
     requested_adapters,
@@ -131,7 +131,7 @@ class RerankRequest(PairRequest):
 
 @router.post("/v1/embeddings")
 async def embeddings(
-    body: EmbeddingRequest, request: Request, service: Serving, key: Asker
+    body: EmbeddingRequest, request: Request, service: CurrentService, key: ApiKey
 ) -> Response:
     """Embed texts, if the base is an encoder."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
@@ -167,7 +167,9 @@ async def embeddings(
 
 @router.post("/score")
 @router.post("/v1/score", include_in_schema=False)
-async def score(body: ScoreRequest, request: Request, service: Serving, key: Asker) -> Response:
+async def score(
+    body: ScoreRequest, request: Request, service: CurrentService, key: ApiKey
+) -> Response:
     """Score pairs of texts, with an encoder or a classifier."""
     scores, token_count = await _score_pairs(request, service, key, body, body.pairs())
     data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
@@ -186,7 +188,9 @@ async def score(body: ScoreRequest, request: Request, service: Serving, key: Ask
 @router.post("/rerank")
 @router.post("/v1/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
-async def rerank(body: RerankRequest, request: Request, service: Serving, key: Asker) -> Response:
+async def rerank(
+    body: RerankRequest, request: Request, service: CurrentService, key: ApiKey
+) -> Response:
     """Rank documents by their scores for a query."""
     texts = body.texts()
     pairs = [(body.query, text) for text in texts]

@@ -33,8 +33,8 @@ from veneer.errors import listing, sentence
 from veneer.models.decode.forward import Forward, context, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
-from veneer.serve.grammars import Schemas
-from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
+from veneer.serve.grammars import MatcherFactory
+from veneer.serve.memory import Memory, free_bytes, max_row_tokens, return_unused_memory
 from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
 from veneer.serve.prompt_scores import scored_per_call, take_scores
@@ -48,7 +48,7 @@ log = logging.getLogger("veneer.serve")
 
 #: seconds after which unused memory is returned to the system, and after which unused prefixes are
 #: dropped
-IDLE, PREFIX_IDLE = 2.0, 300.0
+IDLE_SECONDS, PREFIX_IDLE_SECONDS = 2.0, 300.0
 
 #: (requests of a call whose next tokens are sampled, their logits [requests, vocabulary]); the
 #: logits are None if there are no such requests
@@ -102,8 +102,8 @@ class Engine:
         prefix_cache: bool = True,
         gap: float | None = None,
     ) -> None:
-        most = context(model.config)
-        self.length, self.rows = min(length, most or length), rows
+        max_context = context(model.config)
+        self.length, self.rows = min(length, max_context or length), rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
         self._turn = nullcontext() if turn is None else turn
         self._forward = Forward(model.eval())
@@ -111,19 +111,20 @@ class Engine:
             self._forward.compare_logits(self.length, lambda n: self._select_adapters([None] * n))
             device = self._forward.device
             self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
-            self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
+            self.length = max_row_tokens(self._forward.forms, self.cache_memory, self.length)
         except BaseException:
             self._forward.close()
             raise
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._eos = end_tokens(model, tokenizer)
-        self._schemas = Schemas(tokenizer, self._forward.logit_count, sorted(self._eos))
+        logit_count, eos = self._forward.logit_count, sorted(self._eos)
+        self._matcher_factory = MatcherFactory(tokenizer, logit_count, eos)
 
         # guards the following attributes; notified when they change
         self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
-        self._live = 0  # number of requests that have not ended
+        self._open_count = 0  # number of requests that have not ended
         self._thread: threading.Thread | None = None
 
         # used by the engine's thread only
@@ -131,8 +132,8 @@ class Engine:
         scored = scored_per_call(prefill, self._forward.logit_count)
         self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill, scored), prefix_cache
         self._batch = self._new_batch()
-        self._called: list[RequestState] = []  # the requests of the running call
-        self._worked = False  # whether a step ran since unused memory was last returned
+        self._requests_in_call: list[RequestState] = []  # the requests of the running call
+        self._stepped_since_trim = False  # whether a step ran since unused memory was last returned
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
@@ -143,9 +144,10 @@ class Engine:
         thread calls ``deliver`` with each piece of the answer. ``deliver`` must return at once.
         Only the last piece has ``finish``. ``RequestError``: the prompt or a sampling setting is
         invalid. ``Busy``: the queue is full, or the engine is draining."""
-        sampling, size, most = request.sampling, len(request.prompt), request.sampling.max_tokens
-        scored_alone = most == 0 and sampling.prompt_logprobs is not None  # no answer follows
-        if not 0 < size <= self.length - (not scored_alone):
+        sampling, size = request.sampling, len(request.prompt)
+        max_tokens = sampling.max_tokens
+        is_only_scored = max_tokens == 0 and sampling.prompt_logprobs is not None
+        if not 0 < size <= self.length - (not is_only_scored):
             raise RequestError(
                 f"a prompt of {size} tokens",
                 f"1 to {self.length - 1}, and room for an answer",
@@ -157,17 +159,17 @@ class Engine:
                 f"ids from 0 to {self._vocabulary - 1}",
                 "use its tokenizer",
             )
-        if most < 1 and not scored_alone:
+        if max_tokens < 1 and not is_only_scored:
             raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
-        limit = min(most, self.length - size)
+        limit = min(max_tokens, self.length - size)
         grammar = sampling.schema if sampling.grammar is None else sampling.grammar
         sampler = Sampler(
             sampling,
-            None if grammar is None else self._schemas.matcher(grammar),
+            None if grammar is None else self._matcher_factory.matcher(grammar),
             processors_of(
                 sampling, request.prompt, self._eos, self._forward.logit_count, self._forward.device
             ),
-            None if sampling.schema is None else self._schemas.layout(limit),
+            None if sampling.schema is None else self._matcher_factory.layout(limit),
         )
         state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
         with self._wake:
@@ -176,7 +178,7 @@ class Engine:
                     sentence("an engine that ends", "one that runs", "try another server"), 5.0
                 )
             self._scheduler.add(state)
-            self._live += 1
+            self._open_count += 1
             self._poke()
         return state
 
@@ -185,7 +187,7 @@ class Engine:
         ended."""
         with self._wake:
             self._draining = True
-            return self._wake.wait_for(lambda: not self._live, timeout=seconds)
+            return self._wake.wait_for(lambda: not self._open_count, timeout=seconds)
 
     def close(self) -> None:
         """Stop the engine, cancel open requests and restore the model."""
@@ -223,24 +225,25 @@ class Engine:
 
     def step(self) -> None:
         """One step of the loop. The thread of ``start`` repeats it."""
-        self._worked, step_start = True, time.monotonic()
-        for state in self._all():
+        self._stepped_since_trim, step_start = True, time.monotonic()
+        for state in self._open_states():
             if state.cancelled or step_start >= state.deadline:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
-        self._batch.memory.trim(IDLE, PREFIX_IDLE)
+        self._batch.memory.trim(IDLE_SECONDS, PREFIX_IDLE_SECONDS)
         self._admission.admit(self.running)
         self._start_requests()
         self._widen_rows()
-        filling = self._batch.next_fill()
-        tokens = sum(state.filled - state.length for state in filling)
-        scored, burst = bool(filling) and filling[0].is_scored, self._batch.is_burst()
-        together = self._batch.running and 0 < tokens <= self._batch.together
-        if together and not (scored or burst) and self._compute_together(filling, tokens):
+        filling = self._batch.choose_prompts()
+        tokens = sum(state.prefill_end - state.length for state in filling)
+        is_scored, is_burst = bool(filling) and filling[0].is_scored, self._batch.is_burst()
+        fits_together = self._batch.running and 0 < tokens <= self._batch.max_shared_prompt_tokens
+        shares_call = fits_together and not (is_scored or is_burst)
+        if shares_call and self._compute_together(filling, tokens):
             return
         if filling:
-            longest = max(state.filled - state.length for state in filling)
+            longest = max(state.prefill_end - state.length for state in filling)
             seconds = self._compute(filling, self._fill)
-            self._prefill_budget.note_fill(len(filling) * longest, seconds, scored=scored)
+            self._prefill_budget.note_fill(len(filling) * longest, seconds, scored=is_scored)
             self._widen_rows()
         if self._batch.running and not self._batch.is_burst():
             running = self._batch.sort_running()
@@ -250,7 +253,7 @@ class Engine:
         finish: Finish = "error"
         try:
             with torch.inference_mode():
-                while self._work():
+                while self._wait_for_work():
                     self._step_or_restart()
             finish = "cancelled"
         finally:  # even if the thread fails, so that no client waits for ever
@@ -258,21 +261,21 @@ class Engine:
                 self._draining = True
             self._abandon(finish)
 
-    def _work(self) -> bool:
+    def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
             while not (self._poked or self.running or self._admission.loaded):
-                deadline = min((state.deadline for state in self._all()), default=math.inf)
+                deadline = min((state.deadline for state in self._open_states()), default=math.inf)
                 if deadline <= time.monotonic():
                     break
-                expiry = self._batch.memory.expires_in(PREFIX_IDLE)
-                rest = IDLE if self._worked else threading.TIMEOUT_MAX if expiry is None else expiry
-                if not self._wake.wait(min(deadline - time.monotonic(), rest)) and (
-                    self._worked or expiry is not None
-                ):
-                    self._worked = False
-                    self._batch.memory.trim(0, PREFIX_IDLE)
-                    give_back()
+                expiry = self._batch.memory.expires_in(PREFIX_IDLE_SECONDS)
+                trim_in = IDLE_SECONDS if self._stepped_since_trim else expiry
+                rest = threading.TIMEOUT_MAX if trim_in is None else trim_in
+                is_notified = self._wake.wait(min(deadline - time.monotonic(), rest))
+                if not is_notified and trim_in is not None:
+                    self._stepped_since_trim = False
+                    self._batch.memory.trim(0, PREFIX_IDLE_SECONDS)
+                    return_unused_memory()
             self._poked = False
             return not self._closing
 
@@ -284,13 +287,13 @@ class Engine:
                 self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            computing = {*self._batch.filling, *self._batch.running, *self._called}
+            computing = {*self._batch.filling, *self._batch.running, *self._requests_in_call}
             self._batch = self._new_batch()
             for state in computing:
                 state.row = None
                 self._end(state, "error", f"{type(error).__name__}: {error}")
 
-    def _all(self) -> list[RequestState]:
+    def _open_states(self) -> list[RequestState]:
         with self._wake:
             waiting = self._scheduler.waiting_requests()
         batch = self._batch
@@ -319,7 +322,7 @@ class Engine:
     ) -> float:
         """Run one call of the model for ``states`` and sample their next tokens; return the seconds
         of both. A failure ends only these requests."""
-        self._called, start = states, time.monotonic()
+        self._requests_in_call, start = states, time.monotonic()
         try:
             with self._select_adapters([state.acting_lease for state in states]):
                 ready, logits = call(states)
@@ -328,7 +331,7 @@ class Engine:
         else:
             if logits is not None:
                 self._sample(ready, logits)
-        self._called = []
+        self._requests_in_call = []
         return time.monotonic() - start
 
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
@@ -357,17 +360,15 @@ class Engine:
         No request has ended then: the caller makes separate calls, which show whose call fails."""
         running, start = self._batch.sort_running(), time.monotonic()
         states = [*running, *filling]
-        self._called = states
+        self._requests_in_call = states
         leases = [state.acting_lease for state in running]
         for state in filling:
-            leases += [state.acting_lease] * (state.filled - state.length)
-        pieces: list[Any] = [
-            (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
-        ]
+            leases += [state.acting_lease] * (state.prefill_end - state.length)
+        chunks: list[Any] = [(s.row, s.length, s.ids[s.length : s.prefill_end]) for s in filling]
         last_tokens, slots = last_tokens_of(running), self._batch.memory.slots
         try:
             with self._select_adapters(leases):
-                logits = self._forward.together(slots, *last_tokens, pieces)
+                logits = self._forward.together(slots, *last_tokens, chunks)
             finite = torch.isfinite(logits[len(running) :].amax(-1)).tolist()
         except Exception:
             log.warning("a call for rows and prompts failed; each is computed alone", exc_info=True)
@@ -379,24 +380,24 @@ class Engine:
         logits = logits[chosen] if complete else logits[: len(running)]
         self._sample([states[number] for number in chosen], logits)
         self._prefill_budget.note_together(tokens, time.monotonic() - start)
-        self._called = []
+        self._requests_in_call = []
         return True
 
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases, invoked=True)
 
     def _fill(self, states: list[RequestState]) -> Computed:
-        """Compute prompts, or pieces of them. Requests whose prompts are complete begin to run, and
+        """Compute prompts, or chunks of them. Requests whose prompts are complete begin to run, and
         their next tokens are sampled."""
         rows: list[Any] = [state.row for state in states]
-        pieces = [state.ids[state.length : state.filled] for state in states]
+        chunks = [state.ids[state.length : state.prefill_end] for state in states]
         starts, slots = [state.length for state in states], self._batch.memory.slots
         scores = [state.score for state in states if state.score and state.is_scored]
         options = {"of_all_tokens": True} if scores else {}
-        logits = self._forward.fill(slots, rows, pieces, starts, **options)
+        logits = self._forward.fill(slots, rows, chunks, starts, **options)
         finite = torch.isfinite(logits.amax(-1))
         if scores:
-            logits, finite = take_scores(scores, starts, list(map(len, pieces)), logits, finite)
+            logits, finite = take_scores(scores, starts, list(map(len, chunks)), logits, finite)
         is_finite = finite.tolist()
         complete = self._batch.note_filled(states, is_finite)
         for number, state in enumerate(states if scores else ()):
@@ -429,7 +430,7 @@ class Engine:
             return
         before, state.sampled_at = state.sampled_at, time.monotonic()
         event, since = (
-            ("next_token", before) if state.generated else ("first_token", state.submitted)
+            ("next_token", before) if state.generated else ("first_token", state.submitted_at)
         )
         self._notify_observer(event, state.request.blend, state.sampled_at - since)
         with self._wake:
@@ -463,19 +464,19 @@ class Engine:
         self._admission.remove(state)
         self._admission.release(state)
         with self._wake:
-            (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
+            (self._scheduler.ended if state.has_left_queue else self._scheduler.remove)(state)
         # after the place is freed, so that a client with its last piece can use the place at once
         state.end(finish, error, cause)
         with self._wake:
-            self._live -= 1
+            self._open_count -= 1
             self._poke()  # another request may wait for its memory
         self._notify_observer(
-            "finished", state.request.blend, finish, time.monotonic() - state.submitted
+            "finished", state.request.blend, finish, time.monotonic() - state.submitted_at
         )
 
     @torch.inference_mode()  # the mode in which the memory of the rows was allocated
     def _abandon(self, finish: Finish) -> None:
-        for state in self._all():
+        for state in self._open_states():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
     def _new_batch(self) -> Batch:

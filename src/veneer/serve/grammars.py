@@ -71,7 +71,7 @@ class Layout:
         return not self._in_string and self._blank_count >= self._max_blank
 
 
-class Schemas:
+class MatcherFactory:
     """Makes matchers of schemas and grammars for one tokenizer. ``vocabulary``: the number of
     logits. ``eos``: the ids of the tokens that end a text."""
 
@@ -79,15 +79,15 @@ class Schemas:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self._ll_tokenizer: Any = None
         # which tokens are whitespace alone, and a function that gives the text of a token
-        self._texts: tuple[Tensor, Callable[[int], str]] | None = None
+        self._layout_arguments: tuple[Tensor, Callable[[int], str]] | None = None
 
     def layout(self, max_tokens: int) -> Layout:
         """A limit on the whitespace of an answer of at most ``max_tokens`` tokens."""
-        if self._texts is None:
+        if self._layout_arguments is None:
             text_of = Detokenizer(self._tokenizer).text
             spaces = [text_of(token).isspace() for token in range(len(self._tokenizer))]
-            self._texts = torch.tensor(spaces[: self._vocabulary]), text_of
-        return Layout(*self._texts, max(MIN_BLANK, max_tokens // BLANK_DIVISOR))
+            self._layout_arguments = torch.tensor(spaces[: self._vocabulary]), text_of
+        return Layout(*self._layout_arguments, max(MIN_BLANK, max_tokens // BLANK_DIVISOR))
 
     def matcher(self, schema: Mapping[str, Any] | Grammar) -> Any:
         """A new matcher for an answer. Making one takes some milliseconds, the first one about a

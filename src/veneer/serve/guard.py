@@ -194,7 +194,7 @@ class Guard:
         extension = self._extension_at(path)
         is_public = extension is not None and path.startswith(extension.public_paths)
         if key is None and self._is_private(path) and not is_public:
-            raise no_key(headers)
+            raise missing_key_refusal(headers)
 
     def _extension_at(self, path: str) -> Extension | None:
         matches = (
@@ -246,7 +246,7 @@ def _check_headers(scope: Any, headers: Headers) -> None:
         )
 
 
-def no_key(headers: Any) -> Refusal:
+def missing_key_refusal(headers: Any) -> Refusal:
     """The answer to a request that has no valid key."""
     problem = "a key that is not known" if credentials(headers) else "no key"
     return Refusal(

@@ -23,10 +23,10 @@ HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: the most connections that are open at one time
 CONNECTIONS = 1024
 
-#: READING: characters of texts that may wait for the tokenizer, of all clients together. While none
-#: waits, any text is accepted. READING_SCHEMA: the characters that a schema counts as, because the
-#: tokenizer's thread compiles it
-READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
+#: WAITING_CHARS: characters of texts that may wait for the tokenizer, of all clients together. If
+#: none wait, any text is accepted. SCHEMA_WAITING_CHARS: the characters that a schema counts as,
+#: because the tokenizer's thread compiles it
+WAITING_CHARS, SCHEMA_WAITING_CHARS = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256
 #: messages of a chat, and content parts of a message

@@ -32,7 +32,7 @@ log = logging.getLogger("veneer.serve")
 #: waits then, such as a poll of a training run, is cut off
 CLOSE_SECONDS = 0.5
 #: the answer when too many connections are open
-_TOO_MANY = (
+_TOO_MANY_CONNECTIONS = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
     b"content-length: 0\r\n\r\n"
 )
@@ -48,7 +48,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > limits.CONNECTIONS:
-            transport.write(_TOO_MANY)
+            transport.write(_TOO_MANY_CONNECTIONS)
             transport.close()
         self._wait_for_head()
 

@@ -35,25 +35,26 @@ log = logging.getLogger("veneer.serve")
 
 #: the most answer tokens that a new row has room for. With fewer, it would soon be copied to a
 #: longer row.
-HEADROOM = 32
+HEADROOM_TOKENS = 32
 
 #: the most rows of finished requests that stay. One attention call of a layer covers adjacent rows,
 #: so a row that stays between running rows may cost one more call a layer.
 MAX_FINISHED_ROWS = 4
 
 #: the number of memory pages that is assumed if the system does not report it: 8 GiB
-UNKNOWN_PAGES = 8 * 2**30 // mmap.PAGESIZE
+ASSUMED_PAGES = 8 * 2**30 // mmap.PAGESIZE
 
 
 class FinishedRow(NamedTuple):
-    """The row of a request that ended at time ``ended`` (``time.monotonic``). It holds the keys and
-    values of tokens ``ids``, which requests of ``namespace`` may reuse. The first ``prompt_length``
-    of them are the prompt. ``prompt_logits`` [vocabulary]: of the prompt's last token, if known."""
+    """The row of a request that ended at time ``ended_at`` (``time.monotonic``). It holds the keys
+    and values of tokens ``ids``, which requests of ``namespace`` may reuse. The first
+    ``prompt_length`` of them are the prompt. ``prompt_logits`` [vocabulary]: of the prompt's last
+    token, if known."""
 
     row: Row
     ids: Sequence[int]
     namespace: Namespace
-    ended: float
+    ended_at: float
     prompt_length: int
     prompt_logits: Tensor | None
 
@@ -95,8 +96,9 @@ class Memory:
         """Give a request a row that begins with the cached prefix of its tokens. If the row of a
         finished request holds all of them, the request also gets the logits of its last prompt
         token. Returns False if there is no memory for a row now."""
-        blocks = self._find(state)  # marks them as used, so that the row evicts other blocks first
-        size = len(state.ids) + min(state.limit - state.generated, HEADROOM)
+        # this marks the blocks as used, so that the row evicts other blocks first
+        blocks = self._cached_blocks(state)
+        size = len(state.ids) + min(state.limit - state.generated, HEADROOM_TOKENS)
         if self._continue_finished_row(state, size, len(blocks) * BLOCK):
             return True
         row = self.slots.allocate(size)
@@ -105,7 +107,7 @@ class Memory:
         if row is None:
             return False
         state.row = row
-        blocks = self._find(state)
+        blocks = self._cached_blocks(state)
         self.slots.write_blocks(row, [block.data for block in blocks])
         state.length = len(blocks) * BLOCK
         return True
@@ -170,7 +172,7 @@ class Memory:
         this request's first tokens than is cached now. It is then better to wait for the block."""
         if self.prefixes is None or state.is_scored:
             return False
-        namespace, stop = _namespace_of(state), (len(self._find(state)) + 1) * BLOCK
+        namespace, stop = _namespace_of(state), (len(self._cached_blocks(state)) + 1) * BLOCK
         return stop < len(state.ids) and any(
             each.length < stop <= len(each.ids)
             and _namespace_of(each).shared_length(stop, namespace) == stop
@@ -202,25 +204,28 @@ class Memory:
         if row is not None:
             self.slots.release(row)
 
-    def trim(self, idle: float, prefix_idle: float) -> None:
-        """Release rows of requests that finished ``prefix_idle`` seconds ago, or whose adapter left
-        memory. Free memory that no row used for ``idle`` seconds, and prefixes that were unused for
-        ``prefix_idle`` seconds."""
-        latest = time.monotonic() - prefix_idle
-        self._release_finished_rows(lambda row: row.ended <= latest or row.namespace.is_gone)
-        self.slots.trim(idle)
+    def trim(self, idle_seconds: float, prefix_idle_seconds: float) -> None:
+        """Release rows of requests that finished ``prefix_idle_seconds`` ago, or whose adapter left
+        memory. Free memory that no row used for ``idle_seconds``, and prefixes that were unused for
+        ``prefix_idle_seconds``."""
+        latest = time.monotonic() - prefix_idle_seconds
+        self._release_finished_rows(lambda row: row.ended_at <= latest or row.namespace.is_gone)
+        self.slots.trim(idle_seconds)
         if self.prefixes is not None:
-            self.prefixes.expire(prefix_idle)
+            self.prefixes.expire(prefix_idle_seconds)
 
-    def expires_in(self, prefix_idle: float) -> float | None:
+    def expires_in(self, prefix_idle_seconds: float) -> float | None:
         """Seconds until a cached prefix or the row of a finished request has been unused for
-        ``prefix_idle`` seconds; None if there is neither."""
-        last_uses = [row.ended for row in self.finished_rows]
-        if self.prefixes is not None and self.prefixes.oldest is not None:
-            last_uses.append(self.prefixes.oldest)
-        return max(0.0, min(last_uses) + prefix_idle - time.monotonic()) if last_uses else None
+        ``prefix_idle_seconds``; None if there is neither."""
+        last_uses = [row.ended_at for row in self.finished_rows]
+        if self.prefixes is not None and self.prefixes.oldest_use is not None:
+            last_uses.append(self.prefixes.oldest_use)
+        if not last_uses:
+            return None
+        return max(0.0, min(last_uses) + prefix_idle_seconds - time.monotonic())
 
-    def _find(self, state: RequestState) -> list[Block]:
+    def _cached_blocks(self, state: RequestState) -> list[Block]:
+        """The cached blocks of the first tokens of a request, which this marks as used."""
         if self.prefixes is None or state.is_scored:
             return []
         return self.prefixes.find(_namespace_of(state), state.ids)
@@ -252,17 +257,19 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
     return shared if is_known else min(shared, length - 1)
 
 
-def longest_row(forms: Sequence[LayerForm], limit: int, length: int) -> int:
+def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     """The tokens of the longest row that ``limit`` bytes hold, at most ``length``. ``ConfigError``:
     the bytes do not hold ``BLOCK`` tokens."""
-    token = sum(form.nbytes for form in forms) + max(form.larger_tensor_bytes for form in forms)
-    if token * -(-length // BLOCK) * BLOCK <= limit:
+    token_bytes = sum(form.nbytes for form in forms) + max(
+        form.larger_tensor_bytes for form in forms
+    )
+    if token_bytes * -(-length // BLOCK) * BLOCK <= limit:
         return length
-    tokens = limit // token // BLOCK * BLOCK
+    tokens = limit // token_bytes // BLOCK * BLOCK
     if not tokens:
         raise ConfigError(
             f"{limit:,} bytes for keys and values",
-            f"at least {token * BLOCK:,}, which {BLOCK} tokens take",
+            f"at least {token_bytes * BLOCK:,}, which {BLOCK} tokens take",
             "raise --cache-memory",
         )
     log.warning(
@@ -280,7 +287,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not (meminfo := Path("/proc/meminfo")).is_file():
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else UNKNOWN_PAGES
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else ASSUMED_PAGES
         return pages * mmap.PAGESIZE // 2
     free = _number_of("MemAvailable:", meminfo) * 1024
     group = Path("/sys/fs/cgroup")
@@ -298,7 +305,7 @@ def _number_of(name: str, file: Path) -> int:
     return next((int(line[1]) for line in lines if line and line[0] == name), 0)
 
 
-def give_back() -> None:
+def return_unused_memory() -> None:
     """Make the C library return unused memory to the system, if it supports that (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -92,13 +92,13 @@ class Root:
 
 class Block:
     """The ``BLOCK`` tokens that follow those of ``parent``, which has this block in ``children``
-    under ``key``. ``data``: their keys and values in all layers, in one dimension. ``used``: the
+    under ``key``. ``data``: their keys and values in all layers, in one dimension. ``used_at``: the
     time of the last use (``time.monotonic``)."""
 
-    __slots__ = ("children", "data", "key", "parent", "used")
+    __slots__ = ("children", "data", "key", "parent", "used_at")
 
     def __init__(self, key: Hashable, parent: Block | Root, data: Tensor) -> None:
-        self.key, self.parent, self.data, self.used = key, parent, data, 0.0
+        self.key, self.parent, self.data, self.used_at = key, parent, data, 0.0
         self.children: dict[Hashable, Block] = {}
 
 
@@ -165,20 +165,20 @@ class Prefixes:
         """Free blocks that were not used for ``seconds``."""
         self._drop_gone()
         before = time.monotonic() - seconds
-        while self._order and (oldest := next(iter(self._order))).used <= before:
+        while self._order and (oldest := next(iter(self._order))).used_at <= before:
             self._remove(oldest)
 
     @property
-    def oldest(self) -> float | None:
+    def oldest_use(self) -> float | None:
         """When the least recently used block was used, in seconds of ``time.monotonic``."""
-        return next(iter(self._order)).used if self._order else None
+        return next(iter(self._order)).used_at if self._order else None
 
-    def _walk(self, namespace: Namespace, ids: Sequence[int], most: int) -> list[Block]:
-        """The cached blocks of the longest prefix of ``ids``, at most ``most`` blocks."""
+    def _walk(self, namespace: Namespace, ids: Sequence[int], max_blocks: int) -> list[Block]:
+        """The cached blocks of the longest prefix of ``ids``, at most ``max_blocks``."""
         chain: list[Block] = []
         root = self._roots.get(namespace.key)
         children: Mapping[Hashable, Block] = {} if root is None else root.children
-        for number in range(most):
+        for number in range(max_blocks):
             block = children.get(namespace.block_key(ids, number))
             if block is None:
                 break
@@ -190,7 +190,7 @@ class Prefixes:
         """Mark the blocks of a chain as used now. Its last block will be evicted first."""
         moment = time.monotonic()
         for block in reversed(chain):
-            block.used = moment
+            block.used_at = moment
             self._order.move_to_end(block)
 
     def _make_room(self, wanted: int, spared: set[Block]) -> int:

@@ -70,16 +70,16 @@ class RequestRecord:
         self.blend, self.sampling = blend, sampling
         self.prompt_tokens += prompt_tokens
 
-    def add(self, piece: Any, ticket: Any) -> None:
-        """Record a piece of an answer. ``ticket``: the result of ``Engine.submit``."""
+    def add(self, piece: Any, request_state: Any) -> None:
+        """Record a piece of an answer. ``request_state``: the result of ``Engine.submit``."""
         self.generated_tokens += len(piece.tokens)
         if piece.tokens and self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.started
         if piece.finish is not None:
             self.end(piece.finish)
-            self.cached_tokens += ticket.cached
-            if ticket.started_at is not None:
-                wait_seconds = ticket.started_at - ticket.submitted
+            self.cached_tokens += request_state.cached
+            if request_state.started_at is not None:
+                wait_seconds = request_state.started_at - request_state.submitted_at
                 self.queue_seconds = max(wait_seconds, self.queue_seconds or 0.0)
 
     def end(self, reason: str) -> None:

@@ -47,7 +47,7 @@ class RequestState:
         wake: Wake,
     ) -> None:
         self.request, self.sampler, self.limit = request, sampler, limit
-        self.key, self.flow, self.owner, self.priority = (
+        self.blend_key, self.counted_adapter, self.owner, self.priority = (
             key_of(request.blend),
             counted_as(request.blend),
             request.owner,
@@ -60,29 +60,30 @@ class RequestState:
             if alternatives is None
             else PromptScore(request.prompt, alternatives, detokenizer.text)
         )
-        self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.markers)
-        self.submitted = time.monotonic()
+        self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.shown_special_tokens)
+        self.submitted_at = time.monotonic()
         self.started_at: float | None = None  # when prefill began for the first time
         self.sampled_at = 0.0  # when its latest token was sampled
-        self.deadline = self.submitted + request.timeout
-        # taken: it has left the scheduler's queue; done: its last piece has been delivered
-        self.cancelled = self.taken = self.done = False
-        self.future: Any = None  # of its lease, once its adapters are requested
+        self.deadline = self.submitted_at + request.timeout
+        # ``has_left_queue``: the scheduler's queue; ``done``: its last piece has been delivered
+        self.cancelled = self.has_left_queue = self.done = False
+        self.lease_future: Any = None  # once its adapters are requested
         self.lease: Any = None
         self.acts_from: float = 0  # index of the first token on which its adapters act
         self.namespace: Namespace | None = None  # within which its computed tokens are cached
-        self.started = -1  # the number of requests that got a row before it; -1 before it got one
+        # the number of requests that got a row before it; -1 before it got one
+        self.start_number = -1
         self.row: Row | None = None  # from the start of its prefill
         self.ids = list(request.prompt)  # the prompt, then the sampled tokens
         self.length = 0  # tokens whose keys and values are in the row
-        self.filled = 0  # what ``length`` will be after the prefill of this step
+        self.prefill_end = 0  # what ``length`` will be after the prefill of this step
         self.generated = 0
         self.cached = 0  # tokens of its prompt that were in the cache
         self.prompt_logits: Tensor | None = None  # [vocabulary], of the last token of its prompt
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
-        self._pending: list[Token] = []
+        self._undelivered_tokens: list[Token] = []
         # sampled text that is not delivered yet; whether a stop string ended it
-        self._new, self._stopped = "", False
+        self._undelivered_text, self._stopped = "", False
 
     @property
     def is_scored(self) -> bool:
@@ -119,7 +120,7 @@ class RequestState:
         before ``acts_from``, where the base acts alone."""
         return self.lease if self.length >= self.acts_from else None
 
-    def piece_end(self, length: int) -> int:
+    def call_end(self, length: int) -> int:
         """The index up to which one call may compute its tokens from index ``length`` on. A call
         uses the same adapters for all tokens of a row, so it cannot go beyond ``acts_from`` if it
         begins before that."""
@@ -135,14 +136,14 @@ class RequestState:
         self.ids.append(token)
         self.generated += 1
         top = tuple((id, text_of(id), logprob) for id, logprob in sampled.top)
-        self._pending.append(Token(token, text_of(token), sampled.logprob, top))
-        over = self.sampler.accept(token)
+        self._undelivered_tokens.append(Token(token, text_of(token), sampled.logprob, top))
+        grammar_is_complete = self.sampler.accept(token)
         sampling = self.request.sampling
         if token in sampling.stop_tokens or (token in eos and not sampling.ignore_eos):
             return "stop"
         watched = self.generated > sampling.min_tokens
-        self._new, self._stopped = self.text.add(token, watched=watched)
-        if self._stopped or over:
+        self._undelivered_text, self._stopped = self.text.add(token, watched=watched)
+        if self._stopped or grammar_is_complete:
             return "stop"
         if self.generated >= self.limit:
             return "length"
@@ -158,7 +159,7 @@ class RequestState:
         """Deliver the last piece, with the reason ``finish`` and all text that was held back."""
         if not self._stopped and finish != "error":
             try:
-                self._new += self.text.end()
+                self._undelivered_text += self.text.end()
             except Exception as problem:
                 log.exception("request %s: the end of its text cannot be decoded", self.request.id)
                 finish, error = "error", f"{type(problem).__name__}: {problem}"
@@ -171,8 +172,8 @@ class RequestState:
         cause: Cause | None = None,
         prompt: tuple[Token, ...] = (),
     ) -> None:
-        text, self._new = self._new, ""
-        tokens, self._pending = tuple(self._pending), []
+        text, self._undelivered_text = self._undelivered_text, ""
+        tokens, self._undelivered_tokens = tuple(self._undelivered_tokens), []
         self.done = self.done or finish is not None
         try:
             stop = self.text.stopped_by if finish == "stop" else None

@@ -64,7 +64,7 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the answer must not contain
     allowed_tokens: frozenset[int] | None = None  # ids that may be sampled; None: all
     #: texts, by token id, of special tokens that the answer's text shows; it leaves out all others
-    markers: Mapping[int, str] = field(default_factory=dict)
+    shown_special_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

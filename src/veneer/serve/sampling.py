@@ -30,7 +30,7 @@ from veneer.serve.requests import Cause, RequestError, Sampling, cause_of
 log = logging.getLogger("veneer.serve")
 
 #: number of most likely tokens that are sorted at first for top_p
-CANDIDATES = 1024
+MIN_SORTED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,9 @@ class _Draw:
         scaled = _rows_of(self.scaled_logits, nucleus_rows)
         log_noise = _rows_of(self.log_noise, nucleus_rows)
         settings, vocabulary = [self.settings[i] for i in nucleus_rows], scaled.shape[-1]
-        candidate_count = min(vocabulary, max(CANDIDATES, *(setting.top_k for setting in settings)))
+        candidate_count = min(
+            vocabulary, max(MIN_SORTED_TOKENS, *(setting.top_k for setting in settings))
+        )
         values, ids = scaled.topk(candidate_count)
         # log of the sum over the whole vocabulary, or with top_k over the k most likely tokens
         log_total = scaled.logsumexp(-1)
@@ -253,7 +255,7 @@ class _Draw:
         log_total = torch.where(has_top_k, values.logsumexp(-1), log_total)
         probabilities = (values - log_total[:, None]).exp()
         top_p = _tensor_like([setting.top_p for setting in settings], scaled)[:, None]
-        tokens = _first_arrival(values, ids, log_noise, _nucleus_mask(probabilities, top_p))
+        tokens = _draw_from_nucleus(values, ids, log_noise, _nucleus_mask(probabilities, top_p))
         needs_sort = (probabilities.sum(-1, keepdim=True) < top_p)[:, 0] & ~has_top_k
         return tokens, needs_sort if candidate_count < vocabulary else torch.zeros_like(needs_sort)
 
@@ -264,11 +266,13 @@ class _Draw:
         in_nucleus = _nucleus_mask(torch.softmax(sorted_logits.values, -1), top_p)
         log_noise = self.log_noise[row : row + 1]
         return int(
-            _first_arrival(sorted_logits.values, sorted_logits.indices, log_noise, in_nucleus)
+            _draw_from_nucleus(sorted_logits.values, sorted_logits.indices, log_noise, in_nucleus)
         )
 
 
-def _first_arrival(values: Tensor, ids: Tensor, log_noise: Tensor, in_nucleus: Tensor) -> Tensor:
+def _draw_from_nucleus(
+    values: Tensor, ids: Tensor, log_noise: Tensor, in_nucleus: Tensor
+) -> Tensor:
     """The token i of each row with the smallest E_i / p_i among the sorted tokens in the nucleus,
     [rows]. ``values`` [rows, n]: log p_i plus a constant of the row; ``ids`` [rows, n]: the token
     ids; ``log_noise`` [rows, vocabulary]: log E_i by token id."""

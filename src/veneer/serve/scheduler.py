@@ -20,19 +20,19 @@ from typing import Generic, Protocol, TypeVar
 from veneer.serve.requests import Busy
 
 #: a blend as a hashable value: its sorted (adapter name, weight) pairs (``key_of``)
-Key = tuple[tuple[str, float], ...]
+BlendKey = tuple[tuple[str, float], ...]
 
 #: places in the queue that an adapter or a key may take for each free place
-SHARE = 3
+PLACES_PER_FREE_PLACE = 3
 
 #: the cost of a prompt token, as a fraction of a generated token's: one call computes many of them
-PROMPT = 0.25
+PROMPT_TOKEN_COST = 0.25
 
 #: the most idle adapters or keys whose counts are remembered: more than a server has adapters
-MAX_IDLE = 4096
+MAX_IDLE_COUNTS = 4096
 
 
-def key_of(blend: Mapping[str, float]) -> Key:
+def key_of(blend: Mapping[str, float]) -> BlendKey:
     """A blend as a hashable value; () for the base."""
     return tuple(sorted(blend.items()))
 
@@ -50,8 +50,8 @@ def counted_as(blend: Mapping[str, float]) -> str:
 class Waiting(Protocol):
     """The fields of a request that the scheduler reads."""
 
-    key: Key  # identifies the request's blend (``key_of``)
-    flow: str  # the adapter that its tokens count for (``counted_as``)
+    blend_key: BlendKey  # identifies the request's blend (``key_of``)
+    counted_adapter: str  # the adapter that its tokens count for (``counted_as``)
     owner: str  # the name of the client's API key; "" on a server without keys
     priority: int  # lower runs first, among requests of the same owner and adapter
 
@@ -109,16 +109,17 @@ class Shares:
 
     def _forget(self) -> None:
         """Drop the counts of idle names that virtual time has passed, since such a name would
-        start at the current virtual time anyway. If more than ``MAX_IDLE`` idle names remain, drop
-        the smallest counts too."""
+        start at the current virtual time anyway. If more than ``MAX_IDLE_COUNTS`` idle names
+        remain, drop the smallest counts too."""
         idle = [name for name in self._served_tokens if name not in self._request_counts]
         expired = [
             name
             for name in idle
             if not self._request_counts or self._served_tokens[name] <= self.virtual_time
         ]
-        if len(idle) - len(expired) > MAX_IDLE:
-            expired = sorted(idle, key=self._served_tokens.__getitem__)[: len(idle) - MAX_IDLE]
+        if len(idle) - len(expired) > MAX_IDLE_COUNTS:
+            by_count = sorted(idle, key=self._served_tokens.__getitem__)
+            expired = by_count[: len(idle) - MAX_IDLE_COUNTS]
         for name in expired:
             del self._served_tokens[name], self._last_turn[name]
 
@@ -129,27 +130,30 @@ class Scheduler(Generic[RequestT]):
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.waiting = capacity, 0
-        # waiting requests in order, by owner and flow; no queue is empty
+        # waiting requests in order, by owner and counted adapter; no queue is empty
         self._queues: dict[str, dict[str, deque[RequestT]]] = {}
         self._owner_shares = Shares()
-        self._flows: dict[str, Shares] = {}  # for each busy owner, the counts of its flows
+        # for each busy owner, the counts of its adapters
+        self._adapter_shares: dict[str, Shares] = {}
         # times in seconds at which the last requests left the queue
         self._start_times: deque[float] = deque(maxlen=33)
 
     def add(self, request: RequestT) -> None:
-        """Put a request at the end of its flow's queue, but before requests with a higher
+        """Put a request at the end of its adapter's queue, but before requests with a higher
         ``priority`` number. ``Busy``: the queue has no place for it."""
         owner_queues = self._queues.get(request.owner, {})
-        owner_length = sum(map(len, owner_queues.values()))
-        flow_length = len(owner_queues.get(request.flow, ()))
+        owner_waiting = sum(map(len, owner_queues.values()))
+        adapter_waiting = len(owner_queues.get(request.counted_adapter, ()))
         free_count = float(self.capacity - self.waiting)
         if request.owner:  # the places that the bound leaves for the key
-            free_count = (SHARE * free_count - owner_length) / (1 + SHARE)
-        if free_count <= 0 or flow_length >= SHARE * free_count:
+            free_count = (PLACES_PER_FREE_PLACE * free_count - owner_waiting) / (
+                1 + PLACES_PER_FREE_PLACE
+            )
+        if free_count <= 0 or adapter_waiting >= PLACES_PER_FREE_PLACE * free_count:
             queued_text = (
-                f"{owner_length} of them of the same key and {flow_length}"
+                f"{owner_waiting} of them of the same key and {adapter_waiting}"
                 if request.owner
-                else f"{flow_length} of them"
+                else f"{adapter_waiting} of them"
             )
             raise Busy(
                 f"Found: {self.waiting} requests that wait, {queued_text} for the same adapter."
@@ -158,7 +162,7 @@ class Scheduler(Generic[RequestT]):
                 self.retry_after(),
             )
         self._owner_shares.enter(request.owner)
-        self._flows.setdefault(request.owner, Shares()).enter(request.flow)
+        self._adapter_shares.setdefault(request.owner, Shares()).enter(request.counted_adapter)
         queue = self._count_in_queue(request)
         position = sum(entry.priority <= request.priority for entry in queue)
         queue.insert(position, request)
@@ -171,29 +175,29 @@ class Scheduler(Generic[RequestT]):
         """Put a request that ``take`` has returned, and that has more work, at its queue's end."""
         self._count_in_queue(request).append(request)
 
-    def take(self, without: Collection[Key] = ()) -> RequestT | None:
-        """Remove and return the next request whose blend is not in ``without``. Call ``ended`` when
-        the request has ended."""
-        candidates: dict[str, dict[str, RequestT]] = {}  # by owner and flow, the next request
+    def take(self, excluded: Collection[BlendKey] = ()) -> RequestT | None:
+        """Remove and return the next request whose blend is not in ``excluded``. Call ``ended``
+        when the request has ended."""
+        # by owner and counted adapter, the next request
+        candidates: dict[str, dict[str, RequestT]] = {}
         for owner, owner_queues in self._queues.items():
-            for flow, queue in owner_queues.items():
-                if (
-                    request := next((entry for entry in queue if entry.key not in without), None)
-                ) is not None:
-                    candidates.setdefault(owner, {})[flow] = request
+            for adapter, queue in owner_queues.items():
+                allowed = (entry for entry in queue if entry.blend_key not in excluded)
+                if (request := next(allowed, None)) is not None:
+                    candidates.setdefault(owner, {})[adapter] = request
         if not candidates:
             return None
         owner = self._owner_shares.least(candidates)
-        flows = self._flows[owner]
-        flow = flows.least(candidates[owner])
+        adapter_shares = self._adapter_shares[owner]
+        adapter = adapter_shares.least(candidates[owner])
         self._owner_shares.turn(owner)
-        flows.turn(flow)
-        self._remove_from_queue(candidates[owner][flow])
-        return candidates[owner][flow]
+        adapter_shares.turn(adapter)
+        self._remove_from_queue(candidates[owner][adapter])
+        return candidates[owner][adapter]
 
     def remove(self, request: RequestT) -> bool:
         """Remove a waiting request; returns whether it was waiting."""
-        if request not in self._queues.get(request.owner, {}).get(request.flow, ()):
+        if request not in self._queues.get(request.owner, {}).get(request.counted_adapter, ()):
             return False
         self._remove_from_queue(request)
         self.ended(request)
@@ -214,14 +218,14 @@ class Scheduler(Generic[RequestT]):
             requests,
             key=lambda request: (
                 self._owner_shares.count_of(request.owner),
-                self._flows[request.owner].count_of(request.flow),
+                self._adapter_shares[request.owner].count_of(request.counted_adapter),
             ),
         )
 
     def charge(self, request: RequestT, tokens: float) -> None:
         """Count tokens that were computed for a running request, for its key and its adapter."""
         self._owner_shares.charge(request.owner, tokens)
-        self._flows[request.owner].charge(request.flow, tokens)
+        self._adapter_shares[request.owner].charge(request.counted_adapter, tokens)
 
     def began(self, time: float) -> None:
         """Record the time, in seconds, at which a request left the queue for good."""
@@ -230,9 +234,9 @@ class Scheduler(Generic[RequestT]):
     def ended(self, request: RequestT) -> None:
         """Record that a request has ended, so that its key or its adapter may be idle now."""
         self._owner_shares.leave(request.owner)
-        self._flows[request.owner].leave(request.flow)
-        if not len(self._flows[request.owner]):
-            del self._flows[request.owner]
+        self._adapter_shares[request.owner].leave(request.counted_adapter)
+        if not len(self._adapter_shares[request.owner]):
+            del self._adapter_shares[request.owner]
 
     def retry_after(self) -> float:
         """Seconds after which a client may try again, between 1 and 60: half of the queue has begun
@@ -246,13 +250,15 @@ class Scheduler(Generic[RequestT]):
     def _count_in_queue(self, request: RequestT) -> deque[RequestT]:
         """Return the queue to which the caller adds a request, and count the request."""
         self.waiting += 1
-        return self._queues.setdefault(request.owner, {}).setdefault(request.flow, deque())
+        return self._queues.setdefault(request.owner, {}).setdefault(
+            request.counted_adapter, deque()
+        )
 
     def _remove_from_queue(self, request: RequestT) -> None:
         owner_queues = self._queues[request.owner]
-        owner_queues[request.flow].remove(request)
-        if not owner_queues[request.flow]:
-            del owner_queues[request.flow]
+        owner_queues[request.counted_adapter].remove(request)
+        if not owner_queues[request.counted_adapter]:
+            del owner_queues[request.counted_adapter]
         if not owner_queues:
             del self._queues[request.owner]
         self.waiting -= 1

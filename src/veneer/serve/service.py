@@ -27,7 +27,7 @@ from veneer.serve.access import Key, Keyring, KeyWatch
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
 from veneer.serve.extension import Extension
-from veneer.serve.guard import no_key
+from veneer.serve.guard import missing_key_refusal
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
@@ -226,7 +226,7 @@ async def _service(request: Request) -> Service:
 async def _key(request: Request) -> Key:
     key = getattr(request.state, "key", None)
     if key is None:
-        raise no_key(request.headers)
+        raise missing_key_refusal(request.headers)
     return key
 
 
@@ -243,9 +243,9 @@ async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
 
 
 #: types of routes' parameters: the service, the request's key, and a key that must be an admin's
-Serving = Annotated[Service, Depends(_service)]
-Asker = Annotated[Key, Depends(_key)]
-Admin = Annotated[Key, Depends(_admin)]
+CurrentService = Annotated[Service, Depends(_service)]
+ApiKey = Annotated[Key, Depends(_key)]
+AdminKey = Annotated[Key, Depends(_admin)]
 
 
 async def requested_adapters(
@@ -304,11 +304,11 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
     transformers has state, so two threads must not use it at once. ``size``: the characters of its
     texts. A large text takes a second, so the characters that wait are bounded: a short text must
     not wait behind forty large ones. ``Busy``: too many characters wait already."""
-    if service.waiting_chars and service.waiting_chars + size > limits.READING:
+    if service.waiting_chars and service.waiting_chars + size > limits.WAITING_CHARS:
         raise Busy(
             sentence(
                 f"{service.waiting_chars:,} characters that wait to be read",
-                f"at most {limits.READING:,}",
+                f"at most {limits.WAITING_CHARS:,}",
                 "send it again later",
             ),
             2.0,

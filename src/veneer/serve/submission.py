@@ -38,7 +38,7 @@ async def submit(service: Service, key: Key, engine_requests: list[EngineRequest
         return submit_all()
     try:
         # submitting compiles the schema with the tokenizer, so do it in the tokenizer's thread
-        submission = in_text_thread(service, limits.READING_SCHEMA, submit_all)
+        submission = in_text_thread(service, limits.SCHEMA_WAITING_CHARS, submit_all)
         return await await_or_undo(submission, Answers.cancel)
     except Exception:
         if charge is not None:

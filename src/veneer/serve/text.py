@@ -45,7 +45,7 @@ class Text:
     Args:
         prompt: the token ids of the prompt.
         stop: strings that end the answer.
-        markers: texts, by id, of the special tokens that appear in the answer's text.
+        shown_special_tokens: texts, by id, of the special tokens that appear in the answer's text.
 
     Attributes:
         stopped_by: the stop string that ended the answer.
@@ -56,10 +56,10 @@ class Text:
         detokenizer: Detokenizer,
         prompt: Sequence[int],
         stop: Sequence[str] = (),
-        markers: Mapping[int, str] | None = None,
+        shown_special_tokens: Mapping[int, str] | None = None,
     ) -> None:
         self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
-        self._markers = markers or {}
+        self._shown_special_tokens = shown_special_tokens or {}
         self.stopped_by: str | None = None
         # a few tokens of context, then new tokens: all are decoded again with each new token
         self._ids = _context_of(detokenizer, prompt)
@@ -71,8 +71,8 @@ class Text:
     def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
         """Add a token. Returns the text that is certain now, and whether a stop string ended it.
         Only the text of ``watched`` tokens is searched for stop strings."""
-        if token in self._markers:
-            new_text = self._decode_certain(is_final=True) + self._markers[token]
+        if token in self._shown_special_tokens:
+            new_text = self._decode_certain(is_final=True) + self._shown_special_tokens[token]
             self._ids, self._context_count, self._returned_text = [], 0, ""
         else:
             self._ids.append(token)

@@ -22,10 +22,10 @@ from veneer.serve.refusal import Refusal, value_error
 from veneer.serve.sampling_fields import TemplateFields
 from veneer.serve.schemas import Tokens
 from veneer.serve.service import (
-    Asker,
+    ApiKey,
+    CurrentService,
     Route,
     Service,
-    Serving,
     check_model,
     in_text_thread,
 )
@@ -74,7 +74,7 @@ class DetokenizeRequest(Strict):
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, service: CurrentService, key: ApiKey) -> dict[str, Any]:
     """Tokenise a text, or a chat in the base's chat template."""
     await _check_model(service, key, body.model)
     tokenizer, max_tokens = service.tokenizer, prompts.max_prompt_tokens(service.length, -1)
@@ -110,7 +110,9 @@ async def tokenize(body: TokenizeRequest, service: Serving, key: Asker) -> dict[
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: Serving, key: Asker) -> dict[str, str]:
+async def detokenize(
+    body: DetokenizeRequest, service: CurrentService, key: ApiKey
+) -> dict[str, str]:
     """Decode token ids to their text."""
     await _check_model(service, key, body.model)
     max_tokens = prompts.max_prompt_tokens(service.length, -1)

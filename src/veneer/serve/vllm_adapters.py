@@ -29,7 +29,7 @@ from veneer.adapter_files.file_names import copy_files
 from veneer.bank.lease import Status
 from veneer.errors import AdapterError, BankFullError, SelectionError, raise_all, sentence
 from veneer.formats import peft
-from veneer.serve.scheduler import Key, key_of
+from veneer.serve.scheduler import BlendKey, key_of
 from veneer.serve.vllm import ADVICE, MAX_CPU_ADAPTERS, reasons_against
 from veneer.serve.vllm_resolver import BaseProofs
 from veneer.tools.compose import compose
@@ -55,7 +55,7 @@ class LoadedBlend:
     (``key_of``). ``stale``: new requests do not use it."""
 
     name: str
-    key: Key
+    key: BlendKey
     folder: Path  # that vLLM reads
     nbytes: int
     is_composed: bool = False  # whether ``folder`` was composed for a blend
@@ -104,7 +104,7 @@ class VllmAdapters:
         self._lock = threading.Lock()  # guards ``_names`` and ``_loaded``; held for moments only
         self._loading = threading.RLock()  # held while adapters are copied and loaded
         self._names: dict[str, RegisteredAdapter] = {}
-        self._loaded: dict[Key, LoadedBlend] = {}
+        self._loaded: dict[BlendKey, LoadedBlend] = {}
         self._numbers = itertools.count(1)
         self._secret = secrets.token_hex(8)
 

@@ -42,11 +42,11 @@ from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.schemas import Blend
 from veneer.serve.service import (
-    Admin,
-    Asker,
+    AdminKey,
+    ApiKey,
+    CurrentService,
     Route,
     Service,
-    Serving,
     await_or_undo,
     beside_loop,
     requested_adapters,
@@ -95,7 +95,7 @@ def create(service: Service, *routers: Any) -> FastAPI:
 
 
 @router.get("/metrics")
-async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
+async def metrics(service: CurrentService, key: AdminKey, adapters: bool = True) -> Response:
     """Metrics of this server and its vLLM for Prometheus; ``adapters=0``: sums of this server."""
     service.metrics.ready.set(service.ready)
     page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
@@ -104,7 +104,7 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
     return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def forward(request: Request, service: Serving, key: Asker) -> Response:
+async def forward(request: Request, service: CurrentService, key: ApiKey) -> Response:
     """Forward a request to vLLM. The body has vLLM's fields, and ``adapters``, a blend."""
     path = request.url.path
     # without this check, a page of another origin could send a body as plain text: for that type,

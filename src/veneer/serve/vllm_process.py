@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from veneer.errors import ConfigError
-from veneer.serve.scheduler import Scheduler
+from veneer.serve.scheduler import BlendKey, Scheduler
 
 log = logging.getLogger("veneer.serve")
 
@@ -188,8 +188,11 @@ class Ticket:
     """A request that waits for its turn or was sent to vLLM, with the fields that the scheduler
     reads (``scheduler.Waiting``)."""
 
-    def __init__(self, owner: str, flow: str, key: Any, priority: int) -> None:
-        self.owner, self.flow, self.key, self.priority = owner, flow, key, priority
+    def __init__(
+        self, owner: str, counted_adapter: str, blend_key: BlendKey, priority: int
+    ) -> None:
+        self.owner, self.counted_adapter = owner, counted_adapter
+        self.blend_key, self.priority = blend_key, priority
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 

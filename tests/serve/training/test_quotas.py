@@ -184,7 +184,8 @@ def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
             total = 5 + answer.json()["usage"]["total_tokens"]
             until(lambda: store.tokens_today("a") == total)
             body = {"model": path, "prompt": TEXT[:4], "response_format": {"type": "json_object"}}
-            service.waiting_chars = limits.READING  # so much waits that a schema is not compiled
+            # so much waits that a schema is not compiled
+            service.waiting_chars = limits.WAITING_CHARS
             busy = httpx.post(f"{url}/v1/completions", headers=BEARER, json=body, timeout=60)
             service.waiting_chars = 0
             assert busy.status_code == 429

@@ -102,17 +102,17 @@ class Turn(Strict):
         its own."""
         blocks = self.content
         if isinstance(blocks, str):
-            return [_message(self.role, blocks)]
+            return [_chat_message(self.role, blocks)]
         text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
         if self.role == "assistant":
-            calls = [_call(block) for block in blocks if isinstance(block, ToolUse)]
-            return [_message("assistant", text, tool_calls=calls)]
+            calls = [_chat_tool_call(block) for block in blocks if isinstance(block, ToolUse)]
+            return [_chat_message("assistant", text, tool_calls=calls)]
         results = [
-            _message("tool", block.content, tool_call_id=block.tool_use_id)
+            _chat_message("tool", block.content, tool_call_id=block.tool_use_id)
             for block in blocks
             if isinstance(block, ToolResult)
         ]
-        return [*results, *([_message("user", text)] if text or not results else [])]
+        return [*results, *([_chat_message("user", text)] if text or not results else [])]
 
 
 class ClientTool(Strict):
@@ -163,7 +163,7 @@ class Conversation(Strict, ABC):
         """This request as a chat request. Only ``check_history`` validates it again. ``ClientTool``
         has the fields of ``Function``, and ``ToolNameChoice`` the field of ``FunctionName``, so
         their instances take the places of these in the chat request."""
-        system = [] if self.system is None else [_message("system", self.system)]
+        system = [] if self.system is None else [_chat_message("system", self.system)]
         messages = [*system, *(message for turn in self.messages for message in turn.messages())]
         check_history(messages, "messages")  # also sets ``name`` in messages with tool results
         choice = self.tool_choice
@@ -204,11 +204,11 @@ class MessagesRequest(Conversation):
         return super().chat().model_copy(update={**field_values, "stop": stop})
 
 
-def _message(role: str, content: str | list[TextBlock], **fields: Any) -> Message:
+def _chat_message(role: str, content: str | list[TextBlock], **fields: Any) -> Message:
     return Message.model_construct(role=role, content=content, **fields)
 
 
-def _call(block: ToolUse) -> ToolCall:
+def _chat_tool_call(block: ToolUse) -> ToolCall:
     arguments = json.dumps(block.input, ensure_ascii=False)
     function = FunctionCall.model_construct(name=block.name, arguments=arguments)
     return ToolCall.model_construct(id=block.id, function=function)

@@ -103,26 +103,28 @@ class ResponsesView:
         yield self._content_event("response.content_part.added", part=dict(text))
 
     def _start_item(self, item_type: str, prefix: str, fields: dict[str, Any]) -> Iterator[Event]:
-        entry = {"type": item_type, "id": call_id(prefix), "status": "in_progress", **fields}
-        self._output.append(entry)
+        output_item = {"type": item_type, "id": call_id(prefix), "status": "in_progress", **fields}
+        self._output.append(output_item)
         self._item_is_open = True
-        yield {**self._output_event("response.output_item.added"), "item": dict(entry)}
+        yield {**self._output_event("response.output_item.added"), "item": dict(output_item)}
 
     def _end_item(self, status: str) -> Iterator[Event]:
         if not self._item_is_open:
             return
-        entry = self._output[-1]
-        entry["status"], self._item_is_open = status, False
-        if entry["type"] == "message":
-            content = entry["content"][0]
+        output_item = self._output[-1]
+        output_item["status"], self._item_is_open = status, False
+        if output_item["type"] == "message":
+            content = output_item["content"][0]
             yield self._content_event(
                 "response.output_text.done", text=content["text"], logprobs=[]
             )
             yield self._content_event("response.content_part.done", part=dict(content))
         else:
             event_type = "response.function_call_arguments.done"
-            yield self._item_event(event_type, name=entry["name"], arguments=entry["arguments"])
-        yield {**self._output_event("response.output_item.done"), "item": dict(entry)}
+            yield self._item_event(
+                event_type, name=output_item["name"], arguments=output_item["arguments"]
+            )
+        yield {**self._output_event("response.output_item.done"), "item": dict(output_item)}
 
     def _output_event(self, event_type: str) -> Event:
         return {"type": event_type, "output_index": len(self._output) - 1}

@@ -90,7 +90,7 @@ _UNKNOWN_ITEM = sentence(
     "message, function_call or function_call_output",
     "leave it out",
 )
-Item = Annotated[
+InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputResult, Tag("function_call_output")],
@@ -141,7 +141,10 @@ class ResponsesRequest(Strict):
     model: Name
     adapters: Blend | None = None
     input: (
-        str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
+        str
+        | Annotated[
+            list[InputItem], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)
+        ]
     )
     instructions: str | None = None
     tools: Annotated[list[FlatTool], Field(fail_fast=True, max_length=limits.TOOLS)] = []
@@ -197,15 +200,15 @@ class ResponsesRequest(Strict):
         if isinstance(self.input, str):
             add("user", self.input)
             return messages
-        for entry in self.input:
-            if isinstance(entry, InputMessage):
-                add(entry.role, entry.content)
-            elif isinstance(entry, InputResult):
-                add("tool", entry.output, tool_call_id=entry.call_id)
+        for input_item in self.input:
+            if isinstance(input_item, InputMessage):
+                add(input_item.role, input_item.content)
+            elif isinstance(input_item, InputResult):
+                add("tool", input_item.output, tool_call_id=input_item.call_id)
             else:
                 if not messages or messages[-1].role != "assistant":
                     add("assistant", "", tool_calls=[])
-                call = ToolCall.model_construct(id=entry.call_id, function=entry)
+                call = ToolCall.model_construct(id=input_item.call_id, function=input_item)
                 messages[-1].tool_calls.append(call)
         return messages
 

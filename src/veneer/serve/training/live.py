@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from veneer.errors import SelectionError
 from veneer.serve.access import Key
-from veneer.serve.service import Asker, Route
+from veneer.serve.service import ApiKey, Route
 from veneer.serve.training.operations import CURRENT
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
@@ -30,7 +30,7 @@ MAX_RUNS, MAX_CHECKPOINTS, MAX_METADATA, MAX_CHARACTERS = 100, 16, 8, 80
 
 @router.get("/live")
 def live(
-    training: TrainingDep, key: Asker, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 20
+    training: TrainingDep, key: ApiKey, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 20
 ) -> JSONResponse:
     """The most recently used runs. The size of the answer does not grow with the runs' steps."""
     rows = training.store.runs(key.owner)

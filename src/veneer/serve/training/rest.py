@@ -29,7 +29,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from veneer.serve.refusal import Refusal
-from veneer.serve.service import Asker, Route, Serving
+from veneer.serve.service import ApiKey, CurrentService, Route
 from veneer.serve.training import bodies
 from veneer.serve.training.lookups import (
     find_checkpoint,
@@ -108,7 +108,7 @@ def _slice_page(
 
 @router.get("/training_runs")
 def training_runs(
-    training: TrainingDep, key: Asker, limit: Limit = 20, offset: Offset = 0
+    training: TrainingDep, key: ApiKey, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The runs of a key, the newest first."""
     rows, cursor = _slice_page(training.store.runs(key.owner), limit, offset)
@@ -116,13 +116,13 @@ def training_runs(
 
 
 @router.get("/training_runs/{run}")
-def training_run(run: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
+def training_run(run: str, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """A run."""
     return _describe_run(training, find_run(training, key, run))
 
 
 @router.get("/training_runs/{run}/checkpoints")
-def run_checkpoints(run: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
+def run_checkpoints(run: str, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """The checkpoints of a run."""
     find_run(training, key, run)
     rows = training.store.checkpoints(None, run)
@@ -131,7 +131,7 @@ def run_checkpoints(run: str, training: TrainingDep, key: Asker) -> dict[str, An
 
 @router.get("/checkpoints")
 def checkpoints(
-    training: TrainingDep, key: Asker, limit: Limit = 100, offset: Offset = 0
+    training: TrainingDep, key: ApiKey, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
     """The checkpoints of a key, the newest first."""
     rows, cursor = _slice_page(training.store.checkpoints(key.owner), limit, offset)
@@ -139,7 +139,7 @@ def checkpoints(
 
 
 def _find_owned_checkpoint(
-    run: str, kind: str, name: str, training: TrainingDep, key: Asker
+    run: str, kind: str, name: str, training: TrainingDep, key: ApiKey
 ) -> Checkpoint:
     """The checkpoint in a route's path, which belongs to the key. ``Refusal``: the key has no such
     checkpoint."""
@@ -178,7 +178,7 @@ async def set_ttl(checkpoint: OwnedCheckpoint, body: bodies.SetTtl, training: Tr
 
 @router.get("/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls")
 def external_urls(
-    run: str, kind: str, name: str, request: Request, training: TrainingDep, key: Asker
+    run: str, kind: str, name: str, request: Request, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """The URLs of the files of a checkpoint's adapter folder, in PEFT's layout."""
     checkpoint, _ = find_checkpoint(training, key, f"tinker://{run}/{kind}/{name}")
@@ -195,7 +195,7 @@ def external_urls(
 
 
 @router.get("/files/{token}/{name:path}")
-def file(token: str, name: str, service: Serving) -> Response:
+def file(token: str, name: str, service: CurrentService) -> Response:
     """A file of a checkpoint. The secret token in the URL replaces the API key."""
     path = training_of(service).find_file(token, name)
     if path is None:
@@ -209,7 +209,7 @@ def file(token: str, name: str, service: Serving) -> Response:
 
 
 @router.post("/weights_info")
-def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: Asker) -> dict[str, Any]:
+def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """The rank of a checkpoint's adapter, and which layers it trains."""
     _, row = find_checkpoint(training, key, body.tinker_path)
     config = json.loads(row["config"])
@@ -229,7 +229,7 @@ def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: Asker)
 
 @router.post("/copy_weights")
 async def copy_weights(
-    body: bodies.CopyWeights, training: TrainingDep, key: Asker
+    body: bodies.CopyWeights, training: TrainingDep, key: ApiKey
 ) -> dict[str, str]:
     """Copy a checkpoint that the key may read to a new run, which holds only copies."""
     find_checkpoint(training, key, body.source_path)
@@ -272,7 +272,7 @@ async def copy_weights(
 
 @router.get("/sessions")
 def sessions(
-    training: TrainingDep, key: Asker, limit: Limit = 20, offset: Offset = 0
+    training: TrainingDep, key: ApiKey, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The sessions of a key."""
     rows, _ = _slice_page(training.store.sessions(key.owner), limit, offset)
@@ -281,7 +281,7 @@ def sessions(
 
 @router.post("/sessions/search")
 def search_sessions(
-    body: bodies.SearchSessions, training: TrainingDep, key: Asker
+    body: bodies.SearchSessions, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """The newest sessions that match the search, in one page."""
     if (
@@ -335,7 +335,7 @@ def _describe_session(training: Training, row: Any) -> dict[str, Any]:
 
 
 @router.get("/sessions/{session}")
-def session(session: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
+def session(session: str, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """A session, with its runs and sampling sessions."""
     row = find_session(training, key, session)
     return {
@@ -347,7 +347,7 @@ def session(session: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
 
 
 @router.get("/samplers/{sampler}")
-def sampler(sampler: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
+def sampler(sampler: str, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """A sampling session."""
     row = find_sampler(training, key, sampler)
     return {"sampler_id": row["id"], "base_model": training.base, "model_path": row["path"]}
@@ -363,7 +363,7 @@ def sampler(sampler: str, training: TrainingDep, key: Asker) -> dict[str, Any]:
 @router.get("/billing/usage/events")
 @router.get("/billing/usage/checkpoints/current")
 @router.post("/auth/token")
-def not_here(request: Request, key: Asker) -> None:
+def not_here(request: Request, key: ApiKey) -> None:
     """Refuse a route of the hosted service that this server does not have."""
     raise Refusal(
         400,

@@ -25,7 +25,7 @@ from veneer.adapter_files.folder import read
 from veneer.errors import DataError
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
-from veneer.serve.service import Asker, Route, Serving, beside_loop
+from veneer.serve.service import ApiKey, CurrentService, Route, beside_loop
 from veneer.serve.training import bodies
 from veneer.serve.training.accept import NumberedRoute, queue_in_store, queue_request
 from veneer.serve.training.lookups import (
@@ -71,7 +71,7 @@ router = APIRouter(prefix="/api/v1", route_class=Route)
 numbered_router = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
-async def _training(service: Serving, key: Asker) -> Training:
+async def _training(service: CurrentService, key: ApiKey) -> Training:
     """The training service. ``Refusal``: the key may not train. (A key that may train can also use
     the base, because an untrained run computes what the base does.)"""
     if not key.train:
@@ -128,7 +128,7 @@ async def healthz() -> dict[str, str]:
 
 @router.post("/client/config")
 async def client_config(
-    body: bodies.ClientConfig, training: TrainingDep, key: Asker
+    body: bodies.ClientConfig, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """The settings for a client of this server."""
     return CLIENT_SETTINGS
@@ -136,20 +136,20 @@ async def client_config(
 
 @router.post("/client/dynamic_config")
 async def dynamic_config(
-    body: bodies.ClientConfig, training: TrainingDep, key: Asker
+    body: bodies.ClientConfig, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """The settings that a running client fetches again from time to time."""
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
 
 
 @router.post("/telemetry")
-async def telemetry(key: Asker) -> dict[str, str]:
+async def telemetry(key: ApiKey) -> dict[str, str]:
     """Accept telemetry of clients, and do not store it."""
     return {"status": "accepted"}
 
 
 @router.get("/get_server_capabilities")
-async def capabilities(training: TrainingDep, key: Asker) -> dict[str, Any]:
+async def capabilities(training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """The bases that can be trained here."""
     return {
         "supported_models": [
@@ -165,7 +165,7 @@ async def capabilities(training: TrainingDep, key: Asker) -> dict[str, Any]:
 
 @router.post("/create_session")
 async def create_session(
-    body: bodies.CreateSession, training: TrainingDep, key: Asker
+    body: bodies.CreateSession, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """Begin a session, to which the client's runs will belong."""
     session = await training.write(
@@ -184,7 +184,7 @@ async def create_session(
 
 
 @router.post("/session_heartbeat")
-async def heartbeat(body: bodies.SessionBody, training: TrainingDep, key: Asker) -> dict[str, str]:
+async def heartbeat(body: bodies.SessionBody, training: TrainingDep, key: ApiKey) -> dict[str, str]:
     """Report that the client of a session is still running."""
     _check_session_is_active(training, key, body.session_id)
     return {"type": "session_heartbeat"}
@@ -192,7 +192,7 @@ async def heartbeat(body: bodies.SessionBody, training: TrainingDep, key: Asker)
 
 @router.post("/sessions/{session}/finish")
 async def finish(
-    session: str, body: bodies.FinishSession, training: TrainingDep, key: Asker
+    session: str, body: bodies.FinishSession, training: TrainingDep, key: ApiKey
 ) -> Response:
     """End a session."""
     find_session(training, key, session)
@@ -224,7 +224,7 @@ def _new_run(
 
 
 @router.post("/create_model")
-async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Asker) -> Any:
+async def create_model(body: bodies.CreateModel, training: TrainingDep, key: ApiKey) -> Any:
     """Begin a run: an adapter that is trained."""
     _check_session_is_active(training, key, body.session_id)
     _check_base(training, body.base_model)
@@ -246,7 +246,7 @@ async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Ask
     return await training.write(queue_in_store, training, run, 0, "create", {})
 
 
-async def _served_adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
+async def _served_adapter(service: CurrentService, key: Key, name: str) -> dict[str, Any]:
     """The folder and config of an adapter of the server. ``Refusal``: there is no such adapter,
     or the key may not use it. ``AdapterError``: the adapter's files are damaged."""
     await asyncio.to_thread(service.catalogue.refresh)
@@ -259,7 +259,7 @@ async def _served_adapter(service: Serving, key: Key, name: str) -> dict[str, An
 
 @numbered_router.post("/load_weights")
 async def load_weights(
-    body: bodies.LoadWeights, training: TrainingDep, service: Serving, key: Asker
+    body: bodies.LoadWeights, training: TrainingDep, service: CurrentService, key: ApiKey
 ) -> Any:
     """Load a checkpoint into a run, or an adapter of the server's folder or library by its name."""
     _check_base(training, body.base_model)
@@ -286,7 +286,7 @@ async def load_weights(
 
 
 @router.post("/get_info")
-async def get_info(body: bodies.RunBody, training: TrainingDep, key: Asker) -> dict[str, Any]:
+async def get_info(body: bodies.RunBody, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """The base and the rank of a run."""
     row = find_run(training, key, body.model_id)
     return {
@@ -305,14 +305,14 @@ async def get_info(body: bodies.RunBody, training: TrainingDep, key: Asker) -> d
 
 
 @router.post("/unload_model")
-async def unload_model(body: bodies.RunBody, training: TrainingDep, key: Asker) -> Any:
+async def unload_model(body: bodies.RunBody, training: TrainingDep, key: ApiKey) -> Any:
     """Take a run out of memory. It accepts no more requests."""
     return await queue_request(training, key, body.model_id, None, "unload", {})
 
 
 @router.post("/forward_backward", openapi_extra=PASS_BODY)
 async def forward_backward(
-    request: Request, service: Serving, training: TrainingDep, key: Asker
+    request: Request, service: CurrentService, training: TrainingDep, key: ApiKey
 ) -> Any:
     """Compute a forward pass, and a backward pass unless the body says forward_only. The body is in
     protobuf."""
@@ -334,7 +334,7 @@ async def forward_backward(
 
 
 @numbered_router.post("/optim_step")
-async def optim_step(body: bodies.OptimStep, training: TrainingDep, key: Asker) -> Any:
+async def optim_step(body: bodies.OptimStep, training: TrainingDep, key: ApiKey) -> Any:
     """Take a step of the optimizer."""
     if body.optimizer_params is not None or body.adam_params is None:
         raise Refusal(400, "parameters of another optimizer", "adam_params", "use AdamParams")
@@ -351,7 +351,7 @@ async def optim_step(body: bodies.OptimStep, training: TrainingDep, key: Asker) 
 
 
 @numbered_router.post("/save_weights")
-async def save_weights(body: bodies.SaveWeights, training: TrainingDep, key: Asker) -> Any:
+async def save_weights(body: bodies.SaveWeights, training: TrainingDep, key: ApiKey) -> Any:
     """Save a checkpoint from which training can continue."""
     options = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
     return await queue_request(
@@ -360,7 +360,7 @@ async def save_weights(body: bodies.SaveWeights, training: TrainingDep, key: Ask
 
 
 @numbered_router.post("/save_weights_external")
-async def save_external(body: bodies.SaveExternal, training: TrainingDep, key: Asker) -> Any:
+async def save_external(body: bodies.SaveExternal, training: TrainingDep, key: ApiKey) -> Any:
     """Save an adapter folder for other servers."""
     options = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
     return await queue_request(
@@ -369,7 +369,7 @@ async def save_external(body: bodies.SaveExternal, training: TrainingDep, key: A
 
 
 @numbered_router.post("/save_weights_for_sampler")
-async def save_for_sampler(body: bodies.SaveForSampler, training: TrainingDep, key: Asker) -> Any:
+async def save_for_sampler(body: bodies.SaveForSampler, training: TrainingDep, key: ApiKey) -> Any:
     """Save a checkpoint to draw samples from."""
     row = find_run(training, key, body.model_id)
     options = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
@@ -385,7 +385,7 @@ async def save_for_sampler(body: bodies.SaveForSampler, training: TrainingDep, k
 
 @router.post("/create_sampling_session")
 async def create_sampler(
-    body: bodies.CreateSampler, training: TrainingDep, key: Asker
+    body: bodies.CreateSampler, training: TrainingDep, key: ApiKey
 ) -> dict[str, str]:
     """Begin a sampling session, which draws samples from the base or from a checkpoint."""
     _check_session_is_active(training, key, body.session_id)
@@ -407,7 +407,7 @@ async def create_sampler(
 
 @router.post("/join_sampling_session")
 async def join_sampler(
-    body: bodies.JoinSampler, training: TrainingDep, key: Asker
+    body: bodies.JoinSampler, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """Join a sampling session that another process has begun."""
     find_sampler(training, key, body.sampling_session_id)
@@ -418,7 +418,7 @@ async def join_sampler(
 
 
 @router.post("/asample")
-async def asample(body: bodies.Sample, training: TrainingDep, key: Asker) -> dict[str, Any]:
+async def asample(body: bodies.Sample, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
     """Draw samples."""
     if body.sampling_session_id is not None:
         row = find_sampler(training, key, body.sampling_session_id)
@@ -445,7 +445,7 @@ async def asample(body: bodies.Sample, training: TrainingDep, key: Asker) -> dic
 
 
 @router.post("/cancel_future")
-async def cancel_future(body: bodies.CancelFuture, training: TrainingDep, key: Asker) -> Response:
+async def cancel_future(body: bodies.CancelFuture, training: TrainingDep, key: ApiKey) -> Response:
     """Cancel a call for samples that waits or runs."""
     training.samples.cancel(body.request_id, key.owner)
     return Response(status_code=204)
@@ -462,7 +462,7 @@ def _find_future(training: Training, key: Key, id: str) -> asyncio.Future[Answer
 
 @router.post("/retrieve_future")
 async def retrieve_future(
-    body: bodies.RetrieveFuture, training: TrainingDep, key: Asker
+    body: bodies.RetrieveFuture, training: TrainingDep, key: ApiKey
 ) -> Response:
     """Wait for the answer to a request. Status 408: there is no answer yet, ask again. Status 410:
     the request is unknown or was deleted, send it again."""
@@ -487,7 +487,7 @@ async def retrieve_future(
 
 
 @router.post("/create_custom_loss")
-async def create_custom_loss(key: Asker) -> Response:
+async def create_custom_loss(key: ApiKey) -> Response:
     """Refuse a custom loss that the server would have to compute."""
     raise Refusal(
         400,
