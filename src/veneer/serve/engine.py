@@ -116,9 +116,8 @@ class Engine:
             self._forward.close()
             raise
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._eos = end_tokens(model, tokenizer)
-        logit_count, eos = self._forward.logit_count, sorted(self._eos)
-        self._matcher_factory = MatcherFactory(tokenizer, logit_count, eos)
+        eos = self._eos = end_tokens(model, tokenizer)
+        self._matcher_factory = MatcherFactory(tokenizer, self._forward.logit_count, sorted(eos))
 
         # guards the following attributes; notified when they change
         self._wake = threading.Condition()

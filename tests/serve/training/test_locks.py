@@ -185,7 +185,7 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(
 ):
     """There is memory for one adapter. That of the prompt was in memory, another one pushes it out
     before its turn."""
-    monkeypatch.setattr("veneer.bank.bank.PATIENCE", 20.0)
+    monkeypatch.setattr("veneer.bank.bank.MAX_WAIT_SECONDS", 20.0)
     service = open_service(base, None, train=str(tmp_path))
     engine, bank, worker = service.engine, service.bank, training_of(service).worker
     with listening(service) as (url, _):
@@ -230,7 +230,7 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(
 
 
 def test_publishing_does_not_wait_for_memory_that_samples_use(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("veneer.bank.bank.PATIENCE", 20.0)
+    monkeypatch.setattr("veneer.bank.bank.MAX_WAIT_SECONDS", 20.0)
     service = open_service(base, None, train=str(tmp_path))
     bank = service.bank
     with listening(service) as (url, _):
