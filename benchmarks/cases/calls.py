@@ -310,7 +310,7 @@ FORWARD = Case(
     ],
     forward_arms,
     {"tiny": True, "layers": 1, "tokens": 4},
-    minutes=11,
+    minutes=10,
 )
 MIXED = Case(
     "mixed",
@@ -323,7 +323,7 @@ MIXED = Case(
     [{"threads": "default", "dtype": dtype, "layers": 4, "adapters": 8} for dtype in DTYPES],
     mixed_arms,
     {"tiny": True, "layers": 1, "adapters": 2, "length": 4},
-    minutes=12,
+    minutes=4,
 )
 EXPERTS = Case(
     "experts",
@@ -338,7 +338,7 @@ EXPERTS = Case(
     [{"threads": "default", "dtype": "bfloat16", "call": call} for call in ("one token", "a step")],
     experts_arms,
     {"tiny": True},
-    minutes=1.5,
+    minutes=9,
 )
 ENGINE = Case(
     "engine",
@@ -350,7 +350,7 @@ ENGINE = Case(
     [{"threads": "default", "dtype": "bfloat16", "layers": 4, "prompt": 128, "tokens": 17}],
     engine_arms,
     {"tiny": True, "layers": 1, "prompt": 8, "tokens": 3},
-    minutes=1.6,
+    minutes=1.7,
 )
 IMPORT = Case(
     "import_time",
@@ -361,6 +361,6 @@ IMPORT = Case(
     import_arms,
     {"names": ["torch"]},
     rounds=2,
-    minutes=3.2,
+    minutes=3,
 )
 CASES = (FORWARD, MIXED, EXPERTS, ENGINE, IMPORT)

@@ -201,7 +201,7 @@ EARLIER_COMMIT = Case(
     earlier_comparison,
     {"tiny": True, "layers": 1, "tokens": 4},
     rounds=3,
-    minutes=20,
+    minutes=11.5,
     group="earlier",
     lacks=missing,
 )
@@ -219,7 +219,7 @@ ROLLOUTS_EARLIER = Case(
     earlier_comparison,
     {"tiny": True, "tokens": 4},
     rounds=2,
-    minutes=12,
+    minutes=10,
     group="earlier",
     lacks=missing,
 )

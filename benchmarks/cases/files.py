@@ -236,7 +236,7 @@ COMPOSE = Case(
     [{"threads": "default", "adapters": 8, "rank": 16, "layers": 1}],
     compose_arms,
     {"tiny": True, "adapters": 2, "rank": 4, "layers": 1},
-    minutes=1.6,
+    minutes=1.5,
 )
 MERGE = Case(
     "merge",
@@ -250,7 +250,7 @@ MERGE = Case(
     {"gib": 0.002, "width": 128},
     shown={"wall": ("wall time", "ratio"), "peak": ("peak of the process", "bytes")},
     apart=True,
-    minutes=2.4,
+    minutes=4.3,
 )
 FIDELITY = Case(
     "merge_fidelity",
@@ -268,7 +268,7 @@ FIDELITY = Case(
     fidelity_arms,
     {"steps": 1, "batch": 2, "held_out": 2},
     rounds=1,
-    minutes=3.6,
+    minutes=5.6,
     shown={
         "loss": ("held-out loss", ".4f"),
         "divergence": ("divergence", ".5f"),

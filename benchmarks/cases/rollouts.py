@@ -158,6 +158,6 @@ ROLLOUTS = Case(
     shown={"wall": ("wall time", "ratio"), "tokens": ("tokens of an answer", ".1f")},
     rounds=2,
     group="tasks",
-    minutes=12,
+    minutes=8,
 )
 CASES = (ROLLOUTS,)

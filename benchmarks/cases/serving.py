@@ -405,7 +405,7 @@ SERVE = Case(
     },
     rounds=3,
     group="serve",
-    minutes=16,
+    minutes=28,
     lacks=missing,
 )
 PREFIX = Case(
@@ -422,7 +422,7 @@ PREFIX = Case(
     shown={"wall": ("to the first token", "ratio")},
     rounds=2,
     group="serve",
-    minutes=25,
+    minutes=17,
     lacks=missing,
 )
 GAP = Case(
@@ -443,7 +443,7 @@ GAP = Case(
     },
     rounds=2,
     group="serve",
-    minutes=30,
+    minutes=18,
     lacks=missing,
 )
 LONG_ROW = Case(
@@ -464,7 +464,7 @@ LONG_ROW = Case(
     },
     rounds=2,
     group="serve",
-    minutes=4,
+    minutes=21,
     lacks=missing,
 )
 CASES = (SERVE, PREFIX, GAP, LONG_ROW)

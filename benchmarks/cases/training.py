@@ -157,7 +157,7 @@ STEP = Case(
     step_arms,
     {**TOY, "rows": 2},
     rounds=2,
-    minutes=22,
+    minutes=17,
 )
 STEP_ONE = Case(
     "step_one_thread",
@@ -172,7 +172,7 @@ STEP_ONE = Case(
     step_arms,
     TOY,
     shown={"wall": ("wall time", "ratio"), "cpu": ("CPU time", "ratio")},
-    minutes=1.8,
+    minutes=6.5,
 )
 STEP_OTHERS = Case(
     "step_others",
@@ -185,7 +185,7 @@ STEP_OTHERS = Case(
     ],
     step_arms,
     TOY,
-    minutes=1.6,
+    minutes=5.2,
 )
 MEMORY = Case(
     "step_memory",
@@ -214,6 +214,6 @@ MANY = Case(
     [{"threads": "default", "dtype": "bfloat16", "layers": 4, "adapters": 8, "tokens": 16}],
     many_arms,
     {**TOY, "tokens": 4, "adapters": 2},
-    minutes=1.5,
+    minutes=2.7,
 )
 CASES = (STEP, STEP_ONE, STEP_OTHERS, MEMORY, MANY)
