@@ -1,4 +1,5 @@
-"""The command line `veneer`. The module of a subcommand is imported only when it is called.
+"""The entry point of the command line `veneer`: runs a subcommand, and turns errors into messages
+and exit codes.
 
 `veneer --help` reads a table (``command_table.py``) and does not import the libraries that the
 subcommands need. This file imports none of them either, so it can say which package to install if

@@ -1,5 +1,5 @@
-"""The typer application: the commands by name. The module of a command is imported when the command
-is called; the list of commands in ``veneer --help`` comes from ``COMMANDS``."""
+"""The table of commands: name, module and help of each. A command's module is imported when the
+command is called; the list of commands in ``veneer --help`` comes from ``COMMANDS``."""
 
 from __future__ import annotations
 

@@ -455,7 +455,9 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
 def deviation_reason(kind_name: str, module: Any) -> str | None:
     """``peft_behaviour.deviation_reason`` for the tuners here: why PEFT's result differs from the
     result of a change of the weight, or why no variant can represent the change; else None."""
-    if kind_name in ("conv1d", "conv2d"):  # PEFT uses the layer's stride, padding, dilation, groups
+    # PEFT convolves x with its ΔW by the layer's stride, padding, dilation and groups, so that only
+    # several groups and another padding mode can make a difference.
+    if kind_name in ("conv1d", "conv2d"):
         if module.groups != 1:
             return (
                 f"one product for all {module.groups} groups of a convolution, where Veneer has one"

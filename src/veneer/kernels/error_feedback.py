@@ -197,7 +197,7 @@ def _neighbour_finder(
         return lambda _, values, buffer, mid, half: find_neighbours(
             values, dtype, buffer, mid, half
         )
-    # [g · in, rows], as ``_Rows.weight``
+    # transposed to [g · in, rows], the layout of ``_Rows.weight``, so that a column is a row
     columns_grid = grid.map_tensors(lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1))
 
     def find_in_columns(

@@ -1,5 +1,5 @@
-"""trl's `SFTTrainer` for Veneer's adapters, for the task sft: packing, offloading, and a loss that
-needs no full logits."""
+"""The trainer of the task sft, based on trl's `SFTTrainer`: packing, offloading, a loss that needs
+no full logits, and the mean over the labelled tokens of accumulated batches."""
 
 from __future__ import annotations
 

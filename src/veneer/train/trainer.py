@@ -1,5 +1,5 @@
-"""transformers' trainers for Veneer's adapters, with a loss that needs no full logits, an order of
-the data that can be reproduced, and atomic checkpoints.
+"""The base class of Veneer's trainers (order of the data, atomic checkpoints, several processes),
+and the trainer of all tasks but sft, with its sums over accumulated batches.
 
 `TaskTrainer` is transformers' `Trainer` with the loss of a task; the task sft uses
 `sft_trainer.AdapterTrainer`, based on trl's.

@@ -60,8 +60,8 @@ def blocking_weights(
             ):
                 if has_gradient_filled and not has_gradient:
                     names.append(name)
-    # If each of two parallel paths to the output has a zero, no single zero blocks the gradient.
-    # Then all zeros are reported.
+    # If each of two parallel paths to the output has an all-zero parameter, neither parameter alone
+    # blocks the gradient. Then all of them are reported.
     all_names = tuple(
         name for name, parameter in zeros.items() if parameter.ndim > 1 or not name.endswith("bias")
     ) or tuple(zeros)

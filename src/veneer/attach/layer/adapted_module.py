@@ -232,7 +232,8 @@ def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: A
         return base_cls.forward(module, *args, **kwargs)
     forward = partial(base_cls.forward, module)
     if layer_state.instance_forward is not None:
-        # The wrapper calls the forward of its argument's class, which must not be the adapted one.
+        # ``instance_forward`` calls the forward of its argument's class. Give it a copy with the
+        # base class: with the module itself, it would call the adapted forward.
         base_module = object.__new__(base_cls)
         base_module.__dict__.update(module.__dict__)
         forward = partial(layer_state.instance_forward, base_module)

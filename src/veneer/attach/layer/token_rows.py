@@ -40,8 +40,9 @@ def with_token_rows(
     dense: Tensor,
     layer: Layer,
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) of a weight ``dense`` [V, d] whose rows ``ids`` become ``token_rows`` [n, d]. All
-    other rows are changed by ``low_rank`` and ``gain``. ``layer`` is the kind of the layer."""
+    """The change of a weight ``dense`` [V, d] as (ΔW, gain), where the factors of ``gain`` multiply
+    dense + ΔW. It sets the rows ``ids`` to ``token_rows`` [n, d]; the other rows get ``low_rank``
+    and ``gain``. ``layer`` is the kind of the layer."""
     dtype = at_least_float32(token_rows.dtype)
     rows, vocabulary_size = token_rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:

@@ -35,8 +35,8 @@ MAX_PREFILL_TOKENS = 4096
 #: trial uses nine tokens of it
 TRIAL_LENGTH = 32
 
-#: for each model, the result of its trial: (the state of the model in the trial; the forms of its
-#: layers, or the reason why it cannot be called on the KV cache)
+#: the result of each model's trial run (``open_forward``): (what the result depends on, so that a
+#: changed model is tried again; a ``LayerForm`` for each layer, or the reason of a refusal)
 _TRIED: weakref.WeakKeyDictionary[Any, tuple[Hashable, tuple[LayerForm, ...] | str]] = (
     weakref.WeakKeyDictionary()
 )

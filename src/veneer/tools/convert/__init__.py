@@ -360,8 +360,8 @@ def _detect_folder(path: Path) -> str:
     if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
         problem = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
         raise AdapterError(problem, peft.TENSORS, "save the adapter again as safetensors")
-    single_files = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
-    do = f"name the file, such as {path / single_files[0]}" if single_files else "check the path"
+    file_names = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
+    do = f"name the file, such as {path / file_names[0]}" if file_names else "check the path"
     raise AdapterError(
         f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do
     )

@@ -276,7 +276,7 @@ def _factor_change(
 ) -> _Product:
     """The low-rank product nearest to the change of one weight, with factors in ``dtype``."""
     start_time = time.perf_counter()
-    fingerprint = fingerprint_of(pair.base.shape, (pair.base.read(rows) for rows in pair.rows))
+    fingerprint = fingerprint_of(pair.base.shape, map(pair.base.read, pair.matrix_slices))
     dense_matrices = None if pair.is_stack else list(pair.matrices())
     frozen_input = pair.kind.frozen_input(pair.module)
     frozen_input_energy = 0.0
@@ -309,7 +309,10 @@ def _factor_change(
         error_energy += svd.distance(matrix, A, B)
         factors.append((A.cpu(), B.cpu()))
         methods.add(method)
-    base_energy = sum(svd.energy(pair.base.read(rows).reshape(1, -1)) for rows in pair.rows)
+    base_energy = sum(
+        svd.energy(pair.base.read(matrix_slice).reshape(1, -1))
+        for matrix_slice in pair.matrix_slices
+    )
     A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
     report = Extracted(
         path=pair.path,

@@ -86,7 +86,7 @@ class WeightPair:
         )
 
     @property
-    def rows(self) -> list[slice | None]:
+    def matrix_slices(self) -> list[slice | None]:
         """The slices of the first axis in which the weight is read: one for each matrix of a stack.
         For other weights [None], which means all rows at once."""
         return (
@@ -97,8 +97,8 @@ class WeightPair:
 
     def matrix_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (base weight, tuned weight): one for each matrix of a stack, else a single pair."""
-        for rows in self.rows:
-            yield self.base.read(rows), self.tuned.read(rows)
+        for matrix_slice in self.matrix_slices:
+            yield self.base.read(matrix_slice), self.tuned.read(matrix_slice)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (chunk of the base weight, chunk of the tuned weight), over the whole weight. The

@@ -1,5 +1,5 @@
-"""The settings of a sweep: the section `sweep:` of a YAML file. Here are the defaults of the steps
-at which candidates may end (rungs), and of the share that continues.
+"""The settings of a sweep, the section `sweep:` of a YAML file: the axes with their lists and
+ranges, and the steps at which candidates may end (rungs), with the share that continues.
 
 axes       the values to try: a list, or a range {low, high, log}
 sampler    grid (every combination of lists), random, or the name of a sampler of Optuna

@@ -22,8 +22,8 @@ from veneer.train.tokens import IGNORED
 
 
 class CausalTask(Task):
-    """Base class of tasks that train on the answers of a causal language model, including reward,
-    which scores such answers."""
+    """Base class of the tasks that train on answers: those of a causal language model, and
+    ``reward``, which trains a model to score answers."""
 
     @property
     def beta(self) -> float:
