@@ -36,12 +36,12 @@ Deliver = Callable[[Piece], None]
 
 @dataclass(eq=False)
 class Job:
-    """A request, the callback that its pieces go to, and its state. The front reads `submitted`,
+    """A request, the callback that its pieces go to, and its state. The front reads `submitted_at`,
     `started_at` and `cached` when the answer has ended."""
 
     request: Request
     deliver: Deliver
-    submitted: float = field(default_factory=time.monotonic)
+    submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     cached: int = 0  # `generate` keeps no prefixes
     cancelled: bool = False
