@@ -361,13 +361,14 @@ def test_two_processes_may_remove_a_folder_at_the_same_time(number, tmp_path, mo
     assert len(removals) == (1 if number == errno.ENOENT else 2)
 
 
-def test_a_leftover_that_goes_meanwhile_is_no_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EEXIST])
+def test_a_leftover_that_goes_meanwhile_is_no_error(tmp_path, monkeypatch, number):
     leftover = tmp_path / ".adapter.abc.tmp"
     leftover.mkdir()
 
     def gone(path):
         leftover.rmdir()
-        raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(temporary, "acquire", gone)
     temporary.recover(tmp_path / "adapter")

@@ -92,9 +92,11 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
     try:
         lock = acquire(temporary_folder / LOCK)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise
-        return  # the folder is another user's, on a read-only disk, or has gone meanwhile
+        # the folder is another user's or on a read-only disk; or another process removed it before
+        # the lock file was created (ENOENT) or while filelock created missing parents (EEXIST)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST):
+            return
+        raise
     if lock is None:
         return
     try:
