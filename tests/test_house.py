@@ -327,6 +327,15 @@ def test_the_core_imports_nothing_heavy():
     assert printed(code).strip() == "[]"
 
 
+def test_training_many_adapters_needs_no_extra():
+    """pydantic and yaml come with the extra `cli`; `train_many` and the loss are in the core."""
+    code = (
+        "import sys; sys.modules['pydantic'] = sys.modules['yaml'] = None\n"
+        "import veneer, veneer.train.loss; print(veneer.train_many.__name__)"
+    )
+    assert printed(code).strip() == "train_many"
+
+
 def test_the_command_line_starts_without_the_libraries_of_its_commands():
     heavy = "transformers trl datasets pydantic"
     code = f"import sys, veneer.cli; print([name for name in '{heavy}'.split() if name in sys.modules])"

@@ -7,14 +7,16 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from veneer import models
 from veneer.errors import ConfigError
 from veneer.train import data
-from veneer.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from veneer.train.config import TrainConfig
 
 #: default maximal length of an example in tokens, if the model's context is longer
 DEFAULT_MAX_LENGTH = 2048
@@ -49,7 +51,7 @@ class Rows(Dataset[dict[str, Any]]):
         return self.rows[index]
 
     @property
-    def trained_tokens(self) -> int:
+    def head_token_count(self) -> int:
         """The number of tokens that reach the output head."""
         return sum(self.head_token_counts)
 
