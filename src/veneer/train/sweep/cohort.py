@@ -15,7 +15,7 @@ the same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -100,13 +100,16 @@ class Cohort:
         self._step_rows: dict[int, Iterator[list[list[int]]]] = {}
         self._checked_configs: list[Any] = []
         try:
-            for name, task in tasks.items():
-                try:
-                    self._begin_candidate(name, task, output, resumed_from)
-                except VeneerError as error:
-                    self.failed[name] = str(error)
-                    if name in self.runs:
-                        self.runs.remove(name)
+            self._for_each(
+                tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from)
+            )
+            decay_flags = _find_decay_flags(model)
+            self._for_each(
+                self.runs,
+                lambda name: self._start_candidate(
+                    name, tasks[name], output, resumed_from, decay_flags
+                ),
+            )
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
                 raise_all(TargetError, "The sweep cannot begin", problems)
@@ -114,19 +117,45 @@ class Cohort:
             self.close()
             raise
 
-    def _begin_candidate(
-        self, name: str, task: Task, output: Path, resumed_from: Path | None
+    def _for_each(self, names: Iterable[str], action: Callable[[str], None]) -> None:
+        """Run ``action`` for each candidate. If it raises, record the failure and detach the
+        adapter."""
+        for name in [*names]:
+            try:
+                action(name)
+            except VeneerError as error:
+                self.failed[name] = str(error)
+                if name in self.runs:
+                    self.runs.remove(name)
+
+    def _attach_candidate(self, name: str, task: Task, resumed_from: Path | None) -> None:
+        config = task.config
+        if resumed_from is not None:
+            self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
+            return
+        calibration = calibration_arguments(task, self.prepared.train, self.model)
+        adapter_config = lora_config(config, self.model, {})
+        self.runs.add(name, adapter_config, seed=config.seed, **calibration)
+        # candidates with equal adapter configs need only one check
+        if config.check and adapter_config not in self._checked_configs:
+            check(self.model, task.example(self.prepared, self.model.device), name)
+            self._checked_configs.append(adapter_config)
+
+    def _start_candidate(
+        self,
+        name: str,
+        task: Task,
+        output: Path,
+        resumed_from: Path | None,
+        decay_flags: Mapping[int, bool],
     ) -> None:
-        """Attach a candidate's adapter, and create its optimiser and schedule: new ones, or as they
-        were in a checkpoint."""
-        if resumed_from is None:
-            self._attach_new_adapter(name, task)
-        else:
-            folder = resumed_from / name / checkpoint.ADAPTER
-            self.runs.add(name, folder, seed=task.config.seed)
+        """Create a candidate's optimiser and schedule, and restore their state from a
+        checkpoint."""
         adapter = self.runs.engine.adapters[name]
         arguments, steps = arguments_of(task.config, output, self.prepared), self.prepared.steps
-        adapter.optimizer = _create_optimizer(arguments, self.model, adapter.parameters)
+        adapter.optimizer = _create_optimizer(
+            arguments, self.model, adapter.parameters, decay_flags
+        )
         adapter.scheduler = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=adapter.optimizer,
@@ -138,16 +167,6 @@ class Cohort:
         else:  # because transformers' Trainer seeds again after the adapter is attached
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
-
-    def _attach_new_adapter(self, name: str, task: Task) -> None:
-        config = task.config
-        calibration = calibration_arguments(task, self.prepared.train, self.model)
-        adapter_config = lora_config(config, self.model, {})
-        self.runs.add(name, adapter_config, seed=config.seed, **calibration)
-        # candidates with equal adapter configs need only one check
-        if config.check and adapter_config not in self._checked_configs:
-            check(self.model, task.example(self.prepared, self.model.device), name)
-            self._checked_configs.append(adapter_config)
 
     def begin(self, step: int) -> None:
         """Put the base in training mode, and skip the rows of the first `step` steps, which are
@@ -274,21 +293,34 @@ def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
     return loss.total / max(loss.items, 1)
 
 
+def _find_decay_flags(model: Any) -> dict[int, bool]:
+    """By the id of each trainable parameter, whether weight decay applies to it. The order is that
+    of the model's parameters."""
+    decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
+    return {
+        id(parameter): name in decayed_names
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def _create_optimizer(
-    arguments: Any, model: Any, parameters: list[nn.Parameter]
+    arguments: Any, model: Any, parameters: list[nn.Parameter], decay_flags: Mapping[int, bool]
 ) -> torch.optim.Optimizer:
     """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
     one candidate, in the order of the model's parameters. Raises ``ConfigError`` for an optimiser
     that is not installed, or that needs the whole model."""
-    decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
-    ids = {id(parameter) for parameter in parameters if parameter.requires_grad}
-    trained = [(name, value) for name, value in model.named_parameters() if id(value) in ids]
+    parameters_by_id = {id(parameter): parameter for parameter in parameters}
     groups = [
         {
-            "params": [value for name, value in trained if (name in decayed_names) is is_decayed],
+            "params": [
+                parameters_by_id[key]
+                for key, is_decayed in decay_flags.items()
+                if key in parameters_by_id and is_decayed is group_decayed
+            ],
             "weight_decay": weight_decay,
         }
-        for is_decayed, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
+        for group_decayed, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
