@@ -797,7 +797,7 @@ def test_a_stop_token_is_the_last_of_its_answer(opened):
 
 def test_a_step_is_taken_within_the_turn(opened):
     turn = threading.Lock()
-    engine = opened(turn=turn)
+    engine = opened(model_lock=turn)
     with turn:
         client = Client(engine, asked((5, 6, 7), 2))
         time.sleep(0.1)

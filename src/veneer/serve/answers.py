@@ -46,8 +46,7 @@ class Answers:
         """Submit the requests to ``engine``. Any thread may call this; the pieces of answers are
         read in ``loop``. ``on_tokens_used`` is called once with the number of tokens of all prompts
         and answers, when all have ended or are cancelled; never if submitting fails."""
-        self._loop, self._unfinished = loop, len(requests)
-        self._on_tokens_used = on_tokens_used
+        self._loop, self._on_tokens_used, self._unfinished = loop, on_tokens_used, len(requests)
         self._token_count = sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._request_states: list[Any] = []
@@ -87,7 +86,7 @@ class Answers:
             self.cancel()
 
     def cancel(self) -> None:
-        """Cancel the requests that still run. The first call also charges the tokens so far."""
+        """Cancel the requests that still run. The first call also reports the tokens so far."""
         if self._unfinished:
             for request_state in self._request_states:
                 request_state.cancel()
@@ -363,9 +362,10 @@ def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[s
     logprobs = _logprobs(writer, [*echoed_tokens, *tokens], start)
     content: dict[str, Any] = {"text": echoed_text + text}
     if writer.is_chat:
+        content = {"message": {"role": "assistant", "content": echoed_text + text, "refusal": None}}
+    if writer.parsers:  # of chats only
         blocks = join_deltas(delta for piece in pieces for delta in writer.deltas(index, piece))
-        message = {"role": "assistant", "content": None, "refusal": None}
-        content = {"message": message | _message_fields(echoed_text, blocks)}
+        content["message"] |= _message_fields(echoed_text, blocks)
     return {
         "index": index,
         **content,

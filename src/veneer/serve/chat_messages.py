@@ -3,6 +3,7 @@ rules that hold for all bodies."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -161,7 +162,7 @@ def check_tools(
     there is none, and tools beside a field that sets the format of the answer. ``has_format``:
     whether the request has such a field, which is ``param``."""
     names = [tool.function.name for tool in tools]
-    duplicate = next((name for name in names if names.count(name) > 1), None)
+    duplicate = next((name for name, count in Counter(names).items() if count > 1), None)
     chosen_name = choice.function.name if isinstance(choice, NamedChoice) else ""
     raise_first_error(
         (

@@ -135,7 +135,7 @@ async def embeddings(
 ) -> Response:
     """Embed texts, if the base is an encoder."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
-    embedder = embedder_of(service)
+    embedder = _embedder_of(service)
     if body.dimensions not in (None, embedder.width):
         raise Refusal(
             400,
@@ -145,17 +145,8 @@ async def embeddings(
             param="dimensions",
         )
     tokens = await read_texts(service, body.input, "input", service.length)
-    longest_input = max(map(len, tokens))
-    if longest_input > service.length:
-        raise Refusal(
-            400,
-            f"an input of {longest_input} tokens",
-            f"at most {service.length}",
-            "shorten it",
-            param="input",
-            code="context_length_exceeded",
-        )
-    vectors = await vectors_of(request, service, key, tokens, blend)
+    _check_lengths(tokens, service.length, "shorten it")
+    vectors = await _vectors_of(request, service, key, tokens, blend)
     encode = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [
         {"object": "embedding", "index": i, "embedding": encode(vector)}
@@ -223,14 +214,14 @@ async def _score_pairs(
 ) -> tuple[list[float], int]:
     """The score of each pair, and the number of tokens that were encoded."""
     blend = await requested_adapters(service, key, body.model, body.adapters)
-    embedder = embedder_of(service)
+    embedder = _embedder_of(service)
     if embedder.label_count:
         sequences: list[tuple[str, ...]] = list(pairs)
     else:  # encode a text that is in several pairs once
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
     ids, token_types = await _tokenize(service, sequences, body.truncate_prompt_tokens)
     options = {"token_types": token_types, "with_head": True} if embedder.label_count else {}
-    vectors = await vectors_of(request, service, key, ids, blend, **options)
+    vectors = await _vectors_of(request, service, key, ids, blend, **options)
     token_count = sum(map(len, ids))
     if embedder.label_count:
         logits = torch.stack(vectors)[:, 0]
@@ -266,22 +257,27 @@ async def _tokenize(
     for group in prompts.group_texts(sequences, size_of=lambda texts: sum(map(len, texts))):
         char_count = sum(len(text) for texts in group for text in texts)
         await in_text_thread(service, char_count, lambda group=group: tokenize_group(group))
-    longest = max(map(len, ids))
-    if longest > service.length:
-        raise Refusal(
-            400,
-            f"an input of {longest} tokens",
-            f"at most {service.length}",
-            "shorten it, or send truncate_prompt_tokens = -1",
-            param="input",
-            code="context_length_exceeded",
-        )
+    _check_lengths(ids, service.length, "shorten it, or send truncate_prompt_tokens = -1")
     if not min(map(len, ids)):
         raise Refusal(400, "a text without a token", "at least one", "send some text")
     return ids, token_types
 
 
-def embedder_of(service: Service) -> Embedder:
+def _check_lengths(ids: Sequence[Sequence[int]], length: int, do: str) -> None:
+    """``Refusal``: an input has more than ``length`` tokens. ``do``: what the client can do."""
+    longest = max(map(len, ids))
+    if longest > length:
+        raise Refusal(
+            400,
+            f"an input of {longest} tokens",
+            f"at most {length}",
+            do,
+            param="input",
+            code="context_length_exceeded",
+        )
+
+
+def _embedder_of(service: Service) -> Embedder:
     """The embedder of a service. ``Refusal``: the base is a causal language model."""
     if service.embedder is None:
         raise Refusal(
@@ -295,7 +291,7 @@ def embedder_of(service: Service) -> Embedder:
     return service.embedder
 
 
-async def vectors_of(
+async def _vectors_of(
     request: Request,
     service: Service,
     key: Key,
@@ -306,7 +302,7 @@ async def vectors_of(
     """The result of ``Embedder.submit``: the vector of each text, or its logits, on the CPU.
     ``options``: further arguments of ``submit``. ``Refusal``: the computation failed, or the client
     disconnected."""
-    embedder = embedder_of(service)
+    embedder = _embedder_of(service)
     try:
         computation = embedder.submit(tokens, blend, service.timeout, key.owner, **options)
         return await unless_disconnected(request, asyncio.wrap_future(computation))

@@ -73,7 +73,7 @@ class Engine:
             ones), first_token(blend, seconds), next_token(blend, seconds since the token before),
             tokens(blend, prompt tokens, generated ones), preempted(blend), finished(blend, reason,
             seconds).
-        turn: a context manager around each step, so that other code does not change the model's
+        model_lock: a context manager around each step: other code does not change the model's
             layers meanwhile.
         cache_memory: the most bytes of keys and values, of rows and cached prefixes together; None
             is half of the free memory.
@@ -96,7 +96,7 @@ class Engine:
         prefill: int = 512,
         queue: int = 256,
         observer: Any = None,
-        turn: AbstractContextManager[Any] | None = None,
+        model_lock: AbstractContextManager[Any] | None = None,
         *,
         cache_memory: int | None = None,
         prefix_cache: bool = True,
@@ -105,7 +105,7 @@ class Engine:
         max_context = context(model.config)
         self.length, self.rows = min(length, max_context or length), rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
-        self._turn = nullcontext() if turn is None else turn
+        self._model_lock = nullcontext() if model_lock is None else model_lock
         self._forward = Forward(model.eval())
         try:
             self._forward.compare_logits(self.length, lambda n: self._select_adapters([None] * n))
@@ -282,7 +282,7 @@ class Engine:
         """Run a step. An error in a call of the model ends only the call's requests. After any
         other error, end all requests that have rows, and allocate new memory for rows."""
         try:
-            with self._turn:
+            with self._model_lock:
                 self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")

@@ -23,7 +23,7 @@ from veneer.models.decode.forward import TOGETHER
 PROMPT_SHARE = 0.7
 
 #: up to this many times more or fewer rows, the duration of the latest decode call is used
-MOST_ROW_GROWTH = 1.25
+MAX_ROW_GROWTH = 1.25
 
 #: the prompt tokens of a step are a multiple of this, so that many steps have the same number
 TOKEN_MULTIPLE = 8
@@ -104,8 +104,8 @@ class PrefillBudget:
     def _knows_decode(self, rows: int) -> bool:
         """Whether the latest call that only decoded had about ``rows`` rows. If many rows were
         added since, their time would be mistaken for that of prompts (``note_together``)."""
-        return self._decode_rows <= MOST_ROW_GROWTH * rows and rows <= (
-            MOST_ROW_GROWTH * self._decode_rows
+        return self._decode_rows <= MAX_ROW_GROWTH * rows and rows <= (
+            MAX_ROW_GROWTH * self._decode_rows
         )
 
     def _prompt_seconds(self, running: int, filling: int) -> float:

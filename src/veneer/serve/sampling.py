@@ -122,8 +122,9 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         draw = _Draw(
             _rows_of(processed_logits, random_rows).float(), [rows[i] for i in random_rows]
         )
-        results[1] = tokens.index_copy(0, _tensor_like(random_rows, tokens), draw.tokens)
-        results.append(_spread(draw.needs_sort, random_rows, len(rows)))
+        results[1] = _put_rows(draw.tokens, random_rows, tokens)
+        no_row = torch.zeros_like(tokens, dtype=torch.bool)
+        results.append(_put_rows(draw.needs_sort, random_rows, no_row))
     # copy all results to the CPU at once: each copy waits for the device
     packed = torch.stack([result.to(tokens.dtype) for result in results])
     finite, chosen_tokens, *unsorted = packed.tolist()
@@ -194,9 +195,11 @@ def _rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
     )
 
 
-def _spread(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """A tensor of ``count`` rows with ``values`` in the given rows and 0 in all others."""
-    return values.new_zeros(count).index_copy(0, _tensor_like(rows, values), values)
+def _put_rows(values: Tensor, rows: Sequence[int], target: Tensor) -> Tensor:
+    """``target`` with ``values`` in the given rows, which are in ascending order."""
+    if len(rows) == len(target):
+        return values
+    return target.index_copy(0, _tensor_like(rows, target), values)
 
 
 class _Draw:
@@ -231,9 +234,8 @@ class _Draw:
         )
         if nucleus_rows:
             tokens, needs_sort = self._draw_nucleus(nucleus_rows)
-            row_indices = _tensor_like(nucleus_rows, tokens)
-            self.tokens = self.tokens.index_copy(0, row_indices, tokens)
-            self.needs_sort = _spread(needs_sort, nucleus_rows, len(rows))
+            self.tokens = _put_rows(tokens, nucleus_rows, self.tokens)
+            self.needs_sort = _put_rows(needs_sort, nucleus_rows, self.needs_sort)
 
     def _draw_nucleus(self, nucleus_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw a token for each row with top_k or top_p. Returns the tokens, and whether more

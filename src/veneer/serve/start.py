@@ -73,8 +73,8 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     engine = embedder = None
     rows = settings.rows or ROWS
     if is_causal:
-        turn = None if plugin is None else plugin.model_lock
-        engine = _start_engine(settings, loaded_base, bank, rows, length, metrics, turn)
+        model_lock = None if plugin is None else plugin.model_lock
+        engine = _start_engine(settings, loaded_base, bank, rows, length, metrics, model_lock)
         length = engine.length
     else:
         embedder = _make_embedder(loaded_base, bank, rows, settings.queue or TEXT_QUEUE, metrics)
@@ -141,9 +141,9 @@ def _start_engine(
     rows: int,
     length: int,
     metrics: Metrics,
-    turn: Any,
+    model_lock: Any,
 ) -> Engine:
-    """``turn``: a context manager around each step of the engine, or None."""
+    """``model_lock``: a context manager around each step of the engine, or None."""
     engine = Engine(
         base.model,
         base.tokenizer,
@@ -152,7 +152,7 @@ def _start_engine(
         length=length,
         queue=settings.queue or QUEUE,
         observer=metrics,
-        turn=turn,
+        model_lock=model_lock,
         cache_memory=settings.cache_memory,
         prefix_cache=settings.prefix_cache,
         gap=settings.gap,

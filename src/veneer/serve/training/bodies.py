@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AliasChoices,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -20,22 +19,15 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from veneer.serve.body_rules import limit_unknown_fields
-from veneer.serve.refusal import value_error
+from veneer.serve.sampling_fields import TokenId, limit_entries
 from veneer.serve.training.run_trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
 Path = Annotated[str, Field(max_length=512)]
 RequestNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 #: seconds after which a checkpoint expires: an hour to ten years
 LifetimeSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
-
-
-def _check_entry_count(metadata: Any) -> Any:
-    if isinstance(metadata, dict) and len(metadata) > 64:
-        raise value_error(f"{len(metadata):,} entries", "at most 64", "leave some out")
-    return metadata
 
 
 def _aliases(field_info: FieldInfo) -> list[str]:
@@ -267,7 +259,7 @@ class CopyWeights(Body):
 class SearchSessions(Body):
     session_id: Id | None = None
     project_ids: Annotated[list[Id], Field(fail_fast=True, max_length=64)] | None = None
-    user_metadata: Annotated[dict[str, str], BeforeValidator(_check_entry_count)] = {}
+    user_metadata: Annotated[dict[str, str], limit_entries(64, "entries")] = {}
     display_name: Id | None = None
     owner: dict[str, Any] = {"type": "own"}
     statuses: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=8)] | None = None

@@ -282,8 +282,8 @@ def adapter_folder(store: Store, name: str) -> Path:
     return store.files_of(checkpoint) / ADAPTER
 
 
-def _is_encrypted(adapter_folder: Path) -> bool:
-    return any(adapter_folder.glob(f"*{SUFFIX}"))
+def _is_encrypted(folder: Path) -> bool:
+    return any(folder.glob(f"*{SUFFIX}"))
 
 
 def _link_or_copy(source: str, target: str) -> None:
