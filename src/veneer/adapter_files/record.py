@@ -234,14 +234,16 @@ def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
     checks = [
         (
             is_rank_valid and type(alpha) in (int, float),
-            f"rank {_short_repr(rank)} and alpha {_short_repr(alpha)}",
+            "rank {} and alpha {}",
+            (rank, alpha),
             f"a rank of at least {min_rank} and a number",
         ),
-        (type(module_only) is bool, f"module_only {_short_repr(module_only)}", "true or false"),
+        (type(module_only) is bool, "module_only {}", (module_only,), "true or false"),
         *(
             (
                 _is_range_list(fields[field]),
-                f"{field} {_short_repr(fields[field])}",
+                f"{field} {{}}",
+                (fields[field],),
                 "(start, stop) pairs",
             )
             for field in ("rows", "tokens")
@@ -249,12 +251,14 @@ def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
         ),
         (
             "tokens" not in fields or type(row_count) is int,
-            f"tokens of {_short_repr(row_count)} rows",
+            "tokens of {} rows",
+            (row_count,),
             "the number of rows of its weight",
         ),
     ]
-    for is_valid, problem, expected in checks:
+    for is_valid, template, values, expected in checks:
         if not is_valid:
+            problem = template.format(*map(_short_repr, values))
             yield sentence(f"{problem} for {weight_path!r}", expected, "get another copy")
 
 
