@@ -88,9 +88,8 @@ def write(
             norms_by_block(norms),
         ),
     }
-    body = "".join(
-        f"<section><h2>{heading}</h2><p>{text}</p>{content}</section>"
-        for heading, (text, content) in sections.items()
-    )
+    body = [
+        f"<h2>{heading}</h2><p>{text}</p>{content}" for heading, (text, content) in sections.items()
+    ]
     path.write_text(document(title, lead, cards, body, escape(footer)), encoding="utf-8")
     return path

@@ -358,7 +358,12 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """A context manager in which every module of a model is in evaluation mode. At the end, each
     module gets the mode that it had before. It does not call the methods ``train`` and ``eval``,
     which a model may override."""
-    modes = {module: module.training for module in model.modules()}
+    modes: dict[torch.nn.Module, bool] = {}
+    waiting: list[torch.nn.Module | None] = [model]
+    while waiting:
+        if (module := waiting.pop()) is not None and module not in modes:
+            modes[module] = module.training
+            waiting += list(module._modules.values())  # a copy: another thread may attach
     try:
         for module in modes:
             module.training = False

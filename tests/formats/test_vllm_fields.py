@@ -20,9 +20,12 @@ from torch import nn
 
 import veneer
 from veneer.adapter_files.folder import read
-from veneer.formats.vllm import DEFAULT_MAX_RANK, parse_tensor_name, problems
+from veneer.formats.vllm import parse_tensor_name, problems
 from veneer.tools.convert import convert
 from veneer.variants import VARIANTS
+
+#: the default of vLLM's setting ``max_lora_rank``
+DEFAULT_MAX_RANK = 16
 
 
 class Refused(ValueError):  # noqa: N818

@@ -18,8 +18,7 @@ import veneer
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
-from veneer.layers import LAYERS, kind_for
-from veneer.layers._base import GENERAL_KIND_NAME
+from veneer.layers import GENERAL_KIND, LAYERS, kind_for
 from veneer.lowrank import LowRank
 from veneer.tools import intruders
 from veneer.tools.compare import compare
@@ -349,6 +348,6 @@ def test_stacks_of_experts_are_looked_at_one_by_one(tmp_path):
     model["experts"].up = nn.Parameter(torch.randn(3, 6, 4))
     path = trained(model, tmp_path / "a", rank=1)
     (one,) = find_intruders(read(path), FrozenWeights(model), count=2)
-    assert kind_for(model["experts"], "up").name == GENERAL_KIND_NAME
+    assert kind_for(model["experts"], "up") is GENERAL_KIND
     assert len(one.cosines) == 6
     assert len(one.intruders) == 3

@@ -96,7 +96,7 @@ def test_completions_alone_are_learnt_unless_told_otherwise(tmp_path: Path) -> N
     examples = tokens.tokenise(rows, TOKENIZER, max_length=10)
     assert TOKENIZER.decode(examples[0]["input_ids"]) == "abcd<|im_end|>"
     assert learnt(examples) == "cd<|im_end|>"
-    assert examples.trained_tokens == 3
+    assert examples.head_token_count == 3
     assert (
         learnt(tokens.tokenise(rows, TOKENIZER, max_length=10, completion_only=False))
         == "abcd<|im_end|>"

@@ -21,8 +21,7 @@ from veneer.formats import peft, peft_paths, peft_targets
 
 __all__ = ["problems"]
 
-#: the default and the valid values of vLLM's setting ``max_lora_rank``
-DEFAULT_MAX_RANK = 16
+#: the valid values of vLLM's setting ``max_lora_rank``
 VALID_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: the name of a tensor: a module path, then a suffix for A or B
 _FACTOR_NAME = re.compile(

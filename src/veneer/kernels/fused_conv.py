@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels import cost_model, device, dropout, fused, reference
+from veneer.kernels import cost_model, device, dropout, fused, reference, without_autocast
 
 #: up to this number of elements of x, the fused function is not used, because two convolutions and
 #: a sum, which make fewer Python calls, are as fast then; measured on a CPU core
@@ -156,6 +156,7 @@ class _Conv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         settings, (x, weight, bias, A, B, h) = ctx.settings, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
@@ -165,26 +166,25 @@ class _Conv(torch.autograd.Function):
                 definition, (x, weight, bias, A, B), needs, [dy], settings.drop_probability
             )
         need_x, _, need_bias, need_A, need_B = needs
-        with torch.autocast(x.device.type, enabled=False):
-            dy, down, up = _to_format(dy, settings.channels_last), A.to(x.dtype), B.to(x.dtype)
-            if need_B and h is None:
-                h = _bottleneck(settings, x, down, weight)
-            dx = dA = None
-            dh, dB = _up_gradients(settings, dy, up, h if need_B else None)
-            dB = None if dB is None else dB.to(B.dtype)
-            if need_A or need_x:
-                dx, dA = _bottleneck_gradients(
-                    settings, x, down, weight, dh, need_x and not settings.forms_weight, need_A
-                )
-                dA = None if dA is None else dA.to(A.dtype)
-            if need_x:
-                if settings.forms_weight:
-                    weight = _form_weight(weight, down, up, settings.scale)
-                low_rank_dx = dx
-                dx, *_ = _convolution_backward(settings, dy, x, weight, (True, False, False))
-                dx = _to_format(dx, settings.channels_last)
-                dx = dx if low_rank_dx is None else dx.add_(low_rank_dx)
-            db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
+        dy, down, up = _to_format(dy, settings.channels_last), A.to(x.dtype), B.to(x.dtype)
+        if need_B and h is None:
+            h = _bottleneck(settings, x, down, weight)
+        dx = dA = None
+        dh, dB = _up_gradients(settings, dy, up, h if need_B else None)
+        dB = None if dB is None else dB.to(B.dtype)
+        if need_A or need_x:
+            dx, dA = _bottleneck_gradients(
+                settings, x, down, weight, dh, need_x and not settings.forms_weight, need_A
+            )
+            dA = None if dA is None else dA.to(A.dtype)
+        if need_x:
+            if settings.forms_weight:
+                weight = _form_weight(weight, down, up, settings.scale)
+            low_rank_dx = dx
+            dx, *_ = _convolution_backward(settings, dy, x, weight, (True, False, False))
+            dx = _to_format(dx, settings.channels_last)
+            dx = dx if low_rank_dx is None else dx.add_(low_rank_dx)
+        db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
 
 

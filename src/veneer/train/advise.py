@@ -88,7 +88,7 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     task.read_data()
     task.open_base()
     prepared = task.prepare()
-    trained_tokens = prepared.train.trained_tokens
+    trained_tokens = prepared.train.head_token_count
     parameters_per_rank, hidden_size, model_type = _read_base_sizes(config)
     advice = [
         _advise_rank(trained_tokens, parameters_per_rank),

@@ -26,7 +26,7 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
 
     Args:
         model: a model of transformers. It is called with input_ids and attention_mask
-            [2, ROW_TOKENS] in evaluation mode; then its mode is restored.
+            [2, ROW_TOKENS] in evaluation mode; each module keeps its mode.
         name: the name of the base, for the error.
     """
     vocab_size = model.get_input_embeddings().weight.shape[0]

@@ -37,7 +37,6 @@ FREE_ON_RESUME = frozenset(
         "offload_activations", "parallel", "shard_size", "record_example",
     }
 )  # fmt: skip
-
 #: fields with a list, which a flag gives as one text with commas
 LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
                "layers", "reward")  # fmt: skip
@@ -389,8 +388,9 @@ class TrainConfig(BaseModel):
                 "resume and overwrite are both given; expected one of them",
             ),
         ]
-        if descriptions := [text for is_wrong, text in problems if is_wrong]:
-            raise ValueError(descriptions[0])
+        for is_wrong, description in problems:
+            if is_wrong:
+                raise ValueError(description)
         return self
 
     def _list_changed(self, fields: tuple[str, ...]) -> str:

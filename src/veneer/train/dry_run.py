@@ -102,7 +102,7 @@ def _describe_time(task: Task, model: Any, prepared: Prepared, steps: int) -> st
         above += share * parameter.numel() * trains
         below += share * parameter.numel() * (not trains)
     labelled_share = (
-        0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)
+        0 if head is None else prepared.train.head_token_count / max(sum(prepared.train.lengths), 1)
     )
     head_weight_count = 0 if head is None else head.weight.numel() * labelled_share
     passes = 3 if config.activation_checkpointing else 2

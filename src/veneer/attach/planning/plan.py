@@ -289,25 +289,25 @@ class _Planner:
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
         """``specs`` with the trained tokens. A weight that is no target gets a spec of rank 0 for
         its tokens."""
-        ids_by_owner = token_targets.token_ids_by_weight(
+        ids_by_weight = token_targets.token_ids_by_weight(
             self.names, self.config.trainable_tokens, self.problems
         )
-        refs_by_id = self.names.refs_by_parameter_id() if ids_by_owner else {}
+        refs_by_id = self.names.refs_by_parameter_id() if ids_by_weight else {}
         specs_with_tokens = dict(specs)
-        for ref, spec in specs.items() if ids_by_owner else ():
-            owner = self.names.holders_of(ref, refs_by_id)[0]
-            specs_with_tokens[ref] = replace(spec, tokens=ids_by_owner.pop(owner, None))
+        for ref, spec in specs.items() if ids_by_weight else ():
+            first_ref = self.names.holders_of(ref, refs_by_id)[0]
+            specs_with_tokens[ref] = replace(spec, tokens=ids_by_weight.pop(first_ref, None))
             if specs_with_tokens[ref].tokens and self.config.dropout:
                 problem = (
                     f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of"
-                    f" {owner[0]!r}"
+                    f" {first_ref[0]!r}"
                 )
                 do = "use dropout=0, or exclude it from the targets"
                 self.problems.append(
                     sentence(problem, "one of them: trained rows are never dropped", do)
                 )
         return specs_with_tokens | {
-            owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in ids_by_owner.items()
+            first_ref: TargetSpec(0, 1.0, tokens=ids) for first_ref, ids in ids_by_weight.items()
         }
 
     def full(

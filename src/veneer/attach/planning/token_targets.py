@@ -32,12 +32,12 @@ def token_ids_by_weight(
             problem = f"trainable_tokens of {path!r}, a {base_class(module).__name__}"
             problems.append(sentence(problem, "an embedding or a linear head", "name that"))
             continue
-        owner = names.holders_of((path, kind.weight), refs_by_id)[0]
+        first_ref = names.holders_of((path, kind.weight), refs_by_id)[0]
         sorted_ids = tuple(sorted(ids))
-        if ids_by_weight.setdefault(owner, sorted_ids) != sorted_ids:
+        if ids_by_weight.setdefault(first_ref, sorted_ids) != sorted_ids:
             problem = (
-                f"other trainable_tokens for {path!r} than for {parameter_path(*owner)!r}, whose"
-                " weight it shares"
+                f"other trainable_tokens for {path!r} than for {parameter_path(*first_ref)!r},"
+                " whose weight it shares"
             )
             problems.append(
                 sentence(

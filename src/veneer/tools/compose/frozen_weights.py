@@ -25,8 +25,7 @@ from veneer.bases import own_parameters
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint_without_rows, kind_of
 from veneer.formats import peft
-from veneer.layers import LAYERS, kind_for, parameter_path
-from veneer.layers._base import GENERAL_KIND_NAME
+from veneer.layers import GENERAL_KIND, LAYERS, kind_for, parameter_path
 from veneer.layers.parameter import is_transposed_stack, without_unit_axes
 from veneer.models.base_weights import BaseWeights, open_base_weights
 from veneer.tools.compose.align import AlignedWeight, ParameterOrder
@@ -136,8 +135,8 @@ class FrozenWeights:
             module_path, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[module_path]]
             kind = kind_for(module, name)
-            peft_kind = LAYERS[GENERAL_KIND_NAME] if aligned_weight.is_parameter else kind
-            is_transposed = peft_kind.name == GENERAL_KIND_NAME and is_transposed_stack(
+            peft_kind = GENERAL_KIND if aligned_weight.is_parameter else kind
+            is_transposed = peft_kind is GENERAL_KIND and is_transposed_stack(
                 module, dense_weight.shape
             )
             is_transposed = is_transposed != (peft_kind.out_axis != kind.out_axis)

@@ -30,8 +30,7 @@ from veneer.config import LoraConfig
 from veneer.distributed import base_class
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats._base import LowRankChange
-from veneer.layers import ParamRef, kind_for, parameter_path
-from veneer.layers._base import GENERAL_KIND_NAME
+from veneer.layers import GENERAL_KIND, ParamRef, kind_for, parameter_path
 from veneer.lowrank import Svd
 
 #: the name of the adapter that a conversion installs on the base
@@ -204,7 +203,7 @@ def _split_deltas(
         if (
             name in full_names
             or is_vector
-            or (kind.name == GENERAL_KIND_NAME and weight not in kind.weights(module))
+            or (kind is GENERAL_KIND and weight not in kind.weights(module))
         ):
             base_value = {**module._parameters, **module._buffers}[weight]
             full_values.setdefault(path, {})[weight] = (base_value.double() + delta).to(

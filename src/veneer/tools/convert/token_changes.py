@@ -105,7 +105,7 @@ def _token_changes(
 ) -> Iterator[LowRankChange]:
     """The change of each weight with trained tokens, under every name of the weight."""
     names = Names(model)
-    holders_by_id, split_refs = names.refs_by_parameter_id(), split_head(names, saved_adapter)
+    refs_by_id, split_refs = names.refs_by_parameter_id(), split_head(names, saved_adapter)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
@@ -118,7 +118,7 @@ def _token_changes(
             )
         # [r + n, in], [out, r + n]
         A, B = low_rank.A[0].float(), (low_rank.B[0] * low_rank.scale).float()
-        refs = names.holders_of((path, weight), holders_by_id)
+        refs = names.holders_of((path, weight), refs_by_id)
         for holder_path, holder_weight in dict.fromkeys(
             [*refs, *(split_refs if split_refs is not None and split_refs[0] in refs else ())]
         ):

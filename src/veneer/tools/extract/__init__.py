@@ -42,8 +42,7 @@ from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise
 from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint_of
 from veneer.kernels import svd
-from veneer.layers import ParamRef, kind_for, parameter_path
-from veneer.layers._base import GENERAL_KIND_NAME
+from veneer.layers import GENERAL_KIND, ParamRef, kind_for, parameter_path
 from veneer.models.base_weights import list_weights
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
 from veneer.tools.extract.selection import (
@@ -398,7 +397,7 @@ def _randomize_rows(targets: Sequence[tuple[nn.Module, str]]) -> None:
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)
-        has_stock_forward = kind.name == GENERAL_KIND_NAME or any(
+        has_stock_forward = kind is GENERAL_KIND or any(
             base_class(module).forward is layer_class.forward for layer_class in kind.types()
         )
         if weight is not None and not has_stock_forward:

@@ -19,8 +19,7 @@ from veneer import models
 from veneer.attach import Names, adapters_of, unwrap
 from veneer.distributed import base_class
 from veneer.errors import ExtractError, listing, raise_all, sentence
-from veneer.layers import Dims, Layer, kind_for
-from veneer.layers._base import GENERAL_KIND_NAME
+from veneer.layers import GENERAL_KIND, Dims, Layer, kind_for
 from veneer.models.base_weights import (
     BaseWeight,
     BaseWeights,
@@ -80,7 +79,7 @@ class WeightPair:
     def is_stack(self) -> bool:
         """Whether the weight is a stack [g, …] of g matrices, each of which gets a product."""
         return (
-            self.kind.name == GENERAL_KIND_NAME
+            self.kind is GENERAL_KIND
             and len(self.base.shape) == 3
             and self.dims.groups == self.base.shape[0]
         )

@@ -45,14 +45,11 @@ def page(facts: Facts) -> str:
         + ("" if facts["base"] else "Without --base nothing is said of the base's own weights. ")
         + (f"Trained in full and not looked at here: {full_names}." if full_names else "")
     )
-    sections = "".join(
-        f"<section>{section}</section>"
-        for section in (
-            _rank_section(facts),
-            _location_section(facts),
-            *_optional_sections(facts),
-            _layer_table(facts),
-        )
+    sections = (
+        _rank_section(facts),
+        _location_section(facts),
+        *_optional_sections(facts),
+        _layer_table(facts),
     )
     name = Path(facts["adapter"]).name
     footer = (
@@ -63,10 +60,12 @@ def page(facts: Facts) -> str:
 
 
 def document(
-    title: str, lead: str, cards: Iterable[tuple[str, str]], sections: str, footer: str
+    title: str, lead: str, cards: Iterable[tuple[str, str]], sections: Iterable[str], footer: str
 ) -> str:
     """An HTML document. ``lead``: the text below the title; ``cards``: (number, caption) of the
-    boxes at the top; ``sections`` and ``footer`` are HTML."""
+    boxes at the top; ``sections``: the HTML of each section, of which empty ones are left out;
+    ``footer`` is HTML."""
+    body = "".join(f"<section>{section}</section>" for section in sections if section)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -74,7 +73,7 @@ def document(
         " 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
         f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        f'<div class="cards">{"".join(map(_card, cards))}</div>{sections}'
+        f'<div class="cards">{"".join(map(_card, cards))}</div>{body}'
         f"<footer>{footer}</footer></body></html>\n"
     )
 

@@ -30,9 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError, first_line
 from veneer.kernels.device import count_on_meta
-
-#: number of tokens whose logits exist at once, as in the loss of ``veneer train``
-MAX_LOGIT_ROWS = 256
+from veneer.train.loss import MAX_LOGIT_ROWS
 
 #: (operations, bytes moved, whether tensor parallelism replicates the call on each device) ->
 #: number of calls with these values

@@ -43,23 +43,19 @@ def page(facts: Facts) -> str:
         f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says"
         " otherwise."
     )
-    section_html = "".join(
-        f"<section>{section}</section>"
-        for section in (
-            _winner_section(facts),
-            _curves_section(candidates),
-            _quality_section(candidates),
-            _spread_section(facts),
-            _candidates_section(candidates, sweep),
-        )
-        if section
+    sections = (
+        _winner_section(facts),
+        _curves_section(candidates),
+        _quality_section(candidates),
+        _spread_section(facts),
+        _candidates_section(candidates, sweep),
     )
     footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
     return document(
         f"Sweep of {len(candidates)} candidates",
         introduction,
         _summary_cards(facts, candidates),
-        section_html,
+        sections,
         footer,
     )
 

@@ -244,7 +244,7 @@ class Task(ABC):
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
         """(tokens with padding, tokens that reach the output head) of the batch that needs the most
         memory."""
-        rows: Rows = prepared.train
+        rows = prepared.train
         longest_rows = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
             : self.config.batch_size
         ]
@@ -252,7 +252,7 @@ class Task(ABC):
             sum(rows.head_token_counts[i] for i in longest_rows) if rows.head_token_counts else 0
         )
 
-    def describe_size(self, rows: Any) -> str:
+    def describe_size(self, rows: Rows) -> str:
         """The size of the training data, in words."""
         tokens = f", {sum(rows.lengths):,} tokens" if any(rows.lengths) else ""
         return f"{len(rows):,} examples{tokens}"

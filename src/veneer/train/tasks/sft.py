@@ -89,10 +89,10 @@ class Sft(Task):
         if not self.config.packing:
             return super().largest_batch(prepared)
         train, batch_tokens = prepared.train, prepared.max_length * self.config.batch_size
-        return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
+        return batch_tokens, round(batch_tokens * train.head_token_count / sum(train.lengths))
 
-    def describe_size(self, rows: Any) -> str:
+    def describe_size(self, rows: Rows) -> str:
         return (
-            f"{len(rows):,} examples, {sum(rows.lengths):,} tokens, {rows.trained_tokens:,} of them"
-            " learnt"
+            f"{len(rows):,} examples, {sum(rows.lengths):,} tokens, {rows.head_token_count:,} of"
+            " them learnt"
         )
