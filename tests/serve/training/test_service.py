@@ -370,6 +370,10 @@ def test_no_body_is_a_bug(client):
         "/forward_backward", content=whole, headers={**headers, "content-encoding": "zstd"}
     )
     assert packed.status_code == 415
+    for page_headers in ({}, {"content-type": "text/plain"}):
+        untyped = client.http.post("/forward_backward", content=whole, headers=page_headers)
+        assert untyped.status_code == 415
+        assert "application/x-protobuf" in untyped.json()["error"]["message"]
     assert (
         client.http.post(
             "/forward_backward", content=b"x" * (2**24 + 1), headers=headers

@@ -58,11 +58,12 @@ CLIENT_SETTINGS = {
     "use_pyqwest_transport": False,
 }
 
+PASS_TYPE = "application/x-protobuf"
 #: the body of a pass, for the OpenAPI description
 PASS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {PASS_TYPE: {"schema": {"type": "string", "format": "binary"}}},
     }
 }
 
@@ -317,12 +318,11 @@ async def forward_backward(
     """Compute a forward pass, and a backward pass unless the body says forward_only. The body is in
     protobuf."""
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refusal(
-            415,
-            "a compressed body",
-            "an uncompressed one, as client/config says",
-            "send it uncompressed",
-        )
+        raise Refusal(415, "a compressed body", "one as client/config says", "send it uncompressed")
+    # a page of another origin cannot send this type without a preflight request (serve/guard.py)
+    body_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body_type != PASS_TYPE:
+        raise Refusal(415, f"a body of type {body_type[:100]!r}", PASS_TYPE, "send that type")
     body = await request.body()
     try:
         header = await beside_loop(service, body, read_header)
@@ -482,7 +482,7 @@ async def retrieve_future(
     if future.cancelled():
         return JSONResponse({"error": "Found: a sample that was cancelled.", "category": "user"})
     answer = future.result()
-    media_type = "application/x-protobuf" if answer.binary else "application/json"
+    media_type = PASS_TYPE if answer.binary else "application/json"
     return Response(answer.body, media_type=media_type)
 
 

@@ -302,7 +302,8 @@ class _SweepRun:
                 candidate.parameters = cohort.runs[candidate.name].summary().trainable
         if all(candidate.status == FAILED for candidate in self.state.candidates):
             problems = [f"candidate {candidate.name}: {candidate.note}" for candidate in candidates]
-            raise_all(TargetError, "The sweep cannot begin", problems)
+            verb = "begin" if resume_from is None else "go on"
+            raise_all(TargetError, f"The sweep cannot {verb}", problems)
         cohort.begin(self.state.step)
         return cohort
 
