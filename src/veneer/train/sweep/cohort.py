@@ -1,15 +1,15 @@
-"""Candidates that train together on one base: each step is one forward and one backward for all
-candidates whose batches have equal shapes (``veneer/engine``). A candidate whose loss or gradient
-is not finite ends.
+"""Train a cohort of a sweep: candidates (configurations to compare) that share one base. Candidates
+whose batches have equal shapes share each forward and backward pass (``veneer/engine``).
 
 A candidate trains exactly as in a separate run of `veneer train`: with the same initial adapter,
 order of rows, optimiser, schedule, clipping and random numbers. Candidates with equal data seeds
-have the same rows in each step, so they always share forwards. Candidates with other rows share a
-forward only if their batches are padded to the same length.
+have the same rows in each step, so they always share passes. Candidates with different rows share a
+pass only if their batches are padded to the same length. A candidate whose loss or gradient is not
+finite is dropped.
 
 In a separate run, torch's data loaders draw a number from the default generator at the start of
-each epoch and of each evaluation. `draw_loader_seed` does the same here, so that dropout then draws
-the same numbers.
+each epoch and of each evaluation. `draw_loader_seed` draws it here too, so that the random numbers
+of dropout after it equal those of a separate run.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from veneer.train.tasks import Task
 from veneer.train.tasks._base import move_batch
 
 #: the file of a candidate's optimiser, schedule and random numbers in a checkpoint
-STATE = "state.pt"
+STATE_FILE = "state.pt"
 
 
 @dataclass(eq=False)
 class CohortMember:
-    """A candidate in training. ``adapter``: its adapter parameters, optimiser, schedule and random
-    numbers in the ``StepEngine``, which trains several adapters at once."""
+    """A candidate in training. ``adapter``: the parameters of its adapter, with their optimiser,
+    schedule and random numbers. The ``StepEngine``, which runs the shared passes, uses the same
+    object."""
 
     task: Task
     adapter: TrainedAdapter
@@ -59,8 +60,8 @@ class CohortMember:
         return config.seed if config.data_seed is None else config.data_seed
 
     def step(self, loss: float) -> str | None:
-        """Take a step of the optimiser. If the loss or the gradient norm is not finite, take no
-        step and return the problem."""
+        """Clip the gradients and take a step of the optimiser. If the loss of the step (``loss``)
+        or the gradient norm is not finite, take no step and return the problem as text."""
         gradient_norm = self.adapter.clip(self.task.config.max_grad_norm or 0.0)
         if not math.isfinite(loss):
             return f"the loss is {loss}"
@@ -71,18 +72,20 @@ class CohortMember:
 
 
 class Cohort:
-    """Candidates that are attached to one base and train.
+    """The candidates of a sweep that train at the same time, each with an adapter on one base.
 
     Args:
         model: the base.
-        tasks: by candidate, a task with the candidate's configuration.
+        tasks: by candidate's name, a task with the candidate's configuration.
         prepared: the tokenised rows and the number of steps, which all candidates share.
         output: the output folder of the sweep.
-        resumed_from: the folder of a checkpoint, or None.
+        resumed_from: the folder of a checkpoint; None for new adapters.
         keep_going: leave out candidates that cannot begin; otherwise raise a ``TargetError`` that
             names all of them.
 
-    ``failed``: by candidate, the reason why it could not begin or was dropped.
+    Attributes:
+        members: by name, the candidates that still train.
+        failed: by name, the reason why a candidate could not begin or was dropped.
     """
 
     def __init__(
@@ -97,14 +100,14 @@ class Cohort:
         self.model, self.prepared = model, prepared
         self.runs, self.failed = Runs(model), dict[str, str]()
         self.members: dict[str, CohortMember] = {}
-        self._step_rows: dict[int, Iterator[list[list[int]]]] = {}
+        self._step_iterators: dict[int, Iterator[list[list[int]]]] = {}
         self._checked_configs: list[Any] = []
         try:
-            self._for_each(
+            self._try_for_candidates(
                 tasks, lambda name: self._attach_candidate(name, tasks[name], resumed_from)
             )
             decay_flags = _find_decay_flags(model)
-            self._for_each(
+            self._try_for_candidates(
                 self.runs,
                 lambda name: self._start_candidate(
                     name, tasks[name], output, resumed_from, decay_flags
@@ -117,9 +120,9 @@ class Cohort:
             self.close()
             raise
 
-    def _for_each(self, names: Iterable[str], action: Callable[[str], None]) -> None:
-        """Run ``action`` for each candidate. If it raises, record the failure and detach the
-        adapter."""
+    def _try_for_candidates(self, names: Iterable[str], action: Callable[[str], None]) -> None:
+        """Call ``action`` with the name of each candidate. If it raises a ``VeneerError``, record
+        the error in ``failed``, detach the candidate's adapter, and go on with the next name."""
         for name in [*names]:
             try:
                 action(name)
@@ -136,7 +139,7 @@ class Cohort:
         calibration = calibration_arguments(task, self.prepared.train, self.model)
         adapter_config = lora_config(config, self.model, {})
         self.runs.add(name, adapter_config, seed=config.seed, **calibration)
-        # candidates with equal adapter configs need only one check
+        # `check` gives the same result for candidates with equal adapter configs
         if config.check and adapter_config not in self._checked_configs:
             check(self.model, task.example(self.prepared, self.model.device), name)
             self._checked_configs.append(adapter_config)
@@ -149,8 +152,9 @@ class Cohort:
         resumed_from: Path | None,
         decay_flags: Mapping[int, bool],
     ) -> None:
-        """Create a candidate's optimiser and schedule, and restore their state from a
-        checkpoint."""
+        """Create a candidate's optimiser and schedule, and add it to ``members``. If the sweep
+        resumes, restore their state from the checkpoint. ``decay_flags``: the result of
+        ``_find_decay_flags``."""
         adapter = self.runs.engine.adapters[name]
         arguments, steps = arguments_of(task.config, output, self.prepared), self.prepared.steps
         adapter.optimizer = _create_optimizer(
@@ -163,27 +167,28 @@ class Cohort:
             num_training_steps=steps,
         )
         if resumed_from is not None:
-            adapter.load_state_dict(torch.load(resumed_from / name / STATE, weights_only=True))
-        else:  # because transformers' Trainer seeds again after the adapter is attached
+            adapter.load_state_dict(torch.load(resumed_from / name / STATE_FILE, weights_only=True))
+        else:  # as in a single run, where the Trainer seeds once more after attaching
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
 
     def begin(self, step: int) -> None:
-        """Put the base in training mode, and skip the rows of the first `step` steps, which are
-        completed."""
+        """Prepare for training after `step` completed steps: put the base in training mode, and
+        skip the rows of these steps."""
         self.model.train()
-        self._step = step
+        self._completed_steps = step
         for order_seed in {member.order_seed for member in self.members.values()}:
-            self._step_rows[order_seed] = islice(self._iterate_steps(order_seed), step, None)
+            self._step_iterators[order_seed] = islice(self._iterate_steps(order_seed), step, None)
 
     @property
     def _first_task(self) -> Task:
-        """The task of any candidate, for what all candidates share, such as the batch size."""
+        """The task of the first candidate, to read settings that are equal for all candidates, such
+        as the batch size."""
         return next(iter(self.members.values())).task
 
     def _iterate_steps(self, order_seed: int) -> Iterator[list[list[int]]]:
-        """For each step, a list of the forward passes, each a list of the indices of its rows. The
-        rows are in the order of the seed `order_seed`."""
+        """Yield the forward passes of each step, from the first step of the run on. A pass is a
+        list of row indices. `order_seed` determines the order of the rows in each epoch."""
         config = self._first_task.config
         sampler = EpochSampler(
             [*self.prepared.train.lengths],
@@ -201,43 +206,51 @@ class Cohort:
                 yield passes[i : i + config.grad_accum]
 
     def step(self) -> dict[str, float]:
-        """Train one step. Returns each candidate's loss. Candidates whose loss or gradient is not
-        finite are dropped and listed in `failed`."""
-        if self._step % steps_an_epoch(self._first_task.config, len(self.prepared.train)) == 0:
+        """Train one step of all candidates. Returns by name the loss of each one that still trains;
+        those whose loss or gradient is not finite are dropped and recorded in `failed`."""
+        if (
+            self._completed_steps
+            % steps_an_epoch(self._first_task.config, len(self.prepared.train))
+            == 0
+        ):
             self.draw_loader_seed()
-        passes_by_seed = {
-            order_seed: self._collate(next(rows)) for order_seed, rows in self._step_rows.items()
+        batches_by_seed = {
+            order_seed: self._collate(next(step_iterator))
+            for order_seed, step_iterator in self._step_iterators.items()
         }
         losses = dict.fromkeys(self.members, 0.0)
         item_totals = {
-            order_seed: max(sum(items for _, items in batches), 1)
-            for order_seed, batches in passes_by_seed.items()
+            order_seed: max(sum(item_count for _, item_count in batches), 1)
+            for order_seed, batches in batches_by_seed.items()
         }
-        for pass_index in range(max(map(len, passes_by_seed.values()))):
+        for pass_index in range(max(map(len, batches_by_seed.values()))):
             batches, weights = {}, {}
             for name, member in self.members.items():
-                batches[name], items = passes_by_seed[member.order_seed][pass_index]
-                weights[name] = items / item_totals[member.order_seed]
+                batches[name], item_count = batches_by_seed[member.order_seed][pass_index]
+                weights[name] = item_count / item_totals[member.order_seed]
             pass_losses = self.runs.backward(batches, self._loss_functions(), weights=weights)
             for name, loss in pass_losses.items():
                 losses[name] += float(loss) * weights[name]
-        self._step += 1
+        self._completed_steps += 1
         for name, loss in losses.items():
             problem = self.members[name].step(loss)
             if problem is not None:
-                self.failed[name] = f"{problem} at step {self._step}"
+                self.failed[name] = f"{problem} at step {self._completed_steps}"
                 self.remove(name)
         return {name: losses[name] for name in losses if name in self.members}
 
     def _collate(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
-        """For each forward pass, (its batch as `Runs.backward` takes it, the number of items, such
-        as tokens, over which the loss of the batch is a mean)."""
+        """Collate the rows of each forward pass: (the batch as `Runs.backward` takes it, the number
+        of items, such as tokens, over which the loss of the batch is a mean). `passes`: by pass,
+        the indices of its rows."""
         task, rows = self._first_task, self.prepared.train
         batches = []
         for indices in passes:
             batch = move_batch(self.model.device, task.collate([rows[i] for i in indices]))
-            items = task.count_items(batch)
-            batches.append((batch if task.name == "sft" else (task.inputs(batch), batch), items))
+            item_count = task.count_items(batch)
+            batches.append(
+                (batch if task.name == "sft" else (task.inputs(batch), batch), item_count)
+            )
         return batches
 
     def _loss_functions(self) -> Any:
@@ -246,39 +259,41 @@ class Cohort:
         return {name: partial(_mean_loss, member.task) for name, member in self.members.items()}
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """The loss and measures of each candidate on the held-out rows."""
+        """By candidate's name, its measures on the held-out rows, one of which is "loss"."""
         tasks = {name: member.task for name, member in self.members.items()}
         return evaluate_runs(self.runs, tasks, self.prepared.evaluation)
 
     def draw_loader_seed(self) -> None:
         """Draw a number from each candidate's random stream, as torch's data loader does at the
-        start of an epoch or evaluation."""
+        start of an epoch or evaluation of a separate run. Later random numbers, such as those of
+        dropout, then equal those of a separate run."""
         for member in self.members.values():
             with member.adapter.stream:
                 torch.empty((), dtype=torch.int64).random_()
 
     def remove(self, name: str) -> None:
-        """End a candidate and free its memory."""
+        """Detach a candidate's adapter and drop the candidate, which frees its memory."""
         self.runs.remove(name)
         del self.members[name]
         order_seeds = {member.order_seed for member in self.members.values()}
-        self._step_rows = {
-            order_seed: rows
-            for order_seed, rows in self._step_rows.items()
+        self._step_iterators = {
+            order_seed: step_iterator
+            for order_seed, step_iterator in self._step_iterators.items()
             if order_seed in order_seeds
         }
 
-    def save(self, folder: Path, provenance: Callable[[str], Mapping[str, Any]]) -> None:
-        """Save each candidate's adapter and optimiser state to a folder of its name.
-        `provenance`: maps a candidate's name to the provenance in its adapter's record."""
+    def save(self, folder: Path, make_provenance: Callable[[str], Mapping[str, Any]]) -> None:
+        """Save each candidate's adapter, and the state of its optimiser, schedule and random
+        numbers, to a new folder of its name in `folder`. `make_provenance`: returns, for a
+        candidate's name, the provenance that its adapter's files shall record."""
         for name, member in self.members.items():
             (folder / name).mkdir()
             self.runs[name].save(
                 folder / name / checkpoint.ADAPTER,
                 base_name=member.task.config.base,
-                provenance=provenance(name),
+                provenance=make_provenance(name),
             )
-            torch.save(member.adapter.state_dict(), folder / name / STATE)
+            torch.save(member.adapter.state_dict(), folder / name / STATE_FILE)
 
     def close(self) -> None:
         for name in [*self.runs]:
@@ -287,15 +302,15 @@ class Cohort:
 
 
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The mean loss that ``task`` computes for a batch. ``output``: the model's output for the
-    batch, from a forward that several candidates shared."""
+    """The mean loss of a batch, with gradient, as ``task`` computes it. ``output``: the model's
+    output for the batch, from a forward that several candidates shared."""
     loss = task.loss(OutputAsModel(output, training=True), batch)
     return loss.total / max(loss.items, 1)
 
 
 def _find_decay_flags(model: Any) -> dict[int, bool]:
-    """By the id of each trainable parameter, whether weight decay applies to it. The order is that
-    of the model's parameters."""
+    """By the ``id`` of each trainable parameter, in the order of the model's parameters, whether
+    weight decay applies to it."""
     decayed_names = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
     return {
         id(parameter): name in decayed_names
@@ -307,16 +322,22 @@ def _find_decay_flags(model: Any) -> dict[int, bool]:
 def _create_optimizer(
     arguments: Any, model: Any, parameters: list[nn.Parameter], decay_flags: Mapping[int, bool]
 ) -> torch.optim.Optimizer:
-    """The optimiser that transformers' Trainer creates for these arguments, over the parameters of
-    one candidate, in the order of the model's parameters. Raises ``ConfigError`` for an optimiser
-    that is not installed, or that needs the whole model."""
+    """Create the optimiser that transformers' Trainer would create, for the parameters of one
+    candidate. Raises ``ConfigError`` for an optimiser that is not installed, or that needs the
+    whole model instead of a list of parameters.
+
+    Args:
+        arguments: the candidate's ``TrainingArguments``.
+        decay_flags: the result of ``_find_decay_flags``. Its order determines the order of the
+            parameters in the optimiser's groups, as in the Trainer.
+    """
     parameters_by_id = {id(parameter): parameter for parameter in parameters}
     groups = [
         {
             "params": [
-                parameters_by_id[key]
-                for key, is_decayed in decay_flags.items()
-                if key in parameters_by_id and is_decayed is group_decayed
+                parameters_by_id[parameter_id]
+                for parameter_id, is_decayed in decay_flags.items()
+                if parameter_id in parameters_by_id and is_decayed is group_decayed
             ],
             "weight_decay": weight_decay,
         }

@@ -17,7 +17,7 @@ from veneer.train.config import TrainConfig
 from veneer.train.run import fit
 from veneer.train.sweep.sweep_settings import SEED_AXES, Range
 
-#: number of steps of the winner's repetition
+#: number of steps for which the winner (the best candidate) trains again alone
 REPEATED_STEPS = 20
 #: a value lies at an edge of a range if it is within this share of the range's width from an end
 EDGE_SHARE = 0.1
@@ -26,9 +26,19 @@ EDGE_SHARE = 0.1
 def find_edges(
     axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The numeric axes on which the value of the winner lies at an end of the tried values, as
-    {"axis", "value", "side", "tried": [lowest, highest]}. The least value that the setting allows,
-    such as a dropout of 0, is no edge. ``changes``: the settings of the winner by axis."""
+    """Find the axes (settings that the sweep varies) on which a better value may lie beyond the
+    tried ones: the winner's value is the lowest or highest of a list of numbers, or lies near an
+    end of a range (``EDGE_SHARE``). Seeds do not count. Nor does the least value that a setting
+    allows, such as a dropout of 0, since no lower value could be tried.
+
+    Args:
+        axes: by axis, the values to try.
+        changes: by axis, the value of the winner.
+
+    Returns:
+        for each such axis {"axis": its name, "value": the winner's, "side": "lowest" or "highest",
+        "tried": [lowest, highest]}.
+    """
     winner_edges = []
     for axis, values in axes.items():
         bounds = _axis_bounds(values)
@@ -45,7 +55,8 @@ def find_edges(
 
 
 def _axis_bounds(values: list[Any] | Range) -> tuple[float, float] | None:
-    """The lowest and the highest value of an axis; None unless they are numbers that differ."""
+    """The lowest and the highest value of an axis; None if a value is no number, or if fewer than
+    two different numbers are tried."""
     if isinstance(values, Range):
         return values.low, values.high
     numeric_values = {
@@ -67,7 +78,7 @@ def _relative_position(value: float, low: float, high: float, is_log: bool) -> f
 
 
 def _lower_limit(axis: str) -> float | None:
-    """The least valid value of a setting, if the limit is inclusive."""
+    """The least value that a setting allows; None if it has no lower limit, or an exclusive one."""
     constraints = TrainConfig.model_fields[axis].metadata
     inclusive_limits = (limit.ge for limit in constraints if isinstance(limit, annotated_types.Ge))
     return next(inclusive_limits, None)  # pyright: ignore
@@ -82,25 +93,29 @@ def describe_edge(edge: Mapping[str, Any]) -> str:
 
 
 def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any]:
-    """Train the first steps of the winner again with the loop of `veneer train`, and compare its
-    losses with the losses in the sweep.
+    """Train the winner's first steps again alone, with the loop of `veneer train`, and compare the
+    training losses with those of the sweep.
+
+    Args:
+        config: the configuration of the winner as a single run.
+        losses: the training losses of the winner in the sweep, by step.
 
     Returns:
-        {"steps": number of steps, "largest": the largest absolute difference of a loss, "step": the
-        step where it occurs, from 1, "last": the difference in the last step}, or {"problem": text}
-        if the repetition failed.
+        {"steps": number of compared steps, "largest": the largest absolute difference of the two
+        losses of a step, "step": the number of that step, from 1, "last": the difference at the
+        last compared step}, or {"problem": text} if the repetition failed or was stopped at once.
     """
-    step_count, steps = 0, min(REPEATED_STEPS, len(losses))
+    completed_steps, step_limit = 0, min(REPEATED_STEPS, len(losses))
 
     def should_stop() -> bool:
-        nonlocal step_count
-        step_count += 1
-        return step_count >= steps
+        nonlocal completed_steps
+        completed_steps += 1
+        return completed_steps >= step_limit
 
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as temporary_folder:
             overrides = {
-                "output": Path(folder) / "again",
+                "output": Path(temporary_folder) / "again",
                 "check": False,
                 "eval_every": 10**9,
                 "save_every": 10**9,
@@ -111,11 +126,11 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
                 quiet=True,
                 stop_order=should_stop,
             )
-    except (VeneerError, OSError, RuntimeError) as error:  # must not fail the finished sweep
+    except (VeneerError, OSError, RuntimeError) as error:  # the finished sweep must not fail
         return {"problem": first_line(error)}
     differences = [
         abs(repeated - original)
-        for repeated, original in zip(result.losses[:steps], losses, strict=False)
+        for repeated, original in zip(result.losses[:step_limit], losses, strict=False)
     ]
     if not differences:
         return {"problem": "it was stopped before its first step"}

@@ -1,7 +1,8 @@
-"""Propose the candidates of a sweep, and rank them at each rung to decide which end early.
+"""Propose the candidates of a sweep (the configurations to compare), and decide which of them end
+early: at rungs (steps at which candidates are ranked by loss), or when a pruner of Optuna says so.
 
     ask(count)                     propose further candidates: their names and changed settings
-    choose_ended(step, losses)     return the candidates that end at this step
+    choose_ended(step, losses)     choose the candidates that end at this step
     report_end(name, loss, ...)    record that a candidate has ended
 
 The results depend only on the settings and on the losses. So a resumed sweep repeats these calls
@@ -19,35 +20,37 @@ from typing import Any
 from veneer.errors import ConfigError, nearest
 from veneer.train.sweep.sweep_settings import Range, Sweep
 
-#: settings with integer values
+#: settings whose values are integers, so values drawn from a range must be whole numbers
 INTEGER_AXES = frozenset({"rank", "seed", "data_seed"})
 #: significant digits of a value that is drawn from a range
 SIGNIFICANT_DIGITS = 4
 
 
 class Search:
-    """The search of a sweep.
+    """The search of a sweep, whose candidates train for `steps` steps unless they end early.
 
     Attributes:
-        count: total number of candidates.
+        count: number of candidates of the whole sweep.
         rungs: the steps after which the weaker candidates end.
         adaptive: whether candidates depend on the results of earlier ones.
-        study, trials: Optuna's study, and its trial of each candidate by name. None and empty if
-            the sweep uses neither a sampler nor a pruner of Optuna.
+        study, trials: Optuna's study, and by candidate's name its trial in the study. None and {}
+            if the sweep uses neither a sampler nor a pruner of Optuna.
     """
 
     def __init__(self, settings: Sweep, steps: int) -> None:
         self.settings, self.rungs = settings, settings.rung_steps(steps)
-        # a sampler of Optuna proposes candidates by the results of earlier ones
+        # any other sampler is one of Optuna, which uses the results of earlier candidates
         self.adaptive = settings.sampler_name not in ("grid", "random")
         self.study, self.trials = _create_study(settings, self.adaptive), dict[str, Any]()
         value_lists = [values for values in settings.axes.values() if isinstance(values, list)]
         self.count = settings.candidates or math.prod(map(len, value_lists))
-        self._next_settings = self._random_settings() if settings.ranges else self._grid_settings()
+        self._settings_iterator = (
+            self._random_settings() if settings.range_axes else self._grid_settings()
+        )
         self._proposed_count = 0
 
     def ask(self, count: int) -> dict[str, dict[str, Any]]:
-        """Up to `count` further candidates, as {name: changed settings}; empty after the last."""
+        """Propose up to `count` new candidates, as {name: {setting: value}}; {} after the last."""
         candidates = {}
         for _ in range(min(count, self.count - self._proposed_count)):
             self._proposed_count += 1
@@ -57,12 +60,14 @@ class Search:
             candidates[name] = (
                 self._suggest_settings(self.trials[name])
                 if self.adaptive
-                else next(self._next_settings)
+                else next(self._settings_iterator)
             )
         return candidates
 
     def choose_ended(self, step: int, losses: Mapping[str, float]) -> set[str]:
-        """The candidates that end at `step`, among those in `losses`; never the best one."""
+        """Choose the candidates that end early at `step`, and report the losses to Optuna's trials,
+        if there are any. `losses`: by name of each candidate that still trains, its loss at this
+        step. Returns names from `losses`, never that of the lowest loss."""
         best = min(losses, key=losses.__getitem__, default=None)
         for name in losses if self.study is not None else ():
             self.trials[name].report(losses[name], step)
@@ -70,12 +75,12 @@ class Search:
             return {name for name in losses if self.trials[name].should_prune()} - {best}
         if step not in self.rungs:
             return set()
-        ranking = sorted(losses, key=losses.__getitem__)  # stable: of equals, the earlier continues
+        ranking = sorted(losses, key=losses.__getitem__)  # stable: earlier ones win ties
         return {*ranking[math.ceil(round(len(ranking) * self.settings.keep, 6)) :]}
 
     def report_end(self, name: str, loss: float | None, ended_early: bool) -> None:
-        """Record that a candidate has ended. `loss`: its last loss, None if it failed.
-        `ended_early`: whether `choose_ended` ended it."""
+        """Tell Optuna's study, if there is one, that a candidate has ended. `loss`: its last loss;
+        None if it failed. `ended_early`: whether `choose_ended` ended it."""
         if self.study is None:
             return
         TrialState = import_module("optuna.trial").TrialState
@@ -91,17 +96,20 @@ class Search:
         )
 
     def _grid_settings(self) -> Iterator[dict[str, Any]]:
-        """The settings of all combinations in order. For the sampler "random", the settings of as
-        many distinct combinations as there are candidates."""
+        """Yield {setting: value} for every combination of the values of all axes; the last axis
+        varies fastest. For the sampler "random", yield `count` distinct combinations in random
+        order instead."""
         axes: Any = self.settings.axes
-        combinations = range(math.prod(map(len, axes.values())))
+        combination_indices = range(math.prod(map(len, axes.values())))
         if self.settings.sampler_name == "random":
-            combinations = random.Random(self.settings.seed).sample(combinations, self.count)
-        for combination in combinations:
+            combination_indices = random.Random(self.settings.seed).sample(
+                combination_indices, self.count
+            )
+        for combination_index in combination_indices:
             settings = {}
             for axis, values in reversed(axes.items()):
-                combination, index = divmod(combination, len(values))
-                settings[axis] = values[index]
+                combination_index, value_index = divmod(combination_index, len(values))
+                settings[axis] = values[value_index]
             yield {axis: settings[axis] for axis in axes}
 
     def _random_settings(self) -> Iterator[dict[str, Any]]:
@@ -115,7 +123,7 @@ class Search:
     def _suggest_settings(self, trial: Any) -> dict[str, Any]:
         settings = {}
         for axis, values in self.settings.axes.items():
-            # as an index, because Optuna accepts no list (such as targets) as a value
+            # suggest the index of a value: the value may be a list, which Optuna does not accept
             if isinstance(values, list):
                 settings[axis] = values[trial.suggest_categorical(axis, [*range(len(values))])]
             elif axis in INTEGER_AXES:
@@ -129,14 +137,15 @@ class Search:
         return settings
 
 
-def _draw_value(generator: random.Random, axis: str, values: list[Any] | Range) -> Any:
-    """A random value of the axis ``axis``, from its list or its range."""
+def _draw_value(random_generator: random.Random, axis: str, values: list[Any] | Range) -> Any:
+    """Draw a value of the setting ``axis`` from its list, or from its range: uniformly, or
+    log-uniformly if ``values.log`` is set."""
     if isinstance(values, list):
-        return generator.choice(values)
+        return random_generator.choice(values)
     low, high = (
         (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
     )
-    drawn_value = generator.uniform(low, high)
+    drawn_value = random_generator.uniform(low, high)
     drawn_value = math.exp(drawn_value) if values.log else drawn_value
     return (
         min(max(round(drawn_value), math.ceil(values.low)), math.floor(values.high))
@@ -151,8 +160,9 @@ def round_digits(number: float) -> float:
 
 
 def _create_study(settings: Sweep, adaptive: bool) -> Any:
-    """Optuna's study, if a sampler or pruner of Optuna is configured; else None. Raises
-    `ConfigError` if Optuna is missing."""
+    """Create Optuna's study with the configured sampler and pruner; None if neither is one of
+    Optuna's. ``adaptive``: whether the sampler is. Raises `ConfigError` if Optuna is missing, or if
+    it has no such sampler or pruner."""
     if not adaptive and settings.pruner is None:
         return None
     try:
@@ -165,21 +175,26 @@ def _create_study(settings: Sweep, adaptive: bool) -> Any:
             f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = settings.sampler if adaptive else "RandomSampler"  # draws nothing: no trial asks it
+    sampler = (
+        settings.sampler if adaptive else "RandomSampler"
+    )  # never used: no trial draws a value
     return optuna.create_study(
         sampler=_create_component(optuna.samplers, sampler, "sampler", seed=settings.seed),
         pruner=_create_component(optuna.pruners, settings.pruner or "NopPruner", "pruner"),
     )
 
 
-def _create_component(module: Any, choice: Any, role: str, **options: Any) -> Any:
-    """Create a sampler or pruner of Optuna.
+def _create_component(module: Any, class_choice: Any, role: str, **options: Any) -> Any:
+    """Create a sampler or pruner of Optuna. Raises `ConfigError` if its class does not exist or
+    refuses the options.
 
     Args:
-        choice: the name of its class, or {"name": name of the class, option: value, ...}.
+        module: `optuna.samplers` or `optuna.pruners`.
+        class_choice: the name of its class, or {"name": name of the class, option: value, ...}.
         role: "sampler" or "pruner".
+        options: keyword arguments of the class; those in `class_choice` take precedence.
     """
-    name = choice["name"] if isinstance(choice, dict) else choice
+    name = class_choice["name"] if isinstance(class_choice, dict) else class_choice
     optuna_class = getattr(module, name, None)
     if name not in module.__all__ or not isinstance(optuna_class, type):
         class_names = [
@@ -192,8 +207,8 @@ def _create_component(module: Any, choice: Any, role: str, **options: Any) -> An
             f"{role} {name!r}{nearest(name, choices)}", f"one of {', '.join(choices)}", "correct it"
         )
     options |= (
-        {key: value for key, value in choice.items() if key != "name"}
-        if isinstance(choice, dict)
+        {key: value for key, value in class_choice.items() if key != "name"}
+        if isinstance(class_choice, dict)
         else {}
     )
     try:

@@ -19,21 +19,21 @@ from veneer.train.sweep.sweep_record import ENDED, FAILED, FINISHED, format_chan
 #: the contents of `sweep.json`, or an object in it
 Facts = Mapping[str, Any]
 
-#: number of points of a training curve, each the mean of consecutive steps
+#: approximate number of points of a training curve, each the mean loss of consecutive steps
 CURVE_POINTS = 60
 
 
 def page(facts: Facts) -> str:
     """The HTML text of the report. ``facts``: the contents of `sweep.json`."""
     candidates = sorted(facts["candidates"], key=_ranking_key)
-    sweep = facts["sweep"]
+    sweep_settings = facts["sweep"]
     introduction = (
         f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried:"
-        f" {', '.join(sweep['axes'])} ({facts['sampler']}). "
+        f" {', '.join(sweep_settings['axes'])} ({facts['sampler']}). "
     )
     if facts["rungs"]:
         introduction += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
-        if sweep["judged_by"] == "training":
+        if sweep_settings["judged_by"] == "training":
             introduction += (
                 ", judged by their mean loss in training over the latter half of the steps up to"
                 " there, which is their last loss here"
@@ -48,7 +48,7 @@ def page(facts: Facts) -> str:
         _curves_section(candidates),
         _quality_section(candidates),
         _spread_section(facts),
-        _candidates_section(candidates, sweep),
+        _candidates_section(candidates, sweep_settings),
     )
     footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
     return document(
@@ -61,8 +61,8 @@ def page(facts: Facts) -> str:
 
 
 def _ranking_key(candidate: Facts) -> tuple[bool, float]:
-    """The sort key of a candidate: first the candidates that ran to their end, then the others,
-    both by loss."""
+    """The sort key of a candidate: candidates that trained for all steps come first. Within both
+    groups, a lower loss comes first, and a candidate without a loss last."""
     return candidate["status"] != FINISHED, (
         float("inf") if candidate["loss"] is None else candidate["loss"]
     )
@@ -128,7 +128,7 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
             max((len(curve) for _, curve in labelled_curves), default=0) < 2
             and curves is held_out_curves
         ):
-            continue  # only one evaluation, at the end
+            continue  # a single evaluation, at the end, gives no curve
         labelled_curves = [
             (candidate, [(step, min(loss, loss_limit)) for step, loss in curve])
             for candidate, curve in labelled_curves
@@ -148,20 +148,22 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
 
 
 def _loss_axis_limit(curves: Sequence[Points]) -> float:
-    """The upper end of the loss axis. Higher losses are drawn at this limit; else a candidate that
-    diverges would flatten the curves of all others."""
+    """The upper end of the loss axis: 110 % of the median first loss, or more if the best last loss
+    is near that. Higher losses are drawn at the limit, because a diverging candidate would
+    otherwise flatten the curves of all others."""
     first_losses = [curve[0][1] for curve in curves]
     best_loss = min(curve[-1][1] for curve in curves)
     return max(sorted(first_losses)[len(first_losses) // 2] * 1.1, best_loss + 0.1)
 
 
 def _average_steps(losses: Sequence[float]) -> list[tuple[float, float]]:
-    """(last step, mean loss) of consecutive steps, as about `CURVE_POINTS` points of a curve."""
+    """Average a training curve to about `CURVE_POINTS` points: (last step, mean loss) of each group
+    of consecutive steps. `losses`: the loss of each step, from step 1."""
     steps_per_point = max(1, len(losses) // CURVE_POINTS)
-    point_losses = [losses[i : i + steps_per_point] for i in range(0, len(losses), steps_per_point)]
+    loss_groups = [losses[i : i + steps_per_point] for i in range(0, len(losses), steps_per_point)]
     return [
-        (min((index + 1) * steps_per_point, len(losses)), mean(averaged))
-        for index, averaged in enumerate(point_losses)
+        (min((index + 1) * steps_per_point, len(losses)), mean(group_losses))
+        for index, group_losses in enumerate(loss_groups)
     ]
 
 
@@ -210,8 +212,8 @@ def _spread_section(facts: Facts) -> str:
     return f"<h2>Spread over seeds</h2><p>{note}</p>{table(headings, rows)}"
 
 
-def _candidates_section(candidates: Sequence[Facts], sweep: Facts) -> str:
-    axes = [*sweep["axes"]]
+def _candidates_section(candidates: Sequence[Facts], sweep_settings: Facts) -> str:
+    axes = [*sweep_settings["axes"]]
     headings = ["candidate", *axes, ">numbers", ">steps", ">loss", ""]
     rows = [
         [

@@ -1,14 +1,16 @@
-"""The record of a sweep: every candidate's losses and the progress of the sweep. Each checkpoint
-holds the record. At the end, `sweep.json` and the report hold it together with the conclusions.
+"""The record of a sweep (`State`): the losses of every candidate, which is one of the compared
+configurations, and the progress of the sweep. Each checkpoint holds the record.
 
 output/
   run.json               the record of a run (``train/run_record.py``), with the section `sweep:`
-  checkpoint-120/        state.json; for each running candidate, such as c03: c03/adapter, and
-                         c03/state.pt with its optimiser, schedule and random numbers
-  best/                  the winner: adapter/, train.yaml, log.jsonl, metrics.json, run.json
-  sweep.json  report.html
+  checkpoint-120/        state.json: the record; for each running candidate, such as c03:
+                         c03/adapter, and c03/state.pt with its optimiser, schedule and random
+                         numbers
+  best/                  the best candidate: adapter/, train.yaml, log.jsonl, metrics.json, run.json
+  sweep.json             at the end: the record, the settings, and conclusions about the best one
+  report.html            the same as a page
 
-Checkpoints are written atomically.
+A checkpoint gets its name only when it is complete, so a killed sweep leaves no partial one.
 """
 
 from __future__ import annotations
@@ -24,24 +26,33 @@ from typing import Any
 from veneer.train.sweep.sweep_settings import SEED_AXES
 
 #: names of files and folders in the output folder of a sweep
-BEST, REPORT, RESULT, STATE, TRAIN = "best", "report.html", "sweep.json", "state.json", "train.yaml"
-#: the statuses of a candidate
+BEST, REPORT, RESULT, STATE_FILE, TRAIN_CONFIG = (
+    "best",
+    "report.html",
+    "sweep.json",
+    "state.json",
+    "train.yaml",
+)
+#: the statuses of a candidate: not begun; training; trained for all steps; ended early at a rung or
+#: by a pruner; unable to begin, or dropped for a loss or gradient that is not finite
 WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"
 
 
 @dataclass
 class Candidate:
-    """The record of a candidate of a sweep. A rung is a step after which the weaker candidates end.
+    """The record of a candidate: one of the configurations that a sweep compares.
 
     Fields:
-        cohort: the index of its cohort: the candidates that train at the same time.
-        changes: the settings of the candidate that differ from the sweep's configuration.
-        status: one of the statuses above.
+        name: "c" and a number from 1, such as "c03".
+        cohort: the index of its cohort (the candidates that train at the same time), from 0.
+        changes: the candidate's values of the settings that the sweep varies, by setting.
+        status: WAITING, RUNNING, FINISHED, ENDED or FAILED.
         note: the reason why the candidate failed; else empty.
         parameters: number of trainable parameters.
         losses: the training loss of each step, from step 1.
-        evaluations: (step, {measure: mean over the held-out rows}), with the measure "loss".
-        judged: (step, mean training loss) at the rungs, if these compare training losses.
+        evaluations: (step, {measure: mean over the held-out rows}); one measure is "loss".
+        judged: (step, mean training loss) at each rung (a step after which weaker candidates end),
+            if rungs compare training losses; else empty.
     """
 
     name: str
@@ -56,14 +67,15 @@ class Candidate:
 
     @property
     def loss_history(self) -> list[tuple[int, float]]:
-        """(step, loss on the held-out rows), in the order of the steps. At rungs that compare
-        training losses, the loss is the mean training loss instead."""
+        """(step, loss on the held-out rows), in the order of the steps. At a rung (a step after
+        which weaker candidates end) that compares training losses, the mean training loss takes
+        the place of the loss on the held-out rows."""
         held_out = {step: measures["loss"] for step, measures in self.evaluations}
         return sorted((held_out | dict(self.judged)).items())
 
     @property
     def loss(self) -> float | None:
-        """The last loss of `loss_history`."""
+        """The last loss of `loss_history`; None before the first one."""
         return self.loss_history[-1][1] if self.loss_history else None
 
 
@@ -73,8 +85,10 @@ class State:
 
     Fields:
         cohort, step: index of the cohort that trains, and the number of its completed steps.
-        seconds, cpu_seconds: time that the sweep took so far, including that before it was resumed.
-        best: name of the candidate whose adapter is in the folder `best/`.
+        seconds, cpu_seconds: wall-clock and CPU time of the sweep so far, in all processes that ran
+            or resumed it.
+        best: name of the candidate whose adapter is in the folder `best/`; None before the first.
+        candidates: all candidates proposed so far, in the order of their names.
     """
 
     cohort: int = 0
@@ -87,8 +101,8 @@ class State:
     def __getitem__(self, name: str) -> Candidate:
         return next(candidate for candidate in self.candidates if candidate.name == name)
 
-    def in_cohort(self, cohort: int) -> list[Candidate]:
-        return [candidate for candidate in self.candidates if candidate.cohort == cohort]
+    def in_cohort(self, cohort_index: int) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if candidate.cohort == cohort_index]
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
@@ -97,32 +111,32 @@ class State:
     def read(cls, path: Path) -> State:
         fields = json.loads(path.read_text(encoding="utf-8"))
         candidates = [Candidate(**values) for values in fields.pop("candidates")]
-        for candidate in candidates:  # JSON has lists in place of tuples
+        for candidate in candidates:  # JSON turned the tuples into lists
             candidate.evaluations = [(step, measures) for step, measures in candidate.evaluations]
             candidate.judged = [(step, loss) for step, loss in candidate.judged]
         return cls(**fields, candidates=candidates)
 
-    def losses_by_step(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
+    def losses_by_step(self, cohort_index: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (step, {candidate: loss}) for each step in the ``loss_history`` of a candidate of
         the cohort, in order."""
         losses: dict[int, dict[str, float]] = {}
-        for candidate in self.in_cohort(cohort):
+        for candidate in self.in_cohort(cohort_index):
             for step, loss in candidate.loss_history:
                 losses.setdefault(step, {})[candidate.name] = loss
         yield from sorted(losses.items())
 
     def finished_candidates(self) -> list[Candidate]:
-        """Candidates that ran to their end, the best first."""
+        """The candidates that trained for all steps, by rising loss."""
         return sorted(
             (candidate for candidate in self.candidates if candidate.status == FINISHED),
             key=lambda candidate: float("inf") if candidate.loss is None else candidate.loss,
         )
 
     def spread(self) -> list[dict[str, Any]]:
-        """For each group of finished candidates that differ only in their seeds, the mean and the
-        standard deviation of their losses."""
-        groups: dict[str, list[Candidate]] = {}
-        distinct_changes: list[dict[str, Any]] = []  # a sampler may draw the same settings again
+        """For each group of at least two finished candidates that differ only in their seeds, the
+        mean and the standard deviation of their losses, with the candidates and settings."""
+        candidates_by_settings: dict[str, list[Candidate]] = {}
+        distinct_changes: list[dict[str, Any]] = []  # each counts once, even if drawn twice
         for candidate in self.finished_candidates():
             if candidate.changes in distinct_changes:
                 continue
@@ -130,14 +144,14 @@ class State:
             settings = {
                 name: value for name, value in candidate.changes.items() if name not in SEED_AXES
             }
-            groups.setdefault(json.dumps(settings), []).append(candidate)
+            candidates_by_settings.setdefault(json.dumps(settings), []).append(candidate)
         spreads = []
-        for settings, group in groups.items():
+        for settings_json, group in candidates_by_settings.items():
             losses = [candidate.loss for candidate in group if candidate.loss is not None]
             if len(losses) > 1:
                 spreads.append(
                     {
-                        "changes": json.loads(settings),
+                        "changes": json.loads(settings_json),
                         "candidates": [candidate.name for candidate in group],
                         "losses": losses,
                         "mean": mean(losses),
@@ -147,7 +161,8 @@ class State:
         return spreads
 
     def facts(self) -> dict[str, Any]:
-        """The record as JSON values."""
+        """The record as JSON values. Each candidate also gets its last loss, under "loss", and its
+        `loss_history`, under "measured"."""
         return {
             "best": self.best,
             "seconds": self.seconds,
@@ -165,7 +180,7 @@ class State:
 
 
 def format_changes(changes: Mapping[str, Any]) -> str:
-    """Settings as text: "rank 4, targets q_proj+v_proj"."""
+    """Settings and their values as text, such as "rank 4, targets q_proj+v_proj"."""
     return ", ".join(f"{name} {_format_value(value)}" for name, value in changes.items())
 
 

@@ -1,11 +1,11 @@
-"""A sweep, from its settings to its report. Cohorts of candidates train one after another; the
-candidates of a cohort train at once on one base.
+"""Run a sweep, from its settings to its report. The candidates (the configurations to compare) are
+divided into cohorts: these train one after another, the candidates of a cohort at the same time.
 
     result = sweep(*load_sweep(Path("sweep.yaml")))
     result.best           the folder of the best candidate, with the files of `veneer train`
 
-`sweep_record.py` lists the files of the output. A sweep that was stopped or killed resumes from
-its newest checkpoint and ends with the same numbers, bit for bit.
+`sweep_record.py` lists the files of the output. A sweep that was stopped or killed resumes from its
+newest checkpoint. Its losses and adapters then equal those of an uninterrupted sweep bit for bit.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from veneer.train.sweep.sweep_record import (
     REPORT,
     RESULT,
     RUNNING,
-    STATE,
-    TRAIN,
+    STATE_FILE,
+    TRAIN_CONFIG,
     WAITING,
     Candidate,
     State,
@@ -65,7 +65,7 @@ from veneer.train.sweep.table import print_overview
 from veneer.train.sweep.winner import changed_settings, single_run_config, write_winner
 from veneer.train.tasks import TASKS, Task
 
-#: (state, number of steps of a full run) -> None
+#: callback(state of the sweep, number of training steps of a candidate that does not end early)
 StepCallback = Callable[[State, int], None]
 
 
@@ -74,7 +74,9 @@ class SweepResult:
     """The result of a sweep.
 
     Fields:
-        best: the folder of the best candidate; None until a cohort has ended.
+        output: the output folder of the sweep.
+        best: the folder of the best candidate; None if no candidate has trained to its end yet.
+        interrupted: whether the sweep was stopped before its end, with a checkpoint.
         facts: the contents of `sweep.json`.
     """
 
@@ -95,18 +97,21 @@ def sweep(
     on_step: StepCallback = lambda state, steps: None,
     stop_order: Callable[[], bool] | None = None,
 ) -> SweepResult:
-    """Train the candidates of `settings`, each `config` with changes, and save the best.
+    """Train candidates, each `config` with some values replaced as `settings` says, and save the
+    adapter with the lowest loss on the held-out rows.
 
     Args:
-        keep_going: leave out candidates that cannot begin, instead of raising.
-        on_step: called after each step, with the state and the number of steps of a full run.
-        stop_order: called after each step; if it returns True, the sweep writes a checkpoint and
-            ends, as after Ctrl-C.
+        keep_going: leave out candidates that cannot begin, instead of raising an error for them.
+        console, quiet: where to print progress. By default stderr, or nothing if `quiet` is set.
+        on_step: called after each step, with the state of the sweep and the number of steps of a
+            candidate that does not end early.
+        stop_order: called after each step but the last of a cohort. If it returns True, the sweep
+            writes a checkpoint and ends, as after Ctrl-C.
 
     Raises:
-        ConfigError, TargetError, OutputExistsError: as `fit`; the error names every candidate whose
-            configuration is invalid or whose adapter cannot be attached.
-        TrainingError: no candidate ended with a finite loss.
+        ConfigError, TargetError, OutputExistsError: for the same reasons as `fit`. The error names
+            every candidate whose configuration is invalid or whose adapter cannot be attached.
+        TrainingError: no candidate trained to its end with finite losses.
     """
     console = console or Console(stderr=True, quiet=quiet)
     with (
@@ -118,9 +123,9 @@ def sweep(
 
 
 class _SweepRun:
-    """A sweep in progress. `start_times`: the clocks at the start of this process, as (wall
-    seconds, CPU seconds). `earlier_times`: the same two times that earlier processes of a resumed
-    sweep took up to the checkpoint."""
+    """A sweep in progress. `start_times`: (seconds of the wall clock, CPU seconds of the process)
+    when the object was created. `earlier_times`: (seconds, CPU seconds) that earlier processes of a
+    resumed sweep took up to the checkpoint. `tasks`: by candidate's name, its task."""
 
     def __init__(
         self,
@@ -146,15 +151,18 @@ class _SweepRun:
             find_resume_point(self.config, self.output, self.prepared, console) if resumes else None
         )
         self.resume_from = None if resume_point is None else Path(resume_point[0])
-        self.state = State() if self.resume_from is None else State.read(self.resume_from / STATE)
+        self.state = (
+            State() if self.resume_from is None else State.read(self.resume_from / STATE_FILE)
+        )
         self.earlier_times = self.state.seconds, self.state.cpu_seconds
         self.tasks: dict[str, Task] = {}
         self.model: Any = None
         self.winner_facts: dict[str, Any] = {}
 
     def _check_rungs_in_first_epoch(self) -> None:
-        """Raise `ConfigError` if a rung compares training losses after the first epoch. From then
-        on, candidates have already trained on the rows whose losses are compared."""
+        """Raise `ConfigError` if training losses are compared at a rung (a step after which weaker
+        candidates end) after the first epoch. In later epochs, candidates have already trained on
+        the same rows, so a low training loss may only show that a candidate memorises them."""
         epoch_steps = steps_an_epoch(self.config, len(self.prepared.train))
         last_rung = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last_rung > epoch_steps:
@@ -168,28 +176,29 @@ class _SweepRun:
     # ---- candidates
 
     def _next_candidates(self, existing_count: int) -> list[Candidate]:
-        """Ask the search for further candidates: one cohort if the sampler needs the results of
-        earlier candidates, else all. `existing_count`: number of candidates that exist already."""
-        count = self.settings.at_once if self.search.adaptive else self.search.count
-        changes_by_name = self.search.ask(count)
+        """Ask the search for new candidates: for one cohort if the sampler needs the results of
+        earlier candidates, else for all. `existing_count`: number of candidates that exist."""
+        new_count = self.settings.at_once if self.search.adaptive else self.search.count
+        changes_by_name = self.search.ask(new_count)
         return [
             Candidate(name, (existing_count + index) // self.settings.at_once, changes)
             for index, (name, changes) in enumerate(changes_by_name.items())
         ]
 
     def _add_candidates(self, candidates: list[Candidate]) -> None:
-        """Add new candidates. Raises `TargetError` if some cannot begin, unless `keep_going` is set
-        and others can."""
+        """Create the tasks of new candidates, and add the candidates to the state. Raises
+        `TargetError` if one cannot begin; with `keep_going`, only if none of the first ones can."""
         problems = [problem for candidate in candidates if (problem := self._make_task(candidate))]
         if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
             raise_all(TargetError, "The sweep cannot begin", problems)
         self.state.candidates += candidates
 
     def _make_task(self, candidate: Candidate) -> str | None:
-        """Create the task of a candidate. Returns the problem if it cannot begin."""
+        """Create the task of a candidate and add it to `tasks`. If its configuration is invalid or
+        its adapter cannot be attached, mark it as failed and return the problem as text."""
         try:
             config = make_config({**self.config.content(), **candidate.changes})
-            task = copy.copy(self.task)  # shares the processor and all that depends on the data
+            task = copy.copy(self.task)  # shallow: candidates share the processor and labels
             task.config = config
             arguments_of(config, self.output, self.prepared)
             plan(self.model, lora_config(config, self.model, {}), candidate.name)
@@ -201,19 +210,20 @@ class _SweepRun:
 
     def _replay(self) -> None:
         """Bring the search to its state at the checkpoint: repeat its calls with the recorded
-        losses. Raises `ConfigError` if the search then proposes other candidates than recorded."""
-        replayed: dict[str, dict[str, Any]] = {}
-        for cohort in range(self.state.cohort + 1):
-            if not replayed or self.search.adaptive:
-                candidates = self._next_candidates(len(replayed))
-                replayed |= {candidate.name: candidate.changes for candidate in candidates}
-            for step, losses in self.state.losses_by_step(cohort):
+        losses. Raises `ConfigError` if the search then proposes candidates that differ from the
+        recorded ones, or if a recorded candidate cannot continue."""
+        replayed_changes: dict[str, dict[str, Any]] = {}
+        for cohort_index in range(self.state.cohort + 1):
+            if not replayed_changes or self.search.adaptive:
+                candidates = self._next_candidates(len(replayed_changes))
+                replayed_changes |= {candidate.name: candidate.changes for candidate in candidates}
+            for step, losses in self.state.losses_by_step(cohort_index):
                 if step < self.steps:
                     self.search.choose_ended(step, losses)
-            if cohort < self.state.cohort:
-                self._report_ends(cohort)
+            if cohort_index < self.state.cohort:
+                self._report_ends(cohort_index)
         recorded = {candidate.name: candidate.changes for candidate in self.state.candidates}
-        if json.loads(json.dumps(replayed)) != recorded:
+        if json.loads(json.dumps(replayed_changes)) != recorded:
             raise ConfigError(
                 "candidates that this sampler does not draw again",
                 f"those of the checkpoint in {self.output}",
@@ -224,9 +234,10 @@ class _SweepRun:
             if can_continue and (problem := self._make_task(candidate)):
                 raise ConfigError(f"Found: {problem}")
 
-    def _report_ends(self, cohort: int) -> None:
-        """Report the last losses of a cohort to the search."""
-        for candidate in self.state.in_cohort(cohort):
+    def _report_ends(self, cohort_index: int) -> None:
+        """Tell the search the last loss of each candidate of a cohort (None if it failed), and
+        whether it ended early."""
+        for candidate in self.state.in_cohort(cohort_index):
             loss = candidate.loss if candidate.status in (FINISHED, ENDED) else None
             self.search.report_end(candidate.name, loss, candidate.status == ENDED)
 
@@ -266,8 +277,8 @@ class _SweepRun:
         return self._finish_sweep()
 
     def _open_output(self, cohort: Cohort) -> None:
-        """Print the overview and create the output folder. This happens after the first cohort is
-        attached, so that a sweep that cannot begin leaves no files."""
+        """Print the overview, create the output folder, and remove an earlier sweep's files unless
+        this one resumes. Comes after a cohort is attached: if none can be, no file changes."""
         print_overview(
             self.console,
             self.task,
@@ -285,7 +296,8 @@ class _SweepRun:
         write_status(self.output, status, self.config, self.prepared, self.settings.content())
 
     def _attach_cohort(self, resume_from: Path | None) -> Cohort:
-        """Attach the candidates of the current cohort that have not ended."""
+        """Attach the adapters of the current cohort's candidates that neither failed nor ended
+        early. Raises `TargetError` if all candidates of the sweep have failed."""
         candidates = self.state.in_cohort(self.state.cohort)
         active_candidates = [
             candidate
@@ -308,8 +320,8 @@ class _SweepRun:
         return cohort
 
     def _train(self, cohort: Cohort, should_stop: Callable[[], bool]) -> bool:
-        """Train a cohort to its end. Returns False if the training was stopped; a checkpoint then
-        holds its state."""
+        """Train a cohort for the remaining steps, or until it has no candidate left. Returns False
+        if `should_stop` ended the training earlier; a checkpoint then holds the state."""
         state = self.state
         while state.step < self.steps and cohort.members:
             losses = cohort.step()
@@ -330,20 +342,20 @@ class _SweepRun:
         return True
 
     def _evaluate(self, cohort: Cohort) -> None:
-        """Evaluate the candidates if the present step is a rung or a step at which a single run
-        evaluates. With rungs and without `eval_every`, candidates are evaluated only at rungs and
-        at the end. Then end the candidates that the search judges to be too weak."""
+        """Evaluate the candidates if the present step is a rung (a step after which weaker ones
+        end) or a step at which a single run evaluates. With rungs and without `eval_every`, they
+        are evaluated only at rungs and at the end. Then end those that the search rejects."""
         state, step = self.state, self.state.step
-        is_due = step % self.eval_steps == 0 or step == self.steps
+        evaluates_here = step % self.eval_steps == 0 or step == self.steps
         is_rung = step in self.search.rungs
-        if is_due:  # a single run draws here, so this also happens if rungs replace the evaluation
+        if evaluates_here:  # a single run draws a number here, so draw it even without evaluation
             cohort.draw_loader_seed()
         if self.config.eval_every is None and self.search.rungs and step < self.steps:
-            is_due = False  # the rungs take the place of regular evaluations
-        if not cohort.members or not (is_due or is_rung):
+            evaluates_here = False  # evaluations at rungs replace the regular ones
+        if not cohort.members or not (evaluates_here or is_rung):
             return
         judges_training_loss = is_rung and self.settings.judged_by == "training"
-        losses = self._held_out_losses(cohort) if is_due or not judges_training_loss else {}
+        losses = self._held_out_losses(cohort) if evaluates_here or not judges_training_loss else {}
         if judges_training_loss:
             losses = {name: mean(state[name].losses[step // 2 :]) for name in cohort.members}
             for name, loss in losses.items():
@@ -354,7 +366,8 @@ class _SweepRun:
                 cohort.remove(name)
 
     def _held_out_losses(self, cohort: Cohort) -> dict[str, float]:
-        """Evaluate the cohort, and remove candidates whose loss is not finite."""
+        """Evaluate the cohort on the held-out rows, record the measures, and remove the candidates
+        whose loss is not finite. Returns the loss of each remaining candidate, by name."""
         losses, step = {}, self.state.step
         for name, measures in cohort.evaluate().items():
             loss = measures["loss"]
@@ -378,15 +391,15 @@ class _SweepRun:
             cohort.save(
                 folder, lambda name: {"step": state.step, "task": self.tasks[name].record()}
             )
-            state.write(folder / STATE)
+            state.write(folder / STATE_FILE)
 
         total_steps = state.cohort * self.steps + state.step
         checkpoint.write(self.output, total_steps, fill, Processes())
         remove_checkpoints(self.output, except_for=checkpoint.path_of(self.output, total_steps))
 
     def _finish_cohort(self, cohort: Cohort) -> None:
-        """Mark the remaining candidates of a cohort as finished. If one of them is the best so far,
-        save it."""
+        """Mark the remaining candidates of a cohort as finished. If one of them has the lowest loss
+        of the sweep so far, write its adapter to the folder of the winner."""
         for name in cohort.members:
             self.state[name].status = FINISHED
         ranking = self.state.finished_candidates()
@@ -424,7 +437,7 @@ class _SweepRun:
             winner_config = self._single_run_config(self.state[self.state.best])
             facts |= {
                 "folder": str(best_folder),
-                "command": ["veneer", "train", str(best_folder / TRAIN)],
+                "command": ["veneer", "train", str(best_folder / TRAIN_CONFIG)],
                 "config": changed_settings(winner_config),
             }
         facts |= {**self.winner_facts, **state_facts}
@@ -443,7 +456,7 @@ class _SweepRun:
                 "lower the learning rates, or train in fp32 (--precision fp32)",
             )
         best = self.state[self.state.best]
-        self.model = None  # frees memory: the repetition loads the base again
+        self.model = None  # frees memory, since `repeat_winner` loads the base again
         self.winner_facts = {
             "edges": find_edges(self.settings.axes, best.changes),
             "alone": repeat_winner(self._single_run_config(best), best.losses),
@@ -472,8 +485,9 @@ class _SweepRun:
 
 
 def _shared_config(config: TrainConfig) -> TrainConfig:
-    """`config` with the settings that all candidates must share. Raises `ConfigError` if a sweep
-    does not support the configuration."""
+    """`config`, with `eval_seed` set if the held-out rows are drawn from the training data: all
+    candidates must be evaluated on the same rows, even if their seeds differ. Raises `ConfigError`
+    if a sweep does not support the task or a setting."""
     check_sweep_support(config)
     if not TASKS[config.task].uses_single_forward:
         problem = f"task {config.task}, whose loss takes more than one pass of its rows"
@@ -481,8 +495,6 @@ def _shared_config(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             problem, f"one of {names}", "train its candidates one after another with `veneer train`"
         )
-    if (
-        config.eval_fraction and config.eval_seed is None
-    ):  # all candidates need the same held-out rows
+    if config.eval_fraction and config.eval_seed is None:
         return config.model_copy(update={"eval_seed": config.seed})
     return config

@@ -1,7 +1,7 @@
-"""The settings of a sweep, the section `sweep:` of a YAML file: the axes with their lists and
-ranges, and the steps at which candidates may end (rungs), with the share that continues.
+"""The settings of a sweep, which are the section `sweep:` of a YAML file: the values to try of some
+settings of a run (the axes), and the steps after which the weaker candidates end (the rungs).
 
-axes       the values to try: a list, or a range {low, high, log}
+axes       by setting, the values to try: a list, or a range {low, high, log}
 sampler    grid (every combination of lists), random, or the name of a sampler of Optuna
 rungs      the steps at which the weaker candidates end; or `pruner`, the name of a pruner of Optuna
 judged_by  the loss that a rung compares: the loss on the held-out rows, or the mean training loss
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from veneer.errors import ConfigError, listing, nearest
 from veneer.train.config import TrainConfig, make_config, read_yaml
 
-#: settings in which candidates may differ: of the adapter, of the optimisation, and seeds
+#: settings of a run in which candidates may differ: of the adapter, of the optimisation, and seeds
 AXES = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "variant", "bias",
     "adapter_dtype", "learning_rate", "schedule", "warmup", "optimiser", "weight_decay",
@@ -27,14 +27,14 @@ AXES = (
 )  # fmt: skip
 #: the axes that are seeds. Candidates that differ only in their seeds repeat the same settings.
 SEED_AXES = frozenset({"seed", "data_seed"})
-#: settings that a sweep does not support
+#: settings of a run that must keep their defaults in a sweep, which does not support them
 UNSUPPORTED = (
     "packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens",
     "trainable_tokens", "invocation", "trackers", "device_map", "activation_checkpointing",
     "adapter",
 )  # fmt: skip
-#: defaults of `rungs`, as shares of the run, and of `keep`, the share of the candidates that
-#: continues after a rung
+#: defaults of `rungs`, as shares of the steps of a run, and of `keep`, the share of the candidates
+#: that continues after a rung
 DEFAULT_RUNGS, DEFAULT_KEEP = (1 / 9, 1 / 3), 1 / 3
 
 
@@ -58,12 +58,17 @@ class Range(BaseModel):
 
 
 class Sweep(BaseModel):
-    """The section `sweep:`. To end the weaker candidates at rungs is successive halving (Jamieson
-    and Talwalkar 2016, arXiv:1502.07943).
+    """The section `sweep:` of a YAML file. Ending the weaker candidates at rungs is successive
+    halving (Jamieson and Talwalkar 2016, arXiv:1502.07943).
 
-    Fields (the others are at the top of this file):
-        candidates: number of candidates; None with the sampler grid.
+    Fields:
+        axes: by setting of a run, the values to try.
+        candidates: number of candidates; None for the grid, which has one for each combination.
+        sampler, pruner: the name, or {"name": name, option: value, ...} for a class of Optuna.
+        rungs: the steps after which the weaker candidates end. Numbers below 1 are shares of the
+            run. None: `DEFAULT_RUNGS`, or no rungs if there is a pruner.
         keep: the share of the candidates that continues after a rung.
+        judged_by: the loss that a rung compares.
         at_once: the largest number of candidates that train at the same time.
         seed: the seed of the sampler.
     """
@@ -89,18 +94,20 @@ class Sweep(BaseModel):
                 )
             if isinstance(values, list) and not values:
                 raise ValueError(f"axis {name!r} without values; expected some")
-        ranges = self.ranges
-        combinations = math.prod(len(axis) for axis in self.axes.values() if isinstance(axis, list))
+        range_axes = self.range_axes
+        combination_count = math.prod(
+            len(values) for values in self.axes.values() if isinstance(values, list)
+        )
         for component in (self.sampler, self.pruner):
             if isinstance(component, dict) and not isinstance(component.get("name"), str):
                 raise ValueError(f"{component}; expected a name, and options of Optuna's")
-        by_training = self.judged_by == "training"
+        judges_training_loss = self.judged_by == "training"
         grid_conflict = (
-            f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
+            f"axis {range_axes[0]!r}, a range" if range_axes else f"candidates: {self.candidates}"
         )
         problems: list[tuple[Any, str]] = [
             (
-                self.sampler == "grid" and (ranges or self.candidates),
+                self.sampler == "grid" and (range_axes or self.candidates),
                 f"sampler grid and {grid_conflict}; expected lists of values alone, all of which"
                 " are tried",
             ),
@@ -110,9 +117,9 @@ class Sweep(BaseModel):
             ),
             (
                 self.sampler_name == "random"
-                and not ranges
-                and (self.candidates or 0) > combinations,
-                f"candidates: {self.candidates}, and {combinations} combinations of the axes'"
+                and not range_axes
+                and (self.candidates or 0) > combination_count,
+                f"candidates: {self.candidates}, and {combination_count} combinations of the axes'"
                 " values; expected no more, since each is tried once",
             ),
             (
@@ -120,12 +127,12 @@ class Sweep(BaseModel):
                 "pruner and rungs; expected one of them",
             ),
             (
-                by_training and (self.pruner is not None or self.rungs == []),
+                judges_training_loss and (self.pruner is not None or self.rungs == []),
                 "judged_by training and no rungs, where alone it counts; expected rungs, or"
                 " held_out",
             ),
             (
-                by_training and "dropout" in self.axes,
+                judges_training_loss and "dropout" in self.axes,
                 "judged_by training and axis 'dropout', which raises the loss in training of those"
                 " that have more; expected judged_by held_out",
             ),
@@ -141,29 +148,31 @@ class Sweep(BaseModel):
 
     @property
     def sampler_name(self) -> str:
-        """The name of the sampler. By default the grid of all combinations, or "random" if there is
-        a range or `candidates`."""
+        """The name of the sampler. By default "random" if an axis is a range or `candidates` is
+        set; else "grid", which tries all combinations."""
         name = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
-        return name or ("random" if self.ranges or self.candidates else "grid")
+        return name or ("random" if self.range_axes or self.candidates else "grid")
 
     @property
-    def ranges(self) -> list[str]:
-        """The axes that are ranges."""
+    def range_axes(self) -> list[str]:
+        """The names of the axes whose values are a range."""
         return [name for name, values in self.axes.items() if isinstance(values, Range)]
 
     def rung_steps(self, steps: int) -> list[int]:
-        """The steps after which the weaker candidates end. Raises `ConfigError` for a rung beyond
-        the end of the run."""
+        """The steps after which the weaker candidates end, in a run of `steps` steps. Raises
+        `ConfigError` for a rung at or after the last step."""
         if late_rungs := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
             raise ConfigError(
                 f"rung {late_rungs[0]:g} in a run of {steps} steps",
                 f"less than {steps}",
                 "name an earlier step, or a share such as 0.3",
             )
-        rungs = (
+        rung_settings = (
             [] if self.pruner is not None else DEFAULT_RUNGS if self.rungs is None else self.rungs
         )
-        steps_of_rungs = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in rungs}
+        steps_of_rungs = {
+            max(1, round(rung if rung >= 1 else rung * steps)) for rung in rung_settings
+        }
         return sorted(step for step in steps_of_rungs if step < steps)
 
     def content(self) -> dict[str, Any]:
@@ -171,8 +180,9 @@ class Sweep(BaseModel):
 
 
 def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
-    """Read a YAML file: the configuration of a run, overridden by `changes`, and the section
-    `sweep:`. Raises `ConfigError`."""
+    """Read the configuration of a run and the section `sweep:` from a YAML file. `changes`: values
+    that override those of the file, by setting; None overrides nothing. Raises `ConfigError` for an
+    invalid or missing value."""
     fields = {
         **read_yaml(path),
         **{name: value for name, value in changes.items() if value is not None},
@@ -190,7 +200,8 @@ def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
 
 
 def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
-    """`Sweep(**fields)`, with validation errors as one readable `ConfigError`."""
+    """Create a `Sweep` from the fields of the section `sweep:`. Raises one `ConfigError` that lists
+    all validation errors. `source`: where the section stands, for the error."""
     try:
         return Sweep(**fields)
     except ValidationError as error:
@@ -202,7 +213,7 @@ def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
 
 
 def _describe_problem(problem: Any) -> str:
-    """One line of text for a validation error of pydantic."""
+    """One line of text for an entry of pydantic's `ValidationError.errors()`."""
     location = [
         str(component)
         for component in problem["loc"]
@@ -219,7 +230,8 @@ def _describe_problem(problem: Any) -> str:
 
 
 def check_sweep_support(config: TrainConfig) -> None:
-    """Raise `ConfigError` for settings of a run that a sweep does not support."""
+    """Raise `ConfigError` if the run has a setting that a sweep does not support, or no held-out
+    rows to compare the candidates on."""
     default = TrainConfig.defaults()
     for name in UNSUPPORTED:
         if getattr(config, name) != default[name]:

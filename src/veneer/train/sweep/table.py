@@ -1,5 +1,5 @@
-"""Terminal output of a sweep: an overview before it starts, then a live table on a terminal, or a
-line for each evaluation elsewhere."""
+"""Terminal output of a sweep: an overview before it starts; then a live table, or a line for each
+evaluation if the output is no terminal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from veneer.train.sweep.sweep_record import (
 )
 from veneer.train.tasks import Task
 
-#: maximal number of candidates in the table, which shows the best ones
+#: maximal number of candidates in the table; if there are more, it shows the best ones
 MAX_ROWS = 30
 
 
 class Progress:
-    """Shows the progress of a sweep; `sweep` calls it after each step. Use it as a context manager
-    around the sweep."""
+    """Shows the progress of a sweep. Pass it to `sweep` as `on_step`, inside a `with` block of it
+    that closes the table. `live`: the table; None if the console is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -42,11 +42,11 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         if self.live is not None:
-            self.live.stop()  # does nothing if it was not started
+            self.live.stop()  # no effect if no step started the table
 
     def __call__(self, state: State, steps: int) -> None:
         if self.live is not None:
-            self.live.start()  # at the first step, when there is something to show; else no effect
+            self.live.start()  # opens the table at the first step; later without effect
             self.live.update(candidate_table(state, steps), refresh=True)
             return
         cohort = state.in_cohort(state.cohort)
@@ -57,12 +57,12 @@ class Progress:
         ]
         if evaluated:
             best = min(evaluated, key=_sortable_loss)
-            remaining = sum(candidate.status in (RUNNING, FINISHED) for candidate in cohort)
-            by_training_loss = best.judged and best.judged[-1][0] == state.step
-            loss_name = "mean loss in training" if by_training_loss else "evaluation"
+            remaining_count = sum(candidate.status in (RUNNING, FINISHED) for candidate in cohort)
+            is_training_loss = best.judged and best.judged[-1][0] == state.step
+            loss_name = "mean loss in training" if is_training_loss else "evaluation"
             say(
                 self.console,
-                f"step {state.step:>5}/{steps}  {remaining} of {len(cohort)} go on; best"
+                f"step {state.step:>5}/{steps}  {remaining_count} of {len(cohort)} go on; best"
                 f" {best.name} ({format_changes(best.changes)}), {loss_name}"
                 f" {_sortable_loss(best):.4f}",
             )
@@ -74,8 +74,9 @@ def _sortable_loss(candidate: Candidate) -> float:
 
 
 def candidate_table(state: State, steps: int) -> Table:
-    """A table of the candidates: those that run, then those that ended, then those that wait. Each
-    group begins with its best candidate."""
+    """A table of at most `MAX_ROWS` candidates: first those that train or are finished, then those
+    that ended early or failed, then those that wait. Each group begins with its best candidate.
+    `steps`: number of steps of a candidate that does not end early."""
     status_order = {RUNNING: 0, FINISHED: 0, WAITING: 2}
     ranking = sorted(
         state.candidates,
@@ -112,10 +113,12 @@ def print_overview(
     cohort: Cohort,
     trainable_parameters: int,
 ) -> None:
-    """Print the base, the data, the steps, the number of candidates and the estimated memory, which
-    is left out if no candidate of the cohort trains.
+    """Print the base, the data, the steps, the number of candidates and the estimated memory. The
+    estimate is left out if no candidate of the cohort trains.
 
     Args:
+        task: the task of the sweep, with the configuration that the candidates change.
+        cohort: the attached candidates; only they count for the memory.
         trainable_parameters: number of trainable parameters of all candidates of the cohort.
     """
     config, settings, model = task.config, search.settings, cohort.model
@@ -137,7 +140,7 @@ def print_overview(
     ]
     for line in lines:
         say(console, line)
-    if cohort.members and not console.quiet:  # the estimate counts a step, which takes time
+    if cohort.members and not console.quiet:  # computing the estimate takes time
         runs = {
             name: memory.ConcurrentRun(
                 member.task.config, member.adapter.parameters, member.order_seed

@@ -16,12 +16,18 @@ from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 from veneer.train.run import provenance_of, write_status
 from veneer.train.sweep.cohort import Cohort
-from veneer.train.sweep.sweep_record import BEST, TRAIN, Candidate
+from veneer.train.sweep.sweep_record import BEST, TRAIN_CONFIG, Candidate
 from veneer.train.tasks import Task
 
 
 def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> TrainConfig:
-    """The configuration with which `veneer train` repeats a candidate."""
+    """The configuration with which `veneer train` trains a candidate alone, with the same losses.
+
+    Args:
+        config: the configuration of the candidate.
+        output: the output folder of the sweep.
+        eval_steps: number of steps between two evaluations.
+    """
     return config.model_copy(
         update={
             "output": output / "again",
@@ -33,7 +39,8 @@ def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> Tra
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults, which a YAML file must list."""
+    """The settings of `config` that differ from their defaults, or that have none. A YAML file with
+    these settings alone gives the same configuration."""
     default: Mapping[str, Any] = TrainConfig.defaults()
     return {
         name: value
@@ -45,12 +52,13 @@ def changed_settings(config: TrainConfig) -> dict[str, Any]:
 def write_winner(
     output: Path, config: TrainConfig, candidate: Candidate, task: Task, cohort: Cohort
 ) -> None:
-    """Write the folder of the best candidate. It replaces the folder that an earlier cohort wrote.
+    """Write the folder of the best candidate, in place of the one that an earlier cohort wrote.
 
     Args:
-        output: the folder of the sweep.
-        config: the configuration of the candidate as a single run.
-        cohort: the cohort of the candidate, whose adapter must still be attached.
+        output: the output folder of the sweep.
+        config: the result of `single_run_config` for the candidate.
+        task: the task of the candidate.
+        cohort: the cohort of the candidate. The candidate's adapter must still be attached.
     """
     handle, prepared = cohort.runs[candidate.name], cohort.prepared
     metrics = _winner_metrics(candidate, handle.summary(), prepared)
@@ -58,7 +66,7 @@ def write_winner(
     with new_folder(output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]) as folder:
         handle.save(folder / checkpoint.ADAPTER, base_name=config.base, provenance=provenance)
         (folder / checkpoint.LOG).write_text(_log_lines(candidate))
-        (folder / TRAIN).write_text(
+        (folder / TRAIN_CONFIG).write_text(
             yaml.safe_dump(changed_settings(config), sort_keys=False, allow_unicode=True)
         )
         checkpoint.write_json(folder / checkpoint.METRICS, metrics)
@@ -66,7 +74,8 @@ def write_winner(
 
 
 def _winner_metrics(candidate: Candidate, summary: Any, prepared: Prepared) -> dict[str, Any]:
-    """The content of the winner's metrics.json."""
+    """The content of the winner's metrics.json. `summary`: the `Summary` of its adapter, which
+    counts the trainable parameters and all parameters."""
     _, last_evaluation = candidate.evaluations[-1]
     return {
         "steps": prepared.steps,
@@ -79,7 +88,8 @@ def _winner_metrics(candidate: Candidate, summary: Any, prepared: Prepared) -> d
 
 
 def _log_lines(candidate: Candidate) -> str:
-    """Losses and evaluations as JSON lines, in the order of the steps."""
+    """The training losses and the evaluations of a candidate as JSON lines, in the order of the
+    steps. At a step with both, the loss comes first."""
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(candidate.losses, 1)]
     lines += [
         {"step": step, **{f"eval_{name}": value for name, value in measures.items()}}
