@@ -1,4 +1,5 @@
-"""The tasks of `veneer train`: one file a task, looked up by name in the registry `TASKS`.
+"""The tasks of `veneer train`, such as sft or dpo. Each has a file of its name, and the registry
+`TASKS` maps its name to its class.
 
 A task turns the records of a configuration's data into rows of tensors, loads a model with the head
 that it needs, and computes the loss of a batch.

@@ -1,16 +1,17 @@
-"""The interface of a task: the columns that it reads, rows as tensors, the model that it trains,
-the loss and the measures.
+"""The interface of a task: which columns it reads, how it turns them into batches, which model it
+trains, and its loss and measures. Also helpers that several tasks use.
 
     read_data  read local files; needs no base
-    open_base  check the base's config and return the processor (tokenizer or image processor)
-    prepare    rows → Prepared
+    open_base  check the base's config and load the processor (tokenizer or image processor)
+    prepare    read the data, split off held-out rows, and encode → Prepared
     segments   a row → the texts that the model reads or learns to write, for display
-    load       the base with the head of the task
+    load       load the base with the head of the task
     collate    rows → a batch
     loss       (model, batch) → TaskLoss
 
-The loss of a step is Σ total / Σ items over its batches (`TaskLoss`), so that batches of unequal
-size are weighted correctly. An evaluation averages each measure over the items in the same way.
+The loss of a step is the sum of `TaskLoss.total` over its batches, divided by the sum of
+`TaskLoss.items`, so that batches of unequal size are weighted correctly. An evaluation averages
+each measure over the items in the same way.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class TaskLoss(NamedTuple):
     """The loss of a batch.
 
     Fields:
-        total: the summed loss, a scalar with gradient.
-        items: the number of summands in `total`, as `Task.count_items` returns it.
+        total: the sum of the losses of all items (such as tokens), a scalar with gradient.
+        items: the number of items of the batch, as `Task.count_items` returns it.
         sums: the sum of each measure over the same items, by the measure's name.
     """
 
@@ -60,7 +61,8 @@ class RowSegment(NamedTuple):
     """A segment of a row, for display.
 
     Fields:
-        is_trained: whether the model learns to write the segment; otherwise it only reads it.
+        is_trained: whether the model learns to write or predict the segment; otherwise it only
+            reads the segment.
         name: what the segment is, such as "prompt".
         text: the segment's text.
     """
@@ -71,7 +73,8 @@ class RowSegment(NamedTuple):
 
 
 def extract_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The `Task.settings` in the task record that a run wrote into its adapter."""
+    """The values of `Task.settings` in `record`, a result of `Task.record` that a run wrote into
+    its adapter's files."""
     return {name: value for name, value in record.items() if name not in {"name", *RECORDED_FIELDS}}
 
 
@@ -81,12 +84,13 @@ class Task(ABC):
     Attributes:
         measures: the names of the values that an evaluation reports beside the loss, each a mean
             over the items.
-        required_columns, optional_columns: the roles of the columns that the task reads;
-            `TrainConfig.columns` maps roles to names of columns.
-        auto_class: the name of the class of transformers that loads the model.
+        required_columns, optional_columns: the roles of the columns that the task reads, such as
+            "prompt". A column has the name of its role unless `TrainConfig.columns` names another.
+        auto_class: the name of the auto class of transformers that loads the model.
         loss_unit: the unit over which the loss is a mean, such as "token" or "pair".
         evaluates_base: whether an evaluation also measures the base without the adapter. False if
-            the task adds a new head to the base: before training, its outputs mean nothing.
+            the task adds a new head to the base, because the outputs of an untrained head mean
+            nothing.
         compares_rows: whether the loss of a row depends on the other rows of its forward pass.
         uses_single_forward: whether the loss is computed from one forward of the model on `inputs`.
             Several runs can then share this forward.
@@ -114,7 +118,7 @@ class Task(ABC):
         load_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        #: keyword arguments of `models.load_head`
+        #: keyword arguments of `models.load_head`; by default from the configuration
         self.load_options = (
             {name: getattr(config, name) for name in LOAD_OPTIONS}
             if load_options is None
@@ -124,7 +128,7 @@ class Task(ABC):
         self.initial_adapter = read_initial_adapter(config.adapter)
         if self.initial_adapter is not None and self.initial_adapter.task.get("name") == self.name:
             task_settings = task_settings or extract_settings(self.initial_adapter.task)
-        #: the `settings` that an earlier run wrote into the adapter's record, or none
+        #: what `settings` returned in the run that trained the adapter; {} for a new adapter
         self.recorded_settings: Mapping[str, Any] = task_settings or {}
         self.processor: Any = None
         self._records: dict[tuple[str, str], data.Records] = {}
@@ -134,35 +138,38 @@ class Task(ABC):
         return False
 
     def read_data(self) -> None:
-        """Read the local data files. This happens before the base is opened, so that an error in
-        the data is reported before a conversion of the base, which may take a minute. Data sets of
-        the hub are downloaded later, so that a missing base is reported before the download."""
+        """Read the local data files, and keep the records until `records` returns them. Call this
+        before `open_base`: an error in the data is then reported before a GGUF base is converted,
+        which may take a minute. Data sets of the hub are downloaded only after
+        `open_base`, so that a missing base is reported before the download."""
         config = self.config
         for source, split in ((config.data, config.split), (config.eval_data, "train")):
             if source is not None and data.is_local(source):
                 self._records[source, split] = self.read(source, split)
 
     def records(self, source: str, split: str) -> data.Records:
-        """The records of a source. If `read_data` has read them, they are returned and removed from
-        the task; else `read` reads them."""
-        rows = self._records.pop((source, split), None)
-        return self.read(source, split) if rows is None else rows
+        """The records of a source. If `read_data` has read them, return them and drop the task's
+        reference, which frees their memory after use; else read them now."""
+        local_records = self._records.pop((source, split), None)
+        return self.read(source, split) if local_records is None else local_records
 
     def open_base(self) -> Any:
-        """Check the base's config and return its processor. Reads no weights."""
+        """Check the base's config, and load and return its processor, but no weights. Raises
+        `ConfigError` if the task needs a causal language model and the base is none."""
         if self.generates_text():
             models.must_be_causal(self.config.base)
         self.processor = models.load_tokenizer(self.config.base)
         return self.processor
 
     def settings(self) -> dict[str, Any]:
-        """The values that a later evaluation of the adapter needs in addition to the
-        configuration, as JSON values by name; for classify, the labels."""
+        """The values that a later evaluation of the adapter needs in addition to the configuration,
+        as JSON values by name. For classify: the kind of the rows and the labels."""
         return {}
 
     def record(self) -> dict[str, Any]:
-        """The task record of an adapter: the task's name, the fields of `RECORDED_FIELDS` that
-        differ from their defaults, and `settings`."""
+        """The values that a run writes into its adapter's files, so that a later evaluation can
+        create the same task: the task's name, the fields of `RECORDED_FIELDS` that differ from
+        their defaults, and `settings`."""
         default_values = TrainConfig.defaults()
         recorded_fields = {name: getattr(self.config, name) for name in RECORDED_FIELDS}
         changed_fields = {
@@ -177,7 +184,8 @@ class Task(ABC):
         return prepare.max_length(self.config)
 
     def read(self, source: str, split: str) -> data.Records:
-        """Read the records of a source, with columns renamed to their roles."""
+        """Read the records of a source (a file, or a data set of the hub). The columns of each
+        record are named by their roles, such as "prompt"."""
         located_rows, digest = data.raw_rows(source, split)
         return data.select_fields(
             located_rows,
@@ -190,43 +198,47 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, records: data.Records) -> Any:
-        """Turn records into rows. Raises `DataError` with the location of an invalid row."""
+        """Turn records into the rows that `collate` takes. Raises `DataError` with the location of
+        an invalid row."""
 
     @abstractmethod
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         """The segments of a row, in reading order."""
 
     def token_segments(self, name: str, ids: list[int], labels: list[int]) -> list[RowSegment]:
-        """The segments of a sequence of token ids and labels, each named `name`."""
+        """The segments of a sequence of token ids with one label each: its stretches of tokens with
+        labels, which the model learns to write, and without. Each gets the name `name`."""
         return [
             RowSegment(is_trained, name, self.processor.decode(segment_ids))
             for is_trained, segment_ids in label_runs(ids, labels)
         ]
 
     def load(self) -> Base:
-        """Load the base with the head of the task, and the processor. Raises `ConfigError` for a
-        language model that is not causal, which is tested by a forward, because not every config
-        tells it."""
+        """Load the base with the head of the task. Raises `ConfigError` if the task needs a causal
+        language model and the logits of the base depend on later tokens. A forward pass tests this,
+        because the config does not always say whether a model is causal."""
         model = self.load_model()
         if self.generates_text():
             must_not_see_later_tokens(model, self.config.base)
         return Base(model, self.processor, self.config.base)
 
     def load_model(self, **fields: Any) -> Any:
-        """Load the base by the class `auto_class`. ``fields``: values for the model's config."""
+        """Load the base by the class `auto_class`. ``fields``: values for fields of the model's
+        config, such as num_labels."""
         return models.load_head(self.config.base, self.auto_class, **self.load_options, **fields)
 
     @abstractmethod
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Join rows to a batch, by name: tensors, and other values that `loss` needs."""
+        """Join rows into a batch: by name, tensors and other values that `loss` needs."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        """The loss of a batch whose tensors are on the model's device. In training mode, the
-        measures may be missing."""
+        """The loss of a batch whose tensors are on the model's device. In training mode,
+        `TaskLoss.sums` may lack measures."""
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
-        """The number of items that the loss of a batch sums; by default one for each label."""
+        """The number of items, such as tokens or pairs, whose losses `TaskLoss.total` sums; by
+        default the number of labels."""
         return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,16 +246,17 @@ class Task(ABC):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        """The model's keyword arguments for a short row of the training data. A forward with them
-        must run every adapted layer."""
+        """The model's keyword arguments for a short row of the training data. `veneer.attach.check`
+        runs the model on them to prove that every adapted layer affects the output, so a forward
+        with them must run every adapted layer."""
         inputs = self.inputs(
             self.collate([prepared.train.rows[short_row_index(prepared.train.lengths)]])
         )
         return move_batch(device, inputs)
 
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
-        """(tokens with padding, tokens that reach the output head) of the batch that needs the most
-        memory."""
+        """(number of tokens with padding, number of tokens that reach the output head) of the batch
+        that needs the most memory: that of the longest rows."""
         rows = prepared.train
         longest_rows = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
             : self.config.batch_size
@@ -258,12 +271,12 @@ class Task(ABC):
         return f"{len(rows):,} examples{tokens}"
 
 
-#: least number of tokens of an example row (`Task.example`), so that tokens attend to other tokens
+#: least number of tokens of an example row (`Task.example`), if the data have such a row
 MIN_EXAMPLE_TOKENS = 8
 #: the fields of the configuration that `models.load_head` takes
 LOAD_OPTIONS = ("precision", "device", "attention", "quantize", "device_map")
-#: the fields of the configuration that `Task.record` writes. `reward` is missing because it names
-#: code: whoever evaluates the adapter must name the code to run.
+#: the fields of the configuration that `Task.record` writes. `reward`, which names code to run, is
+#: left out: the files of an adapter must not decide which code an evaluation runs.
 RECORDED_FIELDS = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
 
 TASKS: Registry[type[Task]] = Registry("task")
@@ -276,8 +289,10 @@ def register(cls: type[Task]) -> type[Task]:
 
 
 def short_row_index(lengths: Sequence[int]) -> int:
-    """The index of the shortest row of at least `MIN_EXAMPLE_TOKENS` tokens, else of the longest.
-    In a row of a single token, queries and keys get no gradient, because attention is always 1."""
+    """The index of the shortest row of at least `MIN_EXAMPLE_TOKENS` tokens; of the longest row if
+    all are shorter. A row of one token would not do as an example: its only attention weight is
+    always 1, so adapted query and key projections would get no gradient. `lengths`: by row, its
+    number of tokens."""
     long_enough = [i for i, length in enumerate(lengths) if length >= MIN_EXAMPLE_TOKENS]
     if long_enough:
         return min(long_enough, key=lengths.__getitem__)
@@ -291,13 +306,14 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 
 
 def token_batch(
-    ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int
+    ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad_id: int
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, [rows, longest row] each, padded on the right."""
-    mask = [[1] * len(row) for row in ids]
+    """A batch of rows of token ids with one label each: input_ids, attention_mask and labels, int64
+    of shape [rows, longest row] each, padded on the right. `pad_id`: the token id for padding."""
+    attention_mask = [[1] * len(row) for row in ids]
     return {
-        "input_ids": pad_rows(ids, pad),
-        "attention_mask": pad_rows(mask, 0),
+        "input_ids": pad_rows(ids, pad_id),
+        "attention_mask": pad_rows(attention_mask, 0),
         "labels": pad_rows(labels, IGNORED),
     }
 
@@ -311,8 +327,9 @@ def move_batch(device: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
-    """The summed cross-entropy at the positions that have a label. The measure "accuracy" counts
-    the labels that are the most likely class. `logits`: [..., classes]; `labels`: [...]."""
+    """The summed cross-entropy at the positions that have a label (other than `IGNORED`). The
+    measure "accuracy" counts the positions where the label is the most likely class. `logits`:
+    [..., classes]; `labels`: class indices, [...]."""
     labels = labels.to(logits.device)
     labelled = labels != IGNORED
     labelled_logits, targets = logits[labelled], labels[labelled]
@@ -325,15 +342,16 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
 def padding_token(tokenizer: Any) -> int:
     """The token id that pads short rows: that of the padding token, else of the end-of-text token,
     else 0. The attention mask hides padding from the model."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return 0 if pad is None else pad
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return 0 if pad_id is None else pad_id
 
 
 @contextmanager
 def reference(model: Any) -> Iterator[None]:
-    """A block in which the model is the reference policy, without gradients and dropout. The
-    reference is the base without an adapter, which needs no second copy of the weights. In a run
-    that trains an adapter further, the reference is that adapter as it was loaded."""
+    """A context manager in whose block `model` computes the reference policy, without gradients and
+    dropout. The reference is the base without an adapter, so no second copy of the weights is
+    needed. In a run that trains an existing adapter further, the reference is the base with that
+    adapter as it was loaded."""
     unwrapped = unwrap(model)
     adapters = adapters_of(unwrapped)
     reference_name = (
@@ -352,13 +370,14 @@ def apply_max_length(
     limit: int,
     truncate: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> tuple[list[int], list[dict[str, Any]], int]:
-    """Drop or truncate rows whose longest text has more than `limit` tokens, or raise `DataError`,
-    as `config.too_long` says.
+    """Apply `config.too_long` to the rows whose longest text has more than `limit` tokens: truncate
+    or drop them, or raise `DataError` ("error"). Also raises `DataError` if no row is left.
 
     Args:
         text_lengths: by row, the number of tokens of its longest text.
         limit: the maximal number of tokens of a text.
-        truncate: a function that truncates a row, and leaves one within the limit as it is.
+        truncate: a function that truncates the texts of a row to `limit` tokens. It is called for
+            every row, so it must leave a shorter row as it is.
 
     Returns:
         (indices of the retained rows, the retained rows, number of truncated rows).
@@ -387,9 +406,8 @@ def apply_max_length(
 
 
 def cut_before_end(values: list[int], limit: int) -> list[int]:
-    """Truncate a sequence of token ids, or of labels, to `limit` tokens. The last token is kept and
-    tokens before it are removed, because texts of encoders and answers of decoders end with a
-    special token."""
+    """Truncate a sequence of token ids, or of labels, to `limit` tokens. Keeps the last token and
+    removes tokens before it, because the last one is a special token that marks the end."""
     return values if len(values) <= limit else [*values[: limit - 1], values[-1]]
 
 
@@ -406,8 +424,8 @@ def read_text_column(records: data.Records, column: str) -> list[str]:
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """Import the function that `spec`, FILE.py:NAME, names. Raises `ConfigError` if the file or the
-    function does not exist."""
+    """Import the function that `spec` names in the form FILE.py:NAME, which executes the file.
+    Raises `ConfigError` if the file or the function does not exist."""
     import importlib.util
 
     path, _, name = spec.rpartition(":")
@@ -424,9 +442,9 @@ def load_function(spec: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         function_names = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and not key.startswith("_")
+            function_name
+            for function_name, value in vars(module).items()
+            if callable(value) and not function_name.startswith("_")
         ]
         raise ConfigError(
             f"no function {name!r} in {module_path}; it has {', '.join(function_names) or 'none'}",

@@ -1,4 +1,4 @@
-"""Read the image or audio of a row, given as a file or as numbers.
+"""Read the image or the audio of a data row, which holds it as the path of a file or as numbers.
 
 image   a path, or nested lists [height][width] or [height][width][channels] of numbers from 0 to
         255 (a form that transformers' image processors take)
@@ -19,25 +19,28 @@ from veneer.errors import DataError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
-    """The image as an array [height, width, 3] of numbers from 0 to 255.
+def read_image(value: Any, row_location: str, folder: Path) -> np.ndarray:
+    """The image as a uint8 array [height, width, 3].
 
     Args:
-        location: the row, for errors.
+        value: the path of an image file, or nested lists of numbers from 0 to 255.
+        row_location: where the row is in the data, for errors.
         folder: the folder that relative paths start from.
 
     Raises:
-        DataError: the value is no image.
+        DataError: there is no readable image at the path, or the lists are no image.
     """
     if isinstance(value, str):
         from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(folder / Path(value).expanduser()) as image:
-                return np.array(image.convert("RGB"))  # a writable copy, as torch expects
+                return np.array(
+                    image.convert("RGB")
+                )  # copied, because torch needs a writable array
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(
-                f"{location}: no image at {value} ({error})", "an image file", "check the path"
+                f"{row_location}: no image at {value} ({error})", "an image file", "check the path"
             ) from error
     try:
         pixels = np.asarray(value, dtype=np.float32)
@@ -47,13 +50,13 @@ def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or not pixels.size:
         raise DataError(
-            f"{location}: an image of shape {pixels.shape}",
+            f"{row_location}: an image of shape {pixels.shape}",
             "[h][w], [h][w][1] or [h][w][3], or the path of a file",
             "fix or remove that row",
         )
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
         raise DataError(
-            f"{location}: an image of {pixels.min()} to {pixels.max()}",
+            f"{row_location}: an image of {pixels.min()} to {pixels.max()}",
             "numbers of 0 to 255",
             "scale them, or remove that row",
         )
@@ -61,10 +64,12 @@ def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
 
 
 def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """Read the images of the files folder/LABEL/FILE, sorted by name.
+    """List the images at the paths folder/LABEL/FILE as rows, sorted by path. Raises `DataError` if
+    there are none.
 
     Returns:
-        ([(location, {"image": path, "label": label})], a hash of the names and contents).
+        ([("LABEL/FILE", {"image": absolute path, "label": LABEL})], the SHA-256 of the paths and
+        contents in hexadecimal digits).
     """
     images = [
         (
@@ -86,35 +91,46 @@ def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]]
     return images, digest.hexdigest()
 
 
-def read_audio(value: Any, location: str, folder: Path, rate: int) -> np.ndarray:
-    """The audio as an array [samples] of numbers from -1 to 1. Raises `DataError` unless it has
-    `rate` samples a second."""
+def read_audio(value: Any, row_location: str, folder: Path, sample_rate: int) -> np.ndarray:
+    """The audio as a float32 array [samples], from -1 to 1 in a .wav file.
+
+    Args:
+        value: the path of a .wav file, the samples, or {"array": samples, "sampling_rate": number}.
+        row_location: where the row is in the data, for errors.
+        folder: the folder that relative paths start from.
+        sample_rate: the required number of samples a second. Audio without a rate is taken to have
+            this one.
+
+    Raises:
+        DataError: the value is no audio of one channel, or has another sample rate.
+    """
     if isinstance(value, str):
-        samples, recorded_rate = _read_wav(folder / Path(value).expanduser(), location)
+        samples, recorded_rate = _read_wav(folder / Path(value).expanduser(), row_location)
     else:
         audio = value if isinstance(value, dict) else {"array": value}
-        recorded_rate = audio.get("sampling_rate") or rate
+        recorded_rate = audio.get("sampling_rate") or sample_rate
         try:
             samples = np.asarray(audio.get("array"), dtype=np.float32)
         except (TypeError, ValueError):
             samples = np.zeros((0, 0))
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
         raise DataError(
-            f"{location}: audio of shape {samples.shape}",
+            f"{row_location}: audio of shape {samples.shape}",
             "one channel of finite numbers, or the path of a .wav file",
             "fix or remove that row",
         )
-    if recorded_rate != rate:
+    if recorded_rate != sample_rate:
         raise DataError(
-            f"{location}: audio of {recorded_rate} samples a second",
-            f"{rate}, as the base hears",
-            f"resample it, such as ffmpeg -i in.wav -ar {rate} out.wav",
+            f"{row_location}: audio of {recorded_rate} samples a second",
+            f"{sample_rate}, as the base hears",
+            f"resample it, such as ffmpeg -i in.wav -ar {sample_rate} out.wav",
         )
     return samples
 
 
-def _read_wav(path: Path, location: str) -> tuple[np.ndarray, int]:
-    """(samples from -1 to 1, the mean of all channels; samples a second) of a 16-bit .wav file."""
+def _read_wav(path: Path, row_location: str) -> tuple[np.ndarray, int]:
+    """Read a 16-bit .wav file: (float32 samples from -1 to 1, averaged over the channels; number of
+    samples a second). Raises `DataError` for any other file."""
     try:
         with wave.open(str(path)) as file:
             sample_bytes = file.getsampwidth()
@@ -123,11 +139,11 @@ def _read_wav(path: Path, location: str) -> tuple[np.ndarray, int]:
             frames = file.readframes(file.getnframes())
     except (OSError, wave.Error, EOFError) as error:
         raise DataError(
-            f"{location}: no sound at {path} ({error})", "a .wav file of PCM", "check the path"
+            f"{row_location}: no sound at {path} ({error})", "a .wav file of PCM", "check the path"
         ) from error
     if sample_bytes != 2:
         raise DataError(
-            f"{location}: {path} with {8 * sample_bytes} bits a sample",
+            f"{row_location}: {path} with {8 * sample_bytes} bits a sample",
             "16 bits",
             "convert it to 16-bit PCM",
         )

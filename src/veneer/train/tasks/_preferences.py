@@ -2,8 +2,9 @@
 its subclass `PreferenceTask` for dpo, orpo and reward, whose rows have a chosen and a rejected
 answer.
 
-b rows with the columns chosen, rejected (and prompt) become one batch [2b, s]: first the b chosen
-answers, then the b rejected ones, each after its prompt and padded to s tokens.
+In a preference task, b rows with the columns chosen, rejected (and prompt) become one batch
+[2b, s]: first the b chosen answers, then the b rejected ones, each after its prompt and padded to s
+tokens.
 """
 
 from __future__ import annotations
@@ -22,23 +23,30 @@ from veneer.train.tokens import IGNORED
 
 
 class CausalTask(Task):
-    """Base class of the tasks that train on answers: those of a causal language model, and
-    ``reward``, which trains a model to score answers."""
+    """Base class of the tasks that train on prompts with answers: kto, grpo, dpo and orpo, whose
+    model writes answers, and ``reward``, whose model scores them."""
 
     @property
     def beta(self) -> float:
-        """Strength of the preference in dpo, kto and orpo; their papers' default is 0.1."""
+        """The coefficient β in the losses of dpo, kto and orpo; by default 0.1, as in their
+        papers."""
         return 0.1 if self.config.beta is None else self.config.beta
 
     def tokenise_answers(self, records: data.Records, rows: list[dict[str, Any]]) -> Rows:
-        """Tokenise rows that hold a prompt and a completion (texts or chats), or one text. The
-        tokens of the completion, or of the text, are the labels."""
-        shape = "prompt" if "prompt" in rows[0] else "text"
+        """Tokenise prompts with answers. The tokens of the completion, or of the text, get labels.
+        Rows that are too long are truncated or dropped, or raise `DataError`, as
+        `config.too_long` says.
+
+        Args:
+            records: the records from which `rows` were made, for the locations in errors.
+            rows: by record, {"prompt", "completion"} (texts or chats) or {"text"}.
+        """
+        row_kind = "prompt" if "prompt" in rows[0] else "text"
         shaped_rows = [
             row_shape.check_texts_or_chats(row, f"{records.source}, {location}")
             for row, location in zip(rows, records.locations, strict=True)
         ]
-        answer_records = replace(records, kind=shape, rows=shaped_rows)
+        answer_records = replace(records, kind=row_kind, rows=shaped_rows)
         options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
         return tokens.tokenise(answer_records, self.processor, **options)
 
@@ -56,7 +64,7 @@ class CausalTask(Task):
 
 
 class PreferenceTask(CausalTask):
-    """Base class of tasks on pairs of answers, a chosen and a rejected one."""
+    """Base class of the tasks whose rows hold a pair of answers, a chosen and a rejected one."""
 
     required_columns, optional_columns, loss_unit = ("chosen", "rejected"), ("prompt",), "pair"
     measures = ("accuracy", "margin")
@@ -67,12 +75,12 @@ class PreferenceTask(CausalTask):
             self.tokenise_answers(records, [row[column] for row in rows])
             for column in ("chosen", "rejected")
         ]
-        positions = [
+        indices_by_record = [
             {index: i for i, index in enumerate(examples.record_indices)}
             for examples in answer_examples
         ]
         retained_indices = [
-            index for index in answer_examples[0].record_indices if index in positions[1]
+            index for index in answer_examples[0].record_indices if index in indices_by_record[1]
         ]
         if not retained_indices:
             raise DataError(
@@ -82,10 +90,10 @@ class PreferenceTask(CausalTask):
             )
         encoded_rows, lengths, head_token_counts = [], [], []
         for index in retained_indices:
-            pair_positions = [answer_positions[index] for answer_positions in positions]
+            pair_indices = [example_indices[index] for example_indices in indices_by_record]
             answers = [
                 (examples[i]["input_ids"], examples[i]["labels"])
-                for examples, i in zip(answer_examples, pair_positions, strict=True)
+                for examples, i in zip(answer_examples, pair_indices, strict=True)
             ]
             encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})
             lengths.append(2 * max(len(ids) for ids, _ in answers))
@@ -102,7 +110,8 @@ class PreferenceTask(CausalTask):
         )
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
-        """The prompt, which is the unlabelled prefix of both answers, and the two answers."""
+        """The prompt, if the row has one, and the two answers. The prompt is the longest common
+        prefix of both token sequences that has no labels."""
         answers = [list(zip(*row[column], strict=True)) for column in ("chosen", "rejected")]
         prompt_length = 0
         while (
@@ -134,17 +143,24 @@ class PreferenceTask(CausalTask):
 
 
 def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The chosen and the rejected answer of a row, each with its prompt. If the row has no prompt
-    and its answers are chats, the messages that both begin with are the prompt. Answers that are
-    texts without a prompt stay whole."""
+    """The chosen and the rejected answer of a row, each as {"prompt", "completion"}. If the row has
+    no prompt and its answers are chats, the prompt is the messages with which both begin. If it has
+    no prompt and its answers are texts, each answer is {"text"}."""
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt = row["prompt"]
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        turns = 0  # number of messages that both chats begin with
-        while turns < min(len(chosen), len(rejected)) - 1 and chosen[turns] == rejected[turns]:
-            turns += 1
-        prompt, chosen, rejected = chosen[:turns], chosen[turns:], rejected[turns:]
+        shared_count = 0  # number of messages with which both chats begin
+        while (
+            shared_count < min(len(chosen), len(rejected)) - 1
+            and chosen[shared_count] == rejected[shared_count]
+        ):
+            shared_count += 1
+        prompt, chosen, rejected = (
+            chosen[:shared_count],
+            chosen[shared_count:],
+            rejected[shared_count:],
+        )
     else:
         return {"chosen": {"text": chosen}, "rejected": {"text": rejected}}
     return {
@@ -154,12 +170,14 @@ def answers_with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def answer_log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The log-probability of each row's answer, [rows]: the sum over its tokens."""
+    """The log-probability of each row's answer, [rows]: the sum over the answer's tokens, which are
+    the tokens with a label in `batch`. Differentiable."""
     return log_probabilities(model, batch).sum(dim=1)
 
 
-def pair_measures(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """The measures accuracy and margin, each summed over the b pairs of a batch, from the rewards
-    of the chosen and of the rejected answers, [b] each."""
-    margin = (chosen - rejected).detach()
-    return {"accuracy": (margin > 0).sum(), "margin": margin.sum()}
+def pair_measures(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+    """The measures accuracy (the chosen answer has the higher reward) and margin (the difference of
+    the rewards), each summed over the b pairs of a batch. Arguments: the rewards of the answers,
+    [b] each; in orpo and ``reward``, mean log-probabilities and scores take their place."""
+    margins = (chosen_rewards - rejected_rewards).detach()
+    return {"accuracy": (margins > 0).sum(), "margin": margins.sum()}

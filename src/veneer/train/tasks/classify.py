@@ -6,10 +6,11 @@
 
     loss = -log p(label)                                 a mean over labels
 
-A base without a head for such rows gets a new one, which is trained in full. A base with a head
-keeps it, and its labels are used if they include those of the data; else the data must have as many
-labels as the head. Labels are texts or integers; their names are saved with the adapter. The first
-token of a word carries the word's label; the other tokens have none.
+A base without a classification head for the kind of rows gets a new head, which is trained in full.
+A base with such a head keeps it. If the labels of the head include all labels of the data, they are
+used; else the data must have as many labels as the head. Labels are texts, whole numbers or
+booleans, and are saved with the adapter as texts. For words, only the first token of each word has
+a label.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from veneer.train.tasks._base import (
 from veneer.train.tasks._media import list_labelled_images, read_image
 from veneer.train.tokens import IGNORED
 
-#: the class of transformers that loads the base with a head, by what the rows hold
+#: by kind of rows, the auto class of transformers that loads the base with a head
 HEADS = {
     "text": "AutoModelForSequenceClassification",
     "words": "AutoModelForTokenClassification",
@@ -57,7 +58,7 @@ HEADS = {
 @register
 class Classify(Task):
     auto_class = HEADS["text"]  # changed by `load` for words and images
-    loss_unit, evaluates_base = "label", False  # an untrained head gives no baseline
+    loss_unit, evaluates_base = "label", False  # a new head has random outputs
     uses_single_forward = True
 
     def __init__(self, config: Any, task_settings: Any = None, load_options: Any = None) -> None:
@@ -78,8 +79,8 @@ class Classify(Task):
         self.labels: list[str] = labels
 
     def open_base(self) -> Any:
-        """Check that the base has a config. `encode` loads the processor, since the columns of the
-        data decide between a tokenizer and an image processor."""
+        """Check that the base has a config. Returns None instead of a processor: `encode` loads it,
+        since only the columns of the data decide between a tokenizer and an image processor."""
         config_of(self.config.base)
 
     def settings(self) -> dict[str, Any]:
@@ -92,8 +93,12 @@ class Classify(Task):
         else:
             located_rows, digest = data.raw_rows(source, split)
         columns_by_role, column_names = self.config.columns, [*located_rows[0][1]]
-        kinds = [kind for kind in HEADS if kind in columns_by_role or kind in column_names]
-        if len(kinds) != 1 or (self.row_kind and kinds != [self.row_kind]):
+        row_kinds = [
+            row_kind
+            for row_kind in HEADS
+            if row_kind in columns_by_role or row_kind in column_names
+        ]
+        if len(row_kinds) != 1 or (self.row_kind and row_kinds != [self.row_kind]):
             problem = f"{source} has the columns {listing(map(repr, column_names))}"
             expected_columns = "`text` and `label`, `words` and `labels`, or `image` and `label`"
             raise DataError(
@@ -101,7 +106,7 @@ class Classify(Task):
                 self.row_kind or expected_columns,
                 "name them, for instance --columns text=sentence,label=intent",
             )
-        self.row_kind = kinds[0]
+        self.row_kind = row_kinds[0]
         columns = ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
         return data.select_fields(
             located_rows,
@@ -140,9 +145,14 @@ class Classify(Task):
         return getattr(self, f"_encode_{self.row_kind}")(records, locations, label_indices)
 
     def _choose_labels(self, label_names: list[list[str]], locations: list[str]) -> None:
-        """Set `labels` if they are not set: to the labels of the base if its head has all labels of
-        the data, else to the labels of the data. Raises `DataError` for a label of a row that is
-        not in `labels`, and if the data have a single label."""
+        """Set `self.labels` if it is empty: to the labels of the base's head if they include all
+        labels of the data, else to the labels of the data. Raises `DataError` if there is a single
+        label, or if a row has a label that is not in `self.labels`.
+
+        Args:
+            label_names: by row, the names of its labels.
+            locations: by row, where it is in the data, for errors.
+        """
         if not self.labels:
             labels_in_data = {label for labels in label_names for label in labels}
             id2label = getattr(config_of(self.config.base), "id2label", None) or {}
@@ -168,7 +178,7 @@ class Classify(Task):
 
     @cached_property
     def _has_head(self) -> bool:
-        """Whether the base has a head of the class `HEADS[row_kind]`."""
+        """Whether the base has a classification head for this kind of rows, as its config says."""
         architectures = getattr(config_of(self.config.base), "architectures", None) or ()
         return any(
             architecture.endswith(HEADS[self.row_kind].removeprefix("AutoModel"))
@@ -214,31 +224,32 @@ class Classify(Task):
                 )
             encoding = self.processor(words, is_split_into_words=True)
             word_indices = encoding.word_ids()
-            labelled_words: set[int | None] = {None}
+            seen_word_indices: set[int | None] = {None}
             token_labels = [IGNORED] * len(word_indices)
-            for i, word in enumerate(word_indices):
-                if word not in labelled_words:
-                    labelled_words.add(word)
-                    token_labels[i] = labels[word]
+            for i, word_index in enumerate(word_indices):
+                if word_index not in seen_word_indices:
+                    seen_word_indices.add(word_index)
+                    token_labels[i] = labels[word_index]
             rows.append({"ids": list(encoding["input_ids"]), "labels": token_labels})
         return self._build_token_rows(records, rows, [])
 
     def _build_token_rows(
         self, records: data.Records, rows: list[dict[str, Any]], text_columns: list[Any]
     ) -> Rows:
-        """Apply the maximal length to encoded rows, and add token types to pairs of texts if the
-        base uses them. ``text_columns``: by column, the texts of all records; empty for words."""
-        limit = self.max_length()
+        """Truncate or drop encoded rows that are too long, or raise `DataError`, as
+        `config.too_long` says. Add token types to pairs of texts if the tokenizer makes them.
+        ``text_columns``: by column, the texts of all records; [] for words."""
+        token_limit = self.max_length()
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
             records,
             rows,
             lengths,
             self.config,
-            limit,
-            lambda row: {name: cut_before_end(values, limit) for name, values in row.items()},
+            token_limit,
+            lambda row: {name: cut_before_end(values, token_limit) for name, values in row.items()},
         )
-        if len(text_columns) == 2:  # a token's type says to which of the two texts it belongs
+        if len(text_columns) == 2:  # the type of a token tells which of the two texts it is from
             token_types = self.processor(
                 *([column_texts[i] for i in retained_indices] for column_texts in text_columns)
             ).get("token_type_ids")
@@ -258,8 +269,8 @@ class Classify(Task):
     def _encode_image(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
     ) -> Rows:
-        """Read each image once, to report errors. The image is not kept, because all images as
-        tensors would fill the memory; `collate` reads it again."""
+        """Read each image once, so that an unreadable one is reported before training. `collate`
+        reads the images again, because all of them together might not fit in memory."""
         folder = Path(records.source).expanduser().parent
         rows = [
             {"image": row["image"], "location": location, "folder": folder, "labels": labels}
@@ -308,10 +319,10 @@ class Classify(Task):
         }
         if self.row_kind != "image":
             fields["pad_token_id"] = padding_token(self.processor)
-        head_labels = getattr(config_of(self.config.base), "num_labels", None)
-        if self._has_head and head_labels != len(self.labels):
+        head_label_count = getattr(config_of(self.config.base), "num_labels", None)
+        if self._has_head and head_label_count != len(self.labels):
             raise DataError(
-                f"{self.config.base}, whose head knows {head_labels} labels, and data with"
+                f"{self.config.base}, whose head knows {head_label_count} labels, and data with"
                 f" {len(self.labels)}",
                 "the labels of the head, or no head",
                 "name a base without a head, or change the labels of the data",
@@ -340,13 +351,15 @@ class Classify(Task):
         return labelled_loss(model(**self.inputs(batch)).logits, batch["labels"])
 
 
-def _label_name(label: Any, location: str) -> str:
-    """The name of a label that is a text, an integer or a boolean. Raises `DataError` for any other
-    value."""
+def _label_name(label: Any, row_location: str) -> str:
+    """The name of a label that is a text, a boolean or a whole number, such as "3" for 3.0. Raises
+    `DataError` for any other value. `row_location`: where the row is in the data, for the error."""
     if isinstance(label, bool | int | str):
         return str(label)
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     raise DataError(
-        f"{location}: the label {label!r}"[:300], "text or a whole number", "fix or remove that row"
+        f"{row_location}: the label {label!r}"[:300],
+        "text or a whole number",
+        "fix or remove that row",
     )

@@ -4,10 +4,10 @@ a rejected answer.
     loss = -log σ(β · ((log π(chosen) - log π₀(chosen)) - (log π(rejected) - log π₀(rejected))))
 
 π is the base with the adapter. π₀ is the reference policy (`_base.reference`): the base without an
-adapter, or with the initial adapter if the run trains an adapter further. log π of an answer is a
-sum over its tokens. The reward of an answer is β · (log π - log π₀). Measures: the share of pairs
-whose chosen answer has the larger reward (`accuracy`), and the difference of the rewards
-(`margin`).
+adapter, or with the initial state of the adapter if the run trains an existing one further. log π
+of an answer is a sum over its tokens. The reward of an answer is β · (log π - log π₀). Measures:
+the share of pairs whose chosen answer has the larger reward (`accuracy`), and the difference of the
+rewards (`margin`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ class Dpo(PreferenceTask):
         with reference(model):
             reference_log_p = answer_log_probabilities(model, batch)
         log_p = answer_log_probabilities(model, batch)
-        chosen, rejected = (self.beta * (log_p - reference_log_p)).chunk(2)  # rewards, [b] each
+        chosen_rewards, rejected_rewards = (self.beta * (log_p - reference_log_p)).chunk(
+            2
+        )  # [b] each
         return TaskLoss(
-            -logsigmoid(chosen - rejected).sum(), len(chosen), pair_measures(chosen, rejected)
+            -logsigmoid(chosen_rewards - rejected_rewards).sum(),
+            len(chosen_rewards),
+            pair_measures(chosen_rewards, rejected_rewards),
         )

@@ -1,4 +1,4 @@
-"""Embeddings: texts that belong together get similar vectors.
+"""Train text embeddings: texts that belong together get similar vectors.
 
     anchor, positive (, negative)    ranking: cross-entropy of the scores 20 · cos(anchor, text)
                                      over all positives and negatives of the batch; the target is
@@ -6,10 +6,10 @@
                                      al., 2017, arXiv:1705.00652)
     anchor, positive, label          cosine: (cos(anchor, positive) - label)²
 
-In ranking, a batch should be as large as memory allows, since it provides the negatives. Pooling
-and normalisation are those of the base's sentence-transformers files. Measures: for ranking, the
-share of anchors whose nearest text is their positive (`accuracy`); for cosine, |cos - label|
-(`error`).
+The columns of the data decide between the two losses. For ranking, a batch should be as large as
+memory allows, because the texts of its other rows are the negatives of an anchor. Pooling and
+normalisation are those of the base's sentence-transformers files. Measures: for ranking, the share
+of anchors whose nearest text is their positive (`accuracy`); for cosine, |cos - label| (`error`).
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ class Embed(Task):
         if has_labels:
             for row, record, location in zip(rows, records.rows, records.locations, strict=True):
                 row["label"] = _parse_cosine(record["label"], f"{records.source}, {location}")
-        limit = self.max_length()
+        token_limit = self.max_length()
         text_lengths = [max(map(len, row["ids"])) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
             records,
             rows,
             text_lengths,
             self.config,
-            limit,
-            lambda row: {**row, "ids": [cut_before_end(ids, limit) for ids in row["ids"]]},
+            token_limit,
+            lambda row: {**row, "ids": [cut_before_end(ids, token_limit) for ids in row["ids"]]},
         )
         lengths = [len(text_columns) * max(map(len, row["ids"])) for row in rows]
         return Rows(
@@ -107,42 +107,47 @@ class Embed(Task):
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of b rows, whose texts are stacked: all anchors, then all positives, then all
-        negatives."""
+        """The batch of b rows, with the texts along the first axis: all anchors, then all
+        positives, then all negatives, if there are any. "labels" are the target cosines [b], or NaN
+        for the ranking loss."""
         ids = [row["ids"][column] for column in range(len(rows[0]["ids"])) for row in rows]
-        mask = pad_rows([[1] * len(row) for row in ids], 0)
-        scores = torch.tensor([row.get("label", float("nan")) for row in rows])
+        attention_mask = pad_rows([[1] * len(row) for row in ids], 0)
+        target_cosines = torch.tensor([row.get("label", float("nan")) for row in rows])
         return {
             "input_ids": pad_rows(ids, padding_token(self.processor)),
-            "attention_mask": mask,
-            "labels": scores,
+            "attention_mask": attention_mask,
+            "labels": target_cosines,
         }
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         hidden = model(**self.inputs(batch)).last_hidden_state
-        mask = batch["attention_mask"].to(hidden.device)
-        vectors = pool(hidden, mask, self.encoder.pooling, self.encoder.normal)
-        scores = batch["labels"].to(vectors.device, vectors.dtype)
-        if bool(scores.isnan().any()):
-            anchors, candidates = vectors[: len(scores)], vectors[len(scores) :]
+        attention_mask = batch["attention_mask"].to(hidden.device)
+        vectors = pool(hidden, attention_mask, self.encoder.pooling, self.encoder.normal)
+        target_cosines = batch["labels"].to(vectors.device, vectors.dtype)
+        if bool(target_cosines.isnan().any()):
+            anchors, candidates = vectors[: len(target_cosines)], vectors[len(target_cosines) :]
             row_losses, nearest_indices = ranking_losses(anchors, candidates)
-            targets = torch.arange(len(scores), device=nearest_indices.device)
+            targets = torch.arange(len(target_cosines), device=nearest_indices.device)
             return TaskLoss(
-                row_losses.sum(), len(scores), {"accuracy": (nearest_indices == targets).sum()}
+                row_losses.sum(),
+                len(target_cosines),
+                {"accuracy": (nearest_indices == targets).sum()},
             )
         anchors, candidates = vectors.chunk(2)
         cosines = cosine_similarity(anchors, candidates)
-        distances = (cosines - scores).abs()
-        return TaskLoss(distances.square().sum(), len(scores), {"error": distances.detach().sum()})
+        distances = (cosines - target_cosines).abs()
+        return TaskLoss(
+            distances.square().sum(), len(target_cosines), {"error": distances.detach().sum()}
+        )
 
 
 def ranking_losses(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss of each of b anchors [b], index of its nearest candidate [b]).
+    """(cross-entropy loss of each of b anchors [b], index of its nearest candidate [b]).
 
     Args:
         anchors: vectors of h features, [b, h].
-        candidates: k vectors for each anchor, [k · b, h]. The positives come first, in the order
-            of the anchors.
+        candidates: k vectors for each anchor, [k · b, h]: first the positives, then any negatives,
+            both in the order of the anchors.
     """
     # [b, k · b]
     scores = COSINE_SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT
@@ -150,14 +155,15 @@ def ranking_losses(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]
     return cross_entropy(scores, targets, reduction="none"), scores.detach().argmax(dim=-1)
 
 
-def _parse_cosine(value: Any, location: str) -> float:
-    """The cosine in a row's column `label`. Raises `DataError` for any other value."""
+def _parse_cosine(value: Any, row_location: str) -> float:
+    """The value of a row's column `label` as a number from -1 to 1. Raises `DataError` for any
+    other value. `row_location`: where the row is in the data, for the error."""
     try:
-        score = float(value)
+        cosine = float(value)
     except (TypeError, ValueError):
-        score = float("nan")
-    if not -1 <= score <= 1:
+        cosine = float("nan")
+    if not -1 <= cosine <= 1:
         raise DataError(
-            f"{location}: label is {value!r}", "a cosine of -1 to 1", "scale the labels"
+            f"{row_location}: label is {value!r}", "a cosine of -1 to 1", "scale the labels"
         )
-    return score
+    return cosine

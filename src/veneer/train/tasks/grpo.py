@@ -6,18 +6,18 @@ answers, and the user's functions score them.
 
 A group is all answers to one prompt. ρ = π / sg(π), where sg stops the gradient.
 
-The answers are sampled from the weights that train, so there is no second copy of the model to
-update. By default the server's engine computes the answers. It computes the prompt of a group once,
-and a short answer does not wait for a long one. Each answer is used for one step, so ρ has the
-value 1 and the gradient of log π. KL is estimated by exp(d) - d - 1 with d = log π₀ - log π. π₀ is
-the reference policy, as in `dpo.py`. With β = 0, the default, KL is not computed.
+The answers are sampled from the model that trains, so no second copy of it has to be updated. By
+default the engine of `veneer serve` samples them: it computes the prompt of a group once, and short
+answers do not wait for long ones. Each answer is used for one step only, so ρ has the value 1, and
+its gradient is that of log π. KL is estimated per token by exp(d) - d - 1 with d = log π₀ - log π.
+π₀ is the reference policy, as defined in `dpo.py`. With β = 0, the default, KL is not computed.
 
 A reward is FILE.py:NAME of a function with trl's signature: f(prompts=…, completions=…, **columns)
 returns a number for each completion. Prompts and completions are texts, or lists of messages if the
 prompts are chats. An evaluation takes the greedy answer to each prompt; its loss is -reward.
 Measures: the mean reward (`reward`), the mean number of tokens of an answer (`answer_length`), and
 in training `reward_spread`: the standard deviation of the rewards of a prompt's answers, as a mean
-over the prompts. If it is 0, A is 0 for all answers, and only KL has a gradient.
+over the prompts. If the spread is 0, A is 0 for all answers, so only KL has a gradient.
 """
 
 from __future__ import annotations
@@ -74,13 +74,14 @@ class Grpo(CausalTask):
             file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
             for file in sorted(reward_files)
         }
-        # a run whose reward functions have changed must not resume
+        # with these hashes, a run does not resume if its reward functions have changed
         return replace(prepared, hashes={**prepared.hashes, **hashes})
 
     def read(self, source: str, split: str) -> data.Records:
-        """Read all columns, not only the prompt, because the reward functions get the others. The
-        value is None where a row lacks a column."""
-        _ = self.reward_functions  # report an invalid file before the base is read
+        """Read the prompts, and under "columns" all other columns, because they are arguments of
+        the reward functions. If a row lacks a column, its value is None. Raises `ConfigError` for a
+        reward function that does not exist."""
+        _ = self.reward_functions  # load them now, to report an error before the base is opened
         located_rows, digest = data.raw_rows(source, split)
         records = data.select_fields(
             located_rows,
@@ -90,12 +91,14 @@ class Grpo(CausalTask):
             self.optional_columns,
             self.config.columns,
         )
-        column = self.config.columns.get("prompt", "prompt")
-        names = dict.fromkeys(name for _, row in located_rows for name in row if name != column)
+        prompt_column = self.config.columns.get("prompt", "prompt")
+        other_columns = dict.fromkeys(
+            name for _, row in located_rows for name in row if name != prompt_column
+        )
         rows = [
             {
                 "prompt": record["prompt"],
-                "columns": {name: row.get(name) for name in names},
+                "columns": {name: row.get(name) for name in other_columns},
             }
             for record, (_, row) in zip(records.rows, located_rows, strict=True)
         ]
@@ -111,10 +114,12 @@ class Grpo(CausalTask):
                 "lower answer_tokens, or raise max_length",
             )
         rows = []
-        for row, location in zip(records.rows, records.locations, strict=True):
-            location = f"{records.source}, {location}"
-            prompt = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, location)["prompt"]
-            ids = encode(prompt, self.processor, location)
+        for row, row_location in zip(records.rows, records.locations, strict=True):
+            row_location = f"{records.source}, {row_location}"
+            prompt = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, row_location)[
+                "prompt"
+            ]
+            ids = encode(prompt, self.processor, row_location)
             rows.append({"ids": ids, "prompt": prompt, "columns": row["columns"]})
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
@@ -158,7 +163,8 @@ class Grpo(CausalTask):
         return {"input_ids": pad_rows(ids, 0), "attention_mask": mask, "rows": list(rows)}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        """The model's keyword arguments for a prompt with an answer of arbitrary tokens."""
+        """The model's keyword arguments for the shortest prompt, followed by at most
+        `MIN_EXAMPLE_TOKENS` arbitrary tokens as its answer."""
         prompt = min((row["ids"] for row in prepared.train.rows), key=len)
         ids = torch.tensor(
             [[*prompt, *range(min(MIN_EXAMPLE_TOKENS, self.config.answer_tokens))]], device=device
@@ -188,7 +194,8 @@ class Grpo(CausalTask):
         }
         if not model.training:
             return TaskLoss(-rewards.sum(), len(rows), sums)
-        # the standard deviation of the rewards of each prompt's answers
+        # the standard deviation of the rewards of each prompt's answers, counted once for each
+        # answer, because the sum of a measure is divided by the number of answers
         reward_spreads = rewards.view(-1, answers_per_prompt).std(1)
         sums["reward_spread"] = reward_spreads.sum() * answers_per_prompt
         prompts = [row["ids"] for row in rows]
@@ -215,30 +222,36 @@ class Grpo(CausalTask):
         )
 
     def rewards(self, rows: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> Tensor:
-        """The sum of the reward functions' values for each of n answers, [n]. Raises `DataError` if
-        a function does not return a finite number for each answer."""
+        """The reward of each of n answers, float32 [n]: the sum of the values of all reward
+        functions. Raises `DataError` if a function does not return a finite number for each answer.
+
+        Args:
+            rows: by answer, the row of its prompt.
+            answers: by answer, its token ids.
+        """
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        arguments = {"prompts": prompts, "completions": completions}
-        arguments |= {
+        reward_arguments = {"prompts": prompts, "completions": completions}
+        reward_arguments |= {
             name: [row["columns"][name] for row in rows]
             for name in rows[0]["columns"]
-            if name not in arguments
+            if name not in reward_arguments
         }
         total_rewards = torch.zeros(len(rows), dtype=torch.float64)
         for spec, function in zip(self.config.reward, self.reward_functions, strict=True):
             total_rewards += _reward_tensor(
-                spec, _call_with_accepted_arguments(function, arguments), len(rows)
+                spec, _call_with_accepted_arguments(function, reward_arguments), len(rows)
             )
         return total_rewards.float()
 
 
 def advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """The advantage of each of n answers over the answers of its group, [n].
+    """The advantage of each of n answers, [n]: its reward minus the mean of its group (the answers
+    to the same prompt), divided by the standard deviation of the group.
 
     Args:
         rewards: [n]; the answers of a group are consecutive.
@@ -260,9 +273,9 @@ def losses(
     """The loss of each of n answers, [n].
 
     Args:
-        log_p, reference_log_p: log π and log π₀ of each of t tokens, [n, t]. Without
-            ``reference_log_p``, the loss has no KL term.
-        answer_advantages: A of each answer, [n].
+        log_p, reference_log_p: log-probabilities of each of t tokens under the model that trains
+            and under the reference policy, [n, t]. None for ``reference_log_p`` omits the KL term.
+        answer_advantages: the advantage of each answer, [n].
         answer_mask: True at the tokens of the answers, [n, t].
         beta: the factor of the KL term.
     """
@@ -274,26 +287,29 @@ def losses(
 
 
 def _call_with_accepted_arguments(function: Any, arguments: dict[str, Any]) -> Any:
-    """Call a function with the arguments that its signature accepts."""
+    """Call a function with those of the keyword arguments that its signature accepts."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return function(**arguments)
     return function(**{name: value for name, value in arguments.items() if name in parameters})
 
 
-def _reward_tensor(spec: str, values: Any, count: int) -> Tensor:
-    """The values that the reward function ``spec`` returned, as a tensor [count]. Raises
-    `DataError` if they are not ``count`` finite numbers."""
+def _reward_tensor(spec: str, values: Any, answer_count: int) -> Tensor:
+    """The values that a reward function returned, as a float64 tensor [answer_count]. Raises
+    `DataError` if they are not one finite number for each answer. ``spec``: FILE.py:NAME of the
+    function, for the error."""
     try:
         rewards = torch.as_tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{spec} gave what is no list of numbers ({error})", f"{count} numbers", "mend it"
+            f"{spec} gave what is no list of numbers ({error})",
+            f"{answer_count} numbers",
+            "mend it",
         ) from error
-    if len(rewards) != count or not bool(rewards.isfinite().all()):
+    if len(rewards) != answer_count or not bool(rewards.isfinite().all()):
         raise DataError(
-            f"{spec} gave {rewards.tolist()[:8]} for {count} answers",
-            f"{count} finite numbers",
+            f"{spec} gave {rewards.tolist()[:8]} for {answer_count} answers",
+            f"{answer_count} finite numbers",
             "mend it",
         )
     return rewards

@@ -5,11 +5,11 @@ are labelled good or bad.
     z = max(0, mean of r over prompts with another row's answer), without gradient
     loss = 1 - σ(β · (r - z)) if y is good, 1 - σ(β · (z - r)) if it is bad
 
-y: an answer; π: the base with the adapter; π₀: the reference policy, as in `dpo.py`. z is estimated
-on mismatched pairs: each prompt of a batch with the answer of the row before it. So a batch needs
-two rows. Measures: the share of answers whose reward β · r has the right sign, positive for good
-and negative for bad answers (`accuracy`), and the mean reward, with the sign changed for bad
-answers (`reward`).
+y: an answer; π: the base with the adapter; π₀: the reference policy, as defined in `dpo.py`. The
+formula of z estimates the KL divergence of π from π₀ on mismatched pairs: each prompt of a batch
+with the answer of the row before it. A batch therefore needs two rows. Measures: the share of
+answers whose reward β · r has the right sign, positive for good and negative for bad answers
+(`accuracy`), and the mean of β · r, with the sign changed for bad answers (`reward`).
 """
 
 from __future__ import annotations
@@ -79,17 +79,18 @@ class Kto(CausalTask):
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of b rows, [2b, s]: the rows, then each prompt with the answer of the row
-        before it."""
-        limit, pairs = self.max_length(), []
+        """The batch of b rows as 2b sequences of s tokens, [2b, s]: first each prompt with its own
+        answer, then each prompt with the answer of the row before it (the first row with that of
+        the last)."""
+        token_limit, pairs = self.max_length(), []
         for prompt_row, answer_row in [
             *zip(rows, rows, strict=True),
             *zip(rows, [rows[-1], *rows[:-1]], strict=True),
         ]:
             prompt_ids = prompt_row["ids"][: prompt_row["start"]]
             answer_ids = answer_row["ids"][answer_row["start"] :]
-            ids = [*prompt_ids, *answer_ids][:limit]
-            pairs.append((ids, [*[IGNORED] * len(prompt_ids), *answer_ids][:limit]))
+            ids = [*prompt_ids, *answer_ids][:token_limit]
+            pairs.append((ids, [*[IGNORED] * len(prompt_ids), *answer_ids][:token_limit]))
         return {**self.collate_pairs(pairs), "good": torch.tensor([row["good"] for row in rows])}
 
     def needs_reference(self) -> bool:
@@ -106,39 +107,53 @@ class Kto(CausalTask):
         with reference(model):
             reference_log_p = answer_log_probabilities(model, inputs)
         with torch.no_grad():
-            drift = (
+            mismatched_log_ratios = (
                 answer_log_probabilities(model, mismatched_inputs) - reference_log_p[len(is_good) :]
             )
-        rewards = answer_log_probabilities(model, matched_inputs) - reference_log_p[: len(is_good)]
-        signs = torch.where(is_good.to(rewards.device), 1.0, -1.0).to(rewards.dtype)
-        signed_rewards = (self.beta * rewards * signs).detach()
+        log_ratios = (
+            answer_log_probabilities(model, matched_inputs) - reference_log_p[: len(is_good)]
+        )
+        signs = torch.where(is_good.to(log_ratios.device), 1.0, -1.0).to(log_ratios.dtype)
+        signed_rewards = (self.beta * log_ratios * signs).detach()
         sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
         return TaskLoss(
-            losses(rewards, drift, is_good.to(rewards.device), self.beta).sum(), len(is_good), sums
+            losses(
+                log_ratios, mismatched_log_ratios, is_good.to(log_ratios.device), self.beta
+            ).sum(),
+            len(is_good),
+            sums,
         )
 
 
-def losses(rewards: Tensor, drift: Tensor, is_good: Tensor, beta: float) -> Tensor:
+def losses(
+    log_ratios: Tensor, mismatched_log_ratios: Tensor, is_good: Tensor, beta: float
+) -> Tensor:
     """The loss of each of b answers, [b].
 
     Args:
-        rewards: log π - log π₀ of the answers, [b].
-        drift: log π - log π₀ of the mismatched answers, [b].
+        log_ratios: log π - log π₀ of the answers, [b].
+        mismatched_log_ratios: log π - log π₀ of b answers to other rows' prompts, [b]. Their mean
+            estimates the KL divergence of π from π₀.
         is_good: whether each answer is good, [b].
     """
-    # a single row at the end of the data has no other row's answer to be paired with
-    shifted_rewards = rewards - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
-    return 1 - torch.sigmoid(beta * torch.where(is_good, shifted_rewards, -shifted_rewards))
+    # a batch of one row, at the end of the data, has no other answer; z is then 0
+    shifted_log_ratios = log_ratios - (
+        mismatched_log_ratios.mean().clamp(min=0).detach()
+        if len(mismatched_log_ratios) > 1
+        else 0.0
+    )
+    return 1 - torch.sigmoid(beta * torch.where(is_good, shifted_log_ratios, -shifted_log_ratios))
 
 
-def _parse_label(label: Any, location: str) -> bool:
-    """Whether a row's label calls the answer good. Raises `DataError` for any other label."""
-    spellings = {"true": True, "false": False, "1": True, "0": False}
-    is_good = spellings.get(label.strip().lower()) if isinstance(label, str) else label
+def _parse_label(label: Any, row_location: str) -> bool:
+    """Whether a label calls the answer good: a boolean, 0 or 1, or one of these as text. Raises
+    `DataError` for any other value. `row_location`: where the row is in the data, for the error."""
+    values_by_spelling = {"true": True, "false": False, "1": True, "0": False}
+    is_good = values_by_spelling.get(label.strip().lower()) if isinstance(label, str) else label
     if isinstance(is_good, bool) or is_good in (0, 1):
         return bool(is_good)
     raise DataError(
-        f"{location}: label is {label!r}",
+        f"{row_location}: label is {label!r}",
         "true for a good answer, false for a bad one",
         "fix that row",
     )

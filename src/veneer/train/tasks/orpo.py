@@ -1,5 +1,5 @@
-"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): supervised loss and
-preference loss in one, without a reference model.
+"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): the sum of a supervised
+loss and a preference loss, without a reference model.
 
     loss = -log p(chosen) - β · log σ(log odds(chosen) - log odds(rejected))
     odds(y) = p(y) / (1 - p(y))
@@ -28,19 +28,26 @@ from veneer.train.tokens import IGNORED
 class Orpo(PreferenceTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         label_counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-        chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / label_counts).chunk(2)
-        total = (-chosen - self.beta * log_sigmoid_odds_ratio(chosen, rejected)).sum()
-        return TaskLoss(total, len(chosen), pair_measures(chosen, rejected))
+        chosen_log_p, rejected_log_p = (
+            log_probabilities(model, batch).sum(dim=1) / label_counts
+        ).chunk(2)
+        total = (
+            -chosen_log_p - self.beta * log_sigmoid_odds_ratio(chosen_log_p, rejected_log_p)
+        ).sum()
+        return TaskLoss(total, len(chosen_log_p), pair_measures(chosen_log_p, rejected_log_p))
 
 
-def log_sigmoid_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log σ of the log odds ratio of b pairs, [b], from the mean log-probabilities of their
-    answers, [b] each."""
-    return logsigmoid((chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected)))
+def log_sigmoid_odds_ratio(chosen_log_p: Tensor, rejected_log_p: Tensor) -> Tensor:
+    """log σ(log odds(chosen) - log odds(rejected)) of b pairs, [b]. Arguments: the mean
+    log-probabilities of the tokens of their answers, [b] each."""
+    return logsigmoid(
+        (chosen_log_p - rejected_log_p)
+        - (_log_complement(chosen_log_p) - _log_complement(rejected_log_p))
+    )
 
 
 def _log_complement(log_p: Tensor) -> Tensor:
-    """log(1 - p) from log p, accurate for p near 1 and near 0."""
+    """log(1 - p) from log p ≤ 0, accurate both for p near 1 and for p near 0."""
     tiny = torch.finfo(log_p.dtype).tiny
     is_likely = log_p > -0.6931471805599453  # log 1/2
     unlikely_log_p = torch.where(is_likely, log_p.new_tensor(-1.0), log_p)

@@ -1,10 +1,10 @@
-"""A reward model, which gives each text a score: of two answers, the better one shall get the
-higher score (Bradley and Terry, 1952).
+"""Train a reward model, which gives each text a score r, on pairs of answers: the chosen answer
+shall get a higher score than the rejected one (Bradley and Terry, 1952).
 
     loss = -log σ(r(chosen) - r(rejected))
 
-A new head of one output is trained in full. Measures: the share of pairs whose chosen answer has
-the higher score (`accuracy`), and the difference of the scores (`margin`).
+The base gets a new head with one output, which is trained in full. Measures: the share of pairs
+whose chosen answer has the higher score (`accuracy`), and the difference of the scores (`margin`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from veneer.train.tasks._preferences import PreferenceTask, pair_measures
 @register
 class Reward(PreferenceTask):
     auto_class = "AutoModelForSequenceClassification"
-    evaluates_base = False  # an untrained head gives no baseline
+    evaluates_base = False  # the base has no trained head to compare with
     uses_single_forward = True
 
     def load(self) -> Base:
@@ -39,7 +39,9 @@ class Reward(PreferenceTask):
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         scores = model(**self.inputs(batch)).logits[:, 0]  # [2b]
-        chosen, rejected = scores.to(at_least_float32(scores.dtype)).chunk(2)
+        chosen_scores, rejected_scores = scores.to(at_least_float32(scores.dtype)).chunk(2)
         return TaskLoss(
-            -logsigmoid(chosen - rejected).sum(), len(chosen), pair_measures(chosen, rejected)
+            -logsigmoid(chosen_scores - rejected_scores).sum(),
+            len(chosen_scores),
+            pair_measures(chosen_scores, rejected_scores),
         )

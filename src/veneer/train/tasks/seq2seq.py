@@ -1,9 +1,10 @@
-"""Encoder-decoder models: text to text, or speech to text.
+"""Train encoder-decoder models: text to text, or speech to text.
 
-prompt, completion    T5, BART, …            the encoder reads the prompt
-audio, text           Whisper, Moonshine, …  audio: a .wav file or its samples (`_media.py`)
+columns               models                 the encoder reads
+prompt, completion    T5, BART, …            the prompt
+audio, text           Whisper, Moonshine, …  the audio: a .wav file or its samples (`_media.py`)
 
-loss = -log p(token of the answer)           a mean over tokens
+loss = -log p(token of the answer), as a mean over the tokens of the completion or of the text
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Seq2seq(Task):
     uses_single_forward = True
 
     def read_data(self) -> None:
-        """Check that local files can be parsed. The columns are checked once the base is known,
-        because speech models need other columns than text models."""
+        """Check that local files can be parsed. `read` reads them again and checks the columns once
+        the base is open, because speech models need other columns than text models."""
         for source in filter(None, (self.config.data, self.config.eval_data)):
             if data.is_local(source):
                 data.raw_rows(source)
@@ -76,12 +77,13 @@ class Seq2seq(Task):
         return self.processor
 
     def max_length(self) -> int:
-        """The maximal number of tokens of an answer, and of a text that the encoder reads."""
+        """The maximal number of tokens of an answer, and of a prompt that the encoder reads: that
+        of the configuration, or less if the decoder has fewer positions."""
         config = config_of(self.config.base)
-        limit = getattr(config, "max_target_positions", None)
+        position_limit = getattr(config, "max_target_positions", None)
         return (
-            min(prepare.max_length(self.config), limit)
-            if limit
+            min(prepare.max_length(self.config), position_limit)
+            if position_limit
             else prepare.max_length(self.config)
         )
 
@@ -91,16 +93,18 @@ class Seq2seq(Task):
         return data.select_fields(located_rows, source, digest, columns, (), self.config.columns)
 
     def encode(self, records: data.Records) -> Rows:
-        answers = self._answer_ids(
+        answer_ids = self._answer_ids(
             read_text_column(records, "text" if self.is_speech else "completion")
         )
         if self.is_speech:
             folder = Path(records.source).expanduser().parent
             sample_rate = int(self.feature_extractor.sampling_rate)
-            # the number of samples in Whisper's window
+            # Whisper reads a window of n_samples samples; other extractors have no such limit
             max_samples = getattr(self.feature_extractor, "n_samples", None)
             rows = []
-            for row, location, labels in zip(records.rows, records.locations, answers, strict=True):
+            for row, location, labels in zip(
+                records.rows, records.locations, answer_ids, strict=True
+            ):
                 samples = read_audio(
                     row["audio"], f"{records.source}, {location}", folder, sample_rate
                 )
@@ -114,21 +118,23 @@ class Seq2seq(Task):
                 source_fields = {"location": f"{records.source}, {location}", "folder": folder}
                 rows.append({"audio": row["audio"], "labels": labels, **source_fields})
         else:
-            ids = self.processor(read_text_column(records, "prompt"))["input_ids"]
+            prompt_ids = self.processor(read_text_column(records, "prompt"))["input_ids"]
             rows = [
                 {"ids": list(token_ids), "labels": labels}
-                for token_ids, labels in zip(ids, answers, strict=True)
+                for token_ids, labels in zip(prompt_ids, answer_ids, strict=True)
             ]
-        limit = self.max_length()
+        token_limit = self.max_length()
         text_lengths = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
-        sequences = {"labels"} if self.is_speech else {"ids", "labels"}
+        truncated_fields = {"labels"} if self.is_speech else {"ids", "labels"}
         retained_indices, rows, truncated_count = apply_max_length(
             records,
             rows,
             text_lengths,
             self.config,
-            limit,
-            lambda row: row | {name: cut_before_end(row[name], limit) for name in sequences},
+            token_limit,
+            lambda row: (
+                row | {name: cut_before_end(row[name], token_limit) for name in truncated_fields}
+            ),
         )
         # the lengths by which `group_by_length` groups rows; audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
@@ -143,14 +149,14 @@ class Seq2seq(Task):
         )
 
     def _answer_ids(self, texts: list[str]) -> list[list[int]]:
-        end_token, answers = self.processor.eos_token_id, []
+        end_id, answer_ids = self.processor.eos_token_id, []
         for ids in self.processor(text_target=texts)["input_ids"]:
-            # without the start token, which `inputs` prepends
-            ids = ids[1:] if ids[:1] == [self.start_token] else ids
-            answers.append(
-                list(ids) if end_token is None or ids[-1:] == [end_token] else [*ids, end_token]
+            # remove the start token, because `inputs` prepends it
+            ids = ids[1:] if ids[:1] == [self.start_id] else ids
+            answer_ids.append(
+                list(ids) if end_id is None or ids[-1:] == [end_id] else [*ids, end_id]
             )
-        return answers
+        return answer_ids
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         answer = RowSegment(
@@ -182,7 +188,9 @@ class Seq2seq(Task):
                 "add it to config.json",
             )
         self.dtype = next(
-            value.dtype for value in base.model.parameters() if value.is_floating_point()
+            parameter.dtype
+            for parameter in base.model.parameters()
+            if parameter.is_floating_point()
         )
         return base
 
@@ -205,11 +213,11 @@ class Seq2seq(Task):
         return {**inputs, "labels": pad_rows(labels, IGNORED)}
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the model's forward. `decoder_input_ids` are the labels shifted
-        right by one position, after the start token. Audio features are cast to the dtype of the
-        base, which Whisper expects."""
+        """The keyword arguments of the model's forward. `decoder_input_ids` are the labels, shifted
+        right by one position after the start token. Audio features are cast to the dtype of the
+        base, because Whisper requires it."""
         labels: Tensor = batch["labels"]
-        start_tokens = torch.full_like(labels[:, :1], self.start_token)
+        start_tokens = torch.full_like(labels[:, :1], self.start_id)
         decoder_ids = torch.cat(
             [
                 start_tokens,
@@ -230,8 +238,8 @@ class Seq2seq(Task):
         return {**encoder_inputs, "decoder_input_ids": decoder_ids, "use_cache": False}
 
     @cached_property
-    def start_token(self) -> int:
-        """The decoder's start token."""
+    def start_id(self) -> int:
+        """The id of the token with which the decoder's input begins."""
         return int(config_of(self.config.base).decoder_start_token_id)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:

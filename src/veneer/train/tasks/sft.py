@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on chats, prompts with completions, or texts. trl's `SFTTrainer` runs the
-training (`sft_trainer.py`), with packing and the hidden-state cache."""
+"""Supervised fine-tuning on chats, prompts with completions, or texts. The trainer is based on
+trl's `SFTTrainer` (`sft_trainer.py`). It also supports packing and a cache of hidden states."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Sft(Task):
             self.config, self.records, self.encode, self.max_length(), self._make_dataset
         )
 
-    def _make_dataset(self, rows: Rows, length: int) -> Any:
-        """The rows as the tokenised data set that `trl.SFTTrainer` expects. With `packing`, one row
-        of the data set holds several of these rows."""
+    def _make_dataset(self, rows: Rows, max_tokens: int) -> Any:
+        """The rows as the tokenised `datasets.Dataset` that `trl.SFTTrainer` expects. With
+        `packing`, several short rows become one row of at most `max_tokens` tokens."""
         from datasets import Dataset
 
         columns = {name: [row[name] for row in rows.rows] for name in ("input_ids", "labels")}
         dataset = Dataset.from_dict(columns)
-        return prepare.pack(dataset, length) if self.config.packing else dataset
+        return prepare.pack(dataset, max_tokens) if self.config.packing else dataset
 
     def read(self, source: str, split: str) -> data.Records:
         config = self.config
