@@ -136,9 +136,9 @@ class Cohort:
         if resumed_from is not None:
             self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
             return
-        calibration = calibration_arguments(task, self.prepared.train, self.model)
+        calibration_options = calibration_arguments(task, self.prepared.train, self.model)
         adapter_config = lora_config(config, self.model, {})
-        self.runs.add(name, adapter_config, seed=config.seed, **calibration)
+        self.runs.add(name, adapter_config, seed=config.seed, **calibration_options)
         # `check` gives the same result for candidates with equal adapter configs
         if config.check and adapter_config not in self._checked_configs:
             check(self.model, task.example(self.prepared, self.model.device), name)
@@ -172,13 +172,15 @@ class Cohort:
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
 
-    def begin(self, step: int) -> None:
-        """Prepare for training after `step` completed steps: put the base in training mode, and
+    def begin(self, completed_steps: int) -> None:
+        """Prepare for training after `completed_steps` steps: put the base in training mode, and
         skip the rows of these steps."""
         self.model.train()
-        self._completed_steps = step
+        self._completed_steps = completed_steps
         for order_seed in {member.order_seed for member in self.members.values()}:
-            self._step_iterators[order_seed] = islice(self._iterate_steps(order_seed), step, None)
+            self._step_iterators[order_seed] = islice(
+                self._iterate_steps(order_seed), completed_steps, None
+            )
 
     @property
     def _first_task(self) -> Task:
@@ -198,9 +200,10 @@ class Cohort:
         )
         for epoch in range(self.prepared.steps):
             sampler.set_epoch(epoch)
-            rows = [*sampler]
+            row_order = [*sampler]
             passes = [
-                rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)
+                row_order[i : i + config.batch_size]
+                for i in range(0, len(row_order), config.batch_size)
             ]
             for i in range(0, len(passes), config.grad_accum):
                 yield passes[i : i + config.grad_accum]
@@ -243,15 +246,15 @@ class Cohort:
         """Collate the rows of each forward pass: (the batch as `Runs.backward` takes it, the number
         of items, such as tokens, over which the loss of the batch is a mean). `passes`: by pass,
         the indices of its rows."""
-        task, rows = self._first_task, self.prepared.train
-        batches = []
+        task, train_rows = self._first_task, self.prepared.train
+        counted_batches = []
         for indices in passes:
-            batch = move_batch(self.model.device, task.collate([rows[i] for i in indices]))
+            batch = move_batch(self.model.device, task.collate([train_rows[i] for i in indices]))
             item_count = task.count_items(batch)
-            batches.append(
+            counted_batches.append(
                 (batch if task.name == "sft" else (task.inputs(batch), batch), item_count)
             )
-        return batches
+        return counted_batches
 
     def _loss_functions(self) -> Any:
         if self._first_task.name == "sft":
@@ -304,8 +307,8 @@ class Cohort:
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
     """The mean loss of a batch, with gradient, as ``task`` computes it. ``output``: the model's
     output for the batch, from a forward that several candidates shared."""
-    loss = task.loss(OutputAsModel(output, training=True), batch)
-    return loss.total / max(loss.items, 1)
+    task_loss = task.loss(OutputAsModel(output, training=True), batch)
+    return task_loss.total / max(task_loss.items, 1)
 
 
 def _find_decay_flags(model: Any) -> dict[int, bool]:
@@ -332,7 +335,7 @@ def _create_optimizer(
             parameters in the optimiser's groups, as in the Trainer.
     """
     parameters_by_id = {id(parameter): parameter for parameter in parameters}
-    groups = [
+    parameter_groups = [
         {
             "params": [
                 parameters_by_id[parameter_id]
@@ -344,17 +347,17 @@ def _create_optimizer(
         for group_decayed, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except ImportError as error:
         raise ConfigError(
             f"Found: {error}. Do: install the package, or choose another setting."
         ) from error
     if not (
         isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
-    ) or options.keys() & {"params", "model"}:
+    ) or optimizer_options.keys() & {"params", "model"}:
         raise ConfigError(
             f"optimiser {arguments.optim}, which looks at the whole model",
             "one that takes parameters",
             "choose for example adamw",
         )
-    return optimizer_class(groups, **options)
+    return optimizer_class(parameter_groups, **optimizer_options)

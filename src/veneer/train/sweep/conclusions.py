@@ -134,11 +134,11 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
     ]
     if not differences:
         return {"problem": "it was stopped before its first step"}
-    largest = max(differences)
+    largest_difference = max(differences)
     return {
         "steps": len(differences),
-        "largest": largest,
-        "step": differences.index(largest) + 1,
+        "largest": largest_difference,
+        "step": differences.index(largest_difference) + 1,
         "last": differences[-1],
     }
 

@@ -39,8 +39,8 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
     measure_sums: dict[str, dict[str, float]] = {name: {} for name in tasks}
     item_counts = dict.fromkeys(tasks, 0)
     with evaluation_mode(model):
-        for names, indices in plan_passes(list(tasks), rows.lengths, task.config.batch_size):
-            batch = move_batch(model.device, task.collate([rows[i] for i in indices]))
+        for names, row_indices in plan_passes(list(tasks), rows.lengths, task.config.batch_size):
+            batch = move_batch(model.device, task.collate([rows[i] for i in row_indices]))
             batch_sums = _batch_sums(runs, {name: tasks[name] for name in names}, batch)
             for name, (batch_items, measures) in batch_sums.items():
                 item_counts[name] += batch_items
@@ -74,13 +74,13 @@ def plan_passes(
         row_count = (
             max(1, MAX_PASS_TOKENS // (row_tokens * len(names))) if row_tokens else batch_size
         )
-        indices = row_order[rows_start : rows_start + row_count]
+        row_indices = row_order[rows_start : rows_start + row_count]
         candidates_per_pass = (
-            max(1, MAX_PASS_TOKENS // (row_tokens * len(indices))) if row_tokens else len(names)
+            max(1, MAX_PASS_TOKENS // (row_tokens * len(row_indices))) if row_tokens else len(names)
         )
         for names_start in range(0, len(names), candidates_per_pass):
-            yield names[names_start : names_start + candidates_per_pass], indices
-        rows_start += len(indices)
+            yield names[names_start : names_start + candidates_per_pass], row_indices
+        rows_start += len(row_indices)
 
 
 def _batch_sums(
@@ -97,8 +97,8 @@ def _batch_sums(
         return sums_by_run
     outputs = runs.outputs({name: (task.inputs(batch), None) for name, task in tasks.items()})
     for name, task in tasks.items():
-        loss = task.loss(OutputAsModel(outputs[name], training=False), batch)
-        sums_by_run[name] = loss.items, {"loss": loss.total, **loss.sums}
+        task_loss = task.loss(OutputAsModel(outputs[name], training=False), batch)
+        sums_by_run[name] = task_loss.items, {"loss": task_loss.total, **task_loss.sums}
     return sums_by_run
 
 

@@ -51,32 +51,32 @@ class Search:
 
     def ask(self, count: int) -> dict[str, dict[str, Any]]:
         """Propose up to `count` new candidates, as {name: {setting: value}}; {} after the last."""
-        candidates = {}
+        changes_by_name = {}
         for _ in range(min(count, self.count - self._proposed_count)):
             self._proposed_count += 1
             name = f"c{self._proposed_count:0{len(str(self.count))}}"
             if self.study is not None:
                 self.trials[name] = self.study.ask()
-            candidates[name] = (
+            changes_by_name[name] = (
                 self._suggest_settings(self.trials[name])
                 if self.adaptive
                 else next(self._settings_iterator)
             )
-        return candidates
+        return changes_by_name
 
     def choose_ended(self, step: int, losses: Mapping[str, float]) -> set[str]:
         """Choose the candidates that end early at `step`, and report the losses to Optuna's trials,
         if there are any. `losses`: by name of each candidate that still trains, its loss at this
         step. Returns names from `losses`, never that of the lowest loss."""
-        best = min(losses, key=losses.__getitem__, default=None)
+        best_name = min(losses, key=losses.__getitem__, default=None)
         for name in losses if self.study is not None else ():
             self.trials[name].report(losses[name], step)
         if self.settings.pruner is not None:
-            return {name for name in losses if self.trials[name].should_prune()} - {best}
+            return {name for name in losses if self.trials[name].should_prune()} - {best_name}
         if step not in self.rungs:
             return set()
-        ranking = sorted(losses, key=losses.__getitem__)  # stable: earlier ones win ties
-        return {*ranking[math.ceil(round(len(ranking) * self.settings.keep, 6)) :]}
+        ranked_names = sorted(losses, key=losses.__getitem__)  # stable: earlier ones win ties
+        return {*ranked_names[math.ceil(round(len(ranked_names) * self.settings.keep, 6)) :]}
 
     def report_end(self, name: str, loss: float | None, ended_early: bool) -> None:
         """Tell Optuna's study, if there is one, that a candidate has ended. `loss`: its last loss;
@@ -84,7 +84,7 @@ class Search:
         if self.study is None:
             return
         TrialState = import_module("optuna.trial").TrialState
-        state = (
+        trial_state = (
             TrialState.FAIL
             if loss is None
             else TrialState.PRUNED
@@ -92,7 +92,9 @@ class Search:
             else TrialState.COMPLETE
         )
         self.study.tell(
-            self.trials[name], None if state is not TrialState.COMPLETE else loss, state=state
+            self.trials[name],
+            None if trial_state is not TrialState.COMPLETE else loss,
+            state=trial_state,
         )
 
     def _grid_settings(self) -> Iterator[dict[str, Any]]:
@@ -113,10 +115,10 @@ class Search:
             yield {axis: settings[axis] for axis in axes}
 
     def _random_settings(self) -> Iterator[dict[str, Any]]:
-        generator = random.Random(self.settings.seed)
+        random_generator = random.Random(self.settings.seed)
         while True:
             yield {
-                axis: _draw_value(generator, axis, values)
+                axis: _draw_value(random_generator, axis, values)
                 for axis, values in self.settings.axes.items()
             }
 
@@ -202,9 +204,11 @@ def _create_component(module: Any, class_choice: Any, role: str, **options: Any)
             for class_name in module.__all__
             if class_name.lower().endswith(role) and not class_name.startswith("Base")
         ]
-        choices = ["grid", "random", *class_names] if role == "sampler" else class_names
+        valid_names = ["grid", "random", *class_names] if role == "sampler" else class_names
         raise ConfigError(
-            f"{role} {name!r}{nearest(name, choices)}", f"one of {', '.join(choices)}", "correct it"
+            f"{role} {name!r}{nearest(name, valid_names)}",
+            f"one of {', '.join(valid_names)}",
+            "correct it",
         )
     options |= (
         {key: value for key, value in class_choice.items() if key != "name"}

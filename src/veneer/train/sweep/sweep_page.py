@@ -69,9 +69,9 @@ def _ranking_key(candidate: Facts) -> tuple[bool, float]:
 
 
 def _summary_cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str]]:
-    best = candidates[0]
-    yield f"{best['loss']:.4f}", f"loss of the winner, {best['name']}"
-    yield f"{best['parameters']:,}", "numbers that it trains"
+    best_candidate = candidates[0]
+    yield f"{best_candidate['loss']:.4f}", f"loss of the winner, {best_candidate['name']}"
+    yield f"{best_candidate['parameters']:,}", "numbers that it trains"
     status_counts = {
         status: sum(candidate["status"] == status for candidate in candidates)
         for status in (FINISHED, ENDED, FAILED)
@@ -92,17 +92,17 @@ def _summary_cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[
 
 
 def _winner_section(facts: Facts) -> str:
-    best = next(
+    best_candidate = next(
         candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
     )
-    config = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
-    edges = "".join(f"<p><b>{escape(describe_edge(edge))}</b></p>" for edge in facts["edges"])
+    config_yaml = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
+    edges_html = "".join(f"<p><b>{escape(describe_edge(edge))}</b></p>" for edge in facts["edges"])
     return (
-        f"<h2>The winner: {escape(format_changes(best['changes']))}</h2>"
-        f"<p>Its adapter is in {escape(facts['folder'])}.</p>{edges}"
+        f"<h2>The winner: {escape(format_changes(best_candidate['changes']))}</h2>"
+        f"<p>Its adapter is in {escape(facts['folder'])}.</p>{edges_html}"
         f"<p>{escape(describe_repetition(facts['alone']))} This trains it alone:</p>"
         f"<pre>{escape(shlex.join(facts['command']))}</pre>"
-        f"<details><summary>Its configuration</summary><pre>{escape(config)}</pre></details>"
+        f"<details><summary>Its configuration</summary><pre>{escape(config_yaml)}</pre></details>"
     )
 
 
@@ -133,16 +133,18 @@ def _curves_section(candidates: Sequence[Facts]) -> str:
             (candidate, [(step, min(loss, loss_limit)) for step, loss in curve])
             for candidate, curve in labelled_curves
         ]
-        series = {
+        points_by_label = {
             f"{candidate['name']}: {format_changes(candidate['changes'])}": curve
             for candidate, curve in labelled_curves[:COLOUR_COUNT]
         }
         faint_curves = [curve for _, curve in labelled_curves[COLOUR_COUNT:]]
-        chart = lines(series, x="step", y=y_label, bottom=None, faint=faint_curves)
+        chart = lines(points_by_label, x="step", y=y_label, bottom=None, faint=faint_curves)
         charts.append(f"<figure>{chart}</figure>")
-    note = f" The best {COLOUR_COUNT} have colours." if len(drawn_candidates) > COLOUR_COUNT else ""
+    colour_note = (
+        f" The best {COLOUR_COUNT} have colours." if len(drawn_candidates) > COLOUR_COUNT else ""
+    )
     return (
-        f"<h2>Curves</h2><p>Cut at {loss_limit:.3g}.{note}</p><div"
+        f"<h2>Curves</h2><p>Cut at {loss_limit:.3g}.{colour_note}</p><div"
         f' class="pair">{"".join(charts)}</div>'
     )
 
@@ -168,24 +170,30 @@ def _average_steps(losses: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _quality_section(candidates: Sequence[Facts]) -> str:
-    labels = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
-    series = {
+    label_by_status = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
+    points_by_label = {
         label: [
             (candidate["parameters"] / 1e3, candidate["loss"])
             for candidate in candidates
             if candidate["status"] == status
         ]
-        for status, label in labels.items()
+        for status, label in label_by_status.items()
     }
-    series = {label: points for label, points in series.items() if points}
+    points_by_label = {label: points for label, points in points_by_label.items() if points}
     best_loss = candidates[0]["loss"]
-    loss_limit = max(best_loss * 1.5, *(loss for _, loss in series[labels[FINISHED]]))
-    series = {
+    loss_limit = max(
+        best_loss * 1.5, *(loss for _, loss in points_by_label[label_by_status[FINISHED]])
+    )
+    points_by_label = {
         label: [(x, min(loss, loss_limit)) for x, loss in points]
-        for label, points in series.items()
+        for label, points in points_by_label.items()
     }
     chart = lines(
-        series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True
+        points_by_label,
+        x="trainable parameters, in thousands",
+        y="last loss",
+        bottom=None,
+        dots=True,
     )
     return f"<h2>Quality against trainable parameters</h2><figure>{chart}</figure>"
 
@@ -226,9 +234,9 @@ def _candidates_section(candidates: Sequence[Facts], sweep_settings: Facts) -> s
         ]
         for candidate in candidates
     ]
-    notes = "".join(
+    notes_html = "".join(
         f"<p>{escape(candidate['name'])}: {escape(candidate['note'])}</p>"
         for candidate in candidates
         if candidate["note"]
     )
-    return f"<h2>All candidates</h2>{table(headings, rows)}{notes}"
+    return f"<h2>All candidates</h2>{table(headings, rows)}{notes_html}"

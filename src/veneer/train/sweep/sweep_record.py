@@ -70,8 +70,8 @@ class Candidate:
         """(step, loss on the held-out rows), in the order of the steps. At a rung (a step after
         which weaker candidates end) that compares training losses, the mean training loss takes
         the place of the loss on the held-out rows."""
-        held_out = {step: measures["loss"] for step, measures in self.evaluations}
-        return sorted((held_out | dict(self.judged)).items())
+        held_out_losses = {step: measures["loss"] for step, measures in self.evaluations}
+        return sorted((held_out_losses | dict(self.judged)).items())
 
     @property
     def loss(self) -> float | None:
@@ -109,21 +109,23 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> State:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        candidates = [Candidate(**values) for values in fields.pop("candidates")]
+        state_fields = json.loads(path.read_text(encoding="utf-8"))
+        candidates = [
+            Candidate(**candidate_fields) for candidate_fields in state_fields.pop("candidates")
+        ]
         for candidate in candidates:  # JSON turned the tuples into lists
             candidate.evaluations = [(step, measures) for step, measures in candidate.evaluations]
             candidate.judged = [(step, loss) for step, loss in candidate.judged]
-        return cls(**fields, candidates=candidates)
+        return cls(**state_fields, candidates=candidates)
 
     def losses_by_step(self, cohort_index: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (step, {candidate: loss}) for each step in the ``loss_history`` of a candidate of
         the cohort, in order."""
-        losses: dict[int, dict[str, float]] = {}
+        losses_by_step: dict[int, dict[str, float]] = {}
         for candidate in self.in_cohort(cohort_index):
             for step, loss in candidate.loss_history:
-                losses.setdefault(step, {})[candidate.name] = loss
-        yield from sorted(losses.items())
+                losses_by_step.setdefault(step, {})[candidate.name] = loss
+        yield from sorted(losses_by_step.items())
 
     def finished_candidates(self) -> list[Candidate]:
         """The candidates that trained for all steps, by rising loss."""

@@ -455,11 +455,11 @@ class _SweepRun:
                 "one at least",
                 "lower the learning rates, or train in fp32 (--precision fp32)",
             )
-        best = self.state[self.state.best]
+        winner = self.state[self.state.best]
         self.model = None  # frees memory, since `repeat_winner` loads the base again
         self.winner_facts = {
-            "edges": find_edges(self.settings.axes, best.changes),
-            "alone": repeat_winner(self._single_run_config(best), best.losses),
+            "edges": find_edges(self.settings.axes, winner.changes),
+            "alone": repeat_winner(self._single_run_config(winner), winner.losses),
         }
         self._update_times()
         result = self._build_result(interrupted=False)
@@ -467,14 +467,14 @@ class _SweepRun:
         write_whole(self.output / REPORT, page(result.facts))
         self._write_status("finished")
         remove_checkpoints(self.output)
-        self._print_result(best)
+        self._print_result(winner)
         return result
 
-    def _print_result(self, best: Candidate) -> None:
-        elapsed, changes = format_duration(self.state.seconds), format_changes(best.changes)
+    def _print_result(self, winner: Candidate) -> None:
+        elapsed, changes = format_duration(self.state.seconds), format_changes(winner.changes)
         lines = [
-            f"Done     in {elapsed}: {best.name} ({changes})",
-            f"         evaluation {best.loss:.4f}, {best.parameters:,} numbers",
+            f"Done     in {elapsed}: {winner.name} ({changes})",
+            f"         evaluation {winner.loss:.4f}, {winner.parameters:,} numbers",
             *(f"Edge     {describe_edge(edge)}" for edge in self.winner_facts["edges"]),
             f"Alone    {describe_repetition(self.winner_facts['alone'])}",
             f"Adapter  {self.output / BEST / checkpoint.ADAPTER}",

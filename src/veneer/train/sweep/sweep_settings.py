@@ -214,7 +214,7 @@ def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
 
 def _describe_problem(problem: Any) -> str:
     """One line of text for an entry of pydantic's `ValidationError.errors()`."""
-    location = [
+    loc_path = [
         str(component)
         for component in problem["loc"]
         if not str(component).startswith(("list[", "Range"))
@@ -224,17 +224,17 @@ def _describe_problem(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return (
             "unknown field"
-            f" {location[-1]!r}{nearest(location[-1], [*Sweep.model_fields, *Range.model_fields])}"
+            f" {loc_path[-1]!r}{nearest(loc_path[-1], [*Sweep.model_fields, *Range.model_fields])}"
         )
-    return f"{'.'.join(location)}: {message}" if location else message
+    return f"{'.'.join(loc_path)}: {message}" if loc_path else message
 
 
 def check_sweep_support(config: TrainConfig) -> None:
     """Raise `ConfigError` if the run has a setting that a sweep does not support, or no held-out
     rows to compare the candidates on."""
-    default = TrainConfig.defaults()
+    default_values = TrainConfig.defaults()
     for name in UNSUPPORTED:
-        if getattr(config, name) != default[name]:
+        if getattr(config, name) != default_values[name]:
             raise ConfigError(
                 f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"
             )

@@ -50,21 +50,21 @@ class Progress:
             self.live.update(candidate_table(state, steps), refresh=True)
             return
         cohort = state.in_cohort(state.cohort)
-        evaluated = [
+        evaluated_candidates = [
             candidate
             for candidate in cohort
             if candidate.loss_history and candidate.loss_history[-1][0] == state.step
         ]
-        if evaluated:
-            best = min(evaluated, key=_sortable_loss)
+        if evaluated_candidates:
+            best_candidate = min(evaluated_candidates, key=_sortable_loss)
             remaining_count = sum(candidate.status in (RUNNING, FINISHED) for candidate in cohort)
-            is_training_loss = best.judged and best.judged[-1][0] == state.step
+            is_training_loss = best_candidate.judged and best_candidate.judged[-1][0] == state.step
             loss_name = "mean loss in training" if is_training_loss else "evaluation"
             say(
                 self.console,
                 f"step {state.step:>5}/{steps}  {remaining_count} of {len(cohort)} go on; best"
-                f" {best.name} ({format_changes(best.changes)}), {loss_name}"
-                f" {_sortable_loss(best):.4f}",
+                f" {best_candidate.name} ({format_changes(best_candidate.changes)}), {loss_name}"
+                f" {_sortable_loss(best_candidate):.4f}",
             )
 
 
@@ -126,7 +126,7 @@ def print_overview(
         parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad
     )
     dtype = str(model.dtype).removeprefix("torch.")
-    at_once = min(settings.at_once, search.count)
+    cohort_size = min(settings.at_once, search.count)
     rungs = ", ".join(map(str, search.rungs))
     rung_note = f"; the weaker end after steps {rungs}" if rungs else ""
     lines = [
@@ -135,7 +135,7 @@ def print_overview(
         f"         {len(prepared.evaluation or ()):,} examples to evaluate on",
         f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",
         f"Sweep    {search.count} candidates ({settings.sampler_name}),"
-        f" {at_once} at once{rung_note}",
+        f" {cohort_size} at once{rung_note}",
         f"         {trainable_parameters:,} numbers train at once",
     ]
     for line in lines:
@@ -147,5 +147,5 @@ def print_overview(
             )
             for name, member in cohort.members.items()
         }
-        estimate = memory.estimate_at_once(model, runs, *task.largest_batch(prepared))
-        say(console, f"Memory   {estimate}")
+        memory_text = memory.estimate_at_once(model, runs, *task.largest_batch(prepared))
+        say(console, f"Memory   {memory_text}")

@@ -41,11 +41,11 @@ def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> Tra
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings of `config` that differ from their defaults, or that have none. A YAML file with
     these settings alone gives the same configuration."""
-    default: Mapping[str, Any] = TrainConfig.defaults()
+    default_values: Mapping[str, Any] = TrainConfig.defaults()
     return {
         name: value
         for name, value in config.content().items()
-        if name not in default or value != default[name]
+        if name not in default_values or value != default_values[name]
     }
 
 
@@ -60,11 +60,13 @@ def write_winner(
         task: the task of the candidate.
         cohort: the cohort of the candidate. The candidate's adapter must still be attached.
     """
-    handle, prepared = cohort.runs[candidate.name], cohort.prepared
-    metrics = _winner_metrics(candidate, handle.summary(), prepared)
+    adapter_handle, prepared = cohort.runs[candidate.name], cohort.prepared
+    metrics = _winner_metrics(candidate, adapter_handle.summary(), prepared)
     provenance = provenance_of(config, task, prepared, cohort.model, metrics)
     with new_folder(output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]) as folder:
-        handle.save(folder / checkpoint.ADAPTER, base_name=config.base, provenance=provenance)
+        adapter_handle.save(
+            folder / checkpoint.ADAPTER, base_name=config.base, provenance=provenance
+        )
         (folder / checkpoint.LOG).write_text(_log_lines(candidate))
         (folder / TRAIN_CONFIG).write_text(
             yaml.safe_dump(changed_settings(config), sort_keys=False, allow_unicode=True)
@@ -90,10 +92,10 @@ def _winner_metrics(candidate: Candidate, summary: Any, prepared: Prepared) -> d
 def _log_lines(candidate: Candidate) -> str:
     """The training losses and the evaluations of a candidate as JSON lines, in the order of the
     steps. At a step with both, the loss comes first."""
-    lines = [{"step": step, "loss": loss} for step, loss in enumerate(candidate.losses, 1)]
-    lines += [
+    log_records = [{"step": step, "loss": loss} for step, loss in enumerate(candidate.losses, 1)]
+    log_records += [
         {"step": step, **{f"eval_{name}": value for name, value in measures.items()}}
         for step, measures in candidate.evaluations
     ]
-    lines.sort(key=lambda line: (line["step"], "loss" not in line))
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    log_records.sort(key=lambda log_record: (log_record["step"], "loss" not in log_record))
+    return "".join(json.dumps(log_record) + "\n" for log_record in log_records)

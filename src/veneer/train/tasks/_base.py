@@ -48,7 +48,7 @@ class TaskLoss(NamedTuple):
 
     Fields:
         total: the sum of the losses of all items (such as tokens), a scalar with gradient.
-        items: the number of items of the batch, as `Task.count_items` returns it.
+        items: the number of items of the batch; in training, what `Task.count_items` returns.
         sums: the sum of each measure over the same items, by the measure's name.
     """
 
@@ -258,17 +258,17 @@ class Task(ABC):
         """(number of tokens with padding, number of tokens that reach the output head) of the batch
         that needs the most memory: that of the longest rows."""
         rows = prepared.train
-        longest_rows = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
+        longest_indices = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
             : self.config.batch_size
         ]
-        return len(longest_rows) * rows.lengths[longest_rows[0]], (
-            sum(rows.head_token_counts[i] for i in longest_rows) if rows.head_token_counts else 0
+        return len(longest_indices) * rows.lengths[longest_indices[0]], (
+            sum(rows.head_token_counts[i] for i in longest_indices) if rows.head_token_counts else 0
         )
 
     def describe_size(self, rows: Rows) -> str:
         """The size of the training data, in words."""
-        tokens = f", {sum(rows.lengths):,} tokens" if any(rows.lengths) else ""
-        return f"{len(rows):,} examples{tokens}"
+        token_text = f", {sum(rows.lengths):,} tokens" if any(rows.lengths) else ""
+        return f"{len(rows):,} examples{token_text}"
 
 
 #: least number of tokens of an example row (`Task.example`), if the data have such a row
@@ -293,9 +293,9 @@ def short_row_index(lengths: Sequence[int]) -> int:
     all are shorter. A row of one token would not do as an example: its only attention weight is
     always 1, so adapted query and key projections would get no gradient. `lengths`: by row, its
     number of tokens."""
-    long_enough = [i for i, length in enumerate(lengths) if length >= MIN_EXAMPLE_TOKENS]
-    if long_enough:
-        return min(long_enough, key=lengths.__getitem__)
+    long_enough_indices = [i for i, length in enumerate(lengths) if length >= MIN_EXAMPLE_TOKENS]
+    if long_enough_indices:
+        return min(long_enough_indices, key=lengths.__getitem__)
     return max(range(len(lengths)), key=lengths.__getitem__)
 
 
@@ -331,12 +331,12 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
     measure "accuracy" counts the positions where the label is the most likely class. `logits`:
     [..., classes]; `labels`: class indices, [...]."""
     labels = labels.to(logits.device)
-    labelled = labels != IGNORED
-    labelled_logits, targets = logits[labelled], labels[labelled]
+    has_label = labels != IGNORED
+    labelled_logits, targets = logits[has_label], labels[has_label]
     float_logits = labelled_logits.to(at_least_float32(labelled_logits.dtype))
-    correct = (labelled_logits.detach().argmax(dim=-1) == targets).sum()
-    total = cross_entropy(float_logits, targets, reduction="sum")
-    return TaskLoss(total, len(targets), {"accuracy": correct})
+    correct_count = (labelled_logits.detach().argmax(dim=-1) == targets).sum()
+    total_loss = cross_entropy(float_logits, targets, reduction="sum")
+    return TaskLoss(total_loss, len(targets), {"accuracy": correct_count})
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -357,8 +357,8 @@ def reference(model: Any) -> Iterator[None]:
     reference_name = (
         None if adapters is None or REFERENCE_ADAPTER not in adapters.configs else REFERENCE_ADAPTER
     )
-    selection = nullcontext() if adapters is None else use(unwrapped, reference_name)
-    with torch.no_grad(), evaluation_mode(unwrapped), selection:
+    adapter_selection = nullcontext() if adapters is None else use(unwrapped, reference_name)
+    with torch.no_grad(), evaluation_mode(unwrapped), adapter_selection:
         yield
 
 
@@ -428,9 +428,9 @@ def load_function(spec: str) -> Callable[..., Any]:
     Raises `ConfigError` if the file or the function does not exist."""
     import importlib.util
 
-    path, _, name = spec.rpartition(":")
-    module_path = Path(path).expanduser()
-    if not path or module_path.suffix != ".py" or not module_path.is_file():
+    path_text, _, name = spec.rpartition(":")
+    module_path = Path(path_text).expanduser()
+    if not path_text or module_path.suffix != ".py" or not module_path.is_file():
         raise ConfigError(
             f"{spec!r}, and no such file", "FILE.py:NAME of a function", "correct the path"
         )

@@ -71,24 +71,24 @@ def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]]
         ([("LABEL/FILE", {"image": absolute path, "label": LABEL})], the SHA-256 of the paths and
         contents in hexadecimal digits).
     """
-    images = [
+    located_rows = [
         (
-            f"{label_folder.name}/{file.name}",
-            {"image": str(file.resolve()), "label": label_folder.name},
+            f"{label_folder.name}/{image_path.name}",
+            {"image": str(image_path.resolve()), "label": label_folder.name},
         )
         for label_folder in sorted(folder.iterdir())
         if label_folder.is_dir()
-        for file in sorted(label_folder.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        for image_path in sorted(label_folder.iterdir())
+        if image_path.suffix.lower() in IMAGE_SUFFIXES
     ]
-    if not images:
+    if not located_rows:
         raise DataError(
             f"no image in {folder}", "a folder for each label, with images in it", "check the path"
         )
     digest = hashlib.sha256()
-    for location, row in images:
+    for location, row in located_rows:
         digest.update(location.encode() + hashlib.sha256(Path(row["image"]).read_bytes()).digest())
-    return images, digest.hexdigest()
+    return located_rows, digest.hexdigest()
 
 
 def read_audio(value: Any, row_location: str, folder: Path, sample_rate: int) -> np.ndarray:
@@ -107,10 +107,10 @@ def read_audio(value: Any, row_location: str, folder: Path, sample_rate: int) ->
     if isinstance(value, str):
         samples, recorded_rate = _read_wav(folder / Path(value).expanduser(), row_location)
     else:
-        audio = value if isinstance(value, dict) else {"array": value}
-        recorded_rate = audio.get("sampling_rate") or sample_rate
+        audio_fields = value if isinstance(value, dict) else {"array": value}
+        recorded_rate = audio_fields.get("sampling_rate") or sample_rate
         try:
-            samples = np.asarray(audio.get("array"), dtype=np.float32)
+            samples = np.asarray(audio_fields.get("array"), dtype=np.float32)
         except (TypeError, ValueError):
             samples = np.zeros((0, 0))
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
@@ -132,11 +132,11 @@ def _read_wav(path: Path, row_location: str) -> tuple[np.ndarray, int]:
     """Read a 16-bit .wav file: (float32 samples from -1 to 1, averaged over the channels; number of
     samples a second). Raises `DataError` for any other file."""
     try:
-        with wave.open(str(path)) as file:
-            sample_bytes = file.getsampwidth()
-            channels = file.getnchannels()
-            rate = file.getframerate()
-            frames = file.readframes(file.getnframes())
+        with wave.open(str(path)) as wav_file:
+            sample_bytes = wav_file.getsampwidth()
+            channel_count = wav_file.getnchannels()
+            recorded_rate = wav_file.getframerate()
+            frame_bytes = wav_file.readframes(wav_file.getnframes())
     except (OSError, wave.Error, EOFError) as error:
         raise DataError(
             f"{row_location}: no sound at {path} ({error})", "a .wav file of PCM", "check the path"
@@ -147,5 +147,5 @@ def _read_wav(path: Path, row_location: str) -> tuple[np.ndarray, int]:
             "16 bits",
             "convert it to 16-bit PCM",
         )
-    samples = np.frombuffer(frames, dtype="<i2").astype(np.float32) / 32768
-    return samples.reshape(-1, channels).mean(axis=1), rate
+    samples = np.frombuffer(frame_bytes, dtype="<i2").astype(np.float32) / 32768
+    return samples.reshape(-1, channel_count).mean(axis=1), recorded_rate

@@ -47,8 +47,8 @@ class CausalTask(Task):
             for row, location in zip(rows, records.locations, strict=True)
         ]
         answer_records = replace(records, kind=row_kind, rows=shaped_rows)
-        options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
-        return tokens.tokenise(answer_records, self.processor, **options)
+        length_options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
+        return tokens.tokenise(answer_records, self.processor, **length_options)
 
     def collate_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """A batch of (token ids, labels) pairs."""
@@ -91,14 +91,14 @@ class PreferenceTask(CausalTask):
         encoded_rows, lengths, head_token_counts = [], [], []
         for index in retained_indices:
             pair_indices = [example_indices[index] for example_indices in indices_by_record]
-            answers = [
+            labelled_answers = [
                 (examples[i]["input_ids"], examples[i]["labels"])
                 for examples, i in zip(answer_examples, pair_indices, strict=True)
             ]
-            encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})
-            lengths.append(2 * max(len(ids) for ids, _ in answers))
+            encoded_rows.append({"chosen": labelled_answers[0], "rejected": labelled_answers[1]})
+            lengths.append(2 * max(len(ids) for ids, _ in labelled_answers))
             head_token_counts.append(
-                sum(label != IGNORED for _, labels in answers for label in labels)
+                sum(label != IGNORED for _, labels in labelled_answers for label in labels)
             )
         return Rows(
             encoded_rows,
@@ -112,12 +112,14 @@ class PreferenceTask(CausalTask):
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         """The prompt, if the row has one, and the two answers. The prompt is the longest common
         prefix of both token sequences that has no labels."""
-        answers = [list(zip(*row[column], strict=True)) for column in ("chosen", "rejected")]
+        labelled_tokens = [
+            list(zip(*row[column], strict=True)) for column in ("chosen", "rejected")
+        ]
         prompt_length = 0
         while (
-            prompt_length < min(map(len, answers))
-            and answers[0][prompt_length] == answers[1][prompt_length]
-            and answers[0][prompt_length][1] == IGNORED
+            prompt_length < min(map(len, labelled_tokens))
+            and labelled_tokens[0][prompt_length] == labelled_tokens[1][prompt_length]
+            and labelled_tokens[0][prompt_length][1] == IGNORED
         ):
             prompt_length += 1
         prompt = (

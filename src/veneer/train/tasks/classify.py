@@ -29,6 +29,7 @@ from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
 from veneer.train import data
+from veneer.train.config import TrainConfig
 from veneer.train.tasks._base import (
     Base,
     Rows,
@@ -61,7 +62,12 @@ class Classify(Task):
     loss_unit, evaluates_base = "label", False  # a new head has random outputs
     uses_single_forward = True
 
-    def __init__(self, config: Any, task_settings: Any = None, load_options: Any = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        task_settings: Mapping[str, Any] | None = None,
+        load_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(config, task_settings, load_options)
         row_kind = self.recorded_settings.get("kind", "")
         labels = self.recorded_settings.get("labels", [])
@@ -107,12 +113,14 @@ class Classify(Task):
                 "name them, for instance --columns text=sentence,label=intent",
             )
         self.row_kind = row_kinds[0]
-        columns = ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
+        required_columns = (
+            ("words", "labels") if self.row_kind == "words" else (self.row_kind, "label")
+        )
         return data.select_fields(
             located_rows,
             source,
             digest,
-            columns,
+            required_columns,
             ("text_pair",) if self.row_kind == "text" else (),
             columns_by_role,
         )
@@ -140,8 +148,8 @@ class Classify(Task):
             for row, location in zip(records.rows, locations, strict=True)
         ]
         self._choose_labels(label_names, locations)
-        label_index = {label: i for i, label in enumerate(self.labels)}
-        label_indices = [[label_index[label] for label in labels] for labels in label_names]
+        index_by_label = {label: i for i, label in enumerate(self.labels)}
+        label_indices = [[index_by_label[label] for label in labels] for labels in label_names]
         return getattr(self, f"_encode_{self.row_kind}")(records, locations, label_indices)
 
     def _choose_labels(self, label_names: list[list[str]], locations: list[str]) -> None:
@@ -195,8 +203,8 @@ class Classify(Task):
         ]
         ids = self.processor(*text_columns)["input_ids"]
         rows = [
-            {"ids": list(token_ids), "labels": label}
-            for token_ids, label in zip(ids, label_indices, strict=True)
+            {"ids": list(token_ids), "labels": labels}
+            for token_ids, labels in zip(ids, label_indices, strict=True)
         ]
         return self._build_token_rows(records, rows, text_columns)
 
@@ -289,9 +297,9 @@ class Classify(Task):
                 RowSegment(False, "image", f"{file_name}{width} × {height} pixels"),
                 RowSegment(True, "label", row_labels[0]),
             ]
-        text = RowSegment(False, self.row_kind, self.processor.decode(row["ids"]))
+        text_segment = RowSegment(False, self.row_kind, self.processor.decode(row["ids"]))
         if self.row_kind == "text":
-            return [text, RowSegment(True, "label", row_labels[0])]
+            return [text_segment, RowSegment(True, "label", row_labels[0])]
         word_starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
         word_ids = [
             row["ids"][start:end] for start, end in pairwise([*word_starts, len(row["ids"])])
@@ -300,7 +308,7 @@ class Classify(Task):
             self.processor.decode(ids, skip_special_tokens=True).strip() for ids in word_ids
         ]
         return [
-            text,
+            text_segment,
             RowSegment(
                 True,
                 "labels",
@@ -313,12 +321,12 @@ class Classify(Task):
     def load(self) -> Base:
         self.auto_class = HEADS[self.row_kind]
         label_names = dict(enumerate(self.labels))
-        fields: dict[str, Any] = {
+        config_fields: dict[str, Any] = {
             "id2label": label_names,
             "label2id": {label: index for index, label in label_names.items()},
         }
         if self.row_kind != "image":
-            fields["pad_token_id"] = padding_token(self.processor)
+            config_fields["pad_token_id"] = padding_token(self.processor)
         head_label_count = getattr(config_of(self.config.base), "num_labels", None)
         if self._has_head and head_label_count != len(self.labels):
             raise DataError(
@@ -327,7 +335,7 @@ class Classify(Task):
                 "the labels of the head, or no head",
                 "name a base without a head, or change the labels of the data",
             )
-        model = self.load_model(**fields)
+        model = self.load_model(**config_fields)
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
 

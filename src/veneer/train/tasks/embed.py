@@ -96,21 +96,23 @@ class Embed(Task):
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         column_ids = zip(("anchor", "positive", "negative"), row["ids"], strict=False)
-        label = (
+        label_segment = (
             ("cosine", f"{row['label']:g}")
             if "label" in row
             else ("nearest", "positive, of all in the batch")
         )
         return [
             *(RowSegment(False, column, self.processor.decode(ids)) for column, ids in column_ids),
-            RowSegment(True, *label),
+            RowSegment(True, *label_segment),
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch of b rows, with the texts along the first axis: all anchors, then all
         positives, then all negatives, if there are any. "labels" are the target cosines [b], or NaN
         for the ranking loss."""
-        ids = [row["ids"][column] for column in range(len(rows[0]["ids"])) for row in rows]
+        ids = [
+            row["ids"][column_index] for column_index in range(len(rows[0]["ids"])) for row in rows
+        ]
         attention_mask = pad_rows([[1] * len(row) for row in ids], 0)
         target_cosines = torch.tensor([row.get("label", float("nan")) for row in rows])
         return {
@@ -120,9 +122,9 @@ class Embed(Task):
         }
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        hidden = model(**self.inputs(batch)).last_hidden_state
-        attention_mask = batch["attention_mask"].to(hidden.device)
-        vectors = pool(hidden, attention_mask, self.encoder.pooling, self.encoder.normal)
+        hidden_states = model(**self.inputs(batch)).last_hidden_state
+        attention_mask = batch["attention_mask"].to(hidden_states.device)
+        vectors = pool(hidden_states, attention_mask, self.encoder.pooling, self.encoder.normal)
         target_cosines = batch["labels"].to(vectors.device, vectors.dtype)
         if bool(target_cosines.isnan().any()):
             anchors, candidates = vectors[: len(target_cosines)], vectors[len(target_cosines) :]

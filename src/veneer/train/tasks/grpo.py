@@ -145,12 +145,12 @@ class Grpo(CausalTask):
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         config = self.config
-        answers = (
+        answers_text = (
             f"{config.answers} that the model draws, at most {config.answer_tokens} tokens each, "
         )
         return [
             RowSegment(False, "prompt", self.processor.decode(row["ids"])),
-            RowSegment(True, "answers", f"{answers}judged by {', '.join(config.reward)}"),
+            RowSegment(True, "answers", f"{answers_text}judged by {', '.join(config.reward)}"),
             *(
                 RowSegment(False, name, f"{value} (for the judge)")
                 for name, value in row["columns"].items()
@@ -159,8 +159,8 @@ class Grpo(CausalTask):
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids = [row["ids"] for row in rows]
-        mask = pad_rows([[1] * len(row) for row in ids], 0)
-        return {"input_ids": pad_rows(ids, 0), "attention_mask": mask, "rows": list(rows)}
+        attention_mask = pad_rows([[1] * len(row) for row in ids], 0)
+        return {"input_ids": pad_rows(ids, 0), "attention_mask": attention_mask, "rows": list(rows)}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
         """The model's keyword arguments for the shortest prompt, followed by at most
@@ -177,7 +177,7 @@ class Grpo(CausalTask):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         answers_per_prompt = self.config.answers if model.training else 1
         rows = [row for row in batch["rows"] for _ in range(answers_per_prompt)]
-        answers = continuations(
+        sampled_ids = continuations(
             unwrap(model),
             self.processor,
             [row["ids"] for row in rows],
@@ -187,21 +187,21 @@ class Grpo(CausalTask):
             rollouts=self.config.rollouts,
         )
         device = batch["input_ids"].device
-        rewards = self.rewards(rows, answers).to(device)
-        sums = {
+        rewards = self.rewards(rows, sampled_ids).to(device)
+        measure_sums = {
             "reward": rewards.sum(),
-            "answer_length": torch.tensor(float(sum(map(len, answers)))),
+            "answer_length": torch.tensor(float(sum(map(len, sampled_ids)))),
         }
         if not model.training:
-            return TaskLoss(-rewards.sum(), len(rows), sums)
+            return TaskLoss(-rewards.sum(), len(rows), measure_sums)
         # the standard deviation of the rewards of each prompt's answers, counted once for each
         # answer, because the sum of a measure is divided by the number of answers
         reward_spreads = rewards.view(-1, answers_per_prompt).std(1)
-        sums["reward_spread"] = reward_spreads.sum() * answers_per_prompt
-        prompts = [row["ids"] for row in rows]
+        measure_sums["reward_spread"] = reward_spreads.sum() * answers_per_prompt
+        prompt_ids = [row["ids"] for row in rows]
         labelled_answers = [
             ([*ids, *answer_ids], [*[IGNORED] * len(ids), *answer_ids])
-            for ids, answer_ids in zip(prompts, answers, strict=True)
+            for ids, answer_ids in zip(prompt_ids, sampled_ids, strict=True)
         ]
         inputs = {
             name: value.to(device) for name, value in self.collate_pairs(labelled_answers).items()
@@ -218,7 +218,7 @@ class Grpo(CausalTask):
                 log_p, answer_advantages, answer_mask, reference_log_p, self.config.beta or 0.0
             ).sum(),
             len(rows),
-            sums,
+            measure_sums,
         )
 
     def rewards(self, rows: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> Tensor:

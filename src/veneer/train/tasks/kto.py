@@ -115,13 +115,13 @@ class Kto(CausalTask):
         )
         signs = torch.where(is_good.to(log_ratios.device), 1.0, -1.0).to(log_ratios.dtype)
         signed_rewards = (self.beta * log_ratios * signs).detach()
-        sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
+        measure_sums = {"accuracy": (signed_rewards > 0).sum(), "reward": signed_rewards.sum()}
         return TaskLoss(
             losses(
                 log_ratios, mismatched_log_ratios, is_good.to(log_ratios.device), self.beta
             ).sum(),
             len(is_good),
-            sums,
+            measure_sums,
         )
 
 

@@ -31,10 +31,10 @@ class Orpo(PreferenceTask):
         chosen_log_p, rejected_log_p = (
             log_probabilities(model, batch).sum(dim=1) / label_counts
         ).chunk(2)
-        total = (
+        total_loss = (
             -chosen_log_p - self.beta * log_sigmoid_odds_ratio(chosen_log_p, rejected_log_p)
         ).sum()
-        return TaskLoss(total, len(chosen_log_p), pair_measures(chosen_log_p, rejected_log_p))
+        return TaskLoss(total_loss, len(chosen_log_p), pair_measures(chosen_log_p, rejected_log_p))
 
 
 def log_sigmoid_odds_ratio(chosen_log_p: Tensor, rejected_log_p: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ def log_sigmoid_odds_ratio(chosen_log_p: Tensor, rejected_log_p: Tensor) -> Tens
 
 def _log_complement(log_p: Tensor) -> Tensor:
     """log(1 - p) from log p ≤ 0, accurate both for p near 1 and for p near 0."""
-    tiny = torch.finfo(log_p.dtype).tiny
+    smallest_normal = torch.finfo(log_p.dtype).tiny
     is_likely = log_p > -0.6931471805599453  # log 1/2
     unlikely_log_p = torch.where(is_likely, log_p.new_tensor(-1.0), log_p)
-    likely_log_p = torch.where(is_likely, log_p.clamp(max=-tiny), log_p.new_tensor(-0.5))
+    likely_log_p = torch.where(is_likely, log_p.clamp(max=-smallest_normal), log_p.new_tensor(-0.5))
     return torch.where(
         is_likely, torch.log(-torch.expm1(likely_log_p)), torch.log1p(-torch.exp(unlikely_log_p))
     )

@@ -203,14 +203,14 @@ class Seq2seq(Task):
             read_audio(row["audio"], row["location"], row["folder"], sample_rate) for row in rows
         ]
         padding = "max_length" if hasattr(self.feature_extractor, "n_samples") else True
-        inputs = self.feature_extractor(
+        audio_features = self.feature_extractor(
             clips,
             sampling_rate=sample_rate,
             padding=padding,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return {**inputs, "labels": pad_rows(labels, IGNORED)}
+        return {**audio_features, "labels": pad_rows(labels, IGNORED)}
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the model's forward. `decoder_input_ids` are the labels, shifted

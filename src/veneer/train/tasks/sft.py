@@ -74,8 +74,8 @@ class Sft(Task):
         )
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        result = token_loss(model, batch, accuracy=not model.training)
-        return TaskLoss(result.total, int(result.items), {"accuracy": result.correct})
+        loss_sums = token_loss(model, batch, accuracy=not model.training)
+        return TaskLoss(loss_sums.total, int(loss_sums.items), {"accuracy": loss_sums.correct})
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -88,8 +88,10 @@ class Sft(Task):
     def largest_batch(self, prepared: Prepared) -> tuple[int, int]:
         if not self.config.packing:
             return super().largest_batch(prepared)
-        train, batch_tokens = prepared.train, prepared.max_length * self.config.batch_size
-        return batch_tokens, round(batch_tokens * train.head_token_count / sum(train.lengths))
+        train_rows, batch_tokens = prepared.train, prepared.max_length * self.config.batch_size
+        return batch_tokens, round(
+            batch_tokens * train_rows.head_token_count / sum(train_rows.lengths)
+        )
 
     def describe_size(self, rows: Rows) -> str:
         return (
