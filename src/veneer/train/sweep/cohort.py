@@ -189,8 +189,8 @@ class Cohort:
         return next(iter(self.members.values())).task
 
     def _iterate_steps(self, order_seed: int) -> Iterator[list[list[int]]]:
-        """Yield the forward passes of each step, from the first step of the run on. A pass is a
-        list of row indices. `order_seed` determines the order of the rows in each epoch."""
+        """For each step of the run, yield the list of its forward passes. A pass is a list of row
+        indices. `order_seed` determines the order of the rows in each epoch."""
         config = self._first_task.config
         sampler = EpochSampler(
             [*self.prepared.train.lengths],

@@ -126,7 +126,8 @@ def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
                 quiet=True,
                 stop_order=should_stop,
             )
-    except (VeneerError, OSError, RuntimeError) as error:  # the finished sweep must not fail
+    except (VeneerError, OSError, RuntimeError) as error:
+        # only report it, because the sweep itself has succeeded
         return {"problem": first_line(error)}
     differences = [
         abs(repeated - original)

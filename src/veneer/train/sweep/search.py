@@ -50,7 +50,8 @@ class Search:
         self._proposed_count = 0
 
     def ask(self, count: int) -> dict[str, dict[str, Any]]:
-        """Propose up to `count` new candidates, as {name: {setting: value}}; {} after the last."""
+        """Propose up to `count` new candidates, as {candidate's name: {setting: value}}. After the
+        last candidate, the result is {}."""
         changes_by_name = {}
         for _ in range(min(count, self.count - self._proposed_count)):
             self._proposed_count += 1
@@ -163,8 +164,8 @@ def round_digits(number: float) -> float:
 
 def _create_study(settings: Sweep, adaptive: bool) -> Any:
     """Create Optuna's study with the configured sampler and pruner; None if neither is one of
-    Optuna's. ``adaptive``: whether the sampler is. Raises `ConfigError` if Optuna is missing, or if
-    it has no such sampler or pruner."""
+    Optuna's. ``adaptive``: whether the sampler is one. Raises `ConfigError` if Optuna is missing,
+    or if it has no such sampler or pruner."""
     if not adaptive and settings.pruner is None:
         return None
     try:
@@ -177,9 +178,8 @@ def _create_study(settings: Sweep, adaptive: bool) -> Any:
             f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = (
-        settings.sampler if adaptive else "RandomSampler"
-    )  # never used: no trial draws a value
+    # without a sampler of Optuna, only its pruner is used, so the sampler given here never draws
+    sampler = settings.sampler if adaptive else "RandomSampler"
     return optuna.create_study(
         sampler=_create_component(optuna.samplers, sampler, "sampler", seed=settings.seed),
         pruner=_create_component(optuna.pruners, settings.pruner or "NopPruner", "pruner"),

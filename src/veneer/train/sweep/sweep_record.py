@@ -87,7 +87,8 @@ class State:
         cohort, step: index of the cohort that trains, and the number of its completed steps.
         seconds, cpu_seconds: wall-clock and CPU time of the sweep so far, in all processes that ran
             or resumed it.
-        best: name of the candidate whose adapter is in the folder `best/`; None before the first.
+        best: name of the candidate whose adapter is in the folder `best/`; None until one has
+            finished.
         candidates: all candidates proposed so far, in the order of their names.
     """
 
@@ -119,8 +120,8 @@ class State:
         return cls(**state_fields, candidates=candidates)
 
     def losses_by_step(self, cohort_index: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yield (step, {candidate: loss}) for each step in the ``loss_history`` of a candidate of
-        the cohort, in order."""
+        """Yield (step, {candidate's name: loss}) for each step in the ``loss_history`` of a candidate
+        of the cohort, in the order of the steps."""
         losses_by_step: dict[int, dict[str, float]] = {}
         for candidate in self.in_cohort(cohort_index):
             for step, loss in candidate.loss_history:
@@ -138,7 +139,9 @@ class State:
         """For each group of at least two finished candidates that differ only in their seeds, the
         mean and the standard deviation of their losses, with the candidates and settings."""
         candidates_by_settings: dict[str, list[Candidate]] = {}
-        distinct_changes: list[dict[str, Any]] = []  # each counts once, even if drawn twice
+        distinct_changes: list[
+            dict[str, Any]
+        ] = []  # count equal settings once, even if drawn twice
         for candidate in self.finished_candidates():
             if candidate.changes in distinct_changes:
                 continue

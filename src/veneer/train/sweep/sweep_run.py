@@ -103,8 +103,7 @@ def sweep(
     Args:
         keep_going: leave out candidates that cannot begin, instead of raising an error for them.
         console, quiet: where to print progress. By default stderr, or nothing if `quiet` is set.
-        on_step: called after each step, with the state of the sweep and the number of steps of a
-            candidate that does not end early.
+        on_step: called after each step, with the arguments of a `StepCallback`.
         stop_order: called after each step but the last of a cohort. If it returns True, the sweep
             writes a checkpoint and ends, as after Ctrl-C.
 
@@ -187,7 +186,7 @@ class _SweepRun:
 
     def _add_candidates(self, candidates: list[Candidate]) -> None:
         """Create the tasks of new candidates, and add the candidates to the state. Raises
-        `TargetError` if one cannot begin; with `keep_going`, only if none of the first ones can."""
+        `TargetError` if one cannot begin; with `keep_going`, only if all of the first ones fail."""
         problems = [problem for candidate in candidates if (problem := self._make_task(candidate))]
         if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
             raise_all(TargetError, "The sweep cannot begin", problems)
@@ -222,8 +221,10 @@ class _SweepRun:
                     self.search.choose_ended(step, losses)
             if cohort_index < self.state.cohort:
                 self._report_ends(cohort_index)
-        recorded = {candidate.name: candidate.changes for candidate in self.state.candidates}
-        if json.loads(json.dumps(replayed_changes)) != recorded:
+        recorded_changes = {
+            candidate.name: candidate.changes for candidate in self.state.candidates
+        }
+        if json.loads(json.dumps(replayed_changes)) != recorded_changes:
             raise ConfigError(
                 "candidates that this sampler does not draw again",
                 f"those of the checkpoint in {self.output}",
@@ -235,8 +236,7 @@ class _SweepRun:
                 raise ConfigError(f"Found: {problem}")
 
     def _report_ends(self, cohort_index: int) -> None:
-        """Tell the search the last loss of each candidate of a cohort (None if it failed), and
-        whether it ended early."""
+        """Tell the search how the candidates of a cohort ended: early or not, with which loss."""
         for candidate in self.state.in_cohort(cohort_index):
             loss = candidate.loss if candidate.status in (FINISHED, ENDED) else None
             self.search.report_end(candidate.name, loss, candidate.status == ENDED)
@@ -485,9 +485,9 @@ class _SweepRun:
 
 
 def _shared_config(config: TrainConfig) -> TrainConfig:
-    """`config`, with `eval_seed` set if the held-out rows are drawn from the training data: all
-    candidates must be evaluated on the same rows, even if their seeds differ. Raises `ConfigError`
-    if a sweep does not support the task or a setting."""
+    """`config`, with `eval_seed` set if held-out rows are drawn from the training data, so that
+    candidates with different seeds have the same held-out rows. Raises `ConfigError` if a sweep
+    does not support the task or a setting."""
     check_sweep_support(config)
     if not TASKS[config.task].uses_single_forward:
         problem = f"task {config.task}, whose loss takes more than one pass of its rows"

@@ -134,22 +134,23 @@ class Task(ABC):
         self._records: dict[tuple[str, str], data.Records] = {}
 
     def needs_reference(self) -> bool:
-        """Whether the loss compares the model with a reference policy (`reference`)."""
+        """Whether the loss compares the model with a reference policy, which is the model before
+        training (`reference`)."""
         return False
 
     def read_data(self) -> None:
         """Read the local data files, and keep the records until `records` returns them. Call this
         before `open_base`: an error in the data is then reported before a GGUF base is converted,
-        which may take a minute. Data sets of the hub are downloaded only after
-        `open_base`, so that a missing base is reported before the download."""
+        which may take a minute. Data sets of the hub are downloaded only after `open_base`, so that
+        a missing base is reported before the download."""
         config = self.config
         for source, split in ((config.data, config.split), (config.eval_data, "train")):
             if source is not None and data.is_local(source):
                 self._records[source, split] = self.read(source, split)
 
     def records(self, source: str, split: str) -> data.Records:
-        """The records of a source. If `read_data` has read them, return them and drop the task's
-        reference, which frees their memory after use; else read them now."""
+        """The records of a source. If `read_data` has read them, return and forget them, so that
+        the caller can free their memory; else read them now."""
         local_records = self._records.pop((source, split), None)
         return self.read(source, split) if local_records is None else local_records
 
@@ -319,7 +320,7 @@ def token_batch(
 
 
 def move_batch(device: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the tensors of a batch to a device."""
+    """A copy of a batch with its tensors on `device`. Other values stay as they are."""
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()

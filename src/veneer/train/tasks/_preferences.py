@@ -51,7 +51,7 @@ class CausalTask(Task):
         return tokens.tokenise(answer_records, self.processor, **length_options)
 
     def collate_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        """A batch of (token ids, labels) pairs."""
+        """The batch of rows that are given as (token ids, labels), padded to the longest row."""
         ids, labels = zip(*pairs, strict=True)
         return token_batch(ids, labels, padding_token(self.processor))
 

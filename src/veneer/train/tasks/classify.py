@@ -1,4 +1,4 @@
-"""Classify: texts, words of a sentence, or images.
+"""Train classifiers of texts, of the words of a sentence, or of images.
 
     text, label              one label for each text     (with text_pair: for each pair of texts)
     words, labels            one label for each word     (two lists of equal length)
@@ -59,7 +59,7 @@ HEADS = {
 @register
 class Classify(Task):
     auto_class = HEADS["text"]  # changed by `load` for words and images
-    loss_unit, evaluates_base = "label", False  # a new head has random outputs
+    loss_unit, evaluates_base = "label", False  # the base may lack a trained head
     uses_single_forward = True
 
     def __init__(
@@ -301,11 +301,12 @@ class Classify(Task):
         if self.row_kind == "text":
             return [text_segment, RowSegment(True, "label", row_labels[0])]
         word_starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
-        word_ids = [
+        token_ids_by_word = [
             row["ids"][start:end] for start, end in pairwise([*word_starts, len(row["ids"])])
         ]
         word_texts = [
-            self.processor.decode(ids, skip_special_tokens=True).strip() for ids in word_ids
+            self.processor.decode(token_ids, skip_special_tokens=True).strip()
+            for token_ids in token_ids_by_word
         ]
         return [
             text_segment,

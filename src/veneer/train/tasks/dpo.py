@@ -30,9 +30,8 @@ class Dpo(PreferenceTask):
         with reference(model):
             reference_log_p = answer_log_probabilities(model, batch)
         log_p = answer_log_probabilities(model, batch)
-        chosen_rewards, rejected_rewards = (self.beta * (log_p - reference_log_p)).chunk(
-            2
-        )  # [b] each
+        # [b] each
+        chosen_rewards, rejected_rewards = (self.beta * (log_p - reference_log_p)).chunk(2)
         return TaskLoss(
             -logsigmoid(chosen_rewards - rejected_rewards).sum(),
             len(chosen_rewards),

@@ -115,8 +115,8 @@ class Seq2seq(Task):
                         f"at most {max_samples / sample_rate:.1f} s, what the base hears at once",
                         "cut it",
                     )
-                source_fields = {"location": f"{records.source}, {location}", "folder": folder}
-                rows.append({"audio": row["audio"], "labels": labels, **source_fields})
+                location_fields = {"location": f"{records.source}, {location}", "folder": folder}
+                rows.append({"audio": row["audio"], "labels": labels, **location_fields})
         else:
             prompt_ids = self.processor(read_text_column(records, "prompt"))["input_ids"]
             rows = [
