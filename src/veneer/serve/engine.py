@@ -182,8 +182,7 @@ class Engine:
         return state
 
     def drain(self, seconds: float) -> bool:
-        """Refuse new requests, wait up to ``seconds`` for open ones, return whether all have
-        ended."""
+        """Refuse new requests, wait up to ``seconds`` for open ones; return whether all ended."""
         with self._wake:
             self._draining = True
             return self._wake.wait_for(lambda: not self._open_count, timeout=seconds)
