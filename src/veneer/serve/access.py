@@ -109,7 +109,8 @@ class Keyring:
         sent_key = sent_key.strip()
         if scheme.lower() != "bearer" or not sent_key or len(sent_key) > MAX_KEY_CHARS:
             return None
-        digest = hash_of(sent_key)  # compare with every key, so that the duration reveals no match
+        digest = hash_of(sent_key)
+        # compare with all keys, so that the time it takes does not reveal whether one matches
         matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
         return matches[0] if matches else None
 
@@ -127,14 +128,14 @@ def read_keys(path: str | Path) -> Keyring:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
-        entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        document: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"a key file {path} that cannot be read ({error})",
             "a list of keys in TOML",
             "see `veneer keygen --help`",
         ) from error
-    tables = entries.get("keys") if entries.keys() <= {"keys"} else None
+    tables = document.get("keys") if document.keys() <= {"keys"} else None
     if not isinstance(tables, list) or not tables:
         raise ConfigError(
             f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"
@@ -171,11 +172,11 @@ class KeyWatch:
     If the file is invalid or was removed, the keys stay and an error is logged."""
 
     def __init__(self, holder: KeyHolder, path: Path) -> None:
-        self._holder, self._path, self._stop = holder, path, threading.Event()
+        self._holder, self._path, self._stop_event = holder, path, threading.Event()
         threading.Thread(target=self._watch, name="veneer-keys", daemon=True).start()
 
     def close(self) -> None:
-        self._stop.set()
+        self._stop_event.set()
 
     def reload(self) -> None:
         """Replace the keys by those in the file. An invalid file changes nothing and is logged."""
@@ -188,12 +189,12 @@ class KeyWatch:
 
     def _watch(self) -> None:
         previous_signature = None
-        while not self._stop.is_set():
-            signature = _file_signature(self._path)
-            if signature != previous_signature:
-                previous_signature = signature
+        while not self._stop_event.is_set():
+            file_signature = _file_signature(self._path)
+            if file_signature != previous_signature:
+                previous_signature = file_signature
                 self.reload()
-            self._stop.wait(WATCH_SECONDS)
+            self._stop_event.wait(WATCH_SECONDS)
 
 
 def _file_signature(path: Path) -> tuple[int, int, int] | None:

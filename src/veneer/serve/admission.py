@@ -66,8 +66,9 @@ class Admission:
         return [state for state in self.admitted if state.lease is not None]
 
     def admit(self, running_count: int) -> None:
-        """Start to load the adapters of the next requests, and give leases to requests whose
-        adapters are loaded. ``running_count``: number of rows that are in use."""
+        """Start to load the adapters of the next requests, and give requests whose adapters are
+        loaded their leases, which keep the adapters in memory. ``running_count``: number of rows
+        that are in use."""
         for state in [each for each in self.admitted if each.lease is None]:
             self._take_loaded_lease(state, running_count)
         loading_blends = {state.blend_key for state in self.admitted if state.lease is None}

@@ -161,7 +161,7 @@ async def models(service: CurrentService, key: ApiKey) -> dict[str, Any]:
 
 @operations.get("/v1/models/{model:path}")
 async def model(model: str, service: CurrentService, key: ApiKey) -> dict[str, Any]:
-    """A model, with the format of the prompts that it was trained on."""
+    """A model, with the format in which clients should write prompts for it."""
     blend = await requested_adapters(service, key, model, None)
     name = next(iter(blend), None)
     folder = None if name is None else service.catalogue.folder_of(name)
@@ -176,12 +176,15 @@ async def adapters(service: CurrentService, key: ApiKey) -> list[dict[str, Any]]
     await asyncio.to_thread(service.catalogue.refresh)
     field_names = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
-    is_served = service.catalogue.known  # the bank also holds adapters in training
-    visible = sorted(
+    is_served = service.catalogue.known  # the bank also holds adapters in training: leave these out
+    visible_entries = sorted(
         (entry for entry in status if is_served(entry.name) and key.sees(entry.name)),
         key=lambda entry: entry.name,
     )
-    return [{field: getattr(entry, field) for field in field_names} for entry in visible]
+    return [
+        {field_name: getattr(entry, field_name) for field_name in field_names}
+        for entry in visible_entries
+    ]
 
 
 @operations.post("/v1/load_lora_adapter")
@@ -267,14 +270,14 @@ async def _answer_chat(
         client_names = {**(client_names or {}), "response_format": "tools"}
     try:
         blend = await _authorized_blend(service, key, body)
-        prompt, reading = await _read_chat(service, body, call_prefix)
+        prompt, call_parsing = await _read_chat(service, body, call_prefix)
         token_limit = body.token_limit()
         prompt = prompts.truncate_prompt(
             prompt, body.truncate_prompt_tokens, token_limit, service.length
         )
         max_tokens = prompts.answer_token_limit([prompt], token_limit, service.length, is_chat=True)
         echoed_texts = [body.messages[-1].text] * body.n if body.echo else []
-        writer = AnswerWriter(body, [prompt], echoed_texts, key.admin, reading)
+        writer = AnswerWriter(body, [prompt], echoed_texts, key.admin, call_parsing)
         return await _generate_response(
             request, body, blend, [prompt], max_tokens, writer, make_view(writer)
         )
@@ -309,7 +312,7 @@ async def _read_chat(
             return prompt, None
         schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
         prompts.check_schema({name: schemas[name] for name in body.strict_tools}, "tools")
-        reading = call_reading(
+        call_parsing = call_reading(
             schemas,
             body.forced_tool,
             service.tokenizer,
@@ -317,7 +320,7 @@ async def _read_chat(
             call_prefix,
             body.strict_tools,
         )
-        return prompt, reading
+        return prompt, call_parsing
 
     return await in_text_thread(service, prompts.chat_size(body.messages, tools), tokenize_chat)
 
@@ -361,9 +364,11 @@ async def completions(
         tokens is decoded."""
         return [
             text
-            if isinstance(text, str) and len(prompt) == len(uncut)
+            if isinstance(text, str) and len(prompt) == len(uncut_prompt)
             else service.tokenizer.decode(prompt)
-            for text, uncut, prompt in zip(prompt_inputs, uncut_prompts, cut_prompts, strict=True)
+            for text, uncut_prompt, prompt in zip(
+                prompt_inputs, uncut_prompts, cut_prompts, strict=True
+            )
         ]
 
     echoed_texts: list[str] = []

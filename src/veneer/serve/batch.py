@@ -174,7 +174,7 @@ class Batch:
     def _run(self, state: RequestState) -> None:
         """Let a request decode: its row now has the keys and values of all of its tokens."""
         self.running.append(state)
-        if not state.generated:  # a preempted request was counted before
+        if not state.generated:  # its prompt was not counted yet
             self._notify("tokens", state.request.blend, state.length, 0)
 
     def sort_running(self) -> list[RequestState]:

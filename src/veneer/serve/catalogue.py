@@ -110,8 +110,8 @@ class ServedNames:
         source: Any = self.source
         if isinstance(source, LibrarySource):
             return source.resolve(path)
-        steps = path.split("/")
-        if not path.isprintable() or "\\" in path or not {"", ".", ".."}.isdisjoint(steps):
+        path_segments = path.split("/")
+        if not path.isprintable() or "\\" in path or not {"", ".", ".."}.isdisjoint(path_segments):
             raise Refusal(
                 400,
                 f"lora_path {path[:200]!r}",
@@ -154,22 +154,24 @@ class ServedNames:
         None if it sent none; ``pin``: whether the adapter stays in memory (is pinned) from now on,
         None for no change."""
         with lock_state(self.changeable_folder()) as state:
-            paths_by_name, pinned = dict(state.names), state.pinned
+            paths_by_name, pinned_names = dict(state.names), state.pinned
             if self.list_source().get(name, Location(Path())).path == location.path:
                 paths_by_name.pop(name, None)
             elif path is not None:
                 paths_by_name[name] = path
             if pin is not None:
-                pinned = pinned | {name} if pin else pinned - {name}
-            self._write(ServedState(paths_by_name, pinned, state.hidden - {name}), state)
+                pinned_names = pinned_names | {name} if pin else pinned_names - {name}
+            self._write(ServedState(paths_by_name, pinned_names, state.hidden - {name}), state)
 
     def forget(self, name: str) -> None:
         """Record in ``served.json`` that a name is not served."""
         with lock_state(self.changeable_folder()) as state:
             paths_by_name = {key: path for key, path in state.names.items() if key != name}
-            hidden = state.hidden | ({name} if name in self.list_source() else frozenset())
-            pinned = state.pinned - {name}
-            self._write(replace(state, names=paths_by_name, pinned=pinned, hidden=hidden), state)
+            hidden_names = state.hidden | ({name} if name in self.list_source() else frozenset())
+            pinned_names = state.pinned - {name}
+            self._write(
+                replace(state, names=paths_by_name, pinned=pinned_names, hidden=hidden_names), state
+            )
 
     def _write(self, state: ServedState, old_state: ServedState) -> None:
         """Write ``state`` to ``served.json``, unless it equals ``old_state``, the present content
@@ -196,7 +198,7 @@ class Catalogue:
         self._served_names = ServedNames(address, base)
         self._adapters = store_catalogue.Catalogue(self._served_names.list)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop_event = threading.Event()
         self._warnings: dict[str, str] = {}  # the last logged warning, by adapter name
         self._listed_at, self._applied_pins = -1e9, frozenset[str]()
         with self._lock:
@@ -206,12 +208,16 @@ class Catalogue:
         """Pin the adapters that were recorded as pinned since the last call, by this server or by
         another one that serves the folder: load them, and keep them in memory. Unpin adapters that
         are no longer recorded. If an adapter cannot be loaded, a warning is logged."""
-        pinned = self._served_names.state.pinned | self._always_pinned
-        pinned, previous_pins = frozenset(filter(self.known, pinned)), self._applied_pins
-        self._applied_pins = pinned  # set first, so that a failure is not retried every second
-        for name in sorted(pinned ^ previous_pins):
+        pinned_names = self._served_names.state.pinned | self._always_pinned
+        pinned_names, previous_names = (
+            frozenset(filter(self.known, pinned_names)),
+            self._applied_pins,
+        )
+        # set first, so that a failure is not retried every second
+        self._applied_pins = pinned_names
+        for name in sorted(pinned_names ^ previous_names):
             try:
-                if name in pinned:
+                if name in pinned_names:
                     self._bank.pin(name)
                 elif self.known(name):
                     self._bank.unpin(name)
@@ -225,21 +231,21 @@ class Catalogue:
             threading.Thread(target=self._watch_source, name="veneer-adapters", daemon=True).start()
 
     def close(self) -> None:
-        self._stop.set()
+        self._stop_event.set()
 
     def _watch_source(self) -> None:
         self._bank.throttle_loads()
         listing_seconds = 0.0
-        while not self._stop.wait(
+        while not self._stop_event.wait(
             min(max(MIN_INTERVAL, INTERVAL_RATIO * listing_seconds), MAX_INTERVAL)
         ):
-            start = time.monotonic()
+            start_time = time.monotonic()
             try:
                 self.refresh(force=True)
                 self.follow_pins()
             except Exception:  # if the thread ended, the server would go on with old adapters
                 log.exception("The adapter folder cannot be followed")
-            listing_seconds = time.monotonic() - start
+            listing_seconds = time.monotonic() - start_time
 
     def known(self, name: str) -> bool:
         """Whether a name is registered. Does not read the disk."""
@@ -266,7 +272,8 @@ class Catalogue:
                 self._sync()
             except (OSError, VeneerError) as error:  # registered adapters stay served
                 log.warning("The adapter folder cannot be read: %s", error)
-                self._listed_at = time.monotonic()  # so that a failure is not retried sooner
+                # so that the next attempt waits as long as after a success
+                self._listed_at = time.monotonic()
             finally:
                 self._lock.release()
         return self._adapters.names
@@ -438,7 +445,7 @@ def served_folders(address: str | Path) -> Mapping[str, Path]:
 
 @contextmanager
 def _refuse_disk_errors() -> Iterator[None]:
-    """Turn an ``OSError`` in the block into a ``Refusal``."""
+    """Turn an ``OSError`` in the block into a ``Refusal`` with status 503."""
     try:
         yield
     except OSError as error:

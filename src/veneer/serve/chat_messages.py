@@ -37,7 +37,7 @@ class ToolCall(Strict):
     index: int | None = None
 
     def template_dict(self) -> dict[str, Any]:
-        """The dictionary that the tokenizer's chat template gets."""
+        """This call as the dictionary that the chat template of the tokenizer gets."""
         arguments = template_arguments(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}
@@ -58,7 +58,7 @@ class Tool(Strict):
     function: Function
 
     def template_dict(self) -> dict[str, Any]:
-        """The dictionary that the tokenizer's chat template gets."""
+        """This tool as the dictionary that the chat template of the tokenizer gets."""
         function = self.function
         parameters = function.parameters or {"type": "object", "properties": {}}
         description = {"name": function.name, "description": function.description}
@@ -126,7 +126,7 @@ class Message(Strict):
         )
 
     def template_dict(self) -> dict[str, Any]:
-        """The dictionary that the tokenizer's chat template gets."""
+        """This message as the dictionary that the chat template of the tokenizer gets."""
         extra_fields: dict[str, Any] = {"name": self.name} if self.name else {}
         if self.tool_calls:
             extra_fields["tool_calls"] = [call.template_dict() for call in self.tool_calls]

@@ -29,16 +29,16 @@ async def docs(request: Request) -> Response:
     return Response(page_html, media_type="text/html; charset=utf-8", headers=headers)
 
 
-def render(description: Schema) -> str:
+def render(openapi_description: Schema) -> str:
     """The HTML page for an OpenAPI description (the content of ``/openapi.json``)."""
-    title = escape(description["info"]["title"])
+    title = escape(openapi_description["info"]["title"])
     operations = [
         (method.upper(), path, operation)
-        for path, methods in description["paths"].items()
+        for path, methods in openapi_description["paths"].items()
         for method, operation in methods.items()
     ]
-    schemas = description.get("components", {}).get("schemas", {})
-    lines = [
+    schemas = openapi_description.get("components", {}).get("schemas", {})
+    html_lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}: the API</title>",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -50,12 +50,12 @@ def render(description: Schema) -> str:
         *(_schema_section(name, schema) for name, schema in sorted(schemas.items())),
         "</main></body></html>",
     ]
-    return "\n".join(lines)
+    return "\n".join(html_lines)
 
 
 def _operation_section(method: str, path: str, operation: Schema) -> str:
     """The HTML section of a route: its description, its parameters and the schema of its body."""
-    summary = operation.get("description") or operation.get("summary", "")
+    description = operation.get("description") or operation.get("summary", "")
     parameter_rows = [
         (
             entry["name"],
@@ -69,20 +69,20 @@ def _operation_section(method: str, path: str, operation: Schema) -> str:
         f"<p>Body: {_type_of(media.get('schema', {}))}</p>" for media in body_content.values()
     )
     heading_html = f"<h2><code>{method} {escape(path)}</code></h2>"
-    heading_html += f"<p>{escape(summary)}</p>" if summary else ""
+    heading_html += f"<p>{escape(description)}</p>" if description else ""
     return f'<section class="card">{heading_html}{_table(parameter_rows)}{body_html}</section>'
 
 
 def _schema_section(name: str, schema: Schema) -> str:
     """The HTML section of a schema: a table of its fields, or its type if it is not an object."""
-    required = schema.get("required", ())
+    required_fields = schema.get("required", ())
     field_rows = [
-        (field, _type_of(entry), _field_note(entry, is_required=field in required))
+        (field, _type_of(entry), _field_note(entry, is_required=field in required_fields))
         for field, entry in schema.get("properties", {}).items()
     ]
     content_html = _table(field_rows) if field_rows else f"<p>{_type_of(schema)}</p>"
-    summary = escape(schema.get("description", ""))
-    heading_html = f"<h2>{escape(name)}</h2><p>{summary}</p>"
+    description_html = escape(schema.get("description", ""))
+    heading_html = f"<h2>{escape(name)}</h2><p>{description_html}</p>"
     return f'<section class="card" id="{escape(name)}">{heading_html}{content_html}</section>'
 
 
@@ -90,11 +90,11 @@ def _table(rows: list[tuple[str, str, str]]) -> str:
     """An HTML table. Each row is a name, a type in HTML, and a note."""
     if not rows:
         return ""
-    cells = (
+    rows_html = (
         f"<tr><td><code>{escape(name)}</code></td><td>{type_html}</td><td>{escape(note)}</td></tr>"
         for name, type_html, note in rows
     )
-    return f"<table>{''.join(cells)}</table>"
+    return f"<table>{''.join(rows_html)}</table>"
 
 
 def _field_note(schema: Schema, *, is_required: bool) -> str:

@@ -102,10 +102,10 @@ class Embedder:
         self.pooling, self.normal = pooling, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
         self.label_count = label_count
-        parameters = inspect.signature(type(model).forward).parameters
-        self._reads_token_types = "token_type_ids" in parameters
+        forward_parameters = inspect.signature(type(model).forward).parameters
+        self._reads_token_types = "token_type_ids" in forward_parameters
         self.width = int(model.config.hidden_size)
-        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # ``queue`` bounds texts instead
+        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # calls have no limit, texts have
         # number of waiting texts, by ``_Call.account``
         self._waiting_by_account: Counter[tuple[str, str]] = Counter()
         self.running = self.waiting = 0  # ``running`` counts calls, ``waiting`` texts
@@ -172,7 +172,7 @@ class Embedder:
         return call.result
 
     def drain(self, seconds: float) -> None:
-        """Refuse new calls, and wait up to ``seconds`` until the calls before have ended."""
+        """Refuse new calls, and wait up to ``seconds`` until all earlier calls have ended."""
         with self._changed:
             self._refuses_calls = True
             self._changed.wait_for(lambda: not self.running, seconds)
@@ -209,7 +209,7 @@ class Embedder:
                 batch = self._take_batch()
             if batch:
                 self._compute(batch)
-            del batch  # keep no reference to a call while the thread waits
+            del batch  # so that ended calls are freed while the thread waits
         for call in self._calls.waiting_requests():  # no call is added any more
             self._end_call(call, _stopping_refusal())
 
@@ -246,12 +246,12 @@ class Embedder:
         """Compute the vectors of a batch, and end the calls that now have all of their vectors. If
         the computation fails or gives numbers that are not finite, end the calls affected with an
         error."""
-        calls, reason = [call for call, _ in batch], "the model's vectors are no finite numbers"
+        calls, error_text = [call for call, _ in batch], "the model's vectors are no finite numbers"
         try:
             vectors = self._outputs(batch)
         except Exception as error:
             log.exception("A batch of embeddings failed")
-            vectors, reason = (
+            vectors, error_text = (
                 torch.full((len(calls), 1), torch.nan),
                 f"{type(error).__name__}: {error}",
             )
@@ -260,7 +260,7 @@ class Embedder:
             call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite
         }
         for call in failed_calls:
-            self._end_call(call, Refusal(500, reason, code="engine_error"))
+            self._end_call(call, Refusal(500, error_text, code="engine_error"))
         for call, vector in zip(calls, vectors, strict=True):
             if call in failed_calls:
                 continue
@@ -309,10 +309,10 @@ class Embedder:
                 call.result.set_result(call.vectors)
             elif error is not None:
                 call.result.set_exception(error)
-        reason = (
+        finish_reason = (
             "cancelled" if call.result.cancelled() else "error" if error is not None else "stop"
         )
-        self.observer.finished(call.blend, reason, time.monotonic() - call.submitted_at)
+        self.observer.finished(call.blend, finish_reason, time.monotonic() - call.submitted_at)
         with self._changed:
             if call.is_queued and not self._calls.remove(call):
                 self._calls.ended(call)

@@ -188,14 +188,14 @@ async def rerank(
     texts = body.texts()
     pairs = [(body.query, text) for text in texts]
     scores, token_count = await _score_pairs(request, service, key, body, pairs)
-    ranked = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or len(texts)]
+    ranked_indices = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or len(texts)]
     results = [
         {
             "index": i,
             **({"document": {"text": texts[i]}} if body.return_documents else {}),
             "relevance_score": scores[i],
         }
-        for i in ranked
+        for i in ranked_indices
     ]
     return JSONResponse(
         {
@@ -219,7 +219,7 @@ async def _score_pairs(
     embedder = _embedder_of(service)
     if embedder.label_count:
         sequences: list[tuple[str, ...]] = list(pairs)
-    else:  # encode a text that is in several pairs once
+    else:  # encode each text only once, even if several pairs have it
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
     token_ids, token_types = await _tokenize(service, sequences, body.truncate_prompt_tokens)
     options = {"token_types": token_types, "with_head": True} if embedder.label_count else {}
@@ -271,11 +271,11 @@ async def _tokenize(
 def _check_lengths(token_ids: Sequence[Sequence[int]], max_tokens: int, advice: str) -> None:
     """``Refusal``: an input has more than ``max_tokens`` tokens. ``advice``: what the message tells
     the client to do."""
-    longest = max(map(len, token_ids))
-    if longest > max_tokens:
+    longest_length = max(map(len, token_ids))
+    if longest_length > max_tokens:
         raise Refusal(
             400,
-            f"an input of {longest} tokens",
+            f"an input of {longest_length} tokens",
             f"at most {max_tokens}",
             advice,
             param="input",
@@ -312,7 +312,8 @@ async def _vectors_of(
     try:
         result_future = embedder.submit(token_ids, blend, service.timeout, key.owner, **options)
         return await unless_disconnected(request, asyncio.wrap_future(result_future))
-    except (AdapterError, SelectionError, Refusal) as error:  # with the statuses of the engine
+    except (AdapterError, SelectionError, Refusal) as error:
+        # answer with the status that the same failure has in the engine
         if isinstance(error, Refusal) and error.code != "engine_error":
             raise
         raise refusal_of_cause(str(error), cause_of(error), key.admin) from error

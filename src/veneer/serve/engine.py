@@ -122,7 +122,7 @@ class Engine:
         # guards the attributes below; notified when they change
         self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
-        self._poked = self._draining = self._closing = False
+        self._is_woken = self._draining = self._closing = False
         self._open_count = 0  # number of requests that have not ended
         self._thread: threading.Thread | None = None
 
@@ -218,7 +218,7 @@ class Engine:
 
     def _poke(self) -> None:
         with self._wake:
-            self._poked = True
+            self._is_woken = True
             self._wake.notify_all()
 
     def step(self) -> None:
@@ -263,7 +263,7 @@ class Engine:
         """Sleep until a step has work, and free unused memory meanwhile. False if the engine
         closes."""
         with self._wake:
-            while not (self._poked or self.running or self._admission.loaded):
+            while not (self._is_woken or self.running or self._admission.loaded):
                 deadline = min((state.deadline for state in self._open_states()), default=math.inf)
                 if deadline <= time.monotonic():
                     break
@@ -275,7 +275,7 @@ class Engine:
                     self._stepped_since_trim = False
                     self._batch.memory.trim(0, PREFIX_IDLE_SECONDS)
                     return_unused_memory()
-            self._poked = False
+            self._is_woken = False
             return not self._closing
 
     def _step_or_restart(self) -> None:
@@ -336,7 +336,7 @@ class Engine:
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
         """Sample the next tokens of requests from logits [requests, vocabulary]."""
         for state, state_logits in zip(states, logits, strict=True):
-            if self._prefix_cache and state.prompt_logits is None:  # for a later equal prompt
+            if self._prefix_cache and state.prompt_logits is None:  # kept for equal prompts
                 state.prompt_logits = state_logits.clone()
         try:
             sampled_tokens = sample(logits, [state.sampler for state in states])
@@ -349,8 +349,8 @@ class Engine:
     def _end_failed(
         self, states: list[RequestState], error: Exception, problem: str = "a call failed"
     ) -> None:
-        ids = listing(state.request.id for state in states)
-        log.error("%s; requests that end: %s", problem, ids, exc_info=error)
+        ids_text = listing(state.request.id for state in states)
+        log.error("%s; requests that end: %s", problem, ids_text, exc_info=error)
         for state in states:
             self._end(state, "error", f"{type(error).__name__}: {error}")
 
@@ -453,7 +453,7 @@ class Engine:
         cause: Cause | None = None,
     ) -> None:
         """End a request, wherever it is: free its row, its lease on adapters and its place in the
-        queue, and deliver its last piece. A request that has ended is left alone."""
+        queue, and deliver its last piece. Does nothing if the request has ended."""
         if state.done:
             return
         if state.generated and finish != "error":
@@ -464,7 +464,7 @@ class Engine:
         self._admission.release(state)
         with self._wake:
             (self._scheduler.ended if state.has_left_queue else self._scheduler.remove)(state)
-        # only now, so that a client that has its last piece can use the freed place at once
+        # only after the place is freed: a client may send its next request upon its last piece
         state.end(finish, error, cause)
         with self._wake:
             self._open_count -= 1

@@ -69,7 +69,7 @@ class Layout:
     @property
     def is_full(self) -> bool:
         """Whether the limit is reached, so that the next token must not be only whitespace. The
-        answer can go on without, since JSON requires whitespace nowhere."""
+        answer can go on without whitespace, since JSON requires it nowhere."""
         return not self._in_string and self._blank_count >= self._max_blank
 
 
@@ -84,7 +84,8 @@ class MatcherFactory:
         self._layout_arguments: tuple[Tensor, Callable[[int], str]] | None = None
 
     def layout(self, max_tokens: int) -> Layout:
-        """A limit on the whitespace of an answer of at most ``max_tokens`` tokens."""
+        """A ``Layout``, which limits the whitespace of an answer of at most ``max_tokens``
+        tokens."""
         if self._layout_arguments is None:
             text_of = Detokenizer(self._tokenizer).text
             are_blank = [text_of(token).isspace() for token in range(len(self._tokenizer))]
@@ -126,14 +127,14 @@ class MatcherFactory:
                 ) from error
         try:
             if isinstance(constraint, Grammar):
-                compiled = llguidance.grammar_from(constraint.kind, constraint.text)
+                compiled_grammar = llguidance.grammar_from(constraint.kind, constraint.text)
             else:
-                compiled = llguidance.LLMatcher.grammar_from_json_schema(
+                compiled_grammar = llguidance.LLMatcher.grammar_from_json_schema(
                     json.dumps(constraint), overrides=LAYOUT
                 )
         except (TypeError, ValueError, RecursionError) as error:
             raise _bad_grammar(constraint_noun, "that is not understood", error) from error
-        matcher = llguidance.LLMatcher(self._ll_tokenizer, compiled, log_level=0)
+        matcher = llguidance.LLMatcher(self._ll_tokenizer, compiled_grammar, log_level=0)
         if matcher.is_error():
             raise error_of(matcher, "that is not understood", constraint_noun)
         return matcher

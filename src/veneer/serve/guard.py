@@ -117,8 +117,8 @@ class Guard:
     async def _check_and_run(self, scope: Any, receive: Any, send: Any) -> None:
         """Check a request and run its route, or answer it with a refusal."""
         headers = Headers(scope=scope)
-        prefixes = [extension.key_prefix for extension in self.service.extensions]
-        key = self.service.keys.find(credentials(headers, prefixes))
+        key_prefixes = [extension.key_prefix for extension in self.service.extensions]
+        key = self.service.keys.find(credentials(headers, key_prefixes))
         scope.setdefault("state", {})["key"] = key
         owner, body_bytes = None if key is None else key.owner, 0
 
@@ -163,10 +163,10 @@ class Guard:
         """Check the room for ``byte_count`` more bytes of a request's body. ``owner``: the name of
         the key; None without a valid key. ``Refusal``: with the bytes, all bodies together, or
         those of the owner, would exceed their limit."""
-        room = limits.BODIES - self.body_bytes.total()
+        free_bytes = limits.BODIES - self.body_bytes.total()
         if owner != "":  # "" is every client of a server without keys: no limit of its own
-            room = min(room, room - self.body_bytes[owner])
-        if byte_count > room:
+            free_bytes = min(free_bytes, free_bytes - self.body_bytes[owner])
+        if byte_count > free_bytes:
             raise Refusal(
                 429,
                 "more bodies at one time than this server holds",

@@ -140,7 +140,8 @@ class Server(uvicorn.Server):
             if (
                 hangup is None
                 or threading.current_thread() is not threading.main_thread()
-                or (self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN)  # nohup
+                # under nohup, the signal is ignored, and must stay so
+                or (self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN)
             ):
                 yield
                 return
@@ -167,7 +168,7 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + self._grace
         try:
             self._drain(self._grace)
-            # the engine is done, but clients may not have received all of their answers yet
+            # the engine is done, but parts of answers may not be sent yet: wait until they are
             while time.monotonic() < deadline and any(
                 map(_has_unsent_data, [*self.server_state.connections])
             ):

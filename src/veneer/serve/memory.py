@@ -97,7 +97,7 @@ class Memory:
         """Give a request a row that begins with the cached prefix of its tokens. If the row of a
         finished request holds all of them, the request also gets the logits of its last prompt
         token. Returns False if there is no memory for a row now."""
-        # marks the blocks as used, so that making room for the row evicts other blocks first
+        # finding the blocks marks them as used, so that making room for the row evicts others first
         blocks = self._cached_blocks(state)
         row_tokens = len(state.ids) + min(state.limit - state.generated, HEADROOM_TOKENS)
         if self._continue_finished_row(state, row_tokens, len(blocks) * BLOCK):
@@ -213,9 +213,11 @@ class Memory:
         """Release rows of requests that finished at least ``prefix_idle_seconds`` ago, or whose
         adapters have left memory. Free the memory that no row used for ``idle_seconds``, and the
         prefixes that no request used for ``prefix_idle_seconds``."""
-        latest = time.monotonic() - prefix_idle_seconds
+        latest_end = time.monotonic() - prefix_idle_seconds
         self._release_finished_rows(
-            lambda finished_row: finished_row.ended_at <= latest or finished_row.namespace.is_gone
+            lambda finished_row: (
+                finished_row.ended_at <= latest_end or finished_row.namespace.is_gone
+            )
         )
         self.slots.trim(idle_seconds)
         if self.prefixes is not None:
@@ -246,8 +248,8 @@ def _namespace_of(state: RequestState) -> Namespace:
     if state.namespace is None:
         request = state.request
         salt = ("salt", request.cache_salt) if request.cache_salt else ("key", request.owner)
-        uses = getattr(state.lease, "uses", ())
-        state.namespace = Namespace(uses, salt, state.acts_from)
+        weighted_adapters = getattr(state.lease, "uses", ())
+        state.namespace = Namespace(weighted_adapters, salt, state.acts_from)
     return state.namespace
 
 
@@ -257,15 +259,16 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
     the same prompt and these logits are known. A preempted request (``generated`` > 0) continues
     within its answer, for which no logits are stored."""
     length, namespace = len(state.ids), _namespace_of(state)
-    pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
+    token_pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
     max_length = min(len(finished_row.ids), length)
     equal_length = next(
-        (index for index, (finished_token, token) in pairs if finished_token != token), max_length
+        (index for index, (finished_token, token) in token_pairs if finished_token != token),
+        max_length,
     )
-    shared = finished_row.namespace.shared_length(equal_length, namespace)
+    shared_length = finished_row.namespace.shared_length(equal_length, namespace)
     has_same_prompt = not state.generated and finished_row.prompt_length == length
     is_known = has_same_prompt and finished_row.prompt_logits is not None
-    return shared if is_known else min(shared, length - 1)
+    return shared_length if is_known else min(shared_length, length - 1)
 
 
 def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
@@ -276,8 +279,8 @@ def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     )
     if token_bytes * -(-length // BLOCK) * BLOCK <= limit:
         return length
-    tokens = limit // token_bytes // BLOCK * BLOCK
-    if not tokens:
+    row_tokens = limit // token_bytes // BLOCK * BLOCK
+    if not row_tokens:
         raise ConfigError(
             f"{limit:,} bytes for keys and values",
             f"at least {token_bytes * BLOCK:,}, which {BLOCK} tokens take",
@@ -286,10 +289,10 @@ def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     log.warning(
         "%s bytes for keys and values hold rows of %d tokens, not of %d: --cache-memory sets them",
         f"{limit:,}",
-        tokens,
+        row_tokens,
         length,
     )
-    return tokens
+    return row_tokens
 
 
 def free_bytes(device: torch.device) -> int:
@@ -298,17 +301,17 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not (meminfo := Path("/proc/meminfo")).is_file():
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else ASSUMED_PAGES
-        return pages * mmap.PAGESIZE // 2
-    free_memory = _number_of("MemAvailable:", meminfo) * 1024
+        page_count = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else ASSUMED_PAGES
+        return page_count * mmap.PAGESIZE // 2
+    available_bytes = _number_of("MemAvailable:", meminfo) * 1024
     cgroup_folder = Path("/sys/fs/cgroup")
     limit_file = cgroup_folder / "memory.max"
     if limit_file.is_file() and (text := limit_file.read_text().strip()) != "max":
         # the system frees unused file pages on demand
-        reclaimable = _number_of("inactive_file", cgroup_folder / "memory.stat")
-        used = int((cgroup_folder / "memory.current").read_text()) - reclaimable
-        free_memory = min(free_memory, max(0, int(text) - used))
-    return free_memory
+        reclaimable_bytes = _number_of("inactive_file", cgroup_folder / "memory.stat")
+        used_bytes = int((cgroup_folder / "memory.current").read_text()) - reclaimable_bytes
+        available_bytes = min(available_bytes, max(0, int(text) - used_bytes))
+    return available_bytes
 
 
 def _number_of(name: str, file: Path) -> int:
@@ -319,6 +322,8 @@ def _number_of(name: str, file: Path) -> int:
 
 def return_unused_memory() -> None:
     """Make the C library return unused memory to the system, if it supports that (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    malloc_trim = (
+        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    )
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -163,8 +163,8 @@ class Metrics:
 
     def label(self, blend: Mapping[str, float]) -> str:
         """The label under which a request is counted; ``blend`` has its adapter weights by name. A
-        registered adapter without a label of its own gets one here, unless there are
-        ``max_labelled``."""
+        registered adapter without a label of its own gets one here, unless ``max_labelled``
+        adapters have one."""
         if len(blend) != 1:
             return BLEND if blend else BASE
         (name,) = blend
@@ -187,9 +187,9 @@ class Metrics:
             self._request_counts[name] += 1
             if name in self._labelled or len(self._labelled) < self._max_labelled:
                 return
-            counts = self._request_counts
-            least_requested = min(self._labelled, key=counts.__getitem__)
-            if counts[name] >= TAKEOVER_FACTOR * max(1, counts[least_requested]):
+            request_counts = self._request_counts
+            least_requested = min(self._labelled, key=request_counts.__getitem__)
+            if request_counts[name] >= TAKEOVER_FACTOR * max(1, request_counts[least_requested]):
                 self._remove_series(least_requested)
                 self._labelled.add(name)
 
@@ -244,8 +244,8 @@ class Metrics:
 
 
 class _ResidentBytes(Collector):
-    """Collects the bytes of each adapter in memory. Adapters without a label of their own are added
-    up."""
+    """Collects the bytes of each adapter in memory. Adapters without a label of their own are
+    counted together, as "other"."""
 
     def __init__(self, metrics: Metrics, bank: Any) -> None:
         self._metrics, self._bank = metrics, bank
@@ -263,17 +263,17 @@ class _ResidentBytes(Collector):
         yield family
 
 
-def _shown_metrics(registry: CollectorRegistry, adapters: bool) -> Iterator[Metric]:
-    """The metrics of a registry as the page shows them. ``adapters=False``: sums over all adapters.
-    The creation times of series are left out: they would be a third of the page."""
+def _shown_metrics(registry: CollectorRegistry, by_adapter: bool) -> Iterator[Metric]:
+    """The metrics of a registry as the page shows them; sums over all adapters unless
+    ``by_adapter``. The creation times of series are left out: they would be a third of the page."""
     for metric in registry.collect():
         shown_metric = Metric(metric.name, metric.documentation, metric.type, metric.unit)
         sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for sample in metric.samples:
-            is_hidden = adapters and sample.labels.get("adapter") == REMOVED
+            is_hidden = by_adapter and sample.labels.get("adapter") == REMOVED
             if not is_hidden and not sample.name.endswith("_created"):
                 labels = tuple(
-                    label for label in sample.labels.items() if adapters or label[0] != "adapter"
+                    label for label in sample.labels.items() if by_adapter or label[0] != "adapter"
                 )
                 sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
         for (name, labels), value in sums.items():
