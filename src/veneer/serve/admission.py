@@ -131,7 +131,7 @@ class Admission:
             if not future.cancelled() and future.exception() is None:
                 future.result().release()
 
-        future.add_done_callback(release_loaded)  # called at once if the future is done
+        future.add_done_callback(release_loaded)  # runs at once if the future is done
         self._blends_without_memory.clear()
 
     def _take_loaded_lease(self, state: RequestState, running_count: int) -> None:

@@ -320,7 +320,7 @@ def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bo
     match cause:
         case "bad_request":
             return Refusal(400, reason, param="response_format")
-        case "grammar_limit" | "no_token_left":  # ``reason`` tells the client what to change
+        case "grammar_limit" | "no_token_left":  # always shown: it says what to change
             return Refusal(400, reason, code=cause)
         case "out_of_memory":
             return Refusal(503, reason, code=cause, headers={RETRY_AFTER: "5"})
@@ -459,8 +459,8 @@ def chat_logprobs(tokens: Sequence[Token], token_name: TokenNamer) -> list[dict[
     """Log-probabilities in the format of chats. ``token_name`` gives the shown text of a token."""
 
     def entry(id: int, text: str, logprob: float | None) -> dict[str, Any]:
-        token = {"token": token_name(id, text), "logprob": _json_logprob(logprob)}
-        return {**token, "bytes": list(text.encode())}
+        fields = {"token": token_name(id, text), "logprob": _json_logprob(logprob)}
+        return {**fields, "bytes": list(text.encode())}
 
     return [
         {

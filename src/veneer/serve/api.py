@@ -67,8 +67,8 @@ CORE_ROUTERS = (operations, router, tokenize.router, encoder_routes.router)
 
 
 def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROUTERS) -> FastAPI:
-    """The application of a service. Its routes are those of ``core`` (routers of the server
-    itself), of ``routers``, and of the service's extensions."""
+    """The FastAPI application of a service. Its routes are those of ``core`` (the server's own
+    routers), of ``routers``, and of the service's extensions."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     extension_routers = [
@@ -450,8 +450,7 @@ async def _generate_response(
         )
     pieces = answers.pieces()
     try:
-        # wait for the first piece before the stream starts, so that an answer that fails at once
-        # gets an HTTP error status
+        # an answer that fails at once gets an HTTP error status, so wait for the first piece
         first_piece = await unless_disconnected(request, anext(pieces))
         if refused := failure(first_piece[1], writer.shows_internal_errors):
             raise refused

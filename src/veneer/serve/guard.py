@@ -123,7 +123,7 @@ class Guard:
         owner, body_bytes = None if key is None else key.owner, 0
 
         def reserve(byte_count: int) -> None:
-            """Add bytes to the count of bodies in memory, until the request ends. ``Refusal``:
+            """Count more bytes of the body as held in memory, until the request ends. ``Refusal``:
             there is no room for them."""
             nonlocal body_bytes
             self._check_room(owner, byte_count)
@@ -230,8 +230,8 @@ def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
 
 
 def _check_headers(scope: Any, headers: Headers) -> None:
-    """Check the headers. ``Refusal``: they are too long, or a proxy in front of this server may
-    have read the length of the body from another header than this server does."""
+    """Check the headers. ``Refusal``: they are too long, or they give the length of the body in a
+    way that a proxy in front of this server may have read differently."""
     if "transfer-encoding" in headers and (
         "content-length" in headers or scope["http_version"] == "1.0"
     ):
