@@ -1,9 +1,9 @@
 """Products of inputs with a stack of matrices W + ΔW, such as the weights of experts, without
-forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``). This file implements its
-operations:
+forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``), called W in this table. This
+file implements its operations:
 
     F.linear(x, W[i])   x @ W[i]               one matrix: the fused kernel of linear layers
-    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the low-rank product, then x W added
+    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the base's product plus x B A
     bmm(x, W[ids])   bmm(W[ids], x)            one matrix per row; on a CPU, W[ids] is not gathered
     grouped_mm(x, W.mT, offs=…)                rows sorted by their matrix (``kernels/grouped.py``)
 
@@ -33,8 +33,8 @@ from veneer.lowrank import LowRank
 
 _C: Any = torch._C
 
-#: layers whose forward uses an operation that ``Unformed`` does not support. Their W + ΔW is formed
-#: in every call.
+#: layers whose forward has used an operation that raised ``CannotFormError``. They get no
+#: ``Unformed`` weights any more: their W + ΔW is formed in every call.
 LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 
 
@@ -45,12 +45,13 @@ LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 def unformed_weights_of(
     layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, can_form: bool
 ) -> dict[str, Tensor] | None:
-    """``Unformed`` tensors for the changed weights of a module in this call, by name. None if W +
-    ΔW must be formed instead.
+    """``Unformed`` tensors (W + ΔW whose values are not computed) for the changed weights of a
+    module in this call, by name. None if W + ΔW must be formed instead.
 
     Args:
         inputs: the arguments of the call, (args, kwargs).
-        can_form: whether an operation may still form W + ΔW, in the dtype of the weight.
+        can_form: whether an operation that an ``Unformed`` does not support may form W + ΔW in the
+            dtype of the weight; else it raises ``CannotFormError``.
     """
     if not is_eager() or _C._get_tracing_state() is not None:
         return None
@@ -95,8 +96,8 @@ def is_stack(change: Change, weight: Any) -> bool:
 
 
 def drop_inputs(change: Change, low_rank: LowRank) -> LowRank:
-    """``low_rank``, a change of a stack, with dropout of whole input columns in training mode, as
-    ``Change.changed_weight`` applies it."""
+    """``low_rank``, the ΔW of a stack of matrices. In training mode, dropout sets whole input
+    columns of each ΔW to zero, as in ``Change.changed_weight``."""
     if not (change.training and change.dropout):
         return low_rank
     mask = F.dropout(
@@ -207,17 +208,19 @@ def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
 def _to(_: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(weight, Unformed) or kwargs.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
-    targets = [*args, kwargs.get("dtype"), kwargs.get("device")]
-    targets = [target for target in targets if target is not None]
-    if any(isinstance(target, Tensor | int) for target in targets):
+    dtypes_and_devices = [*args, kwargs.get("dtype"), kwargs.get("device")]
+    dtypes_and_devices = [
+        dtype_or_device for dtype_or_device in dtypes_and_devices if dtype_or_device is not None
+    ]
+    if any(isinstance(dtype_or_device, Tensor | int) for dtype_or_device in dtypes_and_devices):
         return NotImplemented
     is_unchanged = all(
         (
-            target == weight.dtype
-            if isinstance(target, torch.dtype)
-            else torch.device(target) == weight.device
+            dtype_or_device == weight.dtype
+            if isinstance(dtype_or_device, torch.dtype)
+            else torch.device(dtype_or_device) == weight.device
         )
-        for target in targets
+        for dtype_or_device in dtypes_and_devices
     )
     return weight if is_unchanged else NotImplemented
 
@@ -234,7 +237,7 @@ def _chunk(func: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
 
 @_operation(torch.split, Tensor.split)
 def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
-    """Split all matrices along their outputs or inputs."""
+    """Split all matrices along their outputs or inputs, into ``Unformed`` tensors."""
     dim %= weight.ndim
     if dim < weight.ndim - 2 or isinstance(weight.index, Tensor):
         return NotImplemented
@@ -242,7 +245,7 @@ def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
     sizes = split_size
     if isinstance(split_size, int):
         sizes = [min(split_size, length - start) for start in range(0, length, split_size)]
-    axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
+    axis = dim - weight.ndim + 3  # the axis of the stack [E, m, n], if not transposed
     axis = 3 - axis if weight.is_transposed else axis
     slices, start = [], 0
     for size in sizes:
@@ -349,17 +352,21 @@ def _has_autocast(x: Tensor) -> bool:
 def _matrix_product(
     x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None
 ) -> Tensor:
-    """x Mᵀ + bias of one matrix M [out, in]; or, if ``transposed``, x M + bias of M [in, out]."""
+    """x Mᵀ + bias for the one matrix M = W + ΔW, [out, in], that ``weight`` stands for. If
+    ``transposed``, x M + bias, with M [in, out]."""
     W, A, B = weight.factors(transposed)
     scale = weight.stack.scale
     if x.dtype == W.dtype and x.ndim > 1 and not _has_autocast(x):
-        recorded = torch.is_grad_enabled() and (
+        needs_graph = torch.is_grad_enabled() and (
             x.requires_grad or A.requires_grad or B.requires_grad
         )
-        # A module of experts computes many such products, each for few rows.
-        if recorded and x.ndim == 2 and bias is None and x.is_cpu:
+        # A module of experts computes many such products, each for a few rows of its input. This
+        # kernel saves the whole input for backward, once for all products, instead of each x.
+        if needs_graph and x.ndim == 2 and bias is None and x.is_cpu:
             return grouped.linear(x, W, A, B, scale, None, weight.stack.call_input)
-        return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
+        return (fused.linear if needs_graph else fused.linear_without_graph)(
+            scale, x, W, bias, A, B
+        )
     y = F.linear(x, W, bias)
     low_rank = (
         LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
@@ -368,9 +375,9 @@ def _matrix_product(
 
 
 def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
-    """The batched product [S, t, out] of x [S, t, in] and the transposes of S matrices [S, out,
-    in]; or, if ``transposed``, of x and S matrices [S, in, out]. t is the number of rows for each
-    matrix."""
+    """The batched product [S, t, out] of x [S, t, in] and the transposes of the S matrices [S, out,
+    in] that ``weight`` stands for; or, if ``transposed``, of x and S matrices [S, in, out]. t is
+    the number of rows of x for each matrix."""
     stack = weight.stack
     if (
         isinstance(weight.index, Tensor)
@@ -394,9 +401,9 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
 
 def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
     """(order, inverse, segments) for ``ids``, the index of the matrix that each row uses: the order
-    that sorts the rows by matrix, the inverse of it, and the rows of each matrix in this order. All
-    stacks of a call share one result. ``order`` and ``inverse`` are None if the rows are sorted
-    already."""
+    that sorts the rows by matrix, the inverse of that order, and the range of each matrix among the
+    sorted rows. ``order`` and ``inverse`` are None if the rows are sorted already. The result is
+    cached for all stacks of a call."""
     entry = stack.call_state.get(id(ids))
     if entry is None:
         matrix_count = len(stack.W)
@@ -405,7 +412,7 @@ def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
         )
         row_order = torch.tensor(order) if order != list(range(len(order))) else None
         entry = stack.call_state[id(ids)] = (
-            ids,
+            ids,  # kept, so that no other tensor can get its ``id``
             (row_order, None if row_order is None else row_order.argsort(), segments),
         )
     return entry[1]
@@ -414,9 +421,14 @@ def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
 def _grouped_product(
     x: Any, weight: Any, row_ends: Any, base_product: Callable[..., Tensor]
 ) -> Any:
-    """The rows x [S, in], sorted by matrix, times the matrices [E, in, out]. ``row_ends`` [E] are
-    the indices in x at which the rows of each matrix end. ``base_product`` computes the product
-    with W."""
+    """The product [S, out] of the rows x [S, in], sorted by matrix, with the matrices [E, in, out].
+
+    Args:
+        row_ends: for each matrix the index in x after its last row, [E].
+        base_product: a function (x, W, row_ends) that computes the same product with W alone.
+
+    Returns ``NotImplemented`` for arguments that the kernels do not support.
+    """
     if (
         not _is_unformed(weight, 3)
         or weight.index is not None
@@ -429,7 +441,7 @@ def _grouped_product(
         return NotImplemented
     stack = weight.stack
     W, A, B = weight.factors(True)
-    with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product has none
+    with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product ignores it
         if not x.is_cpu:
             return grouped.linear_on_device(x, W, A, B, stack.scale, row_ends, base_product)
         entry = stack.call_state.get(id(row_ends))

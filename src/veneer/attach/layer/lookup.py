@@ -100,11 +100,11 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
     if not foreign_paths() or not (paths := one_thread_at_a_time(foreign_paths)()):
         return None
     problem = f"adapters attached through another model object at {listing(paths, 3)}"
-    do = (
+    advice = (
         "go through the model that they were attached to; if a layer was copied, take the copy out,"
         " and detach before "
     )
-    return sentence(problem, "one root for all adapters", f"{do}copying or attach after")
+    return sentence(problem, "one root for all adapters", f"{advice}copying or attach after")
 
 
 def name_or_default(model: nn.Module, name: str | None) -> str:

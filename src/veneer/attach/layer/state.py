@@ -99,13 +99,13 @@ class OutsideGenerator(ActiveAdapter):
             f"a call outside of a generator that is suspended inside of `with {self.block_source}:`"
         )
         expected = "a call inside of that block, or one that selects for itself"
-        do = (
+        advice = (
             "decorate the generator function instead (`@veneer.use(model, name)`: it then selects"
             " in its steps alone), or put this call into a `with veneer.use(model, name):` of its"
             " own; a generator whose block is to hold for its caller is a"
             " `contextlib.contextmanager`"
         )
-        return SelectionError(problem, expected, do)
+        return SelectionError(problem, expected, advice)
 
 
 BASE = ActiveAdapter(None, {})
