@@ -79,7 +79,8 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
             if layer_adapters is None or active.name != model_adapters.merged:
                 raise layer_state.selection_error(active)
             return base_forward(self, base_cls, *args, **kwargs)
-        # The adapter does not change this layer. Not by `try`, which torch.compile guards wrongly.
+        # The adapter does not change this layer. Not tested by `try`, whose result torch.compile
+        # does not guard correctly.
         if layer_state.key not in layer_adapters:
             return base_forward(self, base_cls, *args, **kwargs)
         layer_adapter = layer_adapters[layer_state.key]
@@ -100,8 +101,9 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
 
 
 def _adapt_method(base_cls: type[nn.Module], name: str) -> Any:
-    """The adapted version of a method or property of ``base_cls`` that reads adapted weights. On a
-    view of a module it calls the method of ``base_cls``."""
+    """The adapted version of the method or property ``name`` of ``base_cls``, which reads adapted
+    weights. For an object that is not adapted (a view of a module, or a module that was detached
+    meanwhile) it calls the method of ``base_cls``."""
     method = method_of(base_cls, name)
 
     @functools.wraps(method)
@@ -138,8 +140,8 @@ def _rebuild(base_cls: type[nn.Module], method_names: tuple[str, ...] = ()) -> n
 
 
 def stop_answering_peft_names(module: nn.Module) -> bool:
-    """Undo ``answer_peft_names`` (``source/from_peft.py``), which replaces the class of a model.
-    Returns whether the class had been replaced."""
+    """Undo ``answer_peft_names`` (``source/from_peft.py``), which replaces the class of a model, so
+    that PEFT's method names raise helpful errors. Returns whether the class had been replaced."""
     original_cls = vars(type(module)).get("veneer_original_class")
     if original_cls is not None:
         module.__class__ = original_cls
@@ -147,7 +149,8 @@ def stop_answering_peft_names(module: nn.Module) -> bool:
 
 
 def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
-    """Let these methods of an adapted module use the selected adapter, as its forward does."""
+    """Let these methods of an adapted module use the selected adapter, as its forward does. The
+    module gets another adapted class if its class does not do so yet."""
     stop_answering_peft_names(module)
     cls: Any = type(module)
     if not {*methods} <= {*cls.veneer_methods}:
@@ -173,7 +176,8 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     """Change the class of ``module`` to its adapted class, and add the layer state as a child.
-    Parameters and names stay the same."""
+    Parameters and names stay the same. Wrappers of the module's forward by accelerate and
+    compressed-tensors are changed so that they call the adapted forward."""
     stop_answering_peft_names(module)
     wrapper = instance_forward(module)
     layer_state.instance_forward = wrapper if wrapper is not type(module).forward else None
@@ -232,8 +236,8 @@ def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: A
         return base_cls.forward(module, *args, **kwargs)
     forward = partial(base_cls.forward, module)
     if layer_state.instance_forward is not None:
-        # ``instance_forward`` calls the forward of its argument's class. Give it a copy with the
-        # base class: with the module itself, it would call the adapted forward.
+        # ``instance_forward`` calls the forward of its argument's class. Its argument is therefore
+        # a copy with the base class: for the module itself, it would call the adapted forward.
         base_module = object.__new__(base_cls)
         base_module.__dict__.update(module.__dict__)
         forward = partial(layer_state.instance_forward, base_module)
@@ -245,11 +249,12 @@ def restore_module(module: nn.Module) -> None:
     stop_answering_peft_names(module)
     base_cls, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
     wrapper = None if layer_state is None else layer_state.instance_forward
-    # Remove the layer state before the class changes: a module of its base class with a layer
-    # state counts as a view.
+    # Remove the layer state before the class changes: calls in other threads take a module of its
+    # base class with a layer state for a view.
     set_child(module, LAYER_STATE_NAME, None)
     is_wrapped = has_wrapped_forward(module)
-    # The first call of the model may have set this attribute after ``adapt_module``.
+    # Tested again, because the first call of the model may have set this attribute since
+    # ``adapt_module``.
     if COMPRESSED_FORWARD in module.__dict__:
         module.__dict__[COMPRESSED_FORWARD] = base_cls.forward if wrapper is None else wrapper
         wrapper = None
@@ -265,8 +270,9 @@ def restore_module(module: nn.Module) -> None:
 
 
 def _replace_adapted_base(cls: Any, base_cls: Any) -> Any:
-    """A copy of ``cls`` that inherits from ``base_cls`` in place of the adapted class. torch makes
-    such a ``cls`` when a parametrisation is registered on an adapted module."""
+    """A copy of the class ``cls`` that inherits from ``base_cls`` in place of the adapted class. A
+    parametrisation that is registered on an adapted module makes torch derive ``cls`` from the
+    adapted class."""
     if not issubclass(cls, Adapted):
         return cls
     if "veneer_base" in vars(cls):
@@ -291,7 +297,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         children = [
             (f"{path}.{name}" if path else name, child)
-            for name, child in list(module._modules.items())  # another thread may attach
+            for name, child in list(module._modules.items())  # a copy: another thread may attach
             if not (child is None or isinstance(child, LayerState))
             and not (name == "parametrizations" and is_parametrized(module))
         ]
@@ -310,19 +316,26 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
 
 
 @contextmanager
-def replaced_tensors(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
-    """A context manager that replaces tensors of modules. Each parameter or buffer whose ``id`` is
-    a key of ``values`` is replaced by the value of that key until the end of the context."""
-    tables: list[Any] = [
-        table for module in modules for table in (module._parameters, module._buffers)
+def replaced_tensors(
+    modules: Iterable[nn.Module], replacements: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """A context manager that replaces tensors of ``modules`` (not of their children). Each
+    parameter or buffer whose ``id`` is a key of ``replacements`` is replaced by the value of that
+    key until the end of the context."""
+    tensor_dicts: list[Any] = [
+        tensor_dict for module in modules for tensor_dict in (module._parameters, module._buffers)
     ]
-    saved_tables = [dict(table) for table in tables]
+    saved_dicts = [dict(tensor_dict) for tensor_dict in tensor_dicts]
     try:
-        for table in tables:
-            table.update(
-                {key: values[id(value)] for key, value in table.items() if id(value) in values}
+        for tensor_dict in tensor_dicts:
+            tensor_dict.update(
+                {
+                    key: replacements[id(value)]
+                    for key, value in tensor_dict.items()
+                    if id(value) in replacements
+                }
             )
         yield
     finally:
-        for table, saved in zip(tables, saved_tables, strict=True):
-            table.update(saved)
+        for tensor_dict, saved_dict in zip(tensor_dicts, saved_dicts, strict=True):
+            tensor_dict.update(saved_dict)

@@ -3,7 +3,8 @@
 resolve(W)          ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
 changed_weight(W)   ->  gain ⊙ (W + ΔW), in the shape of W        ΔW = scale · B A
 
-g is the number of groups of a convolution or of matrices in a stack, r the rank.
+g is the number of groups of a convolution or of matrices in a stack (1 for a linear layer), r the
+rank. The gain is a factor for each output, as in DoRA.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
 
 
 def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
-    """The frozen weight of ``module`` that ``change`` applies to.
+    """The frozen weight ``name`` of ``module``, to which ``change`` (a ``Change``) applies: the
+    object that ``bases.weight_of`` returns.
 
     Raises:
         SelectionError: the weight is no longer stored as it was when the change was created.
@@ -76,6 +78,9 @@ class Change(nn.Module):
     """One adapter's change of one weight.
 
     Fields:
+        layer, variant, storage: the kind of the layer that has the weight, the LoRA variant, and
+            the way in which the weight is stored.
+        dims: the number g of matrices in the weight, and their outputs and inputs.
         rows: indices of the output rows that change; None if all of them change.
         frozen_input: index of the one input whose column of ΔW stays zero, such as a padding token;
             None if there is no such input.
@@ -132,7 +137,8 @@ class Change(nn.Module):
         return parameters
 
     def _all_parameters(self) -> dict[str, Any]:
-        """The parameters of ``adapter_parameters``, and the trained token rows."""
+        """The parameters of ``adapter_parameters`` and, if there are any, the trained token rows
+        (rows of an embedding or head that are trained in full)."""
         hook = self.__dict__.get("_hf_hook")
         if hook is None or not any(
             tensor.is_meta for tensor in {**self._parameters, **self._buffers}.values()
@@ -152,7 +158,7 @@ class Change(nn.Module):
         """(LowRank, gain) of the change of ``weight``, differentiable in the adapter parameters.
         The gain has one factor for each output row, [g · out], or is None for a gain of 1.
         ``dtype`` is the dtype of both; None keeps that of the parameters."""
-        # Do not branch on the rank here: torch.compile would compile a graph for each rank.
+        # No test of the rank before this return: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
         low_and_gain = self.low_rank(weight, dtype) if self.rank else (None, None)
@@ -164,7 +170,8 @@ class Change(nn.Module):
     def low_rank(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` without the trained token rows."""
+        """The result of ``resolve`` for the variant's parameters alone, without the token rows that
+        are trained in full. The rank must not be 0."""
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {
@@ -199,13 +206,13 @@ class Change(nn.Module):
         return low_rank.T if self.is_transposed_in(kind) else low_rank
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` in float64, for a merge. In float64, a matrix has the same gain whether it is
-        computed alone or in a stack of matrices."""
+        """``resolve`` in float64, for a merge. In float64, the rounding of the gain does not depend
+        on whether a matrix is computed alone or in a stack, so both give the same merge."""
         return self.resolve(weight, torch.float64)
 
     def _weight_reader(self, weight: Any, dtype: torch.dtype | None) -> Any:
-        """A function that returns W, for the variant. For a packed weight it has the attribute
-        ``pieces``, a function that yields W in blocks of rows."""
+        """A function that returns W, which the variant calls if it needs W. For a packed weight it
+        has the attribute ``pieces``, a function that yields W in blocks of rows."""
 
         def read_weight() -> Tensor:
             """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None,
@@ -223,14 +230,15 @@ class Change(nn.Module):
             )
         return read_weight
 
-    def _indices_on(self, device: torch.device, attribute: str) -> Tensor:
-        """The indices in ``rows`` or ``tokens``, on a device. Copies are cached."""
-        indices: Any = getattr(self, attribute)
+    def _indices_on(self, device: torch.device, attribute_name: str) -> Tensor:
+        """The indices in ``attribute_name``, "rows" or "tokens", on a device. The copy for the last
+        device is cached."""
+        indices: Any = getattr(self, attribute_name)
         if device == indices.device:
             return indices
-        copied = self._device_copies.get(attribute)
+        copied = self._device_copies.get(attribute_name)
         if copied is None or copied.device != device:
-            self._device_copies[attribute] = copied = indices.to(device, non_blocking=True)
+            self._device_copies[attribute_name] = copied = indices.to(device, non_blocking=True)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -245,8 +253,9 @@ class Change(nn.Module):
         with_dropout: bool = False,
     ) -> Tensor:
         """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low_rank``,
-        ``gain ⊙ W``. This is the definition of an adapter. In training mode ``with_dropout`` drops
-        whole input columns of ΔW, so that every row of the input has the same dropout mask."""
+        ``gain ⊙ W``. This formula defines an adapter; all other code computes the same. In training
+        mode ``with_dropout`` sets whole input columns of ΔW to zero, which is a dropout of the
+        layer's input with one mask for all rows."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low_rank is not None:
             delta = low_rank.delta(dtype)

@@ -245,7 +245,7 @@ def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
     sizes = split_size
     if isinstance(split_size, int):
         sizes = [min(split_size, length - start) for start in range(0, length, split_size)]
-    axis = dim - weight.ndim + 3  # the axis of the stack [E, m, n], if not transposed
+    axis = dim - weight.ndim + 3  # the axis of [E, out, in], if not transposed
     axis = 3 - axis if weight.is_transposed else axis
     slices, start = [], 0
     for size in sizes:
@@ -361,7 +361,7 @@ def _matrix_product(
             x.requires_grad or A.requires_grad or B.requires_grad
         )
         # A module of experts computes many such products, each for a few rows of its input. This
-        # kernel saves the whole input for backward, once for all products, instead of each x.
+        # kernel can save that input for backward, once for all products, instead of each x.
         if needs_graph and x.ndim == 2 and bias is None and x.is_cpu:
             return grouped.linear(x, W, A, B, scale, None, weight.stack.call_input)
         return (fused.linear if needs_graph else fused.linear_without_graph)(

@@ -31,9 +31,9 @@ class InvokedTokens:
 
     Fields:
         starts: for each row of the batch that uses the adapter, the column of ``input_ids`` from
-            which it acts. In a row without an invocation, this is ``width``.
+            which the adapter acts; ``width`` for a row without an invocation.
         width: the number of columns of ``input_ids``.
-        head_columns: the columns that the output head gets; None if it gets all of them.
+        head_columns: the columns for which the output head computes logits; None for all.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class InvokedTokens:
         self._indices_by_shape: dict[Any, Tensor | None] = {}
 
     def indices_in(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The indices of these tokens among all vectors of x [*, in], int64. None if they are all
-        of its tokens.
+        """The indices, among all vectors of x [*, in], of those on which the adapter acts, int64.
+        None if it acts on all of them.
 
         Raises:
             SelectionError: the shape of x does not show which vector belongs to which token.
@@ -64,8 +64,8 @@ class InvokedTokens:
         return self._indices_by_shape[key]
 
     def _mask_of(self, shape: torch.Size) -> Tensor | None:
-        """A boolean mask of this shape, which must be [rows, columns, …] or [rows · columns]. It is
-        True at the tokens that the adapter changes. None if the shape is another one."""
+        """A boolean mask of ``shape`` that is True at the tokens on which the adapter acts. None if
+        ``shape`` is neither [rows, columns, …] nor [rows · columns]."""
         columns = torch.arange(self.width, device="cpu")
         mask = columns >= torch.tensor(self.starts, device="cpu")[:, None]
         if len(shape) == 1 and shape.numel() == mask.numel():
@@ -79,8 +79,9 @@ class InvokedTokens:
 
 
 class InvokedAdapter:
-    """The ``LayerAdapter`` of one linear layer of the adapter ``name``, run only on the tokens from
-    the invocation on. It has the members of a ``LayerAdapter`` that a selection needs."""
+    """A wrapper of the ``LayerAdapter`` of a linear layer, which applies it only to the tokens from
+    the invocation on. ``name`` is the adapter's name. It has the members of a ``LayerAdapter`` that
+    the code for selections uses."""
 
     def __init__(self, layer_adapter: LayerAdapter, name: str) -> None:
         self.layer_adapter, self.name = layer_adapter, name
@@ -105,7 +106,7 @@ class InvokedAdapter:
             return self.layer_adapter.run(call)
         if not len(indices) and not torch.is_grad_enabled():
             return base_forward(call.module, call.base_cls, *call.args, **call.kwargs)
-        # In training also without such a token, so that backward gives a gradient of zero.
+        # With gradients also if there is no token, so that A and B get gradients of zero, not None.
         return self._run_at(indices, LinearCall(call, {}, False))
 
     def _run_at(self, indices: Tensor, call: LinearCall) -> Tensor:

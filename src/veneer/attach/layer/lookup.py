@@ -44,10 +44,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first"
         )
     while MODEL_ADAPTERS_NAME not in model.__dict__:
-        inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        if inner is None or len(model._modules) != 1:
+        inner_model = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner_model is None or len(model._modules) != 1:
             return model
-        model = inner
+        model = inner_model
     return model
 
 
@@ -57,7 +57,7 @@ def need_adapters(
     """The ``ModelAdapters`` of a model.
 
     Args:
-        name: an adapter that must exist; None requires no adapter of a name.
+        name: an adapter that must exist. None does not require a particular adapter.
         check_all_layers: whether to check all layers for adapters of another model object. If
             False, they are checked only if an adapted layer has been copied in this process.
 
@@ -96,7 +96,7 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
             if layer_state.model_adapters is not model_adapters
         ]
 
-    # checked again under the lock, because another thread may be attaching
+    # checked again under the lock, because another thread may be in the middle of an attach
     if not foreign_paths() or not (paths := one_thread_at_a_time(foreign_paths)()):
         return None
     problem = f"adapters attached through another model object at {listing(paths, 3)}"
@@ -139,8 +139,8 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
         method: the name of the calling method, for the text of the error.
 
     Raises:
-        SelectionError: the model has several adapters and none is selected; or the base, or an
-            adapter for each row, is selected.
+        SelectionError: the model has several adapters and none is selected; or the base, a blend,
+            or an adapter for each row is selected.
     """
     model_adapters = need_adapters(model)
     active = context.current.selection.get(model_adapters.uid)
@@ -171,6 +171,7 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
     for path, module, layer_state in layers:
         layer_adapter = layer_state.get(name)
         if layer_adapter is not None and _holds_parameters(layer_adapter):
+            # The calls below raise the error if a parameter is no longer there.
             for weight, change in layer_adapter.changes.items():
                 frozen_weight(change, module, weight)
             layer_adapter.replacements(module)
@@ -203,8 +204,9 @@ def _require_layers_present(
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
-    """Yield (path, module, weight name, change) for each weight that the adapter changes at a low
-    rank, in the model's order. A tied weight is yielded once."""
+    """Yield (path, module, weight name, change) for each weight that has a low-rank change of the
+    adapter, in the model's order. A tied weight is yielded once. Raises the errors of
+    ``adapters``."""
     for path, module, layer_adapter in adapters(model, name):
         for weight, change in layer_adapter.low._modules.items():
             yield path, module, weight, change  # pyright: ignore[reportReturnType]

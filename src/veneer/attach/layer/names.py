@@ -20,11 +20,11 @@ from veneer.precision import equal_values
 
 
 class Names:
-    """The modules of a model by path, without the modules that attaching has added.
+    """An index of the modules of a model by path, without the modules that attaching has added.
 
-    A module that the model holds in several places has several paths, which are its names here.
-    ``aliases`` maps the first name of each module to all of its names, ``canonical`` each name to
-    the first one.
+    A module that the model holds in several places has several paths, which are called its names.
+    ``modules`` maps the first name of each module to the module, ``aliases`` the first name to all
+    names, and ``canonical`` each name to the first name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,14 +43,14 @@ class Names:
     @cached_property
     def on_meta_device(self) -> bool:
         """Whether all parameters are on the meta device, to be loaded later. False for a model with
-        accelerate's hooks: its parameters on the meta device are offloaded."""
+        accelerate's hooks, whose parameters on the meta device are not missing but offloaded."""
         is_hooked = any("_hf_hook" in module.__dict__ for module in self.modules.values())
         return not is_hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
         """Yield ((path, name), parameter) for each parameter of the model, except for those that
-        are only a detail of how a weight is stored. A tied parameter is listed for each module that
-        holds it."""
+        only serve to store a packed weight, such as its scales. A tied parameter is listed for each
+        module that holds it. ``path`` is the first name of the module."""
         for path, module in self.modules.items():
             visible_parameters = {
                 name: parameter
@@ -68,13 +68,13 @@ class Names:
         return refs_by_id
 
     def holders_of(self, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
-        """(path, name) of every module that holds the parameter ``ref``, in the model's order.
-        ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
+        """(path, name) of the parameter at ``ref`` in every module that holds it, in the model's
+        order. ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
         return refs_by_id.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
 
     def split_ties(self, values: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-        """The tied parameters whose names have different values in ``values``, or of which only
-        some names have a value there. ``values`` is {path: {name: value}}."""
+        """The entries of ``values``, {path: {name: value}}, for tied parameters that these values
+        split: the holders of a parameter have different values, or only some of them have one."""
         split_refs: set[ParamRef] = set()
         for refs in self.refs_by_parameter_id().values():
             tied_values = [
@@ -93,7 +93,7 @@ class Names:
 
         transformers marks the parameters that it loads. If no parameter has a mark, it is unknown
         which were loaded, so the result is empty. Sharded parameters lose their marks when they are
-        moved, so sharded and unsharded parameters are judged separately.
+        moved, so this rule is applied to sharded and to unsharded parameters separately.
         """
         fresh_refs: dict[int, ParamRef] = {}
         parameters = [
@@ -122,8 +122,9 @@ class Names:
         ]
 
     def adaptable_refs(self, path: str) -> list[ParamRef]:
-        """The parameters of a module that an adapter may change: its weights and vectors, and those
-        of the children whose weights its forward uses as part of its own computation."""
+        """The parameters that an adapter may change if the module at ``path`` is a target: its
+        weights and vectors, and those of the children whose weights its own computation uses, such
+        as the ``out_proj`` of ``nn.MultiheadAttention``."""
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
@@ -154,7 +155,7 @@ class Names:
             if candidates is None
             else [*candidates]
         )
-        if count := _count_of_regex(pattern, paths):
+        if count := _regex_match_count(pattern, paths):
             return f" (as a regular expression it matches {count} paths: write {'re:' + pattern!r})"
         return nearest(pattern, [*(path.rpartition(".")[2] for path in paths), *paths])
 
@@ -173,8 +174,9 @@ def _was_loaded(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
-    """The number of paths that a pattern without ``re:`` would match as a regular expression."""
+def _regex_match_count(pattern: str, paths: Iterable[str]) -> int:
+    """The number of paths that ``pattern``, which does not begin with ``re:``, would match as a
+    regular expression. 0 if it is not a valid one."""
     try:
         expression = re.compile(pattern)
     except re.error:
