@@ -206,8 +206,8 @@ class Change(nn.Module):
         return low_rank.T if self.is_transposed_in(kind) else low_rank
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` in float64, for a merge. In float64, the rounding of the gain does not depend
-        on whether a matrix is computed alone or in a stack, so both give the same merge."""
+        """``resolve`` in float64, for a merge. In float64, a matrix has the same gain whether it is
+        computed alone or in a stack of matrices, so its merged values are the same too."""
         return self.resolve(weight, torch.float64)
 
     def _weight_reader(self, weight: Any, dtype: torch.dtype | None) -> Any:
@@ -255,7 +255,7 @@ class Change(nn.Module):
         """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low_rank``,
         ``gain ⊙ W``. This formula defines an adapter; all other code computes the same. In training
         mode ``with_dropout`` sets whole input columns of ΔW to zero, which is a dropout of the
-        layer's input with one mask for all rows."""
+        input of ΔW with one mask for all rows."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low_rank is not None:
             delta = low_rank.delta(dtype)
