@@ -65,7 +65,7 @@ def collect_calibration_data(
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
     problems = list(
-        _problems(plans, modules, batches is not None, loss is not None, original is not None)
+        _data_problems(plans, modules, batches is not None, loss is not None, original is not None)
     )
     raise_all(ConfigError, f"Variant {variant.name!r} cannot start", problems)
     data: dict[str, Mapping[ParamRef, Tensor]] = {}
@@ -82,7 +82,7 @@ def collect_calibration_data(
     }
 
 
-def _problems(
+def _data_problems(
     plans: Plans,
     modules: Mapping[str, nn.Module],
     has_batches: bool,
@@ -92,16 +92,22 @@ def _problems(
     """An error text for each reason why the data cannot be collected: an argument that is missing
     or that the variant ignores, or a weight for which the variant's data cannot be computed."""
     variant = VARIANTS[plans.config.variant]
-    sources = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
-    is_passed = (has_batches, has_original, has_loss)
-    for (name, provides), passed in zip(sources.items(), is_passed, strict=True):
-        if passed and not variant.needs & provides:
+    data_by_argument = {
+        "batches": {"inputs", "gradient"},
+        "original": {"original"},
+        "loss": {"gradient"},
+    }
+    passed_flags = (has_batches, has_original, has_loss)
+    for (name, provided_data), was_passed in zip(
+        data_by_argument.items(), passed_flags, strict=True
+    ):
+        if was_passed and not variant.needs & provided_data:
             yield sentence(
                 f"{name}=",
                 f"nothing that variant {variant.name!r} would ignore",
                 f"leave {name} out",
             )
-        elif not passed and name != "loss" and variant.needs & provides:
+        elif not was_passed and name != "loss" and variant.needs & provided_data:
             yield sentence(
                 f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
@@ -145,7 +151,7 @@ def _use_base(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def _call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
@@ -154,7 +160,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The attribute ``loss`` of the model's output for a batch. Raises a ConfigError if the output
     has none."""
-    loss = getattr(_call(model, batch), "loss", None)
+    loss = getattr(_call_model(model, batch), "loss", None)
     if loss is None:
         raise ConfigError(
             "a model whose output has no .loss for these batches",
@@ -194,8 +200,8 @@ def _input_moments(
             stack.callback(handle.remove)
         with _use_base(model), torch.no_grad():
             for batch in batches:
-                _call(model, batch)
-    _require_all(plans, moments, "inputs")
+                _call_model(model, batch)
+    _require_all_weights(plans, moments, "inputs")
     return moments
 
 
@@ -253,7 +259,7 @@ def _loss_gradients(
     finally:
         for ref, weight in weights.items():
             weight.requires_grad_(requires_grad_before[ref])
-    _require_all(plans, gradient_sums, "gradient")
+    _require_all_weights(plans, gradient_sums, "gradient")
     return {
         weight_plan.ref: _planned_rows(weight_plan, gradient_sums[weight_plan.ref])
         for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
@@ -272,12 +278,12 @@ def _original_weights(
     Raises:
         ConfigError: ``original`` lacks some of the weights, or has them in another shape.
     """
-    is_module = isinstance(original, nn.Module)
-    original_tensors = original.state_dict() if is_module else original
+    original_is_module = isinstance(original, nn.Module)
+    original_tensors = original.state_dict() if original_is_module else original
     # ``_was_conv1d`` needs the class that each module had before the base was quantised. If a state
     # dict was passed, look it up in the quantised modules, which record their first class.
     modules_with_class = (
-        dict(original.named_modules(remove_duplicate=False)) if is_module else modules
+        dict(original.named_modules(remove_duplicate=False)) if original_is_module else modules
     )
     problems, weights = [], {}
     for weight_plan in filter(_has_low_rank, plans.low_rank_plans):
@@ -327,7 +333,7 @@ def _planned_rows(weight_plan: LowRankPlan, dense: Tensor) -> Tensor:
     return matrices if weight_plan.rows is None else matrices[:, list(weight_plan.rows)]
 
 
-def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], data_name: str) -> None:
+def _require_all_weights(plans: Plans, data: Mapping[ParamRef, Tensor], data_name: str) -> None:
     """Raise a ConfigError if ``data`` lacks some planned weights, because the batches did not reach
     their layers. ``data_name`` is "inputs" or "gradient"."""
     missing_paths = [

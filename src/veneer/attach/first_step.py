@@ -38,7 +38,7 @@ class _NewAdapter:
     parameters: tuple[weakref.ref[nn.Parameter], ...]
 
     def live_parameters(self) -> list[nn.Parameter]:
-        parameters = (reference() for reference in self.parameters)
+        parameters = (parameter_ref() for parameter_ref in self.parameters)
         return [parameter for parameter in parameters if parameter is not None]
 
 
@@ -137,7 +137,9 @@ def _holds_base(adapter: _NewAdapter, optimizer_parameters: dict[int, Any]) -> b
     if model is None:
         return False
     adapter_parameter_ids = {
-        id(parameter) for *_, state in layer_states(model) for parameter in state.parameters()
+        id(parameter)
+        for *_, layer_state in layer_states(model)
+        for parameter in layer_state.parameters()
     }
     return any(
         parameter_id in optimizer_parameters and parameter_id not in adapter_parameter_ids
@@ -148,7 +150,11 @@ def _holds_base(adapter: _NewAdapter, optimizer_parameters: dict[int, Any]) -> b
 def _in_any_optimizer(parameters: list[nn.Parameter]) -> bool:
     """Whether any optimiser that exists in this process holds one of these parameters."""
     parameter_ids = set(map(id, parameters))
-    optimizers = (value for value in gc.get_objects() if issubclass(type(value), Optimizer))
+    optimizers = (
+        tracked_object
+        for tracked_object in gc.get_objects()
+        if issubclass(type(tracked_object), Optimizer)
+    )
     return any(
         not parameter_ids.isdisjoint(_optimizer_parameters(optimizer)) for optimizer in optimizers
     )

@@ -147,8 +147,8 @@ def build_layer_adapters(
             problems.append(str(error))
             continue
         layer_adapters[weight_plan.path].low._modules[weight_plan.weight] = change
-        for path, weight in weight_plan.holders:
-            layer_adapters[path].changes[weight] = change
+        for path, weight_name in weight_plan.holders:
+            layer_adapters[path].changes[weight_name] = change
     for weight_plan in plans.low_rank_plans if problems else ():
         if state_of(modules[weight_plan.path]) is None:
             weight_plan.storage.release(modules[weight_plan.path])
@@ -160,15 +160,15 @@ def build_layer_adapters(
         reader for weight_plan in plans.low_rank_plans for reader in weight_plan.weight_readers
     ]
     for reader in (*readers, *plans.full_readers):
-        read_path = model_index.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
-        read_adapter = layer_adapters[read_path]
+        holder_path = model_index.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
+        holder_adapter = layer_adapters[holder_path]
         layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            layer_adapter.submodule_adapters[reader.path_below] = read_adapter
+            layer_adapter.submodule_adapters[reader.path_below] = holder_adapter
         else:
             layer_adapter.submodule_adapters_by_method.setdefault(reader.method, {})[
                 reader.path_below
-            ] = read_adapter
+            ] = holder_adapter
     # A fused fast path would compute with the base weights of the modules below. A layer adapter
     # of the module that has the fast path turns it off.
     for path in list(layer_adapters):
@@ -205,11 +205,11 @@ def _copy_fully_trained(
                 continue
             has_own_copy = parameter is None or (path, name) in plans.split_ties
             copy_key: Any = (path, name) if has_own_copy else id(parameter)
-            source: Any = _zero_bias(module) if parameter is None else parameter
+            source_tensor: Any = _zero_bias(module) if parameter is None else parameter
             if copy_key not in copies_by_key:
                 copies_by_key[copy_key] = nn.Parameter(
-                    full_tensor(source.detach()).to(
-                        trained_dtype(plans.config, source.dtype), copy=True
+                    full_tensor(source_tensor.detach()).to(
+                        trained_dtype(plans.config, source_tensor.dtype), copy=True
                     )
                 )
             full_copies.register_parameter(name, copies_by_key[copy_key])
@@ -250,7 +250,7 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     if model_adapters is None:
         model_adapters = ModelAdapters()
         model_adapters.original_requires_grad = {
-            path: p.requires_grad for path, p in model.named_parameters()
+            path: parameter.requires_grad for path, parameter in model.named_parameters()
         }
         model.__dict__[MODEL_ADAPTERS_NAME] = model_adapters
         model_adapters.claim(model)

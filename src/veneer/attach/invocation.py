@@ -74,20 +74,20 @@ class CachedStarts:
         invocation tokens. Raises a SelectionError if ``row_count`` is no multiple of the rows."""
         starts = [
             None if start is None or start + token_count > length else start
-            for start in _repeat(self.starts, row_count, "a cache")
+            for start in _repeat_starts(self.starts, row_count, "a cache")
         ]
         tail = self.tail.repeat_interleave(row_count // len(self.starts), 0)
         return CachedStarts(starts, length, tail if length == self.length else tail[:, :0])
 
 
-def _repeat(starts: Sequence[int | None], row_count: int, source_text: str) -> list[int | None]:
+def _repeat_starts(starts: Sequence[int | None], row_count: int, source: str) -> list[int | None]:
     """``starts`` of the searched rows, each repeated equally often, so that there is one for each
     of ``row_count`` rows: beams and samples turn a row into several neighbours. Raises a
-    SelectionError if that is impossible; ``source_text`` names the searched rows in it."""
+    SelectionError if that is impossible; ``source`` is the text for the searched rows in it."""
     repeats, remainder = divmod(row_count, len(starts))
     if remainder or not repeats:
         raise SelectionError(
-            f"a call of {row_count} rows behind {source_text} of {len(starts)}",
+            f"a call of {row_count} rows behind {source} of {len(starts)}",
             "the rows in which invocation tokens were searched",
             "repeat its rows, or start anew",
         )
@@ -125,7 +125,7 @@ def with_invocation(adapters_by_key: dict[Any, Any], name: str) -> dict[Any, Any
 
 
 def takes_input_ids(module: nn.Module) -> bool:
-    return "input_ids" in _parameters(base_class(module))
+    return "input_ids" in _forward_parameters(base_class(module))
 
 
 def update_invocation_hooks(model: nn.Module, model_adapters: ModelAdapters) -> None:
@@ -150,15 +150,15 @@ def _remove_hooks(module: nn.Module) -> None:
         for hook_id, hook in list(hooks.items()):
             if isinstance(hook, partial) and hook.func in (_begin_call, _end_call):
                 del hooks[hook_id]
-                for flags in (
+                for hook_flags in (
                     module._forward_pre_hooks_with_kwargs,
                     module._forward_hooks_with_kwargs,
                     module._forward_hooks_always_called,
                 ):
-                    flags.pop(hook_id, None)
-    checkpoint = module.__dict__.get(_CHECKPOINT_ATTRIBUTE)
-    if isinstance(checkpoint, _CheckpointInCall):
-        setattr(module, _CHECKPOINT_ATTRIBUTE, checkpoint.function)
+                    hook_flags.pop(hook_id, None)
+    checkpoint_function = module.__dict__.get(_CHECKPOINT_ATTRIBUTE)
+    if isinstance(checkpoint_function, _CheckpointInCall):
+        setattr(module, _CHECKPOINT_ATTRIBUTE, checkpoint_function.function)
 
 
 # ---- a call --------------------------------------------------------------------------------------
@@ -186,30 +186,30 @@ def _end_call(
     invoked_call = context.current.invoked_calls.get(model_adapters.uid)
     if not context.leave(module) or invoked_call is None or not invoked_call.cached:
         return
-    kv_cache = _cache_in(_arguments(module, args, kwargs)) or _cache_of(output)
+    kv_cache = _cache_in_arguments(_arguments_by_name(module, args, kwargs)) or _cache_of(output)
     if kv_cache is not None:
-        earlier_invocations = getattr(kv_cache, _STARTS_ATTRIBUTE, {})
-        new_invocations = {
+        earlier_starts = getattr(kv_cache, _STARTS_ATTRIBUTE, {})
+        new_starts = {
             (model_adapters.uid, name): cached_starts
             for name, cached_starts in invoked_call.cached.items()
         }
-        setattr(kv_cache, _STARTS_ATTRIBUTE, {**earlier_invocations, **new_invocations})
+        setattr(kv_cache, _STARTS_ATTRIBUTE, {**earlier_starts, **new_starts})
 
 
 def _invoked_adapter_rows(model_adapters: ModelAdapters) -> list[AdapterRows]:
     """The adapters with invocation tokens that a call in this context uses, each with its rows."""
-    active = context.current.selection.get(model_adapters.uid, model_adapters.default)
-    if active.layer_adapters is None or model_adapters.merged != active.merged_at_attach:
+    selected = context.current.selection.get(model_adapters.uid, model_adapters.default)
+    if selected.layer_adapters is None or model_adapters.merged != selected.merged_at_attach:
         return []  # the layers raise an error, or run on merged weights
-    if isinstance(active.layer_adapters, RowAdapters):
-        row_adapters = active.layer_adapters
+    if isinstance(selected.layer_adapters, RowAdapters):
+        row_adapters = selected.layer_adapters
         selections_with_rows = zip(row_adapters.selections, row_adapters.row_indices, strict=True)
         return [
             (row_selection, indices.tolist())
             for row_selection, indices in selections_with_rows
             if row_selection.invocation_tokens
         ]
-    return [(active, None)] if active.invocation_tokens else []
+    return [(selected, None)] if selected.invocation_tokens else []
 
 
 def _search_call(
@@ -221,25 +221,25 @@ def _search_call(
 ) -> InvokedCall:
     """Search the ``input_ids`` of a call for the invocation tokens of the adapters. Raises a
     SelectionError if the call has no ids that can be searched row by row."""
-    arguments = _arguments(module, args, kwargs)
+    arguments = _arguments_by_name(module, args, kwargs)
     ids = _require_ids(module, adapter_rows, arguments.get("input_ids"))
     row_count, width = ids.shape
     _refuse_packed(module, adapter_rows, arguments, width)
     _refuse_other_rows(adapter_rows, row_count)
-    kv_cache = _cache_in(arguments)
+    kv_cache = _cache_in_arguments(arguments)
     prompt_starts = context.current.prompt_starts.get(model_adapters.uid, {})
-    past_length = _length_of(kv_cache)
+    past_length = _cache_length(kv_cache)
     head_columns = _head_columns(arguments.get("logits_to_keep"), width)
     invoked_call = InvokedCall()
     for active_adapter, row_indices in adapter_rows:
-        name, tokens = str(active_adapter.name), active_adapter.invocation_tokens
+        name, invocation_tokens = str(active_adapter.name), active_adapter.invocation_tokens
         cached_starts = _cached_starts(
             kv_cache, model_adapters, active_adapter, past_length, row_count
         )
         if name in prompt_starts:  # for beams or samples, ``generate`` repeats rows
-            starts = _repeat(prompt_starts[name], row_count, "a prompt")
+            starts = _repeat_starts(prompt_starts[name], row_count, "a prompt")
         else:
-            starts = find_starts(ids, tokens, past_length, cached_starts)
+            starts = find_starts(ids, invocation_tokens, past_length, cached_starts)
         call_starts = [
             _column_in_call(starts[row], past_length, width)
             for row in (range(row_count) if row_indices is None else row_indices)
@@ -248,7 +248,7 @@ def _search_call(
         tail = (
             ids if cached_starts is None else torch.cat((cached_starts.tail.to(ids.device), ids), 1)
         )
-        tail = tail[:, max(0, tail.shape[1] - len(tokens) + 1) :]
+        tail = tail[:, max(0, tail.shape[1] - len(invocation_tokens) + 1) :]
         invoked_call.cached[name] = CachedStarts(starts, past_length + width, tail)
     return invoked_call
 
@@ -298,10 +298,10 @@ def _require_ids(module: nn.Module, adapter_rows: Sequence[AdapterRows], ids: An
     ``input_ids`` of this shape."""
     if isinstance(ids, Tensor) and ids.dim() == 2:
         return ids
-    names = ", ".join(repr(active.name) for active, _ in adapter_rows)
+    names_text = ", ".join(repr(active_adapter.name) for active_adapter, _ in adapter_rows)
     shape = f"input_ids {list(ids.shape)}" if isinstance(ids, Tensor) else "no input_ids"
     raise SelectionError(
-        f"a call of {base_class(module).__name__} with {shape}, of adapter {names}",
+        f"a call of {base_class(module).__name__} with {shape}, of adapter {names_text}",
         "input_ids [rows, tokens], in which its invocation tokens are found",
         "pass input_ids instead of inputs_embeds, or select the base or another adapter",
     )
@@ -359,20 +359,20 @@ def _head_columns(logits_to_keep: Any, width: int) -> slice | Tensor | None:
 
 
 @cache
-def _parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+def _forward_parameters(cls: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(cls.forward).parameters
     except (TypeError, ValueError):  # a forward that is no Python function
         return {}
 
 
-def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments_by_name(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name. The first parameter of a forward is ``self``."""
-    names = [*_parameters(base_class(module))][1:]
+    names = [*_forward_parameters(base_class(module))][1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _cache_in(arguments: Mapping[str, Any]) -> Any:
+def _cache_in_arguments(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, or None."""
     values = (arguments.get(name) for name in _CACHE_NAMES)
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
@@ -397,7 +397,7 @@ def _cached_starts(
     return None if cached_starts is None else cached_starts.resized(length, row_count, token_count)
 
 
-def _length_of(kv_cache: Any) -> int:
+def _cache_length(kv_cache: Any) -> int:
     """The number of columns that a cache holds; 0 if there is no cache. A cache that has only
     recurrent layers reports no length, so the number of columns searched so far is returned."""
     length = 0 if kv_cache is None else int(kv_cache.get_seq_length())
@@ -405,7 +405,7 @@ def _length_of(kv_cache: Any) -> int:
         is_linear = getattr(kv_cache, "is_linear", ())
         if isinstance(is_linear, Sequence) and is_linear and all(is_linear):
             cached_starts = getattr(kv_cache, _STARTS_ATTRIBUTE, {}).values()
-            return max((starts.length for starts in cached_starts), default=0)
+            return max((cached.length for cached in cached_starts), default=0)
     return length
 
 
@@ -415,15 +415,15 @@ def _length_of(kv_cache: Any) -> int:
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The override of ``model.generate``, with the same arguments. It searches the prompt alone,
     and the calls within ``generate`` use the result, so generated tokens invoke nothing."""
-    override: Any = model.__dict__.get("generate")
-    method: Callable[..., Any] = original(override, model) or partial(
+    override_function: Any = model.__dict__.get("generate")
+    original_generate: Callable[..., Any] = original(override_function, model) or partial(
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
         model,
     )
     model_adapters = _adapters_of_hooks(model)
     adapter_rows = [] if model_adapters is None else _invoked_adapter_rows(model_adapters)
     if model_adapters is None or not adapter_rows:
-        return method(*args, **kwargs)
+        return original_generate(*args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs")
     ids = kwargs.get("input_ids") if ids is None else ids
     if kwargs.get("inputs_embeds") is not None:
@@ -431,23 +431,23 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if isinstance(ids, Tensor) and ids.dim() == 1:
         ids = ids[None]
     ids = _require_ids(model, adapter_rows, ids)
-    kv_cache, attention_mask = _cache_in(kwargs), kwargs.get("attention_mask")
+    kv_cache, attention_mask = _cache_in_arguments(kwargs), kwargs.get("attention_mask")
     # With a cache, ``ids`` is the full sequence, or only its new tokens if the mask is longer.
     is_continued = kv_cache is not None and attention_mask is not None
     past_length = max(0, attention_mask.shape[1] - ids.shape[1]) if is_continued else 0
-    starts = {}
-    for active, _ in adapter_rows:
+    starts_by_adapter = {}
+    for active_adapter, _ in adapter_rows:
         cached_starts = (
-            _cached_starts(kv_cache, model_adapters, active, past_length, len(ids))
+            _cached_starts(kv_cache, model_adapters, active_adapter, past_length, len(ids))
             if past_length
             else None
         )
-        starts[str(active.name)] = find_starts(
-            ids, active.invocation_tokens, past_length, cached_starts
+        starts_by_adapter[str(active_adapter.name)] = find_starts(
+            ids, active_adapter.invocation_tokens, past_length, cached_starts
         )
-    prompt_starts = {**context.current.prompt_starts, model_adapters.uid: starts}
+    prompt_starts = {**context.current.prompt_starts, model_adapters.uid: starts_by_adapter}
     with context.override(prompt_starts=prompt_starts):
-        return method(*args, **kwargs)
+        return original_generate(*args, **kwargs)
 
 
 def _adapters_of_hooks(module: nn.Module) -> ModelAdapters | None:

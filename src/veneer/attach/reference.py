@@ -166,9 +166,11 @@ def reference_of(model: nn.Module) -> Reference:
     frozen_copies: dict[int, Tensor] = {}
     for holder in _tensor_holders(model, name):
         for tensor in (*holder.parameters(recurse=False), *holder.buffers(recurse=False)):
-            copied = tensor.detach().clone()
+            tensor_copy = tensor.detach().clone()
             is_parameter = isinstance(tensor, nn.Parameter)
-            frozen_copy = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+            frozen_copy = (
+                nn.Parameter(tensor_copy, requires_grad=False) if is_parameter else tensor_copy
+            )
             frozen_copies.setdefault(id(tensor), frozen_copy)
     return Reference(model, name)._set_attributes(model, name, frozen_copies, model)
 
@@ -199,8 +201,8 @@ def _changes_nothing(model: nn.Module, name: str) -> bool:
             )
             if differs:
                 return False
-    for _, module, weight, change in changes(model, name):
-        low_rank, gain = change.resolve(weight_of(module, weight))
+    for _, module, weight_name, change in changes(model, name):
+        low_rank, gain = change.resolve(weight_of(module, weight_name))
         # B A is 0 unless, for some rank index, the column of B and the row of A are both not 0
         if gain is not None or bool((low_rank.B.any(1) & low_rank.A.any(2)).any()):
             return False

@@ -193,40 +193,40 @@ def wrap_calls_in(make_context: Callable[[], AbstractContextManager[Any]], funct
     @functools.wraps(function)
     def generate(*args: Any, **kwargs: Any) -> Any:
         generator = function(*args, **kwargs)
-        step, step_argument = generator.send, None
+        resume, resume_argument = generator.send, None
         while True:
             try:
                 with make_context():
-                    output = step(step_argument)
+                    yielded_value = resume(resume_argument)
             except StopIteration as stop:
                 return stop.value
             try:
-                step, step_argument = generator.send, (yield output)
+                resume, resume_argument = generator.send, (yield yielded_value)
             except GeneratorExit:
                 with make_context():
                     generator.close()
                 raise
             except BaseException as error:  # the next step raises it in the generator
-                step, step_argument = generator.throw, error
+                resume, resume_argument = generator.throw, error
 
     @functools.wraps(function)
     async def generate_async(*args: Any, **kwargs: Any) -> Any:
         generator = function(*args, **kwargs)
-        step, step_argument = generator.asend, None
+        resume, resume_argument = generator.asend, None
         while True:
             try:
                 with make_context():
-                    output = await step(step_argument)
+                    yielded_value = await resume(resume_argument)
             except StopAsyncIteration:
                 return
             try:
-                step, step_argument = generator.asend, (yield output)
+                resume, resume_argument = generator.asend, (yield yielded_value)
             except GeneratorExit:
                 with make_context():
                     await generator.aclose()
                 raise
             except BaseException as error:  # the next step raises it in the generator
-                step, step_argument = generator.athrow, error
+                resume, resume_argument = generator.athrow, error
 
     @functools.wraps(function)
     async def run_async(*args: Any, **kwargs: Any) -> Any:

@@ -97,19 +97,21 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     counted_ids: set[int] = set()  # tied parameters have one copy, which is counted once
 
     def count_parameters(kind: str, parameters: Iterable[nn.Parameter]) -> None:
-        uncounted = [p for p in parameters if id(p) not in counted_ids]
+        uncounted = [parameter for parameter in parameters if id(parameter) not in counted_ids]
         counted_ids.update(map(id, uncounted))
         if uncounted:
             counts = counts_by_kind.setdefault(kind, [0, 0, 0])
             counts[0] += 1
-            counts[1] += sum(p.numel() for p in uncounted)
-            counts[2] += sum(p.numel() * p.element_size() for p in uncounted)
+            counts[1] += sum(parameter.numel() for parameter in uncounted)
+            counts[2] += sum(
+                parameter.numel() * parameter.element_size() for parameter in uncounted
+            )
 
-    for _, module, weight, change in changes(model, name):
+    for _, module, weight_name, change in changes(model, name):
         storage_label = (
             ""
             if change.storage.name == "plain"
-            else f" ({change.storage.label(weight_of(module, weight))})"
+            else f" ({change.storage.label(weight_of(module, weight_name))})"
         )
         count_parameters(
             f"{change.layer.name}{storage_label}, {change.variant.name}", change.parameters()
@@ -118,7 +120,9 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         count_parameters("trained in full", layer_adapter.full.parameters())
     rows = tuple(SummaryRow(kind, *counts) for kind, counts in counts_by_kind.items())
     base_element_count = sum(
-        _element_count(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
+        _element_count(parameter)
+        for path, parameter in model.named_parameters()
+        if "veneer" not in path.split(".")
     )
     model_adapters = need_adapters(model, name)
     left_out_text = layers_left_out(Names(model), model_adapters.configs[name])
@@ -183,12 +187,13 @@ class CallPlan:
             if fused_change is None:
                 continue
             change, weight = fused_change.change, module._parameters[fused_change.weight]
-            size = (change.dims.out, change.dims.in_, change.rank)
-            costs = cost_model.costs(*size, tokens, weight.dtype, training)
-            costs_and_paths.setdefault(size, (costs, []))[1].append(path)
+            layer_size = (change.dims.out, change.dims.in_, change.rank)
+            costs = cost_model.costs(*layer_size, tokens, weight.dtype, training)
+            costs_and_paths.setdefault(layer_size, (costs, []))[1].append(path)
             if layer_adapter.shared_input_layers is not None:
                 group_paths.setdefault(id(layer_adapter.shared_input_layers), []).append(path)
         rows = tuple(
-            (size, tuple(paths), costs) for size, (costs, paths) in costs_and_paths.items()
+            (layer_size, tuple(paths), costs)
+            for layer_size, (costs, paths) in costs_and_paths.items()
         )
         return CallPlan(tokens, training, rows, tuple(map(tuple, group_paths.values())))

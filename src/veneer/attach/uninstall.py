@@ -41,26 +41,28 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     """
     model = unwrap(model)
     model_adapters = need_adapters(model, name)
-    names = list(model_adapters.configs) if name is None else [name]
-    _require_detachable(model_adapters, names, keep_merged)
-    if not set(names).isdisjoint(model_adapters.merge_order):
+    removed_names = list(model_adapters.configs) if name is None else [name]
+    _require_detachable(model_adapters, removed_names, keep_merged)
+    if not set(removed_names).isdisjoint(model_adapters.merge_order):
         # Weights that were untied for the merge now differ, so ``_release_layers`` must not tie
         # them again.
         model_adapters.untied = ()
     was_answering_peft_names = stop_answering_peft_names(model)
-    for adapter_name in names:
+    for adapter_name in removed_names:
         # so that a call that still selects the adapter raises an error
         model_adapters.selections[adapter_name].layer_adapters = None
     for _, _, layer_state in layer_states(model):
-        for adapter_name in names:
+        for adapter_name in removed_names:
             set_child(layer_state, adapter_name, None)
-    remaining_names = [key for key in model_adapters.configs if key not in names]
+    remaining_names = [key for key in model_adapters.configs if key not in removed_names]
     had_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
-    for active in model_adapters.selections.values():
-        if active.merged_at_attach in names:  # the merged weights become the base's
-            active.merged_at_attach = None
+    for active_adapter in model_adapters.selections.values():
+        if active_adapter.merged_at_attach in removed_names:  # the merged weights become the base's
+            active_adapter.merged_at_attach = None
     model_adapters.merge_order = tuple(
-        merged_name for merged_name in model_adapters.merge_order if merged_name not in names
+        merged_name
+        for merged_name in model_adapters.merge_order
+        if merged_name not in removed_names
     )
     model_adapters.set_adapters(
         {key: model_adapters.configs[key] for key in remaining_names},
@@ -75,15 +77,21 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         answer_peft_names(model)
 
 
-def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_merged: bool) -> None:
+def _require_detachable(
+    model_adapters: ModelAdapters, removed_names: list[str], keep_merged: bool
+) -> None:
     """Raise a MergeError if some of these adapters cannot be detached now, for a reason that
     ``detach`` lists."""
     merged_names = model_adapters.merge_order[::-1]  # the last merged one first
     for index, name in enumerate(merged_names):
-        if name not in names:
+        if name not in removed_names:
             continue
         remaining_name = next(
-            (lower_name for lower_name in merged_names[index + 1 :] if lower_name not in names),
+            (
+                lower_name
+                for lower_name in merged_names[index + 1 :]
+                if lower_name not in removed_names
+            ),
             None,
         )
         if not keep_merged:
@@ -100,9 +108,13 @@ def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_me
                 f"detach {remaining_name!r} with keep_merged=True first, or call"
                 " veneer.unmerge(model)",
             )
-    for kept_name, active in model_adapters.selections.items():
-        base_name = active.merged_at_attach
-        if base_name in names and base_name not in merged_names and kept_name not in names:
+    for kept_name, active_adapter in model_adapters.selections.items():
+        base_name = active_adapter.merged_at_attach
+        if (
+            base_name in removed_names
+            and base_name not in merged_names
+            and kept_name not in removed_names
+        ):
             raise MergeError(
                 f"{kept_name!r}, attached while {base_name!r} was merged, which is to be detached",
                 f"{base_name!r} merged, or {kept_name!r} detached",

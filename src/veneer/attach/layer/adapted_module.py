@@ -66,18 +66,20 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
     @functools.wraps(base_cls.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Every layer of a decoding step runs this, so it uses subscripts instead of calls.
-        modules, calling_context = self._modules, context.current
+        children, calling_context = self._modules, context.current
         try:
-            layer_state = modules[LAYER_STATE_NAME]
+            layer_state = children[LAYER_STATE_NAME]
         except KeyError:  # another thread has detached since this method was looked up
             return base_cls.forward(self, *args, **kwargs)
         model_adapters, selection = layer_state.model_adapters, calling_context.selection
         uid = model_adapters.uid
-        active = selection[uid] if uid in selection else model_adapters.default  # noqa: SIM401
-        layer_adapters = active.layer_adapters
-        if layer_adapters is None or model_adapters.merged != active.merged_at_attach:
-            if layer_adapters is None or active.name != model_adapters.merged:
-                raise layer_state.selection_error(active)
+        active_adapter = (
+            selection[uid] if uid in selection else model_adapters.default  # noqa: SIM401
+        )
+        layer_adapters = active_adapter.layer_adapters
+        if layer_adapters is None or model_adapters.merged != active_adapter.merged_at_attach:
+            if layer_adapters is None or active_adapter.name != model_adapters.merged:
+                raise layer_state.selection_error(active_adapter)
             return base_forward(self, base_cls, *args, **kwargs)
         # The adapter does not change this layer. Not tested by `try`, whose result torch.compile
         # does not guard correctly.
@@ -112,14 +114,20 @@ def _adapt_method(base_cls: type[nn.Module], name: str) -> Any:
         if layer_state is None:
             return method(self, *args, **kwargs)
         model_adapters = layer_state.model_adapters
-        active = calling_context.selection.get(model_adapters.uid, model_adapters.default)
-        if active.layer_adapters is None or model_adapters.merged != active.merged_at_attach:
-            if active.layer_adapters is None or active.name != model_adapters.merged:
-                raise layer_state.selection_error(active)
+        active_adapter = calling_context.selection.get(model_adapters.uid, model_adapters.default)
+        if (
+            active_adapter.layer_adapters is None
+            or model_adapters.merged != active_adapter.merged_at_attach
+        ):
+            if (
+                active_adapter.layer_adapters is None
+                or active_adapter.name != model_adapters.merged
+            ):
+                raise layer_state.selection_error(active_adapter)
             return method(self, *args, **kwargs)
-        if (layer_state.key, name) not in active.layer_adapters:
+        if (layer_state.key, name) not in active_adapter.layer_adapters:
             return method(self, *args, **kwargs)
-        layer_adapter = active.layer_adapters[layer_state.key, name]
+        layer_adapter = active_adapter.layer_adapters[layer_state.key, name]
         if calling_context.reached_ids is not None:
             calling_context.reached_ids.update(layer_adapter.reached_ids(name))
         return layer_adapter.run(
@@ -148,14 +156,14 @@ def stop_answering_peft_names(module: nn.Module) -> bool:
     return original_cls is not None
 
 
-def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
+def adapt_methods(module: nn.Module, method_names: Iterable[str]) -> None:
     """Let these methods of an adapted module use the selected adapter, as its forward does. The
     module gets another adapted class if its class does not do so yet."""
     stop_answering_peft_names(module)
     cls: Any = type(module)
-    if not {*methods} <= {*cls.veneer_methods}:
+    if not {*method_names} <= {*cls.veneer_methods}:
         module.__class__ = adapted_class(
-            cls.veneer_base, tuple(sorted({*cls.veneer_methods, *methods}))
+            cls.veneer_base, tuple(sorted({*cls.veneer_methods, *method_names}))
         )
 
 
@@ -179,13 +187,15 @@ def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     Parameters and names stay the same. Wrappers of the module's forward by accelerate and
     compressed-tensors are changed so that they call the adapted forward."""
     stop_answering_peft_names(module)
-    wrapper = instance_forward(module)
-    layer_state.instance_forward = wrapper if wrapper is not type(module).forward else None
+    forward_wrapper = instance_forward(module)
+    layer_state.instance_forward = (
+        forward_wrapper if forward_wrapper is not type(module).forward else None
+    )
     set_child(module, LAYER_STATE_NAME, layer_state)
     module.__class__ = adapted_class(type(module), ())
     if COMPRESSED_FORWARD in module.__dict__:
         module.__dict__[COMPRESSED_FORWARD] = type(module).forward
-    elif wrapper is not None:
+    elif forward_wrapper is not None:
         del module.__dict__["forward"]
     if has_wrapped_forward(module):
         module.__dict__[ACCELERATE_FORWARD] = MethodType(type(module).forward, module)
@@ -214,18 +224,18 @@ def instance_forward(module: nn.Module) -> FunctionType | None:
     ``COMPRESSED_FORWARD``, inside of another wrapper that moves inputs to the module's device.
     """
     instance_attribute = module.__dict__.get("forward")
-    wrapper = module.__dict__.get(COMPRESSED_FORWARD)
+    forward_wrapper = module.__dict__.get(COMPRESSED_FORWARD)
     if (
-        wrapper is None
+        forward_wrapper is None
         and isinstance(instance_attribute, MethodType)
         and instance_attribute.__self__ is module
         and is_opaque(module)
     ):
-        wrapper = instance_attribute.__func__
-    wraps_base_forward = isinstance(wrapper, FunctionType) and inspect.unwrap(
-        wrapper
+        forward_wrapper = instance_attribute.__func__
+    wraps_base_forward = isinstance(forward_wrapper, FunctionType) and inspect.unwrap(
+        forward_wrapper
     ) is inspect.unwrap(base_class(module).forward)
-    return cast("FunctionType | None", wrapper if wraps_base_forward else None)
+    return cast("FunctionType | None", forward_wrapper if wraps_base_forward else None)
 
 
 def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +258,7 @@ def restore_module(module: nn.Module) -> None:
     """Undo ``adapt_module``: restore the class and the attributes of a module."""
     stop_answering_peft_names(module)
     base_cls, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
-    wrapper = None if layer_state is None else layer_state.instance_forward
+    forward_wrapper = None if layer_state is None else layer_state.instance_forward
     # Remove the layer state before the class changes: calls in other threads take a module of its
     # base class with a layer state for a view.
     set_child(module, LAYER_STATE_NAME, None)
@@ -256,13 +266,15 @@ def restore_module(module: nn.Module) -> None:
     # Tested again, because the first call of the model may have set this attribute since
     # ``adapt_module``.
     if COMPRESSED_FORWARD in module.__dict__:
-        module.__dict__[COMPRESSED_FORWARD] = base_cls.forward if wrapper is None else wrapper
-        wrapper = None
-    elif wrapper is not None and not is_wrapped:
-        module.__dict__["forward"] = MethodType(wrapper, module)
+        module.__dict__[COMPRESSED_FORWARD] = (
+            base_cls.forward if forward_wrapper is None else forward_wrapper
+        )
+        forward_wrapper = None
+    elif forward_wrapper is not None and not is_wrapped:
+        module.__dict__["forward"] = MethodType(forward_wrapper, module)
     if is_wrapped:
         module.__dict__[ACCELERATE_FORWARD] = MethodType(
-            base_cls.forward if wrapper is None else wrapper, module
+            base_cls.forward if forward_wrapper is None else forward_wrapper, module
         )
     module.__class__ = (
         base_cls if not is_parametrized(module) else _replace_adapted_base(type(module), base_cls)
@@ -283,7 +295,7 @@ def _replace_adapted_base(cls: Any, base_cls: Any) -> Any:
     metaclass: Any = type(cls)
     return metaclass(
         cls.__name__,
-        tuple(_replace_adapted_base(parent, base_cls) for parent in cls.__bases__),
+        tuple(_replace_adapted_base(parent_cls, base_cls) for parent_cls in cls.__bases__),
         attributes,
     )
 
@@ -307,11 +319,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
     """Yield (path, module, layer state) for every adapted module once, under its first name, in the
     model's order."""
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     for path, module in walk(model):
         layer_state = state_of(module)
-        if layer_state is not None and id(module) not in visited:
-            visited.add(id(module))
+        if layer_state is not None and id(module) not in visited_ids:
+            visited_ids.add(id(module))
             yield path, module, layer_state
 
 

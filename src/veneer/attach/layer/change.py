@@ -139,14 +139,14 @@ class Change(nn.Module):
     def _all_parameters(self) -> dict[str, Any]:
         """The parameters of ``adapter_parameters`` and, if there are any, the trained token rows
         (rows of an embedding or head that are trained in full)."""
-        hook = self.__dict__.get("_hf_hook")
-        if hook is None or not any(
+        offload_hook = self.__dict__.get("_hf_hook")
+        if offload_hook is None or not any(
             tensor.is_meta for tensor in {**self._parameters, **self._buffers}.values()
         ):
             return {**self._parameters, **self._buffers}
-        hook.pre_forward(self)
+        offload_hook.pre_forward(self)
         parameters = {**self._parameters, **self._buffers}
-        hook.post_forward(self, None)
+        offload_hook.post_forward(self, None)
         for tensor in parameters.values():
             if tensor.requires_grad:
                 tensor.register_hook(_refuse_gradient)
@@ -215,8 +215,8 @@ class Change(nn.Module):
         has the attribute ``pieces``, a function that yields W in blocks of rows."""
 
         def read_weight() -> Tensor:
-            """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None,
-            the tensor is on a device that supports arithmetic in ``dtype``."""
+            """The rows of the weight W that change, [g, out, in] for g matrices, in the dtype of W.
+            If ``dtype`` is not None, on a device that supports arithmetic in ``dtype``."""
             dense = self.storage.dense(weight)
             if dtype is not None:
                 dense = dense.to(precision.compute_device(dense.device, dtype))
@@ -236,10 +236,12 @@ class Change(nn.Module):
         indices: Any = getattr(self, attribute_name)
         if device == indices.device:
             return indices
-        copied = self._device_copies.get(attribute_name)
-        if copied is None or copied.device != device:
-            self._device_copies[attribute_name] = copied = indices.to(device, non_blocking=True)
-        return copied
+        indices_copy = self._device_copies.get(attribute_name)
+        if indices_copy is None or indices_copy.device != device:
+            self._device_copies[attribute_name] = indices_copy = indices.to(
+                device, non_blocking=True
+            )
+        return indices_copy
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_device_copies": {}}

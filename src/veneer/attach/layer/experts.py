@@ -60,8 +60,8 @@ def unformed_weights_of(
     leaves = _tensor_arguments(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
         return None
-    changes = layer_adapter.stacks(module)
-    if not changes:
+    stacks_by_name = layer_adapter.stacks(module)
+    if not stacks_by_name:
         return None
     call_state: dict[int, Any] = {}
     call_input = next((leaf for leaf in leaves if is_float(leaf)), None)
@@ -69,7 +69,7 @@ def unformed_weights_of(
         name: make_unformed(
             Stack(weight, low_rank.A, low_rank.B, low_rank.scale, can_form, call_state, call_input)
         )
-        for name, (weight, low_rank) in changes.items()
+        for name, (weight, low_rank) in stacks_by_name.items()
     }
 
 
@@ -110,7 +110,7 @@ def drop_inputs(change: Change, low_rank: LowRank) -> LowRank:
 # indexing and views of a stack
 
 
-def _operation(*functions: Any) -> Callable[[Any], Any]:
+def _implements(*functions: Any) -> Callable[[Any], Any]:
     """A decorator that registers the implementation of these torch functions in ``OPERATIONS``.
     Functions that are None are skipped."""
 
@@ -123,7 +123,7 @@ def _operation(*functions: Any) -> Callable[[Any], Any]:
     return register
 
 
-@_operation(Tensor.__getitem__)
+@_implements(Tensor.__getitem__)
 def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if not isinstance(weight, Unformed) or weight.index is not None:
         return NotImplemented
@@ -149,7 +149,7 @@ def _select_matrix(weight: Unformed, index: int) -> Unformed:
     return weight.take_matrices(index % matrix_count)
 
 
-@_operation(torch.index_select, Tensor.index_select)
+@_implements(torch.index_select, Tensor.index_select)
 def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
     can_index = (
         isinstance(weight, Unformed)
@@ -160,7 +160,7 @@ def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
     return weight.take_matrices(index) if can_index else NotImplemented
 
 
-@_operation(torch.unbind, Tensor.unbind, Tensor.__iter__)
+@_implements(torch.unbind, Tensor.unbind, Tensor.__iter__)
 def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     if weight.index is not None or dim not in (0, -3):
         return NotImplemented
@@ -168,7 +168,7 @@ def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     return iter(matrices) if func is Tensor.__iter__ else matrices
 
 
-@_operation(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
+@_implements(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
 def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
     axes = {dim0 % weight.ndim, dim1 % weight.ndim}
     return (
@@ -178,7 +178,7 @@ def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
     )
 
 
-@_operation(torch.permute, Tensor.permute)
+@_implements(torch.permute, Tensor.permute)
 def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
     dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     axis_order, matrix_axes = [dim % weight.ndim for dim in dims], list(range(weight.ndim))
@@ -189,22 +189,22 @@ def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
     )
 
 
-@_operation(Tensor.mT.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+@_implements(Tensor.mT.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _mt(_: Any, weight: Unformed) -> Any:
     return weight.transpose_matrices()
 
 
-@_operation(Tensor.T.__get__, torch.t, Tensor.t)  # pyright: ignore[reportAttributeAccessIssue]
+@_implements(Tensor.T.__get__, torch.t, Tensor.t)  # pyright: ignore[reportAttributeAccessIssue]
 def _t(_: Any, weight: Unformed) -> Any:
     return weight.transpose_matrices() if weight.ndim == 2 else NotImplemented
 
 
-@_operation(Tensor.contiguous)
+@_implements(Tensor.contiguous)
 def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
     return NotImplemented if options else weight
 
 
-@_operation(Tensor.to)
+@_implements(Tensor.to)
 def _to(_: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(weight, Unformed) or kwargs.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
@@ -225,17 +225,17 @@ def _to(_: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     return weight if is_unchanged else NotImplemented
 
 
-@_operation(Tensor.data_ptr)
+@_implements(Tensor.data_ptr)
 def _data_ptr(_: Any, weight: Unformed) -> Any:
     return weight.stack.W.data_ptr() if weight.device.type == "cpu" else NotImplemented
 
 
-@_operation(torch.chunk, Tensor.chunk)
+@_implements(torch.chunk, Tensor.chunk)
 def _chunk(func: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
     return _split(func, weight, -(-weight.shape[dim] // chunks), dim)
 
 
-@_operation(torch.split, Tensor.split)
+@_implements(torch.split, Tensor.split)
 def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
     """Split all matrices along their outputs or inputs, into ``Unformed`` tensors."""
     dim %= weight.ndim
@@ -259,14 +259,14 @@ def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
 # products
 
 
-@_operation(F.linear, _C._nn.linear)
+@_implements(F.linear, _C._nn.linear)
 def _linear(_: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     if not _is_unformed(weight, 2) or _is_unformed(input):
         return NotImplemented
     return _matrix_product(input, weight, False, bias)
 
 
-@_operation(
+@_implements(
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
@@ -307,7 +307,7 @@ def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
     return x.expand(matrix_count, *x.shape[-2:])
 
 
-@_operation(torch.baddbmm, Tensor.baddbmm)
+@_implements(torch.baddbmm, Tensor.baddbmm)
 def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **options: Any) -> Any:
     if options or _is_unformed(input):
         return NotImplemented
@@ -315,7 +315,7 @@ def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **options: Any) -> An
     return y if y is NotImplemented else y + input.to(y.dtype)
 
 
-@_operation(torch.addmm, Tensor.addmm)
+@_implements(torch.addmm, Tensor.addmm)
 def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **options: Any) -> Any:
     if options or _is_unformed(input) or not _is_unformed(mat2, 2) or _is_unformed(mat1):
         return NotImplemented
@@ -326,7 +326,7 @@ def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **options: Any) -> Any:
     )
 
 
-@_operation(getattr(torch, "_grouped_mm", None))
+@_implements(getattr(torch, "_grouped_mm", None))
 def _grouped_mm(
     func: Any, input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -335,7 +335,7 @@ def _grouped_mm(
     return _grouped_product(input, weight, offs, lambda x, W, ends: func(x, W, offs=ends))
 
 
-@_operation("transformers::grouped_mm_fallback")
+@_implements("transformers::grouped_mm_fallback")
 def _transformers_grouped_mm(func: Any, input: Any, weight: Any, offs: Any) -> Any:
     return _grouped_product(input, weight, offs, func)
 
@@ -404,18 +404,18 @@ def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
     that sorts the rows by matrix, the inverse of that order, and the range of each matrix among the
     sorted rows. ``order`` and ``inverse`` are None if the rows are sorted already. The result is
     cached for all stacks of a call."""
-    entry = stack.call_state.get(id(ids))
-    if entry is None:
+    cached_entry = stack.call_state.get(id(ids))
+    if cached_entry is None:
         matrix_count = len(stack.W)
         order, segments = grouped.sort_by_expert(
             [index + matrix_count if index < 0 else index for index in ids.tolist()], matrix_count
         )
         row_order = torch.tensor(order) if order != list(range(len(order))) else None
-        entry = stack.call_state[id(ids)] = (
+        cached_entry = stack.call_state[id(ids)] = (
             ids,  # kept, so that no other tensor can get its ``id``
             (row_order, None if row_order is None else row_order.argsort(), segments),
         )
-    return entry[1]
+    return cached_entry[1]
 
 
 def _grouped_product(
@@ -444,8 +444,8 @@ def _grouped_product(
     with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product ignores it
         if not x.is_cpu:
             return grouped.linear_on_device(x, W, A, B, stack.scale, row_ends, base_product)
-        entry = stack.call_state.get(id(row_ends))
-        if entry is None:
+        cached_entry = stack.call_state.get(id(row_ends))
+        if cached_entry is None:
             segments = grouped.segments(row_ends.tolist(), len(x))
-            entry = stack.call_state[id(row_ends)] = row_ends, segments
-        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.call_input)
+            cached_entry = stack.call_state[id(row_ends)] = row_ends, segments
+        return grouped.linear(x, W, A, B, stack.scale, cached_entry[1], stack.call_input)

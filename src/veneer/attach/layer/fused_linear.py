@@ -147,11 +147,11 @@ def fused_outputs(
     scales = tuple(fused_change.change.scale for _, fused_change in members)
     if not on_cpu:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
-    tokens = x.numel() // x.shape[-1]
+    token_count = x.numel() // x.shape[-1]
     forms_weight = (
         not dropout
         and x.dtype.itemsize >= 4
-        and all(tokens > fused_change.max_factored_tokens for _, fused_change in members)
+        and all(token_count > fused_change.max_factored_tokens for _, fused_change in members)
     )
     settings = fused.Settings(scales, dropout, seed, forms_weight)
     return fused.linears(settings, x, weights, biases, A, B)

@@ -98,10 +98,10 @@ class InvokedAdapter:
                 the tokens.
         """
         invoked_call = call.context.invoked_calls.get(call.layer_state.model_adapters.uid)
-        tokens = None if invoked_call is None else invoked_call.tokens.get(self.name)
-        if tokens is None:
+        invoked_tokens = None if invoked_call is None else invoked_call.tokens.get(self.name)
+        if invoked_tokens is None:
             raise self._unknown_tokens_error(call.module)
-        indices = tokens.indices_in(call.module, call.x)
+        indices = invoked_tokens.indices_in(call.module, call.x)
         if indices is None:
             return self.layer_adapter.run(call)
         if not len(indices) and not torch.is_grad_enabled():
@@ -109,16 +109,16 @@ class InvokedAdapter:
         # With gradients also if there is no token, so that A and B get gradients of zero, not None.
         return self._run_at(indices, LinearCall(call, {}, False))
 
-    def _run_at(self, indices: Tensor, call: LinearCall) -> Tensor:
+    def _run_at(self, indices: Tensor, linear_call: LinearCall) -> Tensor:
         """The base's output, with the change added at the tokens ``indices``."""
-        kind: Any = call.layer_state.layer
+        kind: Any = linear_call.layer_state.layer
         change = self.layer_adapter.changes[kind.weight]
-        call.refuse_other_dtype(change)
-        low_rank, _ = change.resolve(frozen_weight(change, call.module, kind.weight))
-        y = call.base_output(change, with_bias=True)
-        x = call.x.reshape(-1, call.x.shape[-1])[indices]
+        linear_call.refuse_other_dtype(change)
+        low_rank, _ = change.resolve(frozen_weight(change, linear_call.module, kind.weight))
+        y = linear_call.base_output(change, with_bias=True)
+        x = linear_call.x.reshape(-1, linear_call.x.shape[-1])[indices]
         x = drop(x, change.dropout) if change.dropout and change.training else x
-        update = kind.update(call.module, x, low_rank.to(x.dtype), None)
+        update = kind.update(linear_call.module, x, low_rank.to(x.dtype), None)
         return y.reshape(-1, y.shape[-1]).index_add(0, indices, update.to(y.dtype)).view(y.shape)
 
     def _unknown_tokens_error(self, module: nn.Module) -> SelectionError:

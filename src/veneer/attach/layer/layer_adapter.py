@@ -190,7 +190,7 @@ class LayerAdapter(nn.Module):
                     ):
                         return self.shared_input_layers.output(module, self, x)
                     shape, change = x.shape, fused_change.change
-                    tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
+                    token_count = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
                     if change.dropout and change.training:
                         seed = (
                             shared_dropout_seed(module, self, x)
@@ -198,13 +198,15 @@ class LayerAdapter(nn.Module):
                             else seed
                         )
                         return fused_outputs([(module, fused_change)], x, seed)[0]
-                    if tokens > fused_change.max_factored_tokens:
+                    if token_count > fused_change.max_factored_tokens:
                         return fused_outputs([(module, fused_change)], x)[0]
                     factors: Any = change._parameters
                     bias = None if fused_change.bias is None else parameters[fused_change.bias]
                     weight = weight.mT if fused_change.is_transposed else weight
-                    linear = fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
-                    return linear(change.scale, x, weight, bias, factors["A"], factors["B"])
+                    linear_kernel = (
+                        fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
+                    )
+                    return linear_kernel(change.scale, x, weight, bias, factors["A"], factors["B"])
                 if device.applies(x, weight):
                     return self._run_with_shared_input(module, fused_change, x, may_share, seed)
         except KeyError as error:

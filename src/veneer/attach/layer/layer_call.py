@@ -114,7 +114,7 @@ class LinearCall(NamedTuple):
 
 
 def run_factored(
-    call: LinearCall,
+    linear_call: LinearCall,
     change: Change,
     low_rank: LowRank,
     gain: Tensor | None,
@@ -130,9 +130,14 @@ def run_factored(
         forms_weight: whether the fused kernel computes x (W + ΔW)ᵀ with W + ΔW formed, if it
             computes this call at all and without dropout.
     """
-    module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
+    module, layer_state, x, weight = (
+        linear_call.module,
+        linear_call.layer_state,
+        linear_call.x,
+        linear_call.weight,
+    )
     kind: Any = layer_state.layer
-    bias = call.bias(change)
+    bias = linear_call.bias(change)
     if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
         settings = fused.Settings(
             (low_rank.scale,), dropout, new_seed() if dropout else 0, forms_weight and not dropout
@@ -153,7 +158,7 @@ def run_factored(
         y = None if context.current.path else kind.fused(module, x, weight, bias, low_rank, dropout)
         if y is not None:
             return y
-    y = call.base_output(change, with_bias=gain is None)
+    y = linear_call.base_output(change, with_bias=gain is None)
     return add_update(kind, module, x, y, low_rank, gain, bias, dropout)
 
 
@@ -178,7 +183,7 @@ def _run_on_device(
     if layer_state.is_plain_product:
         if not device.applies(x, weight):
             return None
-        matrix: Any = weight.mT if kind.out_axis == 1 else weight
+        matrix_or_reader: Any = weight.mT if kind.out_axis == 1 else weight
     else:
         storage = change.storage
         if (
@@ -188,12 +193,12 @@ def _run_on_device(
             or storage.device(weight) != x.device
         ):
             return None
-        matrix = partial(_read_dense, change, weight, kind.out_axis == 1)
+        matrix_or_reader = partial(_read_dense, change, weight, kind.out_axis == 1)
     seed = new_seed() if dropout else 0
     return device.linears(
         (low_rank.scale,),
         x,
-        (matrix,),
+        (matrix_or_reader,),
         (bias,),
         (low_rank.A,),
         (low_rank.B,),
@@ -270,13 +275,13 @@ def run_materialised(
         if not dropout:
             y = kind.op(module, wide_x, changed_weight, bias)
         else:
-            scaled_base = change.changed_weight(weight, None, gain, dtype)
+            scaled_base_weight = change.changed_weight(weight, None, gain, dtype)
             dropped_x = drop(wide_x, dropout) if kind.drops_input else wide_x
             update = kind.op(module, dropped_x, changed_weight, bias) - kind.op(
-                module, dropped_x, scaled_base, bias
+                module, dropped_x, scaled_base_weight, bias
             )
             mask = 1 if kind.drops_input else _token_mask(wide_x, dropout, update.dtype)
-            y = kind.op(module, wide_x, scaled_base, bias) + update * mask
+            y = kind.op(module, wide_x, scaled_base_weight, bias) + update * mask
     return y.to(output_dtype(x, weight_dtype)) if runs_wide else y
 
 

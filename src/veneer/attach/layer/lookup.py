@@ -123,9 +123,9 @@ def name_or_default(model: nn.Module, name: str | None) -> str:
             "call veneer.attach or load first",
         )
     if name is None and len(model_adapters.configs) > 1:
-        names = ", ".join(model_adapters.configs)
+        names_text = ", ".join(model_adapters.configs)
         raise SelectionError(
-            f"{len(model_adapters.configs)} adapters ({names}) and no name",
+            f"{len(model_adapters.configs)} adapters ({names_text}) and no name",
             "a name",
             "pass the name of one adapter",
         )
@@ -143,16 +143,16 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
             or an adapter for each row is selected.
     """
     model_adapters = need_adapters(model)
-    active = context.current.selection.get(model_adapters.uid)
-    if active is None:
+    active_adapter = context.current.selection.get(model_adapters.uid)
+    if active_adapter is None:
         return name_or_default(model, None)
-    if active.name is None:
+    if active_adapter.name is None:
         raise SelectionError(
             "a selection of the base, or of an adapter for each row",
             "one adapter",
             f"call {method} inside `with veneer.use(model, name):`",
         )
-    return name_or_default(model, active.name)
+    return name_or_default(model, active_adapter.name)
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
@@ -172,8 +172,8 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
         layer_adapter = layer_state.get(name)
         if layer_adapter is not None and _holds_parameters(layer_adapter):
             # The calls below raise the error if a parameter is no longer there.
-            for weight, change in layer_adapter.changes.items():
-                frozen_weight(change, module, weight)
+            for weight_name, change in layer_adapter.changes.items():
+                frozen_weight(change, module, weight_name)
             layer_adapter.replacements(module)
             yield path, module, layer_adapter
 
@@ -208,5 +208,5 @@ def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, 
     adapter, in the model's order. A tied weight is yielded once. Raises the errors of
     ``adapters``."""
     for path, module, layer_adapter in adapters(model, name):
-        for weight, change in layer_adapter.low._modules.items():
-            yield path, module, weight, change  # pyright: ignore[reportReturnType]
+        for weight_name, change in layer_adapter.low._modules.items():
+            yield path, module, weight_name, change  # pyright: ignore[reportReturnType]

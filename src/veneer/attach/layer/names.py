@@ -99,9 +99,11 @@ class Names:
         parameters = [
             (is_sharded(parameter), ref, parameter) for ref, parameter in self.parameters()
         ]
-        marked_groups = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
-        for sharded, ref, parameter in parameters:
-            if sharded in marked_groups and not _was_loaded(parameter):
+        marked_groups = {
+            has_shards for has_shards, _, parameter in parameters if _was_loaded(parameter)
+        }
+        for has_shards, ref, parameter in parameters:
+            if has_shards in marked_groups and not _was_loaded(parameter):
                 fresh_refs.setdefault(id(parameter), ref)
         return fresh_refs
 
@@ -155,19 +157,22 @@ class Names:
             if candidates is None
             else [*candidates]
         )
-        if count := _regex_match_count(pattern, paths):
-            return f" (as a regular expression it matches {count} paths: write {'re:' + pattern!r})"
+        if match_count := _regex_match_count(pattern, paths):
+            return (
+                f" (as a regular expression it matches {match_count} paths: write"
+                f" {'re:' + pattern!r})"
+            )
         return nearest(pattern, [*(path.rpartition(".")[2] for path in paths), *paths])
 
     def last_components_text(self) -> str:
         """The distinct last components of the paths of modules that can be attached to, such as
         "q_proj", as a text for messages."""
-        names = (
+        last_components = (
             name.rpartition(".")[2] or "(the model itself)"
             for name, module in self.modules.items()
             if kind_of(module)
         )
-        return listing(dict.fromkeys(names), limit=12)
+        return listing(dict.fromkeys(last_components), limit=12)
 
 
 def _was_loaded(parameter: nn.Parameter) -> bool:
@@ -178,7 +183,7 @@ def _regex_match_count(pattern: str, paths: Iterable[str]) -> int:
     """The number of paths that ``pattern``, which does not begin with ``re:``, would match as a
     regular expression. 0 if it is not a valid one."""
     try:
-        expression = re.compile(pattern)
+        regex = re.compile(pattern)
     except re.error:
         return 0
-    return sum(expression.fullmatch(path) is not None for path in paths)
+    return sum(regex.fullmatch(path) is not None for path in paths)

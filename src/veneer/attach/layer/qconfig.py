@@ -41,10 +41,10 @@ class Qconfig:
             "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a"
             " plain model"
         )
-        text = sentence(problem, "plain layers to quantise", advice)
+        warning_text = sentence(problem, "plain layers to quantise", advice)
         # The warning names the first caller outside of these packages. typing_extensions is one of
         # them because torch decorates its quantisation functions with its ``deprecated``.
-        warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
+        warn_caller(warning_text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
 
     def __delete__(self, module: Any) -> None:
         del module.__dict__["qconfig"]

@@ -120,8 +120,8 @@ ADAPTER_CHANGE_LOCK = threading.RLock()
 
 
 def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of functions that change a model's adapters: the function holds
-    ``ADAPTER_CHANGE_LOCK``."""
+    """Decorator of functions that change a model's adapters: a call holds ``ADAPTER_CHANGE_LOCK``,
+    so that no two threads change adapters at once."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -200,11 +200,11 @@ class ModelAdapters:
             self.default_name = None
         self.set_merge_order(self.merge_order)
 
-    def set_merge_order(self, names: tuple[str, ...]) -> None:
+    def set_merge_order(self, merged_names: tuple[str, ...]) -> None:
         """Set the merged adapters, in the order of the merges, and update ``merged`` and
         ``default``, the selection of calls that select none: the adapter that was set as the
         default, else the only adapter."""
-        self.merge_order, self.merged = names, (None, *self._labels(names))[-1]
+        self.merge_order, self.merged = merged_names, (None, *self._merged_labels(merged_names))[-1]
         selections = self.selections
         if self.has_unrelated_merges:  # no adapter can run on these weights unmerged
             self.default = ActiveAdapter(self.merged, {})
@@ -216,10 +216,10 @@ class ModelAdapters:
         else:
             self.default = NONE_SELECTED if selections else BASE
 
-    def _labels(self, names: tuple[str, ...]) -> list[str]:
+    def _merged_labels(self, merged_names: tuple[str, ...]) -> list[str]:
         """The value of ``merged`` after each merge, if these adapters are merged in this order."""
         labels: list[str] = []
-        for name in names:
+        for name in merged_names:
             label_before = labels[-1] if labels else None
             was_attached_to_these = (
                 label_before is None or self.selections[name].merged_at_attach == label_before
@@ -236,7 +236,10 @@ class ModelAdapters:
     def can_merge(self, name: str) -> bool:
         """Whether the adapter ``name`` may be merged now: it was attached to the base's weights, or
         to the weights after one of the merges in ``merge_order``."""
-        return self.selections[name].merged_at_attach in (None, *self._labels(self.merge_order))
+        return self.selections[name].merged_at_attach in (
+            None,
+            *self._merged_labels(self.merge_order),
+        )
 
     def claim(self, root: nn.Module) -> None:
         """Record that these are the adapters of the model ``root``, unless a model is known."""
@@ -257,12 +260,12 @@ class ModelAdapters:
         COPIES_WITHOUT_ROOT.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
-        copied = memo[id(self)] = object.__new__(ModelAdapters)
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        adapters_copy = memo[id(self)] = object.__new__(ModelAdapters)
+        adapters_copy.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         # if the full model is being copied, the memo holds its copy, which is the new root
         if self.root is not None and (root := memo.get(id(self.root()))) is not None:
-            copied.claim(root)
-        return copied
+            adapters_copy.claim(root)
+        return adapters_copy
 
 
 #: copies of ``ModelAdapters`` whose model is not known yet. If layers were copied out of a model,
@@ -315,13 +318,13 @@ class LayerState(nn.Module):
         self.opaque_storage: Any = None
         self.base_dtypes: dict[Any, tuple[Any, ...]] = {}
 
-    def selection_error(self, active: ActiveAdapter) -> SelectionError:
+    def selection_error(self, active_adapter: ActiveAdapter) -> SelectionError:
         """The error of a call whose selection cannot run: it selects no adapter where there are
         several, a detached adapter, or another adapter than the merged one."""
         merged = self.model_adapters.merged
-        if active.layer_adapters is None and active.name is not None:
-            return active.selection_error()
-        if active.layer_adapters is None:
+        if active_adapter.layer_adapters is None and active_adapter.name is not None:
+            return active_adapter.selection_error()
+        if active_adapter.layer_adapters is None:
             configs = self.model_adapters.configs
             return SelectionError(
                 f"{len(configs)} adapters ({', '.join(configs)}) and none selected",
@@ -330,14 +333,17 @@ class LayerState(nn.Module):
                 " veneer.set_default(model, name) once",
             )
         if merged is None:
-            base_name = active.merged_at_attach
+            base_name = active_adapter.merged_at_attach
             return SelectionError(
-                f"a call that selects {active.name!r}, attached while {base_name!r} was merged, "
-                "which it no longer is",
+                f"a call that selects {active_adapter.name!r}, attached while {base_name!r} was"
+                " merged, which it no longer is",
                 "the weights that it was attached to",
                 f"merge {base_name!r} again",
             )
-        problem = f"a call that selects {active.name!r} while {merged!r} is merged into the weights"
+        problem = (
+            f"a call that selects {active_adapter.name!r} while {merged!r} is merged into the"
+            " weights"
+        )
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
         if self.model_adapters.has_unrelated_merges:
             expected = "a call without a selection, which has all that is merged"

@@ -131,7 +131,8 @@ class Stack:
 
 
 class Unformed(Tensor):
-    """W + ΔW of a ``Stack``, or of some of its matrices. Created by ``make_unformed``.
+    """A tensor that stands for W + ΔW of a ``Stack``, or of some of its matrices. The values are
+    computed only if an operation needs them. ``make_unformed`` creates it.
 
     Fields:
         index: the selected matrices of ``stack``.
@@ -157,7 +158,7 @@ class Unformed(Tensor):
         return self.stack.factors(self.index, self.is_transposed != transposed)
 
     def take_matrices(self, index: Index) -> Unformed:
-        """The ``Unformed`` of one or some of the stack's matrices."""
+        """The ``Unformed`` of the matrices ``index`` of the stack."""
         return make_unformed(self.stack, index, self.is_transposed)
 
     def transpose_matrices(self) -> Unformed:
@@ -169,9 +170,9 @@ class Unformed(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        operation = OPERATIONS.get(func)
-        operation = operation or OPERATIONS.get(getattr(func, "_qualified_op_name", None))
-        result = NotImplemented if operation is None else operation(func, *args, **kwargs)
+        implementation = OPERATIONS.get(func)
+        implementation = implementation or OPERATIONS.get(getattr(func, "_qualified_op_name", None))
+        result = NotImplemented if implementation is None else implementation(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
         if _writes_in_place(func, kwargs):
@@ -194,8 +195,8 @@ def _writes_in_place(func: Any, kwargs: Any) -> bool:
     """Whether a torch function writes into one of its arguments, judged by its name and by the
     argument ``out``."""
     name = getattr(func, "__name__", "")
-    is_special = name.startswith("__")
-    ends_in_place = name.endswith("_") and not is_special
+    is_dunder = name.startswith("__")
+    ends_in_place = name.endswith("_") and not is_dunder
     return ends_in_place or name in WRITING_METHODS or kwargs.get("out") is not None
 
 

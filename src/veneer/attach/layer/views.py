@@ -62,11 +62,13 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
         layer_adapter.adapters_read_by(method),
     )
     replacements = layer_adapter.replacements(module)
-    dtypes = {
+    weight_dtypes = {
         change.storage.dtype(frozen_weight(change, module, name))
         for name, change in layer_adapter.changes.items()
     }
-    narrow_dtype = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
+    narrow_dtype = next(
+        (dtype for dtype in weight_dtypes if at_least_float32(dtype) != dtype), None
+    )
     if submodule_adapters or any(child is not layer_state for child in module._modules.values()):
         # Not in float32: the modules below keep their own dtype, so the dtypes would not match.
         narrow_dtype = None
@@ -103,8 +105,8 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     else:
         weight = next(iter(view_tensors.values()))
         y = _run_widened(call, partial(base_method, view_of_module), weight, narrow_dtype)
-    for entry in views:
-        _write_back(entry)
+    for view_record in views:
+        _write_back(view_record)
     return y
 
 
@@ -127,10 +129,10 @@ def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.
     # ``data`` of a tensor is the tensor, ``data`` of a packed sequence is its tensor
     first_tensor = next((leaf.data for leaf in leaves if is_float(leaf)), None)
     y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
-    dtypes = _base_dtypes(call, leaves, weight, weight_dtype, y_dtype)
+    output_dtypes = _base_dtypes(call, leaves, weight, weight_dtype, y_dtype)
     with no_autocast(weight):
         args, kwargs = cast_floats((call.args, call.kwargs), torch.float32)
-        return cast_outputs(function(*args, **kwargs), dtypes, y_dtype)
+        return cast_outputs(function(*args, **kwargs), output_dtypes, y_dtype)
 
 
 def _base_dtypes(
@@ -165,25 +167,26 @@ def _base_dtypes(
         y_dtype,
         output_dtype(weight, weight_dtype),  # the dtype of autocast
         *call.kwargs,
-        *map(_signature, leaves),
+        *map(_dtype_signature, leaves),
     )
-    # torch.jit.trace compares several traces, which are equal only if none uses the cache
-    known_dtypes = {} if torch._C._get_tracing_state() is not None else layer_state.base_dtypes
-    if key not in known_dtypes:
-        devices = [weight.device] if weight.is_cuda else []
+    # torch.jit.trace compares several traces, which are equal only if none uses the cache, so each
+    # traced call gets an empty cache.
+    dtype_cache = {} if torch._C._get_tracing_state() is not None else layer_state.base_dtypes
+    if key not in dtype_cache:
+        cuda_devices = [weight.device] if weight.is_cuda else []
         # A dispatch mode, such as selective checkpointing, must see equal operations in each call,
         # so the extra call is hidden from it.
-        has_modes = torch._C._len_torch_dispatch_stack() > 0
-        without_modes = _disable_current_modes() if has_modes else nullcontext()
+        has_dispatch_modes = torch._C._len_torch_dispatch_stack() > 0
+        without_modes = _disable_current_modes() if has_dispatch_modes else nullcontext()
         try:
-            with without_modes, torch.random.fork_rng(devices=devices):
-                known_dtypes[key] = _call_base(call)
+            with without_modes, torch.random.fork_rng(devices=cuda_devices):
+                dtype_cache[key] = _call_base(call)
         except Exception:  # the base cannot take these arguments; float32 weights may
             return ()
-    return known_dtypes[key]
+    return dtype_cache[key]
 
 
-def _signature(leaf: Any) -> Any:
+def _dtype_signature(leaf: Any) -> Any:
     """The part of an argument on which the dtypes of an output may depend: the dtype of a tensor,
     the type of a number, any other argument itself."""
     if isinstance(leaf, Tensor | PackedSequence):
@@ -198,16 +201,18 @@ def _call_base(call: Call) -> tuple[torch.dtype | None, ...]:
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     with torch.no_grad():
         tensors = {**module._buffers, **module._parameters}
-        values = {name: _copy(tensor) for name, tensor in tensors.items()}
-        base_view = _create_view(module, base_cls, values, {}, layer_state, [], {})
+        tensor_copies = {name: _copy_mutable(tensor) for name, tensor in tensors.items()}
+        base_view = _create_view(module, base_cls, tensor_copies, {}, layer_state, [], {})
         attributes = base_view.__dict__
-        attributes.update({name: _copy(attribute) for name, attribute in attributes.items()})
-        args, kwargs = pytree.tree_map(_copy, (args, kwargs))
+        attributes.update(
+            {name: _copy_mutable(attribute) for name, attribute in attributes.items()}
+        )
+        args, kwargs = pytree.tree_map(_copy_mutable, (args, kwargs))
         y = method_of(base_cls, method)(base_view, *args, **kwargs)
     return tuple(leaf.data.dtype if is_float(leaf) else None for leaf in pytree.tree_leaves(y))
 
 
-def _copy(value: Any) -> Any:
+def _copy_mutable(value: Any) -> Any:
     """A copy of a tensor, list, dict or set; any other value itself."""
     if isinstance(value, Tensor):
         return value.clone()
@@ -276,8 +281,8 @@ def _view_below(
     """
     layer_adapter, layer_state = layer_adapters.get(()), state_of(module)
     if layer_adapter is None:
-        children = _child_views(module, layer_adapters, views)
-        return _create_view(module, type(module), {}, children, None, views, {})
+        child_views = _child_views(module, layer_adapters, views)
+        return _create_view(module, type(module), {}, child_views, None, views, {})
     if layer_state is None and LAYER_STATE_NAME in module._modules:
         return module  # already a view, created for a module above
     if layer_state is None:
@@ -289,12 +294,14 @@ def _view_below(
         *layer_adapter.submodule_adapters_by_method.values(),
     ):
         layer_adapters = {**submodule_adapters, **layer_adapters}
-    values = {
+    view_tensors = {
         **layer_adapter.replacements(module),
         **layer_adapter.changed_weights(module, wide=False),
     }
-    children = _child_views(module, layer_adapters, views)
-    return _create_view(module, base_class(module), values, children, layer_state, views, {})
+    child_views = _child_views(module, layer_adapters, views)
+    return _create_view(
+        module, base_class(module), view_tensors, child_views, layer_state, views, {}
+    )
 
 
 class _View(NamedTuple):
@@ -305,7 +312,7 @@ class _View(NamedTuple):
         values: the tensors that replace parameters and buffers of the module, by name. Writes of
             forward to them are not copied to the module.
         wide_buffers: copies of other buffers in float32, by name, each with its version before the
-            call (``_version``).
+            call (``_write_count``).
     """
 
     module: nn.Module
@@ -315,17 +322,17 @@ class _View(NamedTuple):
     wide_buffers: Mapping[str, tuple[Tensor, int | None]]
 
 
-def _version(tensor: Tensor) -> int | None:
+def _write_count(tensor: Tensor) -> int | None:
     """The number of writes to a tensor so far. None for an inference tensor, which does not count
     writes, and while compiling, where the number is not known."""
     is_unknown = torch.compiler.is_compiling() or tensor.is_inference()
     return None if is_unknown else tensor._version
 
 
-def _write_back(entry: _View) -> None:
+def _write_back(view_record: _View) -> None:
     """Copy the changes that forward made to a view back to the module: attributes (a cache, a
     counter) and buffers."""
-    module, view, attributes, values, wide_buffers = entry
+    module, view, attributes, values, wide_buffers = view_record
     module_attributes, view_attributes = module.__dict__, view.__dict__
     module_attributes.update(
         {
@@ -370,7 +377,7 @@ def _create_view(
     if layer_state is not None and layer_state.layer is not None:
         layer_state.layer.bind(module_view, tensors)
     wide_buffers = {
-        name: (wide_copy, _version(wide_copy))
+        name: (wide_copy, _write_count(wide_copy))
         for name, wide_copy in wide_copies.items()
         if name in module._buffers and name not in values
     }
@@ -395,8 +402,8 @@ def view(
         parametrizations = cast(nn.ModuleDict, module._modules["parametrizations"])
         values = {
             **{
-                name: BASES["parametrized"].dense(parametrized)
-                for name, parametrized in parametrizations.items()
+                name: BASES["parametrized"].dense(parametrization_list)
+                for name, parametrization_list in parametrizations.items()
             },
             **values,
         }
