@@ -195,7 +195,7 @@ _LAZY = {
     "compares_attention": "source.source_analysis",  # whether code tests for attention "sdpa"
     "has_forward": "source.weight_readers",  # whether a module's class defines a forward
     "submodule_calls": "source.source_analysis",  # the submodules that a forward calls
-    "weight_readers": "source.weight_readers",  # methods that read a weight, not by a call
+    "weight_readers": "source.weight_readers",  # methods that read a weight, besides forward
     # methods of a model that are overridden
     "answer_peft_names": "source.from_peft",  # PEFT's method names raise errors that name Veneer's
     "PEFT_METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer

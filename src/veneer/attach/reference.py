@@ -126,7 +126,7 @@ class Reference(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_root", "_adapter", "_frozen_copies", "_submodule"):
-            raise AttributeError(name)  # not set yet: a copy of this object is being created
+            raise AttributeError(name)  # not set yet in a new copy; avoids a recursion
         return self._under_selection(getattr(self._submodule, name))
 
     def _under_selection(self, value: Any) -> Any:

@@ -127,7 +127,8 @@ class use:
         )
 
     def __del__(self) -> None:
-        # `veneer.use(…)` without `with` looks like a switch that stays on, but does nothing.
+        # Warn, because `veneer.use(…)` without `with` does nothing, but looks as if it selected for
+        # all later calls.
         if not getattr(self, "_was_entered", True):
             warnings.warn(
                 f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did"

@@ -155,7 +155,8 @@ class Change(nn.Module):
     def resolve(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """(LowRank, gain) of the change of ``weight``, differentiable in the adapter parameters.
+        """(LowRank, gain) of the change of ``weight``, for which the changed weight is gain ⊙ (W +
+        ΔW). Differentiable in the adapter parameters.
         The gain has one factor for each output row, [g · out], or is None for a gain of 1.
         ``dtype`` is the dtype of both; None keeps that of the parameters."""
         # No test of the rank before this return: torch.compile would compile a graph for each rank.
@@ -178,7 +179,8 @@ class Change(nn.Module):
                 name: precision.cast(tensor, dtype) for name, tensor in parameters.items()
             }
         if self.frozen_input is not None and "A" in parameters:
-            # Zero the column before the variant runs, because its gain may depend on ΔW.
+            # Zero the column of A for this input already here, because the variant may compute its
+            # gain from ΔW.
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
         low_rank, gain = self.variant.resolve(
             parameters, self.scale, self._weight_reader(weight, dtype)
@@ -196,8 +198,8 @@ class Change(nn.Module):
         return low_rank, gain
 
     def is_transposed_in(self, kind: Layer) -> bool:
-        """Whether layers of this kind hold the weight transposed, such as a linear head that is
-        tied to an embedding."""
+        """Whether layers of this kind hold the transpose of the weight as this change sees it. For
+        example, the change belongs to an embedding, and a linear head is tied to it."""
         return self.layer.out_axis != kind.out_axis
 
     def as_read_by(self, kind: Layer, low_rank: LowRank) -> LowRank:

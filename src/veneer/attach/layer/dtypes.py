@@ -51,7 +51,8 @@ def no_autocast(tensor: Tensor) -> Any:
 
 
 def output_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the output that the layer without an adapter computes for the input ``x``."""
+    """The dtype of the output that the layer without an adapter computes for the input ``x``:
+    that of the weight for token ids, else that of autocast or of ``x``."""
     if not x.is_floating_point():
         return weight_dtype
     device = x.device.type

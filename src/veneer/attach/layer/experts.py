@@ -83,7 +83,7 @@ def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
 
 def is_stack(change: Change, weight: Any) -> bool:
     """Whether ``change`` changes a frozen stack [E, out, in] of matrices that is stored as a plain
-    parameter."""
+    parameter, so that an ``Unformed`` can stand for it."""
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 3

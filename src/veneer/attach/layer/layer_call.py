@@ -83,7 +83,7 @@ class LinearCall(NamedTuple):
     def bias(self, change: Change) -> Any:
         parameters = self.module._parameters
         is_parameter = "bias" in parameters and not change.storage.opaque
-        # a bias that is pruned or parametrised is computed when its attribute is read
+        # Read a pruned or parametrised bias as an attribute, by which torch computes it.
         bias = parameters["bias"] if is_parameter else getattr(self.module, "bias", None)
         return self.replacements.get("bias", bias)
 

@@ -28,8 +28,8 @@ from veneer.errors import SelectionError, TargetError, listing, nearest, sentenc
 
 
 def adapters_of(model: nn.Module) -> ModelAdapters | None:
-    """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``, or
-    None."""
+    """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``; None if
+    nothing is attached."""
     return unwrap(model).__dict__.get(MODEL_ADAPTERS_NAME)
 
 
@@ -86,7 +86,7 @@ def need_adapters(
 
 def foreign_layers_problem(model: nn.Module) -> str | None:
     """An error text if layers of this model have adapters that were attached through another model
-    object; else None."""
+    object, such as a parent model or the source of a copied layer; else None."""
 
     def foreign_paths() -> list[str]:
         model_adapters = adapters_of(model)

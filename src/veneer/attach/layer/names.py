@@ -114,7 +114,8 @@ class Names:
         return [name for name, aliases in self.aliases.items() if any(map(is_match, aliases))]
 
     def parameters_matching(self, pattern: str) -> list[ParamRef]:
-        """The parameters whose path matches ``pattern``, in the model's order."""
+        """The parameters whose path, under any name of their module, matches ``pattern``, in the
+        model's order."""
         is_match = path_test(pattern)
         return [
             (path, name)

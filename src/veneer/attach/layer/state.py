@@ -140,7 +140,8 @@ def detached_error(name: str | None) -> SelectionError:
 
 
 #: joins two adapter names in ``ModelAdapters.merged`` if the second adapter was merged on top of
-#: the first, although it was attached before that one was merged. No adapter name contains it.
+#: the first, although it had been attached to weights without the first. No adapter name contains
+#: this text.
 MERGED_OVER = " + "
 
 
@@ -362,6 +363,7 @@ class Call(NamedTuple):
     ``run(call)`` computes the output of the call.
 
     Fields:
+        module, layer_state: the adapted module, and its ``LayerState``.
         base_cls: the class of the module before it was adapted.
         args, kwargs: the arguments of the call, without ``self``.
         context: the context of the call.

@@ -24,12 +24,13 @@ from veneer.layers import Layer
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 
-#: the name of R among the parameters of a ``Change``
+#: the name of the trained token rows R among the parameters of a ``Change``
 TOKEN_ROWS = "token_rows"
 
 
 def initial_rows(dense: Tensor, ids: Tensor) -> Tensor:
-    """The initial R, [n, d]: the rows ``ids`` of the base's weight ``dense``, [V, d]."""
+    """The initial values of the trained token rows, [n, d]: the rows ``ids`` of the base's weight
+    ``dense``, [V, d]."""
     return dense.detach().index_select(0, ids.to(dense.device))
 
 

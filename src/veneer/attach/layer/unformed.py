@@ -82,8 +82,8 @@ class Stack:
         factors of the transposed matrices."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            # The backward of ``unbind`` creates one gradient of the stack's size for all matrices.
-            # The backward of a subscript would create one for each matrix.
+            # Unbind all matrices once: the backward of ``unbind`` creates one gradient of the
+            # stack's size for all of them, that of a subscript would create one for each matrix.
             if self.needs_gradient:
                 if not self.unbound:
                     self.unbound = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]

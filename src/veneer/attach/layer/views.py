@@ -126,7 +126,7 @@ def _run_widened(call: Call, function: Any, weight: Tensor, weight_dtype: torch.
     arguments of ``call`` in float32. The output is cast to the dtypes that it would have with
     weights of ``weight_dtype``. ``weight`` is a weight of the view, for its device."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
-    # ``data`` of a tensor is the tensor, ``data`` of a packed sequence is its tensor
+    # ``data`` is a tensor for both kinds of leaves: tensors and packed sequences
     first_tensor = next((leaf.data for leaf in leaves if is_float(leaf)), None)
     y_dtype = weight_dtype if first_tensor is None else output_dtype(first_tensor, weight_dtype)
     output_dtypes = _base_dtypes(call, leaves, weight, weight_dtype, y_dtype)
@@ -165,7 +165,7 @@ def _base_dtypes(
         call.module.training,
         weight_dtype,
         y_dtype,
-        output_dtype(weight, weight_dtype),  # the dtype of autocast
+        output_dtype(weight, weight_dtype),  # depends on autocast
         *call.kwargs,
         *map(_dtype_signature, leaves),
     )
@@ -181,7 +181,7 @@ def _base_dtypes(
         try:
             with without_modes, torch.random.fork_rng(devices=cuda_devices):
                 dtype_cache[key] = _call_base(call)
-        except Exception:  # the base cannot take these arguments; float32 weights may
+        except Exception:  # the view, in float32, may not fail
             return ()
     return dtype_cache[key]
 
@@ -348,7 +348,7 @@ def _write_back(view_record: _View) -> None:
             continue
         module_buffer: Any = module._buffers.get(name)
         wide_copy, version = wide_buffers.get(name, (module_buffer, None))
-        if buffer is not wide_copy:  # forward has assigned another tensor
+        if buffer is not wide_copy:  # forward has assigned a new buffer
             is_widened = name in wide_buffers and is_float(buffer)
             module._buffers[name] = buffer.to(module_buffer.dtype) if is_widened else buffer
         elif name in wide_buffers and (
@@ -394,8 +394,8 @@ def view(
 ) -> nn.Module:
     """A view of ``module``: another object, of class ``base_cls``, that shares the attributes of
     the module. ``values`` (parameters and buffers), ``children`` and ``attributes`` replace those
-    of the module, by name. The module is not changed, so several threads may call it at once;
-    ``torch.func.functional_call`` would swap its parameters in place."""
+    of the module, by name. The module is not changed, so several threads may create and use views of it
+    at once; ``torch.func.functional_call`` would swap its parameters in place."""
     if values and is_parametrized(module):
         # The parametrised class computes weights in properties. The view has the original class,
         # and holds the computed weights.
@@ -414,7 +414,8 @@ def view(
         # Bind accelerate's wrapper, and the forward that it wraps, to the view.
         module_view.__dict__[ACCELERATE_FORWARD] = MethodType(base_cls.forward, module_view)
         module_view.__dict__["forward"] = partial(module_view.__dict__["forward"].func, module_view)
-    # Skip the wrapper that moves inputs to the module's device: it has run already.
+    # Skip the wrapper of compressed-tensors that moves inputs to the module's device, because it
+    # has run in the call of the module.
     if COMPRESSED_FORWARD in module_view.__dict__:
         is_adapted = base_cls is not type(module)
         forward = base_cls.forward if is_adapted else module_view.__dict__[COMPRESSED_FORWARD]
