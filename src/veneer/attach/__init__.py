@@ -191,7 +191,7 @@ _LAZY = {
     "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed
     "without_backup": "merging.stored_weights",  # merged weights without a copy of their old bits
     # analysis of the source code of a model
-    "attributes_read_above": "source.weight_readers",  # attributes that modules further up read
+    "attributes_read_above": "source.weight_readers",  # attributes that forwards of parents read
     "compares_attention": "source.source_analysis",  # whether code tests for attention "sdpa"
     "has_forward": "source.weight_readers",  # whether a module's class defines a forward
     "submodule_calls": "source.source_analysis",  # the submodules that a forward calls

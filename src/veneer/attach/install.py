@@ -425,8 +425,9 @@ def _variant_parameters(
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
     """The variant's parameters of one weight, trained and frozen: ``loaded_parameters``, or newly
-    initialised ones if that is empty. Adapter files do not contain frozen parameters that the sizes
-    determine (``Variant.derived``), so these are initialised even if the others were loaded. Raises
+    initialised ones if that is empty. Adapter files do not contain frozen parameters whose values
+    follow from the sizes of the weight (``Variant.derived``), so these are initialised even if the
+    others were loaded. Raises
     an _InitializationError if the variant cannot be initialised from the weight."""
     layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
 

@@ -34,7 +34,8 @@ COMPRESSED_FORWARD = "_original_forward_func"
 
 
 class Adapted:
-    """The mixin that ``adapted_class`` puts before a layer's class in the base classes.
+    """The first base class of each adapted class, before the layer's own class. It marks modules as
+    adapted and defines how they are pickled and printed.
 
     Fields:
         veneer_base: the layer's class before it was adapted.

@@ -59,7 +59,8 @@ def need_adapters(
     Args:
         name: an adapter that must exist. None does not require a particular adapter.
         check_all_layers: whether to check all layers for adapters of another model object. If
-            False, they are checked only if an adapted layer has been copied in this process.
+            False, for speed, they are checked only while there is a copy of adapted layers that is
+            not known to belong to a copy of the full model (``COPIES_WITHOUT_ROOT``).
 
     Raises:
         SelectionError: the model has no adapter, or none of this name, or a layer has adapters of

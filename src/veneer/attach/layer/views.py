@@ -394,8 +394,8 @@ def view(
 ) -> nn.Module:
     """A view of ``module``: another object, of class ``base_cls``, that shares the attributes of
     the module. ``values`` (parameters and buffers), ``children`` and ``attributes`` replace those
-    of the module, by name. The module is not changed, so several threads may create and use views of it
-    at once; ``torch.func.functional_call`` would swap its parameters in place."""
+    of the module, by name. The module is not changed, so several threads may use views of it at
+    once; ``torch.func.functional_call`` would swap its parameters in place."""
     if values and is_parametrized(module):
         # The parametrised class computes weights in properties. The view has the original class,
         # and holds the computed weights.
