@@ -255,7 +255,7 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
         model.__dict__[MODEL_ADAPTERS_NAME] = model_adapters
         model_adapters.claim(model)
         for parameter in model.parameters():
-            # not ``requires_grad_``, which fails on a parameter that has no shape yet
+            # not ``requires_grad_``, which fails on a parameter of a lazy module
             parameter.requires_grad = False
     return model_adapters
 

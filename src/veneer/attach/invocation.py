@@ -259,8 +259,8 @@ def find_starts(
     past_length: int = 0,
     cached_starts: CachedStarts | None = None,
 ) -> list[int | None]:
-    """For each row of ids [rows, columns], the column in the full sequence at which the last
-    occurrence of ``tokens`` begins. None for a row without an occurrence.
+    """For each row of ``ids`` [rows, columns], the column in the full sequence at which the last
+    occurrence of the invocation ``tokens`` begins. None for a row without an occurrence.
 
     Args:
         past_length: the number of columns of the full sequence before ``ids``.

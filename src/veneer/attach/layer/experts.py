@@ -299,8 +299,9 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
 
 
 def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
-    """The rows of x that each of the E matrices multiplies, [E, t, in] with t rows each. None if x
-    has another shape."""
+    """x as [E, t, in]: the t rows that each of the E matrices of ``weight`` multiplies. An x [t,
+    in] or [1, t, in] is expanded, so that all matrices multiply the same rows. None for an x of
+    another shape."""
     matrix_count = weight.shape[0]
     if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, matrix_count)):
         return None

@@ -207,7 +207,8 @@ class ModelAdapters:
         default, else the only adapter."""
         self.merge_order, self.merged = merged_names, (None, *self._merged_labels(merged_names))[-1]
         selections = self.selections
-        if self.has_unrelated_merges:  # no adapter can run on these weights unmerged
+        if self.has_unrelated_merges:
+            # No adapter was attached to these weights, so calls run the merged weights alone.
             self.default = ActiveAdapter(self.merged, {})
             return
         if self.default_name is not None:
@@ -320,8 +321,9 @@ class LayerState(nn.Module):
         self.base_dtypes: dict[Any, tuple[Any, ...]] = {}
 
     def selection_error(self, active_adapter: ActiveAdapter) -> SelectionError:
-        """The error of a call whose selection cannot run: it selects no adapter where there are
-        several, a detached adapter, or another adapter than the merged one."""
+        """The error of a call whose selection cannot run: it selects none of several adapters, a
+        detached adapter, or an adapter whose ΔW does not belong to the present weights, because an
+        adapter was merged or unmerged since the attach."""
         merged = self.model_adapters.merged
         if active_adapter.layer_adapters is None and active_adapter.name is not None:
             return active_adapter.selection_error()

@@ -311,8 +311,8 @@ class _View(NamedTuple):
         attributes: the view's attributes before the call.
         values: the tensors that replace parameters and buffers of the module, by name. Writes of
             forward to them are not copied to the module.
-        wide_buffers: copies of other buffers in float32, by name, each with its version before the
-            call (``_write_count``).
+        wide_buffers: float32 copies of the other 16-bit buffers, by name, each with its number of
+            writes before the call (``_write_count``), which tells whether forward wrote to it.
     """
 
     module: nn.Module
