@@ -208,7 +208,7 @@ class ModelAdapters:
         self.merge_order, self.merged = merged_names, (None, *self._merged_labels(merged_names))[-1]
         selections = self.selections
         if self.has_unrelated_merges:
-            # No adapter was attached to these weights, so calls run the merged weights alone.
+            # No single adapter belongs to these weights, so calls run them without one.
             self.default = ActiveAdapter(self.merged, {})
             return
         if self.default_name is not None:
