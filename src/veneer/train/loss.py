@@ -346,7 +346,10 @@ def _loss_in_chunks(
             logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, balancing_loss
         )
     return TokenLoss(
-        sums.differentiable_total(rows), items.to(sums.total.device), sums.correct, balancing_loss
+        sums.differentiable_total(rows),
+        items.to(sums.total_loss.device),
+        sums.correct_count,
+        balancing_loss,
     )
 
 
