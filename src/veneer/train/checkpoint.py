@@ -81,7 +81,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
         )
 
     def hold_output_lock() -> None:
-        if not output.is_file():  # no lock fits into a file, which `can_resume` refuses later
+        if not output.is_file():  # a file holds no lock; `can_resume` refuses it later
             stack.enter_context(hold_lock(output / LOCK, make_refusal))
         if (output / RUN).exists():  # otherwise temporary files are another program's
             recover_all(output)

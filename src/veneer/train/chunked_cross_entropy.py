@@ -151,13 +151,13 @@ def _refuse_second_derivative() -> None:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """The scalar `total` as a function of `inputs`. Backward uses precomputed `gradients` of the
-    scalar, one for each input."""
+    """The scalar `total_loss` as a function of `inputs`. Backward uses the precomputed `gradients`
+    of the scalar, one for each input."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, total_loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        return total.clone()
+        return total_loss.clone()
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> Any:
@@ -206,9 +206,7 @@ def _leaf_tensors(output: Tensor) -> list[Tensor]:
         if node is None or node in visited:
             continue
         visited.add(node)
-        if hasattr(
-            node, "variable"
-        ):  # a node at the end of the graph, which accumulates the leaf's gradient
+        if hasattr(node, "variable"):  # the node accumulates the gradient of a leaf
             leaves.append(node.variable)
         pending += [next_node for next_node, _ in node.next_functions]
     return leaves
