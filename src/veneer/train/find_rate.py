@@ -81,14 +81,14 @@ class RateSweep:
         """The lines of a table of about `count` steps: the rate, and the smoothed loss as a number
         and as a bar. A header comes first."""
         smoothed_losses = self.smoothed_losses
-        min_loss, max_loss = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
+        min_loss, first_loss = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
         shown_indices = sorted(
             {round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)}
         )
         lines = ["     rate     loss"]
         for step in shown_indices:
             bar_share = min(
-                max((smoothed_losses[step] - min_loss) / ((max_loss - min_loss) or 1.0), 0.0), 1.2
+                max((smoothed_losses[step] - min_loss) / ((first_loss - min_loss) or 1.0), 0.0), 1.2
             )
             bar = "█" * (1 + round(28 * bar_share))
             lines.append(f"{self.rates[step]:9.1e} {smoothed_losses[step]:8.4f}  {bar}")
