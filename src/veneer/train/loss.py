@@ -189,9 +189,9 @@ def label_losses(
     shifted_labels = labels[:, 1:]
     has_label, body_path = shifted_labels != IGNORED, find_body(model)
     counts, outputs = has_label.sum(1), None
-    # A forward in chunks sums the gradients of the head's parameters over the labels, so a weight for
-    # each label could not be applied to them. It is therefore not used if the adapter changes the
-    # head.
+    # A forward in chunks sums the gradients of the head's parameters over the labels, so a weight
+    # for each label could not be applied to them. Therefore no chunks are used if the adapter
+    # changes the head.
     adapter_changes_head = (
         torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
     )
