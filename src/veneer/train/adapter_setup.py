@@ -42,7 +42,7 @@ def attach_adapter(
 ) -> Any:
     """Attach the adapter of a run to its base, and return the adapter's handle. The adapter is the
     one in the checkpoint of ``resume_point``, else the one that the run trains further, else new.
-    The call for a new adapter sets torch's global seed to the seed of the configuration.
+    For a new adapter, torch's global seed is set to the seed of the configuration.
 
     Args:
         prepared: the run's data, for adapters whose initial values depend on them.
@@ -87,7 +87,7 @@ def lora_config(
         invocation_ids: the ids of the tokens from which on the adapter acts (aLoRA); () for an
             adapter that acts on every token.
     """
-    dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
+    dtype_name = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     return LoraConfig(
         rank=config.rank,
         alpha=config.alpha,
@@ -98,7 +98,7 @@ def lora_config(
         train_also=[*config.train_also, *_new_heads(model, config)],
         bias=config.bias,
         variant=config.variant,
-        dtype=dtype,
+        dtype=dtype_name,
         trainable_tokens=token_ids_by_path,
         invocation_tokens=invocation_ids,
     )

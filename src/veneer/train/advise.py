@@ -184,8 +184,8 @@ def try_out(
     from veneer.train.sweep.sweep_run import sweep
     from veneer.train.sweep.sweep_settings import make_sweep
 
-    values = _values_by_setting(advice)
-    rate, rank = values["learning_rate"], values["rank"]
+    advised_values = _values_by_setting(advice)
+    rate, rank = advised_values["learning_rate"], advised_values["rank"]
     axes = {
         "learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
         "rank": list(dict.fromkeys([max(1, rank // 4), rank])),
@@ -198,23 +198,24 @@ def try_out(
     if result.interrupted:
         return None
     sweep_facts = result.facts
-    best = next(
+    best_candidate = next(
         candidate
         for candidate in sweep_facts["candidates"]
         if candidate["name"] == sweep_facts["best"]
     )
     reason = (
-        f"best of {len(sweep_facts['candidates'])} after {steps} steps, loss {best['loss']:.4f}"
+        f"best of {len(sweep_facts['candidates'])} after {steps} steps,"
+        f" loss {best_candidate['loss']:.4f}"
     )
     return [
         (
             Advice(
                 entry.setting,
-                best["changes"][entry.setting],
+                best_candidate["changes"][entry.setting],
                 f"{reason}; advised was {entry.value:g}",
                 str(folder),
             )
-            if entry.setting in best["changes"]
+            if entry.setting in best_candidate["changes"]
             else entry
         )
         for entry in advice

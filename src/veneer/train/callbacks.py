@@ -45,7 +45,7 @@ class LossLog(TrainerCallback):
     """
 
     def __init__(self, output: Path, previous_lines: list[dict[str, Any]], task: Task) -> None:
-        self.path, self.measures = output / LOG, task.measures
+        self.path, self.measure_names = output / LOG, task.measures
         self.seconds_before = float(previous_lines[-1]["seconds"]) if previous_lines else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -56,8 +56,15 @@ class LossLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        logged_names = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", *self.measures}
-        logged_names |= {f"eval_{name}" for name in self.measures}
+        logged_names = {
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "epoch",
+            "eval_loss",
+            *self.measure_names,
+        }
+        logged_names |= {f"eval_{name}" for name in self.measure_names}
         line: dict[str, Any] = {
             "step": state.global_step,
             **{name: logs[name] for name in logs if name in logged_names},
@@ -183,12 +190,15 @@ class ProgressBar(TrainerCallback):
             return
         step, now = state.global_step, time.perf_counter()
         if "eval_loss" in logs:
-            measures = "".join(
+            measures_text = "".join(
                 f", {format_measure(logs[name])}"
                 for name, format_measure in self.measure_formatters.items()
                 if name in logs
             )
-            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{measures}")
+            say(
+                self.console,
+                f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{measures_text}",
+            )
         if "loss" not in logs:
             return
         self.recent_steps.append((now, int(logs.get("num_tokens", 0)), step))

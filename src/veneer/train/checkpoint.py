@@ -82,12 +82,12 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
 
     def hold_output_lock() -> None:
         if not output.is_file():  # a file holds no lock; `can_resume` refuses it later
-            stack.enter_context(hold_lock(output / LOCK, make_refusal))
+            exit_stack.enter_context(hold_lock(output / LOCK, make_refusal))
         if (output / RUN).exists():  # otherwise temporary files are another program's
             recover_all(output)
 
     try:
-        with ExitStack() as stack:
+        with ExitStack() as exit_stack:
             processes.run_on_first(hold_output_lock)
             yield
     finally:
@@ -112,23 +112,23 @@ def write(
     gets its final name once all processes are done. If one process fails, the temporary folder is
     removed and all processes raise. A failed write raises `OSError`, whichever library reported
     it."""
-    target = path_of(output, step)
+    checkpoint_folder = path_of(output, step)
 
-    with ExitStack() as stack:
-        writer = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
-        folder = Path(processes.run_on_first(lambda: str(stack.enter_context(writer))))
+    with ExitStack() as exit_stack:
+        writer = new_folder(checkpoint_folder, overwrite=True, replaces=[STATE, EVERYTHING])
+        staging_folder = Path(processes.run_on_first(lambda: str(exit_stack.enter_context(writer))))
         try:
             # `disk_errors` is the inner of the two, because errors of communication between
             # processes, which `joint_work` raises, have nothing to do with the disk
-            with processes.joint_work(), disk_errors(target):
-                fill(folder)
+            with processes.joint_work(), disk_errors(checkpoint_folder):
+                fill(staging_folder)
             with processes.joint_work():
-                stack.close()
+                exit_stack.close()  # in the first process, this gives the folder its final name
         except BaseException:
             # the first process has removed the folder, but a write of this process may have created
             # it again since
             if not processes.is_first:
-                shutil.rmtree(folder.parent, ignore_errors=True)
+                shutil.rmtree(staging_folder.parent, ignore_errors=True)
             raise
 
 

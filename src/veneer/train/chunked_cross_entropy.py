@@ -69,13 +69,15 @@ class ChunkedCrossEntropy:
         self.log_p.append(log_p)
         if not logits.requires_grad:
             return
-        gradient = softmax.scatter_(1, labels, p - 1)  # softmax(logits) - onehot(labels)
+        logit_gradient = softmax.scatter_(1, labels, p - 1)  # softmax(logits) - onehot(labels)
         parameters = [
             parameter for parameter in _leaf_tensors(logits) if parameter is not leaf_rows
         ]
         inputs = [leaf_rows, *parameters] if leaf_rows.requires_grad else parameters
         with torch.autocast(logits.device.type, enabled=False):
-            gradients = list(torch.autograd.grad(logits, inputs, gradient.to(logits.dtype)[None]))
+            gradients = list(
+                torch.autograd.grad(logits, inputs, logit_gradient.to(logits.dtype)[None])
+            )
         if leaf_rows.requires_grad:
             self.row_gradients.append(gradients.pop(0))
         for parameter, chunk_gradient in zip(parameters, gradients, strict=True):
@@ -200,13 +202,13 @@ def make_leaf(rows: Tensor) -> Tensor:
 
 def _leaf_tensors(output: Tensor) -> list[Tensor]:
     """The leaf tensors that require a gradient in the autograd graph of ``output``."""
-    leaves, visited, pending = [], set(), [output.grad_fn]
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in visited:
+    leaves, visited_nodes, pending_nodes = [], set(), [output.grad_fn]
+    while pending_nodes:
+        node: Any = pending_nodes.pop()
+        if node is None or node in visited_nodes:
             continue
-        visited.add(node)
+        visited_nodes.add(node)
         if hasattr(node, "variable"):  # the node accumulates the gradient of a leaf
             leaves.append(node.variable)
-        pending += [next_node for next_node, _ in node.next_functions]
+        pending_nodes += [next_node for next_node, _ in node.next_functions]
     return leaves

@@ -41,7 +41,8 @@ FREE_ON_RESUME = frozenset(
 LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
                "layers", "reward")  # fmt: skip
 
-#: by setting that earlier versions lacked, the value as which they computed, if not the default
+#: by setting that earlier versions lacked, the value that describes what they computed; settings
+#: whose default describes it are left out
 IMPLIED_SETTINGS = {"group_by_length": True}
 
 # Fields that cannot be set together with `adapter`, because the adapter's files define them.
@@ -393,10 +394,10 @@ class TrainConfig(BaseModel):
                 raise ValueError(description)
         return self
 
-    def _list_changed(self, fields: tuple[str, ...]) -> str:
-        """The names of the `fields` whose values differ from their defaults, as one text."""
+    def _list_changed(self, field_names: tuple[str, ...]) -> str:
+        """The `field_names` of fields that differ from their defaults, joined by commas."""
         defaults = self.defaults()
-        return ", ".join(name for name in fields if getattr(self, name) != defaults[name])
+        return ", ".join(name for name in field_names if getattr(self, name) != defaults[name])
 
     def content(self) -> dict[str, Any]:
         """All fields by name, with their values as JSON values."""

@@ -197,9 +197,11 @@ def select_fields(
     rows = [
         {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
     ]
-    unused = tuple(column for column in data_columns if column not in column_by_field.values())
+    unused_columns = tuple(
+        column for column in data_columns if column not in column_by_field.values()
+    )
     return Records(
-        "columns", rows, [location for location, _ in located_rows], source, digest, unused
+        "columns", rows, [location for location, _ in located_rows], source, digest, unused_columns
     )
 
 
@@ -270,8 +272,10 @@ def _build_records(
             checked_row[TOOLS] = parse_tools(row[TOOLS], f"{source}, {location}")
         rows.append(checked_row)
     used_columns = {*column_by_field.values(), *(TOOLS for row in rows if TOOLS in row)}
-    unused = tuple(column for column in data_columns if column not in used_columns)
-    return Records(kind, rows, [location for location, _ in located_rows], source, digest, unused)
+    unused_columns = tuple(column for column in data_columns if column not in used_columns)
+    return Records(
+        kind, rows, [location for location, _ in located_rows], source, digest, unused_columns
+    )
 
 
 #: name of the folder of the demo data, which `make demo` writes
@@ -294,11 +298,11 @@ def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         )
     if path.is_dir():
         data_files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
-        file_list = (
+        file_list_text = (
             f": it holds {', '.join(data_files[:8])}" if data_files else " (it holds no data file)"
         )
         raise DataError(
-            f"{path} is a folder; expected one data file.\nDo: name the file{file_list}."
+            f"{path} is a folder; expected one data file.\nDo: name the file{file_list_text}."
         )
     if suffix not in READERS:
         raise DataError(
@@ -398,16 +402,16 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
         )
         try:
-            names = next(reader, [])
-            _check_unique_columns(names, path)
+            column_names = next(reader, [])
+            _check_unique_columns(column_names, path)
             for row in filter(None, reader):
-                if len(row) != len(names):
+                if len(row) != len(column_names):
                     raise DataError(
                         f"{path}, line {reader.line_num} has {len(row)} fields; expected"
-                        f" {len(names)}, as in the header.\nDo: quote fields that hold commas or"
-                        " line breaks."
+                        f" {len(column_names)}, as in the header.\nDo: quote fields that hold"
+                        " commas or line breaks."
                     )
-                yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
+                yield f"line {reader.line_num}", dict(zip(column_names, row, strict=True))
         except csv.Error as error:
             raise DataError(
                 f"{path}, line {reader.line_num} is not CSV: {error}.\nDo: fix the quoting."
@@ -428,12 +432,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
 
 
-def _check_unique_columns(names: Sequence[str], path: Path) -> None:
+def _check_unique_columns(column_names: Sequence[str], path: Path) -> None:
     """Raise `DataError` if two columns have the same name, because a row is a dict by column name
     and would hold only the last of them."""
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+    if repeated_names := [
+        name for name in dict.fromkeys(column_names) if column_names.count(name) > 1
+    ]:
         raise DataError(
-            f"{path} has the column {repeated[0]!r} {names.count(repeated[0])} times",
+            f"{path} has the column {repeated_names[0]!r}"
+            f" {column_names.count(repeated_names[0])} times",
             "columns of different names",
             "rename or remove one of them",
         )

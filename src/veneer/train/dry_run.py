@@ -46,13 +46,15 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
-    task, token_ids, prepared, resume_point, _ = prepare_run(config, output, console, Processes())
+    task, trained_token_ids, prepared, resume_point, _ = prepare_run(
+        config, output, console, Processes()
+    )
     is_quantised = (
         config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
     )
     needs_only_shapes = (
         not is_quantised
-        and not token_ids
+        and not trained_token_ids
         and not VARIANTS[config.variant].needs
         and config.adapter is None
     )
@@ -60,7 +62,7 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
-    handle = attach_adapter(task, model, prepared, token_ids)
+    handle = attach_adapter(task, model, prepared, trained_token_ids)
     hidden_state_cache = HiddenStateCache(model) if config.cache_lower else None
     print_summary(task, model, handle, prepared, hidden_state_cache, console, Processes())
     completed_steps = 0 if resume_point is None else resume_point[1]
@@ -128,12 +130,12 @@ def _measure_speed(device: str, dtype: torch.dtype, tokens: int) -> float:
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     torch.mm(x, weight)
     synchronize()
-    start, product_count = time.perf_counter(), 0
-    while time.perf_counter() - start < TIMED_SECONDS:
+    start_time, product_count = time.perf_counter(), 0
+    while time.perf_counter() - start_time < TIMED_SECONDS:
         torch.mm(x, weight)
         synchronize()
         product_count += 1
-    return product_count * 2 * tokens * 1024**2 / (time.perf_counter() - start)
+    return product_count * 2 * tokens * 1024**2 / (time.perf_counter() - start_time)
 
 
 def _print_example(task: Task, prepared: Prepared, console: Console) -> None:

@@ -117,27 +117,27 @@ def collate(examples: Rows, row_indices: list[int], device: Any = "cpu") -> dict
 
 
 def exact_match_rate(
-    model: Any, tokenizer: Any, rows: Records, *, max_new_tokens: int = 64, batch_size: int = 16
+    model: Any, tokenizer: Any, records: Records, *, max_new_tokens: int = 64, batch_size: int = 16
 ) -> float:
     """The share of the rows, each a prompt with a completion, whose greedy continuation equals the
     completion, except for surrounding whitespace; 0 without rows. Raises `DataError` for rows with
     tools or tool calls, because answers are compared as text."""
-    for row, location in zip(rows.rows, rows.locations, strict=True):
+    for row, location in zip(records.rows, records.locations, strict=True):
         completion = row["completion"]
         if row.get(TOOLS) or (
             isinstance(completion, list) and any("tool_calls" in message for message in completion)
         ):
             raise DataError(
-                f"{rows.source}, {location}: tools, or calls of them, among what should be exactly"
-                " right",
+                f"{records.source}, {location}: tools, or calls of them, among what should be"
+                " exactly right",
                 "texts, which can be compared",
                 "leave out --exact, or remove that row",
             )
-    prompts = [row["prompt"] for row in rows.rows]
+    prompts = [row["prompt"] for row in records.rows]
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    completions = [row["completion"] for row in rows.rows]
+    completions = [row["completion"] for row in records.rows]
     expected_answers = [
         completion if isinstance(completion, str) else completion[-1]["content"]
         for completion in completions
@@ -145,4 +145,4 @@ def exact_match_rate(
     return sum(
         answer.strip() == expected.strip()
         for answer, expected in zip(answers, expected_answers, strict=True)
-    ) / max(len(rows), 1)
+    ) / max(len(records), 1)

@@ -56,9 +56,10 @@ class RateSweep:
         """The exponential moving average of the losses after each step, with Adam's bias
         correction."""
         means, mean = [], 0.0
-        for count, loss in enumerate(self.losses, 1):
+        for step_count, loss in enumerate(self.losses, 1):
             mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss
-            means.append(mean / (1 - MEAN_DECAY**count))  # corrects the bias of the initial zero
+            # the division corrects the bias of the mean's initial value 0
+            means.append(mean / (1 - MEAN_DECAY**step_count))
         return tuple(means)
 
     @property
@@ -150,16 +151,18 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         )
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
-    token_ids, prepared = prepare_data(task)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = arguments_of(config, Path(folder), prepared)
+    trained_token_ids, prepared = prepare_data(task)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        arguments = arguments_of(config, Path(temporary_folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
         arguments.eval_strategy = arguments.save_strategy = IntervalStrategy.NO
         arguments.lr_scheduler_type = SchedulerType.CONSTANT
         arguments.load_best_model_at_end = False
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
-        base, handle, hidden_state_cache = load_model(task, task.load, prepared, token_ids, None)
+        base, handle, hidden_state_cache = load_model(
+            task, task.load, prepared, trained_token_ids, None
+        )
         callback = _SweepCallback()
         trainer = make_trainer(
             task,

@@ -31,7 +31,8 @@ class InitialAdapter(NamedTuple):
     Fields:
         folder: its adapter folder.
         hash: the hash of its files.
-        task: its record of the task that trained it; empty if it has none.
+        task: the record of the task that trained the adapter, from the adapter's metadata; empty if
+            there is none.
     """
 
     folder: Path
@@ -68,12 +69,13 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
     model_index = Names(model)
     new_head_parameters = fresh_head(model_index, model_index.fresh_parameters().values())
     handle = load(model, initial_adapter.folder, name=TRAINED_ADAPTER, trainable=True)
-    layers = handle.layers
+    adapted_layers = handle.layers
     untrained_paths = [
         path
         for path, parameter_name in new_head_parameters
-        if path not in layers
-        or parameter_name not in (*layers[path].changes, *layers[path].full._parameters)
+        if path not in adapted_layers
+        or parameter_name
+        not in (*adapted_layers[path].changes, *adapted_layers[path].full._parameters)
     ]
     if untrained_paths:
         handle.detach()

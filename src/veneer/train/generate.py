@@ -84,7 +84,7 @@ def generate(
         encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)
     ]
     stop = [*stop, *_base_stop_strings(model)]
-    answers = continuations(
+    answer_ids = continuations(
         model,
         tokenizer,
         prompt_ids,
@@ -99,7 +99,7 @@ def generate(
         should_stop=should_stop,
         penalties=True,
     )
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
     for stop_string in stop:
         texts = [text.split(stop_string, 1)[0] for text in texts]
     return texts
@@ -139,7 +139,7 @@ def continuations(
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
     sampling = _Sampling(temperature, top_p, top_k, seed)
-    needs_streaming = bool(stop) or say is not None or should_stop is not None
+    has_stops_or_callbacks = bool(stop) or say is not None or should_stop is not None
     has_penalties = penalties and changes_greedy_tokens(model.generation_config)
     end_tokens = find_end_tokens(model, tokenizer)
     with evaluation_mode(model):
@@ -147,7 +147,7 @@ def continuations(
             rollouts == "engine"
             and prompt_ids
             and max_new_tokens > 0
-            and not (needs_streaming or has_penalties)
+            and not (has_stops_or_callbacks or has_penalties)
         ):
             answers = _answer_by_engine(
                 model, prompt_ids, max_new_tokens, batch_size, sampling, end_tokens
@@ -237,7 +237,7 @@ def _answer_by_generate(
     )
     end_tokens = generation_options["eos_token_id"] or ()
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(
+    generation_config = GenerationConfig(
         **generation_options,
         pad_token_id=pad_id,
         use_cache=True,
@@ -245,7 +245,7 @@ def _answer_by_generate(
         num_beams=1,
     )
     call_options = {
-        "generation_config": config,
+        "generation_config": generation_config,
         **({"tokenizer": tokenizer} if generation_options["stop_strings"] else {}),
         **stream_options,
     }
@@ -267,9 +267,9 @@ def _answer_by_generate(
                     sampling.processors(batch_indices)
                 )
             new_tokens = model.generate(**inputs, **call_options)[:, width:].tolist()
-            for index, tokens in zip(batch_indices, new_tokens, strict=True):
-                end_lengths = (n for n, token in enumerate(tokens, 1) if token in end_tokens)
-                answers[index] = tokens[: next(end_lengths, None)]
+            for index, token_ids in zip(batch_indices, new_tokens, strict=True):
+                end_lengths = (n for n, token in enumerate(token_ids, 1) if token in end_tokens)
+                answers[index] = token_ids[: next(end_lengths, None)]
     finally:
         model.generation_config = base_config
     return answers

@@ -91,8 +91,8 @@ class Head:
         if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
             return None
         flat_rows = hidden.flatten(0, 1)
-        sample = flat_rows[positions[:3].to(flat_rows.device)].detach()
-        return flat_rows if self.is_rowwise(sample) else None
+        sample_rows = flat_rows[positions[:3].to(flat_rows.device)].detach()
+        return flat_rows if self.is_rowwise(sample_rows) else None
 
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the head computes each row independently: the logits of `rows` [n, h] must stay
@@ -133,30 +133,31 @@ class Head:
         the previous chunk, because to allocate that much memory on a CPU takes time. In a call on
         another device, or if the layer trains, the layer works as usual. Returns the model itself
         if its output layer is no plain `nn.Linear`, or has hooks or a forward of its own."""
-        layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         child_name = next(
-            (name for name, child in model._modules.items() if child is layer is not None), None
+            (name for name, child in model._modules.items() if child is output_layer is not None),
+            None,
         )
         # A layer with one of these attributes is left alone, because the replacement would skip its
         # hooks, or the forward that accelerate has set on the instance.
         override_names = ("forward", *_HOOKS)
         if (
             child_name is None
-            or type(layer) is not nn.Linear
-            or any(layer.__dict__.get(attribute) for attribute in override_names)
+            or type(output_layer) is not nn.Linear
+            or any(output_layer.__dict__.get(attribute) for attribute in override_names)
         ):
             return model
 
         def forward(rows: Tensor) -> Tensor:
-            weight, bias = layer.weight, layer.bias
-            is_plain = (
+            weight, bias = output_layer.weight, output_layer.bias
+            is_supported = (
                 rows.is_cpu
                 and fused.applies(rows, weight)
                 and (bias is None or not bias.requires_grad)
             )
             # The model's forward may call the layer twice and need both outputs, so only the first
             # call of a forward writes into the memory.
-            if self.memory_in_use or not is_plain:
+            if self.memory_in_use or not is_supported:
                 return functional.linear(rows, weight, bias)
             self.memory_in_use, logit_count = True, rows.shape[:-1].numel() * len(weight)
             if self.logit_memory.numel() < logit_count:
@@ -196,19 +197,19 @@ def find_body(model: nn.Module) -> ModulePath | None:
     # the model is not one of transformers, or is a wrapper that must see each call (DDP, FSDP)
     if not hasattr(type(model), "base_model_prefix"):
         return None
-    # gradients that are computed within the forward cannot be part of a compiled graph
+    # the split computes gradients within the forward, which cannot be part of a compiled graph
     if torch.compiler.is_compiling() or model.__dict__.get("_compiled_call_impl") is not None:
         return None
     if any(model.__dict__.get(hooks) for hooks in _HOOKS):
         return None  # hooks, such as FSDP2's, expect one call per batch
     class_forward = inspect.unwrap(base_class(model).forward)
-    forward = model.__dict__.get("forward")
-    if forward is not None and not (
-        isinstance(forward, MethodType)
-        and forward.__self__ is model
-        and inspect.unwrap(forward.__func__) is class_forward
+    instance_forward = model.__dict__.get("forward")
+    if instance_forward is not None and not (
+        isinstance(instance_forward, MethodType)
+        and instance_forward.__self__ is model
+        and inspect.unwrap(instance_forward.__func__) is class_forward
     ):
-        return None  # the instance has a forward that does not wrap the forward of its class
+        return None  # the instance's forward is not its class's, whose source is read below
     body_calls = [
         (path, is_late)
         for path, is_late in submodule_calls(class_forward)
@@ -241,18 +242,18 @@ def _head_acts_per_call(model: nn.Module, body_path: ModulePath) -> bool:
     happen once per batch: gather a sharded head, or call a hook on the gradient of a parameter."""
     outside_modules = list(_modules_outside(model, body_path))
     outside_parameters = [
-        value
+        parameter
         for module in outside_modules
-        for value in module._parameters.values()
-        if value is not None
+        for parameter in module._parameters.values()
+        if parameter is not None
     ]
-    if any(isinstance(value, DTensor) for value in outside_parameters):
+    if any(isinstance(parameter, DTensor) for parameter in outside_parameters):
         body_parameter_ids = {
-            id(value) for value in model.get_submodule(".".join(body_path)).parameters()
+            id(parameter) for parameter in model.get_submodule(".".join(body_path)).parameters()
         }
         if any(
-            isinstance(value, DTensor) and id(value) not in body_parameter_ids
-            for value in outside_parameters
+            isinstance(parameter, DTensor) and id(parameter) not in body_parameter_ids
+            for parameter in outside_parameters
         ):
             return True
     # An adapted head may read parameters in the body: if its weight is also a weight of the body,
@@ -262,8 +263,8 @@ def _head_acts_per_call(model: nn.Module, body_path: ModulePath) -> bool:
     # detected; no model of transformers does so.
     has_adapted_head = any(isinstance(module, LayerState) for module in outside_modules)
     return any(
-        value.requires_grad and value._backward_hooks
-        for value in (model.parameters() if has_adapted_head else outside_parameters)
+        parameter.requires_grad and parameter._backward_hooks
+        for parameter in (model.parameters() if has_adapted_head else outside_parameters)
     )
 
 

@@ -79,12 +79,15 @@ class HiddenStateCache:
             row_bytes = b"".join(
                 name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
             )
-            key, is_first_row = hashlib.blake2b(row_bytes, digest_size=16).digest(), not self.states
-            if key not in self.states:
-                self.states[key] = self._compute_states(unwrap(model), row)
+            row_hash, is_first_row = (
+                hashlib.blake2b(row_bytes, digest_size=16).digest(),
+                not self.states,
+            )
+            if row_hash not in self.states:
+                self.states[row_hash] = self._compute_states(unwrap(model), row)
             if is_first_row:
-                self._test_cached_states(unwrap(model), row, self.states[key])
-            hidden_by_row.append(self.states[key])
+                self._test_cached_states(unwrap(model), row, self.states[row_hash])
+            hidden_by_row.append(self.states[row_hash])
         hidden_batch = pad_sequence(hidden_by_row, batch_first=True).to(inputs["input_ids"].device)
         padding_columns = inputs["input_ids"].shape[1] - hidden_batch.shape[1]
         with self._replace_blocks(nn.functional.pad(hidden_batch, (0, 0, 0, padding_columns))):
@@ -94,32 +97,36 @@ class HiddenStateCache:
     def _compute_states(self, model: nn.Module, row: dict[str, Tensor]) -> Tensor:
         """The hidden states [s, h] of a row after the lower blocks, on the CPU. Also sets
         ``extra_outputs``. Raises ``ConfigError`` if the model's forward does not run the blocks."""
-        states: list[Tensor] = []
+        captured_states: list[Tensor] = []
 
         def capture(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, tuple):
                 self.extra_outputs = output[1:]
                 output = output[0]
-            states.append(output[0].cpu())
+            captured_states.append(output[0].cpu())
             raise _StopForward
 
         hook = self.blocks[-1].register_forward_hook(capture)
         try:
             model(**row, use_cache=False)
         except _StopForward:
-            return states[0]
+            return captured_states[0]
         finally:
             hook.remove()
         raise ConfigError("a forward that does not run the model's blocks", "one that does", REMEDY)
 
     @contextmanager
-    def _replace_blocks(self, hidden: Tensor) -> Iterator[None]:
-        """A context in which the last lower block returns the hidden states ``hidden`` [b, s, h],
+    def _replace_blocks(self, hidden_states: Tensor) -> Iterator[None]:
+        """A context in which the last lower block returns ``hidden_states`` [b, s, h],
         and each other lower block returns its input, so that none of them computes anything."""
 
         def forward_of_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = (
-                hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
+                hidden_states
+                if block is self.blocks[-1]
+                else args[0]
+                if args
+                else kwargs["hidden_states"]
             )
             return output if self.extra_outputs is None else (output, *self.extra_outputs)
 
@@ -135,7 +142,9 @@ class HiddenStateCache:
                     block.forward = forward
 
     @torch.no_grad()
-    def _test_cached_states(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
+    def _test_cached_states(
+        self, model: nn.Module, row: dict[str, Tensor], hidden_states: Tensor
+    ) -> None:
         """Raise ``ConfigError`` and empty the cache unless the model computes the same logits from
         the cached hidden states [s, h] of a row as from the row itself."""
         with evaluation_mode(model):
@@ -143,7 +152,7 @@ class HiddenStateCache:
             # Lower blocks may keep a state in the model. This forward on a different row replaces
             # the state, so that the next forward shows whether upper blocks read it.
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
-            with self._replace_blocks(hidden.to(reference_logits.device)[None]):
+            with self._replace_blocks(hidden_states.to(reference_logits.device)[None]):
                 cached_logits = model(**row, use_cache=False).logits
         if not torch.allclose(
             cached_logits, reference_logits, rtol=0, atol=1e-3 * float(reference_logits.abs().max())

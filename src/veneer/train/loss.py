@@ -152,8 +152,8 @@ def causal_loss(
         loss.backward()
     """
     result = token_loss(model, inputs, chunk=chunk)
-    items = result.items if num_items_in_batch is None else num_items_in_batch
-    loss = result.total / torch.as_tensor(items, device=result.total.device).clamp(min=1)
+    label_count = result.items if num_items_in_batch is None else num_items_in_batch
+    loss = result.total / torch.as_tensor(label_count, device=result.total.device).clamp(min=1)
     return loss if result.extra is None else loss + result.extra.to(loss.device)
 
 
@@ -315,8 +315,8 @@ class _ChunkedForward(NamedTuple):
     """The result of `_forward_in_chunks`.
 
     Fields:
-        rows: hidden states [n, h] of the n positions with a label; None if the model could not be
-            split.
+        rows: hidden states [n, h] of the n positions with a label, or of one position if there are
+            no labels; None if the model could not be split.
         sums: the losses and gradients of the chunks of rows; None if there are no chunks.
         outputs: the model's output; None if there were chunks, whose `sums` replace it.
         balancing_loss: the weighted load-balancing loss of the model (`_balancing_loss`); None if
@@ -338,20 +338,23 @@ def _loss_in_chunks(
     chunk: int,
     count: int | None,
 ) -> TokenLoss:
-    forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
-    rows, sums, outputs, balancing_loss = forward
+    chunked_forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
+    rows, sums, outputs, balancing_loss = chunked_forward
     if rows is None:  # the model could not be split
         return _loss_of_columns(model, outputs, _labelled_columns(labels), labels, accuracy)
-    items = (labels[:, 1:] != IGNORED).sum()
+    label_count = (labels[:, 1:] != IGNORED).sum()
     if sums is None:
         logits = outputs.logits
-        items = items.to(logits.device)
+        label_count = label_count.to(logits.device)
         return TokenLoss(
-            logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, balancing_loss
+            logits.to(at_least_float32(logits.dtype)).sum() * 0.0,
+            label_count,
+            label_count,
+            balancing_loss,
         )
     return TokenLoss(
         sums.differentiable_total(rows),
-        items.to(sums.total_loss.device),
+        label_count.to(sums.total_loss.device),
         sums.correct_count,
         balancing_loss,
     )
@@ -369,14 +372,14 @@ def _forward_in_chunks(
     """Run the body once, and the head on `chunk` labelled rows at a time, whose loss is
     differentiated at once. Arguments are those of `token_loss`; `inputs` are without labels."""
     # [b, s]: the next token at each position
-    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    has_label = targets != IGNORED
+    next_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    has_label = next_labels != IGNORED
     # `nonzero` makes the host wait for the GPU; a known count of labels makes it unnecessary
     if count is None or labels.is_cpu:
         positions = has_label.flatten().nonzero().squeeze(1)  # [n]
     else:
         positions = has_label.flatten().byte().argsort(descending=True, stable=True)[:count]
-    target_ids = targets.flatten().index_select(0, positions)  # [n]
+    target_ids = next_labels.flatten().index_select(0, positions)  # [n]
     body, head = model.get_submodule(".".join(body_path)), Head(model, body_path, inputs)
     rows: Tensor | None = None
     first_chunk = torch.empty(0)
@@ -391,7 +394,8 @@ def _forward_in_chunks(
         if hidden_rows is None:
             return output
         if len(positions) == 0:
-            # without labels, the loss must still depend on the parameters (`_labelled_columns`)
+            # Without labels, the loss must still depend on the parameters, because a distributed
+            # backward waits for every rank.
             rows = first_chunk = hidden_rows[:1]
         else:
             rows = hidden_rows.index_select(0, positions.to(hidden_rows.device))  # [n, h]

@@ -121,8 +121,15 @@ class Runs(Mapping[str, Handle]):
     def add(
         self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start_options: Any
     ) -> Handle:
-        """Add another run. ``start_options``: the arguments ``batches``, ``loss`` and ``original``
-        of ``veneer.attach``."""
+        """Add another run and return the handle of its adapter.
+
+        Args:
+            config: the configuration of a new adapter, or the path of an adapter whose training
+                continues.
+            seed: the seed of the run's initial values and of its dropout.
+            start_options: for a new adapter, the arguments ``batches``, ``loss`` and ``original``
+                of ``veneer.attach``.
+        """
         stream = self.engine.new_stream(seed)
         with stream:
             if isinstance(config, LoraConfig):
@@ -214,7 +221,7 @@ class Runs(Mapping[str, Handle]):
         mean_loss_names = {
             name for name, function in loss_by_run.items() if function is causal_loss
         }
-        forward = partial(_causal_forward, mean_loss_names)
+        causal_forward = partial(_causal_forward, mean_loss_names)
         forward_names = mean_loss_names | {
             name for name, function in loss_by_run.items() if isinstance(function, LabelLoss)
         }
@@ -222,7 +229,7 @@ class Runs(Mapping[str, Handle]):
             name: PassRequest(
                 self.engine.read_batch(name, batch),
                 loss=_mean if name in mean_loss_names else loss_by_run[name],
-                forward=forward if name in forward_names else None,
+                forward=causal_forward if name in forward_names else None,
                 weight=weights.get(name, 1.0),
             )
             for name, batch in batches.items()
