@@ -102,9 +102,9 @@ class StopOnSignal(TrainerCallback):
     send one. Use as a context manager around `trainer.train()`.
 
     Attributes:
-        requested: whether a signal arrived in this process, or `stop_order` returned True. (It is
-            called after each step, so that a program without signals, such as a service, can end
-            the run.)
+        requested: whether a signal arrived in this process, or `stop_order` returned True.
+            (`stop_order` is called after each step, so that a program without signals, such as a
+            service, can end the run.)
         stopped: whether the run ends after this step.
         single_process: whether the run has one process. Several processes must all end after the
             same step, so the trainer then sets `stopped` in all of them together.
@@ -202,16 +202,18 @@ class ProgressBar(TrainerCallback):
         if "loss" not in logs:
             return
         self.recent_steps.append((now, int(logs.get("num_tokens", 0)), step))
-        text = f"loss {logs['loss']:.4f}{_format_reward(logs)}{self._format_speed(state.max_steps)}"
+        progress_text = (
+            f"loss {logs['loss']:.4f}{_format_reward(logs)}{self._format_speed(state.max_steps)}"
+        )
         if step == self.start_step + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(
             1.0, abs(logs.get("reward", 0.0))
         ):
             say(self.console, EQUAL_REWARDS_WARNING.format(step=step, reward=logs["reward"]))
         if self.bar is not None:
-            self.bar.update(self.bar_task_id, completed=step, text=text)
+            self.bar.update(self.bar_task_id, completed=step, text=progress_text)
         elif step in (self.start_step + 1, state.max_steps) or now - self.last_print_time > 10:
             self.last_print_time = now
-            say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
+            say(self.console, f"step {step:>5}/{state.max_steps}  {progress_text}")
 
     def _format_speed(self, total_steps: int) -> str:
         first_time, first_token_count, first_step = self.recent_steps[0]

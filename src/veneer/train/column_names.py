@@ -64,10 +64,10 @@ PROMPT_DATA_SETS = (
 )
 
 
-def find_likely_column(field: str, names: Sequence[str]) -> str | None:
-    """The column among ``names`` that has the most usual name for a field, in upper or lower case;
-    else a column whose name is similar to the field's; else None."""
-    by_lower_name = {name.lower(): name for name in reversed(names)}
+def find_likely_column(field: str, columns: Sequence[str]) -> str | None:
+    """The column among ``columns`` that has the most usual name for a field, in upper or lower
+    case; else a column whose name is similar to the field's; else None."""
+    by_lower_name = {column.lower(): column for column in reversed(columns)}
     for usual_name in USUAL_NAMES.get(field, (field,)):
         if usual_name in by_lower_name:
             return by_lower_name[usual_name]
@@ -76,7 +76,7 @@ def find_likely_column(field: str, names: Sequence[str]) -> str | None:
 
 
 def advise_columns(
-    names: Sequence[str],
+    columns: Sequence[str],
     first_row: Mapping[str, Any],
     named_prompt: str | None,
     named_completion: str | None,
@@ -85,27 +85,27 @@ def advise_columns(
     form of rows of the task sft: a chat, a prompt with a completion, or a text.
 
     Args:
-        names: the names of the columns of the data.
+        columns: the names of the columns of the data.
         first_row: the first row of the data, by the names of the columns.
         named_prompt, named_completion: the columns that the user has named by flags; None for a
             flag that was not given.
     """
-    chat_columns = [name for name in names if _is_chat(first_row.get(name))]
+    chat_columns = [column for column in columns if _is_chat(first_row.get(column))]
     if (
         named_prompt is None
         and named_completion is None
-        and (chat_columns or find_likely_column("messages", names))
+        and (chat_columns or find_likely_column("messages", columns))
     ):
-        chat_column = chat_columns[0] if chat_columns else find_likely_column("messages", names)
+        chat_column = chat_columns[0] if chat_columns else find_likely_column("messages", columns)
         return f"name the column of the chats: --messages-column {chat_column}."
     for data_set, prompt_column, context_column, completion_column in PROMPT_DATA_SETS:
         if (
             named_prompt is None
             and named_completion is None
-            and {prompt_column, completion_column} <= {*names}
+            and {prompt_column, completion_column} <= {*columns}
         ):
             flags = f"--prompt-column {prompt_column} --completion-column {completion_column}"
-            if context_column not in names:
+            if context_column not in columns:
                 return f"name these columns of {data_set}: {flags}."
             return (
                 f"these are the columns of {data_set}, whose `{context_column}` belongs to the"
@@ -114,10 +114,10 @@ def advise_columns(
                 " out."
             )
     prompt_column = named_prompt or find_likely_column(
-        "prompt", [name for name in names if name != named_completion]
+        "prompt", [column for column in columns if column != named_completion]
     )
     completion_column = named_completion or find_likely_column(
-        "completion", [name for name in names if name not in (prompt_column, named_prompt)]
+        "completion", [column for column in columns if column not in (prompt_column, named_prompt)]
     )
     if prompt_column is not None and completion_column is not None:
         guess_note = (
@@ -129,8 +129,8 @@ def advise_columns(
             f"rename the columns, or name them: --prompt-column {prompt_column} --completion-column"
             f" {completion_column}{guess_note}."
         )
-    if len(names) == 1:
-        return f"if it is plain text, name it: --text-column {names[0]}."
+    if len(columns) == 1:
+        return f"if it is plain text, name it: --text-column {columns[0]}."
     named_flag = (
         f"--prompt-column {prompt_column} "
         if prompt_column
@@ -146,7 +146,7 @@ def advise_columns(
         else "prompt and which the completion"
     )
     candidate_text = listing(
-        (repr(name) for name in names if name not in (prompt_column, completion_column)), 8
+        (repr(column) for column in columns if column not in (prompt_column, completion_column)), 8
     )
     flags = named_flag or "--prompt-column COLUMN "
     flags += (

@@ -41,8 +41,8 @@ FREE_ON_RESUME = frozenset(
 LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
                "layers", "reward")  # fmt: skip
 
-#: by setting that earlier versions lacked, the value that describes what they computed; settings
-#: whose default describes it are left out
+#: by setting that earlier versions lacked, the value that reproduces what they computed; settings
+#: whose default reproduces it are left out
 IMPLIED_SETTINGS = {"group_by_length": True}
 
 # Fields that cannot be set together with `adapter`, because the adapter's files define them.
@@ -395,7 +395,7 @@ class TrainConfig(BaseModel):
         return self
 
     def _list_changed(self, field_names: tuple[str, ...]) -> str:
-        """The `field_names` of fields that differ from their defaults, joined by commas."""
+        """The names in `field_names` whose fields differ from their defaults, joined by commas."""
         defaults = self.defaults()
         return ", ".join(name for name in field_names if getattr(self, name) != defaults[name])
 

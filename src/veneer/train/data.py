@@ -92,13 +92,18 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
 
 
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
-    """Read the rows of a source without checking or renaming their columns.
+    """Read the rows of a source (a file or a data set on the hub) without checking or renaming
+    their columns.
+
+    Args:
+        split: the split of a data set on the hub.
 
     Returns:
-        ([(location, row)], sha256 as in `Records`), at least one row. Each row is a dict.
+        ([(location, row)], the SHA-256 of the file's bytes or of the hub data set's rows). There is
+        at least one row, and each row is a dict.
 
     Raises:
-        DataError: as `read`, except for missing columns and wrong values.
+        DataError: the source is missing, unreadable or empty, or holds a row that is not an object.
     """
     if is_local(source):
         located_rows, digest = read_file(Path(source).expanduser())

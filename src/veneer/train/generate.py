@@ -282,9 +282,10 @@ def _pad_left(
     padded on the left with the token ``pad_id``."""
     padding_counts = [width - len(ids) for ids in prompt_ids]
     padded_ids = [
-        [pad_id] * count + ids for count, ids in zip(padding_counts, prompt_ids, strict=True)
+        [pad_id] * padding_count + ids
+        for padding_count, ids in zip(padding_counts, prompt_ids, strict=True)
     ]
-    mask = [[0] * count + [1] * (width - count) for count in padding_counts]
+    mask = [[0] * padding_count + [1] * (width - padding_count) for padding_count in padding_counts]
     inputs = {"input_ids": padded_ids, "attention_mask": mask}
     return {name: torch.tensor(value, device=device) for name, value in inputs.items()}
 

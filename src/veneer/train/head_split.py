@@ -132,7 +132,7 @@ class Head:
         """A view of the model whose output layer writes the logits of each chunk into the memory of
         the previous chunk, because to allocate that much memory on a CPU takes time. In a call on
         another device, or if the layer trains, the layer works as usual. Returns the model itself
-        if its output layer is no plain `nn.Linear`, or has hooks or a forward of its own."""
+        if its output layer is not a plain `nn.Linear`, or has hooks or a forward of its own."""
         output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         child_name = next(
             (name for name, child in model._modules.items() if child is output_layer is not None),
@@ -225,9 +225,9 @@ def find_body(model: nn.Module) -> ModulePath | None:
     model_adapters = adapters_of(model)
     if model_adapters is not None:
         active_adapter = context.current.selection.get(model_adapters.uid, model_adapters.default)
-        # A selection of layer adapters without a name assigns an adapter to each row of the batch.
-        # If one of them changes the head, the head would not know which adapter is for which of the
-        # hidden states that it gets.
+        # A selection without a name but with layer adapters gives each row of the batch an adapter
+        # of its own. If one of them changes the head, the head would not know which adapter is for
+        # which of the hidden states that it gets.
         if (
             active_adapter.name is None
             and active_adapter.layer_adapters
@@ -320,7 +320,8 @@ def _is_model(model: nn.Module, path: ModulePath) -> bool:
 
 def body_view(module: nn.Module, path: ModulePath, replacement: Callable[..., Any]) -> nn.Module:
     """A view of a module (a copy that shares its parameters) in which `replacement` replaces the
-    forward and the hooks of the submodule at `path`. The module itself is not changed."""
+    forward of the submodule at `path`, and the submodule has no hooks. The module itself is not
+    changed."""
     if not path:
         module_view = view(module, type(module), {})
         module_view.__dict__.update(

@@ -165,8 +165,13 @@ def label_losses(
     chunk: int = MAX_LOGIT_ROWS,
 ) -> LabelLosses:
     """The loss of each label, instead of the sum that `token_loss` returns, for a loss that weights
-    the labels differently. Arguments are those of `token_loss`. The losses can be differentiated
-    once.
+    the labels differently. The losses can be differentiated once.
+
+    Args:
+        inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
+            where the loss does not count.
+        accuracy: whether to find out which labels are the most likely token.
+        chunk: the maximal number of rows of logits at a time.
 
     Raises:
         ConfigError: gradients are enabled, and the model adds a load-balancing loss over all rows,
@@ -223,7 +228,8 @@ def log_probabilities(
     each label only once it has the log p of all labels.
 
     Args:
-        inputs: as for `token_loss`.
+        inputs: the model's keyword arguments, with `labels` [b, s], not shifted, and -100 at
+            tokens that are no labels.
         temperature: the divisor of the logits before the softmax.
     """
     labels: Tensor = inputs["labels"]
@@ -276,8 +282,9 @@ def _labelled_columns(labels: Tensor) -> Tensor:
 def _loss_of_columns(
     model: nn.Module, outputs: Any, columns: Tensor, labels: Tensor, accuracy: bool
 ) -> TokenLoss:
-    """The loss of a model that cannot be split, from the logits of `columns`. The logits in
-    `outputs` are those of `columns` or of all columns."""
+    """The loss of a model that cannot be split into body and head, from its `outputs`. Their logits
+    are [b, c, v], of the c `columns` (positions at which any row has a label), or [b, s, v], of all
+    positions."""
     logits = outputs.logits
     if logits.shape[1] != len(columns):
         logits = logits[:, columns.to(logits.device)]

@@ -147,7 +147,7 @@ class Runs(Mapping[str, Handle]):
         return self.engine.adapters[name].stream
 
     def restart(self, name: str, seed: int) -> None:
-        """Restart a run's random numbers, as ``torch.manual_seed(seed)`` does."""
+        """Restart the sequence of a run's random numbers, as after ``torch.manual_seed(seed)``."""
         self.stream(name).restart(seed)
 
     def remove(self, name: str) -> None:
@@ -248,7 +248,8 @@ class Runs(Mapping[str, Handle]):
 
         Raises:
             DataError: a batch has an unsupported form.
-            SelectionError: the model computes across rows of a batch.
+            SelectionError: the model computes across rows of a batch, so runs cannot share a
+                forward.
         """
         return self._forward(batches, partial(_label_losses, accuracy=accuracy))
 
