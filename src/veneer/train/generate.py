@@ -222,13 +222,14 @@ def _answer_by_generate(
     penalties: bool,
 ) -> list[list[int]]:
     """The token ids of each answer, computed by transformers' own generate in batches of
-    ``batch_size``. The model's generation config is replaced during the call if ``penalties`` is
-    False.
+    ``batch_size``.
 
     Args:
-        generation_options: further fields of the ``GenerationConfig``: max_new_tokens, stop_strings
-            and eos_token_id.
+        generation_options: fields of the ``GenerationConfig``: max_new_tokens, stop_strings and
+            eos_token_id.
         stream_options: further arguments of transformers' ``generate``, from ``_stream_options``.
+        penalties: whether to apply the penalties of the base's generation_config.json. If not, the
+            model's generation config is replaced during the call.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -252,8 +253,8 @@ def _answer_by_generate(
     answers: list[list[int]] = [[] for _ in prompt_ids]
     base_config = model.generation_config
     try:
-        # transformers fills unset fields of `config` from the model's config, so an empty one keeps
-        # the base's penalties out
+        # transformers fills unset fields of `generation_config` from the model's own, so an empty
+        # one keeps the base's penalties out
         if not penalties:
             model.generation_config = GenerationConfig()
         for start in range(0, len(prompt_order), batch_size):
@@ -333,7 +334,7 @@ class _Sampling:
         return [*self._warpers, PerturbScores()]
 
     def _perturb(self, scores: Tensor, answer_indices: Sequence[int]) -> Tensor:
-        """Add the noise of each answer's generator to its scores, one row of [n, vocabulary]."""
+        """Add the noise of each answer's generator to its row of the scores [n, vocabulary]."""
         assert self._seed is not None
         for index in answer_indices:
             if index not in self._generators:

@@ -171,7 +171,8 @@ def label_losses(
         inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
             where the loss does not count.
         accuracy: whether to find out which labels are the most likely token.
-        chunk: the maximal number of rows of logits at a time.
+        chunk: the maximal number of rows of logits at a time, if the model's forward can be split
+            into body and head.
 
     Raises:
         ConfigError: gradients are enabled, and the model adds a load-balancing loss over all rows,
@@ -283,8 +284,8 @@ def _loss_of_columns(
     model: nn.Module, outputs: Any, columns: Tensor, labels: Tensor, accuracy: bool
 ) -> TokenLoss:
     """The loss of a model that cannot be split into body and head, from its `outputs`. Their logits
-    are [b, c, v], of the c `columns` (positions at which any row has a label), or [b, s, v], of all
-    positions."""
+    are [b, c, v], of the c `columns` (positions whose next token has a label in any row), or
+    [b, s, v], of all positions."""
     logits = outputs.logits
     if logits.shape[1] != len(columns):
         logits = logits[:, columns.to(logits.device)]
