@@ -151,8 +151,8 @@ def select_fields(
         column_names: by field, the name of its column if it is not the field's name.
 
     Raises:
-        DataError: `column_names` has an unknown field, a column is missing (with the nearest name),
-            or a row lacks a column of the first row.
+        DataError: `column_names` has an unknown field, a column is missing (the error names the
+            nearest column), or a row has no value in one of the columns that are read.
     """
     column_names, data_columns = column_names or {}, list(located_rows[0][1])
     if unknown_fields := [field for field in column_names if field not in (*required, *optional)]:
@@ -240,8 +240,8 @@ def _read_hub(data_set_id: str, split: str) -> tuple[list[tuple[str, Any]], str]
 
 def _describe_value(value: Any) -> Any:
     """Convert a value that JSON cannot hold, for the hash of a data set. `str` of an image or an
-    array does not show all of its contents, so the result is a list of its mode, dtype, size and
-    shape and of a hash of its bytes. For any other value, the result is its `str`."""
+    array does not show all of its contents, so the result is a list of its mode, dtype, size,
+    shape, and a hash of its bytes. For any other value, the result is its `str`."""
     if not hasattr(value, "tobytes"):
         return str(value)
     form_texts = [str(getattr(value, name, None)) for name in ("mode", "dtype", "size", "shape")]
