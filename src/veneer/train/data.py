@@ -100,7 +100,7 @@ def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, 
 
     Returns:
         ([(location, row)], the SHA-256 of the file's bytes or of the hub data set's rows). There is
-        at least one row, and each row is a dict.
+        at least one row, and each row is a dict. A location is a text such as "line 12".
 
     Raises:
         DataError: the source is missing, unreadable or empty, or holds a row that is not an object.

@@ -119,12 +119,14 @@ class Head:
         batched_shape = (1, 2 * len(rows), logits.shape[-1])
         is_rowwise = logits.shape[:-1] == (1, len(rows)) and batched_logits.shape == batched_shape
         if is_rowwise:
-            separate, reordered = (
+            first_logits, second_logits = (
                 logits.detach()[0],
                 batched_logits.detach()[0, len(rows) :].flip(0),
             )
-            tolerance = torch.finfo(separate.dtype).eps ** 0.5 * float(separate.abs().max())
-            is_rowwise = torch.allclose(separate, reordered, rtol=0, atol=tolerance, equal_nan=True)
+            tolerance = torch.finfo(first_logits.dtype).eps ** 0.5 * float(first_logits.abs().max())
+            is_rowwise = torch.allclose(
+                first_logits, second_logits, rtol=0, atol=tolerance, equal_nan=True
+            )
         HEAD_IS_ROWWISE[self.model], self.memory_in_use = is_rowwise, False
         return is_rowwise
 

@@ -11,8 +11,8 @@ is differentiated as soon as its loss is computed:
     for each chunk of c rows: logits [c, v] → Σ -log p, ∂/∂rows, ∂/∂(head parameters)
 
 `head_split` finds the head of a model whose forward can be split into body and head. For any other
-model, logits are computed at once for all positions t at which any row has a label; such positions
-are called columns.
+model, logits are computed at once for all positions t whose next token has a label in any row; such
+positions are called columns.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def token_loss(
 
     Works on any causal language model of `transformers`. At most `chunk` rows of logits are in
     memory at a time if the model's forward is a body followed by a head that computes each row
-    independently. Otherwise, the logits of all positions at which any row has a label are in memory
-    at once. This is also the case for a model inside DDP, FSDP or `torch.compile`, and if the rows
+    independently. Otherwise, the logits of all positions whose next token has a label in any row
+    are in memory at once. This is also the case for a model inside DDP, FSDP or `torch.compile`, and if the rows
     of the batch have different adapters that change the head. The total has dtype float32, or
     float64 for float64 logits, and can be differentiated once.
 
