@@ -96,9 +96,9 @@ def token_loss(
     Works on any causal language model of `transformers`. At most `chunk` rows of logits are in
     memory at a time if the model's forward is a body followed by a head that computes each row
     independently. Otherwise, the logits of all positions whose next token has a label in any row
-    are in memory at once. This is also the case for a model inside DDP, FSDP or `torch.compile`, and if the rows
-    of the batch have different adapters that change the head. The total has dtype float32, or
-    float64 for float64 logits, and can be differentiated once.
+    are in memory at once. This is also the case for a model inside DDP, FSDP or `torch.compile`,
+    and if the rows of the batch have different adapters that change the head. The total has dtype
+    float32, or float64 for float64 logits, and can be differentiated once.
 
     Args:
         inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
