@@ -1,7 +1,7 @@
 """The model card: the README.md of an adapter folder, for people and for the Hugging Face hub.
 
     ---
-    front matter: lines "key: JSON value"; these are YAML, too, and need no YAML library
+    front matter: lines "key: JSON value", which are valid YAML, so that no YAML library is needed
     ---
     the sections: what the adapter is, its base, data, training, metrics, licence, how to load and
     verify it
@@ -9,9 +9,9 @@
     notes of people
 
 The card is generated from PEFT's config and Veneer's record. Facts that both lack are left out, or
-the card calls them "not stated". No code reads the card, so people may edit it. Saving the adapter
-again rewrites the text above NOTES_MARKER and keeps the notes below. A card without this line was
-written by somebody else and is kept unchanged.
+the card calls them "not stated". Veneer reads nothing from the card, so people may edit it. Saving
+the adapter again rewrites the text above NOTES_MARKER and keeps the notes below. A card without
+this line was written by somebody else and is kept unchanged.
 
 The card reads these keys of ``provenance``, all of them optional:
 
@@ -50,7 +50,7 @@ NOTES_MARKER = (
     "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands"
     " above. -->"
 )
-#: the code in an example for a base that the card does not know
+#: the Python code that stands for the base in an example, if its name is unknown
 UNKNOWN_BASE_CODE = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # settings of a run that other sections of the card show, or that concern only the run's machine
@@ -113,7 +113,8 @@ class _Card:
         )
         run_config = self.provenance["config"]
         self.data, self.eval_data = run_config.get("data"), run_config.get("eval_data")
-        # the class in transformers of a base that reads images, sounds or the input of an encoder
+        # the transformers class of a base that also reads images or sounds, or has an encoder, so
+        # that AutoModelForCausalLM cannot load it; None for any other base
         architecture = str(self.base.get("architecture"))
         self.multimodal_class = (
             architecture
@@ -262,9 +263,11 @@ class _Card:
             and not base_name.endswith(".gguf")
             else None
         )
-        loader = self.multimodal_class or "AutoModelForCausalLM"
-        transformers_import = [f"from transformers import {loader}"] if transformers_name else []
-        load_call = f"{loader}.from_pretrained({_quote_string(transformers_name)})"
+        loader_class = self.multimodal_class or "AutoModelForCausalLM"
+        transformers_import = (
+            [f"from transformers import {loader_class}"] if transformers_name else []
+        )
+        load_call = f"{loader_class}.from_pretrained({_quote_string(transformers_name)})"
         transformers_code = f"model = {load_call if transformers_name else UNKNOWN_BASE_CODE}"
         veneer_code, veneer_import = transformers_code, transformers_import
         if base_name and not self.multimodal_class:
@@ -394,26 +397,28 @@ def _hub_id(name: Any) -> str | None:
 
 
 def _display_name(name: Any) -> str:
-    """A hub id unchanged. Of a path only the last segment, since folders differ by machine."""
+    """``name`` if it is a hub id. Of a path, only the last segment is shown, because the folders
+    above it differ between machines."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 
 def _paragraphs(text: str) -> str:
-    """Markdown text from users, without the line NOTES_MARKER."""
+    """Markdown text from users, without the line NOTES_MARKER, so that the text is not taken for
+    notes when the card is renewed."""
     return escape_controls(text.replace("\r\n", "\n").replace(NOTES_MARKER, "").strip())
 
 
 def _line(value: Any) -> str:
-    """Text from users on one line. Special characters of Markdown and HTML are escaped."""
+    """Text from users on one line, with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(escape_controls(str(value)).split()))
 
 
 def _code(value: Any) -> str:
-    """Text from users as inline code, on one line."""
+    """Text from users as inline code of Markdown, on one line."""
     text = " ".join(escape_controls(str(value)).split())
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    backticks = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{padding}{text}{padding}{fence}"
+    return f"{backticks}{padding}{text}{padding}{backticks}"
 
 
 def _format_cell(value: Any) -> str:
