@@ -81,8 +81,8 @@ class WeightValues:
         return dense if full_tensor is None else full_tensor()
 
     def version(self) -> tuple[Any, ...] | None:
-        """A value that differs after a write to the weight (see ``_tensor_version``). None if no
-        tensor of the weight shows writes, so that its fingerprint must not be cached."""
+        """A value that differs after a write to the weight (see ``_tensor_version``). None if the
+        weight has no plain tensor to observe; its fingerprint must then not be cached."""
         held_tensors = [self.anchor]
         if isinstance(self.anchor, nn.Module):
             # with an opaque storage, which only the module's own forward can decode, the tensors of

@@ -39,7 +39,7 @@ from veneer.adapter_files.record import (
     require_unchanged,
     seal_record,
 )
-from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, tuner_folder
+from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, convert_tuner_files
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
@@ -338,8 +338,8 @@ def convert_foreign_files(
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
     """Convert the files of another library's folder to those of a folder with peft_type LORA:
     (config, the tensors that PEFT applies, the modules of which PEFT ignores tensors).
-    ``check_config`` must have accepted the config. ``AdapterError``: the tensors belong to another
-    tuner than the config."""
+    ``check_config`` must have accepted the config. ``AdapterError``: the tensors are not of the
+    tuner (LoRA, LoHa, …) that the config names."""
     check_tensors(peft_config, tensors)
     factor_suffixes = (suffix for kind in LAYERS for suffix in kind.file_keys)
     extra_suffixes = (key for variant in VARIANTS for key in variant.peft_keys.values())
@@ -360,7 +360,7 @@ def assemble(
     ``AdapterError``: they do not fit together. ``weight_lookup``: as ``weights`` of ``read``."""
     tuner = tuner_of(peft_config) if record is None else None
     tuner_content = (
-        None if tuner is None else tuner_folder(tuner, peft_config, tensors, weight_lookup)
+        None if tuner is None else convert_tuner_files(tuner, peft_config, tensors, weight_lookup)
     )
     if tuner_content is not None:
         peft_config = tuner_content.config
@@ -466,7 +466,7 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _foreign_config(peft_config: Mapping[str, Any]) -> LoraConfig:
-    """Veneer's config for a PEFT config without a record.
+    """Veneer's config for the adapter of a folder without a record, from PEFT's config.
 
     It only describes an adapter whose tensors exist. So it keeps PEFT's names of modules and leaves
     out ``init_lora_weights``; ``peft_config.lora_fields`` makes a config for a new training."""

@@ -36,7 +36,7 @@ def without_initial_product(
     model_index: Names,
     ref: ParamRef,
     kind_name: str,
-    config: Mapping[str, Any],
+    peft_config: Mapping[str, Any],
     layer: peft.PeftLayer,
 ) -> LowRank | str:
     """The change of ``layer`` as a low-rank product of twice the rank, relative to the weight W of
@@ -45,9 +45,9 @@ def without_initial_product(
     Args:
         ref: (path of the module, name of the weight) of W.
         kind_name: the kind of the module, such as "linear".
-        config: PEFT's config, whose ``init_lora_weights`` tells how A and B were initialised.
+        peft_config: PEFT's config, whose ``init_lora_weights`` tells how A and B were initialised.
     """
-    init_method = str(config["init_lora_weights"]).lower()
+    init_method = str(peft_config["init_lora_weights"]).lower()
     weight: Any = weight_of(model_index.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)
     if kind_name not in ("linear", *(("conv1d_transformers",) if init_method == "pissa" else ())):

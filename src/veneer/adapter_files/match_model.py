@@ -205,7 +205,7 @@ class _Match:
                 if self.adapter_files.record is not None
                 else self.as_weight_change(ref, layer)
             )
-        # PEFT skips modules that the model lacks; here the folder of another model is refused
+        # PEFT skips modules that the model lacks; here they are a sign of a wrong model
         for path in self.adapter_files.ignored_modules:
             if path not in self.model_index.modules:
                 self.add_missing_module(path, path)
@@ -223,8 +223,8 @@ class _Match:
         folder of another library, PEFT's result must equal that of a changed weight. If it differs
         only for code that reads the weight directly, the weight is added to ``module_only``; for
         any other difference, a problem is added."""
-        model_index, config = self.model_index, self.adapter_files.peft_config
-        is_parameter = means_parameter(model_index, ref, config)
+        model_index, peft_config = self.model_index, self.adapter_files.peft_config
+        is_parameter = means_parameter(model_index, ref, peft_config)
         attention_path = (
             attention_above(model_index, ref)
             if peft_paths.attention_of(file_path) is not None
@@ -236,7 +236,7 @@ class _Match:
             config_path = parameter_path(*ref)
         else:
             config_path = ref[0] if attention_path is None else attention_path
-        rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
+        rank, alpha, scale = peft_paths.rank_alpha_scale(peft_config, config_path)
         if self.by_peft_rules:
             reader_reason, reason = deviation_reasons(
                 model_index, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
@@ -248,7 +248,7 @@ class _Match:
             if attention_path is not None:
                 alpha = peft_behaviour.OUT_PROJ_REPEATS * alpha
                 scale = peft_behaviour.OUT_PROJ_REPEATS * scale
-                reason = peft_behaviour.out_proj_problem(config) if reason is None else reason
+                reason = peft_behaviour.out_proj_problem(peft_config) if reason is None else reason
             if reason is not None:
                 problem = (
                     f"a change of {file_layer.target_path!r} that PEFT applies in another way:"
@@ -359,7 +359,7 @@ class _Match:
         self.low_rank = cache.plan(specs, self.problems)
         reader = ParameterReader(adapter_files, self.model_index, layers, self.problems)
         self.adapter_parameters = {
-            plan.ref: (reader.read(plan) if plan.rank else {}) | self.rows_of(plan)
+            plan.ref: (reader.read(plan) if plan.rank else {}) | self.token_row_parameters(plan)
             for plan in throttle(self.low_rank)
         }
         if recorded_changes is not None:
@@ -372,9 +372,9 @@ class _Match:
                 problem = f"changes that the record does not know: {listing(unrecorded_paths)}"
                 self.add_problem(problem, "the files as they were saved", COPY_ADVICE)
 
-    def rows_of(self, plan: LowRankPlan) -> dict[str, Tensor]:
-        """The adapter parameter with the trained token rows of a weight, by the parameter's name
-        (``TOKEN_ROWS``); empty if the folder has no rows for the weight."""
+    def token_row_parameters(self, plan: LowRankPlan) -> dict[str, Tensor]:
+        """{``TOKEN_ROWS``: the trained token rows of the planned weight}, as adapter parameters;
+        empty if the folder has none. If the record lists other tokens, a problem is added."""
         token_rows = self.tokens.get(plan.ref)
         if self.adapter_files.record is not None and saved_token_rows.differs_from_record(
             self.adapter_files, plan.full_path, token_rows
@@ -405,8 +405,8 @@ class _Match:
         return specs
 
     def plan_full(self) -> None:
-        """Check the tensors that are trained in full against the modules of the model, and complete
-        the plans."""
+        """Check the tensors that are trained in full against the modules of the model, and set
+        ``plans``, the plans of all low-rank changes and of these tensors."""
         model_index = self.model_index
         for file_path, tensors in self.adapter_files.full.items():
             self.full.setdefault(module_at(model_index, file_path), {}).update(tensors)
@@ -454,7 +454,7 @@ class _Match:
         weight = weight_of(self.model_index.modules[plan.path], plan.weight)
         for module_path, name in plan.holders:
             saved_weight = self.full.get(module_path, {}).pop(name, None)
-            trained_rows = plan.tokens or ()  # the adapter replaces these rows of the base
+            trained_rows = plan.tokens or ()  # rows that the adapter replaces, so may differ
             if saved_weight is not None and fingerprint_without_rows(
                 saved_weight, trained_rows
             ) != fingerprint_without_rows(plan.storage.dense(weight), trained_rows):
@@ -470,7 +470,7 @@ class _Match:
         no hash tells whether some are missing."""
         if self.adapter_files.record is not None:
             return
-        model_index, config = self.model_index, self.adapter_files.peft_config
+        model_index, peft_config = self.model_index, self.adapter_files.peft_config
         weight_names = {
             path: layer_kind.weight
             for path, module in model_index.modules.items()
@@ -478,11 +478,11 @@ class _Match:
         }
         expected_refs = {
             (path, weight_names[path])
-            for path in peft_paths.expected_paths(config, weight_names) or ()
+            for path in peft_paths.expected_paths(peft_config, weight_names) or ()
             if weight_of(model_index.modules[path], weight_names[path]) is not None
         }
         expected_refs |= {
-            ref for ref in all_refs(model_index) if means_parameter(model_index, ref, config)
+            ref for ref in all_refs(model_index) if means_parameter(model_index, ref, peft_config)
         }
         missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())
         # the tensors of a tuner that trains its layers in full are in ``full``, not in ``layers``

@@ -40,11 +40,12 @@ MODEL_ADVICE = "load it on the model that it was trained on"
 
 @dataclass(frozen=True)
 class ParameterReader:
-    """Reads the adapter parameters of planned changes. Errors in the files are added to
-    ``problems``.
+    """Reads the adapter parameters of planned changes (A, B and those of the variant) from an
+    adapter's files. Errors in the files are added to ``problems``.
 
     Args:
-        layers: the changes in PEFT's file, by the changed weight.
+        model_index: the modules of the model by path.
+        layers: the changes in PEFT's file, by (module path, name) of the changed weight.
     """
 
     adapter_files: AdapterFiles
@@ -94,8 +95,8 @@ class ParameterReader:
         return parameters
 
     def check_sizes(self, plan: LowRankPlan, layer: peft.PeftLayer, variant: Variant) -> None:
-        """Check that a plan from the record has the rank and scale that ``layer`` has from PEFT's
-        config, and that no parameter of the variant is missing in the folder."""
+        """Add a problem if a plan from the record does not have the rank and scale that ``layer``
+        has from PEFT's config, or if a parameter of the variant is missing in the folder."""
         weight_path = parameter_path(*plan.ref)
         missing_names = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
         if missing_names and self.adapter_files.record is not None:
@@ -156,7 +157,8 @@ class ParameterReader:
             return None
         layer_kind = kind_for(module, parameter_name)
         if means_parameter(self.model_index, ref, self.adapter_files.peft_config):
-            layer_kind = GENERAL_KIND  # PEFT stores a parameter alike in every kind of module
+            # PEFT's file has one layout for target parameters, whatever the kind of the module
+            layer_kind = GENERAL_KIND
         weight_shape = plan.storage.shape(weight_of(module, parameter_name))
         factors = (
             layer_kind.unpack(layer.A, layer.B, module, weight_shape)
@@ -204,13 +206,13 @@ def _disagreement(
     product: LowRank,
     variant: Variant,
 ) -> str | None:
-    """Why the ``variant_parameters`` make another change than ``product``, the plain LoRA in PEFT's
-    file; None if they make the same change."""
+    """Why the ``variant_parameters``, those of veneer.safetensors, make another change of the
+    weight than ``product``, the plain LoRA in PEFT's file; None if they make the same change."""
     if variant_parameters.keys() - variant.derived != _parameter_names(variant.name):
         return f"numbers {listing(sorted(variant_parameters))}"
     module, dims = model_index.modules[plan.path], plan.start_dims
 
-    def base_weight() -> Tensor:
+    def read_base_weight() -> Tensor:
         dense = plan.storage.dense(weight_of(module, plan.weight)).float()
         dense = plan.layer.unfold(dense, plan.dims)
         return dense if plan.rows is None else dense[:, torch.tensor(plan.rows)]
@@ -221,18 +223,24 @@ def _disagreement(
                 dims.groups, dims.out, dims.in_, plan.rank, plan.layer.fan_in(plan.dims)
             )
             variant_parameters = {**variant.init(init_context), **variant_parameters}
-        low, _ = variant.resolve(
-            variant_parameters, variant.scale(plan.alpha, plan.rank), base_weight
+        variant_product, _ = variant.resolve(
+            variant_parameters, variant.scale(plan.alpha, plan.rank), read_base_weight
         )
-        low = low if plan.rows is None else low.expand_rows(torch.tensor(plan.rows), plan.dims.out)
+        variant_product = (
+            variant_product
+            if plan.rows is None
+            else variant_product.expand_rows(torch.tensor(plan.rows), plan.dims.out)
+        )
         frozen_input = plan.layer.frozen_input(module)
-        low = low if frozen_input is None else low.zero_input(frozen_input)
-        A = torch.cat([low.A, product.A], 1)
-        B = torch.cat([low.B * low.scale, -product.B * product.scale], 2)
-        difference = LowRank(A, B, 1.0).norm()
+        variant_product = (
+            variant_product if frozen_input is None else variant_product.zero_input(frozen_input)
+        )
+        A = torch.cat([variant_product.A, product.A], 1)
+        B = torch.cat([variant_product.B * variant_product.scale, -product.B * product.scale], 2)
+        difference_norm = LowRank(A, B, 1.0).norm()
     except (RuntimeError, IndexError, ValueError) as error:
         return f"shapes that do not fit ({first_line(error)})"
     # another machine may round 16-bit values differently, so 1 % of difference is permitted
-    if difference > 1e-2 * product.norm():
-        return f"another change (off by {difference:.2g})"
+    if difference_norm > 1e-2 * product.norm():
+        return f"another change (off by {difference_norm:.2g})"
     return None

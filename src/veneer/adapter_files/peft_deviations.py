@@ -24,6 +24,7 @@ def outside_reader(
     module reads the weight directly. None if no module does.
 
     Args:
+        ref: (path of the changed module, name of its weight).
         attention_path: the path of an attention module of which the out-projection is the changed
             module. PEFT adapts both together, so the attention does not count as a reader.
     """

@@ -43,7 +43,7 @@ class PeftEntry:
         file_path: the path of the change in the file, with PEFT's wrappers.
         target: the path of the target in PEFT's config: of the parameter if ``is_parameter`` is
             true, else of the module.
-        path, module, weight: the path of the module, the module, and the name of its weight.
+        path, module, weight_name: the path of the module, the module, and the name of its weight.
         change: the change as it is installed in the model.
         low: the low-rank product as this module uses it. If ``transposed``, the module uses the
             transpose of the weight that ``change`` belongs to.
@@ -57,7 +57,7 @@ class PeftEntry:
     is_parameter: bool
     path: str
     module: nn.Module
-    weight: str
+    weight_name: str
     change: Change
     low: LowRank
     transposed: bool
@@ -103,7 +103,7 @@ def peft_entries(model_index: Names, adapter_name: str) -> list[PeftEntry]:
                 is_parameter=is_parameter,
                 path=path,
                 module=module,
-                weight=weight_name,
+                weight_name=weight_name,
                 change=change,
                 low=change.as_read_by(layer_kind, low),
                 transposed=change.is_transposed_in(layer_kind),
@@ -115,7 +115,8 @@ def peft_entries(model_index: Names, adapter_name: str) -> list[PeftEntry]:
 
 
 def _has_several_weights(module: nn.Module, weight_name: str) -> bool:
-    """Whether PEFT's file can hold several weights of this module, each under its name."""
+    """Whether PEFT's file can hold changes of several weights of this module, such as those of an
+    attention, each under its name."""
     return len(kind_for(module, weight_name).weights(module)) > 1
 
 
@@ -132,11 +133,14 @@ def _wrapper_counts(entries: list[PeftEntry]) -> dict[str, int]:
 def file_tensors(
     model: nn.Module, adapter_name: str, entries: list[PeftEntry]
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter for PEFT's file, by key."""
+    """The tensors of an adapter for PEFT's file, by key: those of the low-rank changes ``entries``,
+    the biases of ``lora_bias``, and the tensors that are trained in full."""
     tensors: dict[str, Tensor] = {}
     for entry in entries:
-        change, weight = entry.change, weight_of(entry.module, entry.weight)
-        layer_kind = GENERAL_KIND if entry.is_parameter else kind_for(entry.module, entry.weight)
+        change, weight = entry.change, weight_of(entry.module, entry.weight_name)
+        layer_kind = (
+            GENERAL_KIND if entry.is_parameter else kind_for(entry.module, entry.weight_name)
+        )
         shape = change.storage.shape(weight)
         for suffix, tensor in zip(
             layer_kind.file_keys, layer_kind.pack(entry.low, entry.module, shape), strict=True
@@ -213,19 +217,21 @@ def peft_config(
     entries_by_path = {
         (
             peft_paths.strip_wrappers(entry.file_path)[0]
-            if not entry.is_parameter and _has_several_weights(entry.module, entry.weight)
+            if not entry.is_parameter and _has_several_weights(entry.module, entry.weight_name)
             else entry.target
         ): entry
         for entry in entries
     }
-    # parameters are listed in the order in which PEFT wraps them
+    # ``target_parameters`` must list the parameters in the order of ``entries``, in which PEFT
+    # nests its wrappers
     parameter_paths = list(dict.fromkeys(entry.target for entry in entries if entry.is_parameter))
     module_paths = list(dict.fromkeys(entry.target for entry in entries if not entry.is_parameter))
-    # PEFT refuses dropout and fan_in_fan_out for changes of parameters and of attention modules
+    # PEFT refuses dropout and fan_in_fan_out for changes of parameters and of attention modules:
+    # they are written only if there are no such changes
     has_modules_only = not parameter_paths and not any(
         isinstance(entry.module, nn.MultiheadAttention) for entry in entries
     )
-    kind_names = {kind_for(entry.module, entry.weight).name for entry in entries}
+    kind_names = {kind_for(entry.module, entry.weight_name).name for entry in entries}
     task_type, invocation_tokens = _task_type(model_index.model), config.invocation_tokens
     peft_type = _peft_type(model_index, entries)
     if invocation_tokens and task_type != "CAUSAL_LM" and peft_type == "LORA":
@@ -320,7 +326,7 @@ def _peft_type(model_index: Names, entries: list[PeftEntry]) -> str:
     """The ``peft_type``: "LORA", or, if PEFT would compute another result than Veneer, a text that
     gives the reason. PEFT refuses a config with such an unknown type."""
     for entry in entries:
-        ref = entry.path, entry.weight
+        ref = entry.path, entry.weight_name
         is_zero_change = is_zero(entry.low.A, entry.low.B) and not entry.change.variant.peft_keys
         reason = (
             None if is_zero_change or entry.change.module_only else outside_reader(model_index, ref)
@@ -414,11 +420,11 @@ def module_at(model_index: Names, file_path: str) -> str:
     return file_path if remaining_path else path
 
 
-def ref_at(model_index: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef | None:
+def ref_at(model_index: Names, file_path: str, peft_config: Mapping[str, Any]) -> ParamRef | None:
     """(module path, name) of the weight that a path in PEFT's file means; None if the model has no
     such weight. The path may end in the name of a parameter. Otherwise it is the path of a module
-    and means its only weight. If ``config``, PEFT's config, targets parameters of the module, the
-    number of wrappers in the path tells which one is meant."""
+    and means its only weight. If ``peft_config`` targets parameters of the module, the number of
+    wrappers in the path tells which one is meant."""
     path, wrapper_count, remaining_path = resolve_file_path(model_index, file_path)
     module = model_index.modules[path]
     if remaining_path:
@@ -426,7 +432,7 @@ def ref_at(model_index: Names, file_path: str, config: Mapping[str, Any]) -> Par
     parameter_names = [
         name
         for name in own_parameters(module)
-        if means_parameter(model_index, (path, name), config)
+        if means_parameter(model_index, (path, name), peft_config)
     ]
     if parameter_names:
         return (
@@ -442,12 +448,12 @@ def ref_at(model_index: Names, file_path: str, config: Mapping[str, Any]) -> Par
     )
 
 
-def means_parameter(model_index: Names, ref: ParamRef, config: Mapping[str, Any]) -> bool:
+def means_parameter(model_index: Names, ref: ParamRef, peft_config: Mapping[str, Any]) -> bool:
     """Whether a config of PEFT targets this weight as a parameter, rather than its module."""
     module_path, parameter_name = ref
     return bool(
         peft_paths.expected_parameters(
-            config,
+            peft_config,
             [parameter_path(alias, parameter_name) for alias in model_index.aliases[module_path]],
         )
     )

@@ -141,7 +141,7 @@ def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] 
 def compare_hashes(
     path: Path,
     record: Mapping[str, Any],
-    config: Mapping[str, Any],
+    peft_config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
@@ -150,7 +150,7 @@ def compare_hashes(
 
     Args:
         record: the record, with the hashes.
-        config: the fields of ``adapter_config.json``.
+        peft_config: the fields of ``adapter_config.json``.
         tensors: the tensors of ``adapter_model.safetensors``, by key.
         parameters: the tensors of ``veneer.safetensors``; None if the file could not be read.
     """
@@ -158,7 +158,7 @@ def compare_hashes(
     changed_by_content = {
         "the record in its header": hash_record(record) != hashes.get("record"),
         "its tensors": hash_tensors(tensors) != hashes.get("tensors"),
-        peft.CONFIG: hash_json(config) != hashes.get(peft.CONFIG),
+        peft.CONFIG: hash_json(peft_config) != hashes.get(peft.CONFIG),
     }
     if (path / RECORD).exists():
         changed_by_content[RECORD] = read_json(path / RECORD) != record
@@ -183,8 +183,9 @@ def require_unchanged(changed_by_content: Mapping[str, bool], path: Path) -> Non
 
 
 def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The labels of the adapted classifier, in the order of its outputs. None if the base was no
-    classifier, or if neither the record nor the run of ``veneer train`` lists labels."""
+    """The labels of the adapted classifier, in the order of its outputs: those of the base, or
+    those in the settings of the ``veneer train`` run that the provenance holds. None if there are
+    none."""
     task_settings = record.get("provenance", {}).get("task")
     for labels in (
         record.get("base", {}).get("labels"),
@@ -290,7 +291,8 @@ def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
 
 
 def _is_range_list(value: Any) -> bool:
-    """Whether ``value`` is a list of pairs [start, stop] of numbers, in any order."""
+    """Whether ``value`` is a list of pairs [start, stop] of integers that are not negative. It may
+    not be empty, but the pairs may be in any order."""
     has_pairs = (
         isinstance(value, list)
         and bool(value)

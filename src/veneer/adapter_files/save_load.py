@@ -112,7 +112,7 @@ def save(
             path, **content, provenance=provenance or {}, overwrite=overwrite, tokenizer=tokenizer
         )
         reason = peft.not_for_peft(content["peft_config"])
-        # warn only if PEFT supports the variant, though not for one of these layers
+        # warn only if PEFT has this variant: then users may expect that PEFT reads the folder
         if reason and VARIANTS[content["config"].variant].peft_keys:
             warning_text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
@@ -263,14 +263,14 @@ def _content(
         )
     model_index = Names(model)
     entries = peft_entries(model_index, adapter_name)
-    # the base of an adapter that was attached to merged weights has no name
+    # an adapter that was attached to merged weights has them as its base, which has no name
     if base_name is None and need_adapters(model).selections[adapter_name].merged_at_attach is None:
         base_name = base_name_of(model)
-    weights = {
+    changes_by_path = {
         parameter_path(module_path, weight_name): (weight_of(module, weight_name), change)
         for module_path, module, weight_name, change in changes(model, adapter_name)
     }
-    is_complete = {id(entry.change): entry.is_complete for entry in entries}
+    is_complete_by_id = {id(entry.change): entry.is_complete for entry in entries}
     return {
         "tensors": {
             **file_tensors(model, adapter_name, entries),
@@ -285,26 +285,27 @@ def _content(
             "architecture": base_class(model).__name__,
             **({} if (labels := labels_of(model)) is None else {"labels": labels}),
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
-            **_proof(model_index, adapter_name, weights, fingerprints),
+            **_base_fingerprints(model_index, adapter_name, changes_by_path, fingerprints),
         },
         "changes": {
-            weight_path: _describe_change(change) for weight_path, (_, change) in weights.items()
+            weight_path: _describe_change(change)
+            for weight_path, (_, change) in changes_by_path.items()
         },
         "config": config,
         "parameters": {
             f"{weight_path}.{key}": file_tensor(parameter)
-            for weight_path, (_, change) in weights.items()
-            if not is_complete.get(id(change), True)
+            for weight_path, (_, change) in changes_by_path.items()
+            if not is_complete_by_id.get(id(change), True)
             for key, parameter in change.adapter_parameters.items()
             if key not in change.variant.derived or not _has_default_derived(change)
         },
     }
 
 
-def _proof(
+def _base_fingerprints(
     model_index: Names,
     adapter_name: str,
-    weights: Mapping[str, tuple[Any, Change]],
+    changes_by_path: Mapping[str, tuple[Any, Change]],
     fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """The fields "weights", "rest" and "fresh" of the record's entry "base": the fingerprints of
@@ -312,20 +313,20 @@ def _proof(
     checkpoint holds ("fresh"), of which ``FreshWeights`` warns.
 
     Args:
-        weights: {path: (weight, change)} of the weights that the adapter changes at a low rank.
+        changes_by_path: {path: (weight, change)} of the weights that the adapter changes at a low
+            rank.
         fingerprints: known fingerprints by name, instead of those of the model's values.
     """
-    model, tensors = model_index.model, list_weights(model_index)
-    tensors_by_id = {id(tensor.weight): tensor for tensor in tensors}
+    model, base_weights = model_index.model, list_weights(model_index)
+    weights_by_id = {id(base_weight.weight): base_weight for base_weight in base_weights}
     replaced_ids = {
         id({**module._parameters, **module._buffers}[key])
         for _, module, layer_adapter in adapters(model, adapter_name)
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
-    # a weight with trained token rows does not count as fresh, because its only rows that are in no
-    # checkpoint, those of added tokens, are in the adapter
+    # a weight whose only rows without a checkpoint (added tokens) are in the adapter is not fresh
     token_weight_ids = {
-        id(weight) for weight, change in weights.values() if change.tokens is not None
+        id(weight) for weight, change in changes_by_path.values() if change.tokens is not None
     }
     fresh_refs = {
         weight_id: ref
@@ -334,7 +335,7 @@ def _proof(
     }
     FreshWeights.warn(fresh_refs.values(), "As the adapter is saved", stacklevel=5)
     lost_ids = without_backup(model, adapter_name) if fingerprints is None else frozenset()
-    lost_paths = [path for path, (weight, _) in weights.items() if id(weight) in lost_ids]
+    lost_paths = [path for path, (weight, _) in changes_by_path.items() if id(weight) in lost_ids]
     if lost_paths:
         raise AdapterError(
             f"{listing(lost_paths)}, merged with keep=False, of which nobody knows what the base"
@@ -342,26 +343,29 @@ def _proof(
             "the base's weights, for its fingerprint",
             "save it before that merge",
         )
-    changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
+    changed_weights = {
+        path: weights_by_id[id(weight)] for path, (weight, _) in changes_by_path.items()
+    }
     excluded_ids = replaced_ids.union(
-        (id(weight) for weight, _ in weights.values()),
+        (id(weight) for weight, _ in changes_by_path.values()),
         lost_ids,
-        # in a model without a head, only the pooler can be fresh. It differs in each load, so a
-        # fingerprint of it would refuse every base; the hidden states do not depend on it
+        # without a head, only a pooler can be fresh: random in each load, and without any effect
         () if _has_head(model) else fresh_refs,
     )
-    unchanged_tensors = [
-        tensor for tensor in tensors if id(tensor.weight) not in excluded_ids and tensor.is_readable
+    unchanged_weights = [
+        base_weight
+        for base_weight in base_weights
+        if id(base_weight.weight) not in excluded_ids and base_weight.is_readable
     ]
-    recorded_tensors = [*changed_weights.values(), *unchanged_tensors]
-    digests = _find_fingerprints(model, adapter_name, recorded_tensors, fingerprints)
-    record = base_record(changed_weights, unchanged_tensors, digests)
-    for weight_path, (weight, change) in weights.items() if fingerprints is None else ():
+    recorded_weights = [*changed_weights.values(), *unchanged_weights]
+    digests = _find_fingerprints(model, adapter_name, recorded_weights, fingerprints)
+    record = base_record(changed_weights, unchanged_weights, digests)
+    for weight_path, (weight, change) in changes_by_path.items() if fingerprints is None else ():
         # the adapter replaces the rows of trained tokens: fingerprint the other rows alone
         if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][weight_path] = fingerprint_without_rows(
-                tensors_by_id[id(weight)], ids, bits_before_merge(model, adapter_name)
+                weights_by_id[id(weight)], ids, bits_before_merge(model, adapter_name)
             )
     return {
         **record,
@@ -372,22 +376,22 @@ def _proof(
 def _find_fingerprints(
     model: nn.Module,
     adapter_name: str,
-    tensors: Sequence[ModuleWeight],
+    module_weights: Sequence[ModuleWeight],
     fingerprints: Mapping[str, str] | None,
 ) -> list[str | None]:
-    """The fingerprint of each of ``tensors``: by name from ``fingerprints`` (None if it is not
-    there), or, if ``fingerprints`` is None, computed from the model's values.
+    """The fingerprint of each of ``module_weights``: by name from ``fingerprints`` (None if it is
+    not there), or, if ``fingerprints`` is None, computed from the model's values.
 
     For a weight into which an adapter is merged, these are the values from before the merge. For a
     weight that was quantised at loading, the fingerprint of the weight in the checkpoint is used
     instead, if it is known."""
     if fingerprints is not None:
         return [
-            next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
-            for tensor in tensors
+            next((fingerprints[name] for name in module_weight.names if name in fingerprints), None)
+            for module_weight in module_weights
         ]
     file_fingerprints = sources_of(model)
-    computed = fingerprints_of(tensors, bits_before_merge(model, adapter_name))
+    computed = fingerprints_of(module_weights, bits_before_merge(model, adapter_name))
     return [file_fingerprints.get(fingerprint, fingerprint) for fingerprint in computed]
 
 
@@ -450,9 +454,9 @@ def _has_default_derived(change: Change) -> bool:
     context = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
     for parameter_name in change.variant.derived:
         with torch.device(parameters[parameter_name].device):
-            default = change.variant.init(context)[parameter_name]
-        if default.shape != parameters[parameter_name].shape or not torch.equal(
-            default.to(parameters[parameter_name].dtype), parameters[parameter_name]
+            default_values = change.variant.init(context)[parameter_name]
+        if default_values.shape != parameters[parameter_name].shape or not torch.equal(
+            default_values.to(parameters[parameter_name].dtype), parameters[parameter_name]
         ):
             return False
     return True

@@ -149,8 +149,8 @@ def first_ref_at(
 def match_tokens(
     model_index: Names, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
-    """The trained token rows of a folder, by the weight of the model that they belong to. For rows
-    that do not fit the weight, ``problems`` gets an error text.
+    """The trained token rows of a folder, by (module path, name) of the weight of the model that
+    they belong to. For rows that do not fit the weight, ``problems`` gets an error text.
 
     Args:
         by_peft_rules: whether another library wrote the folder, so that rows are also refused if

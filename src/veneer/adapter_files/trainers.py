@@ -50,10 +50,10 @@ from veneer.attach import (
 from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
-#: the module of transformers that has ``Trainer``
+#: the name of the module of transformers that has ``Trainer``
 TRAINER_MODULE_NAME = "transformers.trainer"
-#: the modules of TRL with a trainer that disables dropout, or that loads a second copy of the base
-#: as reference model of the policy
+#: the names of the modules of TRL with a trainer that disables dropout, or that loads a second copy
+#: of the base as reference model of the policy
 TRL_MODULE_NAMES = tuple(
     f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward")
 )
@@ -94,12 +94,17 @@ def patch_trainer(transformers_module: Any) -> None:
     trainer_class._is_veneer_patched = True
 
     def replace_method(name: str, replacement: Callable[..., bool]) -> None:
-        """Replace a method: call ``replacement``, and then the original if that returns False."""
-        original = getattr(trainer_class, name)
+        """Replace a method of ``Trainer``: a call first calls ``replacement`` with its arguments,
+        and then the original method if that returned False."""
+        original_method = getattr(trainer_class, name)
 
-        @functools.wraps(original)
+        @functools.wraps(original_method)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return None if replacement(self, *args, **kwargs) else original(self, *args, **kwargs)
+            return (
+                None
+                if replacement(self, *args, **kwargs)
+                else original_method(self, *args, **kwargs)
+            )
 
         setattr(trainer_class, name, method)
 
@@ -128,7 +133,8 @@ def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
     """Load the checkpoint that ``save_pretrained`` wrote to ``folder`` into ``model``: into its
     attached adapter, or, if it has none, as a new adapter. Returns whether this was done; if not,
     the trainer's own method must load the checkpoint."""
-    # FSDP and DeepSpeed store the state of the complete model in other files
+    # FSDP and DeepSpeed store the state of the complete model in other files, which only the
+    # trainer can load
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     if _has_adapter(model):
@@ -175,7 +181,8 @@ def _has_veneer_card(trainer: Any) -> bool:
 
 
 def _refuse_unused_adapter(trainer: Any) -> bool:
-    """Raise an error if settings would make a trainer silently ignore an adapter; else False.
+    """Raise an error if settings would make a trainer silently ignore an adapter. Otherwise return
+    False, so that the patched method of the trainer goes on with the original.
 
     Raises:
         TargetError: the adapter changes the output layer, but TRL's forward multiplies directly by
@@ -244,7 +251,8 @@ def patch_trl(trl_module: Any) -> None:
 
         @functools.wraps(original_disable_dropout)
         def disable_dropout_in_model(model: nn.Module) -> None:
-            """TRL disables only ``nn.Dropout`` modules, which Veneer's adapters do not have."""
+            """Disable dropout as TRL does, which finds ``nn.Dropout`` modules only, and also in
+            Veneer's adapters, which have no such modules."""
             original_disable_dropout(model)
             _zero_dropout(model)
 
@@ -321,7 +329,8 @@ class _ImportWatcher(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 original_exec_module(module)
-                sys.meta_path.remove(self)  # not earlier: a program may repeat a failed import
+                # stop watching only now: if the import fails, the program may repeat it
+                sys.meta_path.remove(self)
                 self.callback(module)
 
             spec.loader.exec_module = exec_module

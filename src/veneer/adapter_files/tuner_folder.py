@@ -100,8 +100,8 @@ class UnknownShapes(Mapping[str, Any]):
 
 
 def weight_lookup_of(model_index: Names) -> WeightLookup:
-    """A function that returns the shape of a model's weight by its path, and the dtype of a weight
-    that is not packed."""
+    """A function that returns (shape, dtype) of a model's weight by its path. The dtype is None for
+    a packed weight. The function returns None if the model has no such weight."""
 
     def shape_and_dtype(weight_path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
         module_path, _, parameter_name = weight_path.rpartition(".")
@@ -121,9 +121,9 @@ def weight_lookup_of(model_index: Names) -> WeightLookup:
 
 
 @torch.no_grad()
-def tuner_folder(
+def convert_tuner_files(
     tuner: Tuner,
-    config: Mapping[str, Any],
+    tuner_config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     weight_lookup: WeightLookup | None,
 ) -> TunerFolder:
@@ -137,8 +137,8 @@ def tuner_folder(
     Raises:
         AdapterError: the tensors are no changes of this tuner, or do not fit the base.
     """
-    changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weight_lookup)
-    lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
+    changes, other_tensors = peft_tuners.read_changes(tuner, tuner_config, tensors, weight_lookup)
+    lora_config, products, problems = peft_tuners.lora_config_of(tuner, tuner_config), {}, []
     parameters: dict[str, Tensor] = {}
     ranks_and_alphas: dict[str, tuple[int, float]] = {}
     for module_path, change in changes.items():
@@ -151,7 +151,7 @@ def tuner_folder(
         rank = min(peft_paths.rank_alpha_scale(lora_config, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
-        # the alpha for which the variant has the scale of the change at this rank
+        # the alpha from which the variant computes the change's scale at this rank
         alpha = change.scale / VARIANTS[tuner.variant].scale(1.0, rank)
         ranks_and_alphas[f"{module_path}.weight"] = rank, alpha
         parameters |= {
@@ -179,7 +179,7 @@ def tuner_folder(
     }
     return TunerFolder(
         tuner=tuner,
-        source=config,
+        source=tuner_config,
         config=plain_config,
         tensors=plain_tensors,
         parameters=parameters,

@@ -127,7 +127,7 @@ class _Verification:
             if (path / name).is_file() and not location_problems(path, [name])
         }
         has_config, has_tensors = peft.CONFIG in readable_names, peft.TENSORS in readable_names
-        config = log.try_step("config", read_json, path / peft.CONFIG) if has_config else None
+        peft_config = log.try_step("config", read_json, path / peft.CONFIG) if has_config else None
         tensors_and_header = (
             log.try_step("tensors", read_tensors, path / peft.TENSORS) if has_tensors else None
         )
@@ -136,29 +136,29 @@ class _Verification:
         tensors, header = tensors_and_header
         log.add("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
         has_record = "veneer" in header
-        record, parameters = self.check_record(config, tensors, header, readable_names)
-        original_files = config, tensors
-        if config is not None:
-            config, tensors = peft_tokens.convert_to_lora(config, tensors)
-        if (fields := config) is not None:
-            config = log.try_step(
+        record, parameters = self.check_record(peft_config, tensors, header, readable_names)
+        original_files = peft_config, tensors
+        if peft_config is not None:
+            peft_config, tensors = peft_tokens.convert_to_lora(peft_config, tensors)
+        if (fields := peft_config) is not None:
+            peft_config = log.try_step(
                 "config", lambda: check_config(fields, has_record, with_base=True) or fields
             )
         self.check_numbers({**tensors, **(parameters or {})})
-        if config is None or parameters is None or (record is None and has_record):
+        if peft_config is None or parameters is None or (record is None and has_record):
             return
         if record is None:
             converted = log.try_step("layers", folder.convert_foreign_files, *original_files)
             if converted is None:
                 return
-            config, tensors, ignored_modules = converted
+            peft_config, tensors, ignored_modules = converted
             if ignored_modules:
                 log.add("warning", "config", describe_ignored(ignored_modules))
-        self.check_layers(config, record, tensors, parameters)
+        self.check_layers(peft_config, record, tensors, parameters)
 
     def check_record(
         self,
-        config: Mapping[str, Any] | None,
+        peft_config: Mapping[str, Any] | None,
         tensors: Mapping[str, Tensor],
         header: Mapping[str, str],
         readable_names: set[str],
@@ -168,7 +168,7 @@ class _Verification:
         tensors are None if the file could not be read.
 
         Args:
-            config: the fields of ``adapter_config.json``; None if they could not be read.
+            peft_config: the fields of ``adapter_config.json``; None if they could not be read.
             header: the texts in the header of ``adapter_model.safetensors``.
             readable_names: the files of the folder that may be opened.
         """
@@ -182,7 +182,7 @@ class _Verification:
             # check "files" has reported it already
             return None, None
         if record is not None:
-            is_valid, parameters = self.check_hashes(record, config or {}, tensors)
+            is_valid, parameters = self.check_hashes(record, peft_config or {}, tensors)
             return (record if is_valid else None), parameters
         if not (path / RECORD).exists() and "veneer" not in header:
             message = (
@@ -193,7 +193,10 @@ class _Verification:
         return None, {}
 
     def check_hashes(
-        self, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self,
+        record: Mapping[str, Any],
+        peft_config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
     ) -> tuple[bool, dict[str, Tensor] | None]:
         """Check the fields of the record and the hashes in it. Returns (whether the record is valid
         and no file has changed, the tensors of ``veneer.safetensors``, or None if these could not
@@ -204,7 +207,7 @@ class _Verification:
             parameters = self.log.try_step("record", folder.read_parameters, self.path, record)
         changed_by_content = (
             self.log.try_step(
-                "record", compare_hashes, self.path, record, config, tensors, parameters
+                "record", compare_hashes, self.path, record, peft_config, tensors, parameters
             )
             or {}
         )
@@ -222,17 +225,24 @@ class _Verification:
 
     def check_layers(
         self,
-        config: Mapping[str, Any],
+        peft_config: Mapping[str, Any],
         record: Mapping[str, Any] | None,
         tensors: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
         """Check that the files make up one adapter, and then check its changes. ``parameters``: the
         tensors of ``veneer.safetensors``."""
-        tuner = tuner_of(config) if record is None else None
+        tuner = tuner_of(peft_config) if record is None else None
         weight_lookup = None if self.weights is None or tuner is None else self.shape_and_dtype
         adapter_files = self.log.try_step(
-            "layers", folder.assemble, self.path, config, record, tensors, parameters, weight_lookup
+            "layers",
+            folder.assemble,
+            self.path,
+            peft_config,
+            record,
+            tensors,
+            parameters,
+            weight_lookup,
         )
         if adapter_files is None:
             return
@@ -283,7 +293,7 @@ class _Verification:
         if self.weights is not None:
             try:
                 check_against_base(self.log, adapter_files, products, norms, self.weights)
-            except CheckpointError as error:  # a file of the base was truncated during the checks
+            except CheckpointError as error:  # such as a file of the base that was just truncated
                 self.log.add("error", "base", str(error))
 
     def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
@@ -329,7 +339,8 @@ class _Verification:
         products: Mapping[str, LowRank],
         norms: Mapping[str, float],
     ) -> None:
-        """Warn of changes that are zero, and of changes of which the norm is an outlier."""
+        """Warn of changes that are zero, and of changes whose norm is an outlier among the changes
+        of the same shape. ``norms``: ‖ΔW‖ of each of ``products``, by path."""
         plain_paths = {
             layer.target_path for layer in adapter_files.low.values() if not layer.extras
         }
@@ -375,7 +386,8 @@ def _file_danger(file: Path) -> str | None:
 
 def _auto_map_classes(file: Path) -> list[str]:
     """The Python classes in the field ``auto_map`` of a config of transformers, which would load
-    their code from files beside the model. Empty for any other file."""
+    their code from files beside the model; ["auto_map"] if the field cannot be parsed. Empty for
+    any other file."""
     if not file.name.endswith("config.json"):
         return []
     with file.open("rb") as stream:
@@ -396,7 +408,8 @@ def _auto_map_classes(file: Path) -> list[str]:
 def _outliers(
     products: Mapping[str, LowRank], norms: Mapping[str, float]
 ) -> Iterator[tuple[str, float, float]]:
-    """(path, ‖ΔW‖, median ‖ΔW‖ of the changes of this shape) of each outlier."""
+    """(path, ‖ΔW‖, median ‖ΔW‖ of the changes of its shape) of each outlier, as defined in the
+    docstring of this module. ``norms``: ‖ΔW‖ of each of ``products``, by path."""
     log_norms: dict[tuple[int, ...], dict[str, float]] = {}
     for path, product in products.items():
         if norms[path] > 0:

@@ -202,7 +202,7 @@ def _check_full_parameters(
             new_paths.append(weight_path)
         elif tuple(tensor.shape) not in (
             tuple(weight.shape),
-            # the bias of a head grows with its weight
+            # the bias of a head grows with its weight if tokens were added
             _grown_shape(adapter_files, f"{module_path}.weight", weight.shape),
         ):
             misshapen_paths.append(
@@ -213,7 +213,8 @@ def _check_full_parameters(
             and parameter_name == "weight"
             and fingerprint(weight) != fingerprint(tensor)
         ):
-            # PEFT saves the frozen weight of an adapted embedding beside the embedding's change
+            # PEFT saves the frozen weight of an adapted embedding beside the embedding's change; if
+            # it is not that of this base, the adapter belongs to another base
             different_paths.append(weight_path)
     advice = "take the base that it was trained on"
     findings: tuple[tuple[Level, list[str], str], ...] = (
