@@ -170,8 +170,8 @@ def fingerprints_of(
 
 
 def call_modified_weights(module_weights: Sequence[ModuleWeight]) -> list[ModuleWeight]:
-    """Those of the weights that are packed in a format in which the first forward call may change
-    the values permanently, as bitsandbytes' 4-bit weights on some processors."""
+    """The weights among ``module_weights`` whose values the first forward call may change for good,
+    such as bitsandbytes' 4-bit weights, whose scales it rounds on some processors."""
     return [
         module_weight
         for module_weight in module_weights

@@ -28,8 +28,8 @@ from veneer.models.quantize import sources_of
 class UnverifiedAdapter(UserWarning):
     """Veneer cannot verify that an adapter was trained on this base: another library wrote the
     folder without fingerprints, or the adapter's record and the model do not list the same tensors.
-    ``convert`` also gives this warning if it has no base, and so cannot verify that the adapter
-    changes only weights."""
+    ``convert`` also gives this warning if it has no base: it then cannot verify that PEFT's result
+    with the adapter is that of changed weights."""
 
 
 class PartialChange(UserWarning):

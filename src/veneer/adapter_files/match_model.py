@@ -309,9 +309,9 @@ class _Match:
             )
 
     def as_weight_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """A change from a folder of PEFT, as ΔW = scale · B A of the original base weight. For some
-        initialisations, such as PiSSA, PEFT subtracts the initial product from the base when it
-        loads. PEFT accepts any rank; here it is reduced to at most min(out, in)."""
+        """A change from a folder of PEFT, as ΔW = scale · B A of the original base weight. For
+        PiSSA and OLoRA, ΔW is computed from the base, as PEFT subtracts the initial B A from it. A
+        rank above min(out, in), which PEFT accepts, is reduced."""
         if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
             kind_name = kind_for(self.model_index.modules[ref[0]], ref[1]).name
             product = without_initial_product(

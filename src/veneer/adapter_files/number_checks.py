@@ -25,7 +25,7 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 def number_problems(tensors: Mapping[str, Tensor], advice: str) -> Iterator[str]:
     """The error texts for tensors with an unknown dtype, or with values that are not finite or
-    above ``MAX_MAGNITUDE``. ``check_advice``: the advice in the error."""
+    above ``MAX_MAGNITUDE``. ``advice``: what to do about such values, for the texts."""
     bad_dtypes = {
         key: tensor.dtype
         for key, tensor in tensors.items()

@@ -315,7 +315,7 @@ def _base_fingerprints(
     Args:
         changes_by_path: {path: (weight, change)} of the weights that the adapter changes at a low
             rank.
-        fingerprints: known fingerprints by name, instead of those of the model's values.
+        fingerprints: known fingerprints by name, which are used instead of computing them.
     """
     model, base_weights = model_index.model, list_weights(model_index)
     weights_by_id = {id(base_weight.weight): base_weight for base_weight in base_weights}

@@ -60,8 +60,8 @@ TRL_MODULE_NAMES = tuple(
 
 
 def patch_model(model: nn.Module) -> None:
-    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers of
-    transformers and TRL, even those that are imported later, if transformers is imported."""
+    """Patch ``save_pretrained`` of a model with adapters and of its modules. If transformers is
+    imported, also patch the trainers of transformers and TRL, now or after their import."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE_METHOD, None)):
             override_method(module, SAVE_METHOD, save_pretrained)

@@ -1,7 +1,7 @@
 """All checks of an adapter folder: is it undamaged, and was it trained on this base?
 
 ``read`` and ``load`` raise at the first problem. ``verify`` runs the same checks one by one and
-reports the result of each, also of those that passed, as a ``Finding``.
+reports the result of each check as a ``Finding``, even if the check passed.
 
     error      ``read`` or ``load`` refuses the folder, or the adapter does not fit the base
     warning    the folder loads, but somebody should look at it

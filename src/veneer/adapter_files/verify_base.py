@@ -284,8 +284,8 @@ def _grown_shape(adapter_files: AdapterFiles, path: str, shape: torch.Size) -> t
 
 
 def _fits_shape(product: LowRank, shape: tuple[int, ...]) -> bool:
-    """Whether a product fits a weight of this shape, or its transpose. A shape of other than two
-    axes fits if it has as many values as the product."""
+    """Whether a product fits a weight of this shape, or its transpose. A shape that does not have
+    two axes fits if it has as many values as the product."""
     groups, out, in_ = change_dims(product)
     return groups * out * in_ == prod(shape) and (
         len(shape) != 2 or sorted((groups * out, in_)) == sorted(shape)
