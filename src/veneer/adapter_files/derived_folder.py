@@ -224,8 +224,8 @@ def _recorded_changes(
 ) -> dict[str, Any]:
     """The entry "changes" for the record of a new adapter: {weight path: {"rank": …, "alpha": …}}.
     Other settings of a weight, such as its changed rows, are kept if all sources that change the
-    weight agree on them. AdapterError: for some sources but not for all, only calls of the module
-    see the change of a weight (``module_only``)."""
+    weight agree on them. AdapterError: some sources change the weight itself, and others only the
+    output of its module, as PEFT does ("module_only")."""
     layers = {layer.target_path: layer for layer in low.values()}
     changes: dict[str, Any] = {}
     for source in sources:

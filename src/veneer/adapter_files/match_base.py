@@ -167,8 +167,8 @@ def _warn_unproven(
 def _untrained_rows_match(
     model_index: Names, adapter_files: AdapterFiles, weight_path: str, expected_fingerprint: str
 ) -> bool:
-    """Whether a weight of the model equals the base's weight in all rows but those of the tokens
-    that the adapter trains. ``expected_fingerprint``: the record's fingerprint of these rows."""
+    """Whether a weight of the model equals the base's weight in all rows that the adapter does not
+    train. ``expected_fingerprint``: that of the base's weight without the trained tokens' rows."""
     module_weight = next(
         module_weight
         for module_weight in list_weights(model_index)

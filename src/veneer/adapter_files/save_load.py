@@ -134,9 +134,13 @@ def save_with(
     alone: bool = False,
 ) -> None:
     """Do all that ``save`` does, but instead of writing the files, call ``write_content`` on one of
-    the ranks that save to ``path``. Its argument has the keyword arguments for ``folder.write``:
-    tensors, configs and fingerprints. ``name``, ``base_name``, ``fingerprints`` and ``alone`` are
-    those of ``save``."""
+    the ranks that save to ``path``.
+
+    Args:
+        write_content: a function of a mapping with keyword arguments for ``folder.write``: the
+            tensors, the configs and the fingerprints.
+        name, base_name, fingerprints, alone: as in ``save``.
+    """
     model = unwrap(model)
     if not alone:
         reshard(model)

@@ -56,7 +56,8 @@ SAVE_METHOD = "save_pretrained"
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     """The replacement for ``module.save_pretrained`` while the model has adapters. It takes the
-    same arguments. It saves the selected adapter, or the merged model if an adapter is merged.
+    same arguments. It saves the selected adapter as a folder, or, if an adapter is merged, the
+    model with the merged weights.
 
     Raises:
         SelectionError: there are several adapters and none is selected, or rows of the batch select

@@ -77,8 +77,7 @@ def _check_changed_weights(
         larger than its weight.
     """
     recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
-    # the record lists the paths of weights; find the product of each, which has the path of the
-    # weight or of its module
+    # find the product of each weight in the record: its path is that of the weight or of the module
     product_paths = {
         path: next((key for key in (path, path.rpartition(".")[0]) if key in products), None)
         for path in recorded_weights
@@ -188,7 +187,8 @@ def _check_full_parameters(
     log: FindingLog, adapter_files: AdapterFiles, base_weights: BaseWeights
 ) -> None:
     """Check that the tensors that are trained in full have the shapes of the base's tensors of the
-    same names. Tensors that the base lacks are a warning, as they may be a new head."""
+    same names, and that frozen weights among them are those of the base. Tensors that the base
+    lacks are a warning, as they may be a new head."""
     full_tensors = {
         f"{peft_paths.strip_wrappers(path)[0]}.{name}".lstrip("."): tensor
         for path, tensors in adapter_files.full.items()
