@@ -60,14 +60,13 @@ TRL_MODULE_NAMES = tuple(
 
 
 def patch_model(model: nn.Module) -> None:
-    """Patch ``save_pretrained`` of a model with adapters and of its modules. If transformers is
-    imported, also patch the trainers of transformers and TRL, now or after their import."""
+    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers of
+    transformers and TRL: now, or after their import."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE_METHOD, None)):
             override_method(module, SAVE_METHOD, save_pretrained)
     answer_peft_names(model)
-    if "transformers" in sys.modules:
-        patch_trainers()
+    patch_trainers()
 
 
 def patch_trainers() -> None:
