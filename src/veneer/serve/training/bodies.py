@@ -1,7 +1,7 @@
 """The JSON bodies of the `tinker` SDK (tinker/types, 0.38) that this server accepts.
 
-An unknown field is refused, and the error names it, so that no field is silently ignored.
-Harmless fields that have no effect on this server (tags, a version) are accepted.
+An unknown field is refused, and the error names it, so that no field is silently ignored. Fields
+that have no effect on this server but do no harm (tags, a version) are accepted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from veneer.serve.training.run_trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
 Path = Annotated[str, Field(max_length=512)]
+#: the number of a request in its run, or of a run or sampling session in its session
 RequestNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 #: seconds after which a checkpoint expires: an hour to ten years
@@ -31,15 +32,20 @@ LifetimeSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 
 def _aliases(field_info: FieldInfo) -> list[str]:
+    """The other names under which a body may have a field."""
     return [str(name) for name in getattr(field_info.validation_alias, "choices", ())]
 
 
 class Body(BaseModel):
+    """A JSON object that is refused if it has a field that the subclass does not declare."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _limit_unknown_fields(cls, data: Any) -> Any:
+        """Drop all unknown fields but the first few before pydantic validates the body, because
+        pydantic writes an error for each, which would take seconds for thousands of fields."""
         known_names = {
             name
             for field_name, field_info in cls.model_fields.items()
@@ -49,6 +55,8 @@ class Body(BaseModel):
 
 
 class TypedBody(Body):
+    """A body with the optional field "type", which the SDK sends and this server ignores."""
+
     type: str | None = None
 
 
@@ -86,6 +94,8 @@ class Lora(Body):
 
 
 class OptimizerFamily(BaseModel):
+    """The settings of an optimizer. Routes refuse any ``type`` but "adamw"."""
+
     model_config = ConfigDict(extra="allow")
     type: Annotated[str, Field(max_length=64)]
 
@@ -156,7 +166,7 @@ class LoadWeights(TypedBody):
     path: Path
     optimizer: bool
     optimizer_config: OptimizerFamily | None = None
-    weights_access_token: None = None  # all checkpoints are those of this server
+    weights_access_token: None = None  # refused: it is for checkpoints of another server
 
 
 class CreateSampler(SessionBody):
@@ -200,8 +210,9 @@ class SamplingParams(Body):
 
 
 class TargetTokens(Body):
-    """Ids of tokens whose log-probabilities are requested: k for each token of the prompt but the
-    first, [prompt tokens - 1, k], dense or in CSR. The id -1 requests no log-probability."""
+    """A matrix of token ids whose log-probabilities a client requests, [n - 1, k]: for each of the
+    n tokens of a prompt but the first, k ids that could stand in its place. The matrix is dense, or
+    sparse in CSR (``sparse_crow_indices`` are the row pointers). The id -1 requests nothing."""
 
     data: Annotated[list[Annotated[int, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
     dtype: Literal["int64"]
@@ -250,10 +261,10 @@ class SetTtl(Body):
 class CopyWeights(Body):
     session_id: Id | None = None
     model_seq_id: RequestNumber | None = None
-    destination_project_id: None = None  # there are no projects here
+    destination_project_id: None = None  # refused: this server has no projects
     source_path: Path
     ttl_seconds: LifetimeSeconds | None = None
-    weights_access_token: None = None  # all checkpoints are those of this server
+    weights_access_token: None = None  # refused: it is for checkpoints of another server
 
 
 class SearchSessions(Body):
