@@ -74,7 +74,7 @@ def _gspo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Te
     one ratio for all tokens of a sequence. This ratio is the geometric mean of the probability
     ratios of the tokens in ``sequence_ratio_mask``. Its gradient for a token is the ratio times the
     gradient of the token's log-probability."""
-    # ``logprobs - detached_logprobs`` below is 0, but gives each token the gradient of its log-probability
+    # ``logprobs - detached_logprobs`` is 0, but gives each token the gradient of its own logprob
     detached_logprobs, advantages = logprobs.detach(), inputs["advantages"]
     log_row_ratio = (detached_logprobs - inputs["logprobs"])[
         inputs["sequence_ratio_mask"] != 0
@@ -167,8 +167,8 @@ def complete_settings(loss_name: str, settings: Mapping[str, Any]) -> dict[str, 
 def check_datum(
     datum: Datum, loss_name: str, index: int, vocabulary_size: int, context_length: int
 ) -> Datum:
-    """Check a datum for the loss named ``loss_name``; return the datum with int64 ids and all inputs of
-    the loss in float32. Missing "weights" are 1.
+    """Check a datum for the loss named ``loss_name``; return the datum with int64 ids and all
+    inputs of the loss in float32. Missing "weights" are 1.
 
     Raises:
         DataError: the datum has no token or at least ``context_length`` tokens, a token is not in
