@@ -35,7 +35,8 @@ from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
 
 #: kinds of requests that write checkpoints, whose sizes count towards a key's quota of bytes
 SAVE_KINDS = ("save", "external", "sampler")
-#: status codes of refusals that would be repeated if the client sent the same request again
+#: status codes of refusals that the same request would get again. Such a refusal is queued as the
+#: answer; after any other refusal, the client may try again.
 FINAL_STATUSES = (400, 403, 404, 409, 413, 415, 422)
 
 

@@ -136,7 +136,7 @@ class Queue:
                 if not row["done"]:
                     self._add_request(active_run, RunRequest(row["seq"], row["kind"], row["body"]))
 
-    # any thread may call these
+    # any thread may call the methods from here to ``ready_runs``
 
     def accept(self, run_id: str, seq: int | None, kind: str, body: bytes) -> int:
         """Write a request to the store and queue it; return its number. If a request with this
@@ -230,7 +230,7 @@ class Queue:
                 active_run for active_run in self.busy_runs.values() if active_run.retry_time <= now
             ]
 
-    # only the worker's thread calls these
+    # only the training thread may call the methods below
 
     def finish_request(self, active_run: ActiveRun, seq: int, answer: Answer) -> None:
         """Advance a run to the request after number ``seq``, drop the run if it is now idle and not

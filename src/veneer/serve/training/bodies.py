@@ -22,8 +22,8 @@ from veneer.serve.body_rules import limit_unknown_fields
 from veneer.serve.sampling_fields import TokenId, limit_entries
 from veneer.serve.training.run_trainer import Adam
 
-Id = Annotated[str, Field(max_length=256)]
-Path = Annotated[str, Field(max_length=512)]
+IdText = Annotated[str, Field(max_length=256)]
+PathText = Annotated[str, Field(max_length=512)]
 #: the number of a request in its run, or of a run or sampling session in its session
 RequestNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
@@ -68,12 +68,12 @@ class CreateSession(TypedBody):
     tags: Annotated[list[str], Field(fail_fast=True, max_length=64)] = []
     user_metadata: Metadata | None = None
     sdk_version: Annotated[str, Field(max_length=64)] = ""
-    project_id: Id | None = None
-    display_name: Id | None = None
+    project_id: IdText | None = None
+    display_name: IdText | None = None
 
 
 class SessionBody(TypedBody):
-    session_id: Id
+    session_id: IdText
 
 
 class FinishReason(Body):
@@ -101,16 +101,16 @@ class OptimizerFamily(BaseModel):
 
 
 class CreateModel(TypedBody):
-    session_id: Id
+    session_id: IdText
     model_seq_id: RequestNumber
-    base_model: Path
+    base_model: PathText
     user_metadata: Metadata | None = None
     lora_config: Lora | None = None
     optimizer_config: OptimizerFamily | None = None
 
 
 class RunBody(TypedBody):
-    model_id: Id
+    model_id: IdText
 
 
 class AdamParams(Body):
@@ -157,13 +157,13 @@ class SaveExternal(RunBody):
 
 
 class LoadWeights(TypedBody):
-    model_id: Id | None = None
+    model_id: IdText | None = None
     seq_id: RequestNumber | None = None
-    session_id: Id | None = None
+    session_id: IdText | None = None
     model_seq_id: RequestNumber | None = None
-    base_model: Path | None = None
+    base_model: PathText | None = None
     user_metadata: Metadata | None = None
-    path: Path
+    path: PathText
     optimizer: bool
     optimizer_config: OptimizerFamily | None = None
     weights_access_token: None = None  # refused: it is for checkpoints of another server
@@ -171,12 +171,12 @@ class LoadWeights(TypedBody):
 
 class CreateSampler(SessionBody):
     sampling_session_seq_id: RequestNumber
-    base_model: Path | None = None
-    model_path: Path | None = None
+    base_model: PathText | None = None
+    model_path: PathText | None = None
 
 
 class JoinSampler(TypedBody):
-    sampling_session_id: Id
+    sampling_session_id: IdText
 
 
 class TokenChunk(Body):
@@ -228,9 +228,9 @@ class Sample(TypedBody):
     num_samples: Annotated[int, Field(ge=1, le=128)] = 1
     prompt: ModelInput
     sampling_params: SamplingParams
-    base_model: Path | None = None
-    model_path: Path | None = None
-    sampling_session_id: Id | None = None
+    base_model: PathText | None = None
+    model_path: PathText | None = None
+    sampling_session_id: IdText | None = None
     seq_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: Annotated[int, Field(ge=0, le=256)] = 0
@@ -242,16 +242,16 @@ class Sample(TypedBody):
 
 
 class RetrieveFuture(Body):
-    request_id: Id
+    request_id: IdText
     allow_metadata_only: bool = False
 
 
 class CancelFuture(Body):
-    request_id: Id
+    request_id: IdText
 
 
 class CheckpointBody(Body):
-    tinker_path: Path
+    tinker_path: PathText
 
 
 class SetTtl(Body):
@@ -259,19 +259,19 @@ class SetTtl(Body):
 
 
 class CopyWeights(Body):
-    session_id: Id | None = None
+    session_id: IdText | None = None
     model_seq_id: RequestNumber | None = None
     destination_project_id: None = None  # refused: this server has no projects
-    source_path: Path
+    source_path: PathText
     ttl_seconds: LifetimeSeconds | None = None
     weights_access_token: None = None  # refused: it is for checkpoints of another server
 
 
 class SearchSessions(Body):
-    session_id: Id | None = None
-    project_ids: Annotated[list[Id], Field(fail_fast=True, max_length=64)] | None = None
+    session_id: IdText | None = None
+    project_ids: Annotated[list[IdText], Field(fail_fast=True, max_length=64)] | None = None
     user_metadata: Annotated[dict[str, str], limit_entries(64, "entries")] = {}
-    display_name: Id | None = None
+    display_name: IdText | None = None
     owner: dict[str, Any] = {"type": "own"}
     statuses: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=8)] | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50

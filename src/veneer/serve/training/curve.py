@@ -168,9 +168,9 @@ class TokenRate:
 
     spans: tuple[tuple[float, float, int], ...] = ()
 
-    def add(self, started: float, ended: float, tokens: int) -> None:
-        recent_spans = [span for span in self.spans if span[1] > ended - RATE_SECONDS]
-        self.spans = (*recent_spans[1 - MAX_SPANS :], (started, ended, tokens))
+    def add(self, start_time: float, end_time: float, token_count: int) -> None:
+        recent_spans = [span for span in self.spans if span[1] > end_time - RATE_SECONDS]
+        self.spans = (*recent_spans[1 - MAX_SPANS :], (start_time, end_time, token_count))
 
     def rate_at(self, now: float) -> float:
         spans: Any = [span for span in self.spans if span[1] > now - RATE_SECONDS]

@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.errors import DataError
 
-SUFFIX = ".age"
+ENCRYPTED_SUFFIX = ".age"
 
 
 def read_recipients(public_keys: Sequence[str]) -> list[Any]:
@@ -45,7 +45,7 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     keys ``recipients`` (from ``read_recipients``) can decrypt."""
     pyrage = _import_pyrage()
     for file in [file for file in folder.rglob("*") if file.is_file()]:
-        pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
+        pyrage.encrypt_file(str(file), f"{file}{ENCRYPTED_SUFFIX}", recipients)
         file.unlink()
 
 

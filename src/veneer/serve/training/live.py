@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from veneer.errors import SelectionError
 from veneer.serve.access import Key
 from veneer.serve.service import ApiKey, Route
-from veneer.serve.training.operations import CURRENT
+from veneer.serve.training.operations import CURRENT_WEIGHTS
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
@@ -35,13 +35,13 @@ def live(
     """The most recently used runs of the key, at most ``limit`` of them. A run's loss curve has a
     bounded number of points, so the answer does not grow while the run trains."""
     run_rows = training.store.runs(key.owner)
-    resident_adapters = set(training.worker.trainer.runs)
+    resident_adapter_names = set(training.worker.trainer.runs)
     content = {
         "base": training.base,
         "most_in_memory": training.max_resident,
         "total_count": len(run_rows),
         "batch": _describe_batch(training, key),
-        "runs": [_describe_run(training, row, resident_adapters) for row in run_rows[:limit]],
+        "runs": [_describe_run(training, row, resident_adapter_names) for row in run_rows[:limit]],
     }
     # FastAPI would encode a dict in the event loop, and delay other requests meanwhile.
     # ``JSONResponse`` encodes here, in a worker thread.
@@ -70,7 +70,9 @@ def _describe_batch(training: Training, key: Key) -> dict[str, Any] | None:
     }
 
 
-def _describe_run(training: Training, run_row: Any, resident_adapters: set[str]) -> dict[str, Any]:
+def _describe_run(
+    training: Training, run_row: Any, resident_adapter_names: set[str]
+) -> dict[str, Any]:
     active_run = training.worker.active_runs.get(run_row["id"])
     curve = None if active_run is None else active_run.curve
     if curve is None:
@@ -92,7 +94,7 @@ def _describe_run(training: Training, run_row: Any, resident_adapters: set[str])
         "tokens": curve.tokens,
         "losses": [(step, float(f"{loss:.5g}")) for step, loss in points],
         "tokens_per_second": round(rate, 1),
-        "in_memory": f"run{run_row['number']}" in resident_adapters,
+        "in_memory": f"run{run_row['number']}" in resident_adapter_names,
         "waiting": 0 if active_run is None else len(active_run.waiting_requests),
         "unloaded": bool(run_row["unloaded"]),
         "failed": training.store.failure_of(run_row["id"]),
@@ -128,9 +130,9 @@ def _run_name(training: Training, run_row: Any) -> str:
 def _short_metadata(metadata_json: str | None) -> dict[str, str]:
     entries = list((json.loads(metadata_json or "{}") or {}).items())[:MAX_METADATA]
     return {
-        name[:MAX_CHARACTERS]: str(value)[:MAX_CHARACTERS]
-        for name, value in entries
-        if name != "name"
+        entry_name[:MAX_CHARACTERS]: str(value)[:MAX_CHARACTERS]
+        for entry_name, value in entries
+        if entry_name != "name"
     }
 
 
@@ -149,7 +151,7 @@ def publish(training: Training, run_id: str) -> str:
             checkpoint.
         TrainingError: the run has failed.
     """
-    worker, bank, bank_name = training.worker, training.bank, f"tinker://{run_id}/{CURRENT}"
+    worker, bank, bank_name = training.worker, training.bank, f"tinker://{run_id}/{CURRENT_WEIGHTS}"
     active_run = worker.queue.active_run(run_id)
     if not active_run.next_seq:
         raise SelectionError(

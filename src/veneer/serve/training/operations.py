@@ -19,9 +19,9 @@ from veneer.config import LoraConfig
 from veneer.errors import ConfigError, DataError, SelectionError
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.active_runs import ActiveRun
-from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
+from veneer.serve.training.encrypt import ENCRYPTED_SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import quota_problem
-from veneer.serve.training.run_trainer import ADAPTER, widen_config
+from veneer.serve.training.run_trainer import ADAPTER_FOLDER, widen_config
 from veneer.serve.training.store import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -32,7 +32,7 @@ from veneer.serve.training.store import (
 from veneer.serve.training.worker import Worker
 
 #: the last component of tinker://RUN/now, the name of a run's current weights in the bank
-CURRENT = "now"
+CURRENT_WEIGHTS = "now"
 
 
 class Operations:
@@ -73,14 +73,14 @@ class Operations:
             )
         if active_run not in self.worker.memory:
             self.worker.memory.make_room()
-        adapter_subfolder = "" if "folder" in options else ADAPTER
+        subfolder = "" if "folder" in options else ADAPTER_FOLDER
         self.trainer.load(
             active_run.adapter_name,
             folder,
             optimizer=options["optimizer"],
-            adapter_subfolder=adapter_subfolder,
+            subfolder=subfolder,
         )
-        if not adapter_subfolder:
+        if not subfolder:
             config = self.trainer.runs[active_run.adapter_name].config.to_dict()
         self.store.set_config(active_run.run_id, config)
         return {"path": path, "model_id": active_run.run_id, "type": "load_weights"}
@@ -103,7 +103,7 @@ class Operations:
                 )
             has_optimizer = checkpoint.kind == "weights"
             folder, config = self.store.files_of(checkpoint), json.loads(checkpoint_row["config"])
-            if _is_encrypted(folder / ADAPTER):
+            if _is_encrypted(folder / ADAPTER_FOLDER):
                 raise DataError(
                     f"{path}, which is encrypted",
                     "weights that are not",
@@ -151,7 +151,7 @@ class Operations:
             active_run, "sampler_weights", {**options, "name": name, "overwrite": True}
         )
         self._write_checkpoint(active_run, checkpoint, options)
-        folder = self.store.files_of(checkpoint) / ADAPTER
+        folder = self.store.files_of(checkpoint) / ADAPTER_FOLDER
         self.bank.put(checkpoint.path, folder, active_run.adapter_name)
         self._record_checkpoint(active_run, checkpoint, options, is_hidden=sampler_id is not None)
         if sampler_id is None:
@@ -201,19 +201,19 @@ class Operations:
             self.store.files_of(checkpoint), overwrite=True, replaces=[EVERYTHING]
         ) as staging_folder:
             self.trainer.export(
-                active_run.adapter_name, staging_folder / ADAPTER, self.base, provenance
+                active_run.adapter_name, staging_folder / ADAPTER_FOLDER, self.base, provenance
             )
             if checkpoint.kind == "weights":
                 self.trainer.save_optimizer(active_run.adapter_name, staging_folder)
             if recipients:
-                encrypt_files(staging_folder / ADAPTER, recipients)
+                encrypt_files(staging_folder / ADAPTER_FOLDER, recipients)
             self._check_bytes(active_run, checkpoint, options, staging_folder)
 
     def _update_bank(self, checkpoint: Checkpoint) -> None:
         """Tell the bank, from whose adapters the engine samples, that the files of a checkpoint
         were replaced. If the bank has the checkpoint, it reads the new files at the next use, or
         removes the checkpoint if the new files are encrypted."""
-        folder = self.store.files_of(checkpoint) / ADAPTER
+        folder = self.store.files_of(checkpoint) / ADAPTER_FOLDER
         if checkpoint.path not in self.bank:
             return
         if _is_encrypted(folder):
@@ -285,7 +285,7 @@ def parse_current_run(name: str) -> str | None:
     """The run id in tinker://RUN/now, the name of a run's current weights. None for any other name,
     such as tinker://RUN/weights/now, a checkpoint that a client has called "now"."""
     run_id, _, last_component = name.removeprefix("tinker://").rpartition("/")
-    return run_id if last_component == CURRENT and run_id and "/" not in run_id else None
+    return run_id if last_component == CURRENT_WEIGHTS and run_id and "/" not in run_id else None
 
 
 def adapter_folder(store: Store, name: str) -> Path:
@@ -299,15 +299,15 @@ def adapter_folder(store: Store, name: str) -> Path:
     """
     run_id = parse_current_run(name)
     if run_id is not None:
-        return store.folder_of(run_id) / CURRENT / ADAPTER
+        return store.folder_of(run_id) / CURRENT_WEIGHTS / ADAPTER_FOLDER
     checkpoint = parse_checkpoint_path(name)
     if store.checkpoint(checkpoint) is None:
         raise SelectionError(name, "a checkpoint that is there", "list the run's checkpoints")
-    return store.files_of(checkpoint) / ADAPTER
+    return store.files_of(checkpoint) / ADAPTER_FOLDER
 
 
 def _is_encrypted(folder: Path) -> bool:
-    return any(folder.glob(f"*{SUFFIX}"))
+    return any(folder.glob(f"*{ENCRYPTED_SUFFIX}"))
 
 
 def _link_or_copy(source_path: str, target_path: str) -> None:

@@ -69,7 +69,8 @@ class TrainingExtension(Extension):
         return {bank_name: 1.0}
 
     def check_model(self, key: Key, model: str) -> None:
-        """``Refusal``: the key may not read the adapter of a model name tinker://…"""
+        """Check that a key may read the adapter of a model name tinker://… ``Refusal``: it may not,
+        or there is no such adapter."""
         if not key.train:
             raise no_such_model(model)
         run_id = parse_current_run(model)

@@ -40,7 +40,7 @@ from veneer.serve.training.lookups import (
 )
 from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.routes import TrainingDep
-from veneer.serve.training.run_trainer import ADAPTER
+from veneer.serve.training.run_trainer import ADAPTER_FOLDER
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import FILE_URL_SECONDS, Training, training_of
 
@@ -84,7 +84,7 @@ def _describe_checkpoint(checkpoint_row: Any) -> dict[str, Any]:
 def _describe_run(training: Training, run_row: Any) -> dict[str, Any]:
     checkpoints = list(map(_describe_checkpoint, training.store.checkpoints(None, run_row["id"])))
     newest_by_type: dict[str, Any] = dict.fromkeys(CHECKPOINT_KINDS.values())
-    for checkpoint in reversed(checkpoints):  # from the oldest to the newest
+    for checkpoint in reversed(checkpoints):  # the newest come last, and so remain
         newest_by_type[checkpoint["checkpoint_type"]] = checkpoint
     return {
         "training_run_id": run_row["id"],
@@ -188,7 +188,7 @@ def external_urls(
     """The URLs of the files of a checkpoint's adapter folder, which has PEFT's layout. They contain
     a secret instead of an API key, and are valid for an hour."""
     checkpoint, _ = find_checkpoint(training, key, f"tinker://{run}/{kind}/{name}")
-    folder = training.store.files_of(checkpoint) / ADAPTER
+    folder = training.store.files_of(checkpoint) / ADAPTER_FOLDER
     token = training.new_file_token(folder)
     file_names = [
         str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()
@@ -220,7 +220,7 @@ def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: ApiKey
     _, checkpoint_row = find_checkpoint(training, key, body.tinker_path)
     config = json.loads(checkpoint_row["config"])
     targets = [config["targets"]] if isinstance(config["targets"], str) else config["targets"]
-    # an adapter that another program created may target all linear layers
+    # an adapter that another program created may name all linear layers in one of these ways
     targets_all_linear = bool({"all", "all-linear"}.intersection(targets))
     return {
         "base_model": training.base,

@@ -68,7 +68,7 @@ PASS_BODY: dict[str, Any] = {
 }
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
-#: routes for numbered requests of runs
+#: routes whose refused requests are queued too, so that no number of a run is missing
 numbered_router = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
@@ -265,7 +265,7 @@ async def _served_adapter(service: CurrentService, key: Key, adapter_name: str) 
 async def load_weights(
     body: bodies.LoadWeights, training: TrainingDep, service: CurrentService, key: ApiKey
 ) -> Any:
-    """Load a checkpoint into a run, or an adapter of the server's folder or library by its name."""
+    """Load weights into a run: a checkpoint, or an adapter in the server's folder or library."""
     _check_base(training, body.base_model)
     _check_optimizer(body.optimizer_config)
     options: dict[str, Any] = {"path": body.path, "optimizer": body.optimizer}
@@ -291,7 +291,7 @@ async def load_weights(
 
 @router.post("/get_info")
 async def get_info(body: bodies.RunBody, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
-    """The base and the rank of a run."""
+    """Describe the base model and the rank of a run."""
     run_row = find_run(training, key, body.model_id)
     return {
         "type": "get_info",
@@ -419,7 +419,7 @@ async def join_sampler(
 
 @router.post("/asample")
 async def asample(body: bodies.Sample, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
-    """Draw samples."""
+    """Begin to draw samples. The answer has the id with which to ask for them."""
     if body.sampling_session_id is not None:
         sampler_row = find_sampler(training, key, body.sampling_session_id)
         session_id, path = sampler_row["session"], sampler_row["path"]

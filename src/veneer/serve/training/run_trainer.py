@@ -54,7 +54,7 @@ from veneer.train.tokens import IGNORED
 #: generate samples while a batch is computed, so batches are small.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 8192
 #: names within a checkpoint's folder: the adapter folder, and the file of the optimizer's state
-ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
+ADAPTER_FOLDER, OPTIMIZER_FILE = "adapter", "optimizer.safetensors"
 #: the largest learning rate and smallest epsilon of AdamW: beyond them, weights may overflow
 MAX_LEARNING_RATE, MIN_EPSILON = 10.0, 1e-20
 #: the largest magnitude in a gradient. AdamW stores its square, and float32 overflows above 3e38.
@@ -376,25 +376,25 @@ class Trainer:
         """Write a run's adapter and its optimizer's state into one folder, which is replaced if it
         exists."""
         with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as new_checkpoint:
-            self.export(adapter_name, new_checkpoint / ADAPTER, base_name)
+            self.export(adapter_name, new_checkpoint / ADAPTER_FOLDER, base_name)
             self.save_optimizer(adapter_name, new_checkpoint)
 
     def load(
-        self, adapter_name: str, folder: Path, *, optimizer: bool, adapter_subfolder: str = ADAPTER
+        self, adapter_name: str, folder: Path, *, optimizer: bool, subfolder: str = ADAPTER_FOLDER
     ) -> None:
         """Load a saved adapter into a run, which is created, or replaced with its gradients if it
         is in memory. ``optimizer``: whether to load the optimizer's state too, from ``folder``;
-        ``adapter_subfolder``: the path of the adapter folder within ``folder``, or "" if they are
+        ``subfolder``: the path of the adapter folder within ``folder``, or "" if they are
         the same. ``AdapterError``: the adapter is not valid; a run in memory is unchanged."""
         with self._model_lock:
             # try to load under another name first: if it fails, the run in memory must not change
             if adapter_name in self.runs:
-                self.runs.add(f"{adapter_name}-new", folder / adapter_subfolder)
+                self.runs.add(f"{adapter_name}-new", folder / subfolder)
                 self.runs.remove(f"{adapter_name}-new")
-            tensors = read_tensors(folder / OPTIMIZER)[0] if optimizer else {}
+            tensors = read_tensors(folder / OPTIMIZER_FILE)[0] if optimizer else {}
             if adapter_name in self.runs:
                 self.runs.remove(adapter_name)
-            handle = self.runs.add(adapter_name, folder / adapter_subfolder)
+            handle = self.runs.add(adapter_name, folder / subfolder)
         _widen_to_float32(handle)
         self._add_optimizer(adapter_name, handle)
         if tensors:
@@ -408,17 +408,18 @@ class Trainer:
         base_name: str | None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a run's adapter without the optimizer's state. An existing folder is replaced."""
+        """Write a run's adapter, without the optimizer's state, to ``folder``, which is replaced if
+        it exists. ``base_name`` and ``provenance`` are recorded in the adapter folder."""
         self.runs[adapter_name].save(
             folder, base_name=base_name, provenance=provenance, overwrite=True
         )
 
     def save_optimizer(self, adapter_name: str, folder: Path) -> None:
-        """Write the state of a run's optimizer into the file ``OPTIMIZER`` of a folder."""
+        """Write the state of a run's optimizer into the file ``OPTIMIZER_FILE`` of a folder."""
         names = [name for name, _ in self.runs[adapter_name].named_parameters()]
         save_file(
             optimizer_tensors(_adamw(self.engine.adapters[adapter_name]), names),
-            folder / OPTIMIZER,
+            folder / OPTIMIZER_FILE,
         )
 
     @contextmanager

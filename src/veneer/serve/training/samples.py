@@ -38,7 +38,7 @@ from veneer.serve.training.wire import (
     SampledSequence,
     sample_output,
 )
-from veneer.serve.training.worker import Answer, Worker, failure
+from veneer.serve.training.worker import Answer, Worker, failure_answer
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -79,7 +79,8 @@ class Samples:
         self._engine, self._bank, self._worker, self._timeout = engine, bank, worker, timeout
         self._calls: dict[str, SampleCall] = {}
         self._request_numbers = itertools.count()
-        self._semaphores: dict[str, asyncio.Semaphore] = {}  # by owner
+        #: by API key: limits the key's samples that are in the engine or try to enter its queue
+        self._semaphores: dict[str, asyncio.Semaphore] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def max_tokens(self, request: Sample) -> int:
@@ -121,8 +122,8 @@ class Samples:
         # A key may hold about half of the places that other keys leave, so that there is room for
         # the others. A server without keys has no owners, and one client may use all places.
         if owner:
-            owner_count = sum(call.count for call in waiting_calls if call.owner == owner)
-            free_places = min(free_places, free_places - owner_count)
+            owner_sample_count = sum(call.count for call in waiting_calls if call.owner == owner)
+            free_places = min(free_places, free_places - owner_sample_count)
         if free_places < request.num_samples:
             charge(0)
             raise Busy(
@@ -192,25 +193,25 @@ class Samples:
                     "use the base's tokenizer",
                 )
             check_prompt(request, len(prompt))
-            draws = [
+            draw_tasks = [
                 asyncio.create_task(self._draw_sample(call, blend, request, index))
                 for index in range(request.num_samples)
             ]
             call.tokens = len(prompt)
-            scoring = asyncio.create_task(self._score_prompt(adapter_name, prompt, request))
+            scoring_task = asyncio.create_task(self._score_prompt(adapter_name, prompt, request))
             try:
-                samples, scores = await asyncio.gather(asyncio.gather(*draws), scoring)
+                samples, scores = await asyncio.gather(asyncio.gather(*draw_tasks), scoring_task)
             except BaseException:
                 # if one task fails, ``gather`` lets the others run, so cancel them here
-                for task in (*draws, scoring):
+                for task in (*draw_tasks, scoring_task):
                     task.cancel()
                 raise
             return Answer(sample_output(samples, request.topk_sample_logprobs, scores), True)
         except VeneerError as error:
-            return failure(error)
+            return failure_answer(error)
         except Exception as error:
             log.exception("a call for samples failed")
-            return failure(error, is_bug=True)
+            return failure_answer(error, is_bug=True)
 
     async def _draw_sample(
         self, call: SampleCall, blend: Mapping[str, float], sample_body: Sample, index: int
@@ -298,13 +299,13 @@ class Samples:
             # A lease keeps the adapter in the bank's memory. Waiting for the lease inside
             # ``score_prompt`` could deadlock, since that function holds the model lock (see
             # __init__.py), so acquire it here.
-            leasing = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
-            lease = await await_or_undo(leasing, lambda lease: lease.release())
-        score = partial(score_prompt, self._worker.trainer, lease, prompt, request)
-        scores = self._worker.submit(score)
+            lease_future = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
+            lease = await await_or_undo(lease_future, lambda lease: lease.release())
+        score_function = partial(score_prompt, self._worker.trainer, lease, prompt, request)
+        scores_future = self._worker.submit(score_function)
         if lease is not None:
-            scores.add_done_callback(lambda _: lease.release())
-        return await asyncio.shield(asyncio.wrap_future(scores))
+            scores_future.add_done_callback(lambda _: lease.release())
+        return await asyncio.shield(asyncio.wrap_future(scores_future))
 
 
 def check_prompt(request: Sample, prompt_length: int) -> None:
@@ -355,16 +356,16 @@ def _sampling(request: Sample, index: int, max_tokens: int) -> Sampling:
     """The engine's settings for sample number ``index`` of a call. ``max_tokens``: the largest
     number of tokens if the call sets none. A call with a seed gives each of its samples a seed of
     its own."""
-    params, stop = request.sampling_params, request.sampling_params.stop
+    sampling_params, stop = request.sampling_params, request.sampling_params.stop
     stop_entries = [stop] if isinstance(stop, str) else stop or ()
     stop_texts = [entry for entry in stop_entries if isinstance(entry, str)]
     stop_ids = frozenset(entry for entry in stop_entries if isinstance(entry, int))
     return Sampling(
-        max_tokens=params.max_tokens or max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=max(params.top_k, 0),
-        seed=None if params.seed is None else sample_seed(params.seed, index),
+        max_tokens=sampling_params.max_tokens or max_tokens,
+        temperature=sampling_params.temperature,
+        top_p=sampling_params.top_p,
+        top_k=max(sampling_params.top_k, 0),
+        seed=None if sampling_params.seed is None else sample_seed(sampling_params.seed, index),
         stop=tuple(filter(None, stop_texts)),
         logprobs=request.topk_sample_logprobs,
         ignore_eos=stop == [],

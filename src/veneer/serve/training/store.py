@@ -118,12 +118,12 @@ class Store:
                 "a folder for this server alone",
                 "stop the other server, or give another folder",
             ) from error
-        self._reserved_tokens: Counter[str] = Counter()  # by owner
+        self._reserved_tokens: Counter[str] = Counter()  # by API key: of running calls for samples
         self._index = Index(self.folder / INDEX)
         try:
             self._index.create_tables(_TABLES)
             columns = [row["name"] for row in self._index.rows("PRAGMA table_info(checkpoints)")]
-            if "request" not in columns:  # an index of an earlier version
+            if "request" not in columns:  # an earlier release wrote the index
                 self._index.execute("ALTER TABLE checkpoints ADD COLUMN request INTEGER")
         except sqlite3.DatabaseError as error:
             self.close()

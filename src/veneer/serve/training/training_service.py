@@ -40,7 +40,8 @@ from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
 
-#: seconds after which the resources of a silent client are freed, and seconds between two checks
+#: seconds without a heartbeat after which the resources of a client are freed, and seconds between
+#: two checks for such clients
 SILENT_SECONDS, CHECK_SECONDS = 120.0, 10.0
 #: seconds for which a run waits for a request number that is missing, once a later request has
 #: arrived. It is longer than five minutes, for which the SDK repeats a request that failed.
@@ -94,7 +95,7 @@ class Training:
         self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
         #: a thread that writes to the store's index, so that the event loop need not wait for the
         #: disk
-        self.index_thread = ThreadPoolExecutor(1, "veneer-journal")
+        self.index_executor = ThreadPoolExecutor(1, "veneer-journal")
         #: (run id, number of the last request in the saved state, number of the next request) ->
         #: loss curve, for runs without an ``ActiveRun``. The numbers change whenever the curve may
         #: have changed, so a cached curve is never outdated.
@@ -110,8 +111,8 @@ class Training:
         #: by run id: the first request number that is missing, and since when (``monotonic``)
         self._missing_requests: dict[str, tuple[int, float]] = {}
         #: by download token: the folder, and the time after which the token is invalid
-        self._files: dict[str, tuple[Path, float]] = {}
-        self._lock = threading.Lock()  # guards heartbeats, uses of adapters and files
+        self._folders_by_token: dict[str, tuple[Path, float]] = {}
+        self._lock = threading.Lock()  # guards heartbeats, uses of adapters, download tokens
         self._stop = threading.Event()
         self._session_thread = threading.Thread(
             target=self._check_sessions, name="veneer-sessions", daemon=True
@@ -126,7 +127,7 @@ class Training:
         if self._session_thread.is_alive():
             self._session_thread.join()
         self.worker.close()
-        self.index_thread.shutdown()
+        self.index_executor.shutdown()
         self.store.close()
 
     async def write(self, write_function: Callable[..., Any], *function_args: Any) -> Any:
@@ -135,7 +136,7 @@ class Training:
         ``Refusal`` (503): the disk failed. Other errors of the function are raised unchanged."""
         return await self._await_disk(
             asyncio.get_running_loop().run_in_executor(
-                self.index_thread, write_function, *function_args
+                self.index_executor, write_function, *function_args
             )
         )
 
@@ -183,9 +184,9 @@ class Training:
             self._last_uses[bank_name] = time.monotonic()
             self._recent_adapters[bank_name] = None
             self._recent_adapters.move_to_end(bank_name)
-            excess = len(self._recent_adapters) - self.max_resident
+            excess_count = len(self._recent_adapters) - self.max_resident
             least_recent_names = [
-                self._recent_adapters.popitem(last=False)[0] for _ in range(excess)
+                self._recent_adapters.popitem(last=False)[0] for _ in range(excess_count)
             ]
         for unused_name in least_recent_names:
             try:
@@ -219,7 +220,7 @@ class Training:
         def charge(used_tokens: int) -> None:
             if next(reservations, None) is None:
                 return
-            settle_future = self.index_thread.submit(
+            settle_future = self.index_executor.submit(
                 self.store.settle_tokens, key.owner, max_tokens, used_tokens
             )
             settle_future.add_done_callback(
@@ -237,14 +238,16 @@ class Training:
         for ``FILE_URL_SECONDS``."""
         now, token = time.monotonic(), secrets.token_urlsafe(24)
         with self._lock:
-            self._files = {token: entry for token, entry in self._files.items() if entry[1] > now}
-            self._files[token] = folder, now + FILE_URL_SECONDS
+            self._folders_by_token = {
+                token: entry for token, entry in self._folders_by_token.items() if entry[1] > now
+            }
+            self._folders_by_token[token] = folder, now + FILE_URL_SECONDS
         return token
 
     def find_file(self, token: str, relative_path: str) -> Path | None:
         """The path of a file in the folder of a download token (``new_file_token``). None: the
         token is unknown or has expired, or the folder has no file ``relative_path``."""
-        folder_and_expiry = self._files.get(token)
+        folder_and_expiry = self._folders_by_token.get(token)
         if folder_and_expiry is None or folder_and_expiry[1] < time.monotonic():
             return None
         files_by_name = {
@@ -322,28 +325,28 @@ class Training:
         computed. ``now``: ``time.monotonic``."""
         missing_requests: dict[str, tuple[int, float]] = {}
         for active_run in list(self.worker.active_runs.values()):
-            first_missing = active_run.next_seq
-            first_waiting = min(list(active_run.waiting_requests), default=0)
+            first_missing_seq = active_run.next_seq
+            first_waiting_seq = min(list(active_run.waiting_requests), default=0)
             run_id = active_run.run_id
-            missing_entry = self._missing_requests.get(run_id, (first_missing, now))
-            if first_waiting <= first_missing:
+            missing_entry = self._missing_requests.get(run_id, (first_missing_seq, now))
+            if first_waiting_seq <= first_missing_seq:
                 # The entry is for a later number, at which the queue was full (see below). The
                 # numbers before it are queued but not answered yet, so keep the entry.
-                if missing_entry[0] > first_missing:
+                if missing_entry[0] > first_missing_seq:
                     missing_requests[run_id] = missing_entry
                 continue
-            if missing_entry[0] != first_missing:
-                missing_entry = first_missing, now
+            if missing_entry[0] != first_missing_seq:
+                missing_entry = first_missing_seq, now
             missing_requests[run_id] = missing_entry
             if now - missing_entry[1] < MISSING_SECONDS:
                 continue
             log.warning(
                 "%s: requests %d to %d did not come: it goes on without them",
                 run_id,
-                first_missing,
-                first_waiting - 1,
+                first_missing_seq,
+                first_waiting_seq - 1,
             )
-            for seq in range(first_missing, first_waiting):
+            for seq in range(first_missing_seq, first_waiting_seq):
                 error = sentence(
                     f"no request {seq} for {MISSING_SECONDS:g} s, though later ones came",
                     "each number once",

@@ -27,7 +27,7 @@ from veneer.serve.training.losses import Datum
 
 #: name of a message -> name of a field -> (number of the field, type). A type that begins with a
 #: capital letter is a message; "*" at its end marks a repeated field.
-_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+_MESSAGE_FIELDS: dict[str, dict[str, tuple[int, str]]] = {
     "SparseCsr": {
         "values": (1, "bytes"),
         "crow_indices": (2, "bytes"),
@@ -103,12 +103,12 @@ MAX_TARGETS = 256
 
 
 def _message_classes() -> dict[str, Any]:
-    """The classes of the messages in ``_MESSAGES``, by name."""
+    """The classes of the messages in ``_MESSAGE_FIELDS``, by name."""
     file_proto = descriptor_pb2.FileDescriptorProto(
         name="veneer_training.proto", package="veneer.training", syntax="proto3"
     )
     field_class = descriptor_pb2.FieldDescriptorProto
-    for name, fields in _MESSAGES.items():
+    for name, fields in _MESSAGE_FIELDS.items():
         message_proto = file_proto.message_type.add(name=name)
         for field_name, (number, field_type) in fields.items():
             type_name = field_type.removesuffix("*")
@@ -123,7 +123,7 @@ def _message_classes() -> dict[str, Any]:
             else:
                 field_descriptor.type = getattr(field_class, f"TYPE_{type_name.upper()}")
     classes = message_factory.GetMessages([file_proto])
-    return {name: classes[f"veneer.training.{name}"] for name in _MESSAGES}
+    return {name: classes[f"veneer.training.{name}"] for name in _MESSAGE_FIELDS}
 
 
 MESSAGES = _message_classes()
@@ -136,7 +136,7 @@ class Answer(NamedTuple):
     binary: bool = False
 
 
-def failure(error: BaseException, is_bug: bool = False) -> Answer:
+def failure_answer(error: BaseException, is_bug: bool = False) -> Answer:
     """The JSON answer to a request that failed with ``error``. ``is_bug``: the server is at fault,
     not the client; the text then begins with the error's class."""
     message = f"{type(error).__name__}: {error}" if is_bug else str(error)

@@ -37,7 +37,7 @@ from veneer.serve.training.losses import check_datum, complete_settings
 from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory, log_failure
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.store import FAILED, FAILED_STEP_INPUT, SUCCEEDED, Store
-from veneer.serve.training.wire import Answer, failure, pass_output, read_header, read_pass
+from veneer.serve.training.wire import Answer, failure_answer, pass_output, read_header, read_pass
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -109,7 +109,7 @@ class Worker:
         #: memory or have room there before the function is called, or None)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any], str | None]] = deque()
         #: by API key: how many tokens were computed for it, to serve the least served key first
-        self._shares = Shares()
+        self._key_shares = Shares()
         self._batch_seconds = 0.0  # duration of the last batch
         self._closing = False
         #: runs that had waiting requests when the server started. The first of these requests may
@@ -139,12 +139,11 @@ class Worker:
     def ready(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    # any thread may call this
-
     def submit(self, function: Callable[[], Any], run_id: str | None = None) -> Future[Any]:
         """Call a function on the worker's thread between two batches; return the future of its
         result or error. With ``run_id``, the call waits until that run is in memory or has
-        room there. If the server shuts down first, the future gets the error ``Busy``."""
+        room there. If the server shuts down first, the future gets the error ``Busy``. Any thread
+        may call this method."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._wake:
@@ -172,7 +171,7 @@ class Worker:
                 log.exception("a turn of the training thread failed")
                 time.sleep(PAUSE_SECONDS)
         self._run_tasks()
-        for _, future, _ in self._tasks:  # tasks that wait for room in memory
+        for _, future, _ in self._tasks:  # calls whose runs have no room in memory
             future.set_exception(_closing_error())
 
     def _call_for_each(
@@ -283,13 +282,13 @@ class Worker:
             answer = self._run_operation(active_run, request)
         except DivergenceError as error:
             self.memory.mark_failed(active_run, str(error))
-            answer, status = failure(error), FAILED
+            answer, status = failure_answer(error), FAILED
         except (VeneerError, ArithmeticError, MemoryError) as error:
             log.info("%s: request %d failed: %s", active_run.run_id, request.seq, error)
-            answer, status = failure(error), FAILED
+            answer, status = failure_answer(error), FAILED
         except Exception as error:
             log.exception("%s: request %d failed", active_run.run_id, request.seq)
-            answer, status = failure(error, is_bug=True), FAILED
+            answer, status = failure_answer(error, is_bug=True), FAILED
             # The request may have changed the run in part, so load the run from the disk again.
             if request.kind in REPLAYED_KINDS:
                 self.memory.drop(active_run)
@@ -362,12 +361,12 @@ class Worker:
             is_bug = not isinstance(error, VeneerError)
             if is_bug:
                 log.exception("%s: request %d failed", active_run.run_id, request.seq)
-            self._store_answer(active_run, request.seq, failure(error, is_bug), FAILED)
+            self._store_answer(active_run, request.seq, failure_answer(error, is_bug), FAILED)
             if active_run.owner:  # uncount the tokens, which were counted when it was accepted
                 self.store.count_tokens(active_run.owner, -read_header(request.body).tokens)
             return
         active_run.current_pass, active_run.last_used = training_pass, time.monotonic()
-        self._shares.enter(active_run.owner)
+        self._key_shares.enter(active_run.owner)
 
     def _make_pass(self, active_run: ActiveRun, body: bytes) -> Pass:
         pass_request = read_pass(body)
@@ -426,26 +425,26 @@ class Worker:
         ]
         if not passes:
             return []
-        next_owner = self._shares.least({training_pass.owner for training_pass in passes})
-        self._shares.turn(next_owner)
+        next_owner = self._key_shares.least({training_pass.owner for training_pass in passes})
+        self._key_shares.turn(next_owner)
         return sorted(passes, key=lambda training_pass: training_pass.owner != next_owner)
 
     def _compute_batch(self, passes: list[Pass]) -> None:
         """Compute one batch, and answer the passes that it completes. The batch's duration and its
         tokens are divided equally among its runs: the duration counts as unsaved work of each run,
         and the tokens count for the API key of each run."""
-        started = time.monotonic()
+        start_time = time.monotonic()
         tokens_by_adapter = self.trainer.compute(passes)
-        ended = time.monotonic()
-        self._batch_seconds = ended - started
+        end_time = time.monotonic()
+        self._batch_seconds = end_time - start_time
         active_runs = [self.queue.runs_by_adapter[name] for name in tokens_by_adapter]
-        self.batch = Batch(tuple(active_run.run_id for active_run in active_runs), ended)
+        self.batch = Batch(tuple(active_run.run_id for active_run in active_runs), end_time)
         token_count = sum(tokens_by_adapter.values())
         for active_run in active_runs:
-            active_run.last_used = ended
-            active_run.rate.add(started, ended, tokens_by_adapter[active_run.adapter_name])
+            active_run.last_used = end_time
+            active_run.rate.add(start_time, end_time, tokens_by_adapter[active_run.adapter_name])
             active_run.unsaved_seconds += self._batch_seconds / len(active_runs)
-            self._shares.charge(active_run.owner, token_count / len(active_runs))
+            self._key_shares.charge(active_run.owner, token_count / len(active_runs))
         self._end_passes()
 
     def _end_passes(self) -> None:
@@ -467,8 +466,8 @@ class Worker:
             answer, status = Answer(output, True), SUCCEEDED
         else:
             is_bug = not isinstance(error, VeneerError | MemoryError)
-            answer, status = failure(error, is_bug), FAILED
-        self._shares.leave(active_run.owner)
+            answer, status = failure_answer(error, is_bug), FAILED
+        self._key_shares.leave(active_run.owner)
         active_run.last_pass_ended = time.monotonic()
         active_run.current_pass = None
         self._store_answer(active_run, seq, answer, status)
