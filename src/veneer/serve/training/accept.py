@@ -49,6 +49,7 @@ def write_and_queue(
 
     Args:
         seq: the request's number in the run; None: the number after all others.
+        kind: the kind of request, such as "step" or "save".
         body: the fields of the request, or protobuf.
 
     Raises:
@@ -73,6 +74,7 @@ async def queue_request(
 
     Args:
         seq: the request's number in the run; None: the number after all others.
+        kind: the kind of request, such as "step" or "save".
         body: the fields of the request, or protobuf.
         header: the header of a pass (a forward, and a backward if requested); None for other
             requests.

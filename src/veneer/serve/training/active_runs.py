@@ -144,6 +144,7 @@ class Queue:
 
         Args:
             seq: the number of the request in its run; None: the number after all others.
+            kind: the kind of request, such as "pass" or "step".
 
         Raises:
             Busy: the number is ``MAX_WAITING_REQUESTS`` or more ahead of the number of the run's
@@ -162,14 +163,14 @@ class Queue:
                 waiting_bytes and waiting_bytes + len(body) > MAX_WAITING_BYTES
             )
             if is_new and assigned_seq > active_run.next_seq and is_full:
-                problem = (
+                problem_text = (
                     f"request {assigned_seq} of a run whose next is {active_run.next_seq}, with"
                     f" {waiting_bytes:,} bytes that wait"
                 )
-                expected = (
+                expected_text = (
                     f"less than {MAX_WAITING_REQUESTS} ahead, with {MAX_WAITING_BYTES:,} bytes"
                 )
-                raise Busy(sentence(problem, expected, "wait for those before it"), 1.0)
+                raise Busy(sentence(problem_text, expected_text, "wait for those before it"), 1.0)
         is_added = is_new and self.store.add_request(run_id, assigned_seq, kind, body)
         with self.wake:
             # The training thread may have dropped the first ``ActiveRun`` while the store wrote.

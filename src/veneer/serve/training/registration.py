@@ -40,7 +40,7 @@ class TrainingExtension(Extension):
     path_prefix = "/api/v1"
     secret_path = "/api/v1/files/"  # the next segment of a file's URL is a secret token
     public_paths = ("/api/v1/healthz", secret_path)
-    key_prefix = "tml-"  # the tinker SDK accepts no other API keys
+    key_prefix = "tml-"  # the tinker SDK only accepts API keys with this prefix
     max_body = MAX_BODY_BYTES
     model_prefix = "tinker://"
 

@@ -221,9 +221,9 @@ class RunMemory:
 
     def write_state(self, active_run: ActiveRun) -> None:
         """Write the state of a run (adapter, optimizer, loss curve) after its last answered
-        request, record its number in the store, then delete the previous state. ``AdapterError``:
-        the weights are too large to be saved. Errors of the disk are raised; the previous state
-        then stays."""
+        request, record the number of this request in the store, then delete the previous state.
+        ``AdapterError``: the weights are too large to be saved. If an error is raised, also by the
+        disk, the previous state stays."""
         seq, previous_seq = active_run.next_seq - 1, active_run.state_seq
         new_folder = state_folder(self._store, active_run.run_id, seq)
         self._trainer.save(active_run.adapter_name, new_folder, None)

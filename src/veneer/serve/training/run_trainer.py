@@ -128,7 +128,7 @@ class Pass:
             computed.
         earlier_gradients: the gradients from earlier passes since the run's last optimizer step.
             They are set aside while this pass is computed, so that they can be restored if it
-            fails. None before and after, and without a backward.
+            fails. None before and after that, and if the pass has no backward.
     """
 
     adapter_name: str
@@ -312,8 +312,8 @@ class Trainer:
         return self.engine.adapters[adapter_name].parameters
 
     def _finish_pass(self, training_pass: Pass) -> None:
-        """Add the gradients of a computed pass to those of the run's earlier passes. If the pass
-        has failed, or the sum is too large (an ``error`` too), restore the earlier gradients."""
+        """Add the gradients of a computed pass to those of the run's earlier passes. If the sum is
+        too large, the pass fails. If the pass has failed, restore the earlier gradients."""
         earlier_gradients = training_pass.earlier_gradients
         if earlier_gradients is None:
             return
@@ -425,9 +425,9 @@ class Trainer:
     @contextmanager
     def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
         """A context in which row i of the model's input uses the adapter of ``leases[i]``, a lease
-        of the bank, or the base model for None. A lease keeps its adapter in memory. With names
-        instead, the context would load adapters, and could deadlock: it would wait for memory that
-        other threads lease, while these threads wait for the model lock, which it holds."""
+        of the bank, or the base model for None. A lease keeps its adapter in memory. With names,
+        this method would have to load adapters and could deadlock: it holds the model lock, and
+        would wait for memory that is leased by threads that wait for the model lock."""
         with self._model_lock, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 

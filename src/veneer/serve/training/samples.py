@@ -178,27 +178,29 @@ class Samples:
         self, call: SampleCall, adapter_name: str | None, request: Sample
     ) -> Answer:
         try:
-            prompt = request.prompt.tokens
+            prompt_tokens = request.prompt.tokens
             blend = {} if adapter_name is None else {adapter_name: 1.0}
-            if not 0 < len(prompt) < self._engine.length:
+            if not 0 < len(prompt_tokens) < self._engine.length:
                 raise DataError(
-                    f"a prompt of {len(prompt)} tokens",
+                    f"a prompt of {len(prompt_tokens)} tokens",
                     f"1 to {self._engine.length - 1}, and room for an answer",
                     "shorten it",
                 )
-            if max(prompt) >= self._worker.vocabulary_size:
+            if max(prompt_tokens) >= self._worker.vocabulary_size:
                 raise DataError(
-                    f"token {max(prompt)} in a prompt",
+                    f"token {max(prompt_tokens)} in a prompt",
                     f"ids from 0 to {self._worker.vocabulary_size - 1}",
                     "use the base's tokenizer",
                 )
-            check_prompt(request, len(prompt))
+            check_prompt(request, len(prompt_tokens))
             draw_tasks = [
                 asyncio.create_task(self._draw_sample(call, blend, request, index))
                 for index in range(request.num_samples)
             ]
-            call.tokens = len(prompt)
-            scoring_task = asyncio.create_task(self._score_prompt(adapter_name, prompt, request))
+            call.tokens = len(prompt_tokens)
+            scoring_task = asyncio.create_task(
+                self._score_prompt(adapter_name, prompt_tokens, request)
+            )
             try:
                 samples, scores = await asyncio.gather(asyncio.gather(*draw_tasks), scoring_task)
             except BaseException:
@@ -223,7 +225,7 @@ class Samples:
         engine_request = Request(
             sample_body.prompt.tokens,
             blend,
-            _sampling(sample_body, index, self._engine.length),
+            _sampling_settings(sample_body, index, self._engine.length),
             self._timeout,
             f"sample-{next(self._request_numbers)}",
             call.owner,
@@ -282,7 +284,7 @@ class Samples:
             raise
 
     async def _score_prompt(
-        self, adapter_name: str | None, prompt: tuple[int, ...], request: Sample
+        self, adapter_name: str | None, prompt_tokens: tuple[int, ...], request: Sample
     ) -> dict[str, Any]:
         """The log-probabilities that a call requests for its prompt (``_prompt_scores``), computed
         in the training thread; {} if it requests none."""
@@ -301,7 +303,7 @@ class Samples:
             # __init__.py), so acquire it here.
             lease_future = asyncio.wrap_future(self._bank.acquire({adapter_name: 1.0}))
             lease = await await_or_undo(lease_future, lambda lease: lease.release())
-        score_function = partial(score_prompt, self._worker.trainer, lease, prompt, request)
+        score_function = partial(score_prompt, self._worker.trainer, lease, prompt_tokens, request)
         scores_future = self._worker.submit(score_function)
         if lease is not None:
             scores_future.add_done_callback(lambda _: lease.release())
@@ -352,7 +354,7 @@ def check_prompt(request: Sample, prompt_length: int) -> None:
         )
 
 
-def _sampling(request: Sample, index: int, max_tokens: int) -> Sampling:
+def _sampling_settings(request: Sample, index: int, max_tokens: int) -> Sampling:
     """The engine's settings for sample number ``index`` of a call. ``max_tokens``: the largest
     number of tokens if the call sets none. A call with a seed gives each of its samples a seed of
     its own."""
@@ -374,15 +376,15 @@ def _sampling(request: Sample, index: int, max_tokens: int) -> Sampling:
 
 
 def score_prompt(
-    trainer: Trainer, lease: Any, prompt: tuple[int, ...], request: Sample
+    trainer: Trainer, lease: Any, prompt_tokens: tuple[int, ...], request: Sample
 ) -> dict[str, Any]:
     """The log-probabilities that a call requests for its prompt (``_prompt_scores``). Only the
     training thread may call this function, since it uses the trainer. ``lease``: the bank's lease
     on the adapter, which keeps the adapter in memory; None for the base model."""
-    prompt_ids = torch.tensor([prompt], device=trainer.device)
+    prompt_ids = torch.tensor([prompt_tokens], device=trainer.device)
     with trainer.sampling([lease]) as model:
         model_output = model(input_ids=prompt_ids, use_cache=False)
-        logits = model_output.logits[0, :-1]  # [n - 1, vocabulary], which predict tokens 1 to n - 1
+        logits = model_output.logits[0, :-1]  # [n - 1, vocabulary]; row i predicts token i + 1
         wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return _prompt_scores(wide_logits, prompt_ids[0, 1:], request)
 

@@ -229,7 +229,7 @@ class Store:
         )
 
     def mark_unloaded(self, run_id: str) -> None:
-        """Record that a run takes no more requests, so that it leaves its key's quota of runs."""
+        """Record that a run takes no more requests and is not counted in its key's quota."""
         self._index.execute("UPDATE runs SET unloaded = 1 WHERE id = ?", run_id)
 
     def record_failure(self, run_id: str, reason: str) -> None:

@@ -93,8 +93,8 @@ class Training:
         )
         self.operations = Operations(self.worker, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
-        #: a thread that writes to the store's index, so that the event loop need not wait for the
-        #: disk
+        #: has one thread, which writes to the store's index for the routes, so that the event loop
+        #: need not wait for the disk
         self.index_executor = ThreadPoolExecutor(1, "veneer-journal")
         #: (run id, number of the last request in the saved state, number of the next request) ->
         #: loss curve, for runs without an ``ActiveRun``. The numbers change whenever the curve may
@@ -141,10 +141,10 @@ class Training:
         )
 
     async def change_checkpoints(self, function: Callable[[], Any]) -> Any:
-        """Call a function that changes checkpoints in the training thread, the only thread that
-        changes them. Therefore no other change comes between the change of a checkpoint's database
-        row and the change of its files. ``Refusal`` (503): the disk failed. If the caller is
-        cancelled, the change still takes place."""
+        """Let the training thread call a function that changes checkpoints; return its result. No
+        other thread changes checkpoints, so no other change comes between the change of a
+        checkpoint's database row and the change of its files. ``Refusal`` (503): the disk failed.
+        If the caller is cancelled, the function is called nevertheless."""
         future = asyncio.wrap_future(self.worker.submit(function))
         return await self._await_disk(asyncio.shield(future))
 
