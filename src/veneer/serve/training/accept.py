@@ -108,15 +108,21 @@ def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) 
     return the ids with which the client asks for its answer. A pass that would exceed the key's
     quota is queued as a request that fails, so that its number is not missing in the run. A pass
     that was accepted before is not counted again."""
-    is_repeated = header.seq and training.worker.queue.promise(header.run, header.seq) is not None
+    is_repeated = (
+        header.seq and training.worker.queue.promise(header.run_id, header.seq) is not None
+    )
     if is_repeated:
-        return write_and_queue(training, header.run, header.seq, PASS, body)
-    problem = quota_problem(training.store, key.owner, "tokens", key.tokens, header.tokens)
-    if problem is not None:
-        kind = REFUSED_PASS if header.backward else REFUSED
-        return write_and_queue(training, header.run, header.seq or None, kind, {"error": problem})
-    request_ids = write_and_queue(training, header.run, header.seq or None, PASS, body)
-    training.store.count_tokens(key.owner, header.tokens)
+        return write_and_queue(training, header.run_id, header.seq, PASS, body)
+    problem_text = quota_problem(
+        training.store, key.owner, "tokens", key.tokens, header.token_count
+    )
+    if problem_text is not None:
+        refused_kind = REFUSED_PASS if header.backward else REFUSED
+        return write_and_queue(
+            training, header.run_id, header.seq or None, refused_kind, {"error": problem_text}
+        )
+    request_ids = write_and_queue(training, header.run_id, header.seq or None, PASS, body)
+    training.store.count_tokens(key.owner, header.token_count)
     return request_ids
 
 

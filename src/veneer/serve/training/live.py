@@ -60,11 +60,11 @@ def _describe_batch(training: Training, key: Key) -> dict[str, Any] | None:
         for row in map(training.store.run, batch.runs)
         if row is not None and row["owner"] == key.owner
     ]
-    runs = [
+    run_descriptions = [
         {"id": row["id"], "name": _run_name(training, row)} for row in owned_run_rows[:MAX_RUNS]
     ]
     return {
-        "runs": runs,
+        "runs": run_descriptions,
         "others": len(batch.runs) - len(owned_run_rows),
         "seconds_ago": round(time.monotonic() - batch.ended, 1),
     }
@@ -103,15 +103,15 @@ def _describe_run(
     }
 
 
-def _describe_checkpoint(row: Any) -> dict[str, Any]:
-    checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
+def _describe_checkpoint(checkpoint_row: Any) -> dict[str, Any]:
+    checkpoint = Checkpoint(checkpoint_row["run"], checkpoint_row["kind"], checkpoint_row["name"])
     return {
         "path": checkpoint.path,
         "kind": CHECKPOINT_KINDS[checkpoint.kind],
         "name": checkpoint.name,
-        "bytes": row["bytes"],
-        "created": row["created"],
-        "expires": row["expires"],
+        "bytes": checkpoint_row["bytes"],
+        "created": checkpoint_row["created"],
+        "expires": checkpoint_row["expires"],
     }
 
 
@@ -122,8 +122,12 @@ def _run_name(training: Training, run_row: Any) -> str:
     name = (json.loads(run_row["metadata"] or "{}") or {}).get("name")
     if name:
         return str(name)[:MAX_CHARACTERS]
-    session = training.store.session(run_row["session"])
-    title = session["title"] if session is not None and session["title"] else run_row["session"][:8]
+    session_row = training.store.session(run_row["session"])
+    title = (
+        session_row["title"]
+        if session_row is not None and session_row["title"]
+        else run_row["session"][:8]
+    )
     return f"{title[:MAX_CHARACTERS]} · {run_row['id'].rpartition(':')[2]}"
 
 
@@ -162,10 +166,10 @@ def publish(training: Training, run_id: str) -> str:
         return bank_name
     was_resident = active_run in worker.memory
     worker.memory.ensure_loaded(active_run)
-    folder = training.folder_of(bank_name)
+    export_folder = training.folder_of(bank_name)
     provenance = {"run": run_id, "request": active_run.next_seq}
-    worker.trainer.export(active_run.adapter_name, folder, training.base, provenance)
-    bank.put(bank_name, folder, active_run.adapter_name)
+    worker.trainer.export(active_run.adapter_name, export_folder, training.base, provenance)
+    bank.put(bank_name, export_folder, active_run.adapter_name)
     worker.published[run_id] = active_run.next_seq
     if not was_resident:
         worker.memory.evict(active_run)

@@ -59,15 +59,15 @@ def find_sampler(training: Training, key: Key, sampler_id: str) -> Any:
     )
 
 
-def find_checkpoint(training: Training, key: Key, path: str) -> tuple[Checkpoint, Any]:
+def find_checkpoint(training: Training, key: Key, checkpoint_path: str) -> tuple[Checkpoint, Any]:
     """The checkpoint of a path tinker://RUN/KIND/NAME, and its database row in the store.
     ``Refusal``: the path has another form, or the key may not read the checkpoint, because it does
     not exist, or belongs to another key and is not published."""
     try:
-        checkpoint = parse_checkpoint_path(path)
+        checkpoint = parse_checkpoint_path(checkpoint_path)
     except DataError as error:
         raise Refusal(400, str(error)) from error
-    row = training.store.checkpoint(checkpoint)
-    if row is None or not (row["public"] or owns(key, row)):
-        raise not_found("the checkpoint", path)
-    return checkpoint, row
+    checkpoint_row = training.store.checkpoint(checkpoint)
+    if checkpoint_row is None or not (checkpoint_row["public"] or owns(key, checkpoint_row)):
+        raise not_found("the checkpoint", checkpoint_path)
+    return checkpoint, checkpoint_row

@@ -37,14 +37,14 @@ CURRENT_WEIGHTS = "now"
 
 class Operations:
     """The operations, which are registered with ``worker`` and called in its thread. ``bank``: the
-    adapters from which the engine samples; ``base``: the name of the base model.
+    adapters from which the engine samples; ``base_name``: the name of the base model.
 
     Each operation takes ``options``, the fields of the request, and returns the fields of the
     answer. If it raises an error of Veneer, the error's text is the answer."""
 
-    def __init__(self, worker: Worker, bank: Any, base: str) -> None:
+    def __init__(self, worker: Worker, bank: Any, base_name: str) -> None:
         self.worker, self.trainer, self.store = worker, worker.trainer, worker.store
-        self.bank, self.base = bank, base
+        self.bank, self.base = bank, base_name
         worker.operations |= {
             "create": self.create,
             "load": self.load,
@@ -62,7 +62,7 @@ class Operations:
         return {"model_id": active_run.run_id, "type": "create_model"}
 
     def load(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
-        path, folder, config = self._weights_source(options)
+        path, weights_folder, config = self._weights_source(options)
         run_row = self.store.existing_run(active_run.run_id)
         run_config = widen_config(LoraConfig.from_dict(json.loads(run_row["config"])))
         if active_run.next_seq and widen_config(LoraConfig.from_dict(config)) != run_config:
@@ -76,7 +76,7 @@ class Operations:
         subfolder = "" if "folder" in options else ADAPTER_FOLDER
         self.trainer.load(
             active_run.adapter_name,
-            folder,
+            weights_folder,
             optimizer=options["optimizer"],
             subfolder=subfolder,
         )
@@ -91,7 +91,11 @@ class Operations:
         the requested optimizer state."""
         path = options["path"]
         if "folder" in options:
-            has_optimizer, folder, config = False, Path(options["folder"]), options["config"]
+            has_optimizer, weights_folder, config = (
+                False,
+                Path(options["folder"]),
+                options["config"],
+            )
         else:
             checkpoint = parse_checkpoint_path(path)
             checkpoint_row = self.store.checkpoint(checkpoint)
@@ -102,8 +106,11 @@ class Operations:
                     "list the run's checkpoints",
                 )
             has_optimizer = checkpoint.kind == "weights"
-            folder, config = self.store.files_of(checkpoint), json.loads(checkpoint_row["config"])
-            if _is_encrypted(folder / ADAPTER_FOLDER):
+            weights_folder, config = (
+                self.store.files_of(checkpoint),
+                json.loads(checkpoint_row["config"]),
+            )
+            if _is_encrypted(weights_folder / ADAPTER_FOLDER):
                 raise DataError(
                     f"{path}, which is encrypted",
                     "weights that are not",
@@ -115,7 +122,7 @@ class Operations:
                 "a checkpoint of save_state",
                 "load the weights alone: create_training_client_from_state",
             )
-        return path, folder, config
+        return path, weights_folder, config
 
     def save(self, active_run: ActiveRun, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"path": self._save_once(active_run, "weights", options), "type": "save_weights"}
@@ -144,11 +151,13 @@ class Operations:
         them at once. If the client gave no name but the id of a new sampling session
         (options["sampler"]), the checkpoint is hidden from lists and the session is created."""
         sampler_id = options.get("sampler")
-        name = options.get("name")
+        checkpoint_name = options.get("name")
         if sampler_id is not None:
-            name = "inflight" if options["kind"] == "inflight" else f"of-{active_run.next_seq}"
+            checkpoint_name = (
+                "inflight" if options["kind"] == "inflight" else f"of-{active_run.next_seq}"
+            )
         checkpoint = self._new_checkpoint(
-            active_run, "sampler_weights", {**options, "name": name, "overwrite": True}
+            active_run, "sampler_weights", {**options, "name": checkpoint_name, "overwrite": True}
         )
         self._write_checkpoint(active_run, checkpoint, options)
         folder = self.store.files_of(checkpoint) / ADAPTER_FOLDER
@@ -170,14 +179,14 @@ class Operations:
         """The path of the checkpoint that a request will save. Without a name in ``options``, the
         name is step-N, where N is the number of the request. ``DataError``: the name is invalid, or
         another request has used it and ``options`` do not allow overwriting."""
-        name = options.get("name") or f"step-{active_run.next_seq}"
-        if not CHECKPOINT_NAME.fullmatch(name):
+        checkpoint_name = options.get("name") or f"step-{active_run.next_seq}"
+        if not CHECKPOINT_NAME.fullmatch(checkpoint_name):
             raise DataError(
-                f"the name {name[:200]!r}",
+                f"the name {checkpoint_name[:200]!r}",
                 "1 to 128 letters, digits and '._-', beginning with none of '.-'",
                 "choose another",
             )
-        checkpoint = Checkpoint(active_run.run_id, checkpoint_kind, name)
+        checkpoint = Checkpoint(active_run.run_id, checkpoint_kind, checkpoint_name)
         checkpoint_row = self.store.checkpoint(checkpoint)
         is_taken = checkpoint_row is not None and checkpoint_row["request"] != active_run.next_seq
         if is_taken and not options.get("overwrite"):
@@ -232,11 +241,11 @@ class Operations:
         ``staging_folder`` into place. ``DataError``: with these files, but without those that they
         replace, the checkpoints of the run's API key exceed the key's quota."""
         bytes_limit, checkpoint_size = options.get("most_bytes"), folder_bytes(staging_folder)
-        problem = quota_problem(
+        problem_text = quota_problem(
             self.store, active_run.owner, "bytes", bytes_limit, checkpoint_size, replaced=checkpoint
         )
-        if problem is not None:
-            raise DataError(problem)
+        if problem_text is not None:
+            raise DataError(problem_text)
 
     def _record_checkpoint(
         self,
@@ -281,14 +290,14 @@ class Operations:
         self._update_bank(target)
 
 
-def parse_current_run(name: str) -> str | None:
+def parse_current_run(adapter_name: str) -> str | None:
     """The run id in tinker://RUN/now, the name of a run's current weights. None for any other name,
     such as tinker://RUN/weights/now, a checkpoint that a client has called "now"."""
-    run_id, _, last_component = name.removeprefix("tinker://").rpartition("/")
+    run_id, _, last_component = adapter_name.removeprefix("tinker://").rpartition("/")
     return run_id if last_component == CURRENT_WEIGHTS and run_id and "/" not in run_id else None
 
 
-def adapter_folder(store: Store, name: str) -> Path:
+def adapter_folder(store: Store, adapter_name: str) -> Path:
     """The folder of an adapter by its name in the bank, from whose adapters the engine samples.
     tinker://RUN/KIND/NAME is the name of a checkpoint. tinker://RUN/now is the name of the run's
     weights at the time when samples from them were last requested.
@@ -297,12 +306,14 @@ def adapter_folder(store: Store, name: str) -> Path:
         DataError: the name has another form.
         SelectionError: there is no such checkpoint.
     """
-    run_id = parse_current_run(name)
+    run_id = parse_current_run(adapter_name)
     if run_id is not None:
         return store.folder_of(run_id) / CURRENT_WEIGHTS / ADAPTER_FOLDER
-    checkpoint = parse_checkpoint_path(name)
+    checkpoint = parse_checkpoint_path(adapter_name)
     if store.checkpoint(checkpoint) is None:
-        raise SelectionError(name, "a checkpoint that is there", "list the run's checkpoints")
+        raise SelectionError(
+            adapter_name, "a checkpoint that is there", "list the run's checkpoints"
+        )
     return store.files_of(checkpoint) / ADAPTER_FOLDER
 
 

@@ -37,13 +37,13 @@ def quota_problem(
             used_amount = store.tokens_today(owner)
     if used_amount + amount <= limit:
         return None
-    problem = f"{used_amount:,} {resource} of key {owner!r} and {amount:,} more"
-    return sentence(problem, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")
+    problem_text = f"{used_amount:,} {resource} of key {owner!r} and {amount:,} more"
+    return sentence(problem_text, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")
 
 
 def check_quota(store: Store, key: Key, resource: str, amount: int = 1) -> None:
     """Check a quota, and count nothing. ``Refusal`` (403): ``amount`` more of a resource ("runs",
     "bytes" or "tokens") would exceed the key's quota."""
-    problem = quota_problem(store, key.owner, resource, getattr(key, resource), amount)
-    if problem is not None:
-        raise Refusal(403, problem, code="quota")
+    problem_text = quota_problem(store, key.owner, resource, getattr(key, resource), amount)
+    if problem_text is not None:
+        raise Refusal(403, problem_text, code="quota")

@@ -334,7 +334,7 @@ async def forward_backward(
         raise Refusal(400, str(error)) from error
     if header.seq < 0:
         raise Refusal(400, f"seq_id {header.seq}", "0 or more", "number the requests")
-    return await queue_request(training, key, header.run, header.seq or None, PASS, body, header)
+    return await queue_request(training, key, header.run_id, header.seq or None, PASS, body, header)
 
 
 @numbered_router.post("/optim_step")

@@ -300,12 +300,12 @@ class Trainer:
         that predict it. Padding has the id 0; without a label, an entry is ``IGNORED``."""
         ids = torch.zeros(len(indices), width + 1, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
-        for row, index in enumerate(indices):
+        for row_number, index in enumerate(indices):
             datum = training_pass.data[index]
             token_count = len(datum.tokens)
-            ids[row, :token_count] = datum.tokens
+            ids[row_number, :token_count] = datum.tokens
             if datum.targets.dim() == 1:
-                labels[row, 1 : token_count + 1] = datum.targets
+                labels[row_number, 1 : token_count + 1] = datum.targets
         return ids.to(self.device), labels.to(self.device)
 
     def _parameters(self, adapter_name: str) -> list[nn.Parameter]:
@@ -464,13 +464,13 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
     """The sum of the losses of the data ``indices`` of a pass, a scalar. ``logprobs``: for each of
     these data, the log-probabilities of its targets, of the shape of ``Datum.targets``. They are
     also stored in the pass, for its answer. ``TrainingError``: the sum is not finite."""
-    loss_sum, loss = None, LOSSES[training_pass.loss]
+    loss_sum, loss_function = None, LOSSES[training_pass.loss]
     for index, row_logprobs in zip(indices, logprobs, strict=True):
         loss_inputs = {
-            name: values.to(row_logprobs.device)
-            for name, values in training_pass.data[index].inputs.items()
+            input_name: values.to(row_logprobs.device)
+            for input_name, values in training_pass.data[index].inputs.items()
         }
-        datum_loss = loss.terms(row_logprobs, loss_inputs, training_pass.settings).sum()
+        datum_loss = loss_function.terms(row_logprobs, loss_inputs, training_pass.settings).sum()
         training_pass.logprobs[index] = row_logprobs.detach().float().cpu()
         loss_sum = datum_loss if loss_sum is None else loss_sum + datum_loss
     assert loss_sum is not None

@@ -56,18 +56,18 @@ class SampleCall:
 
     Fields:
         owner: the name of the API key; "" on a server without keys.
-        session: the id of the client's session; "" if it gave none.
-        count: the number of samples.
+        session_id: the id of the client's session; "" if it gave none.
+        sample_count: the number of samples.
         ended: when the task ended (``time.monotonic``); None while it runs.
-        tokens: how many tokens were computed so far: the prompt's, counted once, and the samples'.
+        token_count: how many tokens were computed so far: the prompt's (once) and the samples'.
     """
 
     owner: str
-    session: str
-    count: int
+    session_id: str
+    sample_count: int
     task: asyncio.Task[Answer] = field(init=False)
     ended: float | None = None
-    tokens: int = 0
+    token_count: int = 0
 
 
 class Samples:
@@ -109,7 +109,7 @@ class Samples:
             session: the id of the client's session.
             adapter_name: the adapter's name in the bank, or None for the base model.
             charge: called when the call ends, with the number of its tokens
-                (``SampleCall.tokens``); called at once with 0 if no call begins.
+                (``SampleCall.token_count``); called at once with 0 if no call begins.
 
         Raises:
             Busy: too many samples wait.
@@ -118,11 +118,13 @@ class Samples:
             charge(0)
             return
         waiting_calls = [call for call in self._calls.values() if not call.task.done()]
-        free_places = MAX_WAITING_SAMPLES - sum(call.count for call in waiting_calls)
+        free_places = MAX_WAITING_SAMPLES - sum(call.sample_count for call in waiting_calls)
         # A key may hold about half of the places that other keys leave, so that there is room for
         # the others. A server without keys has no owners, and one client may use all places.
         if owner:
-            owner_sample_count = sum(call.count for call in waiting_calls if call.owner == owner)
+            owner_sample_count = sum(
+                call.sample_count for call in waiting_calls if call.owner == owner
+            )
             free_places = min(free_places, free_places - owner_sample_count)
         if free_places < request.num_samples:
             charge(0)
@@ -140,7 +142,7 @@ class Samples:
 
         def finish(_: Any) -> None:
             call.ended = time.monotonic()
-            charge(call.tokens)
+            charge(call.token_count)
             self._delete_old_calls()
 
         call.task.add_done_callback(finish)
@@ -163,7 +165,7 @@ class Samples:
 
     def _cancel_calls(self, session_id: str) -> None:
         for call in self._calls.values():
-            if call.session == session_id:
+            if call.session_id == session_id:
                 call.task.cancel()
 
     def _delete_old_calls(self) -> None:
@@ -197,7 +199,7 @@ class Samples:
                 asyncio.create_task(self._draw_sample(call, blend, request, index))
                 for index in range(request.num_samples)
             ]
-            call.tokens = len(prompt_tokens)
+            call.token_count = len(prompt_tokens)
             scoring_task = asyncio.create_task(
                 self._score_prompt(adapter_name, prompt_tokens, request)
             )
@@ -244,7 +246,9 @@ class Samples:
                 "an answer",
                 "try again",
             )
-        top_logprobs = [[(id, logprob) for id, _, logprob in token.top] for token in tokens]
+        top_logprobs = [
+            [(token_id, logprob) for token_id, _, logprob in token.top] for token in tokens
+        ]
         return SampledSequence(
             [token.id for token in tokens],
             [token.logprob for token in tokens],
@@ -276,7 +280,7 @@ class Samples:
             while True:
                 piece = await pieces.get()
                 tokens += piece.tokens
-                call.tokens += len(piece.tokens)
+                call.token_count += len(piece.tokens)
                 if piece.finish is not None:
                     return tokens, piece
         except asyncio.CancelledError:
@@ -411,11 +415,11 @@ def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[st
         logprobs[first_row:] = next_logprobs.float().cpu().numpy()[first_row - 1 :]
         scores["prompt_logprobs"] = logprobs
     if k := min(request.topk_prompt_logprobs, logits.shape[-1]):
-        top = (logits - log_normalizers).topk(k)
+        top_tokens = (logits - log_normalizers).topk(k)
         top_ids = np.full((prompt_length, k), NO_TOKEN, np.int32)
         top_logprobs = np.full((prompt_length, k), NO_LOGPROB, np.float32)
-        top_ids[first_row:] = top.indices.cpu().numpy()[first_row - 1 :]
-        top_logprobs[first_row:] = top.values.float().cpu().numpy()[first_row - 1 :]
+        top_ids[first_row:] = top_tokens.indices.cpu().numpy()[first_row - 1 :]
+        top_logprobs[first_row:] = top_tokens.values.float().cpu().numpy()[first_row - 1 :]
         scores["topk_prompt_logprobs"] = top_ids, top_logprobs
     if request.target_prompt_logprobs is not None:
         scores |= _target_scores(logits, log_normalizers, request.target_prompt_logprobs)

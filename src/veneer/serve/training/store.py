@@ -357,7 +357,7 @@ class Store:
         """Record a checkpoint whose files exist. ``config``: of its adapter, as JSON; ``hidden``:
         lists of checkpoints leave it out; ``request``: the number of the request that saved it."""
         created = time.time()
-        size = folder_bytes(self.files_of(checkpoint))
+        size_bytes = folder_bytes(self.files_of(checkpoint))
         expires = None if lifetime_seconds is None else created + lifetime_seconds
         self._index.execute(
             "INSERT OR REPLACE INTO checkpoints"
@@ -366,7 +366,7 @@ class Store:
             *checkpoint,
             owner,
             created,
-            size,
+            size_bytes,
             _to_json(metadata),
             expires,
             int(hidden),
@@ -443,24 +443,24 @@ class Store:
         )
         return reserved_tokens + (0 if row is None else row["count"])
 
-    def reserve_tokens(self, owner: str, count: int) -> None:
-        """Reserve ``count`` tokens of a key's quota, the most that a call for samples can use, in
-        memory, until ``settle_tokens`` replaces the reservation or the process ends."""
+    def reserve_tokens(self, owner: str, token_count: int) -> None:
+        """Reserve tokens of a key's quota, the most that a call for samples can use, in memory,
+        until ``settle_tokens`` replaces the reservation or the process ends."""
         with self._index.lock:
-            self._reserved_tokens[owner] += count
+            self._reserved_tokens[owner] += token_count
 
-    def settle_tokens(self, owner: str, reserved: int, used: int) -> None:
-        """End a reservation of ``reserved`` tokens, and count the ``used`` tokens instead."""
+    def settle_tokens(self, owner: str, reserved_tokens: int, used_tokens: int) -> None:
+        """End a reservation of ``reserved_tokens``, and count the ``used_tokens`` instead."""
         with self._index.lock:
-            self.count_tokens(owner, used)
-            self._reserved_tokens[owner] -= reserved
+            self.count_tokens(owner, used_tokens)
+            self._reserved_tokens[owner] -= reserved_tokens
 
-    def count_tokens(self, owner: str, count: int) -> None:
+    def count_tokens(self, owner: str, token_count: int) -> None:
         query = (
             "INSERT INTO tokens VALUES (?, ?, ?)"
             " ON CONFLICT DO UPDATE SET count = count + excluded.count"
         )
-        self._index.execute(query, owner, _today(), count)
+        self._index.execute(query, owner, _today(), token_count)
 
     def add_sampler(self, sampler_id: str, session_id: str, owner: str, path: str | None) -> None:
         """Add a sampling session that samples from the checkpoint ``path``, or from the base model

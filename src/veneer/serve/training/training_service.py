@@ -100,7 +100,7 @@ class Training:
         #: loss curve, for runs without an ``ActiveRun``. The numbers change whenever the curve may
         #: have changed, so a cached curve is never outdated.
         self.cached_curve: Callable[[str, int, int], Curve] = lru_cache(CACHED_CURVES)(
-            lambda run, state_seq, next_seq: read_curve(self.store, run, state_seq)
+            lambda run_id, state_seq, next_seq: read_curve(self.store, run_id, state_seq)
         )
         self._heartbeats: dict[str, float] = {}  # by session: time of the last heartbeat
         #: adapters of the bank from which samples were drawn, at most ``max_resident``: their

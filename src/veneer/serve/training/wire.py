@@ -139,9 +139,9 @@ class Answer(NamedTuple):
 def failure_answer(error: BaseException, is_bug: bool = False) -> Answer:
     """The JSON answer to a request that failed with ``error``. ``is_bug``: the server is at fault,
     not the client; the text then begins with the error's class."""
-    message = f"{type(error).__name__}: {error}" if is_bug else str(error)
+    error_text = f"{type(error).__name__}: {error}" if is_bug else str(error)
     category = "server" if is_bug else "user"
-    return Answer(json.dumps({"error": message, "category": category}).encode())
+    return Answer(json.dumps({"error": error_text, "category": category}).encode())
 
 
 class PassRequest(NamedTuple):
@@ -157,36 +157,45 @@ class PassRequest(NamedTuple):
 
 class PassHeader(NamedTuple):
     """The fields of a request for a forward pass (and a backward pass if ``backward`` is true)
-    without its data. ``run``: the run's id; ``seq``: the number of the request in the run, or 0 if
-    the client gave none; ``tokens``: the number of input tokens of all data."""
+    without its data. ``seq``: the number of the request in the run, or 0 if the client gave none;
+    ``token_count``: the number of input tokens of all data."""
 
-    run: str
+    run_id: str
     seq: int
     backward: bool
-    tokens: int
+    token_count: int
 
 
 def read_header(body: bytes) -> PassHeader:
     """Read the header of a pass from its body, a ``ForwardBackwardRequest`` in protobuf.
     ``DataError``: the body is no such message."""
-    message = _parse_request(body)
-    chunks = (chunk for datum in message.data for chunk in datum.model_input)
-    tokens = sum(len(chunk.encoded_text.tokens) // 4 for chunk in chunks)
-    return PassHeader(message.model_id, message.seq_id, not message.forward_only, tokens)
+    request_message = _parse_request(body)
+    chunks = (chunk for datum in request_message.data for chunk in datum.model_input)
+    token_count = sum(len(chunk.encoded_text.tokens) // 4 for chunk in chunks)
+    return PassHeader(
+        request_message.model_id,
+        request_message.seq_id,
+        not request_message.forward_only,
+        token_count,
+    )
 
 
 def read_pass(body: bytes) -> PassRequest:
     """Read a pass with its data from its body, a ``ForwardBackwardRequest`` in protobuf.
     ``DataError``: the body is no such message, has no data, or has invalid data; the error's text
     names the field and the index of the datum. The settings of the loss are not checked."""
-    message = _parse_request(body)
-    settings: dict[str, Any] = {entry.key: entry.value for entry in message.loss_fn_config}
-    for entry in message.loss_fn_config_v2:
-        settings[entry.key] = entry.value.text or entry.value.number
-    if not message.data:
+    request_message = _parse_request(body)
+    loss_settings: dict[str, Any] = {
+        entry.key: entry.value for entry in request_message.loss_fn_config
+    }
+    for entry in request_message.loss_fn_config_v2:
+        loss_settings[entry.key] = entry.value.text or entry.value.number
+    if not request_message.data:
         raise DataError("no data", "at least one datum", "send some")
-    data = [_read_datum(entry, index) for index, entry in enumerate(message.data)]
-    return PassRequest(data, message.loss_fn, settings, not message.forward_only)
+    data = [_read_datum(entry, index) for index, entry in enumerate(request_message.data)]
+    return PassRequest(
+        data, request_message.loss_fn, loss_settings, not request_message.forward_only
+    )
 
 
 def _parse_request(body: bytes) -> Any:
@@ -200,11 +209,11 @@ def _parse_request(body: bytes) -> Any:
         ) from error
 
 
-def _read_datum(message: Any, index: int) -> Datum:
+def _read_datum(datum_message: Any, index: int) -> Datum:
     """Read a ``Datum`` message. ``index``: its position in the request, for error texts.
     ``DataError``: an input is not text, or a tensor is invalid or missing."""
     label, chunk_tokens = f"datum {index}", []
-    for chunk in message.model_input:
+    for chunk in datum_message.model_input:
         if not chunk.HasField("encoded_text"):
             raise DataError(
                 f"an input of {label} that is an image, a sound or unknown",
@@ -224,7 +233,7 @@ def _read_datum(message: Any, index: int) -> Datum:
     )
     inputs = {
         entry.key: _read_tensor(entry.value, f"{entry.key[:80]!r} of {label}", len(token_ids))
-        for entry in message.loss_fn_inputs
+        for entry in datum_message.loss_fn_inputs
     }
     if "target_tokens" not in inputs:
         raise DataError(
@@ -252,14 +261,14 @@ def _read_numbers(number_bytes: bytes, dtype: int, label: str) -> np.ndarray:
     return np.frombuffer(number_bytes, _NUMPY_DTYPES[dtype])
 
 
-def _read_tensor(message: Any, label: str, row_count: int) -> Tensor:
+def _read_tensor(tensor_message: Any, label: str, row_count: int) -> Tensor:
     """Read a ``Tensor`` message, dense or sparse, as a dense tensor of float32 or int64.
     ``row_count``: the number of rows that a sparse tensor must have (that of a dense tensor is not
     checked here); ``label``: the tensor's name in error texts. ``DataError``: the message is
     invalid."""
-    is_sparse, shape = message.HasField("sparse_csr"), list(message.shape)
-    value_bytes = message.sparse_csr.values if is_sparse else message.dense
-    values = _read_numbers(value_bytes, message.dtype, label)
+    is_sparse, shape = tensor_message.HasField("sparse_csr"), list(tensor_message.shape)
+    value_bytes = tensor_message.sparse_csr.values if is_sparse else tensor_message.dense
+    values = _read_numbers(value_bytes, tensor_message.dtype, label)
     if not is_sparse:
         shape = shape or [len(values)]
         if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
@@ -269,8 +278,8 @@ def _read_tensor(message: Any, label: str, row_count: int) -> Tensor:
                 "check the client",
             )
         return torch.from_numpy(values.copy()).view(shape)
-    row_pointers = _read_numbers(message.sparse_csr.crow_indices, _INT64, label)
-    column_indices = _read_numbers(message.sparse_csr.col_indices, _INT64, label)
+    row_pointers = _read_numbers(tensor_message.sparse_csr.crow_indices, _INT64, label)
+    column_indices = _read_numbers(tensor_message.sparse_csr.col_indices, _INT64, label)
     is_valid = (
         len(shape) == 2
         and shape[0] == row_count
@@ -301,8 +310,8 @@ def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> byt
     the log-probabilities of its targets, [tokens] or [tokens, targets per token], on the CPU;
     ``metrics``: numbers by name, such as the sum of the losses."""
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
-    for name, value in metrics.items():
-        output.metrics.add(key=name, value=value)
+    for metric_name, value in metrics.items():
+        output.metrics.add(key=metric_name, value=value)
     # The message requires that all data of a record have equal trailing shapes (all dimensions but
     # the first), so each group of neighbouring data with equal trailing shapes gets a record.
     for trailing_shape, group in itertools.groupby(logprobs, key=lambda row: row.shape[1:]):
@@ -342,10 +351,10 @@ def sample_output(
             log-probabilities). If "target_prompt_logprobs" are the entries of a sparse tensor,
             "csr" is its (row pointers, column indices, shape).
     """
-    output = MESSAGES["SampleResponse"]()
+    response = MESSAGES["SampleResponse"]()
     padding = (NO_TOKEN, NO_LOGPROB)
     for sample in sequences:
-        sequence = output.sequences.add(stop_reason=int(sample.is_truncated))
+        sequence = response.sequences.add(stop_reason=int(sample.is_truncated))
         sequence.tokens = np.asarray(sample.tokens, "<i4").tobytes()
         sequence.logprobs = np.asarray(sample.logprobs, "<f4").tobytes()
         if top_k:
@@ -356,41 +365,41 @@ def sample_output(
                 sequence.topk_sampled_logprobs, ids.reshape(-1, top_k), logprobs.reshape(-1, top_k)
             )
     if "prompt_logprobs" in scores:
-        output.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
+        response.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
     if "topk_prompt_logprobs" in scores:
-        _set_top_logprobs(output.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
+        _set_top_logprobs(response.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
     if "target_prompt_logprobs" in scores:
         _set_tensor(
-            output.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr")
+            response.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr")
         )
     if "prompt_alt_tokens" in scores:
         tokens, logprobs = scores["prompt_alt_tokens"]
-        _set_tensor(output.prompt_alt_tokens.tokens, tokens, None)
-        _set_tensor(output.prompt_alt_tokens.logprobs, logprobs, None)
-    return output.SerializeToString()
+        _set_tensor(response.prompt_alt_tokens.tokens, tokens, None)
+        _set_tensor(response.prompt_alt_tokens.logprobs, logprobs, None)
+    return response.SerializeToString()
 
 
-def _set_top_logprobs(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
+def _set_top_logprobs(topk_message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
     """Fill a ``TopkLogprobs`` message. ``ids`` and ``logprobs``: [positions, k]."""
-    message.length, message.k = ids.shape
-    message.token_ids, message.logprobs = (
+    topk_message.length, topk_message.k = ids.shape
+    topk_message.token_ids, topk_message.logprobs = (
         ids.astype("<i4").tobytes(),
         logprobs.astype("<f4").tobytes(),
     )
 
 
 def _set_tensor(
-    message: Any, values: np.ndarray, csr: tuple[Any, Any, Sequence[int]] | None
+    tensor_message: Any, values: np.ndarray, csr: tuple[Any, Any, Sequence[int]] | None
 ) -> None:
     """Write an array into a ``Tensor`` message. ``csr``: (row pointers, column indices, shape) if
     ``values`` are the entries of a sparse tensor in CSR, else None."""
-    message.dtype = _INT64 if values.dtype.kind == "i" else _FLOAT32
-    value_bytes = values.astype(_NUMPY_DTYPES[message.dtype]).tobytes()
+    tensor_message.dtype = _INT64 if values.dtype.kind == "i" else _FLOAT32
+    value_bytes = values.astype(_NUMPY_DTYPES[tensor_message.dtype]).tobytes()
     if csr is None:
-        message.dense = value_bytes
-        message.shape.extend(values.shape)
+        tensor_message.dense = value_bytes
+        tensor_message.shape.extend(values.shape)
         return
-    message.sparse_csr.values = value_bytes
-    message.sparse_csr.crow_indices = np.asarray(csr[0], "<i8").tobytes()
-    message.sparse_csr.col_indices = np.asarray(csr[1], "<i8").tobytes()
-    message.shape.extend(csr[2])
+    tensor_message.sparse_csr.values = value_bytes
+    tensor_message.sparse_csr.crow_indices = np.asarray(csr[0], "<i8").tobytes()
+    tensor_message.sparse_csr.col_indices = np.asarray(csr[1], "<i8").tobytes()
+    tensor_message.shape.extend(csr[2])

@@ -239,14 +239,14 @@ class Worker:
                 request.seq,
                 MAX_DEATHS,
             )
-            message = sentence(
+            error_text = sentence(
                 f"a request during which the server's process ended {MAX_DEATHS} times",
                 "one for which it has the memory",
                 "ask for fewer or shorter rows at a time",
             )
             request = request._replace(
                 kind=REFUSED_PASS if _affects_step(request) else REFUSED,
-                body=json.dumps({"error": message}).encode(),
+                body=json.dumps({"error": error_text}).encode(),
             )
         if request.kind != PASS:
             self._answer_request(active_run, request)
@@ -363,7 +363,7 @@ class Worker:
                 log.exception("%s: request %d failed", active_run.run_id, request.seq)
             self._store_answer(active_run, request.seq, failure_answer(error, is_bug), FAILED)
             if active_run.owner:  # uncount the tokens, which were counted when it was accepted
-                self.store.count_tokens(active_run.owner, -read_header(request.body).tokens)
+                self.store.count_tokens(active_run.owner, -read_header(request.body).token_count)
             return
         active_run.current_pass, active_run.last_used = training_pass, time.monotonic()
         self._key_shares.enter(active_run.owner)
