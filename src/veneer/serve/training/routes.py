@@ -211,8 +211,8 @@ def _new_run(
     seed: int,
     metadata: Any,
 ) -> str:
-    """Create a run, number ``number`` of its session, unless it exists; return its id. ``config``:
-    of its adapter, as a dict. ``Refusal``: the id is taken by a copy, or the quota is exceeded."""
+    """Create run number ``number`` of a session, unless it exists; return its id. ``config``: its
+    adapter's config as a dict. ``Refusal``: a copy has the id, or the quota is exceeded."""
     run_id = f"{session_id}:train:{number}"
     if training.store.is_copy(run_id):
         raise Refusal(
