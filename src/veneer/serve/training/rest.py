@@ -237,8 +237,8 @@ def weights_info(body: bodies.CheckpointBody, training: TrainingDep, key: ApiKey
 async def copy_weights(
     body: bodies.CopyWeights, training: TrainingDep, key: ApiKey
 ) -> dict[str, str]:
-    """Copy a checkpoint that the API key may read to a run that holds only copies and takes no
-    requests. The run is created if it does not exist. A repeated request changes nothing."""
+    """Copy a checkpoint that the API key may read to a run that holds only copies. The run takes no
+    requests, and is created if it does not exist. A repeated request changes nothing."""
     find_checkpoint(training, key, body.source_path)
     session_id = body.session_id
     if session_id is None:
@@ -296,8 +296,9 @@ def sessions(
 def search_sessions(
     body: bodies.SearchSessions, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
-    """The newest sessions of the API key that have the given id or all words of the given name, and
-    the given metadata; at most ``limit`` of them. There are no further pages."""
+    """The newest sessions of the API key that match the search. A session matches if it has the
+    given id or all words of the given name, and the given metadata. At most ``limit`` sessions are
+    returned, and there are no further pages."""
     if (
         body.cursor
         or body.project_ids
