@@ -41,8 +41,8 @@ from veneer.serve.training.wire import Answer, failure_answer, pass_output, read
 
 log = logging.getLogger("veneer.serve.training")
 
-#: how long a batch waits for passes of the runs that were in the last batch, so that these runs
-#: share a batch again: a share of the last batch's duration, and a maximum in seconds
+#: how long a batch waits for passes of runs whose last pass ended recently, so that these runs
+#: share a batch again: a fraction of the last batch's duration, and a maximum in seconds
 WAIT_SHARE, MAX_WAIT_SECONDS = 0.25, 0.05
 #: seconds that the training thread sleeps after an error that belongs to no request, and seconds
 #: until an answer that could not be written (for example, to a full disk) is computed again
