@@ -125,7 +125,8 @@ class Queue:
         self.wake = threading.Condition()
         self.active_runs: dict[str, ActiveRun] = {}  # by run id
         self.runs_by_adapter: dict[str, ActiveRun] = {}  # the same runs by adapter name
-        self.busy_runs: dict[str, ActiveRun] = {}  # a request is or can be computed
+        #: runs with a request that is being computed, or that can be computed now
+        self.busy_runs: dict[str, ActiveRun] = {}
         self.promises: dict[tuple[str, int], Promise] = {}  # by run id and request number
         #: runs that ``accept`` may have made active without adding a request to them. Only the
         #: training thread may drop them again (``drop_idle``).

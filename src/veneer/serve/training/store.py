@@ -118,7 +118,7 @@ class Store:
                 "a folder for this server alone",
                 "stop the other server, or give another folder",
             ) from error
-        self._reserved_tokens: Counter[str] = Counter()  # by API key: of running calls for samples
+        self._reserved_tokens: Counter[str] = Counter()  # by API key: for running calls
         self._index = Index(self.folder / INDEX)
         try:
             self._index.create_tables(_TABLES)
