@@ -77,7 +77,7 @@ def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None =
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias, [T, out], computed as (W xᵀ)ᵀ + bias, for x [T, in] and the ``weight`` W [out,
-    in]."""
+    """x Wᵀ + bias, [T, out], computed as (W xᵀ)ᵀ + bias, for x [T, in] and the ``weight`` W
+    [out, in]."""
     y = torch.mm(weight, x.mT).mT.contiguous()
     return y if bias is None else y.add_(bias)
