@@ -118,9 +118,8 @@ def make_grouping(
         dtype: dtype of ``Grouping.weights``.
     """
     rows_of_group: list[list[tuple[int, float]]] = [[] for _ in range(group_count)]
-    groups_of_row: list[
-        list[tuple[int, int]]
-    ] = []  # for each row, (group, offset of the row in it)
+    # for each row, (group, offset of the row in the group) of each of its adapters
+    groups_of_row: list[list[tuple[int, int]]] = []
     for row, adapters_of_row in enumerate(rows):
         groups_of_row.append([])
         for group, weight in adapters_of_row:

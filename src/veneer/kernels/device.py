@@ -370,13 +370,11 @@ _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 
 
 def _gradients(ctx: Any, *dys: Tensor | None) -> Any:
-    x_or_factor, second_factor, third_factor, h, joined_A, *saved_tensors = ctx.saved_tensors
+    x_or_factor, factor2, factor3, h, joined_A, *saved_tensors = ctx.saved_tensors
     settings, count = ctx.settings, len(ctx.settings.scales)
     cast_B, cast_weights, outputs_before_gain = split_equally(saved_tensors[: 3 * count], 3)
     layer_tensors = saved_tensors[3 * count :]
-    x = restore_input(
-        SavedInput(x_or_factor, second_factor, third_factor, ctx.gate), ctx.needs_input_grad[1]
-    )
+    x = restore_input(SavedInput(x_or_factor, factor2, factor3, ctx.gate), ctx.needs_input_grad[1])
     need_x, needs_by_input = ctx.needs_input_grad[1], split_equally(ctx.needs_input_grad[2:], 5)
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, x, layer_tensors, dys)

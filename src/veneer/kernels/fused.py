@@ -284,10 +284,10 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx, *dys):
-        x_or_factor, second_factor, third_factor, h, joined_A, *saved_tensors = ctx.saved_tensors
+        x_or_factor, factor2, factor3, h, joined_A, *saved_tensors = ctx.saved_tensors
         cast_B, layer_tensors = saved_tensors[: len(dys)], saved_tensors[len(dys) :]
         x = restore_input(
-            SavedInput(x_or_factor, second_factor, third_factor, ctx.gate), ctx.needs_input_grad[1]
+            SavedInput(x_or_factor, factor2, factor3, ctx.gate), ctx.needs_input_grad[1]
         )
         settings = ctx.settings
         if torch.is_grad_enabled():
@@ -388,11 +388,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx, dy):
-        x_or_factor, second_factor, third_factor, h, cast_A, cast_B, weight, bias, A, B = (
-            ctx.saved_tensors
-        )
+        x_or_factor, factor2, factor3, h, cast_A, cast_B, weight, bias, A, B = ctx.saved_tensors
         _, need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad
-        x = restore_input(SavedInput(x_or_factor, second_factor, third_factor, ctx.gate), need_x)
+        x = restore_input(SavedInput(x_or_factor, factor2, factor3, ctx.gate), need_x)
         if torch.is_grad_enabled():
             layer_tensors = (weight, bias, A, B)
             return _differentiable_gradients(ctx, (ctx.scale,), 0.0, x, layer_tensors, (dy,))

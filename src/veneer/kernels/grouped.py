@@ -220,10 +220,10 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x_or_source, second_factor, third_factor, source_rows, weight, A, B = ctx.saved_tensors
+        x_or_source, factor2, factor3, source_rows, weight, A, B = ctx.saved_tensors
         scale, row_segments = ctx.scale, ctx.row_segments
         need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
-        saved_input = SavedInput(x_or_source, second_factor, third_factor, ctx.gate)
+        saved_input = SavedInput(x_or_source, factor2, factor3, ctx.gate)
         x = restore_input(saved_input, need_x) if source_rows is None else x_or_source
         if torch.is_grad_enabled():
 

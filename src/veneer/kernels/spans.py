@@ -338,15 +338,13 @@ class _OneByOne:
 
 def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     layer_count, spans, needs_gradient = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
-    x_or_factor, second_factor, third_factor, joined_A, *saved_tensors = ctx.saved_tensors
+    x_or_factor, factor2, factor3, joined_A, *saved_tensors = ctx.saved_tensors
     B_by_layer, weights, h = (
         saved_tensors[:layer_count],
         saved_tensors[layer_count : 2 * layer_count],
         saved_tensors[2 * layer_count :],
     )
-    x = restore_input(
-        SavedInput(x_or_factor, second_factor, third_factor, ctx.gate), needs_gradient[0]
-    )
+    x = restore_input(SavedInput(x_or_factor, factor2, factor3, ctx.gate), needs_gradient[0])
     no_gradients = (None,) * (2 * layer_count)
     if torch.is_grad_enabled():
 
