@@ -47,9 +47,8 @@ from veneer.precision import compute_device, has_float64, multiplies_in_float32
 
 __all__ = ["Folded", "fold", "fold_onto"]
 
-#: elements of a tile, whose buffers fit into a cache; the most columns of a tile in float64;
-#: elements for one call of the compiled loop. They are constants, so that ``Sums`` does not depend
-#: on the number of threads
+#: elements of a tile, whose buffers fit into a cache; its most columns in float64; elements of a
+#: call of the compiled loop. Being constants, they keep ``Sums`` independent of the thread count
 TILE_SIZE, MAX_TILE_COLUMNS, SLAB_SIZE = 1 << 16, 1 << 13, 1 << 19
 #: on a GPU, the most tiles of a weight, and the fewest elements of a tile
 TILES_PER_WEIGHT, MIN_TILE_SIZE = 8, 1 << 10
