@@ -105,7 +105,7 @@ def split(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def distance(matrix: Tensor, A: Tensor, B: Tensor) -> float:
+def squared_distance(matrix: Tensor, A: Tensor, B: Tensor) -> float:
     """The squared Frobenius norm ‖matrix − B A‖², summed in float64, for ``matrix`` [out, in], A
     [r, in] and B [out, r]."""
     A, B = A.to(matrix.device, torch.float64), B.to(matrix.device, torch.float64)
