@@ -24,11 +24,11 @@ from veneer.kernels import is_eager
 
 _C: Any = torch._C
 
-#: whether the CPU has AVX-512 instructions for bfloat16 products. Without them, ``products`` is
-#: slower than torch's attention kernel
+#: whether the CPU has AVX-512 instructions for bfloat16 products. Without them,
+#: ``attend_by_products`` is slower than torch's attention kernel
 HAS_BF16_PRODUCTS: bool = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-#: the most key tokens for which ``products`` is used: up to this number, it is faster than torch's
-#: kernel, and the probabilities that it saves for backward are small
+#: the most key tokens for which ``attend_by_products`` is used: up to this number, it is faster
+#: than torch's kernel, and the probabilities that it saves for backward are small
 MAX_KEYS = 128
 #: the fewest key tokens for which torch's 16-bit softmax is vectorised, and so faster than
 #: float32's
@@ -36,9 +36,9 @@ VECTOR_MIN_KEYS = 32
 
 
 def is_faster(query: Tensor, key: Tensor) -> bool:
-    """Whether ``products`` is faster than torch's attention kernel for query [b, h, s, d] and key
-    [b, kv, k, d]. It is faster in training on at most ``MAX_KEYS`` tokens in bfloat16, because the
-    backward of torch's kernel is slow in bfloat16."""
+    """Whether ``attend_by_products`` is faster than torch's attention kernel for query [b, h, s, d]
+    and key [b, kv, k, d]. It is faster in training on at most ``MAX_KEYS`` tokens in bfloat16,
+    because the backward of torch's kernel is slow in bfloat16."""
     return (
         HAS_BF16_PRODUCTS
         and query.device.type == "cpu"
@@ -49,7 +49,7 @@ def is_faster(query: Tensor, key: Tensor) -> bool:
     )
 
 
-def products(
+def attend_by_products(
     query: Tensor,
     key: Tensor,
     value: Tensor,
