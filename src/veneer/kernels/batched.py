@@ -100,7 +100,7 @@ class Grouping:
 
 
 def make_grouping(
-    rows: Sequence[Sequence[tuple[int, float]]],
+    adapters_by_row: Sequence[Sequence[tuple[int, float]]],
     group_count: int,
     tokens_per_row: int,
     device: torch.device,
@@ -110,8 +110,8 @@ def make_grouping(
     so that the host never waits for an accelerator.
 
     Args:
-        rows: for each row of the batch, (index of the adapter, weight of its term) of each adapter
-            that the row uses.
+        adapters_by_row: for each row of the batch, (index of the adapter, weight of its term) of
+            each adapter that the row uses.
         group_count: the number of adapters. Each has a group.
         tokens_per_row: the number of tokens in each row of the batch.
         device: device of the tensors of the result.
@@ -120,7 +120,7 @@ def make_grouping(
     rows_of_group: list[list[tuple[int, float]]] = [[] for _ in range(group_count)]
     # for each row, (group, offset of the row in the group) of each of its adapters
     groups_of_row: list[list[tuple[int, int]]] = []
-    for row, adapters_of_row in enumerate(rows):
+    for row, adapters_of_row in enumerate(adapters_by_row):
         groups_of_row.append([])
         for group, weight in adapters_of_row:
             groups_of_row[row].append((group, len(rows_of_group[group])))
@@ -141,7 +141,7 @@ def make_grouping(
         token_indices = (first_tokens + torch.arange(tokens_per_row, device="cpu")).flatten()
         count = len(token_indices)
         position_count = group_count * group_size * tokens_per_row
-        same_length = count == position_count == len(rows) * tokens_per_row
+        same_length = count == position_count == len(adapters_by_row) * tokens_per_row
         if same_length and torch.equal(token_indices, torch.arange(count, device="cpu")):
             return None
         return move_to_device(token_indices)
@@ -190,12 +190,12 @@ def project_up(h: Tensor, B: Tensor, grouping: Grouping, output: Tensor | None =
     is added to it in place."""
     group_results = torch.bmm(h.mT, B).view(-1, B.shape[2])
     for result_index, has_no_result in grouping.result_rows:
-        rows = (
+        row_results = (
             group_results if result_index is None else group_results.index_select(0, result_index)
         )
         if has_no_result is not None:  # a factor of 0 would keep a NaN of another row
-            rows = rows.masked_fill(has_no_result, 0.0)
-        output = rows if output is None else output.add_(rows)
+            row_results = row_results.masked_fill(has_no_result, 0.0)
+        output = row_results if output is None else output.add_(row_results)
     assert output is not None
     return output
 

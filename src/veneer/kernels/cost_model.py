@@ -61,10 +61,10 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
     an adapter of this ``rank``; with backward if ``training``. The materialised cost is infinite
     for a 16-bit ``dtype``, in which W + ΔW would lose precision."""
 
-    def thin_cost(width: int, passes: int = 1) -> float:
+    def thin_cost(width: int, pass_count: int = 1) -> float:
         """The cost of a product of A or B with a tensor [tokens, width], which is read or written
-        ``passes`` times."""
-        return tokens * width * (rank + passes * ACTIVATION_COST)
+        ``pass_count`` times."""
+        return tokens * width * (rank + pass_count * ACTIVATION_COST)
 
     layer_cost = tokens * in_ * out * (2 if training else 1)
     forming_cost = in_ * out * (rank + 2 * WEIGHT_COST)  # read W, write W + ΔW
@@ -93,5 +93,5 @@ def max_factored_tokens(out: int, in_: int, rank: int, dtype: torch.dtype) -> fl
     zero_tokens, one_token = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
     # Both costs are linear in the number of tokens, and the factored cost is 0 for 0 tokens. They
     # are therefore equal at (materialised cost for 0 tokens) / (difference of the two slopes).
-    slope = one_token.factored - (one_token.materialised - zero_tokens.materialised)
-    return zero_tokens.materialised / slope
+    extra_cost_per_token = one_token.factored - (one_token.materialised - zero_tokens.materialised)
+    return zero_tokens.materialised / extra_cost_per_token

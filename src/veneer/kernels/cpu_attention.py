@@ -97,13 +97,13 @@ def attend_by_products(
     return (probabilities @ values).view(b, h, s, -1)
 
 
-def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+def bias_of(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
     """The bias [1 or b, 1, s, k] to add to the attention scores, in the dtype of ``query``. It is 0
     where ``mask`` [1 or b, 1, s, k] is True and the lowest finite number where it is False; a mask
-    that is not boolean is itself the bias. If ``mask`` is None, a causal mask is used if ``causal``
-    is true; else the result is None."""
+    that is not boolean is itself the bias. If ``mask`` is None, a causal mask is used if
+    ``is_causal`` is true; else the result is None."""
     if mask is None:
-        if not causal:
+        if not is_causal:
             return None
         mask = torch.ones(
             query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
@@ -117,20 +117,20 @@ def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Te
     )
 
 
-def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) -> bool:
+def is_packed(query: Tensor, key: Tensor, mask: Any, sequence_starts: Any, max_length: Any) -> bool:
     """Whether ``query`` [1, h, s, d] and ``key`` pack several sequences into one row, which are
     cheaper to compute as a batch (``Packed``): the batch, in which each sequence is padded to the
     longest, has at most half as many attention scores as the row.
 
     Args:
         mask: the attention mask; anything but a boolean tensor [1, 1, s, s] gives False.
-        starts: the index of the first token of each sequence, then the number of all tokens; or
-            None.
-        longest: the number of tokens of the longest sequence, or None.
+        sequence_starts: the index of the first token of each sequence, then the number of all
+            tokens; or None.
+        max_length: the number of tokens of the longest sequence, or None.
     """
     if (
-        not isinstance(starts, Tensor)
-        or longest is None
+        not isinstance(sequence_starts, Tensor)
+        or max_length is None
         or not isinstance(mask, Tensor)
         or mask.dtype != torch.bool
     ):
@@ -144,25 +144,29 @@ def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) 
         and mask.shape == (1, 1, token_count, token_count)
         and query.shape[0] == 1
         and key.shape[2] == token_count
-        and 2 * (len(starts) - 1) * longest**2 <= token_count**2
+        and 2 * (len(sequence_starts) - 1) * max_length**2 <= token_count**2
     )
 
 
 class Packed:
     """n sequences that are packed into one row of s tokens. Sequence i consists of the tokens
-    ``starts[i]`` … ``starts[i + 1]`` - 1. The longest sequence has ``longest`` tokens.
+    ``sequence_starts[i]`` … ``sequence_starts[i + 1]`` - 1. The longest sequence has ``max_length``
+    tokens.
 
-    ``unpack`` turns a packed [1, h, s, d] into a batch [n, h, longest, d], in which each sequence
-    is padded on the right with copies of its last token. ``pack`` turns a batch [n, longest, h, d]
-    of attention outputs, whose heads are the third axis, into a packed [1, s, h, d] without the
-    padding.
+    ``unpack`` turns a packed [1, h, s, d] into a batch [n, h, max_length, d], in which each
+    sequence is padded on the right with copies of its last token. ``pack`` turns a batch
+    [n, max_length, h, d] of attention outputs, whose heads are the third axis, into a packed
+    [1, s, h, d] without the padding.
     """
 
-    def __init__(self, starts: Tensor, longest: int) -> None:
-        first_tokens, lengths = starts[:-1, None].long(), starts.diff()[:, None]
-        column = torch.arange(longest)
-        self.is_token = column < lengths  # [n, longest]
-        self.positions = first_tokens + torch.minimum(column, lengths - 1)
+    def __init__(self, sequence_starts: Tensor, max_length: int) -> None:
+        first_tokens, sequence_lengths = (
+            sequence_starts[:-1, None].long(),
+            sequence_starts.diff()[:, None],
+        )
+        column = torch.arange(max_length)
+        self.is_token = column < sequence_lengths  # [n, max_length]
+        self.positions = first_tokens + torch.minimum(column, sequence_lengths - 1)
         self.token_indices = self.is_token.flatten().nonzero()[:, 0]
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -177,8 +181,9 @@ class Packed:
         return x.flatten(0, 1).index_select(0, self.token_indices)[None]
 
     def row_masks(self, mask: Any) -> Tensor:
-        """The attention mask of each sequence in the batch, [n, 1, longest, longest]: its block of
-        the boolean ``mask`` [1, 1, s, s] of the packed row, False for keys that are padding."""
+        """The attention mask of each sequence in the batch, [n, 1, max_length, max_length]: its
+        block of the boolean ``mask`` [1, 1, s, s] of the packed row, False for keys that are
+        padding."""
         return (
             mask[0, 0, self.positions[:, :, None], self.positions[:, None, :]]
             & self.is_token[:, None]

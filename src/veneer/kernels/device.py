@@ -209,12 +209,12 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
         vars(torch)["_foreach_copy_"](copies, tensors)
         return copies
     # one ``cat`` into a tensor of ``dtype`` casts all contiguous tensors; views of it are returned
-    positions = [position for position, tensor in enumerate(tensors) if tensor.is_contiguous()]
-    sizes = [tensors[position].numel() for position in positions]
+    contiguous_indices = [index for index, tensor in enumerate(tensors) if tensor.is_contiguous()]
+    sizes = [tensors[index].numel() for index in contiguous_indices]
     flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
-    if positions:
-        torch.cat([tensors[position].view(-1) for position in positions], out=flat)
-    views = dict(zip(positions, flat.split(sizes), strict=True))
+    if contiguous_indices:
+        torch.cat([tensors[index].view(-1) for index in contiguous_indices], out=flat)
+    views = dict(zip(contiguous_indices, flat.split(sizes), strict=True))
     return [
         views[i].view(tensor.shape) if i in views else tensor.to(dtype)
         for i, tensor in enumerate(tensors)

@@ -53,8 +53,8 @@ def log_exponentials(
     return log_samples.log_()
 
 
-def perturb(scores: Tensor, row_generators: Sequence[torch.Generator]) -> Tensor:
-    """Add random noise to log-probabilities [rows, vocabulary], so that the argmax of a row is a
-    sample from its distribution. Each row uses its own generator."""
-    noise = log_exponentials(row_generators, scores.shape[-1], scores.device)
-    return torch.sub(scores, noise, out=noise)
+def perturb(log_probabilities: Tensor, row_generators: Sequence[torch.Generator]) -> Tensor:
+    """Add random noise to ``log_probabilities`` [rows, vocabulary], so that the argmax of a row is
+    a sample from its distribution. Each row uses its own generator."""
+    noise = log_exponentials(row_generators, log_probabilities.shape[-1], log_probabilities.device)
+    return torch.sub(log_probabilities, noise, out=noise)

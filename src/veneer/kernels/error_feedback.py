@@ -54,7 +54,7 @@ CHUNK, BLOCK = 32, 8
 DEVICE_CHUNK, DEVICE_BLOCK = 128, 32
 #: the most rows, and the most bytes of a weight, that a thread rounds at once
 ROWS, ROW_BYTES = 1 << 11, 1 << 23
-#: the most threads
+#: the most threads that round a weight
 MAX_THREADS = 2
 #: how many directions of measured inputs are protected, and the number of subspace iterations that
 #: compute them, each of which adds about half a decimal digit of precision
@@ -97,8 +97,8 @@ def directions_to_protect(
         vectors = moment @ torch.linalg.qr(vectors)[0]
     vectors = torch.linalg.qr(vectors)[0]
     variances, rotation = torch.linalg.eigh(vectors.mT @ moment @ vectors)
-    weights = (variances / variances[:, -1:].clamp_min(1e-300)).clamp(0, 1).sqrt()
-    return torch.cat([basis_of_A, ((vectors @ rotation) * weights[:, None]).mT], 1)
+    direction_scales = (variances / variances[:, -1:].clamp_min(1e-300)).clamp(0, 1).sqrt()
+    return torch.cat([basis_of_A, ((vectors @ rotation) * direction_scales[:, None]).mT], 1)
 
 
 def round_with_feedback(
@@ -295,7 +295,8 @@ class _RowRounder:
         )
 
     def run(self) -> float:
-        """Round all columns of ``weight`` in place. Returns ⟨V - W, E⟩ for the rounding error E."""
+        """Round all columns of ``weight`` in place. Returns ⟨V - W, E⟩, the inner product of the
+        exact change (V = gain ⊙ (W + B A)) with the rounding errors E."""
         starts = range(0, self.column_count, self.columns_in_chunk)
         chunks = [
             slice(start, min(start + self.columns_in_chunk, self.column_count)) for start in starts
@@ -361,9 +362,12 @@ class _RowRounder:
         """Round the columns of a block one after the other: give each element of ``halves`` the
         sign with which mid - half is the chosen error, and update the slopes of later columns.
 
-        ``first`` is the block's first column in the chunk. ``coupling`` [g, b, b, 1] holds, for
-        each pair of the block's b columns, minus the product of the later one's f and the earlier
-        one's. ``slope`` [g, b, rows] holds the slopes of the block's elements."""
+        Args:
+            first: the block's first column in the chunk.
+            coupling: [g, b, b, 1] for the b columns of the block: -⟨f, f'⟩ for the columns f and f'
+                of F that belong to a later and an earlier column of the block, else 0.
+            slope: [g, b, rows], the slopes of the block's elements, updated in place.
+        """
         for column, factor in enumerate(coupling.unbind(2), first):
             half = self.halves[column]
             if self.gain is not None:
@@ -382,10 +386,10 @@ def find_neighbours(
     Writes half of their signed difference to ``half``, and their mean minus the value to ``mid``;
     both are 0 for a value that ``dtype`` can represent. ``values`` are clamped in place to finite
     numbers of ``dtype``. ``step`` is a buffer, which is overwritten."""
-    numbers = torch.finfo(dtype)
-    values.clamp_(-numbers.max, numbers.max)
+    dtype_info = torch.finfo(dtype)
+    values.clamp_(-dtype_info.max, dtype_info.max)
     torch.bitwise_and(values.view(torch.int64), EXPONENT_BITS, out=step.view(torch.int64))
-    step.clamp_(min=numbers.smallest_normal).mul_(numbers.eps)
+    step.clamp_(min=dtype_info.smallest_normal).mul_(dtype_info.eps)
     torch.div(values, step, out=mid).frac_()
     torch.sign(mid, out=half).mul_(step).mul_(0.5)
     torch.addcmul(half, mid, step, value=-1, out=mid)

@@ -227,8 +227,8 @@ def _drop(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
 
 
 def _form_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + scale · B A, in the shape [out, in, *k] of the ``weight`` W, for A [r, in · |k|] and B
-    [out, r]."""
+    """W + scale · B A, in the shape [out, in, *k] of the ``weight`` W, for A
+    [r, in · kernel positions] and B [out, r]."""
     return torch.addmm(weight.reshape(len(weight), -1), B, A, alpha=scale).view(weight.shape)
 
 
@@ -245,8 +245,8 @@ def _convolve(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _project_down(settings: Settings, x: Tensor, A: Tensor, weight: Tensor) -> Tensor:
-    """h = conv(x; A), [n, r, *positions], for A [r, in · |k|]. The ``weight`` [out, in, *k] only
-    gives the kernel size."""
+    """h = conv(x; A), [n, r, *positions], for A [r, in · kernel positions]. The ``weight``
+    [out, in, *k] only gives the kernel size."""
     if _is_matrix_product(settings.geometry, weight):
         return torch.bmm(A.expand(len(x), -1, -1), x.flatten(2)).view(len(x), -1, *x.shape[2:])
     return _convolve(settings, x, A.view(-1, *weight.shape[1:]), None)
@@ -271,8 +271,9 @@ def _up_gradients(
 
 
 def _down_gradients(settings: Settings, x, A, weight, dh, need_x: bool, need_A: bool):
-    """(the gradient of x through h = conv(drop(x); A), the gradient of A [r, in · |k|]) from
-    ``dh``, the gradient of h. A gradient that is not needed is None."""
+    """(the gradient of x through h = conv(drop(x); A), the gradient of A
+    [r, in · kernel positions]) from ``dh``, the gradient of h. A gradient that is not needed is
+    None."""
     dx = dA = None
     dropped = dropout.draw_dropped(x, settings.drop_probability, settings.seed)
     dropped_x = _drop(settings, x, dropped) if need_A else x

@@ -141,8 +141,8 @@ def definition(
     if row_segments is None:
         return reference.matmul_update(x, A.to(x.dtype), B.to(x.dtype), scale, F.linear(x, weight))
     ys = [x.new_zeros(x.shape[0] - row_segments.rows, weight.shape[1])]
-    blocks = zip(row_segments.bounds, x.split_with_sizes(row_segments.sizes), strict=False)
-    for (expert, *_), rows in reversed([*blocks]):
+    row_blocks = zip(row_segments.bounds, x.split_with_sizes(row_segments.sizes), strict=False)
+    for (expert, *_), rows in reversed([*row_blocks]):
         ys.insert(0, definition(rows, weight[expert], A[expert], B[expert], scale, None))
     return torch.cat(ys)
 
@@ -178,8 +178,8 @@ def _by_expert(
 def _add_product(
     change: Tensor, x: Tensor, weight: Tensor, row_segments: Segments | None
 ) -> Tensor:
-    """change + x W_eᵀ, with W_e the weight of each row's expert, written to ``change`` [S, out] and
-    returned. Rows without an expert become zero."""
+    """change + x W_eᵀ, with W_e the weight of each row's expert, written to ``change`` [S, out],
+    the low-rank terms of the rows, and returned. Rows without an expert become zero."""
     if row_segments is None and x.shape[0] > 1:
         return change.addmm_(x, weight.mT)
     uses_vector_kernel = change.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_amx()

@@ -52,20 +52,22 @@ class RowPairs(NamedTuple):
 
 
 def make_pairs(
-    rows: Sequence[Sequence[tuple[int, float]]],
+    adapters_by_row: Sequence[Sequence[tuple[int, float]]],
     rank_bounds: Sequence[tuple[int, int]],
     tokens_per_row: int,
 ) -> RowPairs:
     """The ``RowPairs`` of a batch. Each token of the batch is a row for the loop.
 
     Args:
-        rows: for each row of the batch, (index of the adapter, factor of its term) of each adapter
-            that the row uses.
+        adapters_by_row: for each row of the batch, (index of the adapter, factor of its term) of
+            each adapter that the row uses.
         rank_bounds: for each adapter, its first row in the joined A [R, in] and B [R, out], and the
             row after its last.
         tokens_per_row: the number of tokens in each row of the batch.
     """
-    pairs_of_token = [pairs_of_row for pairs_of_row in rows for _ in range(tokens_per_row)]
+    pairs_of_token = [
+        pairs_of_row for pairs_of_row in adapters_by_row for _ in range(tokens_per_row)
+    ]
     pairs = [pair for pairs_of_row in pairs_of_token for pair in pairs_of_row]
     adapters_of_token = [
         [adapter for adapter, _ in pairs_of_row] for pairs_of_row in pairs_of_token

@@ -65,12 +65,12 @@ def gradients_of(
     # The function gets aliases of the inputs, so that only its own use of them is differentiated.
     # An x that an earlier call of the same layer computed depends on the bias too, for example.
     aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    pairs = [
+    outputs_with_gradients = [
         pair
         for pair in zip(function(*aliases), output_gradients, strict=True)
         if pair[1] is not None
     ]
-    outputs, known_gradients = zip(*pairs, strict=True)
+    outputs, known_gradients = zip(*outputs_with_gradients, strict=True)
     differentiated: Any = [
         alias for alias, need in zip(aliases, needs_gradient, strict=True) if need
     ]

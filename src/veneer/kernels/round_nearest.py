@@ -172,7 +172,7 @@ def _round(
         A[k + 7, first_column:last],
     )
     all_differences = np.uint32(0)
-    realised = moved = base = np.float32(0)
+    realised_sum = moved_sum = base_sum = np.float32(0)
     for j in range(len(weight_block)):
         W = to_float32(weight_block[j])
         delta = (  # the sum begins with partial_sums[j], which is never -0 as a product may be
@@ -193,14 +193,14 @@ def _round(
         all_differences = _or(all_differences, difference)
         rounded_block[j], marks[j] = upper_half(upper), upper_half(difference)
         step = _upper_as_float(upper) - W
-        realised = _reorderable_sum(realised, delta * step)
-        moved = _reorderable_sum(moved, step * step)
-        base = _reorderable_sum(base, W * W)
-    sums[0] += realised
-    sums[1] += moved
-    sums[2] += base
+        realised_sum = _reorderable_sum(realised_sum, delta * step)
+        moved_sum = _reorderable_sum(moved_sum, step * step)
+        base_sum = _reorderable_sum(base_sum, W * W)
+    sums[0] += realised_sum
+    sums[1] += moved_sum
+    sums[2] += base_sum
     # With a NaN among the elements, the marks are meaningless, so all elements are marked.
-    if realised != realised or moved != moved:
+    if realised_sum != realised_sum or moved_sum != moved_sum:
         marks[: len(weight_block)] = NAN_BITS
         return True
     return upper_half(all_differences) != 0

@@ -57,7 +57,7 @@ TILES_PER_WEIGHT, MIN_TILE_SIZE = 8, 1 << 10
 FREE_SHARE, TEMPORARY_BYTES = 16, 40
 #: the most squares that are added up in one float32 sum, because longer sums lose precision
 SQUARES_PER_SUM = 256
-#: the most threads
+#: the most threads that round a weight
 MAX_THREADS = 8
 #: the fewest elements of a weight for which numba is loaded
 NUMBA_MIN_ELEMENTS = 1 << 20
@@ -403,12 +403,12 @@ def _in_float32(weight: Tensor, low: LowRank, bound: Tensor, out: Tensor, loop: 
     A, B = low.A.float(), (low.B * low.scale).float()
     thread_count, correction = threads_for(weight, MAX_THREADS), 0.0
     if loop is not None:
-        A, B, columns = loop.pad_rank(A, 1), loop.pad_rank(B, 2), low.A.mT.contiguous()
+        A, B, A_columns = loop.pad_rank(A, 1), loop.pad_rank(B, 2), low.A.mT.contiguous()
 
         def round_by_loop(piece: Piece, _: None) -> Tensor:
             groups, rows, _columns = piece
             slab = groups, rows
-            factors = (B[slab], A[groups], bound[slab], low.B[slab], columns[groups], low.scale)
+            factors = (B[slab], A[groups], bound[slab], low.B[slab], A_columns[groups], low.scale)
             return loop.round_slab(weight[slab], *factors, out[slab])
 
         slabs = list(_slices(weight.shape, SLAB_SIZE))
@@ -420,11 +420,11 @@ def _in_float32(weight: Tensor, low: LowRank, bound: Tensor, out: Tensor, loop: 
         ) -> tuple[Tensor, Tensor]:
             groups, rows, _columns = piece
             slab = groups, rows
-            first = (groups.start * weight.shape[1] + rows.start) * weight.shape[2]
+            first_index = (groups.start * weight.shape[1] + rows.start) * weight.shape[2]
             sums, doubtful = tile_of_shape(weight[slab].shape).fold(
                 weight[slab], B[slab], A[groups], bound[slab], out[slab]
             )
-            return sums, doubtful + first
+            return sums, doubtful + first_index
 
         results = map_on_threads(
             list(_slices(weight.shape, TILE_SIZE)),
@@ -472,13 +472,13 @@ class _Tile:
         self.end.copy_(out)
         self.end.sub_(self.base)
         change, moved = self.flat_change, self.flat_end
-        base = torch.linalg.vector_norm(self.base_lines, dim=1)
+        base_norms = torch.linalg.vector_norm(self.base_lines, dim=1)
         # doubtful elements are rare, so the 16-bit marks of four elements are tested as one word
-        words = self.words.nonzero().squeeze(1)
-        word, offset = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
+        word_indices = self.words.nonzero().squeeze(1)
+        word, offset = self.words[word_indices].view(torch.int16).view(-1, 4).nonzero().unbind(1)
         return (
-            torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]),
-            words[word] * 4 + offset,
+            torch.stack([change.dot(moved), moved.dot(moved), base_norms.dot(base_norms)]),
+            word_indices[word] * 4 + offset,
         )
 
 
@@ -489,12 +489,12 @@ def _round_doubtful(indices: Tensor, weight: Tensor, low: LowRank, result: Tenso
     correction = 0.0
     for chunk in indices.split(DOUBTFUL_CHUNK):
         index = chunk // (out * in_), chunk // in_ % out, chunk % in_
-        change = torch.zeros(len(chunk), dtype=torch.float64, device=chunk.device)
+        delta = torch.zeros(len(chunk), dtype=torch.float64, device=chunk.device)
         # summed in the same order as in the compiled loop, so that the bits are the same
         for k in range(low.rank):
-            change += low.B[index[0], index[1], k] * low.A[index[0], k, index[2]]
-        change *= low.scale
-        rounded = round_once(weight[index].double() + change, result.dtype)
-        correction += float((change * (rounded.double() - result[index].double())).sum())
+            delta += low.B[index[0], index[1], k] * low.A[index[0], k, index[2]]
+        delta *= low.scale
+        rounded = round_once(weight[index].double() + delta, result.dtype)
+        correction += float((delta * (rounded.double() - result[index].double())).sum())
         result[index] = rounded
     return correction

@@ -143,7 +143,7 @@ def _factors(product_node: Any, x: Tensor) -> SavedInput | None:
     b of x = a · b; g and b of x = act(g) · b, with a ``Gate``; or h, r and w of x = (h · r) · w,
     with a frozen w. None if autograd has not saved them, or if their product has another shape or
     dtype than x."""
-    if Gate in product_node.metadata:  # a layer that read the same x before has made a gate
+    if Gate in product_node.metadata:  # made by a layer that read the same x before
         gated_factor_index, gate = product_node.metadata[Gate]
         return SavedInput(
             product_node.next_functions[gated_factor_index][0]._saved_self,

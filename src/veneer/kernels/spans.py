@@ -127,13 +127,13 @@ def can_batch(spans: Sequence[Span]) -> bool:
     """Whether batched products can and should compute all spans at once: there are several, they
     are adjacent, equally long and without dropout, and padding all ranks to the largest at most
     doubles their sum."""
-    start, span_length = spans[0].first, spans[0].after - spans[0].first
+    first_token, span_length = spans[0].first, spans[0].after - spans[0].first
     ranks = [span.rank for span in spans]
     return (
         len(spans) > 1
         and max(ranks) * len(ranks) <= 2 * sum(ranks)
         and all(
-            span.first == start + i * span_length
+            span.first == first_token + i * span_length
             and span.after == span.first + span_length
             and not span.dropout
             for i, span in enumerate(spans)
@@ -391,12 +391,12 @@ def _differentiable_outputs(
         else:
             triples = _OneByOne.with_factors(spans, joined_A, layer_B)
             factors = ((span, span_A, layer_B.mT) for span, span_A, layer_B in triples)
-        blocks = []
+        output_blocks = []
         for span, span_A, span_up in factors:
             changed_rows = reference.matmul_update(
                 span.select(tokens), span_A, span_up, span.scale, span.select(y)
             )
-            blocks += [y[previous_end : span.first], changed_rows]
+            output_blocks += [y[previous_end : span.first], changed_rows]
             previous_end = span.after
-        outputs.append(torch.cat([*blocks, y[previous_end:]]).view(*x.shape[:-1], -1))
+        outputs.append(torch.cat([*output_blocks, y[previous_end:]]).view(*x.shape[:-1], -1))
     return outputs

@@ -134,18 +134,25 @@ def _project_randomly(matrix: Tensor, rank: int, direction_count: int, seed: int
     random_start = torch.randn(
         short_side, direction_count, dtype=torch.float64, generator=generator
     ).to(matrix.device)
-    basis, loss, gain = torch.linalg.qr(random_start)[0], total_energy, 0.0
+    basis, lost_energy, energy_gain = torch.linalg.qr(random_start)[0], total_energy, 0.0
     for _ in range(MAX_PASSES):
         H_times_basis = torch.zeros_like(basis)  # H applied to the basis
         for rows in _row_blocks(matrix):
             H_times_basis.addmm_(rows.mT, rows @ basis)
         eigenvalues, rotation = torch.linalg.eigh(basis.mT @ H_times_basis)
-        previous_loss, loss = loss, max(total_energy - eigenvalues[-rank:].sum().item(), 0.0)
-        previous_gain, gain = gain, max(previous_loss - loss, 0.0)
+        previous_lost_energy, lost_energy = (
+            lost_energy,
+            max(total_energy - eigenvalues[-rank:].sum().item(), 0.0),
+        )
+        previous_gain, energy_gain = energy_gain, max(previous_lost_energy - lost_energy, 0.0)
         # the estimated gain of all further passes, whose gains form a geometric series
-        further_gain = gain * gain / (previous_gain - gain) if gain < previous_gain else loss
-        is_close = previous_gain > 0 and further_gain <= (MAX_DISTANCE_RATIO**2 - 1) * loss
-        if loss <= 1e-14 * total_energy or is_close:
+        further_gain = (
+            energy_gain * energy_gain / (previous_gain - energy_gain)
+            if energy_gain < previous_gain
+            else lost_energy
+        )
+        is_close = previous_gain > 0 and further_gain <= (MAX_DISTANCE_RATIO**2 - 1) * lost_energy
+        if lost_energy <= 1e-14 * total_energy or is_close:
             return basis @ rotation[:, -rank:].flip(1)
         basis = torch.linalg.qr(H_times_basis)[0]
     return None

@@ -51,7 +51,7 @@ def map_on_threads(
         with torch.no_grad():
             thread_state = make_state()
             return [run_task(task, thread_state) for task in tasks]
-    results: dict[int, Result] = {}
+    results_by_index: dict[int, Result] = {}
     task_indices, stop_event = itertools.count(), threading.Event()
     ready_barrier = threading.Barrier(thread_count + 1)
     is_inference, torch_thread_count = torch.is_inference_mode_enabled(), torch.get_num_threads()
@@ -67,7 +67,7 @@ def map_on_threads(
             for index in task_indices:  # shared by all threads: `next` of a counter is atomic
                 if index >= len(tasks) or stop_event.is_set():
                     return
-                results[index] = run_task(tasks[index], thread_state)
+                results_by_index[index] = run_task(tasks[index], thread_state)
 
     with ThreadPoolExecutor(thread_count) as pool:
         try:
@@ -87,4 +87,4 @@ def map_on_threads(
         except BaseException:
             stop_event.set()
             raise
-    return [results[index] for index in range(len(tasks))]
+    return [results_by_index[index] for index in range(len(tasks))]

@@ -91,13 +91,13 @@ class _Gain(torch.autograd.Function):
 def _norms_of_pieces(pieces: Iterator[Tensor], low: LowRank) -> Tensor:
     """``row_norms`` of a weight with one group whose rows come in ``pieces``, each a dense block of
     n rows [1, n, in]."""
-    norms, first = [], 0
+    norms_by_piece, first_row = [], 0
     for piece in pieces:
-        rows = slice(first, first + piece.shape[1])
-        norms.append(row_norms(piece, LowRank(low.A, low.B[:, rows], low.scale)))
-        first = rows.stop
+        rows = slice(first_row, first_row + piece.shape[1])
+        norms_by_piece.append(row_norms(piece, LowRank(low.A, low.B[:, rows], low.scale)))
+        first_row = rows.stop
         del piece  # frees it before the next one is read
-    return torch.cat(norms)
+    return torch.cat(norms_by_piece)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
         else nullcontext()
     )
     with no_autocast:
-        if _is_launched(weight) and len(weight) == 1:  # ``baddbmm`` would copy once more
+        if _is_launched(weight) and len(weight) == 1:  # ``baddbmm`` copies W once more
             changed_weight = (
                 weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)
             )

@@ -42,8 +42,8 @@ def init(context: InitContext) -> dict[str, Tensor]:
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     A, pool = parameters["A1"], parameters["pool"]
-    factor = A.shape[-1] / pool.shape[-1]
-    A_of_inputs = (A[..., None] * (factor * pool[:, None, None, :])).flatten(2)  # [g, r, in]
+    pool_scale = A.shape[-1] / pool.shape[-1]
+    A_of_inputs = (A[..., None] * (pool_scale * pool[:, None, None, :])).flatten(2)  # [g, r, in]
     return LowRank(A_of_inputs, parameters["B"], scale), None
 
 

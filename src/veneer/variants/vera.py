@@ -48,10 +48,14 @@ def _hash_uniform(shape: tuple[int, ...], fan_in: int, stream: int, device: torc
     same on every device: each is made from the upper 24 bits of a hash of its position and of
     ``stream`` (0 or 1, for two independent tensors). The hash is Wellons' 32-bit mixer, with
     constants below 2³¹, so that no product overflows an int64."""
-    x = torch.arange(math.prod(shape), dtype=torch.int64, device=device) * 2 + stream
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return (((x >> 8).to(torch.float32) + 0.5) / 2**23 - 1).mul_(math.sqrt(6 / fan_in)).view(shape)
+    hashes = torch.arange(math.prod(shape), dtype=torch.int64, device=device) * 2 + stream
+    for shift, multiplier in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        hashes = ((hashes ^ (hashes >> shift)) * multiplier) & 0xFFFFFFFF
+    return (
+        (((hashes >> 8).to(torch.float32) + 0.5) / 2**23 - 1)
+        .mul_(math.sqrt(6 / fan_in))
+        .view(shape)
+    )
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
