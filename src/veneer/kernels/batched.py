@@ -46,8 +46,8 @@ from veneer.kernels.switch import is_on
 
 #: the fewest elements of a weight for which ``mixed_rows.py``, and numba with it, is loaded
 LOOP_MIN_WEIGHT = 1 << 16
-#: the most multiply-adds of a layer's low-rank products, times the number of torch's threads, up to
-#: which the loop of ``mixed_rows.py``, which has one thread, is faster than batched products
+#: the limit up to which the loop of ``mixed_rows.py``, which has one thread, is faster than batched
+#: products: of a layer's multiply-adds with A and B, times the number of torch's threads
 LOOP_MAX_WORK = 1 << 22
 #: the dtypes of W, A and B that the loop supports
 LOOP_DTYPES = {torch.bfloat16, torch.float32}

@@ -67,7 +67,8 @@ class Settings(NamedTuple):
     readers: tuple[ReadWeight | None, ...]
 
 
-#: whether tensors on the meta device are computed by this module, as if they were on a GPU
+#: whether this module handles tensors on the meta device as if they were on a GPU
+#: (``count_on_meta``)
 _INCLUDES_META: ContextVar[bool] = ContextVar("includes_meta", default=False)
 
 

@@ -283,7 +283,7 @@ class _RowRounder:
         )
         self.penalty = (
             RELATIVE_LAMBDA * F.square().sum() / (self.group_count * self.column_count)
-        )  # λ
+        )  # λ of the objective
         self.residual = F.new_zeros(self.group_count, F.shape[1], self.row_count)
         chunk_width = min(columns_in_chunk, self.column_count)
         self.minus_lower = F.new_ones(chunk_width, chunk_width).tril(-1).neg_()

@@ -175,7 +175,7 @@ def _round(
     realised_sum = moved_sum = base_sum = np.float32(0)
     for j in range(len(weight_block)):
         W = to_float32(weight_block[j])
-        delta = (  # the sum begins with partial_sums[j], which is never -0 as a product may be
+        delta = (  # begins with partial_sums[j], never -0, so that delta is never -0
             partial_sums[j]
             + b0 * a0[j]
             + b1 * a1[j]
@@ -187,8 +187,8 @@ def _round(
             + b7 * a7[j]
         )
         v = W + delta
-        error = np.float32(abs(v) * RELATIVE_ERROR + error_bound)
-        upper, lower = to_bfloat16_bits(v + error), to_bfloat16_bits(v - error)
+        interval_radius = np.float32(abs(v) * RELATIVE_ERROR + error_bound)
+        upper, lower = to_bfloat16_bits(v + interval_radius), to_bfloat16_bits(v - interval_radius)
         difference = _xor(upper, lower)
         all_differences = _or(all_differences, difference)
         rounded_block[j], marks[j] = upper_half(upper), upper_half(difference)

@@ -50,7 +50,7 @@ __all__ = ["Folded", "fold", "fold_onto"]
 #: elements of a tile, whose buffers fit into a cache; its most columns in float64; elements of a
 #: call of the compiled loop. Being constants, they keep ``Sums`` independent of the thread count
 TILE_SIZE, MAX_TILE_COLUMNS, SLAB_SIZE = 1 << 16, 1 << 13, 1 << 19
-#: on a GPU, the most tiles of a weight, and the fewest elements of a tile
+#: on a GPU, the most tiles (slices rounded at once) of a weight, and the fewest elements of a tile
 TILES_PER_WEIGHT, MIN_TILE_SIZE = 8, 1 << 10
 #: on a GPU, the temporary tensors of a tile have about ``TEMPORARY_BYTES`` per element, and take at
 #: most 1 / ``FREE_SHARE`` of the free memory
@@ -281,7 +281,7 @@ def _nearest(
     tiles = () if has_finite_sums else _slices(rounded.shape, _tile_size(rounded), MAX_TILE_COLUMNS)
     is_finite = all(bool(rounded[tile].isfinite().all()) for tile in tiles)
     if error_bound is not None and not (has_finite_sums and sums.base > 1e-20 * W.numel()):
-        sums = _in_float64(W, factors, wide_gain, None)  # squares are out of float32's range
+        sums = _in_float64(W, factors, wide_gain, None)  # again: squares left float32's range
     return sums, is_finite
 
 
@@ -458,7 +458,7 @@ class _Tile:
         self, weight: Tensor, B: Tensor, A: Tensor, error_bound: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write W', W + ΔW rounded to nearest, to ``out``. Returns ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩
-        and ⟨W, W⟩ [3], and the flat indices of doubtful elements, which float32 cannot round."""
+        and ⟨W, W⟩ [3], and the flat indices of the elements to compute again in float64."""
         self.base.copy_(weight)
         torch.bmm(B, A, out=self.change)
         torch.add(self.base, self.change, out=self.value)
@@ -466,7 +466,7 @@ class _Tile:
         # the end, farther from zero, of the interval that holds the exact value
         self.end.add_(self.value, alpha=1 + 4 * UNIT_ROUNDOFF)
         self.rounded_end.copy_(self.end)
-        # the other end is 2 v - end
+        # ``self.end`` becomes the other end of the interval, 2 v - end
         out.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))
         torch.bitwise_xor(self.rounded_end_bits, out.view(torch.int16), out=self.marks)
         self.end.copy_(out)

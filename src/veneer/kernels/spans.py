@@ -389,8 +389,8 @@ def _differentiable_outputs(
         if joined_A.ndim == 3:
             factors: Any = zip(spans, joined_A[layer::layer_count], layer_B, strict=True)
         else:
-            triples = _OneByOne.with_factors(spans, joined_A, layer_B)
-            factors = ((span, span_A, layer_B.mT) for span, span_A, layer_B in triples)
+            spans_with_factors = _OneByOne.with_factors(spans, joined_A, layer_B)
+            factors = ((span, span_A, layer_B.mT) for span, span_A, layer_B in spans_with_factors)
         output_blocks = []
         for span, span_A, span_up in factors:
             changed_rows = reference.matmul_update(

@@ -25,8 +25,8 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-#: a function that returns a dense tensor [g, out, in], such as the frozen weight. The frozen weight
-#: is at least float32 in ``init``, and has its own dtype in ``resolve``
+#: a function that returns a dense tensor [g, out, in]. As ``base``, it returns the frozen weight:
+#: in at least float32 for ``init``, and in its own dtype for ``resolve``
 Base = Callable[[], Tensor]
 
 #: the parameters of one adapter of one layer, by name

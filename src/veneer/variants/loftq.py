@@ -31,7 +31,7 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     A, B = parameters["A"], parameters["B"]
     if scale == 1:
         return LowRank(A, B, scale), None
-    # scale · (B A + (1 / scale − 1) · B₀ A₀)
+    # B₀ A₀ + scale · (B A − B₀ A₀) = scale · (B A + (1 / scale − 1) · B₀ A₀)
     A = torch.cat([A, parameters["A0"]], dim=1)
     return LowRank(A, torch.cat([B, (1 / scale - 1) * parameters["B0"]], dim=2), scale), None
 
