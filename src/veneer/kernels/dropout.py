@@ -35,8 +35,10 @@ def draw_entries(entry_count: int, p: float, seed: int, device: torch.device) ->
     generator = torch.Generator(device).manual_seed(seed)
     if p > MAX_INDEXED_PROBABILITY:
         return (torch.rand(entry_count, generator=generator, device=device) < p).nonzero()[:, 0]
-    mean = torch.tensor(-math.log1p(-p) * entry_count, dtype=torch.float64, device=device)
-    draw_count = int(torch.poisson(mean, generator=generator))
+    expected_draw_count = torch.tensor(
+        -math.log1p(-p) * entry_count, dtype=torch.float64, device=device
+    )
+    draw_count = int(torch.poisson(expected_draw_count, generator=generator))
     return torch.randint(max(entry_count, 1), (draw_count,), generator=generator, device=device)
 
 

@@ -65,8 +65,9 @@ def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def _is_launched(tensor: Tensor) -> bool:
-    """Whether each operation on this tensor launches a kernel on a device, so that few operations
-    matter. False on a CPU, under ``torch.compile``, and in transforms of ``torch.func``."""
+    """Whether each operation on this tensor launches a kernel on a device, so that the number of
+    operations matters. False on a CPU, under ``torch.compile``, and in transforms of
+    ``torch.func``."""
     if tensor.is_cpu or torch.compiler.is_compiling():
         return False
     return _C._functorch.peek_interpreter_stack() is None
