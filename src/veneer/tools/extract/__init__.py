@@ -305,7 +305,7 @@ def _factor_change(
             vectors, method = svd.leading(matrix, rank, exact=energy is not None, seed=index)
         A, B = (factor.to(dtype) for factor in svd.split(matrix, vectors))
         change_energy += svd.energy(matrix)
-        error_energy += svd.distance(matrix, A, B)
+        error_energy += svd.squared_distance(matrix, A, B)
         factors.append((A.cpu(), B.cpu()))
         methods.add(method)
     base_energy = sum(
