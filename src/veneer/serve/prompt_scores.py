@@ -47,11 +47,11 @@ def take_scores(
         starts, lengths: for each prompt, the index in the prompt of the chunk's first token, and
             the number of tokens of the chunk.
         logits: [n, tokens, vocabulary], padded to the longest chunk.
-        is_finite: [n, tokens], whether all logits of a token are finite.
+        is_finite: [n, tokens], whether the largest logit of a token is finite (not NaN or inf).
 
     Returns:
-        (the logits of the last token of each chunk [n, vocabulary], whether all logits of each
-        chunk are finite [n]).
+        (the logits of the last token of each chunk [n, vocabulary], whether ``is_finite`` holds
+        for all tokens of each chunk [n]).
     """
     for score, start, length, chunk_logits in zip(scores, starts, lengths, logits, strict=True):
         score.take(start, chunk_logits[:length])

@@ -51,8 +51,8 @@ WRONG_JSON_TYPE = {
     "string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "model_type",
     "model_attributes_type", "int_parsing",
 }  # fmt: skip
-#: finds what a message of pydantic says is expected: "at most 16 items" in "List should have at most
-#: 16 items after validation, not 17"
+#: finds what pydantic expects in its message: "at most 16 items" in "List should have at most 16
+#: items after validation, not 17"
 _EXPECTATION = re.compile(
     r"(?:Input|List|String|Dictionary) should (?:be|have) (.*?)(?: after validation, not \d+)?"
 )
