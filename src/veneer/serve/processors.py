@@ -50,9 +50,8 @@ class PromptRepetitionPenalty(LogitsProcessor):
 
     def __init__(self, penalty: float, prompt: Sequence[int]) -> None:
         self._processor = RepetitionPenaltyLogitsProcessor(float(penalty))
-        self._prompt = torch.tensor(
-            [sorted(set(prompt))]
-        )  # one copy of each: the penalty ignores counts
+        # each token once, because the penalty does not depend on its count
+        self._prompt = torch.tensor([sorted(set(prompt))])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._prompt = self._prompt.to(scores.device)

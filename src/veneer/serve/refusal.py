@@ -269,9 +269,7 @@ def _body_path(loc: Sequence[str | int], body: Any) -> list[str]:
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if is_index or (isinstance(value, dict) and step in value):
             value = value[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        elif not (
-            isinstance(value, dict) and step == loc[-1]
-        ):  # the name of a type, not a missing field
-            continue
+        elif not (isinstance(value, dict) and step == loc[-1]):
+            continue  # the name of a type, not a missing field
         path.append(str(step))
     return path

@@ -303,10 +303,10 @@ async def requested_adapters(
 async def resolve_blend(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a request names, as {name: weight}; {} for the base. If an extension
-    resolves names like ``model``, it decides which adapters ``model`` stands for. ``adapters``: the
-    field of this name in the request, or None. ``Refusal``: the adapters do not exist, or the key
-    may not use them."""
+    """The adapters that a request names, as {name: weight}; {} for the base. If ``model`` begins
+    with the prefix of an extension, the extension decides which adapters ``model`` stands for.
+    ``adapters``: the field of this name in the request, or None. ``Refusal``: the adapters do not
+    exist, or the key may not use them."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         return await extension.resolve_model(key, model)

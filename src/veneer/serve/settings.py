@@ -59,7 +59,7 @@ class Settings:
     quantize: Any = None  # how to quantise the base when it is loaded; None: not
     device: str | None = None  # where the base runs, by torch's name; None: chosen automatically
     device_map: str | None = None  # how transformers divides the base among devices; None: not
-    attention: str = "auto"  # which implementation of attention transformers uses
+    attention: str = "auto"  # which implementation of attention the base uses
     #: the most bytes of the KV cache; None: half of the memory that is free
     cache_memory: int | None = None
     #: whether requests reuse the keys and values of earlier prompts that begin with the same tokens
