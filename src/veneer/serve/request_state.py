@@ -17,7 +17,7 @@ from veneer.attach import find_starts
 from veneer.models.decode.slots import Row
 from veneer.serve.prefixes import Namespace
 from veneer.serve.prompt_scores import PromptScore
-from veneer.serve.requests import Cause, Finish, Piece, Request, RequestError, Token
+from veneer.serve.requests import ErrorKind, Finish, Piece, Request, RequestError, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.text import Detokenizer, Text
@@ -175,9 +175,11 @@ class RequestState:
         assert self.score is not None
         self._send(prompt=tuple(self.score.tokens))
 
-    def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
+    def end(
+        self, finish: Finish, error: str | None = None, error_kind: ErrorKind | None = None
+    ) -> None:
         """Deliver the last piece: the reason ``finish``, and the text that was held back because it
-        could have been the beginning of a stop string. ``error``, ``cause``: if ``finish`` is
+        could have been the beginning of a stop string. ``error``, ``error_kind``: if ``finish`` is
         "error", the message and its kind."""
         if not self._stopped and finish != "error":
             try:
@@ -185,13 +187,13 @@ class RequestState:
             except Exception as decode_error:
                 log.exception("request %s: the end of its text cannot be decoded", self.request.id)
                 finish, error = "error", f"{type(decode_error).__name__}: {decode_error}"
-        self._send(finish, error, cause)
+        self._send(finish, error, error_kind)
 
     def _send(
         self,
         finish: Finish | None = None,
         error: str | None = None,
-        cause: Cause | None = None,
+        error_kind: ErrorKind | None = None,
         prompt: tuple[Token, ...] = (),
     ) -> None:
         text, self._undelivered_text = self._undelivered_text, ""
@@ -199,7 +201,7 @@ class RequestState:
         self.done = self.done or finish is not None
         try:
             stop = self.text.stopped_by if finish == "stop" else None
-            self._deliver(Piece(text, tokens, finish, error, cause, self.cached, prompt, stop))
+            self._deliver(Piece(text, tokens, finish, error, error_kind, self.cached, prompt, stop))
         except Exception:
             log.exception(
                 "request %s: its client could not be given a piece; it is cancelled",

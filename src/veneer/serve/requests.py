@@ -15,7 +15,7 @@ from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerErr
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 #: the kinds of failures that are not faults of the server itself
-Cause = Literal[
+ErrorKind = Literal[
     "bad_adapter",
     "model_not_found",
     "out_of_memory",
@@ -126,7 +126,7 @@ class Piece:
     Attributes:
         finish: why the answer ended, in the last piece; None in all others.
         error: the message, if ``finish`` is "error".
-        cause: the kind of the error; None if the server itself is at fault.
+        error_kind: the kind of the error; None if the server itself is at fault.
         cached: number of prompt tokens that were in the prefix cache.
         prompt: all tokens of the prompt, in one of the pieces, if ``Sampling.prompt_logprobs`` is
             set; empty in all others.
@@ -137,7 +137,7 @@ class Piece:
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     error: str | None = None
-    cause: Cause | None = None
+    error_kind: ErrorKind | None = None
     cached: int = 0
     prompt: tuple[Token, ...] = ()
     stop: str | None = None
@@ -164,7 +164,7 @@ class Busy(VeneerError, RuntimeError):  # noqa: N818
 
 #: the kinds of failures by error class. Subclasses stand before their base class, since the first
 #: class that fits is taken.
-CAUSES: dict[type[VeneerError], Cause] = {
+ERROR_KINDS: dict[type[VeneerError], ErrorKind] = {
     AdapterError: "bad_adapter",  # the adapter cannot be loaded
     SelectionError: "model_not_found",  # the adapter was unloaded meanwhile
     BankFullError: "out_of_memory",
@@ -173,8 +173,13 @@ CAUSES: dict[type[VeneerError], Cause] = {
 }
 
 
-def cause_of(error: BaseException) -> Cause | None:
+def error_kind_of(error: BaseException) -> ErrorKind | None:
     """The kind of a failure; None if the server itself is at fault."""
     return next(
-        (cause for error_class, cause in CAUSES.items() if isinstance(error, error_class)), None
+        (
+            error_kind
+            for error_class, error_kind in ERROR_KINDS.items()
+            if isinstance(error, error_class)
+        ),
+        None,
     )

@@ -27,7 +27,7 @@ from veneer.errors import sentence
 from veneer.kernels.draws import log_exponentials
 from veneer.serve.grammars import Layout, allowed_tokens, error_of
 from veneer.serve.processors import Processor
-from veneer.serve.requests import Cause, RequestError, Sampling, cause_of
+from veneer.serve.requests import ErrorKind, RequestError, Sampling, error_kind_of
 
 log = logging.getLogger("veneer.serve")
 
@@ -43,14 +43,14 @@ class SampledToken:
         token: its id; None if no token can be sampled.
         logprob: its log-probability, if the request asks for log-probabilities.
         top: (id, log-probability) of the most likely tokens, as many as ``Sampling.logprobs``.
-        error, cause: if ``token`` is None, the message and its kind.
+        error, error_kind: if ``token`` is None, the message and its kind.
     """
 
     token: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     error: str | None = None
-    cause: Cause | None = None
+    error_kind: ErrorKind | None = None
 
 
 NOT_FINITE = SampledToken(None, error="the model's logits are no finite numbers")
@@ -61,7 +61,7 @@ NO_TOKEN_LEFT = SampledToken(
         "one at each place of the answer",
         "relax allowed_token_ids, bad_words, logit_bias, min_tokens or the grammar",
     ),
-    cause="no_token_left",
+    error_kind="no_token_left",
 )
 
 
@@ -189,7 +189,9 @@ def _process_logits(
             if samplers[i].processors:
                 processed_logits[i] = samplers[i].process(processed_logits[i])
         except RequestError as error:
-            failed_results[i] = SampledToken(None, error=str(error), cause=cause_of(error))
+            failed_results[i] = SampledToken(
+                None, error=str(error), error_kind=error_kind_of(error)
+            )
         except Exception as error:  # must not end the other rows
             log.exception("a mask or a logits processor failed")
             failed_results[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
