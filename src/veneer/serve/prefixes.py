@@ -57,7 +57,7 @@ class Namespace:
 
     @property
     def is_gone(self) -> bool:
-        """Whether one of the adapters has left memory."""
+        """Whether one of its adapters has left memory, so that no later request can use its blocks."""
         return any(reference() is None for reference in self.references)
 
     def block_key(self, ids: Sequence[int], number: int) -> Hashable:

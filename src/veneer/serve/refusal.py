@@ -102,7 +102,8 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         return {"type": "error", "error": {"type": error_type, "message": str(self)}}
 
     def response(self, path: str = "") -> JSONResponse:
-        """The response to a request for ``path``, in the format of that route's API."""
+        """The HTTP response to a request for the URL path ``path``: in the format of Anthropic's
+        API if the path belongs to that API, otherwise in the format of OpenAI's."""
         body = self.messages_body() if path.startswith(MESSAGES_PATH) else self.body()
         return JSONResponse(body, self.status, self.headers)
 

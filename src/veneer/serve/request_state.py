@@ -81,13 +81,13 @@ class RequestState:
         self.row: Row | None = None  # its row of the KV cache, from the start of its prefill
         self.ids = list(request.prompt)  # the prompt, then the sampled tokens
         self.length = 0  # number of tokens whose keys and values are in the row
-        self.prefill_end = 0  # what ``length`` will be after the prefill of this step
+        self.prefill_end = 0  # the value that ``length`` gets after the prefill of this step
         self.generated = 0  # number of sampled tokens
         self.cached = 0  # number of prompt tokens that were in the prefix cache
         self.prompt_logits: Tensor | None = None  # [vocabulary], of the prompt's last token
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._undelivered_tokens: list[Token] = []
-        # sampled text that is not delivered yet; whether a stop string ended it
+        # sampled text that is not delivered yet; whether a stop string ended the answer
         self._undelivered_text, self._stopped = "", False
 
     @property

@@ -58,7 +58,7 @@ class Sampling:
     schema: Mapping[str, Any] | None = None  # a JSON schema that the answer must follow
     ignore_eos: bool = False  # if true, an end-of-text token does not end the answer
     stop_tokens: frozenset[int] = frozenset()  # tokens that end the answer and are its last token
-    grammar: Grammar | None = None  # a constraint that is no JSON schema
+    grammar: Grammar | None = None  # another constraint than a JSON schema
     # number of most likely tokens returned with each token of the prompt; None: do not compute the
     # log-probabilities of the prompt
     prompt_logprobs: int | None = None
@@ -90,10 +90,10 @@ class Request:
     #: the name of the client's API key; "" on a server without keys. The scheduler gives each owner
     #: an equal share of the tokens, and divides an owner's share equally among adapters
     owner: str = ""
-    #: requests of different keys with the same salt share cached prefixes; None: only requests of
-    #: the same key share them
+    #: requests with the same salt share cached prefixes, even if their API keys differ; None: only
+    #: requests with the same API key share them
     cache_salt: str | None = None
-    priority: int = 0  # lower runs first, among the owner's requests for the same adapter
+    priority: int = 0  # of the owner's requests for the same adapter, the lowest runs first
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class GrammarLimitError(RequestError):
 
 
 class Busy(VeneerError, RuntimeError):  # noqa: N818
-    """The queue is full, or the engine is draining. ``retry_after``: seconds until the queue may
-    have room."""
+    """The queue is full, or the engine is shutting down and takes no more requests.
+    ``retry_after``: the seconds after which the client may try again."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)

@@ -190,8 +190,9 @@ class Scheduler(Generic[RequestT]):
         self._count_in_queue(request).append(request)
 
     def take(self, excluded: Collection[BlendKey] = ()) -> RequestT | None:
-        """Remove the next request whose blend is not in ``excluded`` from the queue and return it;
-        None if there is none. Call ``ended`` when the request has ended."""
+        """Choose the next request by the counts of its owner and adapter, among those whose blend
+        is not in ``excluded``. Remove it from the queue and return it; None if there is none. The
+        caller must call ``ended`` when the request has ended."""
         # the next request of each owner and counted adapter
         candidates: dict[str, dict[str, RequestT]] = {}
         for owner, owner_queues in self._queues.items():

@@ -56,9 +56,9 @@ class Service:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     tool_call_parser: str | None = None  # name of a parser; None: by the chat template
     timeout: float = 600.0  # seconds that an answer may take
-    dtype: str = "float32"  # of the base's weights, by torch's name
+    dtype: str = "float32"  # torch's name for the dtype of the base's weights
     hosts: tuple[str, ...] | None = None  # host names accepted in the Host header; None: all
-    cors: tuple[str, ...] = ()  # origins of web pages that may send requests
+    cors: tuple[str, ...] = ()  # origins whose web pages may send requests (CORS)
     docs: bool = False  # whether /docs is served
     tracer: Tracer | None = None  # sends an OpenTelemetry span for each request
     key_watch: KeyWatch | None = None  # reads the file of API keys again when it changes

@@ -27,7 +27,7 @@ _BYTE_UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
-#: the values of ``--precision`` by torch's name of the dtype
+#: torch's names of dtypes, each with the value of ``--precision`` for that dtype
 _PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISIONS = ("auto", "stored", *_PRECISION_OF_DTYPE.values())
 #: an origin as browsers send it in the header Origin: scheme, host and perhaps port
@@ -60,7 +60,7 @@ class Settings:
     device: str | None = None  # where the base runs, by torch's name; None: chosen automatically
     device_map: str | None = None  # how transformers divides the base among devices; None: not
     attention: str = "auto"  # which implementation of attention the base uses
-    #: the most bytes of the KV cache; None: half of the memory that is free
+    #: the most bytes of the KV cache; None: half of the memory that is free after loading the base
     cache_memory: int | None = None
     #: whether requests reuse the keys and values of earlier prompts that begin with the same tokens
     prefix_cache: bool = True
@@ -70,7 +70,7 @@ class Settings:
     tool_call_parser: str | None = None  # a parser in serve/tools; None: by the chat template
     trust_remote_code: bool = False  # whether Python files in the base's folder may run
     log_format: str = "text"  # or "json"
-    cors: tuple[str, ...] = ()  # origins of web pages that may send requests
+    cors: tuple[str, ...] = ()  # origins whose web pages may send requests (CORS)
     docs: bool = False  # whether a page at /docs describes the API
     otlp_endpoint: str | None = None  # the OpenTelemetry collector that gets traces
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from veneer.errors import ConfigError
 from veneer.serve.request_log import RequestRecord
 
-#: the path to which spans are sent if the endpoint has no path
+#: the URL path to which spans are sent if the address ``--otlp-endpoint`` has no path
 DEFAULT_PATH = "/v1/traces"
 #: the value of ``gen_ai.operation.name`` in OpenTelemetry's semantic conventions, by the route's
 #: path after /v1/

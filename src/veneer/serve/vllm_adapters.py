@@ -60,8 +60,8 @@ class LoadedBlend:
     key: BlendKey
     folder: Path  # from which vLLM reads it
     nbytes: int  # of its file of weights
-    is_composed: bool = False  # whether ``folder`` was composed for a blend
-    users: int = 0  # requests that use it now
+    is_composed: bool = False  # whether ``folder`` holds a sum that was made for a blend
+    users: int = 0  # number of requests that use it now
     used_at: float = field(default_factory=time.monotonic)
     stale: bool = False
 

@@ -274,8 +274,9 @@ class Call:
         return await self.service.engine.send("POST", self.path, content, headers)
 
     async def _relay(self, response: httpx.Response, deadline: float) -> Response:
-        """The response for the client to vLLM's ``response``, with the model name that the client
-        sent. A stream ends at ``deadline``, in seconds of the event loop's clock."""
+        """Turn vLLM's ``response`` into the response for the client, in which vLLM's model name is
+        replaced by the one that the client sent. A stream ends at the latest at ``deadline``, in
+        seconds of the event loop's clock."""
         media_type = response.headers.get("content-type", "application/json")
         if media_type.startswith("text/event-stream"):
             events = self._forward_events(response, deadline)
