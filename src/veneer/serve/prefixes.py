@@ -51,13 +51,13 @@ class Namespace:
             [] if acts_from else [weakref.ref(adapter) for adapter, _ in weighted_adapters]
         )
         # by uid, because an ``id(adapter)`` may be used again after the adapter was freed
-        self.uses = tuple((adapter.uid, weight) for adapter, weight in weighted_adapters)
-        self.key = () if acts_from else self.uses, salt
+        self.uid_weights = tuple((adapter.uid, weight) for adapter, weight in weighted_adapters)
+        self.key = () if acts_from else self.uid_weights, salt
         self.acts_from = acts_from
 
     @property
     def is_gone(self) -> bool:
-        """Whether one of its adapters has left memory, so that no later request can use its blocks."""
+        """Whether one of its adapters has left memory, so that no request can use it again."""
         return any(reference() is None for reference in self.references)
 
     def block_key(self, ids: Sequence[int], number: int) -> Hashable:
@@ -68,24 +68,24 @@ class Namespace:
         tokens = tuple(ids[first_token : first_token + BLOCK])
         if not self.acts_from or first_token + BLOCK <= self.acts_from:
             return tokens
-        return tokens, self.uses, max(0, self.acts_from - first_token)
+        return tokens, self.uid_weights, max(0, self.acts_from - first_token)
 
     def shared_length(self, length: int, namespace: Namespace) -> int:
         """How many tokens have equal keys and values for two prompts that have the same first
         ``length`` tokens, one in this namespace and one in ``namespace``."""
         if self.key != namespace.key:
             return 0
-        acting, other_acting = (
-            (compared.uses, compared.acts_from) if 0 < compared.acts_from < length else None
+        own_acting, other_acting = (
+            (compared.uid_weights, compared.acts_from) if 0 < compared.acts_from < length else None
             for compared in (self, namespace)
         )
-        if acting == other_acting:
+        if own_acting == other_acting:
             return length
         return int(
             min(
-                uses_and_start[1]
-                for uses_and_start in (acting, other_acting)
-                if uses_and_start is not None
+                weights_and_start[1]
+                for weights_and_start in (own_acting, other_acting)
+                if weights_and_start is not None
             )
         )
 

@@ -34,13 +34,13 @@ Processor = Callable[[Any, Any], Tensor]
 class AllowedTokens(LogitsProcessor):
     """Sets the scores of all tokens except the allowed ids to −inf."""
 
-    def __init__(self, allowed: Collection[int]) -> None:
-        self._allowed = torch.tensor(sorted(allowed), dtype=torch.long, device="cpu")
+    def __init__(self, allowed_ids: Collection[int]) -> None:
+        self._allowed_ids = torch.tensor(sorted(allowed_ids), dtype=torch.long, device="cpu")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._allowed = self._allowed.to(scores.device)
-        allowed_scores = scores.index_select(-1, self._allowed)
-        return torch.full_like(scores, -torch.inf).index_copy(-1, self._allowed, allowed_scores)
+        self._allowed_ids = self._allowed_ids.to(scores.device)
+        allowed_scores = scores.index_select(-1, self._allowed_ids)
+        return torch.full_like(scores, -torch.inf).index_copy(-1, self._allowed_ids, allowed_scores)
 
 
 class PromptRepetitionPenalty(LogitsProcessor):
@@ -48,32 +48,32 @@ class PromptRepetitionPenalty(LogitsProcessor):
     far. transformers' own processor would see only the answer, since the ids that it gets here do
     not include the prompt."""
 
-    def __init__(self, penalty: float, prompt: Sequence[int]) -> None:
-        self._processor = RepetitionPenaltyLogitsProcessor(float(penalty))
+    def __init__(self, penalty: float, prompt_ids: Sequence[int]) -> None:
+        self._penalty = RepetitionPenaltyLogitsProcessor(float(penalty))
         # each token once, because the penalty does not depend on its count
-        self._prompt = torch.tensor([sorted(set(prompt))])
+        self._prompt_ids = torch.tensor([sorted(set(prompt_ids))])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._prompt = self._prompt.to(scores.device)
-        return self._processor(torch.cat([self._prompt, input_ids], 1), scores)  # pyright: ignore
+        self._prompt_ids = self._prompt_ids.to(scores.device)
+        return self._penalty(torch.cat([self._prompt_ids, input_ids], 1), scores)  # pyright: ignore
 
 
 class CountPenalties(LogitsProcessor):
     """OpenAI's frequency and presence penalties. The logit of each token that occurs in the answer
     so far is reduced by frequency · (its number of occurrences) + presence."""
 
-    def __init__(self, frequency: float, presence: float) -> None:
-        self._frequency, self._presence = frequency, presence
+    def __init__(self, frequency_penalty: float, presence_penalty: float) -> None:
+        self._frequency_penalty, self._presence_penalty = frequency_penalty, presence_penalty
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         tokens, counts = input_ids[0].unique(return_counts=True)
-        penalties = self._frequency * counts.to(scores.dtype) + self._presence
+        penalties = self._frequency_penalty * counts.to(scores.dtype) + self._presence_penalty
         return scores.index_add(-1, tokens, -penalties[None])
 
 
 def processors_of(
     sampling: Sampling,
-    prompt: Sequence[int],
+    prompt_ids: Sequence[int],
     end_tokens: Iterable[int],
     vocabulary_size: int,
     device: torch.device,
@@ -81,7 +81,7 @@ def processors_of(
     """The processors of a request, in the order in which they are applied.
 
     Args:
-        prompt: the token ids of the prompt.
+        prompt_ids: the token ids of the prompt.
         end_tokens: ids of the tokens that end a text, which ``min_tokens`` forbids at first.
         vocabulary_size: the number of logits.
 
@@ -104,7 +104,7 @@ def processors_of(
         bias_pairs = [[[token], float(bias)] for token, bias in sampling.logit_bias.items()]
         processors.append(SequenceBiasLogitsProcessor(bias_pairs))
     if sampling.repetition_penalty != 1:
-        processors.append(PromptRepetitionPenalty(sampling.repetition_penalty, prompt))
+        processors.append(PromptRepetitionPenalty(sampling.repetition_penalty, prompt_ids))
     if sampling.frequency_penalty or sampling.presence_penalty:
         processors.append(CountPenalties(sampling.frequency_penalty, sampling.presence_penalty))
     return processors

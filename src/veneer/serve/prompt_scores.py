@@ -104,15 +104,15 @@ class PromptScore:
         logprobs = logits.float().log_softmax(-1)
         token_logprobs = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
         ranks = ((logprobs > token_logprobs).sum(-1) + 1).tolist()
-        top = logprobs.topk(min(max(self.alternatives, 1), logprobs.shape[-1]))
-        lists = (
+        top_tokens = logprobs.topk(min(max(self.alternatives, 1), logprobs.shape[-1]))
+        token_lists = (
             tokens,
             token_logprobs[:, 0].tolist(),
-            top.indices.tolist(),
-            top.values.tolist(),
+            top_tokens.indices.tolist(),
+            top_tokens.values.tolist(),
             ranks,
         )
-        for token, logprob, top_ids, top_logprobs, rank in zip(*lists, strict=True):
+        for token, logprob, top_ids, top_logprobs, rank in zip(*token_lists, strict=True):
             top_pairs = list(zip(top_ids, top_logprobs, strict=True))[: self.alternatives]
             alternatives = tuple((id, self.text_of(id), value) for id, value in top_pairs)
             self.tokens.append(Token(token, self.text_of(token), logprob, alternatives, rank))

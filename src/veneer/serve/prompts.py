@@ -115,7 +115,7 @@ def chat_tokens(
             ) from error
 
     message_dicts = [message.template_dict() for message in messages]
-    special_texts, normalized = _special_tokens(
+    special_texts, is_normalized = _special_tokens(
         tokenizer, lambda chat, tools: render(chat, tools, DEFAULT_ARGUMENTS)
     )
     _check_arguments(tokenizer, arguments, special_texts.values())
@@ -124,7 +124,7 @@ def chat_tokens(
     values = [value for entry in message_dicts for name, value in entry.items() if name != "role"]
     client_texts = _texts([values, tools])
     joined_texts = "\0".join(client_texts)
-    if normalized or any(token in joined_texts for token in special_texts.values()):
+    if is_normalized or any(token in joined_texts for token in special_texts.values()):
         ids = _tokenize_marked(
             tokenizer, message_dicts, tools, client_texts, render, special_texts, add_special_tokens
         )
@@ -145,14 +145,14 @@ def _check_arguments(
     }
     if not client_arguments:
         return
-    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    reserved_names = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
     template, variables = str(tokenizer.chat_template), "variables of the base's chat template"
     for name, value in client_arguments.items():
         is_off = value is None or value is False
         is_read = is_off or re.search(rf"\b{re.escape(name)}\b", template)
         is_special = isinstance(value, str) and any(token in value for token in special_texts)
         rules = (
-            (name in reserved, "which is not the template's", variables),
+            (name in reserved_names, "which is not the template's", variables),
             (not is_read, "which the template does not read", variables),
             (
                 isinstance(value, list | dict),
@@ -222,20 +222,20 @@ def _special_tokens(
     if cached_entry is None or cached_entry[0] != template:
         framing_ids: set[int] = set()
         chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBE_ROLES]
-        for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
+        for probe_chat, tools in (*chats, *((probe_chat, [TOOL]) for probe_chat in FRAMED)):
             with suppress(Refusal):  # some templates refuse such a chat
-                text = render(probe, tools)
+                text = render(probe_chat, tools)
                 framing_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])
-        added = tokenizer.added_tokens_decoder.items()
+        added_tokens = tokenizer.added_tokens_decoder.items()
         special_tokens = {
             id: token
-            for id, token in added
+            for id, token in added_tokens
             if (token.special or id in framing_ids) and token.content.strip()
         }
-        texts = {id: token.content for id, token in special_tokens.items()}
+        special_texts = {id: token.content for id, token in special_tokens.items()}
         cached_entry = _TOKEN_CACHE[tokenizer] = (
             template,
-            (texts, any(token.normalized for token in special_tokens.values())),
+            (special_texts, any(token.normalized for token in special_tokens.values())),
         )
     return cached_entry[1]
 
@@ -417,30 +417,31 @@ def answer_token_limit(
     return remaining_tokens if is_chat else min(DEFAULT_MAX_TOKENS, remaining_tokens)
 
 
-def max_prompt_tokens(context_length: int, truncate: int | None) -> int:
+def max_prompt_tokens(context_length: int, truncate_to: int | None) -> int:
     """How many tokens a prompt may have before it is truncated: the context length without
-    truncation (``truncate`` None), and a multiple of it with truncation (``truncate_prompt``)."""
-    return context_length if truncate is None else context_length * limits.TRUNCATED
+    truncation (``truncate_to`` None), and a multiple of it with truncation
+    (``truncate_prompt``)."""
+    return context_length if truncate_to is None else context_length * limits.TRUNCATED
 
 
 def truncate_prompt(
-    prompt: tuple[int, ...], truncate: int | None, token_limit: int | None, context_length: int
+    prompt: tuple[int, ...], truncate_to: int | None, token_limit: int | None, context_length: int
 ) -> tuple[int, ...]:
-    """The last ``truncate`` tokens of a prompt; None keeps all tokens, and -1 as many as leave room
-    in the context for an answer of ``token_limit`` tokens (None: ``DEFAULT_MAX_TOKENS``).
-    ``Refusal``: ``truncate`` exceeds the context length."""
-    if truncate is None:
+    """The last ``truncate_to`` tokens of a prompt; None keeps all tokens, and -1 as many as leave
+    room in the context for an answer of ``token_limit`` tokens (None: ``DEFAULT_MAX_TOKENS``).
+    ``Refusal``: ``truncate_to`` exceeds the context length."""
+    if truncate_to is None:
         return prompt
-    if truncate > context_length:
+    if truncate_to > context_length:
         raise Refusal(
             400,
-            f"truncate_prompt_tokens {truncate}",
+            f"truncate_prompt_tokens {truncate_to}",
             f"at most {context_length}, the context",
             "ask for fewer",
             param="truncate_prompt_tokens",
         )
     free_tokens = context_length - (DEFAULT_MAX_TOKENS if token_limit is None else token_limit)
-    return prompt[-(truncate if truncate > 0 else max(1, free_tokens)) :]
+    return prompt[-(truncate_to if truncate_to > 0 else max(1, free_tokens)) :]
 
 
 def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:

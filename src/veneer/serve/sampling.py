@@ -85,7 +85,7 @@ class Sampler:
         self.sampling, self.matcher, self.processors = sampling, matcher, processors
         self.layout = layout
         self._generator: torch.Generator | None = None
-        self._sampled: list[int] = []
+        self._sampled_ids: list[int] = []
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The random generator of the row on ``device``, made and seeded at the first call."""
@@ -99,7 +99,7 @@ class Sampler:
         is complete, so that the answer must end; False without a grammar. ``RequestError``: the
         grammar exceeds the limits of llguidance, or no text matches it."""
         if self.processors:
-            self._sampled.append(token)
+            self._sampled_ids.append(token)
         if self.matcher is None:
             return False
         if self.layout is not None:
@@ -119,10 +119,10 @@ class Sampler:
 
     def process(self, logits: Tensor) -> Tensor:
         """The row's ``logits``, [vocabulary] in float32, as changed by its processors."""
-        sampled = torch.tensor([self._sampled], dtype=torch.long, device="cpu")
-        sampled, scores = sampled.to(logits.device, non_blocking=True), logits[None]
+        sampled_ids = torch.tensor([self._sampled_ids], dtype=torch.long, device="cpu")
+        sampled_ids, scores = sampled_ids.to(logits.device, non_blocking=True), logits[None]
         for processor in self.processors:
-            scores = processor(sampled, scores)
+            scores = processor(sampled_ids, scores)
         return scores[0]
 
 
@@ -141,8 +141,8 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken]:
         no_row = torch.zeros_like(tokens, dtype=torch.bool)
         device_results.append(_put_rows(draw.needs_sort, random_rows, no_row))
     # copy all results to the CPU at once, because each copy waits until the device has computed
-    packed = torch.stack([result.to(tokens.dtype) for result in device_results])
-    is_finite, chosen_tokens, *needs_sort_rows = packed.tolist()
+    packed_results = torch.stack([result.to(tokens.dtype) for result in device_results])
+    is_finite, chosen_tokens, *needs_sort_rows = packed_results.tolist()
     for index, i in enumerate(random_rows):
         if is_finite[i] and needs_sort_rows[0][i]:
             chosen_tokens[i] = draw.sort_and_draw(index)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -222,11 +222,12 @@ def _rows_of(values: Tensor, row_indices: Sequence[int]) -> Tensor:
     )
 
 
-def _put_rows(values: Tensor, row_indices: Sequence[int], target: Tensor) -> Tensor:
-    """``target`` with its rows ``row_indices``, in ascending order, replaced by ``values``."""
-    if len(row_indices) == len(target):
+def _put_rows(values: Tensor, row_indices: Sequence[int], target_tensor: Tensor) -> Tensor:
+    """``target_tensor`` with its rows ``row_indices``, in ascending order, replaced by
+    ``values``."""
+    if len(row_indices) == len(target_tensor):
         return values
-    return target.index_copy(0, _tensor_like(row_indices, target), values)
+    return target_tensor.index_copy(0, _tensor_like(row_indices, target_tensor), values)
 
 
 class _Draw:
@@ -336,8 +337,8 @@ def _draw_from_nucleus(
         The token ids, [rows].
     """
     scores = (sorted_logits - log_noise.gather(-1, ids)).masked_fill(~in_nucleus, -torch.inf)
-    winners = scores.argmax(-1, keepdim=True)
-    return ids.gather(-1, winners)[:, 0]
+    winner_positions = scores.argmax(-1, keepdim=True)
+    return ids.gather(-1, winner_positions)[:, 0]
 
 
 def _nucleus_mask(probabilities: Tensor, top_p: Tensor) -> Tensor:
@@ -362,8 +363,8 @@ def _with_logprobs(
     log_total = row_logits.logsumexp(-1, keepdim=True)
     ids = torch.tensor([chosen_tokens[i] for i in row_indices], device=logits.device)[:, None]
     logprobs = (row_logits.gather(-1, ids) - log_total)[:, 0].tolist()
-    top = (row_logits - log_total).topk(min(max(*top_counts, 1), row_logits.shape[-1]))
-    top_lists = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    top_tokens = (row_logits - log_total).topk(min(max(*top_counts, 1), row_logits.shape[-1]))
+    top_lists = zip(top_tokens.indices.tolist(), top_tokens.values.tolist(), strict=True)
     return [
         SampledToken(
             chosen_tokens[i],

@@ -96,7 +96,7 @@ class Shares:
         self._request_counts[name] -= 1
         if not self._request_counts[name]:
             del self._request_counts[name]
-            self._forget()
+            self._drop_idle_counts()
 
     def least(self, names: Iterable[str]) -> str:
         """Of ``names``, which must all be busy, the one that was served the fewest tokens."""
@@ -117,7 +117,7 @@ class Shares:
         """Add ``tokens`` that were computed for the busy ``name`` to its count."""
         self._served_tokens[name] += tokens
 
-    def _forget(self) -> None:
+    def _drop_idle_counts(self) -> None:
         """Drop the counts of idle names that are not above virtual time, since ``enter`` would
         raise them to it in any case. If no name is busy, drop all counts. If more than
         ``MAX_IDLE_COUNTS`` idle names remain, drop those with the smallest counts as well."""
@@ -176,8 +176,8 @@ class Scheduler(Generic[RequestT]):
         self._owner_shares.enter(request.owner)
         self._adapter_shares.setdefault(request.owner, Shares()).enter(request.counted_adapter)
         queue = self._count_in_queue(request)
-        position = sum(entry.priority <= request.priority for entry in queue)
-        queue.insert(position, request)
+        queue_position = sum(entry.priority <= request.priority for entry in queue)
+        queue.insert(queue_position, request)
 
     def push_back(self, request: RequestT) -> None:
         """Put a request that ``take`` has returned back to the front of the queue of its owner and
@@ -194,21 +194,21 @@ class Scheduler(Generic[RequestT]):
         is not in ``excluded``. Remove it from the queue and return it; None if there is none. The
         caller must call ``ended`` when the request has ended."""
         # the next request of each owner and counted adapter
-        candidates: dict[str, dict[str, RequestT]] = {}
+        next_requests: dict[str, dict[str, RequestT]] = {}
         for owner, owner_queues in self._queues.items():
             for adapter, queue in owner_queues.items():
                 eligible_requests = (entry for entry in queue if entry.blend_key not in excluded)
                 if (request := next(eligible_requests, None)) is not None:
-                    candidates.setdefault(owner, {})[adapter] = request
-        if not candidates:
+                    next_requests.setdefault(owner, {})[adapter] = request
+        if not next_requests:
             return None
-        owner = self._owner_shares.least(candidates)
+        owner = self._owner_shares.least(next_requests)
         adapter_shares = self._adapter_shares[owner]
-        adapter = adapter_shares.least(candidates[owner])
+        adapter = adapter_shares.least(next_requests[owner])
         self._owner_shares.turn(owner)
         adapter_shares.turn(adapter)
-        self._remove_from_queue(candidates[owner][adapter])
-        return candidates[owner][adapter]
+        self._remove_from_queue(next_requests[owner][adapter])
+        return next_requests[owner][adapter]
 
     def remove(self, request: RequestT) -> bool:
         """Remove a request that ended while it waited. Returns False, and does nothing, if it does
@@ -244,10 +244,10 @@ class Scheduler(Generic[RequestT]):
         self._owner_shares.charge(request.owner, tokens)
         self._adapter_shares[request.owner].charge(request.counted_adapter, tokens)
 
-    def began(self, time: float) -> None:
-        """Record the time, in seconds, at which a request began to run, and so will not be put back
-        into the queue. ``retry_after`` needs these times."""
-        self._start_times.append(time)
+    def began(self, started_at: float) -> None:
+        """Record when (``started_at``, in seconds) a request began to run, and so will not be put
+        back into the queue. ``retry_after`` needs these times."""
+        self._start_times.append(started_at)
 
     def ended(self, request: RequestT) -> None:
         """Record that a request has ended. If it was the last one of its key or of its adapter,
@@ -295,13 +295,13 @@ def fit_budget(lengths: list[int], budget: int) -> list[int]:
     Returns:
         The indices of the chosen prompts in ``lengths``.
     """
-    chosen: list[int] = []
+    chosen_indices: list[int] = []
     longest_chosen = token_count = 0
     for index, length in enumerate(lengths):
         padded_length = max(longest_chosen, length)
-        padded_total = padded_length * (len(chosen) + 1)
+        padded_total = padded_length * (len(chosen_indices) + 1)
         has_little_padding = (token_count + length) * 4 >= padded_total * 3
-        if not chosen or (padded_total <= budget and has_little_padding):
-            chosen.append(index)
+        if not chosen_indices or (padded_total <= budget and has_little_padding):
+            chosen_indices.append(index)
             longest_chosen, token_count = padded_length, token_count + length
-    return chosen
+    return chosen_indices

@@ -129,12 +129,12 @@ class Service:
             self.tracer.close()
 
 
-async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
-    """The result of ``read(body)``. For a large body, ``read`` runs in a thread, because it may
+async def beside_loop(service: Service, body: bytes, read_body: Callable[[bytes], T]) -> T:
+    """The result of ``read_body(body)``. For a large body, it runs in a thread, because it may
     take seconds and would block the event loop meanwhile."""
     if len(body) <= limits.PARSED_INLINE:
-        return read(body)
-    return await asyncio.get_running_loop().run_in_executor(service.body_executor, read, body)
+        return read_body(body)
+    return await asyncio.get_running_loop().run_in_executor(service.body_executor, read_body, body)
 
 
 def _parse_json(body: bytes) -> Any:

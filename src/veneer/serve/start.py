@@ -118,9 +118,9 @@ def _check_adapters_exist(settings: Settings) -> None:
     if settings.adapters is not None and is_remote(settings.adapters):
         return
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)
-    if unknown := [name for name in settings.pin if name not in adapters]:
+    if unknown_pins := [name for name in settings.pin if name not in adapters]:
         raise ConfigError(
-            f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], adapters)}",
+            f"--pin, and no adapter named {unknown_pins[0]!r}{nearest(unknown_pins[0], adapters)}",
             f"one of {listing(adapters, 8)}" if adapters else "an adapter",
             "check --pin and --adapters",
         )
@@ -139,19 +139,19 @@ def _load_causal(settings: Settings) -> Any:
 
 def _start_engine(
     settings: Settings,
-    base: Any,
+    loaded_base: Any,
     bank: Bank,
     rows: int,
     length: int,
     metrics: Metrics,
     model_lock: Any,
 ) -> Engine:
-    """Create and start the engine. ``base``: the loaded base. ``model_lock``: a context manager
+    """Create and start the engine. ``model_lock``: a context manager
     that the engine enters for each step, so that an extension does not change the model meanwhile;
     or None."""
     engine = Engine(
-        base.model,
-        base.tokenizer,
+        loaded_base.model,
+        loaded_base.tokenizer,
         bank,
         rows=rows,
         length=length,

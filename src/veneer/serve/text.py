@@ -29,8 +29,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
         # the Rust backend of a fast tokenizer, because its Python wrapper would take more time
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._decode: Callable[..., str] = decode if backend is None else backend.decode
+        rust_backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode: Callable[..., str] = decode if rust_backend is None else rust_backend.decode
         #: the text of a token id: for a special token its name, such as "<|im_end|>", and for a
         #: part of a character U+FFFD
         self.text: Callable[[int], str] = cache(
@@ -62,7 +62,7 @@ class Text:
         stop: Sequence[str] = (),
         shown_special_tokens: Mapping[int, str] | None = None,
     ) -> None:
-        self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
+        self._detokenizer, self._stop_strings = detokenizer, tuple(word for word in stop if word)
         self._shown_special_tokens = shown_special_tokens or {}
         self.stopped_by: str | None = None
         # a few tokens whose text was returned (the context), then the tokens after them. With each
@@ -122,16 +122,17 @@ class Text:
         """Search the text that was held back, with ``new_text`` after it, for stop strings. Returns
         (the text that can be returned now, whether a stop string ended the answer). If the text
         ends with the beginning of a stop string, this end is held back unless ``is_final``."""
-        if not self._stop:
+        if not self._stop_strings:
             return new_text, False
         text = self._held_text + new_text
         stop_position = min(
-            (position for position in map(text.find, self._stop) if position >= 0), default=-1
+            (position for position in map(text.find, self._stop_strings) if position >= 0),
+            default=-1,
         )
         if stop_position >= 0:
             found_strings = (
                 stop_string
-                for stop_string in self._stop
+                for stop_string in self._stop_strings
                 if text.startswith(stop_string, stop_position)
             )
             self.stopped_by = next(found_strings)
@@ -139,7 +140,7 @@ class Text:
         # find the longest end of the text that is the beginning of a stop string, to hold it back
         matching_lengths = (
             length
-            for stop_string in self._stop
+            for stop_string in self._stop_strings
             for length in range(min(len(stop_string), len(text) + 1))
             if text.endswith(stop_string[:length])
         )

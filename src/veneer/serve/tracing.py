@@ -123,8 +123,8 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
     or OpenTelemetry's library is not installed."""
     if endpoint is None:
         return None
-    address = urlsplit(endpoint)
-    if address.scheme not in ("http", "https") or not address.netloc:
+    parsed_endpoint = urlsplit(endpoint)
+    if parsed_endpoint.scheme not in ("http", "https") or not parsed_endpoint.netloc:
         raise ConfigError(
             f"--otlp-endpoint {endpoint!r}",
             "the address of an OTLP collector over HTTP",
@@ -138,5 +138,5 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
             "OpenTelemetry's SDK and its exporter",
             "pip install 'veneer[tracing]', or leave the endpoint out",
         ) from error
-    url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH
+    url = endpoint if parsed_endpoint.path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH
     return Tracer(base, trace_exporter.OTLPSpanExporter(endpoint=url))

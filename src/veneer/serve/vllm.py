@@ -57,7 +57,7 @@ def largest_rank(adapters: Mapping[str, Path]) -> int:
 def command(
     base: str,
     socket: Path,
-    rank: int,
+    max_rank: int,
     *,
     name: str,
     length: int | None = None,
@@ -71,7 +71,7 @@ def command(
     Args:
         base: the folder or hub id of the base.
         socket: the path of the Unix socket at which vLLM listens.
-        rank: the largest rank of an adapter.
+        max_rank: the largest rank of an adapter.
         name: the base's model name in requests to vLLM.
         length: the most tokens of a prompt and its answer together.
         rows: the most requests that vLLM runs at one time.
@@ -91,16 +91,22 @@ def command(
     ]
     if tool_call_parser is not None:
         words.append("--enable-auto-tool-choice")
-    words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(MAX_BATCH_ADAPTERS)]
+    words += [
+        "--enable-lora",
+        "--max-lora-rank",
+        str(max_rank),
+        "--max-loras",
+        str(MAX_BATCH_ADAPTERS),
+    ]
     return [*words, "--max-cpu-loras", str(MAX_CPU_ADAPTERS), *extra_options]
 
 
-def reasons_against(path: Path, rank: int | None = None) -> list[str]:
+def reasons_against(path: Path, max_rank: int | None = None) -> list[str]:
     """The reasons why vLLM cannot load the adapter in the folder ``path``; empty if it can.
-    ``rank``: the value of vLLM's ``--max-lora-rank``; None: the rank of the adapter is not
+    ``max_rank``: the value of vLLM's ``--max-lora-rank``; None: the rank of the adapter is not
     limited by it."""
     shapes = {name: entry.shape for name, entry in read_header(path / peft.TENSORS).tensors.items()}
-    return vllm.problems(read_json(path / peft.CONFIG), shapes, shapes=shapes, max_rank=rank)
+    return vllm.problems(read_json(path / peft.CONFIG), shapes, shapes=shapes, max_rank=max_rank)
 
 
 def find_program() -> str | None:

@@ -31,7 +31,7 @@ from veneer.errors import AdapterError, BankFullError, SelectionError, raise_all
 from veneer.formats import peft
 from veneer.serve.scheduler import BlendKey, key_of
 from veneer.serve.vllm import ADVICE, MAX_CPU_ADAPTERS, reasons_against
-from veneer.serve.vllm_resolver import BaseProofs
+from veneer.serve.vllm_resolver import BaseVerifier
 from veneer.tools.compose import compose
 
 log = logging.getLogger("veneer.serve")
@@ -101,13 +101,13 @@ class VllmAdapters:
         *,
         verify_base: bool = True,
     ) -> None:
-        self._post, self._base, self._folder, self._rank = post, base, folder, rank
-        self._budget, self._proofs = budget, BaseProofs() if verify_base else None
+        self._post, self._base, self._folder, self._max_rank = post, base, folder, rank
+        self._max_bytes, self._base_verifier = budget, BaseVerifier() if verify_base else None
         self.on_event: Callable[[str, str, float], None] = lambda kind, name, seconds: None
         self._lock = threading.Lock()  # guards the two dictionaries; never held for long
         self._load_lock = threading.RLock()  # held while adapters are copied and loaded
         self._registered: dict[str, RegisteredAdapter] = {}
-        self._loaded: dict[BlendKey, LoadedBlend] = {}
+        self._loaded_blends: dict[BlendKey, LoadedBlend] = {}
         self._unique_numbers = itertools.count(1)
         self._name_secret = secrets.token_hex(8)
 
@@ -115,7 +115,7 @@ class VllmAdapters:
         """Make an adapter folder available under a name, without loading it. An earlier adapter of
         the name is replaced, whatever ``replace`` is, but stays pinned if it was. ``AdapterError``:
         vLLM cannot load the adapter."""
-        reasons = reasons_against(Path(path), self._rank)
+        reasons = reasons_against(Path(path), self._max_rank)
         error_prefix = f"Adapter {name!r} in {path}"
         raise_all(AdapterError, error_prefix, [sentence(reason, *ADVICE) for reason in reasons])
         with self._lock:
@@ -131,9 +131,9 @@ class VllmAdapters:
         the earlier adapter remains."""
         with self._load_lock:
             old_entry = self._registered.get(name)
-            pinned = old_entry is not None and old_entry.pinned
+            is_pinned = old_entry is not None and old_entry.pinned
             copy_folder = self._copy(name, Path(path))
-            entry = RegisteredAdapter(Path(path), copy_folder, pinned)
+            entry = RegisteredAdapter(Path(path), copy_folder, is_pinned)
             try:
                 loaded = self._load({name: 1.0}, {name: entry})
             except BaseException:
@@ -143,7 +143,7 @@ class VllmAdapters:
                 self._registered[name] = entry
             self._retire(name, old_entry)
             with self._lock:
-                self._loaded[loaded.key] = loaded
+                self._loaded_blends[loaded.key] = loaded
 
     def remove(self, name: str) -> None:
         with self._lock:
@@ -171,10 +171,12 @@ class VllmAdapters:
             return [self._status(name, entry) for name, entry in self._registered.items()]
 
     def _status(self, name: str, entry: RegisteredAdapter) -> Status:
-        loaded = self._loaded.get(((name, 1.0),))
+        loaded = self._loaded_blends.get(((name, 1.0),))
         nbytes = 0 if loaded is None else loaded.nbytes
-        users = 0 if loaded is None else loaded.users
-        return Status(name, entry.path, loaded is not None, nbytes, entry.pinned, users, None, None)
+        user_count = 0 if loaded is None else loaded.users
+        return Status(
+            name, entry.path, loaded is not None, nbytes, entry.pinned, user_count, None, None
+        )
 
     def close(self) -> None:
         """Does nothing, because ``VllmProcess.close`` ends vLLM and removes the folder of
@@ -187,7 +189,7 @@ class VllmAdapters:
         if not key:
             return Lease(None)
         with self._lock:
-            loaded = self._loaded.get(key)
+            loaded = self._loaded_blends.get(key)
             return None if loaded is None else self._lease(loaded)
 
     def acquire(self, blend: Mapping[str, float]) -> Lease:
@@ -216,7 +218,7 @@ class VllmAdapters:
                     self._registered.get(name) is not entries[name] for name in entries
                 )
                 if not loaded.stale:
-                    self._loaded[loaded.key] = loaded
+                    self._loaded_blends[loaded.key] = loaded
                 return self._lease(loaded)
 
     def _entry_of(self, name: str) -> RegisteredAdapter:
@@ -290,12 +292,14 @@ class VllmAdapters:
         try:
             copy_files(path, folder)
             read(folder)
-            reasons = reasons_against(folder, self._rank)
+            reasons = reasons_against(folder, self._max_rank)
             raise_all(
                 AdapterError, f"Adapter {name!r}", [sentence(reason, *ADVICE) for reason in reasons]
             )
             base_comparison = (
-                "not compared" if self._proofs is None else self._proofs.check(self._base, folder)
+                "not compared"
+                if self._base_verifier is None
+                else self._base_verifier.check(self._base, folder)
             )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -313,7 +317,7 @@ class VllmAdapters:
         """
         folder = self._folder / f"blend-{next(self._unique_numbers)}"
         compose([copies[name] for name in weights], folder, weights=list(weights.values()))
-        reasons = reasons_against(folder, self._rank)
+        reasons = reasons_against(folder, self._max_rank)
         if reasons:
             shutil.rmtree(folder, ignore_errors=True)
             do = "blend fewer adapters, or write the blend with `veneer compose --rank`"
@@ -327,21 +331,21 @@ class VllmAdapters:
         use or pinned."""
         while True:
             with self._lock:
-                total_bytes = sum(loaded.nbytes for loaded in self._loaded.values()) + nbytes
-                has_free_slot = len(self._loaded) < MAX_CPU_ADAPTERS
-                if has_free_slot and (self._budget is None or total_bytes <= self._budget):
+                total_bytes = sum(loaded.nbytes for loaded in self._loaded_blends.values()) + nbytes
+                has_free_slot = len(self._loaded_blends) < MAX_CPU_ADAPTERS
+                if has_free_slot and (self._max_bytes is None or total_bytes <= self._max_bytes):
                     return
                 pinned_keys = {
                     ((name, 1.0),) for name, entry in self._registered.items() if entry.pinned
                 }
                 idle_blends = [
                     loaded
-                    for key, loaded in self._loaded.items()
+                    for key, loaded in self._loaded_blends.items()
                     if not loaded.users and key not in pinned_keys
                 ]
                 if not idle_blends:
                     limit_text = (
-                        f"{self._budget:,}" if has_free_slot else f"{MAX_CPU_ADAPTERS} adapters"
+                        f"{self._max_bytes:,}" if has_free_slot else f"{MAX_CPU_ADAPTERS} adapters"
                     )
                     raise BankFullError(
                         f"{total_bytes:,} bytes of adapters in use",
@@ -349,7 +353,7 @@ class VllmAdapters:
                         "try again later, or raise --memory",
                     )
                 oldest = min(idle_blends, key=lambda loaded: loaded.used_at)
-                del self._loaded[oldest.key]
+                del self._loaded_blends[oldest.key]
             self._unload(oldest)
             self.on_event("evict", oldest.key[0][0] if len(oldest.key) == 1 else "blend", 0.0)
 
@@ -359,8 +363,8 @@ class VllmAdapters:
         request uses it. ``old_entry``: the old adapter; its copy is deleted when vLLM does not need
         it."""
         with self._lock:
-            stale_keys = [key for key in self._loaded if name in dict(key)]
-            stale_blends = [self._loaded.pop(key) for key in stale_keys]
+            stale_keys = [key for key in self._loaded_blends if name in dict(key)]
+            stale_blends = [self._loaded_blends.pop(key) for key in stale_keys]
             for loaded in stale_blends:
                 loaded.stale = True
             idle_blends = [loaded for loaded in stale_blends if not loaded.users]

@@ -148,19 +148,19 @@ class VllmProcess:
         JSON. Any thread may call this. Returns the HTTP status and the text of the answer.
         ``OSError``: vLLM does not answer."""
         try:
-            answer = self._sync_client.post(path, json=body)
+            response = self._sync_client.post(path, json=body)
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client is closed
             raise OSError(f"vLLM does not answer ({type(error).__name__})") from error
-        return answer.status_code, answer.text
+        return response.status_code, response.text
 
     def read(self, path: str) -> bytes:
         """The content of vLLM's answer to GET ``path``; empty if vLLM does not answer, or answers
         with another status than 200."""
         try:
-            answer = self._sync_client.get(path)
+            response = self._sync_client.get(path)
         except httpx.HTTPError:
             return b""
-        return answer.content if answer.status_code == 200 else b""
+        return response.content if response.status_code == 200 else b""
 
     def model_card(self) -> dict[str, Any]:
         """The entry of the base in vLLM's answer to GET /v1/models."""
@@ -221,7 +221,7 @@ class Gate:
     the methods."""
 
     def __init__(self, rows: int, queue: int) -> None:
-        self._rows, self._scheduler = rows, Scheduler[Ticket](queue)
+        self._max_running, self._scheduler = rows, Scheduler[Ticket](queue)
         self.running = 0
 
     @property
@@ -250,7 +250,7 @@ class Gate:
 
     def _admit(self) -> None:
         """Let waiting requests be sent to vLLM until ``rows`` of them run."""
-        while self.running < self._rows and (ticket := self._scheduler.take()) is not None:
+        while self.running < self._max_running and (ticket := self._scheduler.take()) is not None:
             self.running += 1
             self._scheduler.began(time.monotonic())
             if not ticket.admitted.done():

@@ -61,7 +61,7 @@ class AdapterCopy(NamedTuple):
     lora_id: int
 
 
-class BaseProofs:
+class BaseVerifier:
     """Compares bases with the hashes of base weights (fingerprints) in the records of adapters. The
     hash of each weight is computed only once. Several threads may call ``check`` at the same
     time."""
@@ -147,7 +147,7 @@ class Adapters:
             RemoteSource(address) if is_remote(address) else LibrarySource(Library(address))
         )
         self.verify_base, self._cache = verify_base, cache
-        self._proofs = BaseProofs()
+        self._base_verifier = BaseVerifier()
 
     def find(self, base: str, name: str) -> AdapterCopy | None:
         """A verified copy of the adapter ``name`` ("french" or "french@HASH"), for use with
@@ -169,7 +169,7 @@ class Adapters:
             [sentence(reason, *ADVICE) for reason in reasons_against(path)],
         )
         base_comparison = (
-            self._proofs.check(base, path)
+            self._base_verifier.check(base, path)
             if self.verify_base
             else "not compared, as VENEER_VERIFY_BASE=0 says"
         )
