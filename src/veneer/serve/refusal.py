@@ -31,8 +31,9 @@ from veneer.serve.requests import Busy
 
 #: error types of OpenAI's API by HTTP status; ``Refusal.__init__`` chooses those of other statuses
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-#: the route of Anthropic's API, and the error types of that API by HTTP status
+#: the route of Anthropic's API
 MESSAGES_PATH = "/v1/messages"
+#: the error types of Anthropic's API by HTTP status
 MESSAGES_ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",

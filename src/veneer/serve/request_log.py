@@ -19,9 +19,13 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import escape_controls
+
+if TYPE_CHECKING:
+    from veneer.serve.request_state import RequestState
+    from veneer.serve.requests import Piece, Sampling
 
 FORMATS = ("text", "json")
 ID_HEADER = "x-request-id"
@@ -47,7 +51,7 @@ class RequestRecord:
         status: the HTTP status of the response; 0 before it begins.
         blend: weights by name of the adapters that answer the request, empty for the base alone;
             None if the request needs no model.
-        sampling: the ``requests.Sampling`` of its first answer.
+        sampling: the sampling settings of its first answer.
         cached_tokens: number of prompt tokens whose keys and values were in the prefix cache.
         queue_seconds: the longest time that one of its answers waited for a row of the batch.
         first_token_seconds: the time from its arrival to the first token of any of its answers.
@@ -60,7 +64,7 @@ class RequestRecord:
     key: str | None = None
     status: int = 0
     blend: Mapping[str, float] | None = None
-    sampling: Any = None
+    sampling: Sampling | None = None
     finish_reasons: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -71,15 +75,17 @@ class RequestRecord:
     started: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)  # nanoseconds since 1970
 
-    def ask(self, blend: Mapping[str, float], prompt_tokens: int, sampling: Any = None) -> None:
+    def ask(
+        self, blend: Mapping[str, float], prompt_tokens: int, sampling: Sampling | None = None
+    ) -> None:
         """Record that the model will answer the request with the adapters of ``blend`` (weights by
-        name), and count the tokens of its prompts. ``sampling``: its ``requests.Sampling``."""
+        name), and count the tokens of its prompts."""
         self.blend, self.sampling = blend, sampling
         self.prompt_tokens += prompt_tokens
 
-    def add(self, piece: Any, request_state: Any) -> None:
-        """Record a piece of an answer (``requests.Piece``). ``request_state``: the
-        ``RequestState`` of the answer, which ``Engine.submit`` returned."""
+    def add(self, piece: Piece, request_state: RequestState) -> None:
+        """Record a piece of an answer. ``request_state``: the state of the answer's request, which
+        ``Engine.submit`` returned."""
         self.generated_tokens += len(piece.tokens)
         if piece.tokens and self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.started

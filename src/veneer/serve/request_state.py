@@ -1,6 +1,6 @@
-"""The state of a request in the engine, from the queue until its answer has ended. It decides when
-the answer ends: at an end token, at a stop string, when its grammar is complete, or at its length
-limit."""
+"""The state of a request in the engine, from the queue until its answer has ended. Its class
+decides when the answer ends: at an end token, at a stop string, when its grammar is complete, or at
+its length limit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The data classes that the HTTP API and the engine exchange, and the errors that the engine raises
-when a request is submitted."""
+for a request."""
 
 from __future__ import annotations
 

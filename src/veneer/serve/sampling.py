@@ -289,7 +289,7 @@ class _Draw:
         candidate_count = min(
             vocabulary_size, max(MIN_SORTED_TOKENS, *(sampling.top_k for sampling in settings))
         )
-        sorted_logits, ids = scaled_logits.topk(candidate_count)
+        sorted_logits, sorted_ids = scaled_logits.topk(candidate_count)
         # log of the sum of exp(logit) over the tokens among which top_p selects: with top_k, the k
         # most likely ones; otherwise the whole vocabulary
         log_total = scaled_logits.logsumexp(-1)
@@ -304,7 +304,7 @@ class _Draw:
         probabilities = (sorted_logits - log_total[:, None]).exp()
         top_p = _tensor_like([sampling.top_p for sampling in settings], scaled_logits)[:, None]
         tokens = _draw_from_nucleus(
-            sorted_logits, ids, log_noise, _nucleus_mask(probabilities, top_p)
+            sorted_logits, sorted_ids, log_noise, _nucleus_mask(probabilities, top_p)
         )
         needs_sort = (probabilities.sum(-1, keepdim=True) < top_p)[:, 0] & ~has_top_k
         return tokens, needs_sort if candidate_count < vocabulary_size else torch.zeros_like(
@@ -322,23 +322,23 @@ class _Draw:
 
 
 def _draw_from_nucleus(
-    sorted_logits: Tensor, ids: Tensor, log_noise: Tensor, in_nucleus: Tensor
+    sorted_logits: Tensor, sorted_ids: Tensor, log_noise: Tensor, in_nucleus: Tensor
 ) -> Tensor:
     """Draw a token from each row's nucleus (the most likely tokens, which top_k and top_p select):
     the token i with the smallest E_i / p_i, where p_i is its probability and E_i its random number.
 
     Args:
         sorted_logits: [rows, n], log p_i plus a constant of the row, in descending order.
-        ids: [rows, n], the token ids in that order.
+        sorted_ids: [rows, n], the token ids in that order.
         log_noise: [rows, vocabulary], log E_i by token id.
         in_nucleus: [rows, n] of bool, which of the sorted tokens are in the nucleus.
 
     Returns:
         The token ids, [rows].
     """
-    scores = (sorted_logits - log_noise.gather(-1, ids)).masked_fill(~in_nucleus, -torch.inf)
+    scores = (sorted_logits - log_noise.gather(-1, sorted_ids)).masked_fill(~in_nucleus, -torch.inf)
     winner_positions = scores.argmax(-1, keepdim=True)
-    return ids.gather(-1, winner_positions)[:, 0]
+    return sorted_ids.gather(-1, winner_positions)[:, 0]
 
 
 def _nucleus_mask(probabilities: Tensor, top_p: Tensor) -> Tensor:

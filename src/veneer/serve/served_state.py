@@ -32,7 +32,9 @@ MAX_STATE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class ServedState:
-    """The content of ``served.json``. ``names``: the paths of added adapters by name."""
+    """The content of ``served.json``. ``names``: the paths, by name, of adapters that clients
+    added. ``pinned``: the names of adapters that stay in memory. ``hidden``: the names of adapters
+    in the folder that clients removed."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     pinned: frozenset[str] = frozenset()

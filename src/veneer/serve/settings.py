@@ -64,7 +64,7 @@ class Settings:
     cache_memory: int | None = None
     #: whether requests reuse the keys and values of earlier prompts that begin with the same tokens
     prefix_cache: bool = True
-    #: the most seconds for which prompts may delay the next token of a running answer; None: in
+    #: the seconds for which prompts may delay the next token of a running answer; None: in
     #: proportion to the duration of a decode call (``prefill_budget.py``)
     gap: float | None = None
     tool_call_parser: str | None = None  # a parser in serve/tools; None: by the chat template

@@ -287,25 +287,25 @@ class VllmAdapters:
     def _copy(self, name: str, path: Path) -> Path:
         """Copy the folder ``path`` of the adapter ``name``, and return the copy. ``AdapterError``:
         the copy is damaged, vLLM cannot load it, or it was made for another base."""
-        folder = self._folder / f"copy-{next(self._unique_numbers)}"
-        folder.mkdir()
+        copy_folder = self._folder / f"copy-{next(self._unique_numbers)}"
+        copy_folder.mkdir()
         try:
-            copy_files(path, folder)
-            read(folder)
-            reasons = reasons_against(folder, self._max_rank)
+            copy_files(path, copy_folder)
+            read(copy_folder)
+            reasons = reasons_against(copy_folder, self._max_rank)
             raise_all(
                 AdapterError, f"Adapter {name!r}", [sentence(reason, *ADVICE) for reason in reasons]
             )
             base_comparison = (
                 "not compared"
                 if self._base_verifier is None
-                else self._base_verifier.check(self._base, folder)
+                else self._base_verifier.check(self._base, copy_folder)
             )
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(copy_folder, ignore_errors=True)
             raise
         log.info("Adapter %r: base %s", name, base_comparison)
-        return folder
+        return copy_folder
 
     def _compose(self, weights: Mapping[str, float], copies: Mapping[str, Path]) -> Path:
         """Write the weighted sum of adapters to a new adapter folder, and return that.
@@ -315,15 +315,15 @@ class VllmAdapters:
             weights: the weights by adapter name.
             copies: the folders with the verified copies of the adapters, by name.
         """
-        folder = self._folder / f"blend-{next(self._unique_numbers)}"
-        compose([copies[name] for name in weights], folder, weights=list(weights.values()))
-        reasons = reasons_against(folder, self._max_rank)
+        sum_folder = self._folder / f"blend-{next(self._unique_numbers)}"
+        compose([copies[name] for name in weights], sum_folder, weights=list(weights.values()))
+        reasons = reasons_against(sum_folder, self._max_rank)
         if reasons:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(sum_folder, ignore_errors=True)
             do = "blend fewer adapters, or write the blend with `veneer compose --rank`"
             problems = [sentence(reason, "a blend that vLLM can load", do) for reason in reasons]
             raise_all(AdapterError, "The blend cannot be served", problems)
-        return folder
+        return sum_folder
 
     def _make_room(self, nbytes: int) -> None:
         """Unload adapters and blends, least recently used first, until there is room for another

@@ -126,7 +126,7 @@ async def forward(request: Request, service: CurrentService, key: ApiKey) -> Res
     if path in SALTED_PATHS and key.owner and not body.get("cache_salt"):
         # a salt for each API key, so that a client cannot find out from the time of an answer
         # whether a client with another key sent the same prompt
-        secret_and_owner = f"{service.engine.secret}\0{key.owner}"
+        secret_and_owner = f"{service.engine.salt_secret}\0{key.owner}"
         body["cache_salt"] = hashlib.sha256(secret_and_owner.encode()).hexdigest()
     priority = body.get("priority")
     ticket = Ticket(

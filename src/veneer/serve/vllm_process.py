@@ -71,7 +71,7 @@ class VllmProcess:
     ) -> None:
         self._command_line, self._socket_path = command_line, socket_path
         self._on_exit, self._timeout = on_exit, timeout
-        self.gate, self._folder, self.secret = Gate(rows, queue), folder, secrets.token_hex(16)
+        self.gate, self._folder, self.salt_secret = Gate(rows, queue), folder, secrets.token_hex(16)
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._sync_client = httpx.Client(
