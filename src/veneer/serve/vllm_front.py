@@ -401,8 +401,8 @@ def start(
     base = str(folder_of(settings.base))
     tokenizer = load_tokenizer(base)
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
-    temporary_folder = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
-    socket_path = Path(temporary_folder.name) / "socket"
+    temp_dir = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
+    socket_path = Path(temp_dir.name) / "socket"
     command_line = _command_line(settings, base, socket_path, rank, tokenizer)
     engine = VllmProcess(
         [program, *command_line[1:]],
@@ -411,18 +411,13 @@ def start(
         settings.queue or QUEUE,
         settings.timeout,
         on_exit,
-        temporary_folder,
+        temp_dir,
     )
     try:
         engine.start()
         verify_base = os.environ.get("VENEER_VERIFY_BASE", "1") != "0"
         bank = VllmAdapters(
-            engine.post,
-            base,
-            Path(temporary_folder.name),
-            rank,
-            settings.memory,
-            verify_base=verify_base,
+            engine.post, base, Path(temp_dir.name), rank, settings.memory, verify_base=verify_base
         )
         catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
         metrics = Metrics(catalogue.known)
