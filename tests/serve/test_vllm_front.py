@@ -186,7 +186,11 @@ def test_another_adapter_under_a_name_takes_its_place(it, adapters, made):
     shutil.rmtree(adapters / "french")
     until(lambda: it.post(model="french", prompt="hi").status_code == 404)
     until(lambda: it.state["loaded"] == {})
-    until(lambda: [file.name for file in it.service.engine._socket.parent.iterdir()] == ["socket"])
+    until(
+        lambda: (
+            [file.name for file in it.service.engine._socket_path.parent.iterdir()] == ["socket"]
+        )
+    )
 
 
 def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
@@ -209,7 +213,7 @@ def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
 
 def test_a_blend_that_is_refused_leaves_no_folder(base, adapters):
     with front(base, adapters, memory="1KiB") as it:
-        folder = it.service.engine._socket.parent
+        folder = it.service.engine._socket_path.parent
         for _ in range(3):
             answer = it.post(model="tiny", prompt="hi", adapters={"french": 0.5, "german": 0.5})
             assert answer.status_code == 503
@@ -447,7 +451,7 @@ def test_what_vllm_is_told(base, adapters):
         assert pairs["--tool-call-parser"] == "hermes"
         assert "--enable-auto-tool-choice" in line
         assert "--trust-remote-code" in line
-        folder = it.service.engine._socket.parent
+        folder = it.service.engine._socket_path.parent
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
 

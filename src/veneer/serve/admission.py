@@ -24,7 +24,7 @@ from typing import Any
 
 from veneer.errors import BankFullError
 from veneer.serve.request_state import RequestState
-from veneer.serve.requests import RequestError, cause_of
+from veneer.serve.requests import RequestError, error_kind_of
 from veneer.serve.scheduler import BlendKey, Scheduler
 
 log = logging.getLogger("veneer.serve")
@@ -42,7 +42,7 @@ class Admission:
         lock: guards the scheduler.
         max_rows: the most requests that run at a time; each has a row of the KV cache.
         wake: is called as ``wake()``, from any thread, when adapters have been loaded.
-        end: is called as ``end(state, "error", message, cause)`` to end a request.
+        end: is called as ``end(state, "error", message, error_kind)`` to end a request.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Admission:
                 self._scheduler.push_back(state)
             return
         log.warning("request %s: its adapters cannot be had: %s", state.request.id, error)
-        self._end(state, "error", str(error), cause_of(error))
+        self._end(state, "error", str(error), error_kind_of(error))
 
 
 def _base_lease_future() -> Future[Any]:

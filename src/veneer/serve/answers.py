@@ -25,7 +25,7 @@ from typing import Any
 from veneer.errors import sentence
 from veneer.serve.refusal import RETRY_AFTER, Refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD
-from veneer.serve.requests import Cause, Piece, Request, Token
+from veneer.serve.requests import ErrorKind, Piece, Request, Token
 from veneer.serve.schemas import ChatRequest, GenerationRequest, StreamOptions
 from veneer.serve.tools.choose import CallReading
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
@@ -309,12 +309,12 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
             )
         case "error":
             reason = piece.error or "no reason given"
-            return refusal_of_cause(reason, piece.cause, shows_internal_errors)
+            return refusal_of_cause(reason, piece.error_kind, shows_internal_errors)
         case _:
             return None
 
 
-def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bool) -> Refusal:
+def refusal_of_cause(reason: str, cause: ErrorKind | None, shows_internal_errors: bool) -> Refusal:
     """The error response for a failure in the engine. Failures that occur before a request is
     submitted are answered by ``error_refusal``, with the same status for the same failure."""
     match cause:

@@ -33,7 +33,7 @@ from veneer.serve.answers import refusal_of_cause
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.embed import Embedder, as_base64
 from veneer.serve.refusal import Refusal, value_error
-from veneer.serve.requests import cause_of
+from veneer.serve.requests import error_kind_of
 from veneer.serve.sampling_fields import Truncation
 from veneer.serve.schemas import Blend, EmbeddingRequest
 from veneer.serve.service import (
@@ -316,7 +316,7 @@ async def _vectors_of(
         # answer with the status that the same failure has in the engine
         if isinstance(error, Refusal) and error.code != "engine_error":
             raise
-        raise refusal_of_cause(str(error), cause_of(error), key.admin) from error
+        raise refusal_of_cause(str(error), error_kind_of(error), key.admin) from error
 
 
 def _has_sigmoid(config: Any) -> bool:

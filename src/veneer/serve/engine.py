@@ -39,7 +39,7 @@ from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
 from veneer.serve.prompt_scores import scored_per_call, take_scores
 from veneer.serve.request_state import Deliver, RequestState, last_tokens_of
-from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
+from veneer.serve.requests import Busy, ErrorKind, Finish, Request, RequestError, error_kind_of
 from veneer.serve.sampling import NOT_FINITE, SampledToken, Sampler, sample
 from veneer.serve.scheduler import Scheduler
 from veneer.serve.text import Detokenizer
@@ -401,7 +401,7 @@ class Engine:
         complete_indices = self._batch.note_filled(states, is_finite)
         for index, state in enumerate(states if scores else ()):
             if not is_finite[index]:
-                self._end(state, "error", NOT_FINITE.error, NOT_FINITE.cause)
+                self._end(state, "error", NOT_FINITE.error, NOT_FINITE.error_kind)
             elif index in complete_indices:
                 state.send_prompt()
                 if not state.limit:  # the client asked only for the prompt's scores
@@ -425,7 +425,7 @@ class Engine:
 
     def _accept(self, state: RequestState, sampled: SampledToken) -> None:
         if sampled.token is None:
-            self._end(state, "error", sampled.error, sampled.cause)
+            self._end(state, "error", sampled.error, sampled.error_kind)
             return
         previous, state.sampled_at = state.sampled_at, time.monotonic()
         event, start = (
@@ -438,7 +438,7 @@ class Engine:
         try:
             finish = state.accept(sampled, self._eos)
         except RequestError as error:  # the grammar needs more than the matcher's limits
-            self._end(state, "error", str(error), cause_of(error))
+            self._end(state, "error", str(error), error_kind_of(error))
         except Exception as error:
             self._end_failed([state], error, "a token could not be taken")
         else:
@@ -450,7 +450,7 @@ class Engine:
         state: RequestState,
         finish: Finish,
         error: str | None = None,
-        cause: Cause | None = None,
+        error_kind: ErrorKind | None = None,
     ) -> None:
         """End a request, wherever it is: free its row, its lease on adapters and its place in the
         queue, and deliver its last piece. Does nothing if the request has ended."""
@@ -465,7 +465,7 @@ class Engine:
         with self._wake:
             (self._scheduler.ended if state.has_left_queue else self._scheduler.remove)(state)
         # only after the place is freed: a client may send its next request upon its last piece
-        state.end(finish, error, cause)
+        state.end(finish, error, error_kind)
         with self._wake:
             self._open_count -= 1
             self._poke()  # another request may wait for its memory
