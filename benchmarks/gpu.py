@@ -133,14 +133,8 @@ def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout, env=environment
         )
-        output: str = done.stdout
-        problem = ""
-        if done.returncode:
-            problem = (
-                done.stderr.strip().splitlines()[-1]
-                if done.stderr.strip()
-                else f"exit {done.returncode}"
-            )
+        errors = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        output, problem = done.stdout, errors[-1] if done.returncode else ""
     except subprocess.TimeoutExpired as late:
         raw: Any = late.stdout or b""  # bytes, whatever was asked for
         output, problem = (

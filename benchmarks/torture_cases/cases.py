@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torture_cases.judges import (
     NEAR,
     add_noise,
+    attach_random,
     base_error,
     capture_warnings,
     copy_weights,
@@ -191,8 +192,7 @@ def encoder_layer_in_eval(library: Library) -> Result:
     model, x = Holder(layer).eval(), torch.randn(ATTENTION_INPUT)
     with torch.no_grad():
         base = model(x)
-        adapter = library.attach(model, ["linear1", "linear2"])
-        randomise(adapter)
+        adapter = attach_random(library, model, ["linear1", "linear2"])
         in_train = distance(adapter.model.train()(x), base)
         in_eval = distance(adapter.model.eval()(x), base)
     text = f"changes the output by {in_train:.2g} in train() and by {in_eval:.2g} in eval()"
@@ -216,8 +216,7 @@ def one_linear_under_two_names(library: Library) -> Result:
 
 @add_case("a bfloat16 base, merged and unmerged 100 times, has its very bits")
 def merge_100_times(library: Library) -> Result:
-    adapter = library.attach(Holder(nn.Linear(32, 32)).bfloat16(), ["layer"])
-    randomise(adapter, 0.05)
+    adapter = attach_random(library, Holder(nn.Linear(32, 32)).bfloat16(), ["layer"], 0.05)
     before = copy_weights(adapter)
     for _ in range(100):
         adapter.merge()
@@ -229,8 +228,7 @@ def merge_100_times(library: Library) -> Result:
 def safe_merge_rounds_once(library: Library) -> Result:
     model = Holder(nn.Linear(128, 128)).bfloat16()
     exact = model.layer.weight.detach().double()
-    adapter = library.attach(model, ["layer"])
-    randomise(adapter, 0.1)
+    adapter = attach_random(library, model, ["layer"], 0.1)
     exact = exact + adapter.delta("layer")
     adapter.merge(safe=True)
     wrong = count_misrounded(adapter.weights()["layer.weight"], exact)
@@ -241,8 +239,7 @@ def safe_merge_rounds_once(library: Library) -> Result:
 
 def attach_poison(library: Library, dtype: torch.dtype, value: float) -> Adapter:
     """An adapter of two layers with this value in all parameters of the second."""
-    adapter = library.attach(Stack(2).to(dtype), ["linear"])
-    randomise(adapter)
+    adapter = attach_random(library, Stack(2).to(dtype), ["linear"])
     for parameter in adapter.parameters()[-2:]:
         parameter.data.fill_(value)
     return adapter
@@ -282,8 +279,7 @@ def merge_not_finite(library: Library, dtype: torch.dtype, value: float) -> Resu
 
 @add_case("an adapter that is edited while merged: unmerging restores the base, or is refused")
 def adapter_edited_while_merged(library: Library) -> Result:
-    adapter = library.attach(Holder(nn.Linear(16, 16)), ["layer"])
-    randomise(adapter)
+    adapter = attach_random(library, Holder(nn.Linear(16, 16)), ["layer"])
     before = copy_weights(adapter)
     adapter.merge()
     add_noise(adapter)
@@ -295,8 +291,7 @@ def adapter_edited_while_merged(library: Library) -> Result:
 
 @add_case("a base that is edited while merged: unmerging leaves the edit, or is refused")
 def base_edited_while_merged(library: Library) -> Result:
-    adapter = library.attach(Holder(nn.Linear(16, 16)), ["layer"])
-    randomise(adapter)
+    adapter = attach_random(library, Holder(nn.Linear(16, 16)), ["layer"])
     before = copy_weights(adapter)["layer.weight"]
     adapter.merge()
     adapter.weights()["layer.weight"].data[0, 0] += 1
@@ -318,8 +313,7 @@ def attach_several(
 ) -> Adapter:
     """Adapters ``names`` on one model, with noise in each; the last is returned."""
     for name in names:
-        adapter = library.attach(model, targets, name=name, **options)
-        randomise(adapter)
+        adapter = attach_random(library, model, targets, name=name, **options)
         model = adapter.model
     return adapter
 
@@ -420,8 +414,7 @@ def load_damaged(
 ) -> Result:
     base = Stack()
     state = {key: value.clone() for key, value in base.state_dict().items()}
-    adapter = library.attach(base, ["linear"])
-    randomise(adapter)
+    adapter = attach_random(library, base, ["linear"])
     results = []
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "adapter"

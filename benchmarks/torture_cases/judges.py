@@ -79,6 +79,18 @@ def randomise(adapter: Adapter, size: float = 0.3) -> None:
     add_noise(adapter, size)
 
 
+def attach_random(
+    library: Library,
+    model: nn.Module,
+    targets: Sequence[str] | str,
+    size: float = 0.3,
+    **options: Any,
+) -> Adapter:
+    adapter = library.attach(model, targets, **options)
+    randomise(adapter, size)
+    return adapter
+
+
 def copy_weights(adapter: Adapter) -> dict[str, Tensor]:
     return {path: weight.detach().clone() for path, weight in adapter.weights().items()}
 
@@ -113,8 +125,7 @@ def judge_layer(
     leaves the base as it was after unmerging."""
     with torch.no_grad():
         base = model.eval()(*inputs)
-    adapter = library.attach(model, targets, **options)
-    randomise(adapter)
+    adapter = attach_random(library, model, targets, **options)
     parameters = adapter.parameters()
     if not parameters:
         return Result(UNCHECKED, "attaches nothing, without an error")
@@ -185,10 +196,9 @@ def capture_warnings(library: Library) -> Iterator[list[str]]:
             texts.append(record.getMessage())
 
     with (
-        warnings.catch_warnings(record=True) as caught,
+        warnings.catch_warnings(record=True, action="always") as caught,
         mock.patch.object(logging.Logger, "handle", handle),
     ):
-        warnings.simplefilter("always")
         try:
             yield texts
         finally:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torture_cases.library import Adapter, Library, Selection
@@ -74,15 +72,14 @@ class Peft(Library):
         name: str = "one",
         **options: Any,
     ) -> Adapter:
-        variant, layers = options.get("variant", "lora"), options.get("layers")
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             target_modules=targets if isinstance(targets, str) else list(targets),
             lora_dropout=options.get("dropout", 0.0),
-            layers_to_transform=layers,
-            use_rslora=variant == "rslora",
-            use_dora=variant == "dora",
+            layers_to_transform=options.get("layers"),
+            use_rslora=options.get("variant") == "rslora",
+            use_dora=options.get("variant") == "dora",
         )
         if isinstance(model, peft.PeftModel):
             model.add_adapter(name, config)
@@ -111,15 +108,3 @@ class Peft(Library):
 
     def load(self, model: nn.Module, folder: Path) -> Adapter:
         return PeftAdapter(peft.PeftModel.from_pretrained(model, folder / "one"), "default")
-
-    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-        (file,) = folder.rglob("adapter_model.safetensors")
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file)
-
-    def remove_alpha(self, folder: Path) -> None:
-        (file,) = folder.rglob("adapter_config.json")
-        config = json.loads(file.read_text())
-        del config["lora_alpha"]
-        file.write_text(json.dumps(config))
