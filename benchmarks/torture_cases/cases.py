@@ -30,7 +30,6 @@ from torture_cases.judges import (
     judge_layer,
     judge_refusal,
     judge_refused,
-    randomise,
     shorten_text,
 )
 from torture_cases.library import (
@@ -160,10 +159,9 @@ ATTENTION_INPUT = (3, 5, 8)
 def attention_out_proj_once(library: Library) -> Result:
     model, x = Holder(nn.MultiheadAttention(8, 2, batch_first=True)), torch.randn(ATTENTION_INPUT)
     before = model.layer.out_proj.weight.detach().double().clone()
-    adapter = library.attach(model, library.attention)
+    adapter = attach_random(library, model, library.attention)
     if not adapter.parameters():
         return Result(UNCHECKED, "attaches nothing, without an error")
-    randomise(adapter)
     delta = adapter.delta("layer.out_proj")
     with torch.no_grad():
         output = adapter.model(x, x, x)

@@ -74,11 +74,6 @@ def add_noise(adapter: Adapter, size: float = 0.3) -> None:
         parameter.data.add_(torch.randn_like(parameter), alpha=size)
 
 
-def randomise(adapter: Adapter, size: float = 0.3) -> None:
-    adapter.prepare()
-    add_noise(adapter, size)
-
-
 def attach_random(
     library: Library,
     model: nn.Module,
@@ -87,7 +82,8 @@ def attach_random(
     **options: Any,
 ) -> Adapter:
     adapter = library.attach(model, targets, **options)
-    randomise(adapter, size)
+    adapter.prepare()
+    add_noise(adapter, size)
     return adapter
 
 
