@@ -50,14 +50,8 @@ def llama(layers: int, length: int, tiny: bool = False, **changes: Any) -> nn.Mo
     if tiny:
         shape = {**TINY, "num_key_value_heads": 1, "vocab_size": 96}
     # A cache is of no use in training, and would be copied.
-    config = {
-        **shape,
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": True,
-        "use_cache": False,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config))
+    common = {"num_hidden_layers": layers, "tie_word_embeddings": True, "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **common, **changes}))
 
 
 def bert(layers: int, length: int, tiny: bool = False) -> nn.Module:
@@ -113,21 +107,19 @@ def images(model: nn.Module, tokens: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`layers` of the whole model; `entry`, the module that embeds the input; `head`, the module
-    that stays plain."""
+    """`entry` is the module that embeds the input, `head` the one that stays plain."""
 
     build: Callable[..., nn.Module]
     batch: Callable[[nn.Module, int], dict[str, Tensor]]
-    layers: int
     entry: str
     head: str
 
 
 ARCHITECTURES = {
-    "llama": Architecture(llama, text, 30, "model.embed_tokens", "lm_head"),
-    "bert": Architecture(bert, sentences, 12, "bert.embeddings", "classifier"),
-    "vit": Architecture(vit, images, 12, "vit.embeddings", "classifier"),
-    "resnet": Architecture(resnet, images, 16, "resnet.embedder", "classifier"),
+    "llama": Architecture(llama, text, "model.embed_tokens", "lm_head"),
+    "bert": Architecture(bert, sentences, "bert.embeddings", "classifier"),
+    "vit": Architecture(vit, images, "vit.embeddings", "classifier"),
+    "resnet": Architecture(resnet, images, "resnet.embedder", "classifier"),
 }
 
 
@@ -229,15 +221,11 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
     if "channels last" in options:
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if any("attention" in option for option in options):
-        with_products(model)
+        from veneer import models
+
+        # attention as ``veneer.models.load_base`` chooses it for language models
+        models.use_products(model)
     return with_veneer(model, layers, rank, dropout, any("loss" in option for option in options))
-
-
-def with_products(model: nn.Module) -> None:
-    """Attention as ``veneer.models.load_base`` chooses it for language models."""
-    from veneer import models
-
-    models.use_products(model)
 
 
 def with_veneer(

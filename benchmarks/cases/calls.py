@@ -22,7 +22,6 @@ from candidates import (
     save_random,
     sharing,
     with_peft,
-    with_products,
 )
 from runner import Arms, Case
 
@@ -57,7 +56,7 @@ def forward_arms(
         model = sharing(base)
         veneer.attach(model, config)
         if products:
-            with_products(model)
+            veneer.models.use_products(model)
         return model
 
     merged = copy.deepcopy(base)  # merging writes into the weights

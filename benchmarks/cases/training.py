@@ -22,7 +22,6 @@ from candidates import (
     sharing,
     step,
     training_step,
-    with_products,
 )
 from runner import Arms, Case
 from veneer.train.loss import causal_loss
@@ -97,7 +96,7 @@ def many_arms(
     torch.manual_seed(seed)
     plain: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
     base: Any = sharing(plain)
-    with_products(base)
+    veneer.models.use_products(base)
     runs = [f"run-{number}" for number in range(adapters)]
     rows = {name: torch.randint(0, base.config.vocab_size, (1, tokens)) for name in runs}
     batches = {name: {"input_ids": ids, "labels": ids} for name, ids in rows.items()}

@@ -3,7 +3,6 @@ given letter."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -90,17 +89,13 @@ def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) 
     return torch.cat(scores)
 
 
-@contextlib.contextmanager
-def base_alone(model: Any):
-    """A block in which either library's model is its base."""
+def base_alone(model: Any) -> Any:
+    """A context in which either library's model is its base."""
     if hasattr(model, "peft_config"):
-        with model.disable_adapter():
-            yield
-    else:
-        import veneer
+        return model.disable_adapter()
+    import veneer
 
-        with veneer.use(model, None):
-            yield
+    return veneer.use(model, None)
 
 
 def judge_pairs(model: Any, tokenizer: Any, folder: Path) -> float:
@@ -186,10 +181,8 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    rewards = reward_in(folder)(
-        [row["prompt"] for row in rows], texts, [row["letter"] for row in rows]
-    )
-    return statistics.mean(rewards)
+    letters = [row["letter"] for row in rows]
+    return statistics.mean(reward_in(folder)([row["prompt"] for row in rows], texts, letters))
 
 
 PLAIN = {"attention": "eager"}

@@ -47,13 +47,9 @@ def train_tagging(
     for row in rows:
         encoding = tokenizer(row["words"], is_split_into_words=True)
         word_ids = encoding.word_ids()
-        first = [
-            word is not None and word != before
-            for word, before in zip(word_ids, [None, *word_ids], strict=False)
-        ]
         labels = [
-            names.index(row["labels"][word]) if is_first else -100
-            for word, is_first in zip(word_ids, first, strict=True)
+            names.index(row["labels"][word]) if word is not None and word != before else -100
+            for word, before in zip(word_ids, [None, *word_ids], strict=False)
         ]
         encoded.append(
             {

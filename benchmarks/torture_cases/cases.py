@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def run_case(case: Case, library: Library) -> Result:
             result = judge_error(error)
     if result.outcome in (WRONG, UNCHECKED) and texts:
         text = f"{result.text}, and warns: {shorten_text(texts[0])}"
-        return Result(REFUSES, text, result.got, result.right, result.measures)
+        return replace(result, outcome=REFUSES, text=text)
     return result
 
 
@@ -169,9 +169,13 @@ def attention_out_proj_once(library: Library) -> Result:
         merged = distance(output, adapter.model(x, x, x))
     change = adapter.weights()["layer.out_proj.weight"].detach().double() - before
     times = ((change * delta).sum() / (delta * delta).sum()).item()
-    text = f"out_proj's change is applied {times:.2f} times; forward − merged is {merged:.0e}"
-    outcome = RIGHT if abs(times - 1) < 1e-5 and merged < NEAR else WRONG
-    return Result(outcome, text, f"{times:.2f} times", "1.00 times", {"merged": merged})
+    return Result(
+        RIGHT if abs(times - 1) < 1e-5 and merged < NEAR else WRONG,
+        f"out_proj's change is applied {times:.2f} times; forward − merged is {merged:.0e}",
+        f"{times:.2f} times",
+        "1.00 times",
+        {"merged": merged},
+    )
 
 
 @add_case(
@@ -255,8 +259,8 @@ def safe_merge_is_atomic(library: Library) -> Result:
         weights = adapter.weights()
         changed = [path for path in before if not torch.equal(weights[path], before[path])]
         text = f"refused ({describe_error(error)}); merged: {', '.join(changed) or 'nothing'}"
-        outcome = WRONG if changed else RIGHT
-        return Result(outcome, text, f"{len(changed)} weights changed", "0 weights changed")
+        got = f"{len(changed)} weights changed"
+        return Result(WRONG if changed else RIGHT, text, got, "0 weights changed")
     return Result(UNCHECKED, "a NaN in layer 2 is merged", "merged", "an error")
 
 
@@ -283,8 +287,7 @@ def adapter_edited_while_merged(library: Library) -> Result:
     add_noise(adapter)
     adapter.unmerge()
     result = judge_base(adapter, before)
-    outcome = UNCHECKED if result.outcome == WRONG else result.outcome
-    return Result(outcome, result.text, result.got, result.right, result.measures)
+    return replace(result, outcome=UNCHECKED) if result.outcome == WRONG else result
 
 
 @add_case("a base that is edited while merged: unmerging leaves the edit, or is refused")
@@ -357,9 +360,13 @@ def exception_in_a_mixed_batch(library: Library) -> Result:
         with contextlib.suppress(ArithmeticError):
             library.call(model, torch.full_like(x, float("nan")), rows)
         after = distance(library.call(model, x, "one"), outputs[0])
-    text = f"rows are off by {by_row:.0e}; the next plain call by {after:.2g}"
-    outcome = RIGHT if max(by_row, after) < NEAR else WRONG
-    return Result(outcome, text, f"{after:.2g}", "0", {"rows": by_row, "after": after})
+    return Result(
+        RIGHT if max(by_row, after) < NEAR else WRONG,
+        f"rows are off by {by_row:.0e}; the next plain call by {after:.2g}",
+        f"{after:.2g}",
+        "0",
+        {"rows": by_row, "after": after},
+    )
 
 
 # ---- files and requests -------------------------------------------------------------------------

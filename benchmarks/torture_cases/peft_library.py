@@ -36,12 +36,9 @@ class PeftAdapter(Adapter):
         }
         # a merged MultiheadAttention holds its weights as plain attributes
         for path, module in self.model.named_modules():
-            if isinstance(module, nn.MultiheadAttention) and isinstance(
-                module.__dict__.get("in_proj_weight"), Tensor
-            ):
-                named[f"{path}.in_proj_weight"] = module.__dict__["in_proj_weight"]
-            if isinstance(module.__dict__.get("weight"), Tensor):
-                named[f"{path}.weight"] = module.__dict__["weight"]
+            for name in ("in_proj_weight", "weight"):
+                if isinstance(weight := module.__dict__.get(name), Tensor):
+                    named[f"{path}.{name}"] = weight
         return {
             path.removeprefix("base_model.model.").replace(".base_layer", ""): weight
             for path, weight in named.items()
@@ -50,10 +47,8 @@ class PeftAdapter(Adapter):
 
     def delta(self, path: str) -> Tensor:
         layers: dict[str, Any] = {}
-        for (
-            name,
-            module,
-        ) in self.model.named_modules():  # a wrapper comes before the layer that it wraps
+        for name, module in self.model.named_modules():
+            # a wrapper comes before the layer that it wraps
             layers.setdefault(name.replace(".base_layer", ""), module)
         layer = layers[f"base_model.model.{path}"]
         A, B = layer.lora_A[self.name].weight.detach(), layer.lora_B[self.name].weight.detach()
