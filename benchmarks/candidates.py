@@ -101,8 +101,10 @@ def sentences(model: nn.Module, tokens: int) -> dict[str, Tensor]:
 def images(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     rows, length = split(tokens)
     side = isqrt(length) * PATCH
-    pixels = torch.randn(rows, 3, side, side).to(next(model.parameters()).dtype)
-    return {"pixel_values": pixels, "labels": torch.randint(0, 10, (rows,))}
+    return {
+        "pixel_values": torch.randn(rows, 3, side, side).to(next(model.parameters()).dtype),
+        "labels": torch.randint(0, 10, (rows,)),
+    }
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,19 @@ def training_step(candidate: Candidate, batch: dict[str, Tensor]) -> Callable[[]
 def names(architecture: str, dtype: str, dropout: bool = True, peers: bool = True) -> list[str]:
     """The arms of a table, the floor first; what a user with defaults has stands before what Veneer
     adds."""
-    arms = ["floor", *(["full fine-tuning"] if peers else []), "peft"]
-    arms += ["peft, bf16 adapters"] if dtype != "float32" else []
-    arms += ["loralib"] if peers else []
-    arms += ["veneer"]
-    arms += ["veneer, own loss and attention"] if architecture == "llama" else []
-    arms += (
-        ["veneer, own attention"] if architecture in ("bert", "vit") and dtype != "float32" else []
-    )
-    arms += ["veneer, channels last"] if architecture == "resnet" else []
+    narrow = dtype != "float32"
+    conditions = {
+        "floor": True,
+        "full fine-tuning": peers,
+        "peft": True,
+        "peft, bf16 adapters": narrow,
+        "loralib": peers,
+        "veneer": True,
+        "veneer, own loss and attention": architecture == "llama",
+        "veneer, own attention": architecture in ("bert", "vit") and narrow,
+        "veneer, channels last": architecture == "resnet",
+    }
+    arms = [name for name, is_compared in conditions.items() if is_compared]
     if dropout:
         arms += [f"{name}, dropout" for name in arms if name.startswith(("peft", "veneer"))]
     return arms
@@ -241,8 +247,8 @@ def with_veneer(
         targets=list(layers),
         ranks={path: size for path, size in layers.items() if size != rank},
     )
-    handle = veneer.attach(model, config)
-    return Candidate(model, handle.parameters(), causal_loss if lean else own_loss)
+    parameters = veneer.attach(model, config).parameters()
+    return Candidate(model, parameters, causal_loss if lean else own_loss)
 
 
 def with_peft(model: nn.Module, *, narrow: bool = False, **config: Any) -> Any:

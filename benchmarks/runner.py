@@ -294,8 +294,11 @@ def gather(
             processes.append(run(case, setting, seed))
             if processes[-1]["kept"]:
                 break
-            count = len(processes[-1]["thrown_away"])
-            print(f"  a process is thrown away: the floor moved in {count} rounds", flush=True)
+            print(
+                "  a process is thrown away: the floor moved in "
+                f"{len(processes[-1]['thrown_away'])} rounds",
+                flush=True,
+            )
         else:
             raise RecordError(
                 f"Found: {case.name}, {describe(setting)}: the floor moved by more than "
@@ -355,8 +358,15 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
         else:
             process = run_rounds(case, toy, 0, 1)
         cases.append({"setting": dict(setting), "processes": [process]})
-    state = {"commit": "smoke", "clean": False, "recorded": "", "load": os.getloadavg()[0]}
-    return {**describe_case(case), **state, **machine(), "cases": cases}
+    return {
+        **describe_case(case),
+        "commit": "smoke",
+        "clean": False,
+        "recorded": "",
+        "load": os.getloadavg()[0],
+        **machine(),
+        "cases": cases,
+    }
 
 
 def process_values(
@@ -459,8 +469,10 @@ def write(result: Mapping[str, Any], out: Path = RESULTS) -> Path:
 
 def records(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All that was recorded of a case, the latest last."""
-    results = [json.loads(file.read_text()) for file in (folder / name).glob("*.json")]
-    return sorted(results, key=lambda result: result["recorded"])
+    return sorted(
+        (json.loads(file.read_text()) for file in (folder / name).glob("*.json")),
+        key=lambda result: result["recorded"],
+    )
 
 
 def names_of(results: Path = RESULTS) -> Iterator[Path]:

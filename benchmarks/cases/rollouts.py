@@ -119,8 +119,13 @@ def rollouts_arms(
     base, tokenizer, encoded = load_policy(seed, dtype, prompts, examples, tiny)
     model = sharing(base)
     veneer.attach(model, veneer.LoraConfig(rank=8, alpha=ALPHA))
-    config = {"r": 8, "lora_alpha": ALPHA, "target_modules": "all-linear"}
-    peft = with_peft(sharing(base), narrow=dtype != "float32", **config)
+    peft = with_peft(
+        sharing(base),
+        narrow=dtype != "float32",
+        r=8,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+    )
 
     def arm(generate: Callable[..., list[list[int]]]) -> Callable[[], dict[str, float]]:
         seeds = itertools.count(1000 * seed)  # the same ones for every arm, new ones each time

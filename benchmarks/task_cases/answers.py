@@ -25,10 +25,11 @@ def words_of(count: int, seed: int) -> list[str]:
 def write_pairs(folder: Path, quick: bool) -> None:
     link_base(folder, SMOLLM)
     words = words_of(2400, 0)
-    rows = []
-    for pair in zip(words[::2], words[1::2], strict=True):
-        first, last = sorted(pair)
-        rows.append({"prompt": "A word:", "chosen": f" {first}", "rejected": f" {last}"})
+    pairs = [sorted(pair) for pair in zip(words[::2], words[1::2], strict=True)]
+    rows = [
+        {"prompt": "A word:", "chosen": f" {first}", "rejected": f" {last}"}
+        for first, last in pairs
+    ]
     rows_to(folder / "train.jsonl", rows[:1000])
     rows_to(folder / "test.jsonl", rows[1000:])
 

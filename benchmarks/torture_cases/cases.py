@@ -235,8 +235,13 @@ def safe_merge_rounds_once(library: Library) -> Result:
     adapter.merge(safe=True)
     wrong = count_misrounded(adapter.weights()["layer.weight"], exact)
     share = f"{wrong / exact.numel():.1%}"
-    text = f"{share} of the weights are not correctly rounded"
-    return Result(WRONG if wrong else RIGHT, text, share, "0.0%", {"wrong": float(wrong)})
+    return Result(
+        WRONG if wrong else RIGHT,
+        f"{share} of the weights are not correctly rounded",
+        share,
+        "0.0%",
+        {"wrong": float(wrong)},
+    )
 
 
 def attach_poison(library: Library, dtype: torch.dtype, value: float) -> Adapter:
@@ -302,8 +307,8 @@ def base_edited_while_merged(library: Library) -> Result:
         return judge_refused(error)
     edit = (adapter.weights()["layer.weight"] - before)[0, 0].item()
     survives = abs(edit - 1) < 1e-5
-    text = "the edit stays" if survives else "the edit is lost"
-    return Result(RIGHT if survives else UNCHECKED, text, f"{edit:.2f}", "1.00")
+    outcome, text = (RIGHT, "the edit stays") if survives else (UNCHECKED, "the edit is lost")
+    return Result(outcome, text, f"{edit:.2f}", "1.00")
 
 
 # ---- several adapters ---------------------------------------------------------------------------

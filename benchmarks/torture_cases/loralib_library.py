@@ -34,9 +34,10 @@ class LoralibAdapter(Adapter):
     unmerge = prepare
 
     def weights(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters(remove_duplicate=False)
         return {
-            path.replace(".conv.", "."): weight for path, weight in named if "lora_" not in path
+            path.replace(".conv.", "."): weight
+            for path, weight in self.model.named_parameters(remove_duplicate=False)
+            if "lora_" not in path
         }
 
     def delta(self, path: str) -> Tensor:

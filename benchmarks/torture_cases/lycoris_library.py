@@ -38,8 +38,8 @@ class LycorisAdapter(Adapter):
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def delta(self, path: str) -> Tensor:
-        layers = {layer.lora_name: layer for layer in self.network.loras}
-        layer = layers[f"lycoris_{path}".replace(".", "_")]
+        name = f"lycoris_{path}".replace(".", "_")
+        layer = next(layer for layer in self.network.loras if layer.lora_name == name)
         A, B = layer.lora_down.weight.detach(), layer.lora_up.weight.detach()
         return layer.scale * (B.double() @ A.double())
 

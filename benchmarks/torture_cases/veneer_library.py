@@ -30,8 +30,11 @@ class VeneerAdapter(Adapter):
         self.handle.unmerge()
 
     def weights(self) -> dict[str, Tensor]:
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return {path: weight for path, weight in named.items() if "veneer" not in path}
+        return {
+            path: weight
+            for path, weight in self.model.named_parameters(remove_duplicate=False)
+            if "veneer" not in path
+        }
 
     def delta(self, path: str) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
