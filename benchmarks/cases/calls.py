@@ -221,9 +221,8 @@ def engine_arms(
     prompts = torch.randint(0, base.config.vocab_size, (ROWS, prompt))
     # the others compute each prompt anew, round after round
     engine = Engine(sharing(base), LETTERS, rows=ROWS, length=prompt + tokens, prefix_cache=False)
-    config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
+    greedy: Any = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    config = GenerationConfig(eos_token_id=-1, **greedy)
     paged = ContinuousBatchingConfig(
         page_size=32,
         num_blocks=256,
@@ -238,10 +237,8 @@ def engine_arms(
         answers = base.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            max_new_tokens=tokens,
             min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
+            **greedy,
         )
         assert answers.shape[1] == prompt + tokens
 

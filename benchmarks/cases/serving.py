@@ -159,7 +159,8 @@ def serve_arms(
     if earlier_arms():
         place.add_plain(folder, adapter_names)
     cores, vocabulary = len(os.sched_getaffinity(0)), vocabulary_of(layers, tiny)
-    drive = {"clients": clients, "lengths": tuple(prompts), "vocabulary": vocabulary}
+    load = {"clients": clients, "lengths": tuple(prompts), "vocabulary": vocabulary}
+    together = partial(client.together, adapters=adapter_names, **load)
 
     def start(name: str, processes: int = 1) -> ServerGroup:
         contexts = [
@@ -167,9 +168,7 @@ def serve_arms(
             for number in range(processes)
         ]
         group = ServerGroup(servers.start_together(stack, contexts), adapter_names)
-        asyncio.run(
-            client.together(group.url_of, adapter_names, **drive, turns=1, tokens=min(8, tokens))
-        )
+        asyncio.run(together(group.url_of, turns=1, tokens=min(8, tokens)))
         group.park(stack)
         return group
 
@@ -180,9 +179,7 @@ def serve_arms(
 
     def run(group: ServerGroup) -> Mapping[str, float]:
         group.signal(signal.SIGCONT)
-        answers, seconds = asyncio.run(
-            client.together(group.url_of, adapter_names, **drive, turns=turns, tokens=tokens)
-        )
+        answers, seconds = asyncio.run(together(group.url_of, turns=turns, tokens=tokens))
         held = servers.memory(group.servers)
         group.signal(signal.SIGSTOP)
         report = client.summary(answers, seconds, tokens)
