@@ -149,16 +149,16 @@ class Difference:
             "unknown": "unknown whether the same",
             "different": "different weights",
         }
-        weights_text = f" ({listing(self.base_weights, 3)})" if self.base_weights else ""
-        yield f"base    {base_texts[self.base]}{weights_text}"
+        mismatch_text = f" ({listing(self.base_weights, 3)})" if self.base_weights else ""
+        yield f"base    {base_texts[self.base]}{mismatch_text}"
         if self.identical:
             yield "identical: the same numbers, the same config"
             return
         for field_name, (a_value, b_value) in self.config.items():
             yield f"config  {field_name}: {a_value!r} → {b_value!r}"
-        for adapter_label, names in (("A", self.only_a), ("B", self.only_b)):
-            if names:
-                yield f"only {adapter_label}  {len(names)}: {listing(names)}"
+        for adapter_label, exclusive_paths in (("A", self.only_a), ("B", self.only_b)):
+            if exclusive_paths:
+                yield f"only {adapter_label}  {len(exclusive_paths)}: {listing(exclusive_paths)}"
         if self.same_change:
             yield "the same change: the same numbers"
             return
@@ -167,12 +167,12 @@ class Difference:
                 f"apart by {self.relative:.3g} of the larger change, cosine {self.cosine:.3f}"
             )
             yield f"both    {len(self.layers)} weights, {distance_text}"
-        changed_params = [entry for entry in self.full if entry.difference]
-        if changed_params:
-            furthest = max(changed_params, key=lambda entry: entry.difference)
+        differing_params = [entry for entry in self.full if entry.difference]
+        if differing_params:
+            largest_difference = max(differing_params, key=lambda entry: entry.difference)
             yield (
-                f"full    {len(changed_params)} of {len(self.full)} differ, by up to"
-                f" {furthest.difference:.3g} ({furthest.path})"
+                f"full    {len(differing_params)} of {len(self.full)} differ, by up to"
+                f" {largest_difference.difference:.3g} ({largest_difference.path})"
             )
 
 
@@ -185,51 +185,53 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
             that the adapters cannot belong to one model.
     """
     adapters = [
-        saved_adapter if isinstance(saved_adapter, AdapterFiles) else read(saved_adapter)
-        for saved_adapter in (a, b)
+        adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in (a, b)
     ]
-    products, problems = [applied_products(saved_adapter) for saved_adapter in adapters], []
-    shared_paths = [path for path in products[0] if path in products[1]]
+    changes_per_adapter, problems = [applied_products(adapter) for adapter in adapters], []
+    shared_paths = [path for path in changes_per_adapter[0] if path in changes_per_adapter[1]]
     for path in shared_paths:
-        dims = [
+        shapes = [
             (change.A.shape[0], change.B.shape[1], change.A.shape[2])
-            for change in (products_by_path[path] for products_by_path in products)
+            for change in (changes_by_path[path] for changes_by_path in changes_per_adapter)
         ]
-        if dims[0] != dims[1]:
-            problem = f"changes of {path!r} of (groups, out, in) = {dims[0]} and {dims[1]}"
+        if shapes[0] != shapes[1]:
+            problem = f"changes of {path!r} of (groups, out, in) = {shapes[0]} and {shapes[1]}"
             problems.append(sentence(problem, "adapters of one model", "compare those"))
     raise_all(AdapterError, "These adapters cannot be compared", problems)
-    magnitudes = [
-        {layer.target_path: layer.extras for layer in saved_adapter.low.values()}
-        for saved_adapter in adapters
+    magnitudes_per_adapter = [
+        {layer.target_path: layer.extras for layer in adapter.low.values()} for adapter in adapters
     ]
-    full_tensors = [_fully_trained_tensors(saved_adapter) for saved_adapter in adapters]
-    exclusive_names = [
+    full_tensors_per_adapter = [_fully_trained_tensors(adapter) for adapter in adapters]
+    exclusive_paths = [
         tuple(
-            name
-            for changed_tensors in (products, full_tensors)
-            for name in changed_tensors[index]
-            if name not in changed_tensors[1 - index]
+            path
+            for entries_per_adapter in (changes_per_adapter, full_tensors_per_adapter)
+            for path in entries_per_adapter[index]
+            if path not in entries_per_adapter[1 - index]
         )
         for index in (0, 1)
     ]
-    config_a, config_b = (saved_adapter.config.to_dict() for saved_adapter in adapters)
-    base_relation, mismatched_weights = _compare_bases(*adapters)
+    config_a, config_b = (adapter.config.to_dict() for adapter in adapters)
+    base_relation, mismatched_paths = _compare_bases(*adapters)
     return Difference(
         a=adapters[0].path,
         b=adapters[1].path,
-        only_a=exclusive_names[0],
-        only_b=exclusive_names[1],
+        only_a=exclusive_paths[0],
+        only_b=exclusive_paths[1],
         layers=tuple(
             _compare_layer(
-                path, products[0][path], products[1][path], magnitudes[0][path], magnitudes[1][path]
+                path,
+                changes_per_adapter[0][path],
+                changes_per_adapter[1][path],
+                magnitudes_per_adapter[0][path],
+                magnitudes_per_adapter[1][path],
             )
             for path in shared_paths
         ),
         full=tuple(
-            FullDifference(name, _relative_difference(tensor, full_tensors[1][name]))
-            for name, tensor in full_tensors[0].items()
-            if name in full_tensors[1]
+            FullDifference(path, _relative_difference(tensor, full_tensors_per_adapter[1][path]))
+            for path, tensor in full_tensors_per_adapter[0].items()
+            if path in full_tensors_per_adapter[1]
         ),
         config={
             field_name: (config_a[field_name], config_b[field_name])
@@ -237,57 +239,69 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
             if config_a[field_name] != config_b[field_name]
         },
         base=base_relation,
-        base_weights=mismatched_weights,
+        base_weights=mismatched_paths,
     )
 
 
 def _compare_layer(
     path: str,
-    a: LowRank,
-    b: LowRank,
+    change_a: LowRank,
+    change_b: LowRank,
     magnitudes_a: Mapping[str, Tensor],
     magnitudes_b: Mapping[str, Tensor],
 ) -> LayerDifference:
-    norms = float(a.core().norm()), float(b.core().norm())
-    are_equal = a.scale == b.scale and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
-    distance = (
-        0.0
-        if are_equal
-        else float(LowRank.sum([a.to(torch.float64), b.to(torch.float64)], [1, -1]).core().norm())
+    norms = float(change_a.core().norm()), float(change_b.core().norm())
+    factors_are_equal = (
+        change_a.scale == change_b.scale
+        and torch.equal(change_a.A, change_b.A)
+        and torch.equal(change_a.B, change_b.B)
     )
-    rows, columns = _compare_spaces(a, b)
-    has_same_keys = magnitudes_a.keys() == magnitudes_b.keys()
+    difference_norm = (
+        0.0
+        if factors_are_equal
+        else float(
+            LowRank.sum([change_a.to(torch.float64), change_b.to(torch.float64)], [1, -1])
+            .core()
+            .norm()
+        )
+    )
+    row_comparison, column_comparison = _compare_spaces(change_a, change_b)
+    has_same_names = magnitudes_a.keys() == magnitudes_b.keys()
     magnitude_differences = (
         [
             _relative_difference(magnitude, magnitudes_b[name])
             for name, magnitude in magnitudes_a.items()
         ]
-        if has_same_keys
+        if has_same_names
         else [math.inf]
     )
     larger_norm, norm_product = max(norms), norms[0] * norms[1]
     cosine = (
-        1.0 if are_equal and larger_norm else a.inner(b) / norm_product if norm_product else 0.0
+        1.0
+        if factors_are_equal and larger_norm
+        else change_a.inner(change_b) / norm_product
+        if norm_product
+        else 0.0
     )
     return LayerDifference(
         path=path,
-        ranks=(a.rank, b.rank),
+        ranks=(change_a.rank, change_b.rank),
         norms=norms,
-        difference=distance / larger_norm if larger_norm else 0.0,
+        difference=difference_norm / larger_norm if larger_norm else 0.0,
         cosine=max(-1.0, min(1.0, cosine)),
-        rows=rows,
-        columns=columns,
+        rows=row_comparison,
+        columns=column_comparison,
         magnitude=max(magnitude_differences, default=None),
     )
 
 
-def _compare_spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]:
+def _compare_spaces(change_a: LowRank, change_b: LowRank) -> tuple[Space | None, Space | None]:
     """(the comparison of the row spaces, the comparison of the column spaces) of two changes
     [g, out, in]; g: matrices in the weight, 1 for a linear layer. Both are None if for every matrix
     one of the changes is zero."""
     row_bases, column_bases = [], []
-    svd_a, svd_b = a.svd(), b.svd()
-    for group in range(a.A.shape[0]):
+    svd_a, svd_b = change_a.svd(), change_b.svd()
+    for group in range(change_a.A.shape[0]):
         rank_a, rank_b = (
             int((svd.S[group] > RANK_TOLERANCE * svd.S[group, 0]).sum()) for svd in (svd_a, svd_b)
         )
@@ -297,13 +311,13 @@ def _compare_spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]
     return _relate_spaces(row_bases), _relate_spaces(column_bases)
 
 
-def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
+def _relate_spaces(basis_pairs: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
     """The similarity and the principal angles of two subspaces. ``bases``: for each matrix of the
     weight, orthonormal bases [in or out, rank] of the two. None if ``bases`` is empty."""
-    if not bases:
+    if not basis_pairs:
         return None
     squared_overlap, angles = 0.0, []
-    for first_basis, second_basis in bases:
+    for first_basis, second_basis in basis_pairs:
         larger_basis, smaller_basis = (
             (first_basis, second_basis)
             if first_basis.shape[1] >= second_basis.shape[1]
@@ -319,7 +333,8 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
         angles += torch.where(cosines**2 > 0.5, sines.asin(), cosines.acos()).rad2deg().tolist()
         squared_overlap += float(inner_products.square().sum())
     smaller_rank = sum(
-        min(first_basis.shape[1], second_basis.shape[1]) for first_basis, second_basis in bases
+        min(first_basis.shape[1], second_basis.shape[1])
+        for first_basis, second_basis in basis_pairs
     )
     return Space(min(1.0, squared_overlap / smaller_rank), tuple(sorted(angles)))
 
@@ -327,23 +342,23 @@ def _relate_spaces(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
 def _fully_trained_tensors(saved_adapter: AdapterFiles) -> dict[str, Tensor]:
     """The parameters that an adapter trains in full, and its trained token rows, by path. The path
     of a row ends in the token id, as in "embed.weight[7]"."""
-    tensors_by_path = (
+    module_tensors = (
         (peft_paths.strip_wrappers(path)[0], tensors)
         for path, tensors in saved_adapter.full.items()
     )
     full_parameters = {
         parameter_path(module_path, name): tensor
-        for module_path, tensors in tensors_by_path
+        for module_path, tensors in module_tensors
         for name, tensor in tensors.items()
     }
     token_rows = (
-        (weight_tokens, *id_and_row)
-        for weight_tokens in saved_adapter.tokens.values()
-        for id_and_row in zip(weight_tokens.ids, weight_tokens.rows, strict=True)
+        (trained_tokens, *id_and_row)
+        for trained_tokens in saved_adapter.tokens.values()
+        for id_and_row in zip(trained_tokens.ids, trained_tokens.rows, strict=True)
     )
     return full_parameters | {
-        f"{parameter_path(weight_tokens.module_path, 'weight')}[{token_id}]": row
-        for weight_tokens, token_id, row in token_rows
+        f"{parameter_path(trained_tokens.module_path, 'weight')}[{token_id}]": row
+        for trained_tokens, token_id, row in token_rows
     }
 
 
@@ -361,14 +376,14 @@ def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ..
     fingerprints_a, fingerprints_b = (
         recorded_fingerprints(saved_adapter.metadata.get("base", {})) for saved_adapter in (a, b)
     )
-    comparable_names = [
-        name
-        for name in fingerprints_a
-        if name in fingerprints_b and kind_of(fingerprints_a[name]) == kind_of(fingerprints_b[name])
+    comparable_paths = [
+        path
+        for path in fingerprints_a
+        if path in fingerprints_b and kind_of(fingerprints_a[path]) == kind_of(fingerprints_b[path])
     ]
-    mismatched_weights = tuple(
-        name for name in comparable_names if fingerprints_a[name] != fingerprints_b[name]
+    mismatched_paths = tuple(
+        path for path in comparable_paths if fingerprints_a[path] != fingerprints_b[path]
     )
     return (
-        "different" if mismatched_weights else "same" if comparable_names else "unknown"
-    ), mismatched_weights
+        "different" if mismatched_paths else "same" if comparable_paths else "unknown"
+    ), mismatched_paths

@@ -49,16 +49,16 @@ MAX_RESIDUAL = 1e-8
 FULL_SVD_SIZE = 96
 
 
-class Triples(NamedTuple):
+class SingularTriples(NamedTuple):
     """k singular triples: U [out, k], S [k] descending, V [in, k]; float64."""
 
     U: Tensor
     S: Tensor
     V: Tensor
 
-    def select(self, mask: Tensor) -> Triples:
+    def select(self, mask: Tensor) -> SingularTriples:
         """The triples where ``mask`` [k] is True."""
-        return Triples(self.U[:, mask], self.S[mask], self.V[:, mask])
+        return SingularTriples(self.U[:, mask], self.S[mask], self.V[:, mask])
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class WeightIntruders:
     is_transposed: bool
     cosines: tuple[float, ...]
     control: tuple[float, ...]
-    intruders: tuple[Triples, ...]
+    intruders: tuple[SingularTriples, ...]
     gain: Tensor | None
     norm: float
     distance: float
@@ -120,13 +120,19 @@ def find_intruders(
             "a whole number, and a cosine in (0, 1]",
             f"use {DEFAULT_VECTOR_COUNT} and {DEFAULT_THRESHOLD}",
         )
-    products = applied_products(saved_adapter)
+    changes_by_path = applied_products(saved_adapter)
     for aligned_weight in align([saved_adapter], base_weights.parameter_order):
         if aligned_weight.alias_of is None:
-            low_rank = products[aligned_weight.model_path]
-            generator = torch.Generator().manual_seed(seed) if control else None
+            low_rank = changes_by_path[aligned_weight.model_path]
+            control_generator = torch.Generator().manual_seed(seed) if control else None
             yield _find_in_weight(
-                aligned_weight, low_rank, saved_adapter, base_weights, count, threshold, generator
+                aligned_weight,
+                low_rank,
+                saved_adapter,
+                base_weights,
+                count,
+                threshold,
+                control_generator,
             )
 
 
@@ -136,40 +142,44 @@ def _find_in_weight(
     low_rank: LowRank,
     saved_adapter: AdapterFiles,
     base_weights: FrozenWeights,
-    count: int,
-    threshold: float,
-    generator: torch.Generator | None,
+    vector_count: int,
+    cosine_threshold: float,
+    control_generator: torch.Generator | None,
 ) -> WeightIntruders:
     start_time = time.perf_counter()
-    weight, is_transposed, _ = base_weights.proven_weight(aligned_weight, [saved_adapter])
+    base_weight, is_transposed, _ = base_weights.verified_weight(aligned_weight, [saved_adapter])
     low_rank = (low_rank.T if is_transposed else low_rank).to(torch.float64)
     magnitude = aligned_weight.layers[0].extras.get(peft.MAGNITUDE)
     gains = (
         None
         if magnitude is None
-        else gain_of(WeightedChange(low_rank, magnitude, 1.0), weight.double())
+        else gain_of(WeightedChange(low_rank, magnitude, 1.0), base_weight.double())
     )
     cosines, control_cosines, intruders = [], [], []
     squared_norm = squared_distance = 0.0
-    for group in range(weight.shape[0]):
-        W = weight[group].double()
-        group_change = LowRank(low_rank.A[group, None], low_rank.B[group, None], low_rank.scale)
-        changed_W = W + group_change.delta()[0]
-        changed_W = changed_W if gains is None else gains[group, :, None] * changed_W
+    for matrix_index in range(base_weight.shape[0]):
+        W = base_weight[matrix_index].double()
+        matrix_change = LowRank(
+            low_rank.A[matrix_index, None], low_rank.B[matrix_index, None], low_rank.scale
+        )
+        changed_W = W + matrix_change.delta()[0]
+        changed_W = changed_W if gains is None else gains[matrix_index, :, None] * changed_W
         squared_norm += float(W.square().sum())
         squared_distance += float((changed_W - W).square().sum())
-        leading_count = min(count, *W.shape)
+        leading_count = min(vector_count, *W.shape)
         if leading_count:
-            squared_values, vectors = spectrum(W)
+            squared_singular_values, base_vectors = spectrum(W)
             triples = leading_triples(changed_W, leading_count)
-            group_cosines = _cosines(W, squared_values, vectors, triples.U)
-            cosines += group_cosines.tolist()
-            intruders.append(triples.select(group_cosines < threshold))
-        if leading_count and generator is not None:
+            matrix_cosines = _cosines(W, squared_singular_values, base_vectors, triples.U)
+            cosines += matrix_cosines.tolist()
+            intruders.append(triples.select(matrix_cosines < cosine_threshold))
+        if leading_count and control_generator is not None:
             control_triples = leading_triples(
-                W + _random_like(group_change, generator), leading_count
+                W + _random_change_like(matrix_change, control_generator), leading_count
             )
-            control_cosines += _cosines(W, squared_values, vectors, control_triples.U).tolist()
+            control_cosines += _cosines(
+                W, squared_singular_values, base_vectors, control_triples.U
+            ).tolist()
     return WeightIntruders(
         aligned_weight=aligned_weight,
         is_transposed=is_transposed,
@@ -183,33 +193,37 @@ def _find_in_weight(
     )
 
 
-def _cosines(W: Tensor, squared_values: Tensor, vectors: Tensor, U: Tensor) -> Tensor:
+def _cosines(W: Tensor, squared_singular_values: Tensor, base_vectors: Tensor, U: Tensor) -> Tensor:
     """The largest cosine of each column uⱼ of U [out, k] with a left singular vector xᵢ of W:
     maxᵢ |⟨uⱼ, xᵢ⟩|, [k]. ``squared_values`` and ``vectors`` are the result of ``spectrum(W)``: the
     squares sᵢ² of the singular values of W, and its xᵢ if W has more columns than rows. Else
     ``vectors`` are the right singular vectors yᵢ, from which xᵢ = W yᵢ / sᵢ."""
-    is_nonzero = squared_values > RANK_TOLERANCE**2 * squared_values[:1]
+    is_nonzero = squared_singular_values > RANK_TOLERANCE**2 * squared_singular_values[:1]
     if W.shape[0] < W.shape[1]:
-        inner_products = vectors.mT @ U
+        inner_products = base_vectors.mT @ U
     else:
-        singular_values = squared_values.clamp_min(torch.finfo(squared_values.dtype).tiny).sqrt()
-        inner_products = (vectors.mT @ (W.mT @ U)) / singular_values[:, None]
+        singular_values = squared_singular_values.clamp_min(
+            torch.finfo(squared_singular_values.dtype).tiny
+        ).sqrt()
+        inner_products = (base_vectors.mT @ (W.mT @ U)) / singular_values[:, None]
     return inner_products.abs().masked_fill(~is_nonzero[:, None], 0).amax(0).clamp(max=1)
 
 
-def _random_like(low_rank: LowRank, generator: torch.Generator) -> Tensor:
+def _random_change_like(low_rank: LowRank, generator: torch.Generator) -> Tensor:
     """A change [out, in] with the singular values of ``low_rank``, in random directions."""
-    S = low_rank.svd().S[0]
+    singular_values = low_rank.svd().S[0]
     random_bases = [
-        torch.linalg.qr(torch.randn(size, len(S), generator=generator, dtype=torch.float64))[0]
+        torch.linalg.qr(
+            torch.randn(size, len(singular_values), generator=generator, dtype=torch.float64)
+        )[0]
         for size in (low_rank.B.shape[1], low_rank.A.shape[2])
     ]
-    left_vectors, right_vectors = (basis.to(S.device) for basis in random_bases)
+    left_vectors, right_vectors = (basis.to(singular_values.device) for basis in random_bases)
     rank = min(left_vectors.shape[1], right_vectors.shape[1])
-    return (left_vectors[:, :rank] * S[:rank]) @ right_vectors[:, :rank].mT
+    return (left_vectors[:, :rank] * singular_values[:rank]) @ right_vectors[:, :rank].mT
 
 
-def leading_triples(matrix: Tensor, count: int) -> Triples:
+def leading_triples(matrix: Tensor, count: int) -> SingularTriples:
     """The ``count`` leading singular triples of ``matrix`` [out, in], float64, by descending
     singular value.
 
@@ -224,10 +238,10 @@ def leading_triples(matrix: Tensor, count: int) -> Triples:
     if triples is not None:
         return triples
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Triples(U[:, :count], S[:count], Vh[:count].mT)
+    return SingularTriples(U[:, :count], S[:count], Vh[:count].mT)
 
 
-def _bidiagonalise(matrix: Tensor, count: int) -> Triples | None:
+def _bidiagonalise(matrix: Tensor, count: int) -> SingularTriples | None:
     """``leading_triples`` by bidiagonalisation; None if the iteration does not converge."""
     max_steps = min(matrix.shape) // 2
     start_vector = torch.randn(
@@ -260,5 +274,5 @@ def _bidiagonalise(matrix: Tensor, count: int) -> Triples | None:
                 P, S, Qh = (
                     factor.to(matrix.device) for factor in (P[:, :count], S[:count], Qh[:count])
                 )
-                return Triples(U[: step + 1].mT @ P, S, (Qh @ V[: step + 1]).mT)
+                return SingularTriples(U[: step + 1].mT @ P, S, (Qh @ V[: step + 1]).mT)
     return None

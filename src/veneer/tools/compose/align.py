@@ -58,18 +58,18 @@ def align(
             of a module's parameters is unknown. The error lists every problem.
     """
     problems: list[str] = []
-    changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
+    changes_by_path: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for adapter_index, saved_adapter in enumerate(saved_adapters):
         for path, layer in saved_adapter.low.items():
-            changes.setdefault(layer.target_path, {})[adapter_index] = path, layer
+            changes_by_path.setdefault(layer.target_path, {})[adapter_index] = path, layer
     parameter_paths = {
         model_path
-        for model_path, entries in changes.items()
-        if any(peft.targets_parameter(*entry) for entry in entries.values())
+        for model_path, entries_by_adapter in changes_by_path.items()
+        if any(peft.targets_parameter(*entry) for entry in entries_by_adapter.values())
     }
-    problems += _mismatch_problems(saved_adapters, changes, parameter_paths)
+    problems += _mismatch_problems(saved_adapters, changes_by_path, parameter_paths)
     weight_paths, aliases = _find_weights_and_aliases(saved_adapters, problems)
-    entry_paths = _entry_paths(changes, parameter_paths, parameter_order, problems)
+    entry_paths = _entry_paths(changes_by_path, parameter_paths, parameter_order, problems)
     raise_all(AdapterError, "These adapters cannot be put side by side", problems)
     return [
         AlignedWeight(
@@ -77,7 +77,7 @@ def align(
             entry_paths[model_path],
             model_path in parameter_paths,
             weight_paths.get(model_path),
-            {index: layer for index, (_, layer) in changes[model_path].items()},
+            {index: layer for index, (_, layer) in changes_by_path[model_path].items()},
             aliases.get(model_path),
         )
         for model_path in entry_paths
@@ -85,13 +85,15 @@ def align(
 
 
 def _mismatch_problems(
-    saved_adapters: Sequence[AdapterFiles], changes: ChangesByPath, parameter_paths: set[str]
+    saved_adapters: Sequence[AdapterFiles],
+    changes_by_path: ChangesByPath,
+    parameter_paths: set[str],
 ) -> Iterator[str]:
     """The error texts for changes with one model path that cannot belong to one weight, because
     their shapes differ, or because one is of a module and another of the module's parameter."""
-    for model_path, entries in changes.items():
+    for model_path, entries_by_adapter in changes_by_path.items():
         index_by_shape: dict[tuple, int] = {}
-        for adapter_index, (path, layer) in entries.items():
+        for adapter_index, (path, layer) in entries_by_adapter.items():
             shape_key = (
                 layer.suffixes,
                 peft.targets_parameter(path, layer),
@@ -111,7 +113,7 @@ def _mismatch_problems(
             )
     for model_path in parameter_paths:
         module_path = model_path.rpartition(".")[0]
-        if module_path in changes and module_path not in parameter_paths:
+        if module_path in changes_by_path and module_path not in parameter_paths:
             problem = (
                 f"a change of the module {module_path!r} in one adapter and of its parameter"
                 f" {model_path!r} in another"
@@ -129,40 +131,52 @@ def _find_weights_and_aliases(
     """Two mappings by model path: to the path of the weight, if a record lists it; and for an alias
     of a tied weight to (model path of the weight's first name, whether the alias is transposed)."""
     weight_paths: dict[str, str] = {}
-    candidates: dict[str, dict[tuple[str, bool], None]] = {}
-    layers_by_path = [
+    candidates_by_path: dict[str, dict[tuple[str, bool], None]] = {}
+    layers_per_adapter = [
         {layer.target_path: layer for layer in saved_adapter.low.values()}
         for saved_adapter in saved_adapters
     ]
-    for saved_adapter, layers in zip(saved_adapters, layers_by_path, strict=True):
+    for saved_adapter, layers_by_path in zip(saved_adapters, layers_per_adapter, strict=True):
         # the paths of the weights in the record, by model path
         recorded_weights = {
-            path if path in layers else path.rpartition(".")[0]: path
+            path if path in layers_by_path else path.rpartition(".")[0]: path
             for path in saved_adapter.metadata.get("changes", {})
         }
         weight_paths |= recorded_weights
         for model_path in (
-            layers.keys() - recorded_weights.keys() if saved_adapter.record is not None else ()
+            layers_by_path.keys() - recorded_weights.keys()
+            if saved_adapter.record is not None
+            else ()
         ):
-            ties = {
+            tie_candidates = {
                 (tied_path, transposed): None
                 for tied_path in recorded_weights
-                if tied_path in layers
-                for transposed in _tie_orientations(layers[model_path], layers[tied_path])
+                if tied_path in layers_by_path
+                for transposed in _tie_orientations(
+                    layers_by_path[model_path], layers_by_path[tied_path]
+                )
             }
-            candidates[model_path] = {
+            candidates_by_path[model_path] = {
                 candidate: None
-                for candidate in candidates.get(model_path, ties)
-                if candidate in ties
+                for candidate in candidates_by_path.get(model_path, tie_candidates)
+                if candidate in tie_candidates
             }
     aliases: dict[str, tuple[str, bool]] = {}
-    for model_path, ties in candidates.items():
+    for model_path, tie_candidates in candidates_by_path.items():
         # Several first names can match. Their changes are then equal in every adapter, so the
         # choice makes no difference.
-        for tied_path, transposed in ties:
+        for tied_path, transposed in tie_candidates:
             # every adapter must change both weights equally, or neither
-            pairs = [(layers.get(model_path), layers.get(tied_path)) for layers in layers_by_path]
-            if all(transposed in _tie_orientations(a, b) if a and b else a is b for a, b in pairs):
+            layer_pairs = [
+                (layers_by_path.get(model_path), layers_by_path.get(tied_path))
+                for layers_by_path in layers_per_adapter
+            ]
+            if all(
+                transposed in _tie_orientations(alias_layer, tied_layer)
+                if alias_layer and tied_layer
+                else alias_layer is tied_layer
+                for alias_layer, tied_layer in layer_pairs
+            ):
                 aliases[model_path] = tied_path, transposed
                 break
         else:
@@ -188,7 +202,7 @@ def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer)
 
 
 def _entry_paths(
-    changes: ChangesByPath,
+    changes_by_path: ChangesByPath,
     parameter_paths: set[str],
     parameter_order: ParameterOrder | None,
     problems: list[str],
@@ -196,25 +210,25 @@ def _entry_paths(
     """The path of each change in a folder that holds the changes of all adapters, by model path. It
     includes the names of the modules that PEFT wraps around an adapted module."""
     parameters_by_module: dict[str, list[str]] = {}
-    for model_path in filter(parameter_paths.__contains__, changes):
+    for model_path in filter(parameter_paths.__contains__, changes_by_path):
         parameters_by_module.setdefault(model_path.rpartition(".")[0], []).append(model_path)
     wrapper_counts = {
-        module_path: len(module_parameters)
-        for module_path, module_parameters in parameters_by_module.items()
+        module_path: len(parameters_of_module)
+        for module_path, parameters_of_module in parameters_by_module.items()
     }
     entry_paths: dict[str, str] = {}
-    for model_path, entries in changes.items():
+    for model_path, entries_by_adapter in changes_by_path.items():
         module_path, _, leaf_name = model_path.rpartition(".")
         if model_path in parameter_paths:
             ordered_parameters = _order_parameters(
                 module_path,
                 parameters_by_module.pop(module_path, []),
-                changes,
+                changes_by_path,
                 parameter_order,
                 problems,
             )
             for position, parameter in enumerate(ordered_parameters, 1):
-                wrappers = ["base_layer"] * (len(ordered_parameters) - position)
+                wrapper_segments = ["base_layer"] * (len(ordered_parameters) - position)
                 entry_paths[parameter] = ".".join(
                     [
                         *(
@@ -222,10 +236,10 @@ def _entry_paths(
                             if module_path
                             else []
                         ),
-                        *wrappers,
+                        *wrapper_segments,
                     ]
                 )
-        elif any(peft.attention_of(path) is not None for path, _ in entries.values()):
+        elif any(peft.attention_of(path) is not None for path, _ in entries_by_adapter.values()):
             path = peft_paths.add_wrappers(model_path, wrapper_counts)
             entry_paths[model_path] = f"{path.removesuffix(leaf_name)}base_layer.{leaf_name}"
         else:
@@ -236,7 +250,7 @@ def _entry_paths(
 def _order_parameters(
     module_path: str,
     parameter_paths: list[str],
-    changes: ChangesByPath,
+    changes_by_path: ChangesByPath,
     parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> list[str]:
@@ -250,14 +264,14 @@ def _order_parameters(
             parameter_paths,
             key=[parameter_path(module_path, name) for name in parameter_order(module_path)].index,
         )
-    for adapter_index in {index for path in parameter_paths for index in changes[path]}:
-        depths = {
-            path: peft_paths.strip_wrappers(changes[path][adapter_index][0])[1]
+    for adapter_index in {index for path in parameter_paths for index in changes_by_path[path]}:
+        wrapper_depths = {
+            path: peft_paths.strip_wrappers(changes_by_path[path][adapter_index][0])[1]
             for path in parameter_paths
-            if adapter_index in changes[path]
+            if adapter_index in changes_by_path[path]
         }
-        if len(depths) == len(parameter_paths):
-            return sorted(parameter_paths, key=lambda path: -depths[path])
+        if len(wrapper_depths) == len(parameter_paths):
+            return sorted(parameter_paths, key=lambda path: -wrapper_depths[path])
     problem = (
         f"parameters of {module_path!r} ({listing(parameter_paths)}) that no one adapter changes"
         " all of"
@@ -275,7 +289,7 @@ def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
     Raises:
         AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.
     """
-    products = {}
+    changes_by_path = {}
     for path, layer in saved_adapter.low.items():
         is_repeated = saved_adapter.record is None and peft_paths.attention_of(path) is not None
         if (
@@ -287,9 +301,9 @@ def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
                 "a known meaning",
                 "use PEFT for it",
             )
-        products[layer.target_path] = (
+        changes_by_path[layer.target_path] = (
             replace(layer.low, scale=layer.scale * peft_behaviour.OUT_PROJ_REPEATS)
             if is_repeated
             else layer.low
         )
-    return products
+    return changes_by_path

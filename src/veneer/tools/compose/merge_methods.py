@@ -56,7 +56,7 @@ MERGE_METHODS = {
 
 def merge_vectors(
     method: MergeMethod,
-    vectors: Sequence[ComputeVector],
+    vector_functions: Sequence[ComputeVector],
     coefficients: Sequence[float],
     density: float,
     seed: str,
@@ -68,14 +68,14 @@ def merge_vectors(
     thresholds: dict[int, Tensor] = {}
 
     def sparsify(index: int) -> Tensor:
-        vector = vectors[index]() * coefficients[index]
+        vector = vector_functions[index]() * coefficients[index]
         # an entry is kept with probability ``density`` and divided by ``density``, so that its
         # expectation stays
         if method.keeps_random:
-            uniform = torch.rand(
+            uniform_samples = torch.rand(
                 vector.shape, generator=seeded_generator(f"{seed}/{index}"), dtype=torch.float32
             )
-            return (vector / density).where(uniform.to(vector.device) < density, 0)
+            return (vector / density).where(uniform_samples.to(vector.device) < density, 0)
         # at least one entry is kept, and each entry that equals the threshold
         if index not in thresholds:
             retained_count = max(1, round(density * vector.numel()))
@@ -84,13 +84,13 @@ def merge_vectors(
             )
         return vector.where(vector.abs() >= thresholds[index], 0)
 
-    total = sum(map(sparsify, range(1, len(vectors))), start=sparsify(0))
+    vector_sum = sum(map(sparsify, range(1, len(vector_functions))), start=sparsify(0))
     if not method.elects_sign:
-        return total
+        return vector_sum
     # for each entry: the mean over the vectors that have the sign of the sum; 0 if the sum is 0
-    sign = total.sign()
-    agreeing_sum, agreeing_count = torch.zeros_like(total), torch.zeros_like(total)
-    for index in range(len(vectors)):
+    sign = vector_sum.sign()
+    agreeing_sum, agreeing_count = torch.zeros_like(vector_sum), torch.zeros_like(vector_sum)
+    for index in range(len(vector_functions)):
         vector = sparsify(index)
         agrees = (vector.sign() == sign) & (sign != 0)
         agreeing_sum += vector.where(agrees, 0)
@@ -114,8 +114,8 @@ def nearest_product(delta: Tensor, rank: int | None, energy: float | None) -> tu
         low_rank, _ = svd.cut(svd.rank_for(energy or 1.0))
     else:
         rank = min(rank, *delta.shape[1:])
-        factors = [split(matrix, leading(matrix, rank)[0]) for matrix in delta]
-        A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
+        factor_pairs = [split(matrix, leading(matrix, rank)[0]) for matrix in delta]
+        A, B = (torch.stack(factor_matrices) for factor_matrices in zip(*factor_pairs, strict=True))
         low_rank = LowRank(A, B, 1.0)
     zero_rows = (delta == 0).all(2, keepdim=True)
     zero_columns = (delta == 0).all(1, keepdim=True)

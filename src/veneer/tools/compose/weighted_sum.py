@@ -69,16 +69,16 @@ class CombinedChange(NamedTuple):
     error: float
 
 
-def reduce_rank(total: LowRank, options: ComposeOptions) -> CombinedChange:
+def reduce_rank(change: LowRank, options: ComposeOptions) -> CombinedChange:
     """The change ``total``, truncated to the rank or energy in ``options`` unless the method is
     "sum"."""
     if options.method == "sum" or (
-        options.rank is not None and total.rank <= min(options.rank, total.largest_rank)
+        options.rank is not None and change.rank <= min(options.rank, change.largest_rank)
     ):
-        return CombinedChange(total.compact(), None, total.norm(), 0.0)
-    svd = total.svd()
+        return CombinedChange(change.compact(), None, change.norm(), 0.0)
+    svd = change.svd()
     rank = options.rank if options.rank is not None else svd.rank_for(options.energy or 1.0)
-    low_rank, error = svd.cut(min(rank, total.largest_rank))
+    low_rank, error = svd.cut(min(rank, change.largest_rank))
     return CombinedChange(low_rank, None, float(svd.S.norm()), error)
 
 
@@ -97,20 +97,24 @@ def sum_with_magnitudes(
     G = 1 + torch.stack(
         [term.coefficient * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
     ).sum(0)
-    zero_rows = int((G.abs() < MIN_GAIN).sum())
-    if zero_rows:
+    zero_row_count = int((G.abs() < MIN_GAIN).sum())
+    if zero_row_count:
         raise AdapterError(
-            f"a sum that scales {zero_rows} rows of {model_path!r} to 0",
+            f"a sum that scales {zero_row_count} rows of {model_path!r} to 0",
             "a row that is W's, rescaled, plus a product",
             "change the weights a little, or use another method",
         )
-    products = [
+    rescaled_changes = [
         term.low_rank.to(torch.float64).scale_rows(gain)
         for term, gain in zip(terms, gains, strict=True)
     ]
-    total = LowRank.sum(products, [term.coefficient for term in terms])
-    norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
-    low_rank, *_, error = reduce_rank(total, options)
+    summed_change = LowRank.sum(rescaled_changes, [term.coefficient for term in terms])
+    norm = float(
+        torch.baddbmm(
+            (G - 1)[..., None] * W, summed_change.B, summed_change.A, alpha=summed_change.scale
+        ).norm()
+    )
+    low_rank, *_, error = reduce_rank(summed_change, options)
     # The magnitude is computed from the rounded factors, so that programs that load the file get
     # the gain G from it.
     low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
@@ -145,10 +149,13 @@ def merge_by_method(
         gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
-    vectors, seed = [partial(dense_change, term) for term in terms], f"{options.seed}/{model_path}"
-    delta = merge_vectors(
+    task_vector_functions, seed = (
+        [partial(dense_change, term) for term in terms],
+        f"{options.seed}/{model_path}",
+    )
+    merged_delta = merge_vectors(
         MERGE_METHODS[options.method],
-        vectors,
+        task_vector_functions,
         [term.coefficient for term in terms],
         options.density,
         seed,
@@ -158,5 +165,5 @@ def merge_by_method(
         if options.rank is None and options.energy is None
         else options.rank
     )
-    low_rank, error = nearest_product(delta, rank, options.energy)
-    return CombinedChange(low_rank, None, float(delta.norm()), error)
+    low_rank, error = nearest_product(merged_delta, rank, options.energy)
+    return CombinedChange(low_rank, None, float(merged_delta.norm()), error)

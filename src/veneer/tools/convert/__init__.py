@@ -143,16 +143,16 @@ def conversion(
         raise AdapterError(
             problem, "the base that the adapter was made for", 'give base, or choose "peft"'
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temp_dir:
         saved_adapter, contents, errors = read_source(
-            source, source_format, Path(scratch) / "adapter", base_info, options, verify_base
+            source, source_format, Path(temp_dir) / "adapter", base_info, options, verify_base
         )
         left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
         require_supported(saved_adapter, source_format, target, base_info)
         if saved_adapter.tuner is not None and to == "peft":
             saved_adapter = folder.read(
                 write_derived(
-                    Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+                    Path(temp_dir) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
                 )
             )
         weights_only = not FORMATS[source_format].peft
@@ -169,8 +169,8 @@ def conversion(
             changes = list_changes(saved_adapter, base_info.facts)
             adapter = build_adapter(saved_adapter, to, changes, base_info, adapted_base)
             changes = adapter.changes
-            with new_file(out, overwrite=overwrite) as file:
-                left_out += target.write(adapter, file, base_info.facts, options)
+            with new_file(out, overwrite=overwrite) as file_path:
+                left_out += target.write(adapter, file_path, base_info.facts, options)
     ranks, full_names = _list_ranks(saved_adapter, changes), _list_full_names(saved_adapter)
     source_name = source_format if tuner_type is None else f"peft ({tuner_type})"
     return Conversion(out, source_name, to, ranks, full_names, tuple(left_out), errors)
@@ -180,8 +180,8 @@ def _list_ranks(saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]) -
     """The rank of each change, by the path of its weight. A weight with trained tokens and no other
     change is listed with the number of these tokens."""
     token_counts = {
-        parameter_path(path, "weight"): len(tokens.ids)
-        for path, tokens in saved_adapter.tokens.items()
+        parameter_path(path, "weight"): len(trained_tokens.ids)
+        for path, trained_tokens in saved_adapter.tokens.items()
     }
     return token_counts | {change.weight: change.layer.rank for change in changes}
 
@@ -341,27 +341,35 @@ def detect(path: str | Path) -> str:
         problem = f"{path}, a pickle, which runs code as it is opened"
         raise AdapterError(problem, "safetensors or GGUF", "get the adapter as safetensors")
     header = read_header(path) if is_safetensors else Header({}, {}, 0)
-    keys, metadata = header.tensors, header.metadata
+    tensor_keys, metadata = header.tensors, header.metadata
     for format_ in FORMATS:
-        if format_.recognises(first_bytes, keys, metadata):
+        if format_.recognises(first_bytes, tensor_keys, metadata):
             return format_.name
-    if any(key.startswith(peft.PREFIX) for key in keys):
+    if any(key.startswith(peft.PREFIX) for key in tensor_keys):
         problem = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
         raise AdapterError(problem, "the folder", "name the folder that holds both")
-    problem = f"{path} with keys such as {listing(sorted(keys), 2)}" if keys else str(path)
+    problem = (
+        f"{path} with keys such as {listing(sorted(tensor_keys), 2)}" if tensor_keys else str(path)
+    )
     raise AdapterError(problem, f"one of {', '.join(FORMATS.names())}", "check the file")
 
 
 def _detect_folder(path: Path) -> str:
-    tensor_file = path / peft.TENSORS
-    if tensor_file.is_file():
-        return "veneer" if "veneer" in read_header(tensor_file).metadata else "peft"
-    files = sorted(path.iterdir())
-    if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
-        problem = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
+    tensor_path = path / peft.TENSORS
+    if tensor_path.is_file():
+        return "veneer" if "veneer" in read_header(tensor_path).metadata else "peft"
+    file_paths = sorted(path.iterdir())
+    if pickle_names := [
+        file_path.name
+        for file_path in file_paths
+        if file_path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    ]:
+        problem = f"{listing(pickle_names, 2)} in {path}, a pickle, which runs code as it is opened"
         raise AdapterError(problem, peft.TENSORS, "save the adapter again as safetensors")
-    file_names = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
-    do = f"name the file, such as {path / file_names[0]}" if file_names else "check the path"
+    file_names = [
+        file_path.name for file_path in file_paths if file_path.suffix in (".safetensors", ".gguf")
+    ]
+    fix = f"name the file, such as {path / file_names[0]}" if file_names else "check the path"
     raise AdapterError(
-        f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do
+        f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", fix
     )

@@ -72,13 +72,14 @@ def _require_weights(model: nn.Module) -> nn.Module:
 def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
     """Names, shapes and config of a model. ``name``: what the record calls the base; None takes the
     name in the config."""
-    names = Names(model)
-    weights = {
-        parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)
+    model_index = Names(model)
+    weights_by_name = {
+        parameter_path(*ref): weight_of(model_index.modules[ref[0]], ref[1])
+        for ref in all_refs(model_index)
     }
     shapes = {
         weight_name: tuple(storage_of(weight).shape(weight))
-        for weight_name, weight in weights.items()
+        for weight_name, weight in weights_by_name.items()
         if weight is not None
     }
     config: Any = getattr(model, "config", None)
@@ -99,9 +100,9 @@ def _folder_facts(path: Path) -> tuple[BaseFacts, nn.Module | None]:
             # transformers lacks the class, so only the names in the files are known
             pass
     shapes = {
-        parameter_path(part, name): entry.shape
-        for part in ("", *PARTS)
-        for file in sorted((path / part).glob("*.safetensors"))
-        for name, entry in read_header(file).tensors.items()
+        parameter_path(component, name): tensor_entry.shape
+        for component in ("", *PARTS)
+        for file_path in sorted((path / component).glob("*.safetensors"))
+        for name, tensor_entry in read_header(file_path).tensors.items()
     }
     return BaseFacts(shapes, config.get("text_config") or config, str(path)), None

@@ -47,10 +47,12 @@ def build_adapter(
             return deltas.deltas_of_file(changes, saved_adapter.full)
         with adapted_base() as model:
             model_deltas = deltas.deltas_of_model(model, deltas.ADAPTER_NAME)
-            split_refs = split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
-        if split_refs is not None:
-            embedding, head = (parameter_path(*ref) for ref in split_refs)
-            model_deltas = {**model_deltas, head: model_deltas[embedding]}
+            split_head_refs = (
+                split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
+            )
+        if split_head_refs is not None:
+            embedding_path, head_path = (parameter_path(*ref) for ref in split_head_refs)
+            model_deltas = {**model_deltas, head_path: model_deltas[embedding_path]}
         return model_deltas, []
 
     base_record: Mapping[str, Any] = saved_adapter.metadata.get("base") or {
@@ -88,14 +90,16 @@ def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRank
     may_be_transposed = peft.may_be_transposed(saved_adapter.peft_config)
     changes = []
     for path, layer in saved_adapter.low.items():
-        weight = _weight_name(path, layer, recorded_changes, fused_modules, facts)
-        recorded_kind = recorded_changes.get(weight, {}).get("kind")
+        weight_path = _weight_name(path, layer, recorded_changes, fused_modules, facts)
+        recorded_kind = recorded_changes.get(weight_path, {}).get("kind")
         if recorded_kind is not None:
             transposed = recorded_kind == "conv1d_transformers"
         else:
             transposed = None if may_be_transposed else False
-        kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
-        changes.append(LowRankChange(weight, layer, kind))
+        layer_kind = kind_of_change(
+            path, layer, weight_path, transposed, facts.shapes.get(weight_path)
+        )
+        changes.append(LowRankChange(weight_path, layer, layer_kind))
     return tuple(changes)
 
 
@@ -117,8 +121,10 @@ def _weight_name(
         or target_path in facts.shapes
     ):
         return target_path
-    candidates = [weight for weight in recorded_weights if weight.rpartition(".")[0] == target_path]
-    if len(candidates) == 1:
-        return candidates[0]
+    candidate_names = [
+        weight for weight in recorded_weights if weight.rpartition(".")[0] == target_path
+    ]
+    if len(candidate_names) == 1:
+        return candidate_names[0]
     is_fused = target_path in fused_modules or f"{target_path}.in_proj_weight" in facts.shapes
     return f"{target_path}.{'in_proj_weight' if is_fused else 'weight'}"

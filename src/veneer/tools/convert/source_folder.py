@@ -31,7 +31,7 @@ from veneer.tools.convert.base_info import BaseInfo
 def read_source(
     source: Path,
     source_format: str,
-    scratch: Path,
+    scratch_folder: Path,
     base_info: BaseInfo,
     options: Options,
     verify_base: bool,
@@ -50,16 +50,18 @@ def read_source(
     if not contents.low and not contents.deltas:
         raise AdapterError(f"no change at all in {source}", "at least one", "check the file")
     if contents.deltas:
-        errors = _write_from_deltas(source, contents, scratch, base_info, options, verify_base)
-        return folder.read(scratch), contents, errors
-    has_magnitude = [bool(layer.extras) for layer in contents.low.values()]
-    if any(has_magnitude) and not all(has_magnitude):
+        relative_errors = _write_from_deltas(
+            source, contents, scratch_folder, base_info, options, verify_base
+        )
+        return folder.read(scratch_folder), contents, relative_errors
+    dora_flags = [bool(layer.extras) for layer in contents.low.values()]
+    if any(dora_flags) and not all(dora_flags):
         raise AdapterError(
-            f"{source}, where {sum(has_magnitude)} of {len(has_magnitude)} layers are DoRA",
+            f"{source}, where {sum(dora_flags)} of {len(dora_flags)} layers are DoRA",
             "all of them or none",
             "merge it with the tool that made it",
         )
-    config_only = AdapterFiles(
+    config_only_adapter = AdapterFiles(
         path=source,
         config=LoraConfig(),
         peft_config={
@@ -74,8 +76,8 @@ def read_source(
         full={},
         adapter_parameters={},
     )
-    write_derived(scratch, [config_only], contents.low, variant=contents.variant)
-    return folder.read(scratch), contents, {}
+    write_derived(scratch_folder, [config_only_adapter], contents.low, variant=contents.variant)
+    return folder.read(scratch_folder), contents, {}
 
 
 def read_tuner_type(source: Path) -> str | None:
@@ -102,7 +104,7 @@ def _weight_lookup(facts: BaseFacts) -> peft_tuners.WeightLookup | None:
 def _write_from_deltas(
     source: Path,
     contents: Contents,
-    scratch: Path,
+    scratch_folder: Path,
     base_info: BaseInfo,
     options: Options,
     verify_base: bool,
@@ -119,47 +121,60 @@ def _write_from_deltas(
     if verify_base:
         _verify_fingerprints(model, contents.metadata.get("base") or {}, source)
     full_names = frozenset(contents.deltas) if options.whole else contents.full
-    errors = deltas.install_deltas(
+    relative_errors = deltas.install_deltas(
         model, contents.deltas, full_names, rank=options.rank, energy=options.energy
     )
     try:
-        save(model, scratch, name=deltas.ADAPTER_NAME, base_name=contents.base_name)
+        save(model, scratch_folder, name=deltas.ADAPTER_NAME, base_name=contents.base_name)
     finally:
         detach(model, deltas.ADAPTER_NAME)
-    return errors
+    return relative_errors
 
 
-def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Path) -> None:
+def _verify_fingerprints(model: nn.Module, base_record: Mapping[str, Any], source: Path) -> None:
     """``BaseMismatchError`` if the weights of ``model`` do not match the fingerprints in
     ``record``, which the dense file ``source`` copied from its adapter's record."""
-    tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
+    model_weights = [
+        model_weight for model_weight in list_weights(Names(model)) if model_weight.is_readable
+    ]
     fingerprints = zip(
-        tensors, fingerprints_of(tensors, hash_kind=recorded_hash_kind(record)), strict=True
+        model_weights,
+        fingerprints_of(model_weights, hash_kind=recorded_hash_kind(base_record)),
+        strict=True,
     )
     fingerprint_by_name = {
-        name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names
+        name: fingerprint
+        for model_weight, fingerprint in fingerprints
+        for name in model_weight.names
     }
-    changed_weights, unchanged_weights = record.get("weights") or {}, record.get("rest") or {}
-    mismatches = [
+    changed_weights, unchanged_weights = (
+        base_record.get("weights") or {},
+        base_record.get("rest") or {},
+    )
+    mismatched_paths = [
         name
         for name, expected in changed_weights.items()
         if fingerprint_by_name.get(name) != expected
     ]
-    mismatches += [
+    mismatched_paths += [
         name
         for name, expected in unchanged_weights.items()
         if fingerprint_by_name.get(name, expected) != expected
     ]
-    earlier_hashes = earlier_fingerprints(tensors, recorded_hash_kind(record)) if mismatches else {}
-    mismatches = [
+    earlier_hashes = (
+        earlier_fingerprints(model_weights, recorded_hash_kind(base_record))
+        if mismatched_paths
+        else {}
+    )
+    mismatched_paths = [
         name
-        for name in mismatches
-        if earlier_hashes.get(name) != recorded_fingerprints(record).get(name, "")
+        for name in mismatched_paths
+        if earlier_hashes.get(name) != recorded_fingerprints(base_record).get(name, "")
     ]
-    if mismatches:
+    if mismatched_paths:
         raise BaseMismatchError(
-            f"other weights at {listing(mismatches, 3)} than those of {record.get('name')}, for"
-            f" which {source} was made",
+            f"other weights at {listing(mismatched_paths, 3)} than those of"
+            f" {base_record.get('name')}, for which {source} was made",
             "its own base",
             "give that one, or pass verify_base=False",
         )

@@ -37,14 +37,14 @@ def require_supported(
     needs_checks = target.name not in ("veneer", "dense") or base_info.load_model is None
     if needs_checks:
         peft_fields.check_config(saved_adapter.peft_config, saved_adapter.record is not None)
-        output_changes = [
+        output_change_paths = [
             name
             for name, change in saved_adapter.metadata.get("changes", {}).items()
             if change.get("module_only")
         ]
-        if output_changes and not target.peft:
+        if output_change_paths and not target.peft:
             raise AdapterError(
-                f"changes of what modules give ({listing(output_changes, 3)}), whose weights"
+                f"changes of what modules give ({listing(output_change_paths, 3)}), whose weights"
                 " others read unchanged",
                 "changes of weights",
                 'keep the adapter beside its base, or convert it to "peft"',
@@ -101,9 +101,9 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
     if not convolutions:
         return
     assert base_info.load_model is not None  # such an adapter was read with the base's shapes
-    names = Names(base_info.load_model())
+    model_index = Names(base_info.load_model())
     for path in convolutions:
-        module = names.modules[names.canonical[path]]
+        module = model_index.modules[model_index.canonical[path]]
         reason = peft_behaviour.deviation_reason(kind_for(module, "weight").name, module)
         if reason is not None:
             yield sentence(
@@ -126,13 +126,17 @@ def _require_weight_changes(
             stacklevel=4,
         )
         return
-    names, config, problems = Names(model), saved_adapter.peft_config, []
+    model_index, peft_config, problems = Names(model), saved_adapter.peft_config, []
     for path, layer in saved_adapter.low.items():
-        ref = ref_at(names, path, config)
+        ref = ref_at(model_index, path, peft_config)
         if ref is None:
             continue
         reader_reason, layer_reason = deviation_reasons(
-            names, ref, layer, means_parameter(names, ref, config), saved_adapter.tuner
+            model_index,
+            ref,
+            layer,
+            means_parameter(model_index, ref, peft_config),
+            saved_adapter.tuner,
         )
         if reason := reader_reason or layer_reason:
             problem = (

@@ -55,7 +55,7 @@ from veneer.tools.extract.selection import (
 )
 from veneer.tools.extract.weight_pairs import (
     ModelPair,
-    Source,
+    ModelSource,
     WeightPair,
     open_models,
     pair_weights,
@@ -82,8 +82,8 @@ class _Product(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    base: Source,
-    tuned: Source,
+    base: ModelSource,
+    tuned: ModelSource,
     out: str | Path,
     *,
     rank: int | None = None,
@@ -133,32 +133,32 @@ def extract(
     """
     start_time, out = time.perf_counter(), Path(out)
     raise_all(ConfigError, "Nothing was extracted", _option_problems(rank, energy, least))
-    keep_patterns = keep_options(keep)
+    keep_entries = keep_options(keep)
     must_not_exist(out, overwrite)
     model_pair = open_models(base, tuned, model)
-    weight_pairs, names = pair_weights(model_pair), Names(model_pair.structure)
+    weight_pairs, model_index = pair_weights(model_pair), Names(model_pair.structure)
     changed_pairs = _find_changed(weight_pairs, model_pair)
     name = _free_adapter_name(model_pair.structure)
-    selection = select_weights(names, changed_pairs, targets, exclude, keep_patterns, name)
+    selection = select_weights(model_index, changed_pairs, targets, exclude, keep_entries, name)
     has_float64 = any(pair.base.dtype == torch.float64 for pair in selection.low_rank)
-    dtype = torch.float64 if has_float64 else torch.float32
+    factor_dtype = torch.float64 if has_float64 else torch.float32
     products, full_pairs = [], list(selection.full)
-    for done, pair in enumerate(selection.low_rank, 1):
-        product = _factor_change(pair, rank, energy, dtype)
+    for done_count, pair in enumerate(selection.low_rank, 1):
+        product = _factor_change(pair, rank, energy, factor_dtype)
         if progress is not None:
-            progress(product.report, done, len(selection.low_rank))
-        if LOSSY in keep_patterns and (product.report.large or product.report.kept < least):
+            progress(product.report, done_count, len(selection.low_rank))
+        if LOSSY in keep_entries and (product.report.large or product.report.kept < least):
             full_pairs.append((pair, LOSSY_PRODUCT))
         else:
             products.append(product)
     unchanged_count = len(weight_pairs) - len(changed_pairs)
-    report = _report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
-    _write(
+    report = _build_report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
+    _write_folder(
         model_pair,
         name,
         products,
         full_pairs,
-        dtype,
+        factor_dtype,
         out,
         base_name=base_name or model_pair.base_name,
         provenance={
@@ -183,14 +183,14 @@ def _free_adapter_name(model: nn.Module) -> str:
     return next(name for number in count() if (name := f"extracted{number}") not in used_names)
 
 
-def _report(
+def _build_report(
     out: Path,
     products: Sequence[_Product],
     full_pairs: PairsWithReason,
     selection: Selection,
     unchanged_count: int,
     model_pair: ModelPair,
-    least: float,
+    min_kept: float,
 ) -> ExtractReport:
     """The report of an extraction, with 0 seconds. ``ExtractError``: there is nothing to write."""
     if not products and not full_pairs:
@@ -210,7 +210,7 @@ def _report(
         lost=tuple(Lost(pair.path, pair.change_norm(), reason) for pair, reason in selection.lost),
         unchanged=unchanged_count,
         unread=model_pair.tuned.unread,
-        least=least,
+        least=min_kept,
         seconds=0.0,
     )
 
@@ -271,48 +271,48 @@ def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> 
 
 
 def _factor_change(
-    pair: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype
+    pair: WeightPair, rank: int | None, energy: float | None, factor_dtype: torch.dtype
 ) -> _Product:
     """The low-rank product nearest to the change of one weight, with factors in ``dtype``."""
     start_time = time.perf_counter()
     fingerprint = fingerprint_of(pair.base.shape, map(pair.base.read, pair.matrix_slices))
     dense_matrices = None if pair.is_stack else list(pair.matrices())
-    frozen_input = pair.kind.frozen_input(pair.module)
+    frozen_input_index = pair.layer_kind.frozen_input(pair.module)
     frozen_input_energy = 0.0
     # A product must not change a frozen input, such as the padding row of an embedding. The change
     # of this input is lost, and counts as error.
-    for matrix in dense_matrices or () if frozen_input is not None else ():
-        frozen_input_energy += matrix[:, frozen_input].double().square().sum().item()
-        matrix[:, frozen_input] = 0
+    for matrix in dense_matrices or () if frozen_input_index is not None else ():
+        frozen_input_energy += matrix[:, frozen_input_index].double().square().sum().item()
+        matrix[:, frozen_input_index] = 0
 
-    def matrices() -> Iterator[Tensor]:
+    def change_matrices() -> Iterator[Tensor]:
         return iter(dense_matrices) if dense_matrices is not None else pair.matrices()
 
     singular_vectors = None
     if energy is not None:
         spectra = []
-        for matrix in matrices():
+        for matrix in change_matrices():
             squared_values, singular_vectors = svd.spectrum(matrix)
             spectra.append(squared_values)
         rank = svd.smallest_rank(spectra, energy)
     assert rank is not None  # either `rank` or `energy` is given
-    rank, methods, factors = min(rank, pair.dims.max_rank), set(), []
+    rank, method_names, factor_pairs = min(rank, pair.dims.max_rank), set(), []
     change_energy = error_energy = frozen_input_energy
-    for index, matrix in enumerate(matrices()):
+    for index, matrix in enumerate(change_matrices()):
         if singular_vectors is not None and pair.dims.groups == 1:
             vectors, method = singular_vectors[:, :rank], "exact"
         else:
             vectors, method = svd.leading(matrix, rank, exact=energy is not None, seed=index)
-        A, B = (factor.to(dtype) for factor in svd.split(matrix, vectors))
+        A, B = (factor.to(factor_dtype) for factor in svd.split(matrix, vectors))
         change_energy += svd.energy(matrix)
         error_energy += svd.distance(matrix, A, B)
-        factors.append((A.cpu(), B.cpu()))
-        methods.add(method)
+        factor_pairs.append((A.cpu(), B.cpu()))
+        method_names.add(method)
     base_energy = sum(
         svd.energy(pair.base.read(matrix_slice).reshape(1, -1))
         for matrix_slice in pair.matrix_slices
     )
-    A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
+    A, B = (torch.stack(factor_matrices) for factor_matrices in zip(*factor_pairs, strict=True))
     report = Extracted(
         path=pair.path,
         dims=(pair.dims.groups, pair.dims.out, pair.dims.in_),
@@ -320,24 +320,24 @@ def _factor_change(
         change=change_energy**0.5,
         relative=(change_energy / base_energy) ** 0.5 if base_energy else math.inf,
         error=(error_energy / change_energy) ** 0.5,
-        method="exact" if methods == {"exact"} else "randomised",
+        method="exact" if method_names == {"exact"} else "randomised",
         seconds=time.perf_counter() - start_time,
     )
     return _Product(pair, A, B, fingerprint, report)
 
 
-def _write(
+def _write_folder(
     model_pair: ModelPair,
-    name: str,
+    adapter_name: str,
     products: Sequence[_Product],
     full_pairs: PairsWithReason,
-    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
     out: Path,
     **options: Any,
 ) -> None:
     """Install the adapter ``name`` on the base's model, save it to ``out``, and detach it.
     ``options``: further arguments of ``save``."""
-    names = Names(model_pair.structure)
+    model_index = Names(model_pair.structure)
     ranks = {product.pair.model_weight.ref: product.report.rank for product in products}
     target_paths = [product.pair.path for product in products] or [
         pair.path for pair, _ in full_pairs
@@ -347,13 +347,13 @@ def _write(
         rank=highest_rank,
         alpha=float(highest_rank),
         targets=tuple(target_paths),
-        dtype="float64" if dtype == torch.float64 else None,
+        dtype="float64" if factor_dtype == torch.float64 else None,
     )
     problems: list[str] = []
-    plans = plan_adapter(names, config, ranks, [pair for pair, _ in full_pairs], problems)
+    plans = plan_adapter(model_index, config, ranks, [pair for pair, _ in full_pairs], problems)
     raise_all(TargetError, "Nothing was written", problems)
     if model_pair.is_meta:
-        _randomize_rows([(names.modules[path], weight) for path, weight in ranks])
+        _randomize_rows([(model_index.modules[path], weight) for path, weight in ranks])
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.model_weight.ref: {"A": product.A, "B": product.B} for product in products
     }
@@ -366,39 +366,41 @@ def _write(
     }
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
-        install_adapter(model_pair.structure, name, plans, trainable=False, parameters=factors)
-        for path, _, module_parameters in adapters(model_pair.structure, name):
+        install_adapter(
+            model_pair.structure, adapter_name, plans, trainable=False, parameters=factors
+        )
+        for path, _, layer_adapter in adapters(model_pair.structure, adapter_name):
             for tensor_name, tensor in (
-                *module_parameters.full._parameters.items(),
-                *module_parameters.full._buffers.items(),
+                *layer_adapter.full._parameters.items(),
+                *layer_adapter.full._buffers.items(),
             ):
                 full_path = parameter_path(path, tensor_name)
-                source = (
+                stored_weight = (
                     model_pair.tuned if full_path in tuned_paths else model_pair.base
                 ).by_name.get(full_path)
-                if source is not None and tensor is not None:
-                    tensor.copy_(source.read(None))
-        for model_weight in list_weights(names):
+                if stored_weight is not None and tensor is not None:
+                    tensor.copy_(stored_weight.read(None))
+        for model_weight in list_weights(model_index):
             base_weight = model_pair.base.find(model_weight.names)
             if base_weight is not None and id(base_weight) not in product_weight_ids:
                 fingerprints[model_weight.path] = base_weight.fingerprint()
-        save(model_pair.structure, out, name=name, fingerprints=fingerprints, **options)
+        save(model_pair.structure, out, name=adapter_name, fingerprints=fingerprints, **options)
     finally:
         attached = adapters_of(model_pair.structure)
-        if attached is not None and name in attached.configs:
-            detach(model_pair.structure, name)
+        if attached is not None and adapter_name in attached.configs:
+            detach(model_pair.structure, adapter_name)
 
 
-def _randomize_rows(targets: Sequence[tuple[nn.Module, str]]) -> None:
+def _randomize_rows(targeted_weights: Sequence[tuple[nn.Module, str]]) -> None:
     """Fill the first rows of target weights with random values, in a model that was built without
     weights, if the module's class overrides the forward of its layer kind. ``save`` then runs this
     forward on a sample, and compares it with the layer kind's, to find out whether PEFT can apply
     the adapter. With weights of zeros, every forward would give the same."""
     generator = torch.Generator().manual_seed(0)
-    for module, name in targets:
-        kind, weight = kind_for(module, name), module._parameters.get(name)
-        has_stock_forward = kind is GENERAL_KIND or any(
-            base_class(module).forward is layer_class.forward for layer_class in kind.types()
+    for module, weight_name in targeted_weights:
+        layer_kind, weight = kind_for(module, weight_name), module._parameters.get(weight_name)
+        has_stock_forward = layer_kind is GENERAL_KIND or any(
+            base_class(module).forward is layer_class.forward for layer_class in layer_kind.types()
         )
         if weight is not None and not has_stock_forward:
             weight.data[:8].normal_(generator=generator)

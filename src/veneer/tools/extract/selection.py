@@ -52,7 +52,7 @@ class Selection(NamedTuple):
 
 
 def select_weights(
-    names: Names,
+    model_index: Names,
     changed_pairs: Sequence[WeightPair],
     targets: Targets,
     exclude: str | Sequence[str],
@@ -68,27 +68,29 @@ def select_weights(
         LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *keep_patterns])
     )
     raise_all(TargetError, "Nothing was extracted", problems)
-    problems += name_problems(names.model, adapter_name)
-    if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
+    problems += name_problems(model_index.model, adapter_name)
+    if (attached := adapters_of(model_index.model)) is not None and attached.merged is not None:
         problem = f"{attached.merged!r} merged into the weights of the base"
         problems.append(sentence(problem, "an unmerged base", "call veneer.unmerge(model) first"))
-    target_ref_list, target_problems = target_refs(names, config)
+    target_ref_list, target_problems = target_refs(model_index, config)
     problems += target_problems
     targeted_refs = set(target_ref_list)
-    unwritten_refs = excluded_refs(names, config, []) | _matching_refs(
-        names, [pattern for pattern in config.exclude if names.modules_matching(pattern)], []
+    unwritten_refs = excluded_refs(model_index, config, []) | _matching_refs(
+        model_index,
+        [pattern for pattern in config.exclude if model_index.modules_matching(pattern)],
+        [],
     )
-    keep_refs = _matching_refs(names, keep_patterns, problems)
+    keep_refs = _matching_refs(model_index, keep_patterns, problems)
     low_rank_pairs, full_pairs, lost_pairs = [], [], []
     for pair in changed_pairs:
         split_names = (path.rpartition(".") for path in pair.model_weight.names)
         # one reference for each name of a tied weight
-        refs = {(names.canonical[module_path], name) for module_path, _, name in split_names}
+        refs = {(model_index.canonical[module_path], name) for module_path, _, name in split_names}
         if refs & unwritten_refs and not refs & targeted_refs:
             lost_pairs.append((pair, EXCLUDED))
         elif refs & keep_refs:
             full_pairs.append((pair, REQUESTED))
-        elif not pair.model_weight.is_buffer and is_matrix(names, pair.model_weight.ref):
+        elif not pair.model_weight.is_buffer and is_matrix(model_index, pair.model_weight.ref):
             low_rank_pairs.append(pair) if refs & targeted_refs else lost_pairs.append(
                 (pair, NO_TARGET)
             )
@@ -97,15 +99,15 @@ def select_weights(
         else:
             full_pairs.append((pair, VECTOR))
     ranks = {pair.model_weight.ref: 1 for pair in low_rank_pairs}
-    plan_adapter(names, config, ranks, [pair for pair, _ in full_pairs], problems)
+    plan_adapter(model_index, config, ranks, [pair for pair, _ in full_pairs], problems)
     if LOSSY in keep:
-        plan_adapter(names, config, {}, low_rank_pairs, problems)
+        plan_adapter(model_index, config, {}, low_rank_pairs, problems)
     raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
     return Selection(tuple(low_rank_pairs), tuple(full_pairs), tuple(lost_pairs))
 
 
 def plan_adapter(
-    names: Names,
+    model_index: Names,
     config: LoraConfig,
     ranks: Mapping[ParamRef, int],
     full_pairs: Sequence[WeightPair],
@@ -115,7 +117,7 @@ def plan_adapter(
     scale is 1) and holds the weights of ``full_pairs`` in full. Reasons why the model cannot have
     this adapter are added to ``problems``."""
     low_rank_plans = plan_low(
-        names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
+        model_index, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
     full_names: dict[str, tuple[str, ...]] = {}
     for pair in full_pairs:
@@ -128,10 +130,10 @@ def plan_adapter(
         pair.model_weight.ref[0] for pair in full_pairs if pair.model_weight.is_buffer
     )
     return complete_plans(
-        names,
+        model_index,
         config,
         low_rank_plans,
-        with_ties(names, full_names),
+        with_ties(model_index, full_names),
         problems,
         full_modules=buffer_modules,
     )
@@ -140,33 +142,40 @@ def plan_adapter(
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     """The option ``keep`` as a tuple. ``ConfigError``: a pattern is empty or not a string, or
     ``keep`` contains both "auto" and "none"."""
-    entries = (keep,) if isinstance(keep, str) else tuple(keep)
-    if not all(isinstance(entry, str) and entry for entry in entries):
+    keep_entries = (keep,) if isinstance(keep, str) else tuple(keep)
+    if not all(isinstance(entry, str) and entry for entry in keep_entries):
         raise ConfigError(
             f"keep={keep!r}",
             "patterns of parameters or modules, 'auto', 'none' or 'lossy'",
             "name what is to be written whole",
         )
-    if AUTO in entries and NONE in entries:
+    if AUTO in keep_entries and NONE in keep_entries:
         raise ConfigError("keep with 'auto' and 'none'", "one of them", "leave one out")
-    return entries
+    return keep_entries
 
 
-def _matching_refs(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
+def _matching_refs(
+    model_index: Names, patterns: Sequence[str], problems: list[str]
+) -> set[ParamRef]:
     """The parameters and buffers that patterns match. A pattern matches the path of a parameter or
     of a module that contains it."""
     refs: set[ParamRef] = set()
     for pattern in patterns:
         module_paths = [
-            child for path in names.modules_matching(pattern) for child in names.subtree_paths(path)
+            child
+            for path in model_index.modules_matching(pattern)
+            for child in model_index.subtree_paths(path)
         ]
-        matches = [
+        matching_refs = [
             (path, name)
             for path in module_paths
-            for name in (*own_parameters(names.modules[path]), *names.modules[path]._buffers)
-        ] or names.parameters_matching(pattern)
-        if not matches:
-            problem = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
+            for name in (
+                *own_parameters(model_index.modules[path]),
+                *model_index.modules[path]._buffers,
+            )
+        ] or model_index.parameters_matching(pattern)
+        if not matching_refs:
+            problem = f"keep pattern {pattern!r} matches no parameter{model_index.suggest(pattern)}"
             problems.append(sentence(problem, "a name of this model", "correct or remove it"))
-        refs.update(matches)
+        refs.update(matching_refs)
     return refs

@@ -32,7 +32,7 @@ from veneer.models.base_weights import (
 )
 
 #: a model: its folder or name, a module, or a state dict
-Source = str | Path | nn.Module | Mapping[str, Tensor]
+ModelSource = str | Path | nn.Module | Mapping[str, Tensor]
 
 #: how many elements of a weight are cast at once
 CHUNK_SIZE = 1 << 21
@@ -65,7 +65,7 @@ class WeightPair:
     base: BaseWeight
     tuned: BaseWeight
     module: nn.Module
-    kind: Layer
+    layer_kind: Layer
 
     @property
     def path(self) -> str:
@@ -73,13 +73,13 @@ class WeightPair:
 
     @property
     def dims(self) -> Dims:
-        return self.kind.dims(self.module, torch.Size(self.base.shape))
+        return self.layer_kind.dims(self.module, torch.Size(self.base.shape))
 
     @property
     def is_stack(self) -> bool:
         """Whether the weight is a stack [g, …] of g matrices, each of which gets a product."""
         return (
-            self.kind is GENERAL_KIND
+            self.layer_kind is GENERAL_KIND
             and len(self.base.shape) == 3
             and self.dims.groups == self.base.shape[0]
         )
@@ -111,7 +111,7 @@ class WeightPair:
         for base, tuned in self.matrix_pairs():
             delta = difference(base, tuned)
             del base, tuned
-            yield from self.kind.unfold(
+            yield from self.layer_kind.unfold(
                 delta, self.dims._replace(groups=1) if self.is_stack else self.dims
             )
 
@@ -172,7 +172,7 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
     return delta
 
 
-def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPair:
+def open_models(base: ModelSource, tuned: ModelSource, model: nn.Module | None) -> ModelPair:
     """Open a base and a tuned model. Weights in folders are not read yet.
 
     Raises:
@@ -195,9 +195,9 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
         structure = unwrap(model)
         base_weights = state_dict_weights(structure, base, "the base")
     else:
-        folder, base_name = _folder(base, model), str(base)
-        structure = models.meta_model(folder) if model is None else unwrap(model)
-        base_weights = folder_weights(structure, folder)
+        folder_path, base_name = _model_folder(base, model), str(base)
+        structure = models.meta_model(folder_path) if model is None else unwrap(model)
+        base_weights = folder_weights(structure, folder_path)
     tuned_weights = _read_tuned(tuned, structure, has_config=model is None)
     model_pair = ModelPair(
         structure=structure,
@@ -218,7 +218,7 @@ def open_models(base: Source, tuned: Source, model: nn.Module | None) -> ModelPa
     return model_pair
 
 
-def _read_tuned(tuned: Source, structure: nn.Module, has_config: bool) -> BaseWeights:
+def _read_tuned(tuned: ModelSource, structure: nn.Module, has_config: bool) -> BaseWeights:
     """The weights of the tuned model. ``has_config``: whether to map the names in a folder by the
     folder's own config.json, because it may tie other weights than the base's config. Else the
     names are mapped by the base's model ``structure``."""
@@ -235,17 +235,19 @@ def _read_tuned(tuned: Source, structure: nn.Module, has_config: bool) -> BaseWe
         return module_weights(tuned, "the tuned model")
     if isinstance(tuned, Mapping):
         return state_dict_weights(structure, tuned, "the tuned model")
-    folder = _folder(tuned, structure)
+    folder_path = _model_folder(tuned, structure)
     if (
         has_config
-        and (folder / "config.json").is_file()
+        and (folder_path / "config.json").is_file()
         and hasattr(structure, "base_model_prefix")
     ):
-        return folder_weights(models.meta_model(folder, base_class(structure).__name__), folder)
-    return folder_weights(structure, folder)
+        return folder_weights(
+            models.meta_model(folder_path, base_class(structure).__name__), folder_path
+        )
+    return folder_weights(structure, folder_path)
 
 
-def _folder(source: str | Path, structure: nn.Module | None) -> Path:
+def _model_folder(source: str | Path, structure: nn.Module | None) -> Path:
     """The folder of a model's files. If ``structure`` is given, the folder needs no config.json."""
     path = Path(source).expanduser()
     is_model_folder = path.is_dir() and not (path / "adapter_config.json").is_file()
@@ -256,41 +258,43 @@ def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
     """Pair each parameter and persistent buffer of the base with the one of the tuned model, in the
     order of the base. ``ExtractError``: names, shapes or dtypes differ, or a tied weight has two
     values; the error lists every problem."""
-    names = Names(model_pair.structure)
-    pairs: list[WeightPair] = []
+    model_index = Names(model_pair.structure)
+    weight_pairs: list[WeightPair] = []
     missing_names: dict[str, list[str]] = {model_pair.base.label: [], model_pair.tuned.label: []}
     shape_texts, dtype_texts, untied_problems = [], [], []
-    model_names: set[str] = set()
-    for model_weight in list_weights(names):
-        model_names.update(model_weight.names)
-        base = model_pair.base.find(model_weight.names)
-        tuned = model_pair.tuned.find(model_weight.names)
-        if base is None or tuned is None:
+    model_weight_names: set[str] = set()
+    for model_weight in list_weights(model_index):
+        model_weight_names.update(model_weight.names)
+        base_weight = model_pair.base.find(model_weight.names)
+        tuned_weight = model_pair.tuned.find(model_weight.names)
+        if base_weight is None or tuned_weight is None:
             # a buffer that neither model stores has no change: the constructor computes it
-            if base is not None or tuned is not None or not model_weight.is_buffer:
-                missing_names[model_pair.base.label] += [model_weight.path] if base is None else []
+            if base_weight is not None or tuned_weight is not None or not model_weight.is_buffer:
+                missing_names[model_pair.base.label] += (
+                    [model_weight.path] if base_weight is None else []
+                )
                 missing_names[model_pair.tuned.label] += (
-                    [model_weight.path] if tuned is None else []
+                    [model_weight.path] if tuned_weight is None else []
                 )
             continue
         module, shape = model_weight.module, model_weight.shape
-        if not base.shape == tuned.shape == shape:
+        if not base_weight.shape == tuned_weight.shape == shape:
             shape_texts.append(
-                f"{model_weight.path} {list(base.shape)} and {list(tuned.shape)}"
+                f"{model_weight.path} {list(base_weight.shape)} and {list(tuned_weight.shape)}"
                 f" (the model's: {list(shape)})"
             )
             continue
         if dtypes := [
             str(weight.dtype)
-            for weight in (base, tuned)
+            for weight in (base_weight, tuned_weight)
             if weight.dtype not in FLOAT_DTYPES and not model_weight.is_buffer
         ]:
             dtype_texts.append(f"{model_weight.path} ({', '.join(dtypes)})")
-        untied_problems += _untied_problems(model_pair, model_weight, base, tuned)
-        kind = kind_for(module, model_weight.ref[1])
-        pairs.append(WeightPair(model_weight, base, tuned, module, kind))
+        untied_problems += _untied_problems(model_pair, model_weight, base_weight, tuned_weight)
+        layer_kind = kind_for(module, model_weight.ref[1])
+        weight_pairs.append(WeightPair(model_weight, base_weight, tuned_weight, module, layer_kind))
     extra_names = {
-        weights.label: sorted(weights.by_name.keys() - model_names)
+        weights.label: sorted(weights.by_name.keys() - model_weight_names)
         for weights in (model_pair.base, model_pair.tuned)
     }
     problems = _difference_problems(missing_names, extra_names, shape_texts, dtype_texts)
@@ -299,7 +303,7 @@ def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
         f"{model_pair.tuned.label} is no fine-tune of {model_pair.base.label}",
         [*problems, *untied_problems],
     )
-    return pairs
+    return weight_pairs
 
 
 #: how many names an error lists at most
@@ -336,26 +340,31 @@ def _difference_problems(
         (dtype_texts, dtype_problem, "", expected_dtypes, "dequantise the model first"),
     ]
     return [
-        sentence(f"{prefix}{listing(names, MAX_NAMES)}{suffix}", expected, do)
-        for names, prefix, suffix, expected, do in checks
-        if names
+        sentence(f"{prefix}{listing(affected_names, MAX_NAMES)}{suffix}", expected, fix)
+        for affected_names, prefix, suffix, expected, fix in checks
+        if affected_names
     ]
 
 
 def _untied_problems(
-    model_pair: ModelPair, model_weight: ModuleWeight, base: BaseWeight, tuned: BaseWeight
+    model_pair: ModelPair,
+    model_weight: ModuleWeight,
+    base_weight: BaseWeight,
+    tuned_weight: BaseWeight,
 ) -> Iterator[str]:
-    for weights, weight in ((model_pair.base, base), (model_pair.tuned, tuned)):
-        if not all(_equal(weight.read, read) for read in weight.duplicates):
+    for weights, weight in ((model_pair.base, base_weight), (model_pair.tuned, tuned_weight)):
+        if not all(_reads_equal_weights(weight.read, read) for read in weight.duplicates):
             problem = (
                 f"{listing(model_weight.names)}, one weight of the base, with different numbers in"
                 f" {weights.label}"
             )
-            do = "set tie_word_embeddings to false in the configuration of the base, and save it so"
-            yield sentence(problem, "one weight in both models", do)
+            fix = (
+                "set tie_word_embeddings to false in the configuration of the base, and save it so"
+            )
+            yield sentence(problem, "one weight in both models", fix)
 
 
-def _equal(first_reader: ReadRows, second_reader: ReadRows) -> bool:
+def _reads_equal_weights(first_reader: ReadRows, second_reader: ReadRows) -> bool:
     """Whether two functions read equal weights."""
     first, second = first_reader(None), second_reader(None)
     return first.shape == second.shape and all(
