@@ -11,11 +11,11 @@
                    arXiv:2106.09685, section 7.2 and appendix G)
 
 All numbers are computed from the factors A and B in float64; ΔW is never formed. The subspaces are
-those of ΔW = B A. The rows of A may span more than the row space of ΔW, because a factor may have a
-lower rank than its shape allows.
+the row and column spaces of ΔW = B A, not those of A and B: if the columns of B are linearly
+dependent, the rows of A can span more than the row space of ΔW.
 
 For DoRA, B A and the magnitudes are compared separately, because their combined effect depends on
-the base.
+the weights of the base, which this module does not read.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ from veneer.tools.compose.align import applied_products
 
 __all__ = ["Difference", "FullDifference", "LayerDifference", "Space", "compare"]
 
-#: a singular value below this share of the largest one is rounding error and adds no rank
+#: a singular value of ΔW below this share of the largest one is taken for rounding error, so the
+#: rank of ΔW does not count it
 RANK_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Space:
-    """The similarity φ of two subspaces, and their principal angles in degrees, ascending."""
+    """The comparison of two subspaces with orthonormal bases U_A and U_B. ``similarity``:
+    φ = ‖U_Aᵀ U_B‖² / min(rank_A, rank_B), from 0 (orthogonal) to 1 (one contains the other).
+    ``angles``: the principal angles in degrees, ascending."""
 
     similarity: float
     angles: tuple[float, ...]
@@ -53,14 +56,16 @@ class Space:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One weight that both adapters change. Pairs hold the number of adapter A first.
+    """One weight that both adapters change. In each pair, the number of adapter A is the first.
 
     Fields:
         path: the path of the weight's module, or of the weight if PEFT targets it as a parameter.
+        ranks: the ranks of the factors of ΔW_A and of ΔW_B.
         norms: ‖ΔW_A‖ and ‖ΔW_B‖.
         difference: ‖ΔW_A − ΔW_B‖ divided by the larger of ``norms``.
-        rows, columns: the comparison of the row spaces and of the column spaces; None if one of the
-            changes is zero.
+        cosine: ⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖); 0 if one of the changes is zero.
+        rows, columns: the comparison of the row spaces and of the column spaces of ΔW_A and ΔW_B;
+            None if one of the changes is zero.
         magnitude: ‖m_A − m_B‖ of the DoRA magnitudes, divided by the larger of their norms; inf if
             only one adapter is DoRA, None if neither is.
     """
@@ -77,9 +82,9 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class FullDifference:
-    """One parameter, or one row of a trained token, of which both adapters store the new value P.
-    ``difference``: ‖P_A − P_B‖ divided by the larger of ‖P_A‖ and ‖P_B‖; inf if their shapes
-    differ."""
+    """One parameter that both adapters train in full, or one row of a token that both train.
+    ``difference``: ‖P_A − P_B‖ divided by the larger of ‖P_A‖ and ‖P_B‖, where P_A and P_B are the
+    trained values that the adapters store; inf if their shapes differ."""
 
     path: str
     difference: float
@@ -91,12 +96,12 @@ class Difference:
 
     a: Path
     b: Path
-    # paths of weights that only A changes, and of parameters and token rows that only A stores in
-    # full; ``only_b``: the same of B
+    # the paths of the weights that only A changes, and of the parameters and token rows whose new
+    # values only A stores; ``only_b`` holds the corresponding paths for B
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     layers: tuple[LayerDifference, ...]  # weights that both change
-    full: tuple[FullDifference, ...]  # parameters and token rows that both store in full
+    full: tuple[FullDifference, ...]  # parameters and token rows whose new values both store
     config: Mapping[str, tuple[Any, Any]]  # fields of the LoraConfig that differ, as (A's, B's)
     #: whether both were trained on the same base: "same", "different" or "unknown" ("unknown": an
     #: adapter has no record, no weight is in both records, or the records use different hashes)
@@ -116,19 +121,21 @@ class Difference:
 
     @property
     def identical(self) -> bool:
-        """Whether the adapters have equal changes and configs, and no different bases."""
+        """Whether changes and configs are equal, and the bases are not known to differ."""
         return self.same_change and not self.config and self.base != "different"
 
     @property
     def relative(self) -> float:
-        """‖ΔW_A − ΔW_B‖ / max(‖ΔW_A‖, ‖ΔW_B‖), with norms over all weights that both change."""
+        """‖ΔW_A − ΔW_B‖ / max(‖ΔW_A‖, ‖ΔW_B‖), with norms over all weights that both change; 0 if
+        all of these changes are zero."""
         distance = math.hypot(*(layer.difference * max(layer.norms) for layer in self.layers))
         largest_norm = max(self._norms)
         return distance / largest_norm if largest_norm else 0.0
 
     @property
     def cosine(self) -> float:
-        """The cosine of ΔW_A and ΔW_B, over all weights that both adapters change."""
+        """⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖), over all weights that both adapters change; 0 if one of
+        the adapters changes none of them."""
         inner_product = math.fsum(
             layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers
         )
@@ -312,8 +319,9 @@ def _compare_spaces(change_a: LowRank, change_b: LowRank) -> tuple[Space | None,
 
 
 def _relate_spaces(basis_pairs: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
-    """The similarity and the principal angles of two subspaces. ``bases``: for each matrix of the
-    weight, orthonormal bases [in or out, rank] of the two. None if ``bases`` is empty."""
+    """The similarity and the principal angles of the subspaces of two adapters. ``basis_pairs``:
+    for each matrix of the weight (a stack has several), an orthonormal basis [in or out, rank] of
+    either subspace. None if ``basis_pairs`` is empty."""
     if not basis_pairs:
         return None
     squared_overlap, angles = 0.0, []
@@ -324,12 +332,14 @@ def _relate_spaces(basis_pairs: Sequence[tuple[Tensor, Tensor]]) -> Space | None
             else (second_basis, first_basis)
         )
         inner_products = larger_basis.mT @ smaller_basis
-        # the cosines descend, so that the angles ascend
+        # Singular values descend, so the cosines are in the order of ascending angles. The sines
+        # are flipped to be in the same order.
         cosines = torch.linalg.svdvals(inner_products).clamp(max=1)
         sines = (
             torch.linalg.svdvals(smaller_basis - larger_basis @ inner_products).clamp(max=1).flip(0)
         )
-        # arccos loses half the digits near 0°, arcsin near 90°
+        # Each angle is computed by the more accurate function: arccos loses half the digits near
+        # 0°, arcsin near 90°.
         angles += torch.where(cosines**2 > 0.5, sines.asin(), cosines.acos()).rad2deg().tolist()
         squared_overlap += float(inner_products.square().sum())
     smaller_rank = sum(
@@ -371,8 +381,9 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ...]]:
-    """("same", "different" or "unknown" for the two bases, the paths of weights whose recorded
-    fingerprints differ)."""
+    """("same", "different" or "unknown" for the two bases, the paths of weights whose fingerprints
+    differ). A fingerprint is a hash of a base weight in an adapter's record. The result is
+    "unknown" if no weight has fingerprints by one hash function in both records."""
     fingerprints_a, fingerprints_b = (
         recorded_fingerprints(saved_adapter.metadata.get("base", {})) for saved_adapter in (a, b)
     )

@@ -3,8 +3,9 @@ singular vector of the base weight.
 
     W' = gain ⊙ (W + ΔW) = Σ σⱼ uⱼ vⱼᵀ        W = Σ sᵢ xᵢ yᵢᵀ        cosine(j) = maxᵢ |⟨uⱼ, xᵢ⟩|
 
-Of the left singular vectors of W', the first ``count`` are examined. uⱼ is an intruder if its
-cosine is below ``threshold`` (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1; they link
+W is the base weight, and gain is DoRA's factor for each row (1 for LoRA). Of the left singular
+vectors uⱼ of W', the first ``count`` are examined. uⱼ is an intruder if its cosine is below
+``threshold`` (Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1; they link
 intruders to forgetting). The number of intruders is compared with a control: a change of W with the
 same singular values in random directions. A high cosine means that the change strengthened or
 slightly rotated a direction of the base, which is harmless.
@@ -13,7 +14,7 @@ Cost for each weight (each matrix of a stack) with n = min(out, in): all xᵢ co
 eigenvectors of W Wᵀ or Wᵀ W, whichever is smaller. These take about 10 n³ operations in float64,
 measured on one core: 0.06 s at n = 576 and 2.8 s at n = 2048. The leading uⱼ of W' and of the
 control come from a bidiagonalisation with about a hundred matrix-vector products, which took 0.04 s
-and 0.7 s. Memory: one weight at a time in float64, its change, and this product of W with itself.
+and 0.7 s. Memory, for one weight at a time, in float64: W, W' and the product W Wᵀ or Wᵀ W.
 
 Rejected: comparing with the leading xᵢ alone, which would be cheaper. A change may amplify any xᵢ
 of the base into a leading position, and such a direction is not an intruder.
@@ -41,11 +42,12 @@ from veneer.tools.compose.weighted_sum import WeightedChange, gain_of
 #: defaults: how many leading singular vectors of a changed weight are examined, and the cosine
 #: below which one is an intruder
 DEFAULT_VECTOR_COUNT, DEFAULT_THRESHOLD = 10, 0.5
-#: a singular value of W below this share of the largest one is rounding error
+#: a singular value of W below this share of the largest one is taken for rounding error, so its
+#: singular vectors are not compared with those of W'
 RANK_TOLERANCE = 1e-6
 #: a singular triple (u, σ, v) of M has converged if ‖Mᵀu − σv‖ is below this share of the largest σ
 MAX_RESIDUAL = 1e-8
-#: a full SVD is computed if min(out, in) is at most this
+#: a full SVD, rather than a bidiagonalisation, is computed if min(out, in) is at most this
 FULL_SVD_SIZE = 96
 
 
@@ -63,14 +65,16 @@ class SingularTriples(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightIntruders:
-    """The intruders of one weight.
+    """The intruders of one weight: leading singular vectors of the changed weight W' that resemble
+    no singular vector of the base weight W. g: matrices in the weight, 1 for a linear layer.
 
     Fields:
         aligned_weight: the weight and its change.
         is_transposed: whether the adapter folder stores the change of the transposed weight.
-        cosines: cosine(j) of each examined singular vector of W', matrix by matrix; the same number
-            for each of the g matrices in the weight (g = 1 for a linear layer).
-        control: the same cosines of the control; empty unless the control was requested.
+        cosines: for each examined left singular vector of W', the largest absolute cosine with a
+            left singular vector of W. Each of the g matrices has equally many, one after another.
+        control: the cosines of the control, which is W plus a change with the singular values of
+            ΔW in random directions; empty unless the control was requested.
         intruders: for each of the g matrices, the singular triples of W' that are intruders.
         gain: the gain [g, out] of a DoRA change, else None.
         norm, distance: ‖W‖ and ‖W' − W‖.
@@ -101,13 +105,17 @@ def find_intruders(
     control: bool = False,
     seed: int = 0,
 ) -> Iterator[WeightIntruders]:
-    """Yield the intruders of each weight that an adapter changes; a tied weight is yielded once.
+    """Yield the intruders of each weight that an adapter changes: leading singular vectors of the
+    changed weight that resemble no singular vector of the base weight. A tied weight is yielded
+    once.
 
     Args:
-        count: how many leading singular vectors to examine; 0 computes the norms alone.
-        threshold: the cosine below which a vector is an intruder.
-        control: whether to examine the control too, a change of W with the same singular values in
-            random directions. ``seed``: the seed of these directions.
+        count: how many leading left singular vectors to examine; 0 computes the norms alone.
+        threshold: a vector is an intruder if its cosine with every left singular vector of the
+            base weight is below this, in absolute value.
+        control: whether to examine the control too: the base weight plus a change with the same
+            singular values in random directions.
+        seed: the seed of these directions.
 
     Raises:
         ConfigError: ``count`` or ``threshold`` has an invalid value.
@@ -195,9 +203,9 @@ def _find_in_weight(
 
 def _cosines(W: Tensor, squared_singular_values: Tensor, base_vectors: Tensor, U: Tensor) -> Tensor:
     """The largest cosine of each column uⱼ of U [out, k] with a left singular vector xᵢ of W:
-    maxᵢ |⟨uⱼ, xᵢ⟩|, [k]. ``squared_values`` and ``vectors`` are the result of ``spectrum(W)``: the
-    squares sᵢ² of the singular values of W, and its xᵢ if W has more columns than rows. Else
-    ``vectors`` are the right singular vectors yᵢ, from which xᵢ = W yᵢ / sᵢ."""
+    maxᵢ |⟨uⱼ, xᵢ⟩|, [k]. ``squared_singular_values`` and ``base_vectors`` are the result of
+    ``spectrum(W)``: the squares sᵢ² of the singular values of W, and its xᵢ if W has more columns
+    than rows. Else ``base_vectors`` are the right singular vectors yᵢ, so that xᵢ = W yᵢ / sᵢ."""
     is_nonzero = squared_singular_values > RANK_TOLERANCE**2 * squared_singular_values[:1]
     if W.shape[0] < W.shape[1]:
         inner_products = base_vectors.mT @ U
@@ -228,11 +236,12 @@ def leading_triples(matrix: Tensor, count: int) -> SingularTriples:
     singular value.
 
     The method is the bidiagonalisation of Golub and Kahan, from a random vector, with full
-    reorthogonalisation (Golub and Van Loan, Matrix Computations, section 10.4): M V = U B with a
-    bidiagonal B = P S Qᵀ. The triples (U p, s, V q) converge to the leading triples of M. Their
-    residual is the next superdiagonal element of B times the last component of p. A full SVD is
-    computed instead if ``matrix`` is small, if the triples do not converge within min(out, in) / 2
-    steps, or if the iteration reaches an invariant subspace (equal singular values).
+    reorthogonalisation (Golub and Van Loan, Matrix Computations, section 10.4): M V = U B, where M
+    is ``matrix``, and the SVD of the bidiagonal B is P S Qᵀ. For the columns p of P and q of Q, the
+    triples (U p, s, V q) converge to the leading triples of M. The residual of a triple is the next
+    superdiagonal element of B times the last component of p. A full SVD is computed instead if
+    ``matrix`` is small, if the triples do not converge within min(out, in) / 2 steps, or if the
+    iteration reaches an invariant subspace (equal singular values).
     """
     triples = _bidiagonalise(matrix, count) if min(matrix.shape) > FULL_SVD_SIZE else None
     if triples is not None:
@@ -242,12 +251,14 @@ def leading_triples(matrix: Tensor, count: int) -> SingularTriples:
 
 
 def _bidiagonalise(matrix: Tensor, count: int) -> SingularTriples | None:
-    """``leading_triples`` by bidiagonalisation; None if the iteration does not converge."""
+    """The result of ``leading_triples`` by bidiagonalisation; None if the iteration does not
+    converge or reaches an invariant subspace."""
     max_steps = min(matrix.shape) // 2
     start_vector = torch.randn(
         matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype
     )
-    # here, the basis vectors are the rows of U and V, not the columns
+    # here, the basis vectors are the rows of U and V, while the formulas in ``leading_triples``
+    # have them as columns
     U = matrix.new_zeros(max_steps, matrix.shape[0])
     V = matrix.new_zeros(max_steps + 1, matrix.shape[1])
     V[0] = (start_vector / start_vector.norm()).to(matrix.device)

@@ -8,7 +8,8 @@ task vectors (TIES, DARE).
 
 An adapter's weight wᵢ may be negative: wᵢ = −1 negates a task vector (Ilharco et al. 2023,
 arXiv:2212.04089). A sum of DoRA changes and LoRA changes is a DoRA change (``weighted_sum.py``).
-This sum needs the base: the gain is g = m / ‖W + ΔW‖, and a folder stores only m.
+It needs the base weights W, because DoRA rescales each row by m / ‖W + ΔW‖, and an adapter folder
+stores only the magnitudes m.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class ComposeReport:
 
     @property
     def error(self) -> float:
-        """The norm of what the truncation removed, divided by ‖ΔW‖ before it, over all layers."""
+        """The norm of the part that the truncation removed, divided by the norm of the change
+        before the truncation. Both norms are over all layers."""
         norm = math.hypot(*(layer.norm for layer in self.layers))
         return (
             math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
@@ -131,13 +133,15 @@ def compose(
         layers: factors by pattern: one number for all adapters, or a number for each. A factor
             multiplies the adapter's weight in the layers that the pattern matches. Patterns are as
             in ``LoraConfig``; the first one that matches a layer counts.
-        base: a model, or its weights by path (a mapping, or a function that raises KeyError). It is
-            needed for DoRA adapters. It is also needed for parameters that are trained in full,
-            unless the method is "sum" or "svd" and the weights of their adapters add up to 1.
+        base: a model, or its weights by path: a mapping, or a function of the path that raises
+            KeyError for an unknown one. It is needed for DoRA adapters. It is also needed for
+            parameters that are trained in full, unless the method is "sum" or "svd" and the
+            weights of the adapters that train the parameter add up to 1.
         model: the model that the weights in ``base`` belong to, possibly on the meta device. It is
             needed where the shape of a weight does not determine its layout: square weights of
             GPT-2's Conv1D, stacks of square matrices.
         seed: seed of the random choice of the entries that DARE drops.
+        provenance: JSON values to add to the provenance in the new adapter's record.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -191,8 +195,8 @@ def compose(
 
 
 def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[AdapterFiles]:
-    """The files of ``adapters``. ``AdapterError``: an adapter trains tokens or acts only on the
-    tokens from an invocation on, which a combination cannot express."""
+    """The content of each adapter folder. ``AdapterError``: an adapter trains single token rows, or
+    is active only from its invocation tokens on, neither of which a combination can express."""
     saved_adapters = [
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
     ]
@@ -237,10 +241,11 @@ def _provenance(
 
 
 def _unrecorded_notes(source_adapters: Sequence[AdapterFiles]) -> list[str]:
-    """Notes on adapters without a record, which other libraries wrote.
+    """One note if some adapters have no record (Veneer's metadata with fingerprints of the base),
+    because other libraries wrote them: nothing proves that their bases are equal. Else no note.
 
     Raises:
-        AdapterError: there is such an adapter, and PEFT and Veneer would compute different results
+        AdapterError: an adapter has no record, and PEFT and Veneer would compute different results
             with one of the adapters; or it is unknown how PEFT applies a change.
     """
     unrecorded_adapters = [
@@ -273,9 +278,16 @@ def _make_weigher(
     source_adapters: Sequence[AdapterFiles],
 ) -> WeighAdapter:
     """A function that returns the coefficient wᵢ of an adapter in a layer: the adapter's number in
-    ``coefficients``, times the factor of the first pattern in ``layers`` that matches a name of the
-    layer. ``used_indices``: the positions of the sources among all adapters. ``ConfigError``: a
-    pattern matches no layer or is no regular expression."""
+    ``coefficients``, times the factor of the first pattern in ``layer_factors`` that matches a name
+    of the layer (times 1 if no pattern does).
+
+    Args:
+        source_adapters: the adapters whose weight is not 0, with their weights ``coefficients``.
+        used_indices: their positions among all adapters, by which ``layer_factors`` lists factors.
+
+    Raises:
+        ConfigError: a pattern matches no layer, or its regular expression is invalid.
+    """
     layer_names = [
         name
         for aligned_weight in aligned_weights
@@ -286,7 +298,7 @@ def _make_weigher(
         for path, tensors in source_adapter.full.items():
             module_path = peft_paths.strip_wrappers(path)[0]
             layer_names += [module_path, *(parameter_path(module_path, name) for name in tensors)]
-    pattern_rules, problems = [], []  # rules: (test of a name, factor of each source)
+    pattern_rules, problems = [], []  # rule: (function that tests a name, factors by adapter)
     for pattern, factor in layer_factors.items():
         try:
             matches_name = path_test(pattern)
@@ -337,8 +349,8 @@ def _combine_changes(
     options: ComposeOptions,
     base_weights: FrozenWeights,
 ) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
-    """(the combined changes by their path in the adapter folder, a report of each weight, the
-    variant of the new adapter)."""
+    """(the combined changes by their path in the new adapter folder, a report of each weight, the
+    variant of the new adapter: "dora" or "lora")."""
     aliases_by_path: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is not None:
@@ -389,9 +401,10 @@ def _source_coefficients(
     aliases_by_path: Mapping[str, Sequence[AlignedWeight]],
     weigh_adapter: WeighAdapter,
 ) -> dict[str, dict[int, float]]:
-    """The coefficient wᵢ of each source in the sum for a weight of the model, if it is not 0: by
-    the path of the weight and then by the index of the source. ``aliases``: the entries of tied
-    weights under their further names, by the path of the first name."""
+    """The coefficient wᵢ of each source adapter for each weight: {path of the weight: {index of the
+    adapter: wᵢ}}. Coefficients of 0 are left out. ``aliases_by_path``: for a tied weight, by the
+    path of its first name, its entries under its other names. They are not listed in the result,
+    but a pattern for the layers can match them too."""
     coefficients_by_path: dict[str, dict[int, float]] = {}
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is None:
@@ -420,9 +433,10 @@ def _combine_change(
     base_weights: FrozenWeights,
     is_dora: bool,
 ) -> tuple[CombinedChange, peft.PeftLayer]:
-    """(the combined change of one weight, its entry in the adapter folder). ``coefficients``: the
-    wᵢ of each source by the index of the source. ``is_dora``: whether the new adapter
-    is a DoRA adapter."""
+    """(the combined change of one weight, its entry in the new adapter folder). ``coefficients``:
+    the coefficient wᵢ of each adapter, by its index in ``source_adapters``. ``is_dora``: whether
+    the new adapter is a DoRA adapter. ``AdapterError``: a DoRA change is combined without a base.
+    """
     layers = [aligned_weight.layers[source_index] for source_index in coefficients]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
@@ -433,8 +447,8 @@ def _combine_change(
         and list(coefficients.values()) == [1.0]
         and (magnitudes[0] is not None or not is_dora)
     ):
-        # A single change with coefficient 1 is copied, for which even DoRA needs no base. Some
-        # variants have a higher rank in PEFT's file than they need; compact() lowers it.
+        # A single change with coefficient 1 is copied, so that even DoRA needs no base. Some
+        # variants have a higher rank in PEFT's file than their ΔW needs; compact() lowers it.
         low_rank = layers[0].low.compact().to(dtype)
         return (
             CombinedChange(low_rank, magnitudes[0], low_rank.norm(), 0.0),

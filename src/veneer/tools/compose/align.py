@@ -2,10 +2,11 @@
 
     align(saved_adapters) -> [AlignedWeight], one for each weight that any of the adapters changes
 
-Changes are matched by ``PeftLayer.target_path``, the module path without PEFT's wrappers. If a
-weight is tied, the folder has an entry for each of its names, and the record lists the first name
-only. The entries of the other names are called aliases here. An alias holds the same change as the
-first entry, transposed if its module uses the transposed weight.
+Changes are matched by ``PeftLayer.target_path``, the module path without the segments
+``base_layer`` of PEFT's wrappers. If a weight is tied, the adapter folder has an entry for each of
+its names, and the adapter's record lists the first name only. The entries of the other names are
+called aliases here. An alias holds the same change as the first entry, transposed if its module
+uses the transposed weight.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class AlignedWeight:
     """One weight, with its change in each adapter that changes it."""
 
     model_path: str  # the path of its module or of the weight itself, without PEFT's wrappers
-    entry_path: str  # the path with PEFT's wrappers, in a file with the changes of all adapters
+    entry_path: str  # the path, with PEFT's wrappers, in a folder with all adapters' changes
     is_parameter: bool  # whether ``model_path`` is the path of the parameter, not of its module
     weight_path: str | None  # the path of the weight; None if no adapter's record has it
     # the change in each adapter, by the adapter's index
@@ -37,11 +38,12 @@ class AlignedWeight:
 
     @property
     def any_layer(self) -> peft.PeftLayer:
-        """One of the changes; shapes and suffixes are equal in all of them."""
+        """The change in one of the adapters. All of them have equal shapes and key suffixes, so any
+        one tells these."""
         return next(iter(self.layers.values()))
 
 
-#: maps the path of a module to the names of its parameters, in the order of the model
+#: maps the path of a module to the names of its parameters, in the order of their registration
 ParameterOrder = Callable[[str], Sequence[str]]
 #: (path in the adapter folder, change), by model path and then by adapter index
 ChangesByPath = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
@@ -51,6 +53,8 @@ def align(
     saved_adapters: Sequence[AdapterFiles], parameter_order: ParameterOrder | None = None
 ) -> list[AlignedWeight]:
     """The weights that these adapters change: first those of the first adapter, in its order.
+    ``parameter_order`` is needed if a module has several changed parameters and no adapter changes
+    all of them; None if the model is unknown.
 
     Raises:
         AdapterError: changes of one weight have different shapes, a weight is tied in one adapter
@@ -128,8 +132,14 @@ def _mismatch_problems(
 def _find_weights_and_aliases(
     saved_adapters: Sequence[AdapterFiles], problems: list[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
-    """Two mappings by model path: to the path of the weight, if a record lists it; and for an alias
-    of a tied weight to (model path of the weight's first name, whether the alias is transposed)."""
+    """Find the changes that are stored under further names of a tied weight (aliases). If one
+    adapter ties two weights, and another changes only one of them or changes them differently, an
+    error text is added to ``problems``.
+
+    Returns:
+        {model path: path of the weight} for each weight that a record lists; {model path of an
+        alias: (model path of the weight's first name, whether the alias is transposed)}.
+    """
     weight_paths: dict[str, str] = {}
     candidates_by_path: dict[str, dict[tuple[str, bool], None]] = {}
     layers_per_adapter = [
@@ -137,7 +147,8 @@ def _find_weights_and_aliases(
         for saved_adapter in saved_adapters
     ]
     for saved_adapter, layers_by_path in zip(saved_adapters, layers_per_adapter, strict=True):
-        # the paths of the weights in the record, by model path
+        # The paths of the weights in the record, by model path. A change of the folder that the
+        # record does not list belongs to an alias.
         recorded_weights = {
             path if path in layers_by_path else path.rpartition(".")[0]: path
             for path in saved_adapter.metadata.get("changes", {})
@@ -163,10 +174,10 @@ def _find_weights_and_aliases(
             }
     aliases: dict[str, tuple[str, bool]] = {}
     for model_path, tie_candidates in candidates_by_path.items():
-        # Several first names can match. Their changes are then equal in every adapter, so the
-        # choice makes no difference.
+        # Several recorded weights can match. Their changes are then equal in every adapter, so it
+        # makes no difference which of them is taken as the first name.
         for tied_path, transposed in tie_candidates:
-            # every adapter must change both weights equally, or neither
+            # every adapter must change both weights equally, or neither of them
             layer_pairs = [
                 (layers_by_path.get(model_path), layers_by_path.get(tied_path))
                 for layers_by_path in layers_per_adapter
@@ -207,8 +218,10 @@ def _entry_paths(
     parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> dict[str, str]:
-    """The path of each change in a folder that holds the changes of all adapters, by model path. It
-    includes the names of the modules that PEFT wraps around an adapted module."""
+    """The path of each change in a folder that holds the changes of all adapters, by model path.
+    The path has a segment ``base_layer`` for each module that PEFT wraps around an adapted module.
+    ``parameter_paths``: the model paths of the changes that PEFT targets as parameters. Modules
+    whose order of parameters is unknown are added to ``problems``."""
     parameters_by_module: dict[str, list[str]] = {}
     for model_path in filter(parameter_paths.__contains__, changes_by_path):
         parameters_by_module.setdefault(model_path.rpartition(".")[0], []).append(model_path)
@@ -254,9 +267,10 @@ def _order_parameters(
     parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> list[str]:
-    """Sort the parameters of one module by their order in the model, in which PEFT nests a wrapper
-    for each. Without a model, the paths in a folder tell the order: the first parameter has the
-    most wrappers. If no folder changes all of the parameters, this is added to ``problems``."""
+    """Sort the changed parameters of one module by their order in the model, because PEFT nests
+    their wrappers in this order. Without ``parameter_order`` (no model is known), the order comes
+    from an adapter folder that changes all of them: the first parameter has the most wrappers in
+    its path. If there is no such folder, an error text is added to ``problems``."""
     if len(parameter_paths) < 2:
         return parameter_paths
     if parameter_order is not None:
@@ -282,9 +296,10 @@ def _order_parameters(
 
 
 def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
-    """The low-rank product of each change, by model path, with the scale that has the effect of the
-    library that wrote the folder. (PEFT adds the change of an attention's out-projection
-    ``peft_behaviour.OUT_PROJ_REPEATS`` times, so that its scale is multiplied by this number.)
+    """The low-rank product of each change, by model path, with the scale at which the library that
+    wrote the folder applies it. PEFT adds the change of an attention's out-projection
+    ``peft_behaviour.OUT_PROJ_REPEATS`` times, so for PEFT's folders the scale of such a change is
+    multiplied by this number.
 
     Raises:
         AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.

@@ -1,11 +1,11 @@
-"""Read the frozen weights that an adapter changes, as [g, out, in], from a model or from tensors by
-path. g: groups of a convolution or matrices of a stack, else 1.
+"""Read the frozen base weights that an adapter changes, as [g, out, in], from a model or from
+tensors by path. g: groups of a convolution or matrices of a stack, else 1.
 
     frozen_weights.frozen_weight(aligned_weight, config)  ->  FrozenWeight
 
-With a model, the class of the layer determines the layout of its weight. Without a model, the
-shapes of the weight, A and B nearly always determine it. If they do not (a square matrix may be
-transposed or not), an error asks for the model.
+With a model, the class of the layer determines whether its weight is stored as [out, in] or
+transposed. Without a model, the shapes of the weight, A and B nearly always determine this. If they
+do not, as for a square matrix, an error asks for the model.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
 class FrozenWeight(NamedTuple):
-    """``weight``: a frozen weight [g, out, in] in its stored dtype. ``is_transposed``: whether the
-    adapter folder stores the change as [g, in, out]. ``dense_weight``: the same weight in its
-    stored shape, from which its fingerprint is computed. g: matrices in the weight."""
+    """A frozen base weight, in its stored dtype. ``weight``: the weight as [g, out, in]; g: the
+    number of its matrices. ``is_transposed``: whether the adapter folder stores the change as
+    [g, in, out]. ``dense_weight``: the weight in its stored shape, for the fingerprint."""
 
     weight: Tensor
     is_transposed: bool
@@ -56,8 +56,8 @@ class FrozenWeights:
 
     @cached_property
     def model_index(self) -> Names | None:
-        """The modules of the base by path; None without a model. ``AdapterError``: an adapter is
-        merged into the model's weights."""
+        """An index of the base's modules by path; None without a model. ``AdapterError``: an
+        adapter is merged into the model's weights, so that these are not the base's."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
@@ -70,7 +70,8 @@ class FrozenWeights:
 
     @property
     def parameter_order(self) -> ParameterOrder | None:
-        """A function that lists the parameter names of a module in order; None without a model."""
+        """A function that maps the path of a module to the names of its parameters, in the order of
+        their registration; None without a model."""
         model_index = self.model_index
         return (
             None
@@ -96,8 +97,9 @@ class FrozenWeights:
     def frozen_weight(
         self, aligned_weight: AlignedWeight, config: Mapping[str, Any]
     ) -> FrozenWeight:
-        """The weight that the changes apply to. ``config``: the PEFT config of one of the
-        adapters. ``AdapterError``: the base lacks the weight, or its layout is ambiguous."""
+        """The base weight that the changes apply to. ``config``: the PEFT config of one of the
+        adapters. ``AdapterError``: the base lacks the weight or has it in another shape, or it is
+        unknown whether the weight is transposed."""
         path = aligned_weight.weight_path
         if (
             path is None
@@ -157,14 +159,15 @@ class FrozenWeights:
     def verified_weight(
         self, aligned_weight: AlignedWeight, source_adapters: Sequence[AdapterFiles]
     ) -> FrozenWeight:
-        """The result of ``frozen_weight``, after a check against the fingerprints in the adapters'
-        records. A weight that no record lists is not checked. ``BaseMismatchError``: an adapter was
-        trained on another value of the weight."""
+        """The result of ``frozen_weight``, after a comparison with the fingerprints (hashes of base
+        weights) in the adapters' records. A weight that no record lists is not checked.
+        ``BaseMismatchError``: an adapter was trained on another value of the weight."""
         frozen_weight = self.frozen_weight(aligned_weight, source_adapters[0].peft_config)
         path = aligned_weight.weight_path
         if path is None:
             return frozen_weight
-        # the weight's fingerprint by (ids of the trained rows, which it leaves out; hash function)
+        # The weight's fingerprint by (ids of the token rows that it leaves out, hash function). An
+        # adapter with trained tokens records a fingerprint of the weight without these rows.
         fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
         for source_adapter in source_adapters:
             recorded_fingerprint = (
@@ -190,10 +193,11 @@ def _weight_by_shape(
     path: str, dense_weight: Tensor, aligned_weight: AlignedWeight, may_be_transposed: bool
 ) -> tuple[Tensor, bool]:
     """(the weight as [g, out, in], whether the folder stores the change as [g, in, out]), from the
-    shapes of the weight and of the change alone. ``AdapterError``: no layout fits the shapes, or
-    several do that give different results."""
+    shapes of the weight and of the change. ``may_be_transposed``: whether the adapter's config
+    allows for weights [in, out]. ``AdapterError``: no layout fits the shapes, or several layouts
+    fit and give different results."""
     layouts = dict(_possible_layouts(dense_weight, aligned_weight))
-    # "plain" and "transposed" fit a square matrix; the config excludes the latter
+    # a square matrix fits "plain" and "transposed"; here the adapter's config rules out the latter
     if len(layouts) == 2 and dense_weight.dim() == 2 and not may_be_transposed:
         del layouts["transposed"]
     first_layout = next(iter(layouts.values()), None)

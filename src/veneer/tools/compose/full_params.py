@@ -1,7 +1,8 @@
 """Combine parameters that several adapters train in full: P = P₀ + Σ wᵢ (Pᵢ − P₀).
 
 P₀ is the base's value, Pᵢ that of adapter i, wᵢ the weight of adapter i. If the wᵢ add up to 1, P₀
-cancels and no base is needed. The merge methods (such as TIES) treat Pᵢ − P₀ like ΔWᵢ.
+cancels and no base is needed. The merge methods (such as TIES) merge the differences Pᵢ − P₀ as
+they merge the changes ΔWᵢ of weights, and always need the base.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def combine_full_params(
     options: ComposeOptions,
     base_weights: FrozenWeights,
 ) -> dict[str, dict[str, Tensor]]:
-    """The combined parameters and running statistics, by module path in the folder and by name.
+    """The combined values of the parameters and running statistics that adapters train in full:
+    {path of the module in the new folder: {name: value}}. A parameter whose coefficients wᵢ are all
+    0 is left out. ``aligned_weights``: the low-rank changes of the same adapters.
 
     Raises:
         AdapterError: the base is missing and needed, shapes differ, or a running variance would be
@@ -59,7 +62,8 @@ def combine_full_params(
                 )
             )
         elif name == "weight" and module_path in changed_modules:
-            # PEFT stores the frozen weight of an adapted embedding together with its change
+            # PEFT stores the frozen weight of an adapted embedding together with its change. It is
+            # no trained value, so it is copied.
             first_tensor, *other_tensors = tensors.values()
             if not all(torch.equal(tensor, first_tensor) for tensor in other_tensors):
                 raise BaseMismatchError(
@@ -94,8 +98,9 @@ def combine_full_params(
 def _collect_params(
     source_adapters: Sequence[AdapterFiles],
 ) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
-    """(the parameters that adapters train in full: {(module path, name): {source index: tensor}},
-    the path of each module in the new folder: {module path: path})."""
+    """(the parameters that adapters train in full: {(module path, name): {index of the adapter:
+    tensor}}, the path of each module in the new folder: {module path: path}). The path has the
+    segments ``base_layer`` of PEFT's wrappers if it has them in every adapter."""
     tensors_by_parameter: dict[tuple[str, str], dict[int, Tensor]] = {}
     folder_paths: dict[str, str] = {}
     for source_index, source_adapter in enumerate(source_adapters):
@@ -118,9 +123,17 @@ def _combine_param(
     problems: list[str],
     missing_in_base: list[str],
 ) -> Tensor | None:
-    """The combined value of one parameter. ``coefficients``: the wᵢ of each adapter by its index.
-    None if there are none (all are 0), or if an entry was added to ``problems`` or
-    ``missing_in_base``."""
+    """The combined value of the parameter at ``path``, in the dtype of the adapters' values.
+
+    Args:
+        tensors_by_adapter: the value in each adapter, by the adapter's index.
+        coefficients: the coefficients wᵢ other than 0, by the adapter's index.
+        problems: gets an error text if the shapes or the combined value are invalid.
+        missing_in_base: gets ``path`` if the base's value is needed and missing.
+
+    Returns:
+        None if ``coefficients`` is empty, the base's value is missing, or its shape differs.
+    """
     if not coefficients:
         return None  # the new adapter leaves this parameter at the base's value
     merge_method = MERGE_METHODS.get(options.method)

@@ -27,7 +27,8 @@ def check_options(
     layer_factors: LayerFactors,
     seed: int,
 ) -> ComposeOptions:
-    """The checked options of ``compose``. ``ConfigError`` lists every invalid option."""
+    """The checked options of ``compose``, with their defaults. ``ConfigError`` lists every invalid
+    option. ``weights``: one for each adapter; ``layer_factors``: the argument ``layers``."""
     method = method or ("svd" if rank is not None or energy is not None else "sum")
     checks = [
         *_weight_checks(adapter_count, weights, layer_factors),

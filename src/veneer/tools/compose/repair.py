@@ -2,14 +2,16 @@
 
     W'' = W' + Σⱼ (factor − 1) σⱼ uⱼ vⱼᵀ
 
-W' is the changed weight; (σⱼ, uⱼ, vⱼ) are the singular triples of W' that are intruders
-(``tools/intruders.py``).
+W is a weight of the base, W' = W + ΔW the weight with the given adapter, and W'' the weight with
+the repaired adapter. (σⱼ, uⱼ, vⱼ) are the singular triples of W' whose uⱼ is an intruder: a leading
+singular vector of W' that resembles no singular vector of W (``tools/intruders.py``).
 
-ΔW'' is ΔW plus this sum. It is an exact product, whose rank is higher by the number of intruders;
-nothing is trained. A DoRA adapter has W' = g ⊙ (W + ΔW). Its gain g stays unchanged: the sum is
-divided by g, and the magnitude is recomputed from the new factors. Rows of B and columns of A that
-are zero (frozen rows, a padding token) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale
-only the leading intruder of a weight; this module scales all intruders.
+The new change ΔW'' is ΔW plus the sum above. It is stored exactly, as a product whose rank is
+higher by the number of intruders; nothing is trained. A DoRA adapter has W' = g ⊙ (W + ΔW). Its
+gain g, one factor for each row, stays unchanged: the sum is divided by g, and the magnitude is
+recomputed from the new factors. Rows of B and columns of A that are zero (frozen rows, a padding
+token) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale only the leading intruder of a
+weight; this module scales all intruders.
 """
 
 from __future__ import annotations
@@ -50,9 +52,15 @@ FACTOR = 0.5
 
 @dataclass(frozen=True)
 class RepairedWeight:
-    """The repair of one weight. ``looked_at``: how many leading singular vectors were examined;
-    ``intruders``: how many of them are intruders; ``rank``: the rank of ΔW''. ``removed``:
-    ‖W'' − W'‖ / ‖W' − W‖."""
+    """The repair of one weight. W: the base weight; W', W'': the weight with the given and with the
+    repaired adapter.
+
+    Fields:
+        looked_at: how many leading singular vectors of W' were examined.
+        intruders: how many of them resemble no singular vector of W.
+        rank: the rank of the repaired change.
+        removed: ‖W'' − W'‖ / ‖W' − W‖.
+    """
 
     path: str
     looked_at: int
@@ -63,8 +71,9 @@ class RepairedWeight:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """The result of ``repair``; ``str(report)`` is readable text. ``removed``: ‖W'' − W'‖ /
-    ‖W' − W‖ over all weights."""
+    """The result of ``repair``; ``str(report)`` is readable text. ``factor``: the factor by which
+    intruders were scaled. ``removed``: ‖W'' − W'‖ / ‖W' − W‖ over all weights, where W is the base
+    weight, and W' and W'' are the weight with the given and with the repaired adapter."""
 
     path: Path
     factor: float
@@ -106,14 +115,17 @@ def repair(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> RepairReport:
-    """Write an adapter whose intruder dimensions are scaled by ``factor``.
+    """Write an adapter whose intruder dimensions are scaled by ``factor``. An intruder is a leading
+    singular vector of the adapted weight that resembles no singular vector of the base weight.
 
     Args:
         base, model: as for ``compose``, but the base is always needed.
         factor: the factor in [0, 1] of each intruder's singular value. 0 removes the intruder.
         count, threshold: how many leading singular vectors of each weight to examine, and the
             cosine below which a vector is an intruder.
-        intruders: the results of ``find_intruders`` for this adapter; None computes them.
+        intruders: the results of ``find_intruders`` for this adapter, in place of ``count`` and
+            ``threshold``; None computes them.
+        provenance: JSON values to add to the provenance in the new adapter's record.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -172,7 +184,8 @@ def repair(
 def _removed_share(
     weight_reports: Sequence[RepairedWeight], intruders: Sequence[WeightIntruders]
 ) -> float:
-    """‖W'' − W'‖ / ‖W' − W‖ over all weights."""
+    """‖W'' − W'‖ / ‖W' − W‖ over all weights: W is the base weight, W' the weight with the given
+    adapter, and W'' the weight with the repaired adapter."""
     distances = [weight_intruders.distance for weight_intruders in intruders]
     removed_norm = math.hypot(
         *(
@@ -214,8 +227,9 @@ def _report_weight(weight_intruders: WeightIntruders, rank: int, factor: float) 
 def _folder_entry(
     aligned_weight: AlignedWeight, repaired_layers: Mapping[str, peft.PeftLayer]
 ) -> peft.PeftLayer:
-    """The tensors (A, B, magnitude) that the repaired adapter's folder stores for a weight. An
-    alias of a tied weight gets the change of the weight's first name."""
+    """The tensors (A, B, magnitude) that the repaired adapter's folder stores for a weight. Under a
+    further name of a tied weight (an alias), these are the tensors of the weight's first name, or
+    their transpose. ``repaired_layers``: the repaired changes by the weights' first names."""
     if aligned_weight.alias_of is None:
         return repaired_layers[aligned_weight.model_path]
     first_path, transposed = aligned_weight.alias_of
@@ -250,7 +264,8 @@ def _repair_layer(
             dtype
         )
     repaired_change = repaired_change.T if weight_intruders.is_transposed else repaired_change
-    # how many times PEFT adds this change: for an attention's out-projection more than once
+    # PEFT adds the change of an attention's out-projection more than once. ``low_rank`` has the
+    # total effect, but the folder stores the scale of one addition.
     peft_repeats = low_rank.scale / layer.scale if layer.scale else 1.0
     repaired_change = LowRank(
         repaired_change.A, repaired_change.B, repaired_change.scale / peft_repeats
@@ -261,9 +276,11 @@ def _repair_layer(
 def _intruder_change(
     weight_intruders: WeightIntruders, low_rank: LowRank, factor: float
 ) -> LowRank:
-    """The sum (factor − 1) Σⱼ σⱼ uⱼ vⱼᵀ over the intruders, as one low-rank product [g, out, in]
-    (g: matrices in the weight). Matrices with fewer intruders than others are padded with zeros.
-    """
+    """The change (factor − 1) Σⱼ σⱼ uⱼ vⱼᵀ that scales the intruders by ``factor``, as one low-rank
+    product [g, out, in]; g: matrices in the weight. For DoRA, it is divided by the gain of each
+    row, because the gain will be applied to it. Matrices with fewer intruders than others are
+    padded with zeros. Rows and columns in which ``low_rank``, the adapter's change, is zero stay
+    zero."""
     max_count = max(len(triples.S) for triples in weight_intruders.intruders)
 
     def pad(vector_rows: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ is made of the option ``seed`` and the weight's path.
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)
               G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
 
-gᵢ is the gain of adapter i, a factor for each row; a LoRA change has gᵢ = 1. So a sum of DoRA and
-LoRA changes is a DoRA change with magnitude G ⊙ ‖W + ΔW*‖ (the norms of the rows). The truncation
-to a rank approximates G ⊙ ΔW*, the term that is added to the weights, so that the error in the
-weights is minimal for this G.
+gᵢ is the gain of adapter i, a factor for each row: mᵢ / ‖W + ΔWᵢ‖ with DoRA's magnitude mᵢ, and 1
+for a LoRA change. So a sum of DoRA and LoRA changes is a DoRA change with the magnitude
+G ⊙ ‖W + ΔW*‖, where the norms are those of the rows. The truncation to a rank approximates G ⊙ ΔW*,
+the term that is added to the weights, so that the error in the weights is minimal for this G.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants import dora
 
-#: the combined gain G of a row counts as 0 if its absolute value is smaller
+#: a row's combined gain G (see the docstring of this module) counts as 0 if its absolute value is
+#: smaller than this
 MIN_GAIN = 1e-6
 
 
 class ComposeOptions(NamedTuple):
-    """The checked options of ``compose``, which explains them. ``density`` is 1 if not given."""
+    """The checked options of ``compose``, whose docstring explains them. ``density`` is 1 if the
+    caller of ``compose`` gave none."""
 
     method: str
     rank: int | None
@@ -60,7 +62,8 @@ class CombinedChange(NamedTuple):
     Fields:
         low_rank: its ΔW [g, out, in], truncated; g: matrices in the weight.
         magnitude: the magnitude [g · out] of a DoRA change, None for LoRA.
-        norm, error: the norm of the change before the truncation, and of what was truncated.
+        norm: the norm of the change before the truncation to a rank.
+        error: the norm of the part that the truncation removed.
     """
 
     low_rank: LowRank
@@ -70,8 +73,8 @@ class CombinedChange(NamedTuple):
 
 
 def reduce_rank(change: LowRank, options: ComposeOptions) -> CombinedChange:
-    """The change ``total``, truncated to the rank or energy in ``options`` unless the method is
-    "sum"."""
+    """``change``, truncated to the rank in ``options``, or to the lowest rank that keeps the share
+    ``options.energy`` of ‖ΔW‖². It is not truncated if the method is "sum"."""
     if options.method == "sum" or (
         options.rank is not None and change.rank <= min(options.rank, change.largest_rank)
     ):
@@ -90,8 +93,9 @@ def sum_with_magnitudes(
     dtype: torch.dtype,
 ) -> CombinedChange:
     """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``.
-    ``base_weight``: the frozen weight [g, out, in]. ``AdapterError``: the combined gain G (see
-    above) is 0 in some row, so that no DoRA change equals the sum."""
+    ``base_weight``: the frozen weight [g, out, in]; ``model_path``: its path, for the error.
+    ``AdapterError``: the combined gain G = 1 + Σ wᵢ (gᵢ − 1) is 0 in some row, so that no DoRA
+    change equals the sum."""
     W = base_weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
@@ -124,8 +128,9 @@ def sum_with_magnitudes(
 
 
 def gain_of(term: WeightedChange, W: Tensor) -> Tensor:
-    """The gain [g, out] of a change of W [g, out, in]: magnitude / ‖W + ΔW‖ for each row, and 1
-    where this norm is 0, as in ``variants/dora.py``. It is 1 for a LoRA change."""
+    """The gain [g, out] by which a change rescales the rows of W + ΔW; W is the base weight
+    [g, out, in]. It is magnitude / ‖W + ΔW‖ for each row of a DoRA change, or 1 where this norm is
+    0 (as in ``variants/dora.py``), and 1 for a LoRA change."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
     norms = dora.row_norms(W, term.low_rank)
@@ -138,8 +143,14 @@ def merge_by_method(
     base_weight: Tensor | None,
     model_path: str,
 ) -> CombinedChange:
-    """Merge the dense changes by the method in ``options``, and factor the result. ``base_weight``:
-    the frozen weight [g, out, in], needed for DoRA changes."""
+    """Merge the dense changes entry by entry, by the method in ``options``, and factor the result.
+    Its rank is the one in ``options``, or the lowest that keeps the share ``options.energy`` of
+    ‖ΔW‖²; if both are None, it is the sum of the changes' ranks.
+
+    Args:
+        base_weight: the frozen weight [g, out, in], needed for DoRA changes.
+        model_path: the path of the weight, a part of the seed of DARE's random choice.
+    """
 
     def dense_change(term: WeightedChange) -> Tensor:
         delta = term.low_rank.delta(torch.float64)
