@@ -43,7 +43,7 @@ class AlignedWeight:
         return next(iter(self.layers.values()))
 
 
-#: maps the path of a module to the names of its parameters, in the order of their registration
+#: maps the path of a module to the names of its parameters, in the order of the module
 ParameterOrder = Callable[[str], Sequence[str]]
 #: (path in the adapter folder, change), by model path and then by adapter index
 ChangesByPath = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]

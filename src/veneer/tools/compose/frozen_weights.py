@@ -71,7 +71,7 @@ class FrozenWeights:
     @property
     def parameter_order(self) -> ParameterOrder | None:
         """A function that maps the path of a module to the names of its parameters, in the order of
-        their registration; None without a model."""
+        the module; None without a model."""
         model_index = self.model_index
         return (
             None

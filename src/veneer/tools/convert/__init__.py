@@ -4,14 +4,14 @@
     source --read--> an adapter folder in PEFT's layout --write--> out
 
 If the target format cannot hold a change, the conversion raises one error with every reason.
-Contents that the target cannot store and that change no output are listed in the report.
-Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit by bit, unless
-``dtype`` is given. If the two formats compute the scale from alpha by different rules, the
-conversion changes alpha, so that scale · B A stays equal.
+Contents that the target cannot store but that do not affect the model's output are dropped, and the
+report lists them. Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit
+by bit, unless ``dtype`` is given. If the two formats compute the scale from alpha by different
+rules, the conversion changes alpha, so that scale · B A stays equal.
 
-A ``veneer`` folder stores fingerprints of the base, so writing it needs the base. Reading and
-writing ``gguf`` and reading ``kohya`` need the names of the base's weights. ``dense`` needs the
-weights themselves if ΔW depends on them.
+A ``veneer`` folder stores fingerprints (hashes) of the base's weights, so writing it needs the
+base. Reading and writing ``gguf`` and reading ``kohya`` need the names of the base's weights.
+``dense`` needs the weights themselves if ΔW depends on them, as for DoRA.
 """
 
 from __future__ import annotations
@@ -119,14 +119,15 @@ def conversion(
 
     Warns:
         MisreadElsewhere: ``out`` is correct, but a common reader of its format misreads it.
-        UnverifiedAdapter: ``base`` is missing, so that Veneer cannot check whether PEFT applies the
-            changes to weights.
+        UnverifiedAdapter: ``base`` is missing, so that Veneer cannot check whether PEFT's result
+            equals that of a changed weight.
 
     Raises:
         AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason).
             Nothing is written.
         BaseMismatchError: the adapter was made for another base.
-        ConfigError: the format, dtype, part or base does not exist.
+        ConfigError: the format, dtype, part or base does not exist, or these two formats do not use
+            an option.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
     source, out = Path(source), Path(out)
@@ -162,7 +163,7 @@ def conversion(
             changes = _write_veneer(
                 saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite
             )
-        elif target.write is None:  # "peft", the only other format without a writer
+        elif target.write is None:  # "peft": all formats but this and "veneer" have a writer
             changes = _write_peft(saved_adapter, out, base_info.facts, options, overwrite)
         else:
             require_token_rows(saved_adapter, to, base_info.facts)
@@ -177,8 +178,8 @@ def conversion(
 
 
 def _list_ranks(saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]) -> dict[str, int]:
-    """The rank of each change, by the path of its weight. A weight with trained tokens and no other
-    change is listed with the number of these tokens."""
+    """The rank of each low-rank change, by the path of its weight. A weight with trained token rows
+    and no low-rank change is listed with the number of these rows, which bounds its rank."""
     token_counts = {
         parameter_path(path, "weight"): len(trained_tokens.ids)
         for path, trained_tokens in saved_adapter.tokens.items()
@@ -213,7 +214,7 @@ def _write_veneer(
             overwrite=overwrite,
             tokenizer=tokenizer_folder(saved_adapter.path),
         )
-    # the ranks are read from the written folder, as they may differ from the source's
+    # the changes are read from the written folder, because their ranks may differ from the source's
     return list_changes(folder.read(out), base_facts)
 
 
@@ -240,9 +241,11 @@ def _write_peft(
 def _adapted_base(
     base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, weights_only: bool
 ) -> Iterator[nn.Module]:
-    """A context whose value is the base with the adapter installed on it. ``weights_only``: the
-    source format stores changes of weights only. The warning ``UnverifiedAdapter`` is suppressed
-    here, because ``target_support`` warns of the same where the result depends on it."""
+    """A context whose value is the base with the adapter installed on it; afterwards the adapter is
+    detached. ``weights_only``: whether every change in the source is a change of a weight, rather
+    than of a module's output. ``BaseMismatchError``: ``verify_base`` is True, and the adapter was
+    made for another base. The warning ``UnverifiedAdapter`` is suppressed here, because
+    ``require_supported`` gives it if the result of the conversion depends on it."""
     assert base_info.load_model is not None
     model = base_info.load_model()
     with warnings.catch_warnings():
@@ -262,7 +265,7 @@ def _adapted_base(
         detach(model, deltas.ADAPTER_NAME)
 
 
-#: dtypes of tensors by the name in the option
+#: dtypes by the names that the option ``dtype`` accepts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -275,7 +278,7 @@ def check_conversion_options(
     source_format: str,
     target_format: str,
 ) -> Options:
-    """The checked options of a conversion.
+    """The checked options of a conversion, as its readers and writers take them.
 
     Raises:
         ConfigError: an option has an invalid value, or the formats do not use it.

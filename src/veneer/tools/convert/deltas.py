@@ -1,8 +1,9 @@
 """Compute the dense changes ΔW = W' - W that an adapter makes, and factor dense changes by SVD into
 an adapter.
 
-ΔW = gain ⊙ (W + scale · B A) - W           of a weight, for any variant and layer
-ΔW = W' - W                                 of a parameter trained in full
+ΔW = gain ⊙ (W + scale · B A) - W           of a weight with a low-rank change; gain: the factor
+                                            of each row in DoRA, else 1
+ΔW = W' - W                                 of a parameter trained in full, with the new value W'
 ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the nearest product of a given rank, from the largest
                                             singular values (Eckart and Young 1936)
 """
@@ -41,9 +42,10 @@ MAX_RELATIVE_ERROR = 1e-6
 
 @torch.no_grad()
 def deltas_of_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """ΔW of every parameter and buffer that the adapter ``name`` changes, by path, in the shape of
-    the parameter. A tied weight that changes at a low rank is listed once. ΔW is computed in
-    float64 and returned in float32; that of an integer buffer keeps the buffer's dtype.
+    """ΔW of every parameter and buffer that the adapter ``adapter_name`` changes, by path, in the
+    shape of the parameter. A tied weight with a low-rank change is listed once, under its first
+    name. ΔW is computed in float64 and returned in float32, except that ΔW of an integer buffer has
+    the buffer's dtype.
 
     Raises:
         AdapterError: the adapter changes outputs of modules, which a ΔW cannot describe.
@@ -58,7 +60,7 @@ def deltas_of_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         stored_weight = weight_of(module, weight_name)
         low_rank, gain = change.resolve(stored_weight)
         base_weight = change.storage.dense(stored_weight).double()
-        if gain is None:  # ΔW itself, as (W + ΔW) − W would lose digits
+        if gain is None:  # the product is ΔW; to compute (W + ΔW) − W would lose digits
             delta = change.layer.fold(low_rank.delta(torch.float64), base_weight.shape)
         else:
             delta = (
@@ -82,11 +84,16 @@ def deltas_of_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def deltas_of_file(
     low_rank_changes: Sequence[LowRankChange], full_parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Compute ΔW without the base's model.
+    """Compute ΔW of the changes in an adapter folder, without the base's model.
+
+    Args:
+        low_rank_changes: the low-rank changes in the folder.
+        full_parameters: the parameters that the adapter trains in full, by path of their module. ΔW
+            of these is unknown without the base.
 
     Returns:
-        ΔW by the path of the weight, and a message for each change whose ΔW depends on the base's
-        weights, and therefore cannot be computed here.
+        ΔW in float32 by the path of the weight, and an error text for each change whose ΔW cannot
+        be computed without the base.
     """
     deltas: dict[str, Tensor] = {}
     unknown_deltas = []
@@ -126,13 +133,15 @@ def install_deltas(
     rank: int | None,
     energy: float | None,
 ) -> dict[str, float]:
-    """Install an adapter that makes the changes ``deltas`` on ``model``, under ``ADAPTER_NAME``.
-    Vectors, buffers and the parameters in ``full_names`` are stored in full. The others become
-    products with the rank that ``factor_delta`` chooses by ``rank`` and ``energy``. Returns
-    ‖ΔW − B A‖ / ‖ΔW‖ of each product, by path.
+    """Install an adapter, named ``ADAPTER_NAME``, that makes the changes ``deltas`` on ``model``.
+    ``deltas`` holds ΔW by the path of the parameter or buffer. Vectors, buffers and the parameters
+    in ``full_names`` are stored in full, as W + ΔW. The others become products with the rank that
+    ``factor_delta`` chooses by ``rank`` and ``energy``. Returns ‖ΔW − B A‖ / ‖ΔW‖ of each product,
+    by path.
 
     Raises:
-        AdapterError: the model lacks a name or has another shape. The model is unchanged.
+        AdapterError: the model lacks a path or has a parameter of another shape there. The model is
+            unchanged.
     """
     model_index, problems = Names(model), []
     full_values, factors, errors = _split_deltas(
@@ -171,7 +180,8 @@ def install_deltas(
         split_ties=model_index.split_ties(full_values),
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
-    for plan in low_rank_plans:  # ``deltas`` may have a tied weight under another of its names
+    # ``deltas`` may list a tied weight under another of its names than the plan does
+    for plan in low_rank_plans:
         factors[plan.ref] = next(factors[ref] for ref in plan.holders if ref in factors)
     install_adapter(model, ADAPTER_NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
@@ -191,7 +201,9 @@ def _split_deltas(
     energy: float | None,
     problems: list[str],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[ParamRef, dict[str, Tensor]], dict[str, float]]:
-    """Split changes into those that are stored in full and those that are factored.
+    """Split changes into those that are stored in full (vectors, buffers, and the parameters in
+    ``full_names``) and those that are factored. ``deltas``: ΔW by the path of the parameter or
+    buffer. Paths that the model lacks are left out, with an error text in ``problems``.
 
     Returns:
         the new values of parameters and buffers that are stored in full, by module path and then by
@@ -230,8 +242,9 @@ def _split_deltas(
 def _ref_of(
     model_index: Names, delta_path: str, delta: Tensor, problems: list[str]
 ) -> ParamRef | None:
-    """The reference (module path, name) of the parameter or buffer at the path ``name``. None, with
-    the reason added to ``problems``, if the model lacks it or has it in another shape than ΔW."""
+    """The reference (module path, name) of the parameter or buffer at ``delta_path``. None, with
+    the reason added to ``problems``, if the model lacks it or has it in another shape than its
+    change ``delta``."""
     module_path, _, tensor_name = delta_path.rpartition(".")
     canonical_path = model_index.canonical.get(module_path, "")
     module = (

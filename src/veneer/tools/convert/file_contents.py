@@ -29,7 +29,7 @@ def build_adapter(
     """The adapter in the form that ``Format.write`` takes.
 
     Args:
-        changes: the low-rank changes of the folder (``list_changes``).
+        changes: the low-rank changes of the adapter's folder, as ``list_changes`` returns them.
         adapted_base: opens a context whose value is the base with the adapter installed on it.
 
     Raises:
@@ -82,8 +82,9 @@ def build_adapter(
 
 
 def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of a folder, with the path of each changed weight and its kind of
-    layer."""
+    """The low-rank changes of a folder, with the path of each changed weight and its kind of layer.
+    ``facts``: the shapes of the base's weights, which are used where the adapter's record does not
+    tell the path or the kind; they may be empty."""
     recorded_changes = saved_adapter.metadata.get("changes") or {}
     attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
     fused_modules = {attention for attention in attention_paths if attention is not None}

@@ -1,7 +1,7 @@
 """Read the source of a conversion as an adapter folder in PEFT's layout.
 
-A source in another format is first written to a scratch folder in PEFT's layout. So the same code
-checks and reads the adapters of every format.
+A source in another format is first written to a scratch folder in PEFT's layout, so that the same
+code checks and reads the adapters of every format.
 """
 
 from __future__ import annotations
@@ -36,12 +36,18 @@ def read_source(
     options: Options,
     verify_base: bool,
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
-    """Read ``source`` as an adapter folder. If it has another format, a folder is written to
-    ``scratch``, and this folder is read.
+    """Read ``source`` as an adapter folder. If it is no folder in PEFT's layout, its changes are
+    first written as one to ``scratch_folder``.
 
     Returns:
-        the adapter folder; the contents of a source of another format, else empty contents; the
-        error ‖ΔW − B A‖ / ‖ΔW‖ of each dense change that was factored, by path.
+        the content of the adapter folder; what the reader of the source's format found (empty for a
+        source in PEFT's layout); the error ‖ΔW − B A‖ / ‖ΔW‖ of each dense change that was
+        factored, by path.
+
+    Raises:
+        AdapterError: the source has no change, only some of its layers are DoRA, or dense changes
+            are to be factored without a base.
+        BaseMismatchError: ``verify_base`` is True, and the dense changes are of another base.
     """
     read_contents = FORMATS[source_format].read
     if read_contents is None:
@@ -91,7 +97,8 @@ def read_tuner_type(source: Path) -> str | None:
 
 
 def _weight_lookup(facts: BaseFacts) -> peft_tuners.WeightLookup | None:
-    """A function that returns the shape and dtype of a weight by its path; None without a base."""
+    """A function that maps the path of a weight to its shape and dtype (None if the base's config
+    names no dtype), or to None if the base lacks the weight. None without a base."""
     dtype_name = facts.config.get("dtype") or facts.config.get("torch_dtype")
     dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)
 
@@ -109,8 +116,9 @@ def _write_from_deltas(
     options: Options,
     verify_base: bool,
 ) -> dict[str, float]:
-    """Factor the dense changes in ``contents``, and write them as an adapter folder to ``scratch``.
-    Returns the error ‖ΔW − B A‖ / ‖ΔW‖ of each factored change, by path."""
+    """Factor the dense changes in ``contents``, and write them as an adapter folder to
+    ``scratch_folder``. The base's model determines which layers they belong to. Returns the error
+    ‖ΔW − B A‖ / ‖ΔW‖ of each factored change, by path."""
     if base_info.load_model is None:
         raise AdapterError(
             f"{source}, whose changes only a model's layers make products of",
@@ -132,8 +140,9 @@ def _write_from_deltas(
 
 
 def _verify_fingerprints(model: nn.Module, base_record: Mapping[str, Any], source: Path) -> None:
-    """``BaseMismatchError`` if the weights of ``model`` do not match the fingerprints in
-    ``record``, which the dense file ``source`` copied from its adapter's record."""
+    """Raise BaseMismatchError if the weights of ``model`` do not match the fingerprints (hashes) in
+    ``base_record``. The dense file ``source`` copied this field from the record of the adapter that
+    it was converted from."""
     model_weights = [
         model_weight for model_weight in list_weights(Names(model)) if model_weight.is_readable
     ]

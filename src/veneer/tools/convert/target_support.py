@@ -23,13 +23,20 @@ from veneer.tools.convert.base_info import BaseInfo
 def require_supported(
     saved_adapter: AdapterFiles, source_format: str, target: Format, base_info: BaseInfo
 ) -> None:
-    """Refuse changes that PEFT and Veneer compute differently, if one of the two formats is PEFT's.
-    Also refuse folders in which B A is not the whole change: PEFT subtracts an initial product from
-    the base weight (PiSSA), or the adapter has a bias beside B. These folders are accepted if the
-    conversion installs the adapter on the base, which then determines the change.
+    """Refuse an adapter that the format ``target`` cannot hold:
+
+    - changes for which PEFT's result differs from that of a changed weight, if PEFT reads the
+      target, or PEFT wrote the source and the target holds changes of weights;
+    - folders in which B A is not the whole change, because PEFT subtracts an initial product from
+      the base weight (PiSSA), or because the adapter has a bias beside B. They are accepted if the
+      conversion installs the adapter on the base ("veneer", and "dense" with a base), because the
+      change is then computed from the model.
 
     Raises:
-        AdapterError: ``target`` cannot hold the adapter.
+        AdapterError: the adapter is refused.
+
+    Warns:
+        UnverifiedAdapter: a check needs the model of the base, which is missing.
     """
     if target.name not in ("veneer", "peft"):
         saved_adapter.refuse_invocation_tokens(f"format {target.name!r}")
@@ -71,8 +78,8 @@ def require_supported(
 
 
 def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
-    """Descriptions of contents of the source that ``target_format`` cannot store, although they
-    change no output."""
+    """Descriptions of the contents that the conversion to ``target_format`` drops. None of them
+    affects the output of the adapted model in inference."""
     hash_text = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved_adapter.config.variant, saved_adapter.config.dropout
     is_veneer, is_folder = target_format == "veneer", target_format in ("veneer", "peft")
@@ -95,12 +102,12 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
 
 
 def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
-    """The error texts for an adapter of another PEFT tuner that is to be written as LoRA, if it
-    changes convolutions for which PEFT's LoRA would compute another result."""
+    """The error texts for an adapter of another PEFT tuner (such as LoHa) that is to be written as
+    LoRA: one for each changed convolution for which PEFT's LoRA would compute another result."""
     convolutions = [layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2]
     if not convolutions:
         return
-    assert base_info.load_model is not None  # such an adapter was read with the base's shapes
+    assert base_info.load_model is not None  # else ``read_source`` had failed for lack of shapes
     model_index = Names(base_info.load_model())
     for path in convolutions:
         module = model_index.modules[model_index.canonical[path]]
@@ -114,7 +121,8 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
 def _require_weight_changes(
     saved_adapter: AdapterFiles, target: Format, model: nn.Module | None
 ) -> None:
-    """``AdapterError`` if PEFT's result differs from that of a changed weight. Without a model,
+    """Raise AdapterError if PEFT, which changes the output of a module, computes another result
+    than a change of the module's weight would. ``model``: the base's modules; if it is None,
     nothing is checked, and the warning ``UnverifiedAdapter`` says so."""
     if model is None:
         layer_traits = "a dilation, a padding mode or a forward of its own"

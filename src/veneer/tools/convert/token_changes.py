@@ -2,19 +2,19 @@
 
     ΔW[ids] = R − W[ids], and 0 in all other rows; as a product: ΔW = E (R − W[ids])
 
-W [rows, in] is the weight, ids are the n trained tokens, R [n, in] their trained rows, and
-E [rows, n] has a one-hot column for each of these tokens.
+W [rows, in] is the weight of an embedding or head (output layer), ids are the n trained tokens,
+R [n, in] their trained rows, and E [rows, n] has a one-hot column for each of these tokens.
 
-The product has rank n. If the same weight also has a low-rank change of rank r, the sum of both has
-rank n + r, and the scale of the low-rank change is multiplied into B.
+The product has rank n. If the same weight also has a low-rank change of rank r, the sum of both is
+one product of rank n + r, and the scale of the low-rank change is multiplied into B.
 
 An adapter folder stores R, which can replace the rows of every base with a vocabulary of this size.
 ΔW is relative to the rows W[ids] of one base. So the conversion needs this base, with the new rows
 of its vocabulary already added, and the result is right for this base alone.
 
-If the head of the trained model is tied to its input embedding, the adapter changes both. A base
-that stores an equal head as a second weight (a GGUF with ``output.weight``) gets the change in both
-weights.
+If the head of the trained model is tied to its input embedding, the adapter changes both. If the
+base of the conversion stores the head as a second, equal weight (as a GGUF file with
+``output.weight`` does), both weights get the change.
 """
 
 from __future__ import annotations
@@ -83,10 +83,14 @@ def replace_token_changes(
     saved_adapter: AdapterFiles,
     folder_changes: Iterable[LowRankChange],
 ) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of the adapter ``name``, which was read from ``saved_adapter`` and is
-    installed on ``model``. ``folder_changes``: the low-rank changes in its folder. A weight with
-    trained tokens gets a single change instead, which includes its token rows and its low-rank
-    change; it is repeated under every name of the weight.
+    """All changes of an adapter as low-rank changes, the trained token rows included. A weight with
+    trained tokens has one change, the sum of its token rows' change and of its low-rank change,
+    listed under every name of the weight. Other weights keep their change of ``folder_changes``.
+
+    Args:
+        model: the base, with the adapter installed under ``adapter_name``.
+        saved_adapter: the content of the adapter's folder.
+        folder_changes: the low-rank changes in this folder.
 
     Raises:
         AdapterError: DoRA rescales a weight with trained tokens, or the base's head differs from
@@ -121,7 +125,7 @@ def _token_changes(
                 "a product alone",
                 _MERGE_HINT,
             )
-        # [r + n, in], [out, r + n]
+        # A is [r + n, in] and B [out, r + n]: n trained tokens, and a low-rank change of rank r
         A, B = low_rank.A[0].float(), (low_rank.B[0] * low_rank.scale).float()
         holder_refs = model_index.holders_of((path, weight_name), refs_by_id)
         for holder_path, holder_weight in dict.fromkeys(
@@ -193,8 +197,9 @@ def split_head(model_index: Names, saved_adapter: AdapterFiles) -> tuple[ParamRe
 
 
 def token_fingerprints(model_index: Names, saved_adapter: AdapterFiles) -> dict[str, str]:
-    """The fingerprints of all rows of the weights that have trained tokens, by path. (The adapter's
-    record has fingerprints of these weights without the trained rows.)"""
+    """The fingerprints (hashes) of the base's weights that have trained tokens, by path. They cover
+    all rows, because the converted changes depend on all of them. The fingerprints in the adapter's
+    record do not serve here: they leave out the trained rows."""
     base_record = saved_adapter.metadata.get("base") or {}
     weight_paths = [
         weight_path

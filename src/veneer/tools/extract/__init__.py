@@ -10,15 +10,17 @@ the change by a low-rank product.
 Models in folders are read weight by weight (stacks of experts matrix by matrix), so the memory
 needed is a few times the largest tensor plus the output.
 
-The factors are B = U √S and A = √S Vᵀ with ΔW = U S Vᵀ. alpha = rank for every weight and as the
-default in the config, so the scale is 1 even for programs that ignore the ranks per layer.
+The factors are B = U √S and A = √S Vᵀ with the SVD ΔW = U S Vᵀ, cut off at the rank. alpha equals
+the rank for every weight and in the config's defaults, so the scale is 1 even in programs that
+ignore the ranks of single layers.
 
 If the tuned model has a coarser dtype than the base, the base is rounded to this dtype before the
-comparison, so that a difference by rounding alone does not count as a change. If its dtype is
-finer, the difference is computed without rounding.
+comparison, so that a difference by rounding alone does not count as a change. If the tuned model
+has the finer dtype, the difference is computed without rounding.
 
-Every change is written or listed in the report. Rejected: writing low-rank changes only, because a
-full fine-tune also changes norms and biases, and some of its changes do not have a low rank.
+Every change is either written, or listed in the report as lost. Rejected: writing low-rank changes
+only, because a full fine-tune also changes norms and biases, and some of its changes do not have a
+low rank.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ def extract(
         base_name: the name of the base in the record; None: the folder, or the name by which
             transformers loaded the base.
         provenance: JSON values to record with the adapter.
-        progress: called after each weight.
+        progress: called after each weight with (its report, how many weights are factored, how many
+            there are).
 
     Raises:
         ConfigError, CheckpointError: an option is invalid, or a folder holds no model.
@@ -192,7 +195,8 @@ def _build_report(
     model_pair: ModelPair,
     min_kept: float,
 ) -> ExtractReport:
-    """The report of an extraction, with 0 seconds. ``ExtractError``: there is nothing to write."""
+    """The report of an extraction, with a duration of 0, which the caller replaces. ``min_kept``:
+    the argument ``least`` of ``extract``. ``ExtractError``: there is nothing to write."""
     if not products and not full_pairs:
         raise ExtractError(
             f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} only, which"
@@ -247,7 +251,7 @@ def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
 
 def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> list[WeightPair]:
     """The pairs whose base and tuned weights differ. ``ExtractError``: there is no such pair, or a
-    value is not finite."""
+    weight has a value that is not finite. (An unchanged buffer, such as a mask, may have one.)"""
     comparisons = [(pair, *pair.compare()) for pair in weight_pairs]
     changed_pairs = [pair for pair, is_changed, _ in comparisons if is_changed]
     non_finite_paths = [
@@ -273,14 +277,15 @@ def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> 
 def _factor_change(
     pair: WeightPair, rank: int | None, energy: float | None, factor_dtype: torch.dtype
 ) -> _Product:
-    """The low-rank product nearest to the change of one weight, with factors in ``dtype``."""
+    """The low-rank product nearest to the change of one weight, with factors in ``factor_dtype``.
+    Its rank is ``rank``, or the lowest that keeps the share ``energy`` of ‖ΔW‖²."""
     start_time = time.perf_counter()
     fingerprint = fingerprint_of(pair.base.shape, map(pair.base.read, pair.matrix_slices))
     dense_matrices = None if pair.is_stack else list(pair.matrices())
     frozen_input_index = pair.layer_kind.frozen_input(pair.module)
     frozen_input_energy = 0.0
-    # A product must not change a frozen input, such as the padding row of an embedding. The change
-    # of this input is lost, and counts as error.
+    # A product must not change a frozen input, such as the padding token of an embedding. So the
+    # change of this input is lost, and is added to the error of the product.
     for matrix in dense_matrices or () if frozen_input_index is not None else ():
         frozen_input_energy += matrix[:, frozen_input_index].double().square().sum().item()
         matrix[:, frozen_input_index] = 0
@@ -335,8 +340,12 @@ def _write_folder(
     out: Path,
     **options: Any,
 ) -> None:
-    """Install the adapter ``name`` on the base's model, save it to ``out``, and detach it.
-    ``options``: further arguments of ``save``."""
+    """Install the adapter ``adapter_name`` on the base's model, save it to ``out``, and detach it.
+    ``full_pairs``: the parameters and buffers that it stores in full, with the tuned model's
+    values. If it stores a buffer of a module, it must store all persistent buffers of the module;
+    those that are not in ``full_pairs`` get the base's values. ``options``: further arguments of
+    ``save``.
+    """
     model_index = Names(model_pair.structure)
     ranks = {product.pair.model_weight.ref: product.report.rank for product in products}
     target_paths = [product.pair.path for product in products] or [
@@ -357,9 +366,7 @@ def _write_folder(
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.model_weight.ref: {"A": product.A, "B": product.B} for product in products
     }
-    # The installed adapter has tensors for the parameters in ``full_pairs``, which get the tuned
-    # model's values. If it has a buffer of a module, it has all persistent buffers of the module.
-    # Buffers that are not in ``full_pairs`` get the base's values.
+    # the tensors at these paths get the tuned model's values, other buffers the base's
     tuned_paths = {path for pair, _ in full_pairs for path in pair.model_weight.names}
     product_weight_ids = {
         id(model_pair.base.by_name.get(product.pair.path)) for product in products
@@ -392,10 +399,11 @@ def _write_folder(
 
 
 def _randomize_rows(targeted_weights: Sequence[tuple[nn.Module, str]]) -> None:
-    """Fill the first rows of target weights with random values, in a model that was built without
-    weights, if the module's class overrides the forward of its layer kind. ``save`` then runs this
-    forward on a sample, and compares it with the layer kind's, to find out whether PEFT can apply
-    the adapter. With weights of zeros, every forward would give the same."""
+    """Prepare a model that was built without weights for a check in ``save``: to find out whether
+    PEFT can apply the adapter, ``save`` compares the forward of a module whose class overrides it
+    with the forward of the stock layer (such as ``nn.Linear``), on a sample input. Weights of zeros
+    would make all outputs equal, so this function fills the first rows of these modules' weights
+    with random values. ``targeted_weights``: (module, name of the weight)."""
     generator = torch.Generator().manual_seed(0)
     for module, weight_name in targeted_weights:
         layer_kind, weight = kind_for(module, weight_name), module._parameters.get(weight_name)

@@ -71,7 +71,7 @@ class ExtractReport:
     whole: tuple[Kept, ...]  # changed parameters that were written in full
     lost: tuple[Lost, ...]  # changed parameters that were not written
     unchanged: int  # how many parameters and buffers did not change
-    unread: tuple[str, ...]  # tensors in the tuned model's files without a parameter of the model
+    unread: tuple[str, ...]  # names in the tuned model's files that no parameter of the model has
     least: float  # the share of ‖ΔW‖² below which a product counts as lossy
     seconds: float  # duration of the extraction
 
@@ -85,7 +85,7 @@ class ExtractReport:
 
     @property
     def lossy(self) -> tuple[Extracted, ...]:
-        """The layers whose product keeps a smaller share of ‖ΔW‖² than ``least``."""
+        """The weights whose product keeps a smaller share of ‖ΔW‖² than ``least``."""
         return tuple(layer for layer in self.layers if layer.kept < self.least)
 
     @property

@@ -1,13 +1,17 @@
-"""Decide how to write each changed parameter: as a low-rank product, in full, or not at all. The
-function ``extract`` chooses the ranks, and writes products that are too large or lossy in full.
+"""Decide how an extraction writes each changed parameter: as a low-rank product, in full, or not
+at all (the parameter is then lost).
 
-The first line that applies to a parameter decides:
+``exclude``, ``keep`` and ``targets`` are arguments of ``extract``. The first line that applies to a
+parameter decides:
 
 lost      ``exclude`` matches it
 full      a pattern in ``keep`` matches it
-low_rank  it can have a low-rank change, and ``targets`` matches it
-full      it cannot (a vector or a buffer), and ``keep`` does not contain "none"
+low_rank  it is a matrix, which can have a low-rank change, and ``targets`` matches it
+full      it is a vector or a buffer, and ``keep`` does not contain "none"
 lost      every other parameter; the report gives the reason
+
+``extract`` then chooses the ranks. If ``keep`` contains "lossy", it writes a weight in full after
+all whose product is too large or keeps too little of the change.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.layers import ParamRef
 from veneer.tools.extract.weight_pairs import WeightPair
 
-#: words that ``keep`` may contain instead of patterns
+#: the words that have a meaning of their own in ``keep``, which otherwise contains patterns
 AUTO, NONE, LOSSY = KEEP_WORDS = ("auto", "none", "lossy")
 
 #: reasons in the report: why a parameter is written in full, and why it is not written
@@ -43,8 +47,8 @@ NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, an
 
 
 class Selection(NamedTuple):
-    """The changed weights by how they are written: as a product, in full, or not at all. ``full``
-    and ``lost`` give a reason with each weight."""
+    """The changed weights by how they are written: as a product (``low_rank``), in full (``full``),
+    or not at all (``lost``). ``full`` and ``lost`` give a reason with each weight."""
 
     low_rank: tuple[WeightPair, ...]
     full: tuple[tuple[WeightPair, str], ...]
@@ -59,9 +63,10 @@ def select_weights(
     keep: Sequence[str],
     adapter_name: str,
 ) -> Selection:
-    """Decide how to write each changed weight. ``adapter_name``: the name under which the adapter
-    will be installed on the base. ``TargetError``: a pattern matches nothing, or a weight cannot
-    carry its change; the error lists every problem."""
+    """Decide how to write each changed weight, by the rules in the docstring of this module.
+    ``targets``, ``exclude`` and ``keep`` are the arguments of ``extract``. ``adapter_name``: the
+    name under which the adapter will be installed on the base. ``TargetError``: a pattern matches
+    nothing, or a weight cannot have its change in an adapter; the error lists every problem."""
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
     keep_patterns = [pattern for pattern in keep if pattern not in KEEP_WORDS]
     problems = bad_regex(
@@ -84,7 +89,7 @@ def select_weights(
     low_rank_pairs, full_pairs, lost_pairs = [], [], []
     for pair in changed_pairs:
         split_names = (path.rpartition(".") for path in pair.model_weight.names)
-        # one reference for each name of a tied weight
+        # a tied weight has several names; a pattern that matches one of them decides for the weight
         refs = {(model_index.canonical[module_path], name) for module_path, _, name in split_names}
         if refs & unwritten_refs and not refs & targeted_refs:
             lost_pairs.append((pair, EXCLUDED))
@@ -113,9 +118,9 @@ def plan_adapter(
     full_pairs: Sequence[WeightPair],
     problems: list[str],
 ) -> Plans:
-    """The plan of an adapter that has products of these ``ranks`` (with alpha = rank, so that the
-    scale is 1) and holds the weights of ``full_pairs`` in full. Reasons why the model cannot have
-    this adapter are added to ``problems``."""
+    """The plan by which the adapter will be installed on the model. It has products of these
+    ``ranks`` (with alpha = rank, so that the scale is 1) and holds the weights of ``full_pairs`` in
+    full. Reasons why the model cannot have this adapter are added to ``problems``."""
     low_rank_plans = plan_low(
         model_index, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
@@ -140,7 +145,7 @@ def plan_adapter(
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """The option ``keep`` as a tuple. ``ConfigError``: a pattern is empty or not a string, or
+    """The argument ``keep`` as a tuple. ``ConfigError``: a pattern is empty or not a string, or
     ``keep`` contains both "auto" and "none"."""
     keep_entries = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(entry, str) and entry for entry in keep_entries):
@@ -157,8 +162,9 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
 def _matching_refs(
     model_index: Names, patterns: Sequence[str], problems: list[str]
 ) -> set[ParamRef]:
-    """The parameters and buffers that patterns match. A pattern matches the path of a parameter or
-    of a module that contains it."""
+    """The parameters and buffers that patterns match. A pattern that matches modules selects
+    everything in them and in their submodules; any other pattern selects the parameters whose own
+    paths it matches. A pattern that matches nothing is added to ``problems``."""
     refs: set[ParamRef] = set()
     for pattern in patterns:
         module_paths = [

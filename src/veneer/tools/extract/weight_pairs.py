@@ -31,10 +31,10 @@ from veneer.models.base_weights import (
     state_dict_weights,
 )
 
-#: a model: its folder or name, a module, or a state dict
+#: a model, given as its folder or name, as a module, or as a state dict
 ModelSource = str | Path | nn.Module | Mapping[str, Tensor]
 
-#: how many elements of a weight are cast at once
+#: how many elements of a weight are cast to the common dtype at once
 CHUNK_SIZE = 1 << 21
 
 
@@ -43,8 +43,8 @@ class ModelPair(NamedTuple):
 
     Fields:
         structure: the model of the base.
-        is_meta: whether ``open_models`` built ``structure`` without weights, so that nobody else
-            uses it.
+        is_meta: whether ``open_models`` built ``structure`` itself, without weights. If so, nobody
+            else uses it, and its parameters may be overwritten.
         base_name: the name or folder of a base that is read from files, else None.
         base, tuned: the weights of the two models.
     """
@@ -58,8 +58,9 @@ class ModelPair(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightPair:
-    """One parameter or persistent buffer in both models. ``module`` holds it in the base's model;
-    ``kind`` tells how to lay it out as [g, out, in]."""
+    """One parameter or persistent buffer in both models. ``module``: the module of the base's model
+    that holds it. ``layer_kind``: the kind of this layer, which can reshape the weight to
+    [g, out, in] (g: matrices in the weight)."""
 
     model_weight: ModuleWeight
     base: BaseWeight
@@ -86,8 +87,8 @@ class WeightPair:
 
     @property
     def matrix_slices(self) -> list[slice | None]:
-        """The slices of the first axis in which the weight is read: one for each matrix of a stack.
-        For other weights [None], which means all rows at once."""
+        """The slices of the first axis by which the weight is read: one for each matrix of a stack.
+        Other weights have [None], so that they are read whole."""
         return (
             [slice(index, index + 1) for index in range(self.base.shape[0])]
             if self.is_stack
@@ -100,14 +101,16 @@ class WeightPair:
             yield self.base.read(matrix_slice), self.tuned.read(matrix_slice)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs (chunk of the base weight, chunk of the tuned weight), over the whole weight. The
-        function ``chunks`` makes them."""
+        """Pairs (chunk of the base weight, chunk of the tuned weight), over the whole weight, as
+        the function ``chunks`` yields them: flat, of one dtype, and rounded to the tuned weight's
+        dtype if this is the coarser one."""
         return (
             chunk_pair for base, tuned in self.matrix_pairs() for chunk_pair in chunks(base, tuned)
         )
 
     def matrices(self) -> Iterator[Tensor]:
-        """ΔW [out, in] of each group or matrix, in new memory, in float32 or float64."""
+        """ΔW [out, in] of each group of a convolution or matrix of a stack (else of the one
+        matrix), in float32, or in float64 if a weight is float64. The caller may overwrite them."""
         for base, tuned in self.matrix_pairs():
             delta = difference(base, tuned)
             del base, tuned
@@ -124,7 +127,8 @@ class WeightPair:
         return is_changed, is_finite
 
     def change_norm(self) -> float:
-        """‖tuned − base‖."""
+        """‖tuned − base‖, with the base rounded to the dtype of the tuned weight if this is the
+        coarser one."""
         return math.sqrt(
             sum(
                 (tuned.double() - base.double()).square().sum().item()
@@ -149,8 +153,8 @@ def chunks(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all values are finite. This is so if the minimum and the maximum are finite, because
-    both are NaN if any value is NaN. To compute them in bfloat16 is 16 times faster than
+    """Whether all values are finite. They are if their minimum and maximum are finite, because both
+    are NaN if any value is NaN. In bfloat16, computing these two is 16 times faster than
     ``isfinite`` of all values."""
     return not values.is_floating_point() or all(
         bool(extreme.isfinite()) for extreme in torch.aminmax(values)
@@ -158,7 +162,8 @@ def _all_finite(values: Tensor) -> bool:
 
 
 def difference(base: Tensor, tuned: Tensor) -> Tensor:
-    """tuned − base, both rounded as in ``chunks``; float64 if either is float64, else float32."""
+    """tuned − base, in float64 if either is float64, else in float32. ``base`` is first rounded to
+    the dtype of ``tuned`` if this is the coarser one."""
     dtype = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
     delta = torch.empty(base.shape, dtype=dtype, device=base.device)
     flat_delta, start = delta.view(-1), 0
@@ -219,8 +224,9 @@ def open_models(base: ModelSource, tuned: ModelSource, model: nn.Module | None) 
 
 
 def _read_tuned(tuned: ModelSource, structure: nn.Module, has_config: bool) -> BaseWeights:
-    """The weights of the tuned model. ``has_config``: whether to map the names in a folder by the
-    folder's own config.json, because it may tie other weights than the base's config. Else the
+    """The weights of the tuned model, by their names in the model. ``has_config``: whether to map
+    the names in the tuned model's files by a model that is built from its own config.json, because
+    this may tie other weights than the base's config does. Else, or without a config.json, the
     names are mapped by the base's model ``structure``."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
@@ -248,7 +254,8 @@ def _read_tuned(tuned: ModelSource, structure: nn.Module, has_config: bool) -> B
 
 
 def _model_folder(source: str | Path, structure: nn.Module | None) -> Path:
-    """The folder of a model's files. If ``structure`` is given, the folder needs no config.json."""
+    """The local folder of a model's files. If ``structure`` (the model) is given, the folder needs
+    no config.json."""
     path = Path(source).expanduser()
     is_model_folder = path.is_dir() and not (path / "adapter_config.json").is_file()
     return path if structure is not None and is_model_folder else models.folder_of(source)
@@ -268,7 +275,7 @@ def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
         base_weight = model_pair.base.find(model_weight.names)
         tuned_weight = model_pair.tuned.find(model_weight.names)
         if base_weight is None or tuned_weight is None:
-            # a buffer that neither model stores has no change: the constructor computes it
+            # a buffer that neither model stores is computed by the constructor, so it is unchanged
             if base_weight is not None or tuned_weight is not None or not model_weight.is_buffer:
                 missing_names[model_pair.base.label] += (
                     [model_weight.path] if base_weight is None else []
@@ -322,9 +329,14 @@ def _difference_problems(
     shape_texts: list[str],
     dtype_texts: list[str],
 ) -> list[str]:
-    """The error texts for parameters that only one model has, for different shapes, and for weights
-    that are not stored as floating-point numbers. ``missing_names`` and ``extra_names``: the names
-    that a model lacks, and the names that only it has, by the label of the model."""
+    """The error texts for parameters that one of the models lacks or has in excess of the base's
+    model, for different shapes, and for weights that are not stored as floating-point numbers.
+
+    Args:
+        missing_names: by the label of the model, the parameters that it lacks.
+        extra_names: by the label of the model, its weights that the base's model does not have.
+        shape_texts, dtype_texts: a description of each weight with a wrong shape or dtype.
+    """
     dtype_problem = "weights stored as something else than floating-point numbers: "
     expected_dtypes = "float64, float32, bfloat16 or float16"
     checks = [
@@ -365,7 +377,7 @@ def _untied_problems(
 
 
 def _reads_equal_weights(first_reader: ReadRows, second_reader: ReadRows) -> bool:
-    """Whether two functions read equal weights."""
+    """Whether two functions read weights of equal shapes and values."""
     first, second = first_reader(None), second_reader(None)
     return first.shape == second.shape and all(
         torch.equal(first_chunk, second_chunk)
