@@ -35,7 +35,7 @@ from veneer.fileio.hashing import kind_of, recorded_fingerprints
 from veneer.formats import peft_paths
 from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import applied_products
+from veneer.tools.compose.align import effective_changes
 
 __all__ = ["Difference", "FullDifference", "LayerDifference", "Space", "compare"]
 
@@ -194,7 +194,7 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
     adapters = [
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in (a, b)
     ]
-    changes_per_adapter, problems = [applied_products(adapter) for adapter in adapters], []
+    changes_per_adapter, problems = [effective_changes(adapter) for adapter in adapters], []
     shared_paths = [path for path in changes_per_adapter[0] if path in changes_per_adapter[1]]
     for path in shared_paths:
         shapes = [

@@ -35,7 +35,7 @@ from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.kernels.svd import spectrum
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import AlignedWeight, align, applied_products
+from veneer.tools.compose.align import AlignedWeight, align, effective_changes
 from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.weighted_sum import WeightedChange, gain_of
 
@@ -128,7 +128,7 @@ def find_intruders(
             "a whole number, and a cosine in (0, 1]",
             f"use {DEFAULT_VECTOR_COUNT} and {DEFAULT_THRESHOLD}",
         )
-    changes_by_path = applied_products(saved_adapter)
+    changes_by_path = effective_changes(saved_adapter)
     for aligned_weight in align([saved_adapter], base_weights.parameter_order):
         if aligned_weight.alias_of is None:
             low_rank = changes_by_path[aligned_weight.model_path]

@@ -33,7 +33,7 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
 from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import AlignedWeight, align, applied_products
+from veneer.tools.compose.align import AlignedWeight, align, effective_changes
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import WeighAdapter, combine_full_params
 from veneer.tools.compose.merge_methods import MERGE_METHODS
@@ -262,7 +262,7 @@ def _unrecorded_notes(source_adapters: Sequence[AdapterFiles]) -> list[str]:
                 "load each on its model and save it with veneer.save first",
             )
     for source_adapter in unrecorded_adapters:
-        applied_products(source_adapter)  # raises if it is unknown how PEFT applies a change
+        effective_changes(source_adapter)  # raises if it is unknown how PEFT applies a change
     path_list = listing((str(source_adapter.path) for source_adapter in unrecorded_adapters), 3)
     return [
         f"{path_list}: no record of the base, so the result has none; only you can tell that the"

@@ -295,7 +295,7 @@ def _order_parameters(
     return parameter_paths
 
 
-def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
+def effective_changes(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
     """The low-rank product of each change, by model path, with the scale at which the library that
     wrote the folder applies it. PEFT adds the change of an attention's out-projection
     ``peft_behaviour.OUT_PROJ_REPEATS`` times, so for PEFT's folders the scale of such a change is

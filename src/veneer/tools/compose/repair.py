@@ -31,7 +31,7 @@ from veneer.errors import ConfigError
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import AlignedWeight, align, applied_products
+from veneer.tools.compose.align import AlignedWeight, align, effective_changes
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import combine_full_params
 from veneer.tools.compose.weighted_sum import ComposeOptions
@@ -139,7 +139,7 @@ def repair(
     saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved_adapter.refuse_trained_tokens("a repair")
     saved_adapter.refuse_invocation_tokens("a repair")
-    base_weights, changes_by_path = FrozenWeights(base, model), applied_products(saved_adapter)
+    base_weights, changes_by_path = FrozenWeights(base, model), effective_changes(saved_adapter)
     if intruders is None:
         intruders = [*find_intruders(saved_adapter, base_weights, count=count, threshold=threshold)]
     repaired_layers, weight_reports = {}, []
