@@ -128,9 +128,11 @@ class Difference:
     def relative(self) -> float:
         """‖ΔW_A − ΔW_B‖ / max(‖ΔW_A‖, ‖ΔW_B‖), with norms over all weights that both change; 0 if
         all of these changes are zero."""
-        distance = math.hypot(*(layer.difference * max(layer.norms) for layer in self.layers))
+        difference_norm = math.hypot(
+            *(layer.difference * max(layer.norms) for layer in self.layers)
+        )
         largest_norm = max(self._norms)
-        return distance / largest_norm if largest_norm else 0.0
+        return difference_norm / largest_norm if largest_norm else 0.0
 
     @property
     def cosine(self) -> float:
@@ -380,12 +382,13 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm()) / larger_norm if larger_norm else 0.0
 
 
-def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ...]]:
+def _compare_bases(adapter_a: AdapterFiles, adapter_b: AdapterFiles) -> tuple[str, tuple[str, ...]]:
     """("same", "different" or "unknown" for the two bases, the paths of weights whose fingerprints
     differ). A fingerprint is a hash of a base weight in an adapter's record. The result is
     "unknown" if no weight has fingerprints by one hash function in both records."""
     fingerprints_a, fingerprints_b = (
-        recorded_fingerprints(saved_adapter.metadata.get("base", {})) for saved_adapter in (a, b)
+        recorded_fingerprints(saved_adapter.metadata.get("base", {}))
+        for saved_adapter in (adapter_a, adapter_b)
     )
     comparable_paths = [
         path

@@ -76,7 +76,7 @@ class WeightIntruders:
         control: the cosines of the control, which is W plus a change with the singular values of
             ΔW in random directions; empty unless the control was requested.
         intruders: for each of the g matrices, the singular triples of W' that are intruders.
-        gain: the gain [g, out] of a DoRA change, else None.
+        gain: the factors [g, out] by which DoRA rescales the rows of W + ΔW, else None.
         norm, distance: ‖W‖ and ‖W' − W‖.
         seconds: the duration of the search.
     """
@@ -158,7 +158,7 @@ def _find_in_weight(
     base_weight, is_transposed, _ = base_weights.verified_weight(aligned_weight, [saved_adapter])
     low_rank = (low_rank.T if is_transposed else low_rank).to(torch.float64)
     magnitude = aligned_weight.layers[0].extras.get(peft.MAGNITUDE)
-    gains = (
+    row_gains = (
         None
         if magnitude is None
         else gain_of(WeightedChange(low_rank, magnitude, 1.0), base_weight.double())
@@ -171,7 +171,7 @@ def _find_in_weight(
             low_rank.A[matrix_index, None], low_rank.B[matrix_index, None], low_rank.scale
         )
         changed_W = W + matrix_change.delta()[0]
-        changed_W = changed_W if gains is None else gains[matrix_index, :, None] * changed_W
+        changed_W = changed_W if row_gains is None else row_gains[matrix_index, :, None] * changed_W
         squared_norm += float(W.square().sum())
         squared_distance += float((changed_W - W).square().sum())
         leading_count = min(vector_count, *W.shape)
@@ -194,7 +194,7 @@ def _find_in_weight(
         cosines=tuple(cosines),
         control=tuple(control_cosines),
         intruders=tuple(intruders),
-        gain=gains,
+        gain=row_gains,
         norm=squared_norm**0.5,
         distance=squared_distance**0.5,
         seconds=time.perf_counter() - start_time,

@@ -208,7 +208,7 @@ def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[Adapte
 
 def _provenance(
     adapters: Sequence[AdapterFiles],
-    weights: Sequence[float],
+    adapter_weights: Sequence[float],
     options: ComposeOptions,
     layer_factors: LayerFactors,
 ) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _provenance(
                 "record": saved_adapter.metadata.get("hashes", {}).get("record"),
                 "weight": weight,
             }
-            for saved_adapter, weight in zip(adapters, weights, strict=True)
+            for saved_adapter, weight in zip(adapters, adapter_weights, strict=True)
         ],
     }
 
@@ -262,7 +262,7 @@ def _unrecorded_notes(source_adapters: Sequence[AdapterFiles]) -> list[str]:
                 "load each on its model and save it with veneer.save first",
             )
     for source_adapter in unrecorded_adapters:
-        effective_changes(source_adapter)  # raises if it is unknown how PEFT applies a change
+        effective_changes(source_adapter)  # to raise if it is unknown how PEFT applies a change
     path_list = listing((str(source_adapter.path) for source_adapter in unrecorded_adapters), 3)
     return [
         f"{path_list}: no record of the base, so the result has none; only you can tell that the"

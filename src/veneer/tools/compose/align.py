@@ -45,7 +45,7 @@ class AlignedWeight:
 
 #: maps the path of a module to the names of its parameters, in the order of the module
 ParameterOrder = Callable[[str], Sequence[str]]
-#: (path in the adapter folder, change), by model path and then by adapter index
+#: {model path: {index of the adapter: (path in its folder, change)}}
 ChangesByPath = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
 
 
@@ -94,7 +94,8 @@ def _mismatch_problems(
     parameter_paths: set[str],
 ) -> Iterator[str]:
     """The error texts for changes with one model path that cannot belong to one weight, because
-    their shapes differ, or because one is of a module and another of the module's parameter."""
+    their shapes differ, or because one is of a module and another of the module's parameter.
+    ``parameter_paths``: the model paths of the changes that PEFT targets as parameters."""
     for model_path, entries_by_adapter in changes_by_path.items():
         index_by_shape: dict[tuple, int] = {}
         for adapter_index, (path, layer) in entries_by_adapter.items():
@@ -160,10 +161,10 @@ def _find_weights_and_aliases(
             else ()
         ):
             tie_candidates = {
-                (tied_path, transposed): None
+                (tied_path, is_transposed): None
                 for tied_path in recorded_weights
                 if tied_path in layers_by_path
-                for transposed in _tie_orientations(
+                for is_transposed in _tie_orientations(
                     layers_by_path[model_path], layers_by_path[tied_path]
                 )
             }
@@ -176,19 +177,19 @@ def _find_weights_and_aliases(
     for model_path, tie_candidates in candidates_by_path.items():
         # Several recorded weights can match. Their changes are then equal in every adapter, so it
         # makes no difference which of them is taken as the first name.
-        for tied_path, transposed in tie_candidates:
+        for tied_path, is_transposed in tie_candidates:
             # every adapter must change both weights equally, or neither of them
             layer_pairs = [
                 (layers_by_path.get(model_path), layers_by_path.get(tied_path))
                 for layers_by_path in layers_per_adapter
             ]
             if all(
-                transposed in _tie_orientations(alias_layer, tied_layer)
+                is_transposed in _tie_orientations(alias_layer, tied_layer)
                 if alias_layer and tied_layer
                 else alias_layer is tied_layer
                 for alias_layer, tied_layer in layer_pairs
             ):
-                aliases[model_path] = tied_path, transposed
+                aliases[model_path] = tied_path, is_transposed
                 break
         else:
             problem = (
@@ -202,14 +203,14 @@ def _find_weights_and_aliases(
 def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer) -> Iterator[bool]:
     """Yield False if ``first_layer`` equals ``second_layer``, and True if it equals the transpose
     of ``second_layer``. Nothing is yielded if the changes differ."""
-    for transposed in (False, True):
-        second_low_rank = second_layer.low.T if transposed else second_layer.low
+    for is_transposed in (False, True):
+        second_low_rank = second_layer.low.T if is_transposed else second_layer.low
         if (
             first_layer.scale == second_layer.scale
             and torch.equal(first_layer.low.A, second_low_rank.A)
             and torch.equal(first_layer.low.B, second_low_rank.B)
         ):
-            yield transposed
+            yield is_transposed
 
 
 def _entry_paths(
@@ -233,16 +234,16 @@ def _entry_paths(
     for model_path, entries_by_adapter in changes_by_path.items():
         module_path, _, leaf_name = model_path.rpartition(".")
         if model_path in parameter_paths:
-            ordered_parameters = _order_parameters(
+            ordered_paths = _order_parameters(
                 module_path,
                 parameters_by_module.pop(module_path, []),
                 changes_by_path,
                 parameter_order,
                 problems,
             )
-            for position, parameter in enumerate(ordered_parameters, 1):
-                wrapper_segments = ["base_layer"] * (len(ordered_parameters) - position)
-                entry_paths[parameter] = ".".join(
+            for position, ordered_path in enumerate(ordered_paths, 1):
+                wrapper_segments = ["base_layer"] * (len(ordered_paths) - position)
+                entry_paths[ordered_path] = ".".join(
                     [
                         *(
                             [peft_paths.add_wrappers(module_path, wrapper_counts)]

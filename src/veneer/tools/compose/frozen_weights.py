@@ -59,10 +59,10 @@ class FrozenWeights:
         """An index of the base's modules by path; None without a model. ``AdapterError``: an
         adapter is merged into the model's weights, so that these are not the base's."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
-        attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
-        if attached is not None and attached.merged is not None:
+        attached_adapters = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
+        if attached_adapters is not None and attached_adapters.merged is not None:
             raise AdapterError(
-                f"a base into which {attached.merged!r} is merged",
+                f"a base into which {attached_adapters.merged!r} is merged",
                 "the base's own weights",
                 "call veneer.unmerge(model) first",
             )
@@ -95,16 +95,17 @@ class FrozenWeights:
         return None if tensor is None else tensor.detach().cpu()
 
     def frozen_weight(
-        self, aligned_weight: AlignedWeight, config: Mapping[str, Any]
+        self, aligned_weight: AlignedWeight, peft_config: Mapping[str, Any]
     ) -> FrozenWeight:
-        """The base weight that the changes apply to. ``config``: the PEFT config of one of the
-        adapters. ``AdapterError``: the base lacks the weight or has it in another shape, or it is
-        unknown whether the weight is transposed."""
+        """The base weight that the changes apply to. ``peft_config``: the PEFT config of one
+        of the adapters. ``AdapterError``: the base lacks the weight or has it in another shape, or
+        it is unknown whether the weight is transposed."""
         path = aligned_weight.weight_path
         if (
             path is None
             and self.model_index is not None
-            and (ref := ref_at(self.model_index, aligned_weight.entry_path, config)) is not None
+            and (ref := ref_at(self.model_index, aligned_weight.entry_path, peft_config))
+            is not None
         ):
             path = parameter_path(*ref)
         model_path = aligned_weight.model_path
@@ -145,7 +146,7 @@ class FrozenWeights:
             weight = layer_kind.unfold(dense_weight, layer_kind.dims(module, dense_weight.shape))
         else:
             weight, is_transposed = _weight_by_shape(
-                path, dense_weight, aligned_weight, peft.may_be_transposed(config)
+                path, dense_weight, aligned_weight, peft.may_be_transposed(peft_config)
             )
         groups, out, in_ = aligned_weight.any_layer.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):

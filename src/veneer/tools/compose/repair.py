@@ -232,10 +232,10 @@ def _folder_entry(
     their transpose. ``repaired_layers``: the repaired changes by the weights' first names."""
     if aligned_weight.alias_of is None:
         return repaired_layers[aligned_weight.model_path]
-    first_path, transposed = aligned_weight.alias_of
+    first_path, is_transposed = aligned_weight.alias_of
     low_rank = repaired_layers[first_path].low
     return aligned_weight.any_layer.with_low_rank(
-        low_rank.T if transposed else low_rank
+        low_rank.T if is_transposed else low_rank
     ).with_magnitude(repaired_layers[first_path].extras.get(peft.MAGNITUDE))
 
 

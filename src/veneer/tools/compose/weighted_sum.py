@@ -133,8 +133,8 @@ def gain_of(term: WeightedChange, W: Tensor) -> Tensor:
     0 (as in ``variants/dora.py``), and 1 for a LoRA change."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
-    norms = dora.row_norms(W, term.low_rank)
-    return dora.gain_of(term.magnitude.double().flatten(), norms).view(W.shape[:2])
+    row_norms = dora.row_norms(W, term.low_rank)
+    return dora.gain_of(term.magnitude.double().flatten(), row_norms).view(W.shape[:2])
 
 
 def merge_by_method(

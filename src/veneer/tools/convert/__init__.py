@@ -329,7 +329,7 @@ def detect(path: str | Path) -> str:
     "dense".
 
     Raises:
-        AdapterError: nothing exists at ``path``, or no format recognises it.
+        AdapterError: nothing exists at ``path``, no format recognises it, or it holds a pickle.
     """
     path = Path(path)
     if path.is_dir():

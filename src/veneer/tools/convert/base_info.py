@@ -94,8 +94,8 @@ def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
 
 
 def _folder_facts(path: Path) -> tuple[BaseFacts, nn.Module | None]:
-    """(names, shapes and config of the base in a folder, the model on the meta device or None if
-    transformers lacks its class)."""
+    """(names, shapes and config of the base in a folder, the model on the meta device). The model
+    is None if the folder has no transformers config, or transformers lacks the model's class."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         try:

@@ -36,7 +36,8 @@ from veneer.lowrank import Svd
 
 #: the name of the adapter that a conversion installs on the base
 ADAPTER_NAME = "veneer_convert"
-#: default limit of ‖ΔW - B A‖ / ‖ΔW‖, near the precision of float32 factors
+#: how large ‖ΔW - B A‖ / ‖ΔW‖ may be if no rank and no energy is given; float32 factors would not
+#: allow for a much smaller error
 MAX_RELATIVE_ERROR = 1e-6
 
 
@@ -98,24 +99,24 @@ def deltas_of_file(
     deltas: dict[str, Tensor] = {}
     unknown_deltas = []
     for change in low_rank_changes:
-        kind, low_rank = change.kind, change.layer.low
+        kind_name, low_rank = change.kind, change.layer.low
         if change.magnitude is not None:
             unknown_deltas.append((change.weight, "which rescales the weight"))
-        elif kind == "attention" and change.weight.endswith("out_proj.weight"):
+        elif kind_name == "attention" and change.weight.endswith("out_proj.weight"):
             unknown_deltas.append((change.weight, "which PEFT applies more than once"))
-        elif kind in ("stack", "parameter"):
+        elif kind_name in ("stack", "parameter"):
             unknown_deltas.append((change.weight, "whose shape the file does not tell"))
-        elif kind == "linear or Conv1D":
+        elif kind_name == "linear or Conv1D":
             unknown_deltas.append((change.weight, "which may be stored transposed"))
         else:
             input_shape = (
                 change.layer.A.shape[1:]
-                if kind in ("conv", "grouped conv")
+                if kind_name in ("conv", "grouped conv")
                 else low_rank.A.shape[2:]
             )
             # [g, out, in] → [g · out, *input_shape]
             delta = low_rank.delta(torch.float64).reshape(-1, *input_shape).float()
-            deltas[change.weight] = delta.mT if kind in ("embedding", "Conv1D") else delta
+            deltas[change.weight] = delta.mT if kind_name in ("embedding", "Conv1D") else delta
     unknown_deltas += [
         (weight_path or "the model", "which is trained in full") for weight_path in full_parameters
     ]
@@ -144,7 +145,7 @@ def install_deltas(
             unchanged.
     """
     model_index, problems = Names(model), []
-    full_values, factors, errors = _split_deltas(
+    full_values, factors, relative_errors = _split_deltas(
         model_index, deltas, full_names, rank, energy, problems
     )
     ranks_by_ref = {ref: factor_pair["A"].shape[1] for ref, factor_pair in factors.items()}
@@ -190,7 +191,7 @@ def install_deltas(
                 {**layer_adapter.full._parameters, **layer_adapter.full._buffers}[name].copy_(
                     tensor
                 )
-    return errors
+    return relative_errors
 
 
 def _split_deltas(
@@ -202,8 +203,9 @@ def _split_deltas(
     problems: list[str],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[ParamRef, dict[str, Tensor]], dict[str, float]]:
     """Split changes into those that are stored in full (vectors, buffers, and the parameters in
-    ``full_names``) and those that are factored. ``deltas``: ΔW by the path of the parameter or
-    buffer. Paths that the model lacks are left out, with an error text in ``problems``.
+    ``full_names``) and those that are factored by ``factor_delta``. ``deltas``: ΔW by the path of
+    the parameter or buffer. Paths that the model lacks are left out, with an error text in
+    ``problems``.
 
     Returns:
         the new values of parameters and buffers that are stored in full, by module path and then by
@@ -217,7 +219,7 @@ def _split_deltas(
     }
     full_values: dict[str, dict[str, Tensor]] = {}
     factors: dict[ParamRef, dict[str, Tensor]] = {}
-    errors: dict[str, float] = {}
+    relative_errors: dict[str, float] = {}
     for delta_path, (path, tensor_name) in refs_by_path.items():
         module, delta = model_index.modules[path], deltas[delta_path].double()
         layer_kind = kind_for(module, tensor_name)
@@ -232,11 +234,11 @@ def _split_deltas(
                 base_value.dtype
             )
         else:
-            A, B, errors[delta_path] = factor_delta(
+            A, B, relative_errors[delta_path] = factor_delta(
                 layer_kind.unfold(delta, layer_kind.dims(module, delta.shape)), rank, energy
             )
             factors[path, tensor_name] = {"A": A, "B": B}
-    return full_values, factors, errors
+    return full_values, factors, relative_errors
 
 
 def _ref_of(

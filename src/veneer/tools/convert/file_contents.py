@@ -94,11 +94,11 @@ def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRank
         weight_path = _weight_name(path, layer, recorded_changes, fused_modules, facts)
         recorded_kind = recorded_changes.get(weight_path, {}).get("kind")
         if recorded_kind is not None:
-            transposed = recorded_kind == "conv1d_transformers"
+            is_transposed = recorded_kind == "conv1d_transformers"
         else:
-            transposed = None if may_be_transposed else False
+            is_transposed = None if may_be_transposed else False
         layer_kind = kind_of_change(
-            path, layer, weight_path, transposed, facts.shapes.get(weight_path)
+            path, layer, weight_path, is_transposed, facts.shapes.get(weight_path)
         )
         changes.append(LowRankChange(weight_path, layer, layer_kind))
     return tuple(changes)

@@ -156,19 +156,19 @@ def _verify_fingerprints(model: nn.Module, base_record: Mapping[str, Any], sourc
         for model_weight, fingerprint in fingerprints
         for name in model_weight.names
     }
-    changed_weights, unchanged_weights = (
+    changed_fingerprints, unchanged_fingerprints = (
         base_record.get("weights") or {},
         base_record.get("rest") or {},
     )
     mismatched_paths = [
         name
-        for name, expected in changed_weights.items()
-        if fingerprint_by_name.get(name) != expected
+        for name, recorded_fingerprint in changed_fingerprints.items()
+        if fingerprint_by_name.get(name) != recorded_fingerprint
     ]
     mismatched_paths += [
         name
-        for name, expected in unchanged_weights.items()
-        if fingerprint_by_name.get(name, expected) != expected
+        for name, recorded_fingerprint in unchanged_fingerprints.items()
+        if fingerprint_by_name.get(name, recorded_fingerprint) != recorded_fingerprint
     ]
     earlier_hashes = (
         earlier_fingerprints(model_weights, recorded_hash_kind(base_record))

@@ -83,7 +83,7 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
     hash_text = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved_adapter.config.variant, saved_adapter.config.dropout
     is_veneer, is_folder = target_format == "veneer", target_format in ("veneer", "peft")
-    tokenizer = tokenizer_folder(saved_adapter.path)
+    tokenizer_path = tokenizer_folder(saved_adapter.path)
     losses = [
         (saved_adapter.metadata and not is_veneer, f"the record: {hash_text} and provenance"),
         (
@@ -95,7 +95,7 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
             "the rows of trained tokens; kept is how they differ from this base's own, so it fits"
             " this base alone",
         ),
-        (tokenizer is not None and not is_folder, "the tokenizer with the added tokens"),
+        (tokenizer_path is not None and not is_folder, "the tokenizer with the added tokens"),
         (dropout and not is_folder, f"dropout {dropout:g}, which counts in training alone"),
     ]
     return [description for is_lost, description in losses if is_lost]
@@ -104,12 +104,14 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
 def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
     """The error texts for an adapter of another PEFT tuner (such as LoHa) that is to be written as
     LoRA: one for each changed convolution for which PEFT's LoRA would compute another result."""
-    convolutions = [layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2]
-    if not convolutions:
+    convolution_paths = [
+        layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2
+    ]
+    if not convolution_paths:
         return
     assert base_info.load_model is not None  # else ``read_source`` had failed for lack of shapes
     model_index = Names(base_info.load_model())
-    for path in convolutions:
+    for path in convolution_paths:
         module = model_index.modules[model_index.canonical[path]]
         reason = peft_behaviour.deviation_reason(kind_for(module, "weight").name, module)
         if reason is not None:

@@ -109,7 +109,8 @@ def replace_token_changes(
 def _token_changes(
     model: nn.Module, adapter_name: str, saved_adapter: AdapterFiles
 ) -> Iterator[LowRankChange]:
-    """The change of each weight with trained tokens, under every name of the weight."""
+    """The change of each weight with trained tokens as one low-rank change, repeated under every
+    name of the weight."""
     model_index = Names(model)
     refs_by_id, split_head_refs = (
         model_index.refs_by_parameter_id(),

@@ -181,8 +181,8 @@ def extract(
 
 def _free_adapter_name(model: nn.Module) -> str:
     """A name that no adapter on ``model`` has."""
-    attached = adapters_of(model)
-    used_names = () if attached is None else attached.configs
+    attached_adapters = adapters_of(model)
+    used_names = () if attached_adapters is None else attached_adapters.configs
     return next(name for number in count() if (name := f"extracted{number}") not in used_names)
 
 
@@ -393,8 +393,8 @@ def _write_folder(
                 fingerprints[model_weight.path] = base_weight.fingerprint()
         save(model_pair.structure, out, name=adapter_name, fingerprints=fingerprints, **options)
     finally:
-        attached = adapters_of(model_pair.structure)
-        if attached is not None and adapter_name in attached.configs:
+        attached_adapters = adapters_of(model_pair.structure)
+        if attached_adapters is not None and adapter_name in attached_adapters.configs:
             detach(model_pair.structure, adapter_name)
 
 

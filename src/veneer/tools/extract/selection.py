@@ -60,22 +60,30 @@ def select_weights(
     changed_pairs: Sequence[WeightPair],
     targets: Targets,
     exclude: str | Sequence[str],
-    keep: Sequence[str],
+    keep_entries: Sequence[str],
     adapter_name: str,
 ) -> Selection:
     """Decide how to write each changed weight, by the rules in the docstring of this module.
-    ``targets``, ``exclude`` and ``keep`` are the arguments of ``extract``. ``adapter_name``: the
-    name under which the adapter will be installed on the base. ``TargetError``: a pattern matches
-    nothing, or a weight cannot have its change in an adapter; the error lists every problem."""
+
+    Args:
+        targets, exclude: as for ``extract``; ``keep_entries`` is its argument ``keep``.
+        adapter_name: the name under which the adapter will be installed on the base.
+
+    Raises:
+        TargetError: a pattern matches nothing, or an adapter cannot hold the change of a weight.
+            The error lists every problem.
+    """
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
-    keep_patterns = [pattern for pattern in keep if pattern not in KEEP_WORDS]
+    keep_patterns = [pattern for pattern in keep_entries if pattern not in KEEP_WORDS]
     problems = bad_regex(
         LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *keep_patterns])
     )
     raise_all(TargetError, "Nothing was extracted", problems)
     problems += name_problems(model_index.model, adapter_name)
-    if (attached := adapters_of(model_index.model)) is not None and attached.merged is not None:
-        problem = f"{attached.merged!r} merged into the weights of the base"
+    if (
+        attached_adapters := adapters_of(model_index.model)
+    ) is not None and attached_adapters.merged is not None:
+        problem = f"{attached_adapters.merged!r} merged into the weights of the base"
         problems.append(sentence(problem, "an unmerged base", "call veneer.unmerge(model) first"))
     target_ref_list, target_problems = target_refs(model_index, config)
     problems += target_problems
@@ -90,22 +98,24 @@ def select_weights(
     for pair in changed_pairs:
         split_names = (path.rpartition(".") for path in pair.model_weight.names)
         # a tied weight has several names; a pattern that matches one of them decides for the weight
-        refs = {(model_index.canonical[module_path], name) for module_path, _, name in split_names}
-        if refs & unwritten_refs and not refs & targeted_refs:
+        weight_refs = {
+            (model_index.canonical[module_path], name) for module_path, _, name in split_names
+        }
+        if weight_refs & unwritten_refs and not weight_refs & targeted_refs:
             lost_pairs.append((pair, EXCLUDED))
-        elif refs & keep_refs:
+        elif weight_refs & keep_refs:
             full_pairs.append((pair, REQUESTED))
         elif not pair.model_weight.is_buffer and is_matrix(model_index, pair.model_weight.ref):
-            low_rank_pairs.append(pair) if refs & targeted_refs else lost_pairs.append(
+            low_rank_pairs.append(pair) if weight_refs & targeted_refs else lost_pairs.append(
                 (pair, NO_TARGET)
             )
-        elif NONE in keep:
+        elif NONE in keep_entries:
             lost_pairs.append((pair, NOT_KEPT))
         else:
             full_pairs.append((pair, VECTOR))
-    ranks = {pair.model_weight.ref: 1 for pair in low_rank_pairs}
-    plan_adapter(model_index, config, ranks, [pair for pair, _ in full_pairs], problems)
-    if LOSSY in keep:
+    ranks_by_ref = {pair.model_weight.ref: 1 for pair in low_rank_pairs}
+    plan_adapter(model_index, config, ranks_by_ref, [pair for pair, _ in full_pairs], problems)
+    if LOSSY in keep_entries:
         plan_adapter(model_index, config, {}, low_rank_pairs, problems)
     raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
     return Selection(tuple(low_rank_pairs), tuple(full_pairs), tuple(lost_pairs))
@@ -114,21 +124,24 @@ def select_weights(
 def plan_adapter(
     model_index: Names,
     config: LoraConfig,
-    ranks: Mapping[ParamRef, int],
+    ranks_by_ref: Mapping[ParamRef, int],
     full_pairs: Sequence[WeightPair],
     problems: list[str],
 ) -> Plans:
-    """The plan by which the adapter will be installed on the model. It has products of these
-    ``ranks`` (with alpha = rank, so that the scale is 1) and holds the weights of ``full_pairs`` in
-    full. Reasons why the model cannot have this adapter are added to ``problems``."""
+    """The plan by which the adapter will be installed on the model. It has products of the ranks
+    ``ranks_by_ref`` (with alpha = rank, so that the scale is 1) and holds the weights of
+    ``full_pairs`` in full. Reasons why the model cannot have this adapter are added to
+    ``problems``."""
     low_rank_plans = plan_low(
-        model_index, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
+        model_index,
+        {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks_by_ref.items()},
+        problems,
     )
-    full_names: dict[str, tuple[str, ...]] = {}
+    full_names_by_module: dict[str, tuple[str, ...]] = {}
     for pair in full_pairs:
         path, name = pair.model_weight.ref
-        full_names[path] = (
-            *full_names.get(path, ()),
+        full_names_by_module[path] = (
+            *full_names_by_module.get(path, ()),
             *(() if pair.model_weight.is_buffer else (name,)),
         )
     buffer_modules = frozenset(
@@ -138,7 +151,7 @@ def plan_adapter(
         model_index,
         config,
         low_rank_plans,
-        with_ties(model_index, full_names),
+        with_ties(model_index, full_names_by_module),
         problems,
         full_modules=buffer_modules,
     )

@@ -140,16 +140,20 @@ class WeightPair:
 def chunks(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (chunk of ``base``, chunk of ``tuned``) of up to ``CHUNK_SIZE`` elements. Both chunks
     are flat and in a dtype that holds the values of both. If ``tuned`` has a coarser dtype, the
-    chunk of ``base`` is rounded to this dtype first."""
+    chunk of ``base`` is first rounded to this dtype, so that a difference by rounding alone does
+    not count as a change."""
     tuned = tuned.to(base.device)
     is_float = base.is_floating_point() and tuned.is_floating_point()
     rounds_base = is_float and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
     common_dtype = torch.promote_types(base.dtype, tuned.dtype)
     flat_base, flat_tuned = base.reshape(-1), tuned.reshape(-1)
-    for start in range(0, flat_base.numel(), CHUNK_SIZE):
-        base_chunk = flat_base[start : start + CHUNK_SIZE]
+    for start_index in range(0, flat_base.numel(), CHUNK_SIZE):
+        base_chunk = flat_base[start_index : start_index + CHUNK_SIZE]
         base_chunk = base_chunk.to(tuned.dtype) if rounds_base else base_chunk
-        yield base_chunk.to(common_dtype), flat_tuned[start : start + CHUNK_SIZE].to(common_dtype)
+        yield (
+            base_chunk.to(common_dtype),
+            flat_tuned[start_index : start_index + CHUNK_SIZE].to(common_dtype),
+        )
 
 
 def _all_finite(values: Tensor) -> bool:
@@ -166,14 +170,14 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
     the dtype of ``tuned`` if this is the coarser one."""
     dtype = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
     delta = torch.empty(base.shape, dtype=dtype, device=base.device)
-    flat_delta, start = delta.view(-1), 0
+    flat_delta, start_index = delta.view(-1), 0
     for base_chunk, tuned_chunk in chunks(base, tuned):
         torch.sub(
             tuned_chunk.to(dtype),
             base_chunk.to(dtype),
-            out=flat_delta[start : start + base_chunk.numel()],
+            out=flat_delta[start_index : start_index + base_chunk.numel()],
         )
-        start += base_chunk.numel()
+        start_index += base_chunk.numel()
     return delta
 
 
@@ -203,7 +207,7 @@ def open_models(base: ModelSource, tuned: ModelSource, model: nn.Module | None) 
         folder_path, base_name = _model_folder(base, model), str(base)
         structure = models.meta_model(folder_path) if model is None else unwrap(model)
         base_weights = folder_weights(structure, folder_path)
-    tuned_weights = _read_tuned(tuned, structure, has_config=model is None)
+    tuned_weights = _read_tuned(tuned, structure, uses_own_config=model is None)
     model_pair = ModelPair(
         structure=structure,
         is_meta=base_name is not None and model is None,
@@ -213,7 +217,9 @@ def open_models(base: ModelSource, tuned: ModelSource, model: nn.Module | None) 
     )
     for source in (base, tuned):
         if isinstance(source, nn.Module) and (
-            meta_paths := [path for path, p in source.named_parameters() if p.is_meta]
+            meta_paths := [
+                path for path, parameter in source.named_parameters() if parameter.is_meta
+            ]
         ):
             raise ExtractError(
                 f"{listing(meta_paths, 3)} on the meta device",
@@ -223,18 +229,18 @@ def open_models(base: ModelSource, tuned: ModelSource, model: nn.Module | None) 
     return model_pair
 
 
-def _read_tuned(tuned: ModelSource, structure: nn.Module, has_config: bool) -> BaseWeights:
-    """The weights of the tuned model, by their names in the model. ``has_config``: whether to map
-    the names in the tuned model's files by a model that is built from its own config.json, because
-    this may tie other weights than the base's config does. Else, or without a config.json, the
-    names are mapped by the base's model ``structure``."""
+def _read_tuned(tuned: ModelSource, structure: nn.Module, uses_own_config: bool) -> BaseWeights:
+    """The weights of the tuned model, by their names in the model. ``uses_own_config``: whether to
+    map the names in the tuned model's files by a model that is built from its own config.json,
+    because this may tie other weights than the base's config does. Else, or without a config.json,
+    the names are mapped by the base's model ``structure``."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
-        attached = adapters_of(tuned)
-        if attached is not None and attached.merged is None:
+        attached_adapters = adapters_of(tuned)
+        if attached_adapters is not None and attached_adapters.merged is None:
             raise ExtractError(
-                f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they"
-                " do not change",
+                f"adapters ({', '.join(attached_adapters.configs)}) on the tuned model, whose"
+                " weights they do not change",
                 "a fine-tuned model",
                 "merge one first, or save it with veneer.save",
             )
@@ -243,7 +249,7 @@ def _read_tuned(tuned: ModelSource, structure: nn.Module, has_config: bool) -> B
         return state_dict_weights(structure, tuned, "the tuned model")
     folder_path = _model_folder(tuned, structure)
     if (
-        has_config
+        uses_own_config
         and (folder_path / "config.json").is_file()
         and hasattr(structure, "base_model_prefix")
     ):
@@ -263,8 +269,9 @@ def _model_folder(source: str | Path, structure: nn.Module | None) -> Path:
 
 def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
     """Pair each parameter and persistent buffer of the base with the one of the tuned model, in the
-    order of the base. ``ExtractError``: names, shapes or dtypes differ, or a tied weight has two
-    values; the error lists every problem."""
+    order of the base. ``ExtractError``: names or shapes differ, a parameter is not stored as
+    floating-point numbers, or the names of a tied weight have different values in one model. The
+    error lists every problem."""
     model_index = Names(model_pair.structure)
     weight_pairs: list[WeightPair] = []
     missing_names: dict[str, list[str]] = {model_pair.base.label: [], model_pair.tuned.label: []}
@@ -378,8 +385,8 @@ def _untied_problems(
 
 def _reads_equal_weights(first_reader: ReadRows, second_reader: ReadRows) -> bool:
     """Whether two functions read weights of equal shapes and values."""
-    first, second = first_reader(None), second_reader(None)
-    return first.shape == second.shape and all(
+    first_weight, second_weight = first_reader(None), second_reader(None)
+    return first_weight.shape == second_weight.shape and all(
         torch.equal(first_chunk, second_chunk)
-        for first_chunk, second_chunk in chunks(first, second)
+        for first_chunk, second_chunk in chunks(first_weight, second_weight)
     )
