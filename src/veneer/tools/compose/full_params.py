@@ -158,7 +158,8 @@ def _combine_param(
         else base_tensor.double()
     )
     if merge_method is None:
-        # without a base, P₀ cancels, so base_value may be 0
+        # Without a base, the coefficients add up to 1, so that the base's value cancels. The 0 in
+        # its place does not affect the sum.
         combined_param = base_value + torch.stack(
             [
                 coefficient * (tensors_by_adapter[index].double() - base_value)

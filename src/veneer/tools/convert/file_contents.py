@@ -87,11 +87,11 @@ def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRank
     tell the path or the kind; they may be empty."""
     recorded_changes = saved_adapter.metadata.get("changes") or {}
     attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
-    fused_modules = {attention for attention in attention_paths if attention is not None}
+    fused_module_paths = {attention for attention in attention_paths if attention is not None}
     may_be_transposed = peft.may_be_transposed(saved_adapter.peft_config)
     changes = []
     for path, layer in saved_adapter.low.items():
-        weight_path = _weight_name(path, layer, recorded_changes, fused_modules, facts)
+        weight_path = _weight_name(path, layer, recorded_changes, fused_module_paths, facts)
         recorded_kind = recorded_changes.get(weight_path, {}).get("kind")
         if recorded_kind is not None:
             is_transposed = recorded_kind == "conv1d_transformers"
@@ -108,13 +108,13 @@ def _weight_name(
     path: str,
     layer: peft.PeftLayer,
     recorded_weights: Iterable[str],
-    fused_modules: set[str],
+    fused_module_paths: set[str],
     facts: BaseFacts,
 ) -> str:
     """The path of the parameter that an entry of the folder changes. It is taken from the adapter's
     record, else from the base. If neither lists it, it is the path of the module with ".weight", or
-    with ".in_proj_weight" for a module in ``fused_modules``: the paths of attention modules with
-    one weight for query, key and value."""
+    with ".in_proj_weight" for a module in ``fused_module_paths``, which are the paths of attention
+    modules with one weight for query, key and value."""
     target_path = layer.target_path
     if (
         peft.targets_parameter(path, layer)
@@ -127,5 +127,5 @@ def _weight_name(
     ]
     if len(candidate_names) == 1:
         return candidate_names[0]
-    is_fused = target_path in fused_modules or f"{target_path}.in_proj_weight" in facts.shapes
+    is_fused = target_path in fused_module_paths or f"{target_path}.in_proj_weight" in facts.shapes
     return f"{target_path}.{'in_proj_weight' if is_fused else 'weight'}"

@@ -109,7 +109,7 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
     ]
     if not convolution_paths:
         return
-    assert base_info.load_model is not None  # else ``read_source`` had failed for lack of shapes
+    assert base_info.load_model is not None  # without a base, ``read_source`` fails earlier
     model_index = Names(base_info.load_model())
     for path in convolution_paths:
         module = model_index.modules[model_index.canonical[path]]
