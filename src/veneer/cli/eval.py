@@ -61,7 +61,8 @@ Split = Annotated[str, Option(help="Which split of a hub data set.")]
 
 
 class _Request(NamedTuple):
-    """The models and data to measure, and how to print the results."""
+    """The models and data to measure, and how to print the results. ``verify``: whether to refuse
+    an adapter of another base; ``loading_options``: arguments of `load_base`."""
 
     base: str
     data: str
@@ -144,8 +145,17 @@ def _measure(
     columns: list[str] | None,
     reward: list[str] | None,
 ) -> None:
-    """Measure as the adapter's task does, and print the results. ``ConfigError``: a flag does not
-    fit the task."""
+    """Measure with the loss and the measures of a training task, and print the results.
+
+    Args:
+        task: the value of --task; None takes the task with which the adapter was trained, or sft.
+        options: settings for all tasks, such as the batch size.
+        sft_options, sft_columns: values of the flags that only task sft has; the columns by flag.
+        columns, reward: values of the flags that only other tasks have.
+
+    Raises:
+        ConfigError: a flag does not fit the task.
+    """
     from veneer.errors import ConfigError
 
     if request.only_adapter and request.adapter is None:
@@ -174,9 +184,9 @@ def _measure(
 
 
 def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
-    """The task to measure, as {"name": name, setting: value, …}. It is the task in the adapter's
-    record, or sft if there is none. If ``task`` names another task, it is this one without
-    settings."""
+    """The task to measure, as {"name": name, setting: value, …}. By default, this is the task with
+    its settings that the adapter's files record, or sft if they record none. If ``task`` is the
+    name of another task, that task is returned without settings."""
     from veneer.adapter_files import read
     from veneer.store.library import resolve
 
@@ -189,7 +199,9 @@ def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
     return record if task in (None, record["name"]) else {"name": task}
 
 
-def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> None:
+def _measure_task(request: _Request, task_record: Any, options: dict[str, Any]) -> None:
+    """Measure a task other than sft, and print the results. ``task_record``: from `_task_record`;
+    ``options``: further arguments of `task_from_record`."""
     import veneer
     from veneer.cli.console import (
         adapter_tokenizer,
@@ -204,7 +216,9 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_from_record
 
-    task = task_from_record(record, request.base, request.data, request.loading_options, **options)
+    task = task_from_record(
+        task_record, request.base, request.data, request.loading_options, **options
+    )
     if request.adapter is None and not task.evaluates_base:
         raise ConfigError(
             f"task {task.name} without an adapter, whose base has a head of random weights",
@@ -246,6 +260,8 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
 
 
 def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
+    """Measure task sft, and print the results. ``options``: the values of the flags by name, and
+    "columns", the names of the data's columns in the order of `Columns`."""
     from veneer.cli.console import (
         base_and_adapter,
         echo_json,
@@ -260,24 +276,24 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
     from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
 
-    exact = options["exact"]
+    exact_count = options["exact"]
     rows = read(request.data, Columns(*options["columns"]), split=options["split"])
-    if exact and rows.kind != "prompt":
+    if exact_count and rows.kind != "prompt":
         raise ConfigError(
             "--exact on data without prompts and completions", "both columns", "leave out --exact"
         )
-    length = check_length(options["max_length"], context_length(request.base), request.base)
+    max_length = check_length(options["max_length"], context_length(request.base), request.base)
     examples = tokenise(
         rows,
         tokenizer_for(request.base, request.adapter),
-        max_length=length,
+        max_length=max_length,
         too_long=options["too_long"],
         completion_only=not options["count_prompts"],
     )
     loaded_base, handle = open_base_and_adapter(
         request.base, request.adapter, request.verify, **request.loading_options
     )
-    first_rows = rows.select(range(min(exact, len(rows)))) if exact else None
+    first_rows = rows.select(range(min(exact_count, len(rows)))) if exact_count else None
     results: dict[str, dict[str, Any]] = {}
     for label, selection in base_and_adapter(handle, base=not request.only_adapter):
         with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
@@ -296,18 +312,23 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
     if request.as_json:
         echo_json(results)
     else:
-        _print_results(results, len(examples), examples.dropped, bool(exact))
+        _print_results(results, len(examples), examples.dropped, bool(exact_count))
 
 
 def _print_results(
-    results: dict[str, dict[str, Any]], example_count: int, dropped_count: int, has_exact: bool
+    measures_by_label: dict[str, dict[str, Any]],
+    example_count: int,
+    dropped_count: int,
+    has_exact: bool,
 ) -> None:
+    """Print a table with one row for each measured model. ``dropped_count``: examples that were too
+    long; ``has_exact``: whether the share of exact completions was measured."""
     from veneer.cli.console import out, table_of
 
     table = table_of(
         "", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if has_exact else [])
     )
-    for label, measures in results.items():
+    for label, measures in measures_by_label.items():
         cells = [
             f"{measures['loss']:.4f}",
             f"{measures['perplexity']:,.2f}",
@@ -317,6 +338,7 @@ def _print_results(
     out.print(table)
     dropped_note = f", {dropped_count:,} dropped" if dropped_count else ""
     out.print(
-        f"{example_count:,} examples, {next(iter(results.values()))['tokens']:,} tokens counted"
+        f"{example_count:,} examples, {next(iter(measures_by_label.values()))['tokens']:,} tokens"
+        " counted"
         f"{dropped_note}"
     )

@@ -91,7 +91,7 @@ def rm_command(
 
     adapter_library = open_library(library)
     for name in names:
-        adapter_library.entry(name)  # an error for an unknown name, before any is removed
+        adapter_library.entry(name)  # raises for an unknown name, so that then no name is removed
     for name in names:
         out.print(f"removed {adapter_library.remove(name).name}", soft_wrap=True)
 
