@@ -156,7 +156,7 @@ class Bank:
             with self._changed:
                 if entry is not None and self._entries.get(name) is entry:
                     del self._entries[name]
-                    if not entry.users:  # another thread may have loaded the adapter
+                    if not entry.users:  # another thread may have loaded it meanwhile
                         self._unload(entry)
             raise
         if pin:
@@ -210,7 +210,7 @@ class Bank:
         """Load an adapter if it is not in memory, and never evict it until ``unpin``.
 
         Raises:
-            SelectionError, AdapterError, BaseMismatchError, BankFullError: the bank is unchanged.
+            SelectionError, AdapterError, BaseMismatchError, BankFullError: it is not pinned.
         """
         with self._acquire({name: 1.0}), self._changed:
             self._entry(name).pinned = True
@@ -260,7 +260,7 @@ class Bank:
             return self._loader.submit(self._acquire, dict(adapter_weights))
 
     def prefetch(self, name: str) -> Future[Lease]:
-        """Load an adapter in the background and release it at once, so it may be evicted again."""
+        """Load an adapter in the background. When the future is done, its lease is released."""
         future = self.acquire({name: 1.0})
         future.add_done_callback(lambda done: None if done.exception() else done.result().release())
         return future

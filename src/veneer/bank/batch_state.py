@@ -99,7 +99,7 @@ class BatchedLayer:
             for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
-        # later calls, which may be outside of inference mode, use these tensors
+        # no inference tensors, because later calls outside of inference mode use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if len({len(factor) for factor in A}) == 1:
                 return torch.stack(A).to(self.compute_dtype), torch.stack(B).to(self.compute_dtype)
@@ -119,7 +119,7 @@ class BatchedLayer:
         multiple = self.row_loop.RANKS_TOGETHER
         ends = list(itertools.accumulate(rank + -rank % multiple for rank in ranks))
         bounds = tuple(zip([0, *ends], ends, strict=False))
-        # later calls, which may be outside of inference mode, use these tensors
+        # no inference tensors, because later calls outside of inference mode use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             A, B = (
                 torch.zeros(ends[-1], width, dtype=self.factor_dtype)
@@ -158,7 +158,7 @@ class BatchedLayer:
 
     def run(self, call: Call) -> Any:
         """The layer's output for a call. Calls without batched products (such as those with
-        gradients) are computed by ``unresolved_layers``, for each adapter's rows separately."""
+        gradients) are computed by ``assignment.unresolved_layers``, separately for each adapter."""
         # written with few Python calls, because each costs time in every layer of a decoding step
         assignment = self.batch_state.assignment
         if len(call.args) == 1 and not call.kwargs and call.context.path is None:
@@ -305,16 +305,16 @@ class BatchAssignment:
         ``multiply_runs`` takes them: (first row, row after the last, [(A, B, weight), …])."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
-            first, dtype = 0, layer.weight_dtype
-            for blend, rows in itertools.groupby(self.rows):
-                end = first + len(list(rows))
+            first_row, dtype = 0, layer.weight_dtype
+            for blend, run_rows in itertools.groupby(self.rows):
+                end_row = first_row + len(list(run_rows))
                 factors = [
                     (change.A.to(dtype), change.B.to(dtype), weight)
                     for resident, weight in blend
                     if (change := resident.layer_changes.get(layer.key)) is not None
                 ]
-                runs.append((first, end, factors))
-                first = end
+                runs.append((first_row, end_row, factors))
+                first_row = end_row
             self.run_cache[layer.key] = runs
         return self.run_cache[layer.key]
 
@@ -411,8 +411,8 @@ class BatchAssignment:
         A, B, bounds = self.joined_factors[layer.key]
         key = tokens_per_row, bounds
         if key not in self.pair_cache:
-            rows = self.index_adapters(self.sorted_adapters)
-            self.pair_cache[key] = layer.row_loop.make_pairs(rows, bounds, tokens_per_row)
+            indexed_rows = self.index_adapters(self.sorted_adapters)
+            self.pair_cache[key] = layer.row_loop.make_pairs(indexed_rows, bounds, tokens_per_row)
         return A, B, self.pair_cache[key]
 
     def row_gain_and_bias(
@@ -426,13 +426,13 @@ class BatchAssignment:
                 resident: resident.layer_changes.get(layer.key) for resident in self.adapters
             }
 
-            def expand(name: str, base_value: Tensor) -> Tensor | None:
-                if all(getattr(change, name, None) is None for change in changes.values()):
+            def expand(attribute: str, base_value: Tensor) -> Tensor | None:
+                if all(getattr(change, attribute, None) is None for change in changes.values()):
                     return None
                 values = base_value.expand(self.row_count, layer.out_dim).clone()
                 for row, blend in enumerate(self.rows):
                     for resident, weight in blend:
-                        if (value := getattr(changes[resident], name, None)) is not None:
+                        if (value := getattr(changes[resident], attribute, None)) is not None:
                             values[row] += weight * (value.to(layer.compute_dtype) - base_value)
                 return values.to(like_tensor.dtype)
 
@@ -454,7 +454,7 @@ def _select(blend: WeightedAdapters) -> Any:
 
 class BatchState:
     """The state of one call: its ``assignment`` (None between calls), and caches for later calls:
-    ``layers`` by ``LayerState.key``, and ``assignments`` by the uids and weights of each row."""
+    ``layers`` by ``LayerState.key``, ``assignments`` by each row's adapter uids and weights."""
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = layout
@@ -484,7 +484,7 @@ class BatchState:
                 for layer_key, change in resident.layer_changes.items():
                     if isinstance(change, ResolvedLowRank) and layer_key not in self.layers:
                         self.layers[layer_key] = BatchedLayer(self, layer_key, change)
-            # later calls, which may be outside of inference mode, use the assignment's tensors
+            # no inference tensors, because later calls outside of inference mode use them
             with torch.inference_mode(False):
                 assignment = BatchAssignment(self, rows)
         self.assignments[key] = self.assignment = assignment

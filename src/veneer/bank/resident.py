@@ -152,7 +152,7 @@ def expected_bytes(path: Path) -> int:
     return tensors_path.stat().st_size // 2 if tensors_path.is_file() else 0
 
 
-@torch.inference_mode(False)  # later calls use the tensors, also outside of inference mode
+@torch.inference_mode(False)  # because later calls outside of inference mode use the tensors
 def load_resident(
     model: nn.Module,
     path: Path,

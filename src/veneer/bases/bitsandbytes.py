@@ -59,7 +59,7 @@ from veneer.kernels.grid import Grid
 SCALES_PER_NESTED_BLOCK = 256
 
 
-def _classes(*names: str) -> tuple[type, ...]:
+def _imported_classes(*names: str) -> tuple[type, ...]:
     """The bitsandbytes layer classes with these names that exist in the installed version. Returns
     none if bitsandbytes has not been imported, because then no model can hold an instance."""
     library_module = sys.modules.get("bitsandbytes.nn.modules")
@@ -147,7 +147,7 @@ class Bitsandbytes8bit(GridStorage):
         return torch.float32
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        return _classes("Linear8bitLt", "Embedding8bit")
+        return _imported_classes("Linear8bitLt", "Embedding8bit")
 
 
 @register
@@ -234,10 +234,12 @@ class Bitsandbytes4bit(GridStorage):
         packed_bytes, scales = stored["packed"].view(-1, 1), _scales(stored)
         for first_row in range(0, rows, block_rows):
             row_count = min(block_rows, rows - first_row)
-            start, end = first_row * columns, (first_row + row_count) * columns
-            block_range = slice(start // quant_state.blocksize, -(-end // quant_state.blocksize))
+            first_element, end_element = first_row * columns, (first_row + row_count) * columns
+            block_range = slice(
+                first_element // quant_state.blocksize, -(-end_element // quant_state.blocksize)
+            )
             yield torch.ops.bitsandbytes.dequantize_4bit(
-                packed_bytes[start // 2 : -(-end // 2)],
+                packed_bytes[first_element // 2 : -(-end_element // 2)],
                 scales[block_range],
                 quant_state.blocksize,
                 quant_state.quant_type,
@@ -343,7 +345,7 @@ class Bitsandbytes4bit(GridStorage):
         return torch.Size(weight.quant_state.shape)
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        return _classes(
+        return _imported_classes(
             "Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4"
         )
 

@@ -92,7 +92,7 @@ EXPERTS = {
 EXPERTS_WITH_GRADIENT: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("eager", "grouped_mm"),
 }
-#: how many columns of W one call of forward reads
+#: the most columns of W that one call of forward computes, from as many rows of the identity
 COLUMNS_PER_CALL = 1 << 10
 
 
@@ -196,7 +196,7 @@ def without_gradient(module: nn.Module) -> bool:
         return any(
             getattr(scheme, f"{side}_activations", None) is not None for side in ("input", "output")
         )
-    # ``SUPPORTS_TRAINING`` is an attribute of gptqmodel's layers
+    # gptqmodel sets ``SUPPORTS_TRAINING`` to False on layers whose kernel has no gradient
     return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
 
 
@@ -235,7 +235,7 @@ def unreadable(module: nn.Module) -> tuple[str, str] | None:
 
 class _ProductGradient(torch.autograd.Function):
     """y = forward(x) of a quantised linear layer. The backward pass uses the gradient of x Wᵀ,
-    ∂L/∂x = ∂L/∂y W, computed for a few columns of W at a time so that W is never dense in full."""
+    ∂L/∂x = ∂L/∂y W, computed for one block of columns of W after the other."""
 
     @staticmethod
     def forward(
@@ -402,7 +402,8 @@ def _without_bias(module: nn.Module) -> nn.Module:
         view.__dict__["bias"] = None
     # an attached adapter is a submodule; without it, the view computes with the base weight alone
     view.__dict__.update(training=False, _modules={})
-    # accelerate's hook sets ``forward`` on the instance, bound to ``module``, which has the adapter
+    # accelerate's hook sets ``forward`` on the instance, bound to ``module``. Without it, the view
+    # runs the forward of its class, which does not include the adapter of ``module``.
     if "_hf_hook" in view.__dict__:
         view.__dict__.pop("forward", None)
     return view

@@ -161,11 +161,13 @@ def _block_shape(element_shape: torch.Size, block_counts: torch.Size) -> list[in
     return [size for n, b in zip(element_shape, block_counts, strict=True) for size in (b, n // b)]
 
 
-def _block_sums(values: Tensor, block_counts: torch.Size) -> Tensor:
+def _block_sums(element_values: Tensor, block_counts: torch.Size) -> Tensor:
     """The sum of the elements of each block, in the shape ``block_counts`` (the number of blocks
     along each axis)."""
-    axes_within_block = list(range(1, 2 * values.dim(), 2))
-    return values.reshape(_block_shape(values.shape, block_counts)).sum(axes_within_block)
+    axes_within_block = list(range(1, 2 * element_values.dim(), 2))
+    return element_values.reshape(_block_shape(element_values.shape, block_counts)).sum(
+        axes_within_block
+    )
 
 
 def _expand_to_elements(block_values: Tensor, shape: torch.Size) -> Tensor:
@@ -194,24 +196,28 @@ def _representable_values(weight: Any) -> Tensor:
     return all_numbers[all_numbers.isfinite()].unique()
 
 
-def _divide_by_input_scale(weight: Any, values: Tensor) -> Tensor:
-    """Dense ``values`` [out, in], divided by torchao's scale of each input feature if the weight
+def _divide_by_input_scale(weight: Any, dense_values: Tensor) -> Tensor:
+    """``dense_values`` [out, in], divided by torchao's scale of each input feature if the weight
     has one. ``qdata`` and the block scales represent this quotient, and ``decode`` multiplies it by
     the input scale again."""
     input_scale = getattr(weight, "act_pre_scale", None)
-    return values if input_scale is None else values / input_scale.double()
+    return dense_values if input_scale is None else dense_values / input_scale.double()
 
 
-def _fit_scales(weight: Any, values: Tensor, old_stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The scales (and zero points) that torchao would choose for ``values``, for all blocks.
+def _fit_scales(
+    weight: Any, dense_values: Tensor, old_stored: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The scales (and zero points) that torchao would choose for ``dense_values``, for all blocks.
     Integer weights are quantised symmetrically (zero point 0), unless a zero point in
     ``old_stored`` is not 0. In float8, the scale maps a block's largest magnitude to the largest
     finite number."""
     block_counts, eps = old_stored["scale"].shape, torch.finfo(torch.float32).eps
     if old_stored["qdata"].dtype.is_floating_point:
-        axes_within_block = list(range(1, 2 * values.dim(), 2))
+        axes_within_block = list(range(1, 2 * dense_values.dim(), 2))
         largest_magnitudes = (
-            values.abs().reshape(_block_shape(values.shape, block_counts)).amax(axes_within_block)
+            dense_values.abs()
+            .reshape(_block_shape(dense_values.shape, block_counts))
+            .amax(axes_within_block)
         )
         scale = (largest_magnitudes / torch.finfo(old_stored["qdata"].dtype).max).clamp_min(eps)
         return {"scale": scale.to(old_stored["scale"].dtype)}
@@ -219,7 +225,7 @@ def _fit_scales(weight: Any, values: Tensor, old_stored: Mapping[str, Tensor]) -
     old_zero_point = old_stored.get("zero_point")
     is_symmetric = old_zero_point is None or not old_zero_point.any()
     scale, zero_point = primitives.choose_qparams_affine(
-        values.float(),
+        dense_values.float(),
         primitives.MappingType.SYMMETRIC if is_symmetric else primitives.MappingType.ASYMMETRIC,
         weight.block_size,
         torch.int8,
@@ -232,17 +238,18 @@ def _fit_scales(weight: Any, values: Tensor, old_stored: Mapping[str, Tensor]) -
     return {"scale": scale, "zero_point": zero_point}
 
 
-def _quantise(weight: Any, values: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The stored tensors for ``values``: ``qdata``, rounded to the nearest representable number,
-    and all entries of ``scales``, which holds "scale" and perhaps "zero_point" for each block."""
+def _quantise(weight: Any, dense_values: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors for ``dense_values``: ``qdata``, rounded to the nearest representable
+    number, and all entries of ``scales``, which holds "scale" and perhaps "zero_point" for each
+    block."""
     dtype, zero_point = weight.qdata.dtype, scales.get("zero_point")
-    scaled_values = values / _expand_to_elements(scales["scale"], values.shape).double()
+    scaled_values = dense_values / _expand_to_elements(scales["scale"], dense_values.shape).double()
     if dtype.is_floating_point:
         largest = torch.finfo(dtype).max
         return {**scales, "qdata": scaled_values.clamp(-largest, largest).float().to(dtype)}
     scaled_values = (
         scaled_values.round()
         if zero_point is None
-        else scaled_values.round() + _expand_to_elements(zero_point, values.shape)
+        else scaled_values.round() + _expand_to_elements(zero_point, dense_values.shape)
     )
     return {**scales, "qdata": scaled_values.clamp(*_integer_range(weight)).to(dtype)}

@@ -225,22 +225,28 @@ def adapter_tokenizer(folders: Mapping[str, Path]) -> Any:
     from veneer.adapter_files.file_names import common_tokenizer
     from veneer.models.load import tokenizer_at
 
-    folder = common_tokenizer(folders)
-    return None if folder is None else tokenizer_at(str(folder), str(folder))
+    tokenizer_folder = common_tokenizer(folders)
+    return (
+        None
+        if tokenizer_folder is None
+        else tokenizer_at(str(tokenizer_folder), str(tokenizer_folder))
+    )
 
 
-def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
+def base_and_adapter(
+    handle: Any, include_base: bool
+) -> list[tuple[str, AbstractContextManager[Any]]]:
     """Return the models that a command compares, as pairs (label for the output, context manager in
     which calls use this model).
 
-    ``handle``: the handle of the attached adapter; None for the base alone. ``base``: whether to
-    include the base beside the adapter."""
+    ``handle``: the handle of the attached adapter; None for the base alone. ``include_base``:
+    whether to include the base beside the adapter."""
     import veneer
 
     if handle is None:
         return [("base", nullcontext())]
     return [
-        *([("base", veneer.use(handle.model, None))] if base else []),
+        *([("base", veneer.use(handle.model, None))] if include_base else []),
         ("adapter", handle.use()),
     ]
 
@@ -260,16 +266,16 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     from veneer.models.base_weights import folder_weights
 
     setup_logging()
-    folder = models.folder_of(base)
-    if read_json(folder / "config.json").get("quantization_config") or not any(
-        folder.glob("*.safetensors")
+    base_folder = models.folder_of(base)
+    if read_json(base_folder / "config.json").get("quantization_config") or not any(
+        base_folder.glob("*.safetensors")
     ):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
-    record = read(adapter).metadata
+    adapter_record = read(adapter).metadata
     meta_model = models.meta_model(
-        folder, record.get("base", {}).get("architecture"), labels_in(record)
+        base_folder, adapter_record.get("base", {}).get("architecture"), labels_in(adapter_record)
     )
-    return {"base": folder_weights(meta_model, folder).read, "model": meta_model}
+    return {"base": folder_weights(meta_model, base_folder).read, "model": meta_model}
 
 
 def split_weight(text: str) -> tuple[str, float]:

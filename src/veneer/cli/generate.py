@@ -126,7 +126,7 @@ def _print_answers(
     from veneer.train.generate import generate
 
     answers: dict[str, list[str]] = {}
-    for label, selection in base_and_adapter(handle, base=compares_with_base):
+    for label, selection in base_and_adapter(handle, include_base=compares_with_base):
         with err.status(f"The {label} writes …"), selection:
             answers[label] = generate(loaded_base.model, loaded_base.tokenizer, inputs, **sampling)
     table = Table("prompt", *answers, show_lines=True, header_style="bold")

@@ -185,7 +185,8 @@ def _summary_table(facts: dict[str, Any]) -> Any:
             f" {config['dropout']}"
         ),
         "targets": (
-            ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none"
+            ", ".join(f"{module_name} × {count}" for module_name, count in facts["targets"].items())
+            or "none"
         ),
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
         "size": f"{facts['parameters']:,} numbers, {format_bytes(facts['bytes'])}",

@@ -193,7 +193,7 @@ def _measure_losses(
             for kind, setting, removed_share, path in _write_derived_adapters(
                 adapter_files, report, "data" in examples_by_source, base_options, Path(folder)
             ):
-                # `open_base_and_adapter` has compared the base with the adapter's fingerprints
+                # not verified again: `open_base_and_adapter` has compared the base's fingerprints
                 derived = veneer.load(loaded_base.model, path, verify_base=False)
                 source_names = ["data"] if kind == "rank" else None
                 loss_rows.append(measure(kind, setting, removed_share, derived.use, source_names))

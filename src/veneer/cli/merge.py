@@ -82,16 +82,16 @@ def merge_command(
         "dtype": None if precision == "stored" else pick_dtype(precision),
         "rounding": rounding,
     }
-    sources = (folder_of(base), weighted_adapters, output)
+    merge_paths = (folder_of(base), weighted_adapters, output)
     with _progress_bar("Merging") as progress:
-        options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
-        merge_result = merge_checkpoint(*sources, **dtype_options, **options)
+        merge_options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
+        merge_result = merge_checkpoint(*merge_paths, **dtype_options, **merge_options)
     for note in merge_result.notes:
         err.print(note, soft_wrap=True)
     verified_count = None
     if verify:
         with _progress_bar("Verifying") as progress:
-            verified_count = prove(*sources, **dtype_options, progress=progress)
+            verified_count = prove(*merge_paths, **dtype_options, progress=progress)
     _print_report(merge_result, verified_count, layers, as_json)
 
 
@@ -172,7 +172,7 @@ def _progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]
 
     from veneer.cli.console import err
 
-    columns = (
+    bar_columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
@@ -180,6 +180,6 @@ def _progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]
         TimeRemainingColumn(),
     )
     is_hidden = not err.is_terminal
-    with Progress(*columns, console=err, transient=True, disable=is_hidden) as progress:
+    with Progress(*bar_columns, console=err, transient=True, disable=is_hidden) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total, name: progress.update(task, completed=done, total=total)

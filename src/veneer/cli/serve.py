@@ -194,12 +194,12 @@ def serve_command(
     load_options = {"quantize": quantize, "device": device, "device_map": device_map}
     load_options |= {"attention": attention, "tool_call_parser": tool_call_parser}
     cache_options = {"cache_memory": cache_memory, "gap": gap}
-    options: dict[str, Any] = {"name": name, "adapters": adapters, "pin": pin}
-    options |= {"precision": precision, "trust_remote_code": trust_remote_code}
-    options |= {"memory": memory, "rows": rows, "length": length, "queue": queue}
-    options |= {"timeout": timeout, "log_format": log_format, "cors": cors, "docs": docs}
-    options |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
-    settings = settings_of(base, **options, **load_options, **cache_options)
+    fields: dict[str, Any] = {"name": name, "adapters": adapters, "pin": pin}
+    fields |= {"precision": precision, "trust_remote_code": trust_remote_code}
+    fields |= {"memory": memory, "rows": rows, "length": length, "queue": queue}
+    fields |= {"timeout": timeout, "log_format": log_format, "cors": cors, "docs": docs}
+    fields |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
+    settings = settings_of(base, **fields, **load_options, **cache_options)
     if engine == "vllm":
         unsupported_options = {"replicas": replicas, "train": train, "docs": docs}
         unsupported_options |= {**load_options, **cache_options}
@@ -391,7 +391,7 @@ def _serve_on_ray(
     def announce() -> None:
         signal_numbers = [signal.SIGTERM, signal.SIGINT]
         hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # not under nohup
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup sets it
             signal_numbers.append(hangup)
         # not before Ray has started, because Ray then installs its own signal handlers
         for signal_number in signal_numbers:
@@ -436,7 +436,7 @@ def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> 
     cache_memory = getattr(service.engine, "cache_memory", None)
     memory_text = "no limit" if adapter_memory is None else format_bytes(adapter_memory)
     sampling = service.sampling.describe(("temperature", "top_k", "top_p"))
-    rows = (
+    labelled_texts = (
         ("address", f"{_address(listener)}/v1{access_note}"),
         ("base", f"{service.base} ({endpoint}, {service.length} tokens, {service.dtype})"),
         ("sampling", sampling or "temperature 1"),
@@ -452,11 +452,11 @@ def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> 
         ),
     )
     if listener.log_format == "json":
-        facts = "; ".join(f"{label}: {text}" for label, text in rows)
+        facts = "; ".join(f"{label}: {text}" for label, text in labelled_texts)
         logging.getLogger("veneer.serve").info("Serving. %s", facts)
         return
     table = Table.grid(padding=(0, 2))
-    for label, text in rows:
+    for label, text in labelled_texts:
         table.add_row(Text(label, style="bold"), Text(text))
     err.print(table)
 

@@ -45,7 +45,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
         for spelling in (param.name, *param.opts)
         if param.name != "config" and len(spelling.lstrip("-")) > 1
     }
-    values, problems = {}, []
+    value_by_parameter, problems = {}, []
     for key, value in read_yaml(path).items():
         param = param_by_spelling.get(key.replace("-", "_"))
         if param is None:
@@ -56,7 +56,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
                     "check the spelling",
                 )
             )
-        elif param.name in values:
+        elif param.name in value_by_parameter:
             problems.append(
                 sentence(
                     f"{key!r} and another spelling of it in {path}", "one of them", "leave one out"
@@ -64,7 +64,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
             )
         elif value is not None:
             try:
-                values[param.name] = _as_argument(value, param.multiple)
+                value_by_parameter[param.name] = _as_argument(value, param.multiple)
             except TypeError as error:
                 problems.append(
                     sentence(
@@ -74,7 +74,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
                     )
                 )
     raise_all(ConfigError, f"{path} was not taken", problems)
-    return values
+    return value_by_parameter
 
 
 def _as_argument(yaml_value: Any, takes_list: bool) -> Any:

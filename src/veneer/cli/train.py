@@ -347,8 +347,10 @@ def _flag_type(annotation: Any) -> Any:
 def _signature() -> inspect.Signature:
     """The signature from which typer creates the command: that of `train_command`, with one
     parameter for each field of `TrainConfig` in place of ``**flags``."""
-    config, *options, _ = inspect.signature(train_command, eval_str=True).parameters.values()
-    settings = [
+    config, *option_parameters, _ = inspect.signature(
+        train_command, eval_str=True
+    ).parameters.values()
+    setting_parameters = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -357,7 +359,7 @@ def _signature() -> inspect.Signature:
         )
         for name, field_info in TrainConfig.model_fields.items()
     ]
-    return inspect.Signature([config, *settings, *options])
+    return inspect.Signature([config, *setting_parameters, *option_parameters])
 
 
 def _flag_option(name: str, field_info: Any) -> Any:
