@@ -455,7 +455,7 @@ class Bank:
         if resident is not None:
             self._used_bytes -= resident.nbytes
             self._resident_uids.discard(resident.uid)
-            for batch_state in self._batch_states:  # those of running calls: in _use_rows
+            for batch_state in self._batch_states:  # _use_rows does this for running calls
                 batch_state.drop_removed(self._resident_uids)
             self._changed.notify_all()
 

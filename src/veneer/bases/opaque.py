@@ -418,7 +418,7 @@ def weight_of(module: nn.Module, name: str) -> Any:
     weight = parameters[name] if name in parameters else None  # noqa: SIM401
     if weight is None and (parametrizations := module._modules.get("parametrizations")) is not None:
         return parametrizations._modules.get(name)
-    # ``is_opaque`` is slow, so first a cheap test that every opaque layer passes, but few other
+    # ``is_opaque`` costs time, so first a cheap test that every opaque layer passes, but few other
     # modules: there is no parameter of this name, the parameter has one byte per element, or
     # compressed-tensors has quantised the module.
     if (

@@ -165,7 +165,7 @@ class Conversation:
             None for the base.
         compares_with_base: whether the base answers too.
         has_template: whether the base has a chat template. If not, it continues the text.
-        system: the system message, if there is one.
+        system_message: the text of the system message; None if there is none.
         sampling: the keyword arguments of ``generate``, such as the temperature.
     """
 
@@ -179,7 +179,7 @@ class Conversation:
             dict(sampling),
         )
         self.has_template = tokenizer.chat_template is not None
-        self.system: str | None = None
+        self.system_message: str | None = None
         self.turns: list[tuple[str, dict[str, str]]] = []
         self.compares_with_base = False
         self.selection: str | dict[str, float] | None = adapter_names[0] if adapter_names else None
@@ -274,7 +274,7 @@ class Conversation:
                 "a base with one",
                 "leave it out: the base continues what you write",
             )
-        self.system = text or None
+        self.system_message = text or None
         self.note("There is a system message." if text else "There is no system message.")
 
     def reset_command(self, _: str) -> None:
@@ -322,7 +322,11 @@ class Conversation:
         ]
         if not self.has_template:
             return "\n".join(text + answer for text, answer in texts_and_answers)
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = (
+            []
+            if self.system_message is None
+            else [{"role": "system", "content": self.system_message}]
+        )
         for text, answer in texts_and_answers:
             messages += [
                 {"role": "user", "content": text},

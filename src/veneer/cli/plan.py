@@ -167,8 +167,8 @@ def _plan_run(
         "left_out": omissions,
         "recommended": advice,
     }
-    tables = None if as_json else _tables(settings, planner, plans, omissions, advice)
-    _print_plan(as_json, facts, tables)
+    renderables = None if as_json else _run_renderables(settings, planner, plans, omissions, advice)
+    _print_plan(as_json, facts, renderables)
 
 
 def _read_settings(config: Path | None, flags: dict[str, Any]) -> Any:
@@ -253,7 +253,7 @@ def _print_plan(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
         out.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
-def _tables(
+def _run_renderables(
     settings: Any, planner: Any, plans: Any, omissions: list[str], advice: str
 ) -> list[Any]:
     """The printed form of the plans of a run: texts and rich tables.
