@@ -162,11 +162,9 @@ def _measure_losses(
         kind: str,
         setting: float | None,
         removed_share: float | None,
-        select_adapter: Any,
-        source_names: Any = None,
+        select_adapter: Any,  # called for a context manager in which calls use the adapter
+        source_names: Any = None,  # the sources to measure on, "data" or "general"; None for all
     ) -> dict[str, Any]:
-        """Measure the loss of the adapter in use inside the block ``select_adapter()``, on the
-        named sources or on all. Returns a row of the page's table of losses."""
         loss_row: dict[str, Any] = {
             "what": kind,
             "at": setting,
