@@ -99,9 +99,9 @@ def shard(model: Any, device: torch.device, shard_size: int | None = None) -> No
     for block in gathered_blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=trained_parameters)
     fully_shard(model, mesh=mesh, ignored_params=trained_parameters)
-    # On a CPU, communication does not overlap with computation, so to prefetch the weights of the
-    # next module would only take memory. FSDP has no switch for that, but a module whose list of
-    # modules to prefetch holds only itself prefetches no other.
+    # On a CPU, communication does not overlap with computation, so prefetching the weights of the
+    # next module would only take memory. A list that holds only the module itself replaces FSDP's
+    # choice of the next module.
     if device.type == "cpu":
         model._set_unshard_async_op(True)
         for module in model.modules():
