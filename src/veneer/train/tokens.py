@@ -74,8 +74,8 @@ def tokenise(
             ]
             raise DataError(
                 f"{records.source}, {records.locations[i]} has nothing to learn from: its"
-                f" {part_name} is empty.\nExpected at least one token that the loss counts.\nDo: fix or remove"
-                " that row."
+                f" {part_name} is empty.\nExpected at least one token that the loss counts.\nDo:"
+                " fix or remove that row."
             )
         rows.append({"input_ids": token_ids[:max_length], "labels": labels[:max_length]})
         record_indices.append(i)
