@@ -97,8 +97,8 @@ class AdapterTrainerBase(Trainer):
     @functools.cached_property
     def _flops_per_entry(self) -> int:
         """transformers' estimate of the floating-point operations for one element of the main
-        input, such as a token id. It is cached, because it is the same for all elements and computing it visits
-        every parameter of the model."""
+        input, such as a token id. It is cached, because it is the same for all elements and its
+        computation visits every parameter of the model."""
         name = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({name: torch.empty(1)})
 

@@ -61,8 +61,8 @@ def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
 
 
 def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int, ...]:
-    """The token ids of ``config.invocation``, a text after which the adapter begins to act; () if
-    the run has no invocation.
+    """The token ids of ``config.invocation``, a text in the model's input at which the adapter
+    begins to act (activated LoRA); () if the run has no invocation.
 
     Args:
         rows: the training data. If its rows have ``input_ids``, as only those of the task sft do,
@@ -74,18 +74,16 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int
     """
     if config.invocation is None:
         return ()
-    invocation_ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
+    token_ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
     id_rows = [row["input_ids"] for row in rows.rows if "input_ids" in row]
-    if not invocation_ids or (
-        id_rows and not any(map(partial(_contains_tokens, invocation_ids), id_rows))
-    ):
+    if not token_ids or (id_rows and not any(map(partial(_contains_tokens, token_ids), id_rows))):
         raise ConfigError(
-            f"invocation {config.invocation!r}, tokens {list(invocation_ids)}, in none of the rows",
+            f"invocation {config.invocation!r}, tokens {list(token_ids)}, in none of the rows",
             "rows that hold these tokens one after the other",
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
             " that no token joins with it, such as special tokens",
         )
-    return invocation_ids
+    return token_ids
 
 
 def _contains_tokens(searched_ids: tuple[int, ...], row_ids: list[int]) -> bool:
