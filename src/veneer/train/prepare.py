@@ -1,4 +1,4 @@
-"""The data sets of a run, ready for the trainer, and the number of steps."""
+"""Read, check, split and encode the data of a run, and count its steps."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def join() -> Processes:
 
     if not dist.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():  # nccl for tensors on GPUs
+        if torch.cuda.is_available():  # nccl communicates tensors on GPUs
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)

@@ -235,8 +235,8 @@ class WatchFailures(UserCallback):
     """A callback that Ray's controller calls when workers fail. It ends the run for an error that
     new workers would raise again; without it, the controller would restart them after any error."""
 
-    def __init__(self, channel: Any, workers: int) -> None:
-        self.channel, self.workers = channel, workers
+    def __init__(self, channel: Any, worker_count: int) -> None:
+        self.channel, self.worker_count = channel, worker_count
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise an error that new workers would raise again (`recurs`, set by `_run_worker`), so
@@ -253,10 +253,12 @@ class WatchFailures(UserCallback):
             rank for rank, error in worker_exceptions.items() if not hasattr(error, "recurs")
         ]
         if dead_ranks:
-            problem = f"Worker {listing(map(str, sorted(dead_ranks)))} of {self.workers} died"
+            problem = f"Worker {listing(map(str, sorted(dead_ranks)))} of {self.worker_count} died"
         else:
             rank, error = min(worker_exceptions.items())
-            problem = f"Worker {rank} of {self.workers} failed ({type(error).__name__}: {error})"
+            problem = (
+                f"Worker {rank} of {self.worker_count} failed ({type(error).__name__}: {error})"
+            )
         ray.get(self.channel.say.remote(f"{problem}. All start again, if any restart is left."))
 
 

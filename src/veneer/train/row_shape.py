@@ -212,7 +212,7 @@ def _parse_message(message: Any, row_location: str) -> dict[str, Any]:
             }
     match message:
         case {"role": str()}:
-            # Parquet fills absent keys with None
+            # Parquet fills absent keys with None, so remove such values
             message = {key: value for key, value in message.items() if value is not None}
     match message:
         case {"role": str(), "content": [*text_segments]} if text_segments and all(
@@ -249,8 +249,8 @@ def _is_text(text_segment: Any) -> bool:
 
 
 def _parse_tool_call(call: Any, row_location: str) -> dict[str, Any]:
-    """A tool call of a message, with its arguments as a dict. Raises `DataError` for an invalid
-    call."""
+    """Parse a tool call of a message into {"type": "function", "function": {"name", "arguments"}},
+    with the arguments as a dict. Raises `DataError` for an invalid call."""
     function = call.get("function", call) if isinstance(call, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
     try:

@@ -110,7 +110,8 @@ def fit(
     quiet: bool = False,
     stop_order: Callable[[], bool] | None = None,
 ) -> Result:
-    """Train an adapter as `config` says and save it to `config.output / "adapter"`.
+    """Train an adapter as `config` says and save it to `config.output / "adapter"`. An unfinished
+    run with the same configuration in `config.output` is resumed.
 
     Args:
         callbacks: `transformers.TrainerCallback`s to call in addition.
@@ -126,6 +127,7 @@ def fit(
             loaded or is not a causal language model.
         DataError: the data cannot be read or used.
         TargetError, CheckError: the adapter does not fit the base.
+        TrainingError: a loss is not finite, or another process of the run is gone.
         OSError: the disk is full or not writable.
     """
     processes = join()

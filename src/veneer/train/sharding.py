@@ -39,15 +39,16 @@ def gathered_blocks(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if base_class(module).__name__ in block_classes and module is not model
     ]
-    owners_by_id = defaultdict[int, set[nn.Module]](set)
+    modules_by_parameter_id = defaultdict[int, set[nn.Module]](set)
     for module in model.modules():
         for parameter in module._parameters.values():
-            owners_by_id[id(parameter)].add(module)
+            modules_by_parameter_id[id(parameter)].add(module)
     return [
         block
         for block in reversed(candidate_blocks)
         if all(
-            owners_by_id[id(parameter)] <= {*block.modules()} for parameter in block.parameters()
+            modules_by_parameter_id[id(parameter)] <= {*block.modules()}
+            for parameter in block.parameters()
         )
     ]
 
@@ -55,7 +56,8 @@ def gathered_blocks(model: nn.Module) -> list[nn.Module]:
 def load(task: Task, device: torch.device, console: Console) -> Base:
     """Load the base of a task, frozen and sharded over all processes, each of which reads only its
     shard from the files. If that is impossible, print the reason and load the full base in each
-    process; the caller must then call `shard` after it has attached and checked an adapter."""
+    process; the caller must then call `shard` after it has attached and checked an adapter.
+    ``device``: where the shards are."""
     config, full_load_reason = task.config, None
     if config.add_tokens or config.trainable_tokens:
         full_load_reason = "trained tokens, whose rows may be new, need the whole embedding"

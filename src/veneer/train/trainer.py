@@ -130,7 +130,7 @@ class AdapterTrainerBase(Trainer):
         base weights when it is created, and need to know which parameters a pass may skip. It would
         also hide the model from the loss, which would then compute full logits. Instead,
         `average_gradients` communicates the adapter's gradients, once per step."""
-        # with this flag, transformers does not wrap the model
+        # this flag says that the model is distributed already, so transformers does not wrap it
         self.is_distributed_loading_by_transformers = self.processes.count > 1
         return super()._prepare_for_training(*args, **kwargs)
 
@@ -270,7 +270,7 @@ class AdapterTrainerBase(Trainer):
         """Do nothing: `run.fit` has already loaded the checkpoint's adapter."""
 
     def _load_best_model(self) -> None:
-        """Load the adapter's parameters from the best checkpoint."""
+        """Load the adapter's parameters from the checkpoint with the best evaluation, if any."""
         if best_step := self.state.best_global_step:
             folder = checkpoint.path_of(str(self.args.output_dir), best_step)
             load_into_attached(self.adapter.model, folder / checkpoint.ADAPTER)

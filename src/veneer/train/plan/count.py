@@ -45,9 +45,9 @@ class Cost:
         saved_bytes: bytes that forward saves for backward.
         replicated_bytes: the share of `saved_bytes` in tensors as wide as the hidden state, which
             tensor parallelism keeps in full on each device.
-        loss_peak_bytes: the most bytes held until the gradient of the loss is computed.
-        backward_peak_bytes: the most bytes held from then on. Neither counts the gradients of
-            parameters.
+        loss_peak_bytes: the most bytes of activations and temporary tensors that are held until the
+            gradient of the loss is computed.
+        backward_peak_bytes: the most such bytes from then on, without gradients of parameters.
         forward_work, backward_work: the calls of operations in forward and in backward.
     """
 
@@ -81,8 +81,8 @@ class Cost:
         )
 
     def shard(self, device_count: int) -> Cost:
-        """The cost on each of ``devices`` devices that divide matrices and attention heads (tensor
-        parallelism). Each holds and reads all tensors as wide as the hidden state in full."""
+        """The cost on each of ``device_count`` devices that divide matrices and attention heads
+        (tensor parallelism). Each holds and reads tensors as wide as the hidden state in full."""
         remote_bytes = (
             (self.saved_bytes - self.replicated_bytes) * (device_count - 1) // device_count
         )
@@ -103,7 +103,8 @@ _BYTE_FIELDS = ("saved_bytes", "replicated_bytes", "loss_peak_bytes", "backward_
 
 
 def shard_work(work: Work, device_count: int) -> Work:
-    """The work of each of ``devices`` devices that divide all calls but the replicated ones."""
+    """The work of each of ``device_count`` devices that divide every call, except those that tensor
+    parallelism repeats on each device."""
     sharded_work = Work()
     for (operations, bytes_moved, is_replicated), count in work.items():
         divisor = 1 if is_replicated else device_count
@@ -164,8 +165,8 @@ class Step:
         )
 
     def shard(self, device_count: int) -> Step:
-        """The step of each of ``devices`` devices that divide the matrices of the blocks (tensor
-        parallelism). Each has the full embedding and output head."""
+        """The step of each of ``device_count`` devices that divide the matrices of the blocks
+        (tensor parallelism). Each has the full embedding and output head."""
         blocks = tuple(replace(group, cost=group.cost.shard(device_count)) for group in self.blocks)
         total = self.total
         for full, sharded in zip(self.blocks, blocks, strict=True):
@@ -239,7 +240,8 @@ def _count_distinct_blocks(
     model's blocks are restored afterwards."""
     path, block_list = _block_list(model)
     blocks_by_signature: dict[Any, list[nn.Module]] = {}
-    is_frozen = True  # forward saves nothing below the lowest adapted block
+    # forward saves nothing below the lowest adapted block, so blocks there are kinds of their own
+    is_frozen = True
     for block in block_list:
         is_frozen &= not any(p.requires_grad for p in block.parameters())
         blocks_by_signature.setdefault((is_frozen, *_block_signature(block)), []).append(block)
@@ -247,14 +249,14 @@ def _count_distinct_blocks(
     block_counts = [(config, config.num_hidden_layers) for config in _block_count_configs(model)]
 
     def cost_of(blocks: Sequence[nn.Module]) -> Cost:
-        # transformers runs at most `num_hidden_layers` blocks
+        # transformers runs at most `num_hidden_layers` blocks of the list, so raise it if necessary
         for config, block_count in block_counts:
             config.num_hidden_layers = max(block_count, len(blocks))
         _set_block_list(model, path, nn.ModuleList(blocks))
         return run()
 
     try:
-        with torch.random.fork_rng(devices=[]):  # dropout draws a seed
+        with torch.random.fork_rng(devices=[]):  # restores it after dropout has drawn seeds
             total, groups = cost_of(distinct_blocks), []
             for equal_blocks in blocks_by_signature.values():
                 second_block = equal_blocks[:2][-1]
@@ -289,10 +291,11 @@ def _count_distinct_blocks(
 def _run_step(
     model: Any, row_count: int, row_length: int, labelled_share: float, chunked_loss: bool = True
 ) -> Cost:
-    """The cost of a step with the blocks that the model has now. Arguments as ``count_step``."""
+    """The cost of a step (forward, loss, backward) with the blocks that the model has now; the
+    arguments are those of ``count_step``."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # gradients exist before the step, as when they accumulate over several passes, so the counter
-    # leaves them out; `memory.py` counts their bytes
+    # gradients are created before the counting, so that the counter leaves them out: `memory.py`
+    # counts their bytes
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()

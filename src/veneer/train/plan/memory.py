@@ -73,9 +73,9 @@ def memory_breakdown(
     offload: bool = False,
     quantize: str | None = None,
 ) -> dict[str, int]:
-    """The bytes that a run holds at the peak of a step, by use: "base", "one weight unpacked",
-    "adapter", "gradients", "optimiser", "activations" and "workspace" (explained in the module's
-    docstring).
+    """The bytes that a run holds at the peak of a step, by use: "base", "one weight unpacked" (the
+    largest packed weight in the dtype of the matrix products), "adapter", "gradients", "optimiser",
+    "activations" (saved for backward) and "workspace" (what the peak needs beyond them).
 
     Args:
         model: the base with an adapter, possibly on the meta device.
@@ -408,7 +408,8 @@ def _copy_without_weights(model: Any) -> Any:
 
 
 def _frozen_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any, Any]]:
-    """(module, frozen weight, its storage format) of each frozen weight, once."""
+    """(module, frozen weight, its storage format: plain or packed) of each frozen weight. A weight
+    that several modules share comes once."""
     visited = set[int]()
     for module in model.modules():
         for weight in module._parameters.values():

@@ -95,7 +95,8 @@ class RunPlan:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second of one device; None if no hardware is named."""
+        """Tokens a second of the run, divided by the number of devices; None if no hardware is
+        named."""
         return None if self.seconds is None else self.tokens / self.seconds / self.devices
 
 
