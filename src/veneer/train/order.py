@@ -25,7 +25,8 @@ WEIGHTLESS = "veneer_spare"
 
 
 class EpochSampler(Sampler[int]):
-    """Every row index once, in an order that depends on (seed, epoch) only.
+    """A sampler that yields every row index once, in an order that depends on the seed and the
+    epoch only.
 
     Args:
         lengths: by row, its number of tokens.

@@ -221,8 +221,9 @@ class AdapterTrainerBase(Trainer):
         return is_best
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write checkpoint-N atomically, with the adapter, the states of the optimiser and of the
-        schedule, the random states and the trainer's state."""
+        """Write the folder of the checkpoint of this step, atomically: the adapter, the states of
+        the optimiser and of the schedule, the random states and the trainer's state. Older
+        checkpoints beyond `save_total_limit` are deleted."""
         from transformers.trainer_callback import ExportableState
         from transformers.trainer_utils import rotate_checkpoints
 

@@ -87,7 +87,7 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int
 
 
 def _contains_tokens(searched_ids: tuple[int, ...], row_ids: list[int]) -> bool:
-    """Whether a row of token ids contains ``searched_ids`` one after the other."""
+    """Whether a row of token ids contains ``searched_ids`` as consecutive ids."""
     return any(
         tuple(row_ids[start : start + len(searched_ids)]) == searched_ids
         for start, token in enumerate(row_ids)

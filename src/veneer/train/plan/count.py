@@ -169,8 +169,8 @@ class Step:
         (tensor parallelism). Each has the full embedding and output head."""
         blocks = tuple(replace(group, cost=group.cost.shard(device_count)) for group in self.blocks)
         total = self.total
-        for full, sharded in zip(self.blocks, blocks, strict=True):
-            total = total.plus(full.cost, -full.count).plus(sharded.cost, sharded.count)
+        for full_group, group in zip(self.blocks, blocks, strict=True):
+            total = total.plus(full_group.cost, -full_group.count).plus(group.cost, group.count)
         return Step(total, blocks, self.hidden_bytes)
 
 
@@ -494,6 +494,6 @@ def count_operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
 
 def _call_argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """The argument of a call of ``func`` for the parameter ``name``; None if it is not passed."""
-    names = [argument.name for argument in func._schema.arguments]
-    position = names.index(name) if name in names else len(args)
+    parameter_names = [argument.name for argument in func._schema.arguments]
+    position = parameter_names.index(name) if name in parameter_names else len(args)
     return kwargs.get(name, args[position] if position < len(args) else None)

@@ -438,15 +438,15 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def packed_weight_bytes(model: nn.Module, quantize: str) -> tuple[int, int]:
-    """The result that ``weight_bytes`` would have if bitsandbytes packed all linear layers except
-    the output head to the format ``quantize``. Stacks of experts are not linear layers, so they
-    would remain plain."""
-    linears = packed_linears(model, quantize)
+    """(bytes of the frozen weights, bytes of the largest packed weight after unpacking) if
+    bitsandbytes packed all linear layers except the output head to the format ``quantize``. Stacks
+    of experts are not linear layers, so they would remain plain."""
+    packed_sizes = packed_linears(model, quantize)
     plain_bytes = sum(weight.nbytes for _, weight, _ in _frozen_weights(model)) - sum(
-        weight.nbytes for weight, _ in linears
+        weight.nbytes for weight, _ in packed_sizes
     )
-    return plain_bytes + sum(packed_bytes for _, packed_bytes in linears), max(
-        (weight.nbytes for weight, _ in linears), default=0
+    return plain_bytes + sum(packed_bytes for _, packed_bytes in packed_sizes), max(
+        (weight.nbytes for weight, _ in packed_sizes), default=0
     )
 
 
