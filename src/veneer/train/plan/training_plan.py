@@ -168,9 +168,11 @@ class Planner:
             ring_share = (devices - 1) / devices
             if strategy == "fsdp":
                 block_sizes = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
-                block_total = sum(count * block_bytes for count, block_bytes in block_sizes)
+                all_block_bytes = sum(count * block_bytes for count, block_bytes in block_sizes)
                 # blocks are gathered in forward and in backward, the other weights once
-                gathered_bytes = ring_share * (block_total + bytes_by_use["base"]) * run.accumulate
+                gathered_bytes = (
+                    ring_share * (all_block_bytes + bytes_by_use["base"]) * run.accumulate
+                )
                 bytes_by_use = shard_base(bytes_by_use, cost, block_sizes, devices)
             if strategy == "tp":
                 bytes_by_use["base"] -= self._sharded_bytes(devices) * (devices - 1) // devices
