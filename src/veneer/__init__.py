@@ -80,7 +80,7 @@ _LAZY_MODULES = (
     "variants",
 )  # fmt: skip
 #: names of PEFT's package -> what replaces them in Veneer
-_PEFT_NAMES = {
+_PEFT_REPLACEMENTS = {
     "get_peft_model": "veneer.attach(model, veneer.LoraConfig(…))",
     "inject_adapter_in_model": "veneer.attach(model, veneer.LoraConfig(…))",
     "print_trainable_parameters": "print(handle.summary()), or print(veneer.summarise(model))",
@@ -142,17 +142,19 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
+        attribute = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _LAZY_MODULES:
-        value = importlib.import_module(f"veneer.{name}")
-    elif name in _PEFT_NAMES:
+        attribute = importlib.import_module(f"veneer.{name}")
+    elif name in _PEFT_REPLACEMENTS:
         from veneer.errors import MethodError
 
-        raise MethodError(f"veneer.{name}, PEFT's name", "Veneer's", f"use {_PEFT_NAMES[name]}")
+        raise MethodError(
+            f"veneer.{name}, PEFT's name", "Veneer's", f"use {_PEFT_REPLACEMENTS[name]}"
+        )
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    globals()[name] = attribute
+    return attribute
 
 
 def __dir__() -> list[str]:

@@ -149,14 +149,14 @@ class LoraConfig:
             errors of ``__init__``."""
             if fields.keys() & {*PEFT_FIELDS, *PEFT_UNNEEDED, *PEFT_ONLY}:
                 raise_all(
-                    ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields))
+                    ConfigError, "This LoraConfig cannot be used", list(_field_problems(fields))
                 )
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
         # Fields become tuples and dicts, so that configs with equal fields are equal, cannot change
         # while they are shared, and convert to JSON.
-        for field_name, empty in (
+        for field_name, empty_value in (
             ("exclude", ()),
             ("train_also", ()),
             ("ranks", {}),
@@ -166,7 +166,7 @@ class LoraConfig:
             ("invocation_tokens", ()),
         ):
             if getattr(self, field_name) is None:
-                object.__setattr__(self, field_name, empty)
+                object.__setattr__(self, field_name, empty_value)
         for field_name in ("exclude", "train_also", "targets", "layers"):
             field_value = getattr(self, field_name)
             if isinstance(field_value, str | int) and field_name != "targets":
@@ -245,14 +245,14 @@ class LoraConfig:
             )
 
     def _target_problems(self):
-        by_pattern = self.trainable_tokens
-        id_lists = by_pattern.values() if isinstance(by_pattern, Mapping) else ()
+        trainable_tokens = self.trainable_tokens
+        id_lists = trainable_tokens.values() if isinstance(trainable_tokens, Mapping) else ()
         trains_only_tokens = self.targets == () and self.trainable_tokens
         has_targets = callable(self.targets) or _are_patterns(self.targets)
         are_indices = isinstance(self.layers, tuple) and {*map(type, self.layers)} == {int}
         checks = [
             (
-                not all(map(_are_distinct_ids, id_lists or (by_pattern,))) or () in id_lists,
+                not all(map(_are_distinct_ids, id_lists or (trainable_tokens,))) or () in id_lists,
                 "trainable_tokens",
                 "a list of different token ids, or {pattern: such a list}",
                 "use e.g. [49152, 49153]",
@@ -286,14 +286,14 @@ class LoraConfig:
     def _invocation_problems(self):
         """Problems of ``invocation_tokens``, and of other fields that would change the outputs of
         tokens before the invocation."""
-        tokens = self.invocation_tokens
-        if tokens == ():
+        token_ids = self.invocation_tokens
+        if token_ids == ():
             return
-        if not isinstance(tokens, tuple) or not all(
-            type(id_) is int and id_ >= 0 for id_ in tokens
+        if not isinstance(token_ids, tuple) or not all(
+            type(id_) is int and id_ >= 0 for id_ in token_ids
         ):
-            do = "use e.g. tokenizer.encode(text, add_special_tokens=False)"
-            yield sentence(f"invocation_tokens={tokens!r}", "a list of token ids", do)
+            advice = "use e.g. tokenizer.encode(text, add_special_tokens=False)"
+            yield sentence(f"invocation_tokens={token_ids!r}", "a list of token ids", advice)
         if self.variant in VARIANTS.names() and not _is_plain_product(self.variant):
             plain_variants = ", ".join(filter(_is_plain_product, VARIANTS.names()))
             problem = f"variant={self.variant!r} with invocation_tokens"
@@ -318,7 +318,7 @@ class LoraConfig:
     def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
         """The config whose ``to_dict`` is ``fields``. An unknown field is a ConfigError that names
         the most similar field."""
-        raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
+        raise_all(ConfigError, "This LoraConfig cannot be used", list(_field_problems(fields)))
         return LoraConfig(**fields)
 
     @staticmethod
@@ -382,16 +382,16 @@ def path_test(pattern: str) -> Callable[[str], bool]:
 
 def bad_regex(config: LoraConfig) -> list[str]:
     """A problem for each ``re:`` pattern of a config that is not a valid regular expression."""
-    targets = () if callable(config.targets) else pattern_list(config.targets)
-    tokens = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
+    target_patterns = () if callable(config.targets) else pattern_list(config.targets)
+    token_patterns = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
     patterns = [
-        *targets,
+        *target_patterns,
         *config.exclude,
         *config.train_also,
         *config.ranks,
         *config.alphas,
         *config.slices,
-        *tokens,
+        *token_patterns,
     ]
     problems = []
     for pattern in patterns:
@@ -408,7 +408,7 @@ def bad_regex(config: LoraConfig) -> list[str]:
     return problems
 
 
-def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
+def _field_problems(fields: Iterable[str]) -> Iterator[str]:
     """A problem for each name that is not a field. For a field of PEFT, it names the field to use
     here."""
     names = LoraConfig.__dataclass_fields__
@@ -424,8 +424,8 @@ def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
                 f"field {name!r} of PEFT", "no such field: it is not needed", "remove it"
             )
         elif name in PEFT_ONLY:
-            do = "remove it; docs/from-peft.md says what there is instead"
-            yield sentence(f"field {name!r} of PEFT", "a field that Veneer has", do)
+            advice = "remove it; docs/from-peft.md says what there is instead"
+            yield sentence(f"field {name!r} of PEFT", "a field that Veneer has", advice)
         else:
             yield sentence(
                 f"field {name!r}{nearest(name, names)}",

@@ -149,9 +149,9 @@ def _apply_blocks(context: Context) -> Context:
         return context
     running_blocks = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
     caller = threading.get_ident(), _running_task()
-    key = context, running_blocks, caller, _ENDED_COUNT[0]
+    cache_key = context, running_blocks, caller, _ENDED_COUNT[0]
     # cached, because every layer of a step reads the context
-    if running_blocks and running_blocks[-1].cached_context[0] == key:
+    if running_blocks and running_blocks[-1].cached_context[0] == cache_key:
         return running_blocks[-1].cached_context[1]
     off_stack_blocks = [
         block
@@ -183,7 +183,7 @@ def _apply_blocks(context: Context) -> Context:
     )
     # not cached if other threads or tasks have blocks, whose generators may resume at any time
     if running_blocks and all(block.caller == caller for block in off_stack_blocks):
-        running_blocks[-1].cached_context = key, resolved_context
+        running_blocks[-1].cached_context = cache_key, resolved_context
     return resolved_context
 
 
@@ -332,8 +332,12 @@ def _remove_block(context: Context, block: Block) -> Context:
     remaining_blocks = tuple(
         other_block for other_block in context.blocks if other_block is not block
     )
-    changed = replace(context, outer=outer, blocks=remaining_blocks)
-    return _EMPTY_CONTEXT if changed.outer is None and changed == _EMPTY_CONTEXT else changed
+    changed_context = replace(context, outer=outer, blocks=remaining_blocks)
+    return (
+        _EMPTY_CONTEXT
+        if changed_context.outer is None and changed_context == _EMPTY_CONTEXT
+        else changed_context
+    )
 
 
 @contextmanager
@@ -358,16 +362,16 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """A context manager in which every module of a model is in evaluation mode. At the end, each
     module gets the mode that it had before. It does not call the methods ``train`` and ``eval``,
     which a model may override."""
-    modes: dict[torch.nn.Module, bool] = {}
-    waiting: list[torch.nn.Module | None] = [model]
-    while waiting:
-        if (module := waiting.pop()) is not None and module not in modes:
-            modes[module] = module.training
-            waiting += list(module._modules.values())  # a copy: another thread may attach
+    was_training: dict[torch.nn.Module, bool] = {}
+    pending_modules: list[torch.nn.Module | None] = [model]
+    while pending_modules:
+        if (module := pending_modules.pop()) is not None and module not in was_training:
+            was_training[module] = module.training
+            pending_modules += list(module._modules.values())  # a copy: another thread may attach
     try:
-        for module in modes:
+        for module in was_training:
             module.training = False
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, module_was_training in was_training.items():
+            module.training = module_was_training

@@ -65,7 +65,7 @@ def full_tensor(tensor: Any) -> Any:
         return tensor
     ranks = _CURRENT_RANKS.get()
     if ranks is not None:
-        ranks.gate()
+        ranks.wait_for_every_rank()
     return tensor.full_tensor()
 
 
@@ -101,7 +101,7 @@ def is_spread(modules: Iterable[nn.Module]) -> bool:
     ) or bool(_fsdp_modules(modules))
 
 
-def spread_problem(modules: Iterable[nn.Module], operation: str, do: str) -> str | None:
+def spread_problem(modules: Iterable[nn.Module], operation: str, advice: str) -> str | None:
     """The error message for an ``operation`` that needs full weights; None if the weights are not
     sharded. ``do`` is the advice in the message."""
     modules = list(modules)
@@ -110,13 +110,13 @@ def spread_problem(modules: Iterable[nn.Module], operation: str, do: str) -> str
         return sentence(
             problem,
             "whole weights",
-            f"{do}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached",
+            f"{advice}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached",
         )
     problem = (
         f"{operation} of a model whose weights are spread over processes (DTensor, as FSDP2 makes"
         " them)"
     )
-    return sentence(problem, "whole weights", do) if is_spread(modules) else None
+    return sentence(problem, "whole weights", advice) if is_spread(modules) else None
 
 
 def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
@@ -192,8 +192,8 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
 
     meeting_key, arrival_keys, earlier_paths = _next_meeting(store, member_ranks, path)
     if earlier_paths and not sharded:
-        earlier = listing(map(str, earlier_paths))
-        warn(f"{path}, which rank {earlier} saved before rank {this_rank} came")
+        earlier_ranks_text = listing(map(str, earlier_paths))
+        warn(f"{path}, which rank {earlier_ranks_text} saved before rank {this_rank} came")
         return Ranks(store, meeting_key, ())
     waits_briefly = this_rank == member_ranks[0] and not sharded
     patience = SOLO_PATIENCE if waits_briefly else PATIENCE
@@ -210,13 +210,13 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
         return Ranks(store, meeting_key, member_ranks)
     if sharded or (same_path and len(present_ranks) > 1):
         if same_path:
-            ranks = listing(map(str, present_ranks))
-            problem = f"rank {ranks} of {len(member_ranks)} alone, after up to {patience:g} s"
+            ranks_text = listing(map(str, present_ranks))
+            problem = f"rank {ranks_text} of {len(member_ranks)} alone, after up to {patience:g} s"
         else:
-            path_of_rank = listing(f"{rank}: {rank_path}" for rank, rank_path in paths.items())
-            problem = f"other paths on other ranks ({path_of_rank})"
-        do = "let every rank that holds the model call save, with the same path"
-        raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', do)}")
+            paths_text = listing(f"{rank}: {rank_path}" for rank, rank_path in paths.items())
+            problem = f"other paths on other ranks ({paths_text})"
+        advice = "let every rank that holds the model call save, with the same path"
+        raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', advice)}")
     if len(present_ranks) == 1:
         warn(f"{path} saved by rank {this_rank} of {len(member_ranks)} alone, after {patience:g} s")
     return None
@@ -235,9 +235,9 @@ def _next_meeting(
     """
     ranks_hash = hashlib.sha256(json.dumps([*member_ranks]).encode()).hexdigest()[:16]
     while True:
-        meeting = _MEETING_COUNTS.get(ranks_hash, 0)
-        _MEETING_COUNTS[ranks_hash] = meeting + 1
-        meeting_key = f"veneer/{ranks_hash}/{meeting}"
+        meeting_index = _MEETING_COUNTS.get(ranks_hash, 0)
+        _MEETING_COUNTS[ranks_hash] = meeting_index + 1
+        meeting_key = f"veneer/{ranks_hash}/{meeting_index}"
         arrival_keys = {rank: f"{meeting_key}/come/{rank}" for rank in member_ranks}
         decision_key = f"{meeting_key}/decided"
         if not store.check([decision_key]) or store.get(decision_key).decode() != "left":
@@ -255,10 +255,10 @@ def all_ranks(name: str, patience: float) -> Ranks:
     """All ranks of ``torch.distributed``; each waits up to ``patience`` seconds for the others.
     Every process must call this function the same number of times with each ``name``, because the
     keys in the store contain the number of the call."""
-    meeting = _MEETING_COUNTS.get(name, 0)
-    _MEETING_COUNTS[name] = meeting + 1
+    meeting_index = _MEETING_COUNTS.get(name, 0)
+    _MEETING_COUNTS[name] = meeting_index + 1
     store = dist.distributed_c10d._get_default_store()
-    return Ranks(store, f"veneer/{name}/{meeting}", range(dist.get_world_size()), patience)
+    return Ranks(store, f"veneer/{name}/{meeting_index}", range(dist.get_world_size()), patience)
 
 
 class Ranks:
@@ -282,7 +282,7 @@ class Ranks:
         self.patience = PATIENCE if patience is None else patience
         self.rank = dist.get_rank()
         self.is_writer = self.rank in members[:1]
-        self.operation_index = self.gate_count = 0
+        self.operation_index = self.wait_count = 0
 
     @contextmanager
     def joint_work(self, subject: str = "") -> Iterator[Callable[..., None]]:
@@ -299,7 +299,7 @@ class Ranks:
                 the same class.
             AdapterError: the summaries differ, or a rank does not answer.
         """
-        self.operation_index, self.gate_count = self.operation_index + 1, 0
+        self.operation_index, self.wait_count = self.operation_index + 1, 0
         summaries: list[str] = []
         token = _CURRENT_RANKS.set(self)
         try:
@@ -363,10 +363,10 @@ class Ranks:
         failed_elsewhere = first_report["rank"] != self.rank
         if failed_elsewhere and not isinstance(error, VeneerError | OSError):
             raise _error_of_rank(first_report) from error
-        same_error = first_report == {**report, "rank": first_report["rank"]}
-        error.reported_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
+        is_same = first_report == {**report, "rank": first_report["rank"]}
+        error.reported_elsewhere = failed_elsewhere and is_same  # pyright: ignore[reportAttributeAccessIssue]
 
-    def gate(self) -> None:
+    def wait_for_every_rank(self) -> None:
         """Wait until every rank has reached this call, so that a collective after it does not hang.
 
         Raises:
@@ -374,11 +374,11 @@ class Ranks:
         """
         if not self.members:
             return
-        self.gate_count += 1
-        key = f"{self.key_prefix}/{self.operation_index}/gate/{self.gate_count}"
+        self.wait_count += 1
+        arrivals_key = f"{self.key_prefix}/{self.operation_index}/gate/{self.wait_count}"
         deadline = time.monotonic() + self.patience
-        pause = 0.001
-        arrived_count = self.store.add(key, 1)
+        pause_seconds = 0.001
+        arrived_count = self.store.add(arrivals_key, 1)
         while arrived_count < len(self.members):
             self._raise_reported_error()
             if time.monotonic() > deadline:
@@ -388,9 +388,9 @@ class Ranks:
                     "all of them",
                     "see what the others printed; one may be gone",
                 )
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-            arrived_count = self.store.add(key, 0)  # adding 0 reads the number
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, 0.1)
+            arrived_count = self.store.add(arrivals_key, 0)  # adding 0 reads the number
 
     def _raise_reported_error(self) -> None:
         """Raise the first error of another rank, if one has failed."""
@@ -416,7 +416,7 @@ def wait_for_keys(
 ) -> list[str]:
     """Wait until a store has all keys, or has the key ``stop_key``, or the time is over. Returns
     the keys that are missing then."""
-    deadline, pause = time.monotonic() + seconds, 0.002
+    deadline, pause_seconds = time.monotonic() + seconds, 0.002
     missing_keys = [*keys]
     while True:
         missing_keys = [key for key in missing_keys if not store.check([key])]
@@ -425,8 +425,8 @@ def wait_for_keys(
         if stop_key is not None and store.check([stop_key]):
             # keys may have been set just before `stop_key`
             return [key for key in missing_keys if not store.check([key])]
-        time.sleep(pause)
-        pause = min(2 * pause, 0.2)
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, 0.2)
 
 
 @torch.no_grad()

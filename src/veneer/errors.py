@@ -314,10 +314,10 @@ def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[s
     if len(problems) == 1:
         raise error_class(f"{summary}. {problems[0]}")
     if problems:
-        listed = problems[:MAX_LISTED_PROBLEMS]
-        lines = [f"  {number}. {problem}" for number, problem in enumerate(listed, 1)]
-        if len(problems) > len(listed):
-            lines.append(f"  … and {len(problems) - len(listed)} more")
+        listed_problems = problems[:MAX_LISTED_PROBLEMS]
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(listed_problems, 1)]
+        if len(problems) > len(listed_problems):
+            lines.append(f"  … and {len(problems) - len(listed_problems)} more")
         raise error_class("\n".join([f"{summary}: {len(problems)} problems", *lines]))
 
 
@@ -337,8 +337,8 @@ def warn_caller(message: str, category: type[Warning], within: Sequence[str] = (
 def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:
     """The text `` (nearest: 'a', 'b')``, with the ``candidates`` that are spelled most like
     ``word``, except ``word`` itself. An empty string if none is similar."""
-    others = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
-    similar_words = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
+    other_candidates = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
+    similar_words = difflib.get_close_matches(word, other_candidates, n=limit, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, similar_words))})" if similar_words else ""
 
 

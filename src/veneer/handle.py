@@ -95,23 +95,25 @@ def attach(
     )
     install_adapter(model, name, plans, calibration=calibration)
     _patch_model(model)
-    names = Names(model)
+    model_index = Names(model)
     adapter_parameter_ids = {
-        id(names.modules[path]._parameters[parameter_name])
+        id(model_index.modules[path]._parameters[parameter_name])
         for path, parameter_names in plans.full.items()
         for parameter_name in parameter_names
     }
     # An output head that grew with the vocabulary counts as fresh but needs no warning: the adapter
     # holds its new rows, and its fingerprint shows at loading whether the other rows differ.
     adapter_parameter_ids |= {
-        id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
+        id(weight_of(model_index.modules[weight_plan.path], weight_plan.weight))
         for weight_plan in plans.low_rank_plans
         if weight_plan.tokens
     }
-    untrained_refs = [
-        ref for key, ref in names.fresh_parameters().items() if key not in adapter_parameter_ids
+    untrained_names = [
+        ref
+        for key, ref in model_index.fresh_parameters().items()
+        if key not in adapter_parameter_ids
     ]
-    FreshWeights.warn(untrained_refs, "As the adapter is attached", stacklevel=3)
+    FreshWeights.warn(untrained_names, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 
@@ -177,7 +179,7 @@ def load(
     return Handle(model, name)
 
 
-def _local_folder(path: str | Path, revision: str | None, cache: Path | None) -> str | Path:
+def _local_folder(path: str | Path, revision: str | None, cache_folder: Path | None) -> str | Path:
     """The local folder of an adapter: ``path`` itself, or the folder to which the adapter at a
     remote address is downloaded."""
     if not isinstance(path, str) or path.startswith(_HUB_PAGE) or Path(path).exists():
@@ -187,7 +189,7 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     else:
         remote_address = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
     if remote_address is None:
-        if revision is not None or cache is not None:
+        if revision is not None or cache_folder is not None:
             raise RemoteError(
                 f"a revision or a cache_dir for the path {path}",
                 "a remote place, such as hf://owner/name",
@@ -197,7 +199,7 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     from veneer.store.remote import pull
 
     try:
-        return pull(remote_address, revision=revision, cache=cache)
+        return pull(remote_address, revision=revision, cache=cache_folder)
     except RemoteError as error:
         if remote_address == path:
             raise
@@ -220,22 +222,24 @@ class Handle:
         def __getattr__(self, name: str) -> Any:
             """Raise an error that names the replacement of PEFT's methods, or the model's attribute
             of this name."""
-            do = PEFT_METHODS.get(name)
+            advice = PEFT_METHODS.get(name)
             if name == "save_pretrained":
-                do = (
+                advice = (
                     "handle.save(folder), or model.save_pretrained(folder), which writes the"
                     " adapter too"
                 )
             elif (
-                do is None
+                advice is None
                 and not name.startswith("_")
                 and hasattr(self.__dict__.get("model"), name)
             ):
-                do = f"handle.model.{name}: the model is what runs and trains"
-            if do is None:
+                advice = f"handle.model.{name}: the model is what runs and trains"
+            if advice is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             raise MethodError(
-                f"handle.{name}", "an attribute of veneer.Handle, which stands for one adapter", do
+                f"handle.{name}",
+                "an attribute of veneer.Handle, which stands for one adapter",
+                advice,
             )
 
     def __repr__(self) -> str:
@@ -244,12 +248,12 @@ class Handle:
         model_adapters = adapters_of(self.model)
         config = None if model_adapters is None else model_adapters.configs.get(self.name)
         if model_adapters is None or config is None:
-            state = "detached"
+            status_text = "detached"
         else:
-            default = ", default" if model_adapters.default_name == self.name else ""
-            merged = ", merged" if self.name in model_adapters.merge_order else ""
-            state = f"{config.variant}, rank {config.rank}{default}{merged}"
-        return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {state}>"
+            default_text = ", default" if model_adapters.default_name == self.name else ""
+            merged_text = ", merged" if self.name in model_adapters.merge_order else ""
+            status_text = f"{config.variant}, rank {config.rank}{default_text}{merged_text}"
+        return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {status_text}>"
 
     @property
     def config(self) -> LoraConfig:

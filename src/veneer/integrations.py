@@ -49,9 +49,9 @@ __all__ = [
 
 #: the key of Veneer's entry in a Lightning checkpoint, and the name of the first adapter folder in
 #: an accelerate checkpoint
-KEY = "veneer"
+ENTRY_NAME = "veneer"
 #: the names under which Lightning can be imported
-LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+LIGHTNING_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _has_adapter(model: nn.Module) -> bool:
@@ -154,22 +154,30 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
                 "one with an adapter",
                 "give lightning_callback() a config, resume from a checkpoint, or attach",
             )
-        if (states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
-            _set_random_states(states)  # before the data loader of the next epoch draws its seed
+        if (random_states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
+            _set_random_states(
+                random_states
+            )  # before the data loader of the next epoch draws its seed
 
-    attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
-    return type("AdapterCallback", bases, attributes)()
+    class_attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
+    return type("AdapterCallback", bases, class_attributes)()
 
 
 def _lightning_modules() -> list[Any]:
     """The modules of Lightning that are imported, under each of its package names. If none is
     imported, the first one that is installed is imported."""
-    if imported := [sys.modules[name] for name in LIGHTNING if name in sys.modules]:
-        return imported
-    installed = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
-    if not installed:
-        raise ConfigError("no Lightning", f"one of {', '.join(LIGHTNING)}", "pip install lightning")
-    return [importlib.import_module(installed[0])]
+    if imported_modules := [
+        sys.modules[name] for name in LIGHTNING_PACKAGES if name in sys.modules
+    ]:
+        return imported_modules
+    installed_names = [
+        name for name in LIGHTNING_PACKAGES if importlib.util.find_spec(name.partition(".")[0])
+    ]
+    if not installed_names:
+        raise ConfigError(
+            "no Lightning", f"one of {', '.join(LIGHTNING_PACKAGES)}", "pip install lightning"
+        )
+    return [importlib.import_module(installed_names[0])]
 
 
 def _submodule(pl_module: Any, path: str) -> nn.Module:
@@ -221,12 +229,12 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
             for key in shared_entries(models.values()):
                 checkpoint["state_dict"].pop(key, None)
             files_by_path = {path: _read_files(model) for path, model in models.items()}
-            checkpoint[KEY] = {"adapters": files_by_path, "random": _random_states()}
+            checkpoint[ENTRY_NAME] = {"adapters": files_by_path, "random": _random_states()}
         original_save(checkpoint)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        if KEY in checkpoint:
-            models, files_by_path = adapted_models(), checkpoint[KEY]["adapters"]
+        if ENTRY_NAME in checkpoint:
+            models, files_by_path = adapted_models(), checkpoint[ENTRY_NAME]["adapters"]
             if unmatched_paths := files_by_path.keys() - models.keys():
                 raise ConfigError(
                     f"a checkpoint with adapters of {_quote_names(unmatched_paths)}, and callbacks"
@@ -242,7 +250,7 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
                 **shared_entries(models[path] for path in files_by_path),
                 **checkpoint["state_dict"],
             }
-            pl_module.__dict__["_veneer_random_states"] = checkpoint[KEY]["random"]
+            pl_module.__dict__["_veneer_random_states"] = checkpoint[ENTRY_NAME]["random"]
         original_load(checkpoint)
 
     pl_module.__dict__.update(
@@ -294,11 +302,11 @@ def _random_states() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": cuda_states}
 
 
-def _set_random_states(states: Mapping[str, Any]) -> None:
+def _set_random_states(random_states: Mapping[str, Any]) -> None:
     """Undo ``_random_states``. GPU states are ignored if the number of GPUs differs."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    torch.set_rng_state(random_states["cpu"].cpu())
+    if torch.cuda.is_available() and len(random_states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in random_states["cuda"]])
 
 
 def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = None) -> Path:
@@ -319,18 +327,18 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         OutputExistsError: the folder exists and is not empty.
     """
     expected = "a Lightning checkpoint with one"
-    do = "pass one that lightning_callback had a part in"
+    advice = "pass one that lightning_callback had a part in"
     try:
         checkpoint_content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     # the file is no checkpoint, or would run code when it is read
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise AdapterError(
-            f"{checkpoint}, of which no adapter can be read ({error})", expected, do
+            f"{checkpoint}, of which no adapter can be read ({error})", expected, advice
         ) from error
-    entry = checkpoint_content.get(KEY) if isinstance(checkpoint_content, dict) else None
+    entry = checkpoint_content.get(ENTRY_NAME) if isinstance(checkpoint_content, dict) else None
     adapters = entry.get("adapters") if isinstance(entry, dict) else None
     if not isinstance(adapters, dict) or not adapters:
-        raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, do)
+        raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, advice)
     if module is None and len(adapters) == 1:
         (module,) = adapters
     if module not in adapters:
@@ -364,7 +372,8 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
         """(index of the model, name of its folder) for each model with an adapter."""
         model_indices = [index for index, model in enumerate(models) if _has_adapter(model)]
         return [
-            (index, f"{KEY}_{count}" if count else KEY) for count, index in enumerate(model_indices)
+            (index, f"{ENTRY_NAME}_{count}" if count else ENTRY_NAME)
+            for count, index in enumerate(model_indices)
         ]
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:

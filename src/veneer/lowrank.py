@@ -108,10 +108,10 @@ class LowRank:
         The factors are in at least float32, because the weights wᵢ are multiplied into B. Nothing
         is rounded if all wᵢ · scaleᵢ are equal except for their signs.
         """
-        factors = [
+        scaled_weights = [
             weight * low_rank.scale for weight, low_rank in zip(weights, changes, strict=True)
         ]
-        scale = max(map(abs, factors)) or 1.0
+        scale = max(map(abs, scaled_weights)) or 1.0
         factor_dtypes = (
             factor.dtype for low_rank in changes for factor in (low_rank.A, low_rank.B)
         )
@@ -119,7 +119,7 @@ class LowRank:
         A = torch.cat([low_rank.A.to(dtype) for low_rank in changes], 1)
         scaled_B = [
             low_rank.B.to(dtype) * (factor / scale)
-            for low_rank, factor in zip(changes, factors, strict=True)
+            for low_rank, factor in zip(changes, scaled_weights, strict=True)
         ]
         return LowRank(A, torch.cat(scaled_B, 2), scale)
 

@@ -113,7 +113,7 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
     """
     pairs = list(_named_parameters(named_parameters))
     low_rank_parameters = _low_rank_parameters(pairs)
-    shifted_paths = {
+    subtracting_paths = {
         path for path, module in _adapter_modules(named_parameters) if hasattr(module, "A0")
     }
     problems = [
@@ -123,7 +123,7 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
             'use variant "lora"',
         )
         for path, parameters in low_rank_parameters.items()
-        if (reason := _freeze_problem(parameters, path in shifted_paths))
+        if (reason := _freeze_problem(parameters, path in subtracting_paths))
     ]
     if not low_rank_parameters:
         problems.append(sentence(*_NO_FACTORS))
@@ -165,13 +165,13 @@ def precondition(
     low_rank_parameters = _low_rank_parameters(named_parameters)
     problems = [
         sentence(
-            f"trained numbers {listing(names)} at {path or 'the top'}",
+            f"trained numbers {listing(trained_names)} at {path or 'the top'}",
             "A and B, both trained",
             'use variant "lora"',
         )
         for path, parameters in low_rank_parameters.items()
         if not {"A", "B"}
-        <= set(names := [name for name, parameter in parameters.items() if parameter.requires_grad])
+        <= set(trained_names := [name for name, value in parameters.items() if value.requires_grad])
         or len(set(parameters) & (_NAMES_BESIDE_A | {"A"})) > 2
     ]
     optimizer_ids = {
@@ -216,12 +216,12 @@ def precondition(
     return optimizer.register_step_pre_hook(precondition_gradients)
 
 
-def _freeze_problem(parameters: dict[str, nn.Parameter], has_shifted_start: bool) -> str | None:
+def _freeze_problem(parameters: dict[str, nn.Parameter], subtracts_start: bool) -> str | None:
     """Why A of these parameters of a layer cannot be frozen; None if it can."""
     trained_names = [name for name in parameters if name == "A" or parameters[name].requires_grad]
     if not {"A", "B"} <= set(trained_names) or "E" in parameters:
         return f"trained numbers {listing(trained_names)}"
-    if has_shifted_start:
+    if subtracts_start:
         return "an A that did not start at random"
     if not parameters["A"].detach().any(dim=-1).all():
         return "an A with rows of zeros"
@@ -273,14 +273,14 @@ class RankBudget:
         self.layers = dict(_triplets(source))
         self.total_steps, self.warmup, self.final, self.every = total_steps, warmup, final, every
         self.beta1, self.beta2 = beta1, beta2
-        groups = sum(layer.mask.shape[0] for layer in self.layers.values())
+        group_count = sum(layer.mask.shape[0] for layer in self.layers.values())
         self.first_budget = sum(layer.mask.numel() for layer in self.layers.values())
-        self.final_budget = round(final_rank * groups)
+        self.final_budget = round(final_rank * group_count)
         checks = [
             (
                 not 0 < self.final_budget <= self.first_budget,
                 f"final_rank={final_rank!r}",
-                f"above 0, at most {self.first_budget / groups:g}",
+                f"above 0, at most {self.first_budget / group_count:g}",
                 "choose a lower one",
             ),
             (

@@ -52,7 +52,7 @@ def equal_values(a: Tensor, b: Tensor) -> bool:
 def multiplies_in_float32() -> bool:
     """Whether torch is set to compute float32 products on a CPU in float32, not in bfloat16 or
     TF32. Before torch 2.9, one setting holds for all devices."""
-    products = getattr(torch.backends.mkldnn, "matmul", None)
-    if products is None:
+    matmul_settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul_settings is None:
         return torch.get_float32_matmul_precision() == "highest"
-    return products.fp32_precision in ("none", "ieee")
+    return matmul_settings.fp32_precision in ("none", "ieee")

@@ -37,16 +37,16 @@ EVERYTHING = "*"
 _TARGET_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
 
 
-def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
+def must_not_exist(path: Path, overwrite: bool, *, is_folder: bool = True) -> None:
     """Raise OutputExistsError if ``path`` exists and must not be replaced.
 
     An empty folder may always be replaced. A file is never replaced by a folder, nor a folder by a
     file; ``folder`` says whether a folder or a file will be written to ``path``."""
-    if overwrite and folder and path.exists() and not path.is_dir():
+    if overwrite and is_folder and path.exists() and not path.is_dir():
         raise OutputExistsError(
             f"{path}, which is a file", "a path for a folder", "choose another, or remove the file"
         )
-    if not folder and path.is_dir():
+    if not is_folder and path.is_dir():
         raise OutputExistsError(f"the folder {path}", "a path for a file", "name a file in it")
     if overwrite or not path.exists() or _is_empty(path):
         return
@@ -77,11 +77,13 @@ def new_folder(
     path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)
     must_not_exist(path, overwrite)
-    within = path.is_dir() and (os.path.ismount(path) or bool(_files_to_keep(path, (), replaces)))
-    with disk_errors(path), temporary(path, within=within) as folder:
-        (folder / NEW).mkdir()
-        yield folder / NEW
-        _flush_and_move(folder, path, overwrite, replaces)
+    create_within = path.is_dir() and (
+        os.path.ismount(path) or bool(_files_to_keep(path, (), replaces))
+    )
+    with disk_errors(path), temporary(path, within=create_within) as temporary_folder:
+        (temporary_folder / NEW).mkdir()
+        yield temporary_folder / NEW
+        _flush_and_move(temporary_folder, path, overwrite, replaces)
 
 
 @contextmanager
@@ -90,16 +92,16 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises OutputExistsError if ``path`` exists and ``overwrite`` is False, or if it is a folder."""
     path = Path(path).resolve()
-    must_not_exist(path, overwrite, folder=False)
-    with disk_errors(path), temporary(path) as folder:
-        (folder / NEW).mkdir()
-        file = folder / NEW / path.name
+    must_not_exist(path, overwrite, is_folder=False)
+    with disk_errors(path), temporary(path) as temporary_folder:
+        (temporary_folder / NEW).mkdir()
+        file = temporary_folder / NEW / path.name
         yield file
-        _flush(folder / NEW, _folder_mode(folder) & 0o666)
+        _flush(temporary_folder / NEW, _folder_mode(temporary_folder) & 0o666)
         if overwrite:
             file.replace(path)
         elif not _rename(file, path, _RENAME_NOREPLACE):
-            must_not_exist(path, overwrite, folder=False)
+            must_not_exist(path, overwrite, is_folder=False)
             file.replace(path)
         flush_folder(path.parent)
 
@@ -114,9 +116,9 @@ def _flush_and_move(
     temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
 ) -> None:
     """Flush the folder ``new`` in a temporary folder to disk, then move it to ``path``."""
-    new, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
-    new.chmod(mode)
-    _flush(new, mode & 0o666)
+    filled_folder, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
+    filled_folder.chmod(mode)
+    _flush(filled_folder, mode & 0o666)
     _move_into_place(temporary_folder, path, overwrite, replaces)
     flush_folder(path.parent)
 
@@ -126,50 +128,57 @@ def _move_into_place(
 ) -> None:
     """Rename the complete new folder to ``path``, or exchange it with the folder there, or replace
     files of that folder one by one."""
-    new = temporary_folder / NEW
+    filled_folder = temporary_folder / NEW
     if temporary_folder.parent != path and (not path.exists() or _is_empty(path)):
         try:
-            new.rename(path)  # this also replaces an empty folder
+            filled_folder.rename(path)  # this also replaces an empty folder
             return
         except OSError as error:
             # another process created the path, or the empty folder is a mount point
             if error.errno not in _TARGET_TAKEN:
                 raise
     must_not_exist(path, overwrite)
-    new_names = [file.name for file in new.iterdir() if not _is_folder(file)]
+    new_names = [file.name for file in filled_folder.iterdir() if not _is_folder(file)]
     keeps_nothing = not _files_to_keep(path, new_names, replaces)
-    if keeps_nothing and not _contains_working_directory(path) and _exchange(new, path):
+    if keeps_nothing and not _contains_working_directory(path) and _exchange(filled_folder, path):
         # move back files that another process wrote to the old folder just before the exchange
-        for name in _files_to_keep(new, new_names, replaces):
-            (new / name).rename(path / name)
+        for name in _files_to_keep(filled_folder, new_names, replaces):
+            (filled_folder / name).rename(path / name)
         return
-    writes = sorted(files_in(new), key=lambda name: (_pattern_index(name, replaces), name))
+    written_names = sorted(
+        files_in(filled_folder), key=lambda name: (_pattern_index(name, replaces), name)
+    )
     old_names = (
         files_in(path)
         if EVERYTHING in replaces
         else [file.name for file in path.iterdir() if not _is_folder(file)]
     )
-    removes = [
+    removed_names = [
         name
         for name in old_names
-        if name not in writes and _pattern_index(name, replaces) < len(replaces)
+        if name not in written_names and _pattern_index(name, replaces) < len(replaces)
     ]
-    _refuse_conflicts(path, writes, removes)
-    write_plan(temporary_folder, writes[0], writes, removes)
+    _refuse_conflicts(path, written_names, removed_names)
+    write_plan(temporary_folder, written_names[0], written_names, removed_names)
     move_files(temporary_folder, path)
 
 
-def _refuse_conflicts(path: Path, writes: Sequence[str], removes: Sequence[str]) -> None:
+def _refuse_conflicts(
+    path: Path, written_names: Sequence[str], removed_names: Sequence[str]
+) -> None:
     """Raise OutputExistsError if a folder stands where a file is to be written, or a file that is
     not to be removed where a folder is to be."""
-    parents = {parent.as_posix() for name in writes for parent in Path(name).parents}
-    folders = [name for name in writes if _is_folder(path / name)]
-    files = [
+    parents = {parent.as_posix() for name in written_names for parent in Path(name).parents}
+    folder_conflicts = [name for name in written_names if _is_folder(path / name)]
+    file_conflicts = [
         name
-        for name in sorted(parents.difference(removes))
+        for name in sorted(parents.difference(removed_names))
         if os.path.lexists(path / name) and not (path / name).is_dir()
     ]
-    for names, old_kind, new_kind in ((folders, "folder", "file"), (files, "file", "folder")):
+    for names, old_kind, new_kind in (
+        (folder_conflicts, "folder", "file"),
+        (file_conflicts, "file", "folder"),
+    ):
         if names:
             raise OutputExistsError(
                 f"{path}, in which {listing(names, 3)} is a {old_kind}",
@@ -221,14 +230,16 @@ def _exchange(first: Path, second: Path) -> bool:
     return _rename(first, second, _RENAME_EXCHANGE)
 
 
-def _rename(source: Path, target: Path, flag: int) -> bool:
+def _rename(source: Path, target: Path, renameat2_flag: int) -> bool:
     """Rename with a flag of Linux's renameat2; return False if the system or disk does not support
     the flag."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0
+    return (
+        rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), renameat2_flag) == 0
+    )
 
 
 @contextmanager

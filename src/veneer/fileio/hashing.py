@@ -105,26 +105,28 @@ def memory_of(tensor: Tensor) -> memoryview:
     )
 
 
-def recorded_fingerprints(base: Mapping[str, Any]) -> dict[str, str]:
+def recorded_fingerprints(base_entry: Mapping[str, Any]) -> dict[str, str]:
     """Return all fingerprints in ``base``, the entry "base" of a record, by the weight's name."""
-    return {**(base.get("rest") or {}), **(base.get("weights") or {})}
+    return {**(base_entry.get("rest") or {}), **(base_entry.get("weights") or {})}
 
 
-def recorded_hash_kind(base: Mapping[str, Any]) -> str:
+def recorded_hash_kind(base_entry: Mapping[str, Any]) -> str:
     """Return the hash function of a record's fingerprints, which is the same for all of them."""
-    return kind_of(next(iter(recorded_fingerprints(base).values()), XXH3))
+    return kind_of(next(iter(recorded_fingerprints(base_entry).values()), XXH3))
 
 
-def coverage(base: Mapping[str, Any] | None) -> str:
+def coverage(base_entry: Mapping[str, Any] | None) -> str:
     """Describe how many of the base's weights have a fingerprint in a record. ``base`` is the entry
     "base" of the record, or None for a folder without a record."""
-    if not base or "weights" not in base:
+    if not base_entry or "weights" not in base_entry:
         return "nothing (written by another library)"
-    changed_count, unchanged = len(base["weights"]), base.get("rest")
-    if unchanged is None:
+    changed_count, unchanged_fingerprints = len(base_entry["weights"]), base_entry.get("rest")
+    if unchanged_fingerprints is None:
         return f"adapted layers only ({changed_count} tensors)"
-    counts = f"{changed_count} that it changes, {len(unchanged)} that it only computes with"
-    return f"{changed_count + len(unchanged)} tensors ({counts})"
+    counts = (
+        f"{changed_count} that it changes, {len(unchanged_fingerprints)} that it only computes with"
+    )
+    return f"{changed_count + len(unchanged_fingerprints)} tensors ({counts})"
 
 
 def hash_json(value: Any) -> str:

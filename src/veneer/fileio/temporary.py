@@ -145,24 +145,24 @@ def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: l
 
 def move_files(temporary_folder: Path, path: Path) -> None:
     """Replace files of the folder ``path`` as the plan says, or continue to do so after a crash."""
-    plan, new = _read_plan(temporary_folder), temporary_folder / NEW
-    entry, writes, removes = plan["entry"], plan["writes"], plan["removes"]
+    plan, filled_folder = _read_plan(temporary_folder), temporary_folder / NEW
+    entry, written_names, removed_names = plan["entry"], plan["writes"], plan["removes"]
     with hold_lock(path / FOLDER_LOCK):
-        if (new / entry).exists():
+        if (filled_folder / entry).exists():
             (path / entry).unlink(missing_ok=True)
             flush_folder(path)
-            for name in removes:
+            for name in removed_names:
                 # a folder of this name was created for a file of ``writes`` before a crash
                 if (path / name).is_symlink() or not (path / name).is_dir():
                     (path / name).unlink(missing_ok=True)
-            for name in writes:
+            for name in written_names:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
-                if name != entry and (new / name).exists():
-                    (new / name).replace(path / name)
-            for folder in {(path / name).parent for name in writes}:
+                if name != entry and (filled_folder / name).exists():
+                    (filled_folder / name).replace(path / name)
+            for folder in {(path / name).parent for name in written_names}:
                 flush_folder(folder)
-            (new / entry).replace(path / entry)
-            _remove_empty_folders({(path / name).parent for name in removes} - {path})
+            (filled_folder / entry).replace(path / entry)
+            _remove_empty_folders({(path / name).parent for name in removed_names} - {path})
         flush_folder(path)
         (temporary_folder / PLAN).unlink()
 

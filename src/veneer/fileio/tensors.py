@@ -40,9 +40,9 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if entry.dtype not in DTYPES
     ]
     if unsupported_tensors:
-        names = listing(unsupported_tensors, 3)
+        tensors_text = listing(unsupported_tensors, 3)
         raise AdapterError(
-            f"{file} cannot be read ({names}: types of numbers that torch lacks)",
+            f"{file} cannot be read ({tensors_text}: types of numbers that torch lacks)",
             f"one of {', '.join(DTYPES)}",
             "convert them to bfloat16",
         )

@@ -140,8 +140,8 @@ def _not_a_header(first_bytes: bytes, file_size: int, header_length: int) -> str
     if header_length > MAX_HEADER_BYTES:
         return f"its header claims {header_length:,} bytes, of {MAX_HEADER_BYTES:,} at most"
     if header_length > file_size - 8:
-        claim = f"its header claims {header_length:,} bytes in a file of {file_size:,}"
-        return f"{claim}: it is cut short, or no safetensors file"
+        claim_text = f"its header claims {header_length:,} bytes in a file of {file_size:,}"
+        return f"{claim_text}: it is cut short, or no safetensors file"
     return "its header does not begin with {"
 
 
@@ -180,31 +180,31 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
     of the problem.
 
     ``data_size`` is the number of bytes of tensor data in the file."""
-    tensor = f"tensor {name[:80]!r}"
+    label = f"tensor {name[:80]!r}"
     if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         return (
-            f"{tensor} has a name that is empty, longer than {MAX_NAME_CHARACTERS} characters or"
+            f"{label} has a name that is empty, longer than {MAX_NAME_CHARACTERS} characters or"
             " not printable"
         )
     if not isinstance(claim, dict) or claim.keys() != _TENSOR_FIELDS:
-        return f"{tensor} is not described by dtype, shape and data_offsets alone"
+        return f"{label} is not described by dtype, shape and data_offsets alone"
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS_PER_VALUE:
-        return f"{tensor} has the unknown dtype {str(dtype)[:40]!r}"
+        return f"{label} has the unknown dtype {str(dtype)[:40]!r}"
     if not _are_counts(shape) or len(shape) > MAX_AXES:
-        return f"{tensor} has a shape that is no list of at most {MAX_AXES} whole numbers"
+        return f"{label} has a shape that is no list of at most {MAX_AXES} whole numbers"
     if not _are_counts(offsets) or len(offsets) != 2:
-        return f"{tensor} has data_offsets that are no two whole numbers"
+        return f"{label} has data_offsets that are no two whole numbers"
     start, stop = offsets
     if not start <= stop <= data_size:
-        return f"{tensor} claims the bytes {start:,} to {stop:,} of {data_size:,}"
+        return f"{label} claims the bytes {start:,} to {stop:,} of {data_size:,}"
     # an axis of size 0 counts as 1, because torch computes strides from the other axes
     if math.prod(axis or 1 for axis in shape) > MAX_NUMEL:
-        return f"{tensor} has a shape {_shorten(shape)} that no memory can hold"
+        return f"{label} has a shape {_shorten(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS_PER_VALUE[dtype]
     if bits != 8 * (stop - start):
         expected = f"{-(-bits // 8):,} by its shape {_shorten(shape)} of {dtype}"
-        return f"{tensor} claims {stop - start:,} bytes, and {expected}"
+        return f"{label} claims {stop - start:,} bytes, and {expected}"
     return Entry(dtype, tuple(shape), start, stop)
 
 
@@ -219,15 +219,15 @@ def _shorten(shape: list[int]) -> str:
 def _layout_problem(tensors: Mapping[str, Any], data_size: int) -> str | None:
     """Describe the first overlap of two tensors, or the first bytes that belong to no tensor;
     return None if every byte belongs to one tensor."""
-    end, previous = 0, "the header"
+    end, previous_text = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start < end:
-            return f"tensor {name!r} overlaps {previous}"
+            return f"tensor {name!r} overlaps {previous_text}"
         if entry.start > end:
             return f"{entry.start - end:,} bytes before tensor {name!r} belong to none"
-        end, previous = entry.stop, f"tensor {name!r}"
+        end, previous_text = entry.stop, f"tensor {name!r}"
     if end != data_size:
-        return f"{data_size - end:,} bytes behind {previous} belong to none"
+        return f"{data_size - end:,} bytes behind {previous_text} belong to none"
     return None
 
 
@@ -323,13 +323,13 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
 
     One exception: ``huggingface_hub`` stores ``models--…/snapshots/<revision>/file`` as a link into
     ``models--…/blobs``, so files of a snapshot may be in the blobs of the same repository."""
-    folders, problems = _allowed_folders(folder), []
+    allowed_folders, problems = _allowed_folders(folder), []
     for name in names:
         file = folder / name
         if not os.path.lexists(file):
             continue
         target = Path(os.path.realpath(file))
-        if not any(target.is_relative_to(parent) for parent in folders):
+        if not any(target.is_relative_to(parent) for parent in allowed_folders):
             problems.append(
                 sentence(
                     f"{file}, a link to {target}, which lies outside the folder",
@@ -338,12 +338,12 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
                 )
             )
         elif not file.is_file():
-            mode = target.stat().st_mode if target.exists() else 0
+            target_mode = target.stat().st_mode if target.exists() else 0
             file_type = (
                 "a folder"
-                if stat.S_ISDIR(mode)
+                if stat.S_ISDIR(target_mode)
                 else "no regular file"
-                if mode
+                if target_mode
                 else "a link to nothing"
             )
             problems.append(
@@ -374,8 +374,10 @@ def pickle_problems(folder: Path) -> list[str]:
         f"{', '.join(names)} in {folder}: a pickle, "
         "which runs whatever code its author put into it when it is read"
     )
-    do = (
+    advice = (
         "remove it if adapter_model.safetensors is there; if not, and you trust its author, "
         "let PEFT write it anew (PeftModel.from_pretrained, then save_pretrained)"
     )
-    return [sentence(problem, "tensors as adapter_model.safetensors alone", do)] if names else []
+    return (
+        [sentence(problem, "tensors as adapter_model.safetensors alone", advice)] if names else []
+    )

@@ -70,8 +70,9 @@ def _has_valid_types(full_names: Any, base_record: Any, version: Any) -> bool:
         return False
     hash_tables = [base_record.get("weights") or {}, base_record.get("rest") or {}]
     are_hashes_valid = all(
-        isinstance(table, dict) and all(isinstance(hash_text, str) for hash_text in table.values())
-        for table in hash_tables
+        isinstance(hash_table, dict)
+        and all(isinstance(hash_text, str) for hash_text in hash_table.values())
+        for hash_table in hash_tables
     )
     return are_hashes_valid and isinstance(base_record.get("name"), str | None)
 

@@ -54,7 +54,7 @@ from veneer.formats._base import (
     read_tensors,
     scalar_value,
 )
-from veneer.formats.kohya import ATTENTION, LACKS, plain_lora_alpha
+from veneer.formats.kohya import ATTENTION_SUFFIXES, LACKS, plain_lora_alpha
 
 HEADER = "lora_adapter_metadata"
 #: suffix of a key -> role of the tensor in its module
@@ -271,7 +271,7 @@ def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
     """The suffixes of A, B and the magnitude for a component in which these modules change."""
     if not component.startswith("text_encoder"):
         return LORA_SUFFIXES[0], LORA_SUFFIXES[1], peft.MAGNITUDE
-    has_attention = any(f".{module}".endswith(ATTENTION) for module in modules)
+    has_attention = any(f".{module}".endswith(ATTENTION_SUFFIXES) for module in modules)
     down, up = LORA_SUFFIXES if has_attention else _ENCODER_SUFFIXES
     return down, up, f"{peft.MAGNITUDE}.weight"
 

@@ -65,7 +65,7 @@ from veneer.lowrank import LowRank
 #: the release of diffusers of which we know how it loads these files
 DIFFUSERS_VERSION = "0.42"
 #: the projections of a text encoder's attention
-ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+ATTENTION_SUFFIXES = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 #: prefix of a key -> the pipeline components that it may mean, the more likely one first
 PREFIXES = {
     "lora_unet": ("unet", "transformer"),
@@ -77,13 +77,15 @@ PREFIXES = {
     "lycoris": ("model",),
 }
 #: the suffixes of the tensors of a LoRA, a LoHa and a LoKr
-_LORA = {"lora_down.weight", "lora_up.weight"}
-_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-_LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
+_LORA_SUFFIXES = {"lora_down.weight", "lora_up.weight"}
+_LOHA_SUFFIXES = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_LOKR_SUFFIXES = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
 #: all suffixes that are read
-_READABLE = _LORA | _LOHA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
+_READABLE_SUFFIXES = (
+    _LORA_SUFFIXES | _LOHA_SUFFIXES | _LOKR_SUFFIXES | {"alpha", "dora_scale", "lora_mid.weight"}
+)
 #: the suffixes of Tucker cores
-_TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
+_TUCKER_SUFFIXES = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
 _OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
 #: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
@@ -101,7 +103,7 @@ _DIFFUSERS_FLUX_MODULE = re.compile(
 
 
 def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
-    suffixes = _LORA | _LOHA | _LOKR | _TUCKER
+    suffixes = _LORA_SUFFIXES | _LOHA_SUFFIXES | _LOKR_SUFFIXES | _TUCKER_SUFFIXES
     return any(key.partition(".")[2] in suffixes and _prefix(key) for key in keys)
 
 
@@ -184,11 +186,13 @@ def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
         problem = f"{module_name!r}, which may mean {listing(matches)}"
         raise AdapterError(problem, "one module", "rename one of them")
     if not matches:
-        do = "give the base that it was made for"
+        advice = "give the base that it was made for"
         if any(block in flat_name for block in _OLD_BLOCKS):
-            do += ": these are block names of the model as first published, not those of diffusers"
+            advice += (
+                ": these are block names of the model as first published, not those of diffusers"
+            )
         problem = f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}"
-        raise AdapterError(problem, "one of its modules", do)
+        raise AdapterError(problem, "one of its modules", advice)
     return matches[0]
 
 
@@ -196,13 +200,15 @@ def _read_layer(
     module_name: str, module_path: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> PeftLayer:
     suffixes, magnitude = set(tensors), tensors.get("dora_scale")
-    if suffixes & _TUCKER:
-        problem = f"{listing(sorted(suffixes & _TUCKER))} at {module_name!r}, a Tucker core"
+    if suffixes & _TUCKER_SUFFIXES:
+        problem = (
+            f"{listing(sorted(suffixes & _TUCKER_SUFFIXES))} at {module_name!r}, a Tucker core"
+        )
         raise AdapterError(
             problem, "factors whose product is short", "merge it with LyCORIS, and extract"
         )
-    if suffixes - _READABLE:
-        problem = f"{listing(sorted(suffixes - _READABLE))} at {module_name!r}"
+    if suffixes - _READABLE_SUFFIXES:
+        problem = f"{listing(sorted(suffixes - _READABLE_SUFFIXES))} at {module_name!r}"
         raise AdapterError(problem, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
         factors = _read_factors(tensors)
@@ -233,7 +239,7 @@ def _read_factors(
     suffixes = set(tensors)
     alpha = scalar_value(tensors["alpha"], "alpha") if "alpha" in tensors else None
     alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
-    if suffixes >= _LORA:
+    if suffixes >= _LORA_SUFFIXES:
         A, B = tensors["lora_down.weight"], tensors["lora_up.weight"]
         mid = tensors.get("lora_mid.weight")
         if mid is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
@@ -242,7 +248,7 @@ def _read_factors(
                 "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()
             ).to(dtype)
         return A, B, alpha
-    if suffixes >= _LOHA:
+    if suffixes >= _LOHA_SUFFIXES:
         return _loha_factors(tensors, alpha)
     return _lokr_factors(tensors, alpha)
 
@@ -257,7 +263,7 @@ def _loha_factors(
 ) -> tuple[Tensor, Tensor, float]:
     rank = tensors["hada_w1_b"].shape[0]
     w1_a, w1_b, w2_a, w2_b = (
-        factor[None] for factor in _to_float32(*(tensors[name] for name in sorted(_LOHA)))
+        factor[None] for factor in _to_float32(*(tensors[name] for name in sorted(_LOHA_SUFFIXES)))
     )
     A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
     B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
@@ -277,8 +283,8 @@ def _lokr_factors(
         for matrix_suffix, pair_suffixes in alternatives
     ):
         return None
-    up_keys = [key for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]
-    rank = tensors[up_keys[0]].shape[0] if up_keys else None
+    rank_keys = [key for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]
+    rank = tensors[rank_keys[0]].shape[0] if rank_keys else None
     # LyCORIS does not scale if neither w1 nor w2 is decomposed
     scale = 1.0 if rank is None or alpha is None else alpha / rank
     if "lokr_w1" in tensors:
@@ -332,13 +338,13 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         **{component: prefix for prefix, (component, *_) in PREFIXES.items()},
         "text_encoder": "lora_te1" if "text_encoder_2" in components else "lora_te",
     }
-    old_paths = {
+    file_locations = {
         weight: (component, path_before_transformers_5(component, module))
         for weight, (component, module) in locations.items()
     }
     flat_names = {
         weight: f"{prefixes[component]}_{module.replace('.', '_')}"
-        for weight, (component, module) in old_paths.items()
+        for weight, (component, module) in file_locations.items()
     }
     name_counts = Counter(flat_names.values())
     ambiguous_names = sorted(name for name, count in name_counts.items() if count > 1)
@@ -369,8 +375,8 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             f"a kohya file of which {reader} leaves out {omission}, so that its outputs differ"
         )
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
-        do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
-        warnings.warn(sentence(problem, expected, do), MisreadElsewhere, stacklevel=3)
+        advice = 'for diffusers, convert to "diffusers", which it reads right, or merge'
+        warnings.warn(sentence(problem, expected, advice), MisreadElsewhere, stacklevel=3)
     return []
 
 
@@ -429,7 +435,7 @@ def _omissions_of_diffusers(
     alphas: dict[str, set[float]] = {}
     for change in changes:
         alphas.setdefault(locations[change.weight][0], set()).add(plain_lora_alpha(change.layer))
-    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
+    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION_SUFFIXES)
     attention_modules = {
         (component, module)
         for component, module in locations.values()

@@ -66,9 +66,9 @@ def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> st
 
 def refusal_reasons(adapter: Adapter) -> list[str]:
     """The reasons why a file with one A and one B for each module cannot hold an adapter."""
-    expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
+    expected, advice = "linear layers and convolutions in one group", "leave it out, or merge"
     problems = [
-        sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
+        sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, advice)
         for change in adapter.changes
         if change.kind not in ("linear", "conv")
     ]

@@ -186,7 +186,7 @@ def split_tensors(
     }
     roles |= {suffix: (None, suffix) for suffix in extra_suffixes}
     entries: dict[str, dict[str, Any]] = {}
-    full: dict[str, dict[str, Tensor]] = {}
+    full_parameters: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for key, tensor in throttle(tensors.items()):
         bare_key = key.removeprefix(PREFIX)
@@ -211,13 +211,13 @@ def split_tensors(
             # with modules_to_save, PEFT saves trained biases a second time under the adapter's name
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
-            full.setdefault(path, {})[parameter] = tensor
+            full_parameters.setdefault(path, {})[parameter] = tensor
     layers = {
         path: _build_layer(path, entry, config, by_veneer, problems)
         for path, entry in entries.items()
     }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return {path: layer for path, layer in layers.items() if layer is not None}, full
+    return {path: layer for path, layer in layers.items() if layer is not None}, full_parameters
 
 
 def _build_layer(
@@ -250,11 +250,11 @@ def _build_layer(
     # only a model tells how many matrices a parameter holds, and so which rank its B has
     if not parameter_path and B.shape[1] % rank:
         problem = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
-        do = (
+        advice = (
             "get both files again (what PEFT writes for a grouped convolution is no change of its"
             " weight)"
         )
-        problems.append(sentence(problem, f"{rank}, as {CONFIG} says", do))
+        problems.append(sentence(problem, f"{rank}, as {CONFIG} says", advice))
     return PeftLayer(target_path, A, B, entry["suffixes"], rank, alpha, scale, extras)
 
 

@@ -22,7 +22,7 @@ from veneer.fileio.untrusted import read_json
 from veneer.formats import peft
 
 #: PEFT's field -> the field of ``veneer.LoraConfig`` with the same values
-_SAME_VALUE = {
+_RENAMED_FIELDS = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -34,20 +34,20 @@ BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 #: the values of ``init_lora_weights`` that are the names of variants in Veneer
 _INIT_VARIANTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
 #: the modules that PEFT trains in full for a task, without a field that names them
-_HEADS = {
+_TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
 #: the fields that ``lora_fields`` translates
-_TRANSLATED = {
-    *_SAME_VALUE, "alpha_pattern", "bias", "corda_config", "exclude_modules", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "qalora_group_size",
-    "rank_pattern", "target_modules", "target_parameters", "task_type", "use_dora", "use_qalora",
-    "use_rslora",
+_TRANSLATED_FIELDS = {
+    *_RENAMED_FIELDS, "alpha_pattern", "bias", "corda_config", "exclude_modules",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type",
+    "qalora_group_size", "rank_pattern", "target_modules", "target_parameters", "task_type",
+    "use_dora", "use_qalora", "use_rslora",
 }  # fmt: skip
 #: the fields that do not change the result, or that ``veneer.attach`` takes as arguments
-_IRRELEVANT = {
+_IRRELEVANT_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "revision", "runtime_config",
@@ -89,14 +89,14 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     express)."""
     peft_type = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
     if peft_type not in (None, "LORA"):
-        do = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
-        return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", do)]
+        advice = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
+        return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", advice)]
     values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
     task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
     problems = _unknown_field_problems(values)
     full_modules = _full_module_patterns(values.get("modules_to_save") or (), task_type)
     veneer_fields = {
-        **{name: values[key] for key, name in _SAME_VALUE.items() if key in values},
+        **{name: values[key] for key, name in _RENAMED_FIELDS.items() if key in values},
         "targets": _target_patterns(values, problems),
         "train_also": full_modules,
         # PEFT adapts nothing within the modules that it trains in full
@@ -111,11 +111,11 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
     """One problem for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
-    do = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
+    advice = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
     return [
-        sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", do)
+        sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", advice)
         for name, value in values.items()
-        if value and name not in _TRANSLATED | _IRRELEVANT
+        if value and name not in _TRANSLATED_FIELDS | _IRRELEVANT_FIELDS
     ]
 
 
@@ -123,8 +123,8 @@ def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
     """The ``targets`` of Veneer's config for PEFT's modules and parameters."""
     modules, parameters = values.get("target_modules"), values.get("target_parameters") or ()
     if modules is None and not parameters:
-        do = 'name the modules, or set target_modules="all-linear"'
-        problems.append(sentence("no target_modules", "the layers to adapt", do))
+        advice = 'name the modules, or set target_modules="all-linear"'
+        problems.append(sentence("no target_modules", "the layers to adapt", advice))
     patterns = _module_patterns(() if modules is None else modules)
     if isinstance(modules, str) and modules.lower() == "all-linear":
         patterns = "peft-all-linear"
@@ -144,27 +144,30 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
     the path; with ``layers_pattern``, the first number behind the first of the pattern's names that
     the path has. A module that the config names by its full path is adapted in any block.
     """
-    layers, container_names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
-    indices = [layers] if isinstance(layers, int) else [*(layers or ())]
+    block_indices, container_names = (
+        values.get("layers_to_transform"),
+        values.get("layers_pattern") or (),
+    )
+    indices = [block_indices] if isinstance(block_indices, int) else [*(block_indices or ())]
     container_names = [container_names] if isinstance(container_names, str) else [*container_names]
-    do = None
+    advice = None
     if not indices:
-        if container_names and layers is None:
-            do = "leave it out, or set layers_to_transform"
+        if container_names and block_indices is None:
+            advice = "leave it out, or set layers_to_transform"
     elif isinstance(values.get("target_modules"), str):
-        do = "name the modules in target_modules as a list"
+        advice = "name the modules in target_modules as a list"
     elif any(type(index) is not int or index < 0 for index in indices):
-        do = "count the blocks from 0: PEFT matches none with these"
+        advice = "count the blocks from 0: PEFT matches none with these"
     elif not all(re.fullmatch(r"[\w.]+", name) for name in container_names):
-        do = "name the modules that hold the blocks"
-    if do is not None:
+        advice = "name the modules that hold the blocks"
+    if advice is not None:
         problem = " with ".join(
             f"{name}={values[name]!r}"
             for name in ("layers_to_transform", "layers_pattern", "target_modules")
             if values.get(name) is not None
         )
         expected = "indices of blocks, for modules that are named"
-        problems.append(sentence(problem, expected, do))
+        problems.append(sentence(problem, expected, advice))
         return None
     if not indices:
         return None
@@ -223,9 +226,9 @@ def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[
     """Patterns of the modules that are trained in full. PEFT trains each module of which the path
     ends with a name, even within a word, and adds every name that the head of a task may have.
     Each pattern of Veneer must match a module, so the names of heads become one expression."""
-    heads = _HEADS.get(task_type or "", ())
-    endings = [re.escape(name) for name in names if name not in heads]
-    endings += [f"({'|'.join(heads)})"] if heads else []
+    head_names = _TASK_HEADS.get(task_type or "", ())
+    endings = [re.escape(name) for name in names if name not in head_names]
+    endings += [f"({'|'.join(head_names)})"] if head_names else []
     return tuple(f"re:.*{ending}" for ending in endings)
 
 

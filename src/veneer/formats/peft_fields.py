@@ -139,24 +139,24 @@ def check_config(
         problem = f"peft_type {peft_type!r} and no record"
         problems.append(sentence(problem, "'LORA'", "get the whole folder again"))
     problems += [
-        *_missing_fields(config),
+        *_missing_field_problems(config),
         *_init_problems(config, with_base),
         *_option_problems(config, with_base),
         *_invocation_problems(config),
         *_value_problems(config),
     ]
-    problems = problems or list(_bad_patterns(config))
+    problems = problems or list(_pattern_problems(config))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
 
 
-def _missing_fields(config: Mapping[str, Any]) -> Iterator[str]:
+def _missing_field_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """One problem for each required field without a value."""
     for name in ("r", "lora_alpha", "target_modules"):
         if name == "target_modules" and config.get("target_parameters"):
             continue
         if config.get(name) is None:
-            do = f"add the {name} that it was trained with"
-            yield sentence(f"no {name!r} in {CONFIG}", "a value", do)
+            advice = f"add the {name} that it was trained with"
+            yield sentence(f"no {name!r} in {CONFIG}", "a value", advice)
 
 
 def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
@@ -168,32 +168,32 @@ def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
             problem = (
                 f"init_lora_weights={init_method!r}, which changed the base's weights as it started"
             )
-            do = (
+            advice = (
                 "load it on its base with veneer.load and save it, or let PEFT convert it when it"
                 " saves"
             )
-            yield sentence(problem, expected, do)
+            yield sentence(problem, expected, advice)
     elif isinstance(init_method, str):
-        do = "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
+        advice = "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
         for name, reason in _UNREPEATABLE_INITS:
             if init_method.lower().startswith(name):
-                yield sentence(f"init_lora_weights={init_method!r}, {reason}", expected, do)
+                yield sentence(f"init_lora_weights={init_method!r}, {reason}", expected, advice)
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
     """The problems of options that Veneer can convert to changes of weights only if it has the
     base."""
     if config.get("lora_bias") is True and not with_base:
-        do = "load it on its base, and merge or save it there"
-        yield sentence("lora_bias=true, biases beside B", "changes of weights alone", do)
+        advice = "load it on its base, and merge or save it there"
+        yield sentence("lora_bias=true, biases beside B", "changes of weights alone", advice)
     # with a group size of 1, A has every input, but PEFT scales the inputs of a GPTQ layer
     is_unpooled = config.get("qalora_group_size") == 1
     if config.get("use_qalora") is True and (is_unpooled or not with_base):
-        do = "load it on its base, and save it there"
+        advice = "load it on its base, and save it there"
         if is_unpooled:
-            do = "set it to false, unless that base is GPTQ's"
+            advice = "set it to false, unless that base is GPTQ's"
         problem = "use_qalora=true, which pools inputs of GPTQ layers"
-        yield sentence(problem, "A of all inputs", do)
+        yield sentence(problem, "A of all inputs", advice)
 
 
 def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -201,8 +201,8 @@ def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
     an adapter with such tokens must leave as the base computes them."""
     if not config.get("alora_invocation_tokens"):
         return
-    names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
-    for name in names:
+    option_names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
+    for name in option_names:
         if config.get(name) not in (None, False, "none") and config[name]:
             problem = f"{name}={config[name]!r} with alora_invocation_tokens in {CONFIG}"
             expected = "plain LoRA of linear layers, which acts from the invocation on"
@@ -219,13 +219,13 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
             continue
         value_text = repr(value)
         value_text = value_text if len(value_text) <= 200 else value_text[:200] + "…"
-        do = _ADVICE.get(name, "use PEFT for it")
+        advice = _ADVICE.get(name, "use PEFT for it")
         if name in _FIELD_TESTS:
-            do = "correct it, or get the file again"
-        yield sentence(f"{name[:80]}={value_text} in {CONFIG}", expected, do)
+            advice = "correct it, or get the file again"
+        yield sentence(f"{name[:80]}={value_text} in {CONFIG}", expected, advice)
 
 
-def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
+def _pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """The problems of the regular expressions in a config of which all fields have valid types.
     Expressions in ``target_modules`` are compiled with ``re`` only: if they exceed the limits of
     ``patterns``, the keys of the tensors tell the targets."""
@@ -246,5 +246,5 @@ def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
         try:
             compile_source(source)
         except ValueError as error:
-            do = "name the modules by the ends of their paths"
-            yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", do)
+            advice = "name the modules by the ends of their paths"
+            yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", advice)

@@ -56,20 +56,23 @@ def _layer_index(path: str, config: Mapping[str, Any]) -> int | None:
     """The layer index in a path: the first number that follows a match of the first matching
     ``layers_pattern`` and is not the last segment. Without a pattern PEFT ignores a number right
     after the first segment."""
-    containers, segments = patterns.layer_containers(layers_patterns(config)), path.split(".")
+    container_expressions, segments = (
+        patterns.layer_containers(layers_patterns(config)),
+        path.split("."),
+    )
     first_position = 1 if config.get("layers_pattern") else 2
-    layer_indices = [
+    index_candidates = [
         (int(segment), ".".join(segments[:position]))
         for position, segment in enumerate(segments[:-1])
         if position >= first_position and segment.isdecimal()
     ]
     matches = (
-        (pattern_index, number)
-        for number, (_, container_path) in enumerate(layer_indices)
-        for pattern_index in containers.matching(container_path)
+        (pattern_index, candidate_index)
+        for candidate_index, (_, container_path) in enumerate(index_candidates)
+        for pattern_index in container_expressions.matching(container_path)
     )
     first_match = min(matches, default=None)
-    return layer_indices[first_match[1]][0] if first_match is not None else None
+    return index_candidates[first_match[1]][0] if first_match is not None else None
 
 
 def _matches_names(names: str | Iterable[str], path: str) -> bool:
@@ -116,9 +119,9 @@ def add_wrappers(path: str, wrapper_counts: Mapping[str, int]) -> str:
     ``wrapper_counts``: the number of wrappers of each module, by path."""
     segments = path.split(".") if path else []
     wrapped_segments: list[str] = []
-    for count, segment in enumerate(segments):
-        wrappers = wrapper_counts.get(".".join(segments[:count]), 0) if count else 0
-        wrapped_segments += [*["base_layer"] * wrappers, segment]
+    for position, segment in enumerate(segments):
+        wrapper_count = wrapper_counts.get(".".join(segments[:position]), 0) if position else 0
+        wrapped_segments += [*["base_layer"] * wrapper_count, segment]
     return ".".join(wrapped_segments)
 
 

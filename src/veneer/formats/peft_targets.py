@@ -60,18 +60,18 @@ def ignored_tensors(
         }
         for path in keys_by_module
     }
-    expected = peft_paths.expected_paths(config, set().union(*paths_to_match.values()))
-    if expected is None:
+    matched_paths = peft_paths.expected_paths(config, set().union(*paths_to_match.values()))
+    if matched_paths is None:
         return {}
     matched_keys = [
         key
         for path, keys in keys_by_module.items()
         for key in keys
-        if paths_to_match[path] & expected
+        if paths_to_match[path] & matched_paths
     ]
     ignored_by_module: dict[str, list[str]] = {}
     for path, keys in keys_by_module.items():
-        if paths_to_match[path] & expected or (
+        if paths_to_match[path] & matched_paths or (
             config.get("ensure_weight_tying") and _are_tied(keys, matched_keys, tensors)
         ):
             continue
@@ -136,9 +136,9 @@ def applied_tensors(
             f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of"
             f" {listing(ignored_by_module, 3)}"
         )
-        fields = "target_modules, exclude_modules and layers_to_transform"
+        fields_text = "target_modules, exclude_modules and layers_to_transform"
         raise AdapterError(
-            problem, "tensors of its targets", f"correct {fields}, or get both files again"
+            problem, "tensors of its targets", f"correct {fields_text}, or get both files again"
         )
     return remaining_tensors, tuple(sorted(ignored_by_module))
 

@@ -67,11 +67,11 @@ def convert_to_lora(
         "target_modules": peft.NO_TARGETS,
         INDICES_FIELD: ids_by_path,
     }
-    new_keys = {
+    lora_keys = {
         f"{module_key}.{TUNER_ROWS_SUFFIX}": f"{module_key}.{LORA_ROWS_SUFFIX}"
         for module_key in module_keys
     }
-    return lora_config, {new_keys.get(key, key): tensor for key, tensor in tensors.items()}
+    return lora_config, {lora_keys.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def split_rows(
@@ -113,13 +113,13 @@ def split_rows(
 
 def token_ids(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
     """The token ids in a config for the module at a path, in the order of the file's rows."""
-    field = config.get(INDICES_FIELD) or ()
-    if not isinstance(field, Mapping):
-        return list(field)
+    indices_field = config.get(INDICES_FIELD) or ()
+    if not isinstance(indices_field, Mapping):
+        return list(indices_field)
     return next(
         (
             ids
-            for path_ending, ids in field.items()
+            for path_ending, ids in indices_field.items()
             if module_path == path_ending or module_path.endswith(f".{path_ending}")
         ),
         [],

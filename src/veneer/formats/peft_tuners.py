@@ -293,30 +293,32 @@ _TUNER_PREFIXES = (
 def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Raise AdapterError if a key belongs to another tuner than the config's.
     ``peft.split_tensors`` has further checks of LoRA's tensors."""
-    type_, tuner = config.get("peft_type"), tuner_of(config)
+    peft_type, tuner = config.get("peft_type"), tuner_of(config)
     foreign_keys = []
     for key in keys:
-        *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
-        tuner_segments = [name for name in (above, last) if name.startswith(_TUNER_PREFIXES)]
+        *_, parent_segment, last_segment = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
+        tuner_segments = [
+            name for name in (parent_segment, last_segment) if name.startswith(_TUNER_PREFIXES)
+        ]
         if tuner is not None:
             is_valid = (
-                "ln_tuning_layers" in (above, last)
+                "ln_tuning_layers" in (parent_segment, last_segment)
                 if not tuner.required_suffixes
-                else last in tuner.suffixes
+                else last_segment in tuner.suffixes
             )
-            is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
-        elif type_ == peft_tokens.TOKENS_TYPE:
-            is_valid = last == peft_tokens.TUNER_ROWS_SUFFIX
+            is_valid = is_valid or (peft_type == "VERA" and key in PROJECTIONS)
+        elif peft_type == peft_tokens.TOKENS_TYPE:
+            is_valid = last_segment == peft_tokens.TUNER_ROWS_SUFFIX
         else:
             is_lora = all(segment.startswith("lora_") for segment in tuner_segments)
-            is_valid = is_lora or above == "token_adapter"
+            is_valid = is_lora or parent_segment == "token_adapter"
         if tuner_segments and not is_valid:
             foreign_keys.append(key)
     if foreign_keys:
         raise AdapterError(
-            f"tensors of another tuner than {type_}, as {peft.CONFIG} says:"
+            f"tensors of another tuner than {peft_type}, as {peft.CONFIG} says:"
             f" {listing(sorted(foreign_keys), 2)}",
-            f"those of {type_}",
+            f"those of {peft_type}",
             "get both files again, of one adapter",
         )
 
@@ -397,11 +399,11 @@ def read_changes(
         mask = None
         if tuner.type == "ADALORA":
             scale, mask = alpha / (rank + ADALORA_EPSILON), masks.get(f"{module_path}.lora_E")
-        pair = projections.get(module_path)
-        module = ModuleTensors(module_path, module_tensors, rank, scale, mask, pair)
+        module_projections = projections.get(module_path)
+        module = ModuleTensors(module_path, module_tensors, rank, scale, mask, module_projections)
         if problem := _module_problem(tuner, module):
             problems.append(problem)
-        elif not is_vera or pair is not None:
+        elif not is_vera or module_projections is not None:
             try:
                 layer_changes[module_path] = tuner.read(module)
             except (RuntimeError, ValueError, IndexError) as error:

@@ -60,11 +60,11 @@ def layer_projections(
         return {}
     projections = {}
     for module_path, (out, in_, dtype) in sizes.items():
-        pair = A[:, :in_], B[:out]
+        module_pair = A[:, :in_], B[:out]
         # PEFT rounds projections that it draws to the base's dtype
         if are_drawn and dtype is not None:
-            pair = pair[0].to(dtype).to(A.dtype), pair[1].to(dtype).to(B.dtype)
-        projections[module_path] = pair
+            module_pair = module_pair[0].to(dtype).to(A.dtype), module_pair[1].to(dtype).to(B.dtype)
+        projections[module_path] = module_pair
     return projections
 
 

@@ -55,7 +55,7 @@ def problems(
         max_rank: the server's ``max_lora_rank``; None means the largest value that vLLM accepts.
     """
     names, rank = list(names), largest_rank(config)
-    limit = VALID_MAX_RANKS[-1] if max_rank is None else max_rank
+    rank_limit = VALID_MAX_RANKS[-1] if max_rank is None else max_rank
     saved_modules, bias = config.get("modules_to_save"), config.get("bias") or "none"
     is_dora = config.get("use_dora") or any(
         name.rpartition(".")[2] == peft.MAGNITUDE for name in names
@@ -67,7 +67,7 @@ def problems(
     checks = [
         (config.get("peft_type") != "LORA", f"its peft_type is {config.get('peft_type')!r}"),
         (not isinstance(config.get("target_modules"), list | str), "it names no target modules"),
-        (rank > limit, f"its rank is {rank}, above max_lora_rank {limit}"),
+        (rank > rank_limit, f"its rank is {rank}, above max_lora_rank {rank_limit}"),
         (is_dora, "it is a DoRA"),
         (config.get("alora_invocation_tokens"), "it acts from its invocation tokens on"),
         (saved_modules, f"it trains modules in full ({listing(saved_modules or (), 3)})"),
