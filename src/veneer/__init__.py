@@ -1,4 +1,5 @@
-"""Veneer: one frozen base, many thin low-rank adapters. Train, verify, merge and serve them.
+"""Veneer, a LoRA library for PyTorch: it trains, verifies, merges and serves many low-rank
+adapters of one frozen base model.
 
 Examples:
     >>> import torch, veneer
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from veneer.tools.extract import ExtractReport, extract
     from veneer.train.many import Runs, train_many
 
-#: public name -> the module that defines it, which is imported when the name is first used. So
-#: `import veneer` takes no longer than `import torch`, and a program imports only what it uses
+#: public name -> the module that defines it. The module is imported when the name is first used, so
+#: that `import veneer` takes no longer than `import torch`
 _LAZY = {
     "Bank": "veneer.bank",
     "ComposeReport": "veneer.tools.compose",
@@ -73,7 +74,7 @@ _LAZY = {
     "unmerge": "veneer.attach",
     "use": "veneer.attach",
 }
-#: submodules that are imported when first used as an attribute
+#: submodules that are imported when they are first used as attributes of the package
 _LAZY_MODULES = (
     "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations",
     "kernels", "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train",
@@ -95,8 +96,9 @@ _PEFT_REPLACEMENTS = {
     "set_peft_model_state_dict": "veneer.load(model, folder)",
     "merge_and_unload": "handle.merge(), then handle.detach(keep_merged=True)",
 }
-# Import the folder ``attach`` before the function ``attach`` is used. If the folder were imported
-# later, its module would replace the function as the attribute of this name.
+# Both a subpackage and a function have the name ``veneer.attach``. Python assigns an imported
+# subpackage to this attribute of its parent, and a later import would overwrite the function there.
+# So import the subpackage now and delete the attribute; ``__getattr__`` then returns the function.
 importlib.import_module("veneer.attach")
 globals().pop("attach")
 

@@ -6,8 +6,8 @@ The defaults are those that current results support:
   (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
   arXiv:2305.14314, section 4).
 - ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a
-  constant alpha makes the best learning rate nearly independent of the rank (the same report,
-  section "Setting LoRA hyperparameters").
+  constant alpha makes the best learning rate nearly independent of the rank ("LoRA Without
+  Regret", section "Setting LoRA hyperparameters").
 - B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al.
   2021, arXiv:2106.09685, section 4.1).
 """
@@ -145,8 +145,8 @@ class LoraConfig:
     if not TYPE_CHECKING:
 
         def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
-            """Refuse PEFT's field names with an error that shows Veneer's. Other unknown names are
-            errors of ``__init__``."""
+            """Raise ConfigError, which shows Veneer's names, for PEFT's field names. ``__init__``
+            refuses all other unknown names."""
             if fields.keys() & {*PEFT_FIELDS, *PEFT_UNNEEDED, *PEFT_ONLY}:
                 raise_all(
                     ConfigError, "This LoraConfig cannot be used", list(_field_problems(fields))
@@ -284,8 +284,8 @@ class LoraConfig:
                 yield sentence(f"{name}={getattr(self, name)!r}", expected, do)
 
     def _invocation_problems(self):
-        """Problems of ``invocation_tokens``, and of other fields that would change the outputs of
-        tokens before the invocation."""
+        """An error text for an invalid ``invocation_tokens``, and for each other field that would
+        change the outputs of tokens before the invocation tokens."""
         token_ids = self.invocation_tokens
         if token_ids == ():
             return
@@ -306,8 +306,8 @@ class LoraConfig:
                 yield sentence(problem, expected, f"leave {name} out")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values. A callable in ``targets`` has no JSON value. In the config of
-        an attached adapter, ``re:`` patterns of the paths that it chose replace it."""
+        """The fields as JSON values. JSON cannot represent a callable in ``targets``; the config of
+        an attached adapter has ``re:`` patterns of the paths that the callable chose instead."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -316,8 +316,8 @@ class LoraConfig:
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
-        """The config whose ``to_dict`` is ``fields``. An unknown field is a ConfigError that names
-        the most similar field."""
+        """The config whose ``to_dict`` is ``fields``. Raises a ConfigError that names the most
+        similar field if a field is unknown."""
         raise_all(ConfigError, "This LoraConfig cannot be used", list(_field_problems(fields)))
         return LoraConfig(**fields)
 
@@ -341,13 +341,14 @@ class LoraConfig:
 
 
 def dtype_name(dtype: Any) -> str | None:
-    """torch's name of a dtype in any spelling of ``DTYPES``; None if it is not one of them."""
+    """torch's name of a dtype, such as "bfloat16". ``dtype``: a ``torch.dtype`` or a spelling in
+    ``DTYPES``; for any other value, the result is None."""
     return DTYPES.get(str(dtype).removeprefix("torch."))
 
 
 def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
-    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``: there is no such dtype.
-    ``argument``: the name of the value in the error text."""
+    """The ``torch.dtype`` for a ``torch.dtype`` or a spelling in ``DTYPES``. ``ConfigError``: any
+    other value. ``argument``: the name of the value in the error text."""
     name = dtype_name(dtype)
     if name is None:
         raise ConfigError(
@@ -371,7 +372,7 @@ def pattern_list(patterns: str | Iterable[str]) -> list[str]:
 
 def path_test(pattern: str) -> Callable[[str], bool]:
     """A function that tells whether ``pattern`` matches the path of a module. The pattern is a
-    regular expression (``re:``), a glob, a path, or the end of a path."""
+    regular expression (``re:…``), a glob, a path, or the end of a path at a dot."""
     if pattern.startswith("re:"):
         expression = re.compile(pattern[3:])
         return lambda path: expression.fullmatch(path) is not None
@@ -381,7 +382,7 @@ def path_test(pattern: str) -> Callable[[str], bool]:
 
 
 def bad_regex(config: LoraConfig) -> list[str]:
-    """A problem for each ``re:`` pattern of a config that is not a valid regular expression."""
+    """An error text for each ``re:`` pattern of a config that is no valid regular expression."""
     target_patterns = () if callable(config.targets) else pattern_list(config.targets)
     token_patterns = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
     patterns = [
@@ -409,8 +410,8 @@ def bad_regex(config: LoraConfig) -> list[str]:
 
 
 def _field_problems(fields: Iterable[str]) -> Iterator[str]:
-    """A problem for each name that is not a field. For a field of PEFT, it names the field to use
-    here."""
+    """An error text for each name in ``fields`` that ``LoraConfig`` lacks. For a field of PEFT's
+    config, the text names Veneer's field, if there is one."""
     names = LoraConfig.__dataclass_fields__
     for name in fields:
         if name in names:
@@ -442,8 +443,8 @@ def _positive_integer_problems(name: str, value: object):
 
 
 def _ids_as_tuples(value: Any) -> Any:
-    """Token ids as tuples, so that configs can be compared. Values that are not token ids are
-    returned unchanged, for the error message."""
+    """Token ids as tuples, so that equal configs compare equal. Values that are not token ids are
+    returned unchanged, so that the error text of a later check shows them."""
     if isinstance(value, Mapping):
         return {pattern: _ids_as_tuples(ids) for pattern, ids in value.items()} or ()
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -452,8 +453,8 @@ def _ids_as_tuples(value: Any) -> Any:
 
 
 def _sequence_as_tuple(value: Any) -> Any:
-    """A sequence of token ids as a tuple. Text, sets and other values, which are not sequences of
-    ids, are returned unchanged, for the error message."""
+    """A sequence of token ids as a tuple. Values that are not sequences of ids, such as text and
+    sets, are returned unchanged, so that the error text of a later check shows them."""
     if isinstance(value, str | Set | Mapping) or not isinstance(value, Iterable | int):
         return value
     return (value,) if isinstance(value, int) else tuple(value)
@@ -473,7 +474,7 @@ def _are_distinct_ids(value: Any) -> bool:
 
 
 def _are_slices(slices: object) -> bool:
-    """Whether a value can be in ``slices``: bools, some true, or (start, stop) pairs."""
+    """Whether ``slices`` is a list of bools with a True, or a list of (start, stop) pairs."""
     if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
     if all(isinstance(is_changed, bool) for is_changed in slices):

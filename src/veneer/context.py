@@ -32,20 +32,21 @@ import torch
 
 @dataclass(frozen=True)
 class Context:
-    """The context of a call.
+    """The settings that apply to calls of models in the current thread or asyncio task.
 
     Fields:
         selection: the ``ActiveAdapter`` of each model, by the model's ``uid``. A model without an
-            entry uses its default.
+            entry uses its default adapter.
         path: "factored" (W x + ΔW x, with ΔW x as a product of thin matrices) or "materialised"
             ((W + ΔW) x) forces this form; None leaves the choice to each layer.
         reached_ids: a set to which each call adds the ``id`` of the layer adapters and changes that
             it uses, for ``veneer.check``. None collects nothing.
-        outer: the context that is restored when the block ends.
-        opener: the object that opened the block.
-        blocks: the blocks that were opened in generators, by this thread or task or by the one
-            whose context was copied for it.
-        applied_blocks: the blocks that ``selection`` already contains.
+        outer: the context that is restored when the ``with`` block that set this context ends.
+        opener: the object that opened this ``with`` block, and that ``leave`` expects.
+        blocks: the open ``with`` blocks of generators (``Block``) that this thread or task opened,
+            or that it inherited with the context from the thread or task that started it.
+        applied_blocks: the blocks of generators whose changes this context already contains, so
+            that they are not applied twice.
         invoked_calls: the ``InvokedCall`` of each model whose forward runs now, by the model's
             ``uid``, for adapters with invocation tokens (``attach/invocation.py``).
         prompt_starts: for each model whose ``generate`` runs now, by the model's ``uid``, a mapping
@@ -74,7 +75,8 @@ class Block:
             block.
         suspended_selection: replaces ``selection`` in calls for which it is unknown whether they
             should be inside of the block, because the generator is suspended.
-        caller: the thread and task that opened the block.
+        caller: (id of the thread, weak reference to the asyncio task or None) that opened the
+            block.
         cached_context: the cache of ``_apply_blocks`` for calls in which this block is innermost,
             as (key, context). The key holds the values that the context was computed from.
     """
@@ -95,10 +97,11 @@ class Block:
 
     def caller_position(self, caller: tuple[int, Any]) -> str:
         """The position of a caller relative to the block, if the block's generator does not run on
-        the caller's stack.
+        the caller's stack. ``caller`` is (id of the thread, weak reference to the task or None).
 
         "inside": the caller is a task or thread that the generator started in its present step.
-        "ended": the block has ended. "outside": neither, or it cannot be determined.
+        "ended": the block has ended, and the caller opened it. "outside": all other cases, and
+        cases that cannot be told apart.
         """
         is_opener, frame = caller == self.caller, self.frame
         if frame is None:
@@ -112,7 +115,8 @@ _EMPTY_CONTEXT = Context()
 _CONTEXT: ContextVar[Context] = ContextVar("veneer", default=_EMPTY_CONTEXT)
 #: the open blocks of each generator, by its frame
 _OPEN_BLOCKS: dict[FrameType, list[Block]] = {}
-#: the number of blocks that have ended, in a list so that functions can change it
+#: the number of blocks that have ended, in a list so that functions can change it. It is part of
+#: the key of ``Block.cached_context``, so that the cache is invalid once any block has ended.
 _ENDED_COUNT = [0]
 
 _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -135,7 +139,7 @@ def __getattr__(name: str) -> Context:
     ):
         # On a GPU, backward runs in threads of torch, which have no context of Veneer, and
         # activation checkpointing runs layers again in them. torch gives these threads a copy of
-        # the context in which ``backward`` was called.
+        # the context in which ``backward`` was called, so use that one.
         context = torch._C._get_obj_in_tls("context").get(_CONTEXT, _EMPTY_CONTEXT)
     return _apply_blocks(context) if _OPEN_BLOCKS or context.blocks else context
 
@@ -150,7 +154,7 @@ def _apply_blocks(context: Context) -> Context:
     running_blocks = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
     caller = threading.get_ident(), _running_task()
     cache_key = context, running_blocks, caller, _ENDED_COUNT[0]
-    # cached, because every layer of a step reads the context
+    # use a cached result, because every layer of a training step reads the context
     if running_blocks and running_blocks[-1].cached_context[0] == cache_key:
         return running_blocks[-1].cached_context[1]
     off_stack_blocks = [
@@ -181,7 +185,8 @@ def _apply_blocks(context: Context) -> Context:
         applied_blocks=context.applied_blocks.union(enclosing_blocks, running_blocks),
         **context_fields,
     )
-    # not cached if other threads or tasks have blocks, whose generators may resume at any time
+    # Do not cache if other threads or tasks opened some of the blocks: their generators may resume
+    # or suspend at any time, which changes the result but not the key.
     if running_blocks and all(block.caller == caller for block in off_stack_blocks):
         running_blocks[-1].cached_context = cache_key, resolved_context
     return resolved_context
@@ -231,7 +236,7 @@ def _is_context_method(frame: FrameType) -> bool:
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
-    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME tells them apart
+    resume_index = frame.f_lasti + 2  # RESUME has the argument 3 after an await, 1 after a yield
     code = frame.f_code.co_code
     return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
 
@@ -253,8 +258,8 @@ def enter(
     make_suspended: Callable[[], Any] | None = None,
     **context_fields: Any,
 ) -> None:
-    """Add a selection to the present one and replace other fields of the context, until ``leave``
-    is called with the same ``opener``.
+    """Open a block: add ``selection`` to that of the current context and replace other fields of
+    the context, until ``leave`` is called with the same ``opener``.
 
     Args:
         opener: the object that opens the block, which identifies it.
@@ -325,7 +330,8 @@ def _close_block(block: Block) -> None:
 
 
 def _remove_block(context: Context, block: Block) -> Context:
-    """``context`` without a generator's block, which is removed from its outer contexts too."""
+    """``context`` without a generator's block. The block is also removed from the contexts that
+    will be restored later (``Context.outer``)."""
     outer = None if context.outer is None else _remove_block(context.outer, block)
     if outer is context.outer and block not in context.blocks:
         return context
@@ -367,7 +373,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     while pending_modules:
         if (module := pending_modules.pop()) is not None and module not in was_training:
             was_training[module] = module.training
-            pending_modules += list(module._modules.values())  # a copy: another thread may attach
+            # a copy, because another thread that attaches an adapter may change the dict
+            pending_modules += list(module._modules.values())
     try:
         for module in was_training:
             module.training = False

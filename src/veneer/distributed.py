@@ -10,8 +10,8 @@ operation that succeeds on all of them or on none.
 
 Ranks exchange messages through the store of ``torch.distributed``, not through collectives. So if
 one rank fails or never calls, the other ranks raise an error instead of hanging. Gathering a weight
-is a collective; within ``Ranks.joint_work`` it begins only after every rank has reached it
-(``Ranks.gate``).
+is a collective, so within ``Ranks.joint_work`` it begins only after every rank has reached it
+(``Ranks.wait_for_every_rank``).
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def full_tensor(tensor: Any) -> Any:
-    """All values of a tensor that may be sharded. For a sharded tensor this is a collective, which
-    every rank must call."""
+    """All values of a tensor that may be sharded. For a sharded tensor every rank must call this
+    function, because it runs a collective. Within ``Ranks.joint_work`` it first waits for every
+    rank, so that a rank that fails causes an error instead of a hang."""
     if not is_sharded(tensor):
         return tensor
     ranks = _CURRENT_RANKS.get()
@@ -84,8 +85,8 @@ def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its adapters, and without the subclass by which
-    ``fully_shard`` replaces it."""
+    """The class that a module had before adapters were attached and before ``fully_shard`` gave it
+    a subclass, of which ``__mro__`` is [subclass, FSDPModule, original class, …]."""
     module_class = getattr(type(module), "veneer_base", type(module))
     fsdp = sys.modules.get("torch.distributed.fsdp")
     is_fsdp_class = fsdp is not None and issubclass(module_class, fsdp.FSDPModule)
@@ -102,8 +103,13 @@ def is_spread(modules: Iterable[nn.Module]) -> bool:
 
 
 def spread_problem(modules: Iterable[nn.Module], operation: str, advice: str) -> str | None:
-    """The error message for an ``operation`` that needs full weights; None if the weights are not
-    sharded. ``do`` is the advice in the message."""
+    """The error message for an operation that needs full weights; None if the weights of
+    ``modules`` are not sharded.
+
+    Args:
+        operation: the name of the operation, which begins the message.
+        do: the advice at the end of the message.
+    """
     modules = list(modules)
     if has_fsdp1(modules):
         problem = f"{operation} of a model in torch's first FullyShardedDataParallel (FSDP1)"
@@ -135,8 +141,8 @@ def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that FSDP2 has gathered: after a forward without backward, they may be older
-    than the shards."""
+    """Free the full weights that FSDP2 gathered for a forward. If no backward follows, FSDP2 keeps
+    them, and they may be older than the shards."""
     for module in _fsdp_modules(model.modules()):
         module.reshard()
 
@@ -149,8 +155,9 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
     Returns:
         the ranks; None if this rank saves the model without the others: because it is the only
-        rank, ``alone`` is set, or no other rank calls in time. If another rank has saved an
-        unsharded model to ``path`` before, ranks without members, so that this rank writes nothing.
+        rank, ``alone`` is set, or no other rank calls in time. If another rank has already saved
+        the unsharded model to ``path``, the result is a ``Ranks`` without members, with which this
+        rank writes nothing.
 
     Raises:
         AdapterError: the weights are sharded, and some rank does not call in time, or calls with
@@ -225,13 +232,14 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
 def _next_meeting(
     store: Any, member_ranks: Sequence[int], path: str
 ) -> tuple[str, dict[int, str], dict[int, str]]:
-    """The meeting in which this rank takes part: one save by all ranks of ``member_ranks``.
+    """The meeting (one save by all ranks of ``member_ranks``) in which this rank takes part.
 
-    Meetings for other paths that ended before this rank called are skipped.
+    Meetings for other paths that the other ranks ended without this rank are skipped.
 
     Returns:
-        (the meeting's key in the store, the key of each rank's arrival, the path of each rank that
-        saved to ``path`` before this rank called).
+        (the prefix of the meeting's keys in the store, the key of each rank's arrival by rank, the
+        paths of the ranks that came before the meeting was ended without this rank, by rank). The
+        last is empty unless a rank saved to ``path`` in that meeting.
     """
     ranks_hash = hashlib.sha256(json.dumps([*member_ranks]).encode()).hexdigest()[:16]
     while True:
@@ -262,17 +270,19 @@ def all_ranks(name: str, patience: float) -> Ranks:
 
 
 class Ranks:
-    """The ranks of one meeting, which run operations together.
+    """The ranks of one meeting (one call of ``meet_ranks`` or ``all_ranks`` on each rank), which
+    run operations together.
 
     Attributes:
         store, key_prefix: the store of ``torch.distributed``, and the prefix of the meeting's keys
             in it.
         members: the ranks that take part.
         patience: seconds that a rank waits for the others.
-        is_writer: whether this rank writes files, as the first member does. Without members, none
-            does.
+        rank: the rank of this process.
+        is_writer: whether this rank writes files. Only the first member does; without members, no
+            rank does.
         operation_index: the number of operations so far; the keys in the store contain it.
-        gate_count: how many times the running operation has called ``gate``.
+        wait_count: how many times the running operation has called ``wait_for_every_rank``.
     """
 
     def __init__(
@@ -312,7 +322,8 @@ class Ranks:
         self._await_all("".join(summaries), subject)
 
     def _await_all(self, summary: str, subject: str) -> None:
-        """Wait until every rank has ended the block, and compare the summaries."""
+        """Wait until every rank has ended the block of ``joint_work``, and compare the summaries.
+        Raises the errors of ``joint_work``."""
         rank_of_key = {f"{self.key_prefix}/{self.operation_index}/{r}": r for r in self.members}
         # JSON is never empty: some stores cannot tell an empty value from a missing one
         self.store.set(f"{self.key_prefix}/{self.operation_index}/{self.rank}", json.dumps(summary))
@@ -355,7 +366,8 @@ class Ranks:
         """Report an error of this rank to the other ranks.
 
         If another rank has failed before, an error here that is neither a ``VeneerError`` nor an
-        ``OSError`` is probably a consequence, so the error of the other rank replaces it."""
+        ``OSError`` is probably a consequence of that failure, so this method raises the error of
+        the other rank."""
         report = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
         first_report = json.loads(self.store.compare_set(self._failure_key, "", json.dumps(report)))
         if "reported_elsewhere" in vars(error) or not isinstance(error, Exception):
@@ -363,8 +375,10 @@ class Ranks:
         failed_elsewhere = first_report["rank"] != self.rank
         if failed_elsewhere and not isinstance(error, VeneerError | OSError):
             raise _error_of_rank(first_report) from error
-        is_same = first_report == {**report, "rank": first_report["rank"]}
-        error.reported_elsewhere = failed_elsewhere and is_same  # pyright: ignore[reportAttributeAccessIssue]
+        same_error = first_report == {**report, "rank": first_report["rank"]}
+        error.reported_elsewhere = (  # pyright: ignore[reportAttributeAccessIssue]
+            failed_elsewhere and same_error
+        )
 
     def wait_for_every_rank(self) -> None:
         """Wait until every rank has reached this call, so that a collective after it does not hang.
@@ -414,8 +428,8 @@ def _error_of_rank(report: dict[str, Any]) -> VeneerError:
 def wait_for_keys(
     store: Any, keys: Sequence[str], seconds: float, stop_key: str | None = None
 ) -> list[str]:
-    """Wait until a store has all keys, or has the key ``stop_key``, or the time is over. Returns
-    the keys that are missing then."""
+    """Wait until a store has all ``keys``, or has the key ``stop_key``, or ``seconds`` have passed.
+    Returns the keys that the store still lacks."""
     deadline, pause_seconds = time.monotonic() + seconds, 0.002
     missing_keys = [*keys]
     while True:
@@ -443,8 +457,8 @@ def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradient of each parameter by its mean over all ranks, in one all-reduce in
-    float32 (float64 if a parameter has that dtype). On a rank without a gradient it counts as zero;
-    if no rank has one, it stays None."""
+    float32 (float64 if a parameter has that dtype). If only some ranks have a gradient for a
+    parameter, the others count as zeros; if no rank has one, the gradient stays None."""
     gradients = [parameter.grad for parameter in parameters]
     device, dtype = parameters[0].device, torch.float32
     if any(parameter.dtype == torch.float64 for parameter in parameters):
