@@ -40,13 +40,14 @@ from veneer.distributed import base_class
 from veneer.errors import AdapterError, FreshWeights, MethodError, RemoteError
 from veneer.layers import parameter_path
 
-#: a pattern of an id on the Hugging Face hub, and the beginning of the address of a page there
+#: matches the id of a repository on the Hugging Face hub; the beginning of the hub's page addresses
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_PAGE = "https://huggingface.co/"
 
 
 def _patch_model(model: nn.Module) -> None:
-    """Patch methods that other libraries call, such as ``model.save_pretrained``, for adapters."""
+    """Patch methods that other libraries call, such as ``model.save_pretrained``, so that they save
+    and load the adapter instead of all weights."""
     # imported late, because ``adapter_files`` takes as long to import as the rest of the package
     from veneer.adapter_files.trainers import patch_model
 
@@ -101,8 +102,9 @@ def attach(
         for path, parameter_names in plans.full.items()
         for parameter_name in parameter_names
     }
-    # An output head that grew with the vocabulary counts as fresh but needs no warning: the adapter
-    # holds its new rows, and its fingerprint shows at loading whether the other rows differ.
+    # ``fresh_parameters`` also returns an output head that grew with the vocabulary. It needs no
+    # warning: the adapter holds its new rows, and its fingerprint shows at loading whether the
+    # other rows differ.
     adapter_parameter_ids |= {
         id(weight_of(model_index.modules[weight_plan.path], weight_plan.weight))
         for weight_plan in plans.low_rank_plans
@@ -143,11 +145,12 @@ def load(
         name: the adapter's name on this model; None stands for "default".
         trainable: whether the adapter's parameters require gradients, to train it further.
         verify_base: False accepts other base weights of the same shapes.
-        untie: what to do if the folder changes a tied weight under only one of its names. (PEFT
-            adapts modules one by one.) That name then needs a new parameter, until the last adapter
-            is detached. None creates the parameter and warns; True creates it without a warning.
-            False unties nothing: then a low-rank change of one name is an error, and values that
-            are trained in full replace the weight at that name and cannot be merged.
+        untie: what to do if the folder changes a tied weight under only one of its names, as
+            folders of PEFT may, because PEFT adapts modules one by one. That name then needs a new
+            parameter, until the last adapter is detached. None creates the parameter and warns;
+            True creates it without a warning. False unties nothing: then a low-rank change of one
+            name is an error, and values that are trained in full replace the weight at that name
+            and cannot be merged.
         revision: a branch, a tag or a commit of the hub's repository; for other remote addresses
             the hash that a push returned. None takes the newest.
         cache_dir: the folder in which downloaded files are kept. None stands for
@@ -220,8 +223,8 @@ class Handle:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Raise an error that names the replacement of PEFT's methods, or the model's attribute
-            of this name."""
+            """Raise MethodError, which says what to use instead, for the name of a method of PEFT
+            or of an attribute of the model; AttributeError for any other name."""
             advice = PEFT_METHODS.get(name)
             if name == "save_pretrained":
                 advice = (
@@ -275,9 +278,9 @@ class Handle:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (path, parameter). The path of a low-rank parameter is that of the changed weight
-        with the parameter's name, such as "q_proj.weight.A". A parameter that is trained in full
-        has its path in the model."""
+        """Yield (path, parameter). The path of a low-rank parameter is the path of the changed
+        weight, a dot and the parameter's name, such as "q_proj.weight.A". The path of a parameter
+        that is trained in full is its path in the model."""
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
@@ -296,9 +299,10 @@ class Handle:
         return summarise(self.model, self.name)
 
     def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
-        """The form, factored or materialised, in which the plain linear layers compute a call of
-        this many tokens (batch × length), and the estimated costs of both. Print it to read it.
-        ``with veneer.use(model, name, path=…)`` overrides the choice."""
+        """The form in which the plain linear layers compute a call of ``tokens`` (batch × length)
+        tokens, and the estimated costs of both forms: factored, W x + B A x, or materialised,
+        (W + B A) x. Print the result to read it. ``with veneer.use(model, name, path=…)`` forces
+        one form."""
         return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):
@@ -325,8 +329,8 @@ class Handle:
         overwrite: bool = False,
         alone: bool = False,
     ) -> Path:
-        """Write the adapter to a folder. If the model is spread over several processes, every rank
-        must call this: see ``veneer.save``."""
+        """Write the adapter to the folder ``path``, and return the path. If several processes hold
+        the model, every rank must call this method. The arguments are those of ``veneer.save``."""
         from veneer.adapter_files.save_load import save
 
         return save(

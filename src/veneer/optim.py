@@ -20,7 +20,7 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-#: the parameters of an AdaLoRA triplet, and parameters that variants train besides A, by name
+#: the names of AdaLoRA's A, B and E (see ``RankBudget``), and of parameters besides A of variants
 _TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: matches the name of A, or of one of several A, such as A1 and A2
 _A_NAME = re.compile(r"A\d*")
@@ -159,8 +159,8 @@ def precondition(
 
     Raises:
         ConfigError: a damping that is not above 0, no A and B, a variant with other factors, a
-            frozen A or B, or parameters that ``optimizer`` does not train; nothing is changed then.
-            ``step(closure)`` raises it too: a closure would recompute gradients after the hook.
+            frozen A or B, or an A or B that ``optimizer`` does not train; no hook is registered.
+            Also in ``optimizer.step(closure)``, which would recompute gradients after the hook.
     """
     low_rank_parameters = _low_rank_parameters(named_parameters)
     problems = [
@@ -217,7 +217,8 @@ def precondition(
 
 
 def _freeze_problem(parameters: dict[str, nn.Parameter], subtracts_start: bool) -> str | None:
-    """Why A of these parameters of a layer cannot be frozen; None if it can."""
+    """Why A of a layer cannot be frozen; None if it can. ``subtracts_start``: the layer has a copy
+    A0 of its first A, which it subtracts, so that A did not start at random."""
     trained_names = [name for name in parameters if name == "A" or parameters[name].requires_grad]
     if not {"A", "B"} <= set(trained_names) or "E" in parameters:
         return f"trained numbers {listing(trained_names)}"
@@ -234,7 +235,7 @@ class RankBudget:
 
         budget = RankBudget(handle, final_rank=8, total_steps=1000, warmup=100, final=300, every=10)
         loss = task_loss + 0.1 * regulariser(handle)
-        loss.backward(); optimiser.step(); budget.step(number); optimiser.zero_grad()
+        loss.backward(); optimiser.step(); budget.step(step_number); optimiser.zero_grad()
 
     A triplet is a column of B, a row of A and the element of E between them. Its importance is s(E)
     + mean s(B) + mean s(A), with s = Ī · Ū for every element w: Ī is the moving average of the
@@ -251,7 +252,7 @@ class RankBudget:
         total_steps: optimiser steps of the run.
         warmup: steps before the budget decreases.
         final: steps at the end with the final budget.
-        every: steps between two choices.
+        every: steps between two choices of the triplets to keep.
         beta1, beta2: smoothing of sensitivity and uncertainty, in (0, 1).
 
     Raises:
@@ -362,8 +363,8 @@ class RankBudget:
         return budget
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, and whether the masks are final, for a checkpoint. The masks themselves are
-        in the model's state."""
+        """The moving averages, and whether the masks are final ("settled"), for a checkpoint. The
+        masks are buffers of the layers, so the model's state dict holds them."""
         averages = {
             name: {key: value.clone() for key, value in averages_of_parameters.items()}
             for name, averages_of_parameters in self._averages.items()
@@ -374,7 +375,7 @@ class RankBudget:
         """Load the ``state_dict`` of a budget over the same layers.
 
         Raises:
-            ConfigError: other layers, or other sizes; nothing is loaded then.
+            ConfigError: ``state`` is of other layers or sizes; nothing is loaded then.
         """
         for name, averages in self._averages.items():
             loaded_shapes = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
@@ -445,7 +446,7 @@ def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """{path of a low-rank change: {name: parameter}}."""
+    """{path of a low-rank change: {name, such as "A": parameter}}, without other parameters."""
     parameters_by_path: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in _named_parameters(source):
         path, _, parameter_name = name.rpartition(".")

@@ -40,8 +40,8 @@ _TARGET_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, err
 def must_not_exist(path: Path, overwrite: bool, *, is_folder: bool = True) -> None:
     """Raise OutputExistsError if ``path`` exists and must not be replaced.
 
-    An empty folder may always be replaced. A file is never replaced by a folder, nor a folder by a
-    file; ``folder`` says whether a folder or a file will be written to ``path``."""
+    An empty folder may be replaced by a folder without ``overwrite``. A file is never replaced by a
+    folder, nor a folder by a file. ``is_folder``: whether a folder will be written to ``path``."""
     if overwrite and is_folder and path.exists() and not path.is_dir():
         raise OutputExistsError(
             f"{path}, which is a file", "a path for a folder", "choose another, or remove the file"
@@ -59,24 +59,26 @@ def must_not_exist(path: Path, overwrite: bool, *, is_folder: bool = True) -> No
 def new_folder(
     path: str | Path, *, overwrite: bool = False, replaces: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """Yield a temporary folder to fill. When the block ends, it is flushed to disk and becomes
-    ``path``. If the block raises, the folder is removed and ``path`` stays unchanged.
+    """Yield a temporary folder to fill. When the block ends, the folder is flushed to disk and
+    becomes ``path``. If the block raises, it is removed and ``path`` stays unchanged.
 
     Args:
-        overwrite: replace an existing folder's files that the block writes, or that match
-            ``replaces``. All other files stay.
+        overwrite: whether ``path`` may be a folder that is not empty. The new files then replace
+            files of the same names, files that match ``replaces`` are removed, all others stay.
         replaces: patterns of file names that an earlier folder of the same kind may contain; "*"
             replaces the complete folder. The first pattern matches the file without which readers
             refuse the folder.
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
-            it is a file. Checked before the block and again before the rename. Also if a file to
-            keep has the path of a new folder, or a folder has the path of a new file.
+            it is a file. (Both are checked before the block and again before the rename.) Or a file
+            to keep has the path of a new folder, or a folder has the path of a new file.
     """
     path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)
     must_not_exist(path, overwrite)
+    # a mount point, or a folder with files to keep, is not exchanged: its files are replaced one by
+    # one by renames, for which the new files must be on the same disk
     create_within = path.is_dir() and (
         os.path.ismount(path) or bool(_files_to_keep(path, (), replaces))
     )
@@ -88,7 +90,8 @@ def new_folder(
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield the path of a temporary file to write, which becomes ``path`` as in ``new_folder``.
+    """Yield the path of a temporary file to write. When the block ends, the file is flushed to disk
+    and becomes ``path``. If the block raises, it is removed and ``path`` stays unchanged.
 
     Raises OutputExistsError if ``path`` exists and ``overwrite`` is False, or if it is a folder."""
     path = Path(path).resolve()
@@ -115,7 +118,8 @@ def write_whole(path: Path, text: str) -> None:
 def _flush_and_move(
     temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
 ) -> None:
-    """Flush the folder ``new`` in a temporary folder to disk, then move it to ``path``."""
+    """Flush the filled folder (``NEW`` in the temporary folder) to disk, then move it to ``path``.
+    The other arguments are those of ``new_folder``."""
     filled_folder, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
     filled_folder.chmod(mode)
     _flush(filled_folder, mode & 0o666)
@@ -126,8 +130,8 @@ def _flush_and_move(
 def _move_into_place(
     temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
 ) -> None:
-    """Rename the complete new folder to ``path``, or exchange it with the folder there, or replace
-    files of that folder one by one."""
+    """Rename the filled folder to ``path`` if no folder with files is there. Otherwise exchange the
+    two if no file has to stay, and if that is not possible, replace the files one by one."""
     filled_folder = temporary_folder / NEW
     if temporary_folder.parent != path and (not path.exists() or _is_empty(path)):
         try:
@@ -166,8 +170,8 @@ def _move_into_place(
 def _refuse_conflicts(
     path: Path, written_names: Sequence[str], removed_names: Sequence[str]
 ) -> None:
-    """Raise OutputExistsError if a folder stands where a file is to be written, or a file that is
-    not to be removed where a folder is to be."""
+    """Raise OutputExistsError if a folder has the path of a file to write, or a file that is not to
+    be removed has the path of a folder to create. All names are relative to ``path``."""
     parents = {parent.as_posix() for name in written_names for parent in Path(name).parents}
     folder_conflicts = [name for name in written_names if _is_folder(path / name)]
     file_conflicts = [
@@ -217,8 +221,8 @@ def _is_empty(path: Path) -> bool:
 
 
 def _contains_working_directory(path: Path) -> bool:
-    """Return whether the working directory of this process is in the folder ``path``. An exchange
-    of the folder would remove the working directory."""
+    """Return whether the working directory of this process is in the folder ``path``. It would be
+    removed with the old folder after an exchange."""
     try:
         return Path.cwd().is_relative_to(path)
     except FileNotFoundError:  # the working directory was removed
@@ -277,8 +281,8 @@ def _flush(folder: Path, mode: int) -> None:
 def _folder_mode(folder: Path) -> int:
     """Return the permissions that new folders in ``folder`` get.
 
-    They are read from a probe folder: the umask itself can only be read by changing it for all
-    threads, which is a race and would give files of other threads wrong permissions."""
+    They are read from a probe folder. The umask itself can only be read by changing it for a moment
+    for all threads, so files that other threads create meanwhile would get wrong permissions."""
     probe = folder / ".mode"
     probe.mkdir(exist_ok=True)  # a killed process may have left one behind
     try:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: the prefix of a fingerprint tells which hash function computed it. XXH3 hashes as fast as memory
-#: can be read. It detects accidents and edits; no hash in the record protects against an attacker,
-#: who would rewrite the record too.
+#: the prefixes of fingerprints, which tell the hash function; those of SHA-256 have no prefix. XXH3
+#: hashes as fast as memory can be read. It detects accidents and edits. No hash in the record (the
+#: metadata of an adapter folder) protects against an attacker, who would rewrite the record too.
 XXH3, SHA256 = "xxh3:", ""
 #: values per block that is rounded and hashed. A block of CPU_BLOCK values fits into the cache, and
 #: is small enough for torch to round it in this thread. DEVICE_BLOCK amortises the cost of a copy
@@ -40,8 +40,8 @@ def fingerprint(weight: Tensor, like: str = XXH3) -> str:
 
 
 def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = XXH3) -> str:
-    """Return the ``fingerprint`` of a weight with this shape. ``blocks`` are its consecutive blocks
-    along the first axis."""
+    """Return the ``fingerprint`` of a weight that is given in parts. ``blocks``: its consecutive
+    blocks along the first axis. ``like``: as in ``fingerprint``."""
     from xxhash import xxh3_128
 
     hash_kind = kind_of(like)
@@ -56,7 +56,8 @@ def fingerprint_without_rows(weight: Tensor, rows: Sequence[int], like: str = XX
     """Return the ``fingerprint`` of a weight without some rows of its first axis.
 
     ``rows`` are ascending indices; indices beyond the end are ignored. For an embedding that grew
-    by these rows, the result is the fingerprint of the original embedding."""
+    by these rows, the result is the fingerprint of the original embedding. ``like``: as in
+    ``fingerprint``."""
     ends = [*(row for row in rows if row < len(weight)), len(weight)]
     starts = [0, *(row + 1 for row in ends[:-1])]
     shape = len(weight) - len(ends) + 1, *weight.shape[1:]
@@ -78,7 +79,7 @@ def _update_hash(hasher: Any, tensor: Tensor) -> None:
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat_values = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        # a small buffer that stays in the cache of the CPU
+        # convert through a small buffer that stays in the CPU's cache, which is faster
         buffer = torch.empty(min(CPU_BLOCK, len(flat_values)), dtype=torch.bfloat16)
         buffer_bytes = memory_of(buffer)
         for block in flat_values.split(CPU_BLOCK) if len(flat_values) else ():
@@ -106,18 +107,21 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def recorded_fingerprints(base_entry: Mapping[str, Any]) -> dict[str, str]:
-    """Return all fingerprints in ``base``, the entry "base" of a record, by the weight's name."""
+    """Return all fingerprints of base weights by the weight's name. ``base_entry``: the entry
+    "base" of a record (the metadata of an adapter folder)."""
     return {**(base_entry.get("rest") or {}), **(base_entry.get("weights") or {})}
 
 
 def recorded_hash_kind(base_entry: Mapping[str, Any]) -> str:
-    """Return the hash function of a record's fingerprints, which is the same for all of them."""
+    """Return the hash function (XXH3 or SHA256) of all fingerprints in ``base_entry``, the entry
+    "base" of a record (the metadata of an adapter folder); XXH3 if it has no fingerprint."""
     return kind_of(next(iter(recorded_fingerprints(base_entry).values()), XXH3))
 
 
 def coverage(base_entry: Mapping[str, Any] | None) -> str:
-    """Describe how many of the base's weights have a fingerprint in a record. ``base`` is the entry
-    "base" of the record, or None for a folder without a record."""
+    """Describe how many of the base's weights have a fingerprint in a record (the metadata of an
+    adapter folder). ``base_entry``: the record's entry "base"; None for a folder without a record.
+    """
     if not base_entry or "weights" not in base_entry:
         return "nothing (written by another library)"
     changed_count, unchanged_fingerprints = len(base_entry["weights"]), base_entry.get("rest")

@@ -48,8 +48,9 @@ MAX_REMOVAL_ATTEMPTS = 20
 
 @contextmanager
 def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
-    """Create a locked temporary folder beside ``path``, or with ``within`` inside of it. The
-    temporary folder is removed when the block ends, unless files were being moved out of it."""
+    """Create a locked temporary folder beside ``path``, or in the folder ``path`` if ``within``.
+    When the block ends, it is removed, unless it holds a plan: then the block failed while files
+    were moved out of it, and ``recover`` moves the others later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, parent = (".veneer-", path) if within else (f".{path.name}.", path.parent)
     while True:
@@ -101,6 +102,7 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
         return
     try:
         if (temporary_folder / PLAN).is_file():
+            # the first step removes ``entry`` from ``path``, and the last one writes it
             if path.is_dir() and not os.path.lexists(path / _read_plan(temporary_folder)["entry"]):
                 move_files(temporary_folder, path)
             (temporary_folder / PLAN).unlink(missing_ok=True)
@@ -125,13 +127,13 @@ def _read_plan(temporary_folder: Path) -> dict[str, Any]:
 
 
 def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: list[str]) -> None:
-    """Write a plan, which states that the files in ``new`` are complete and on disk. From here on,
-    ``recover`` moves them into the folder.
+    """Write a plan, which states that the files in ``new/`` are complete and on disk. If the writer
+    is killed after this, ``recover`` moves them to their target folder.
 
     Args:
         entry: the file without which readers refuse the folder.
-        writes: files to move into the folder, relative to it.
-        removes: files of the folder to remove.
+        writes: the paths of the files in ``new/``, relative to ``new/`` and the target folder.
+        removes: the paths of the files to remove from the target folder, relative to it.
     """
     unfinished_plan = temporary_folder / f"{PLAN}.new"
     unfinished_plan.write_text(
@@ -152,7 +154,7 @@ def move_files(temporary_folder: Path, path: Path) -> None:
             (path / entry).unlink(missing_ok=True)
             flush_folder(path)
             for name in removed_names:
-                # a folder of this name was created for a file of ``writes`` before a crash
+                # keep a folder of this name: it was created before a crash, for a written file
                 if (path / name).is_symlink() or not (path / name).is_dir():
                     (path / name).unlink(missing_ok=True)
             for name in written_names:
@@ -189,9 +191,9 @@ def files_in(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it exists. Meanwhile another process may remove the folder too,
-    or create a lock file in it to find out whether it is a leftover, so this tries several times.
-    """
+    """Remove a folder or a file, if it exists. Another process may remove the folder at the same
+    time, or create a lock file in it to find out whether its writer was killed, so the function
+    tries several times."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -1,7 +1,7 @@
 """Read the tensors of a safetensors file into newly allocated memory.
 
-The safetensors library maps the file into memory instead. Then a later write to the file would
-change values after they were checked, and truncating the file would kill the process.
+The safetensors library maps the file into memory instead, so a later write to the file would change
+values after they were checked, and truncating the file would kill the process.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_bytes(stream: BufferedReader, start: int, size: int) -> Tensor | None:
     """Read ``size`` bytes of a file, from the byte ``start`` on, into a new uint8 tensor [size].
-    Returns None if the file ends before."""
+    Returns None if the file ends earlier."""
     raw_bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     stream.seek(start)
     return raw_bytes if stream.readinto(raw_bytes.numpy().data) == size else None

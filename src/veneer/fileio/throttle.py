@@ -18,13 +18,14 @@ Item = TypeVar("Item")
 #: seconds of a slice of work, and of the pause after it
 SLICE_SECONDS, PAUSE_SECONDS = 0.001, 0.012
 
-#: of each thread that called ``throttle_loads``: its argument ``is_busy``, and ``slice_start``, the
-#: CPU time in seconds of the thread at which its slice of work began
+#: for each thread that called ``throttle_loads``: the argument ``is_busy`` of that call, and
+#: ``slice_start``, the thread's CPU time in seconds at which its slice of work began
 _THREAD = threading.local()
 
 
 def throttle_loads(is_busy: Callable[[], bool]) -> None:
-    """From now on, pause this thread in ``throttle`` loops while ``is_busy()`` returns True."""
+    """From now on, let ``throttle`` pause this thread after each slice of work at whose end
+    ``is_busy()`` returns True, which means that another thread computes."""
     _THREAD.is_busy, _THREAD.slice_start = is_busy, time.thread_time()
 
 

@@ -38,9 +38,9 @@ BITS_PER_VALUE = {
 #: the largest accepted header, in bytes (the limit of the safetensors library), and the most
 #: characters of its metadata, keys and values together
 MAX_HEADER_BYTES, MAX_METADATA_CHARACTERS = 100_000_000, 16 * 2**20
-#: the largest accepted JSON file, in bytes; its deepest nesting; and its most commas, colons and
-#: opening brackets. Their number is an estimate of the number of values, which is limited because
-#: a list of empty lists takes thirty times more memory than its text.
+#: the largest accepted JSON file, in bytes; its deepest nesting; and the most commas, colons and
+#: opening brackets in it. Their number estimates the number of values, which is limited because a
+#: list of empty lists takes thirty times more memory than its text.
 MAX_JSON_BYTES, MAX_DEPTH, MAX_SEPARATORS = 16 * 2**20, 64, 1_000_000
 #: the most characters of a tensor's name, and the most axes of a tensor
 MAX_NAME_CHARACTERS, MAX_AXES = 512, 64
@@ -146,8 +146,8 @@ def _not_a_header(first_bytes: bytes, file_size: int, header_length: int) -> str
 
 
 def describe_format(first_bytes: bytes) -> str | None:
-    """Describe a file's format by its first bytes, if it is one that is mistaken for safetensors;
-    return None for all other formats."""
+    """Describe a file's format by its first bytes, if it is a format that users mistake for
+    safetensors (a pickle, a zip archive, a Git LFS pointer, GGUF, HTML); otherwise return None."""
     protocols = (b"\x02", b"\x03", b"\x04", b"\x05")
     is_pickle = first_bytes[:1] == b"\x80" and first_bytes[1:2] in protocols
     if is_pickle and first_bytes[2:8] != bytes(6):
@@ -235,7 +235,8 @@ def parse(text: str | bytes) -> Any:
     """Parse JSON (ASCII or UTF-8) more strictly than ``json``.
 
     It refuses duplicate keys, NaN and infinity, integers beyond 64 bits, and lone surrogates (which
-    UTF-8 cannot encode). It limits depth and memory. Raises ValueError with the reason.
+    UTF-8 cannot encode), nesting beyond ``MAX_DEPTH``, and texts that would take too much memory
+    (``MAX_SEPARATORS``). Raises ValueError with the reason.
     """
     json_bytes = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if (
@@ -318,8 +319,8 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
 
 
 def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return a problem for each file in ``names`` that is neither a regular file in the folder nor
-    a link to one in the folder. Missing files are no problem.
+    """Return an error text for each file in ``names`` that is neither a regular file in the folder
+    nor a link to a regular file in the folder. Missing files are accepted.
 
     One exception: ``huggingface_hub`` stores ``models--…/snapshots/<revision>/file`` as a link into
     ``models--…/blobs``, so files of a snapshot may be in the blobs of the same repository."""
@@ -353,8 +354,8 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _allowed_folders(folder: Path) -> list[Path]:
-    """The folder itself and, for a snapshot in the cache of ``huggingface_hub``, the blobs of its
-    repository."""
+    """The folders in which the files of ``folder`` may lie: the folder itself and, for a snapshot
+    in the cache of ``huggingface_hub``, the folder ``blobs`` of its repository."""
     folder = Path(os.path.realpath(folder))
     repositories = (
         revision.parent.parent
@@ -368,7 +369,8 @@ def _allowed_folders(folder: Path) -> list[Path]:
 
 
 def pickle_problems(folder: Path) -> list[str]:
-    """Return a problem if the folder contains an adapter's pickles. No pickle is opened."""
+    """Return one error text if the folder contains an adapter's pickles, else an empty list. No
+    pickle is opened."""
     names = [name for name in PICKLES if os.path.lexists(folder / name)]
     problem = (
         f"{', '.join(names)} in {folder}: a pickle, "
