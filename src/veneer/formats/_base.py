@@ -32,7 +32,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MisreadElsewhere(UserWarning):
-    """A written file is valid, but a common reader of its format applies another change."""
+    """Warns that a common reader of the written file's format will apply a change that differs from
+    the adapter's, although the file is valid."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Contents:
     """The adapter that ``Format.read`` found in a file.
 
     Fields:
-        low: low-rank changes, by their path in an adapter folder.
+        low: low-rank changes, by the path that each has in an adapter folder of PEFT.
         deltas: dense ΔW by parameter name, for formats that store no A and B.
         full: the names in ``deltas`` that must not be factored into A and B.
         base_name: the base that the file names.
@@ -142,7 +143,7 @@ class Format:
     Fields:
         name, title: the name that users type, and a short description.
         lacks: the adapters or facts that the format cannot store, as text.
-        suffix: the suffix of a file name; "" if the format is a folder.
+        suffix: the suffix of a file name, such as ".gguf"; "" if the format is a folder.
         recognises: (first bytes, tensor keys, header of a safetensors file) -> whether a file has
             this format.
         parts: whether a tensor key can name the pipeline component that a layer belongs to.
@@ -187,8 +188,8 @@ def kind_of_change(
         weight: the name of the changed parameter.
         transposed: whether the parameter is [in, out], as in Conv1D; None if the folder does not
             tell.
-        shape: the shape of the parameter, which decides unless it is square; None if no base is
-            known.
+        shape: the shape of the parameter; None if no base is known. Unless the parameter is square,
+            its shape decides between linear and Conv1D, and ``transposed`` is ignored.
     """
     groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
@@ -271,7 +272,7 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def exact_scalar(value: float) -> Tensor:
-    """A float32 scalar, or a float64 one if float32 would round the value."""
+    """A scalar tensor of ``value``: float32, or float64 if float32 would round the value."""
     float32_scalar = torch.tensor(value, dtype=torch.float32)
     if float32_scalar.item() == value:
         return float32_scalar

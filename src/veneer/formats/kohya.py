@@ -15,7 +15,7 @@ r is the rank and k the kernel of a convolution.
 A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. The reader therefore compares it
 with the base's paths, of which exactly one must match. Rejected: tables of known names, as in other
 converters. A layer that is not in the table would be lost or, worse, taken for another layer. LoHa
-and LoKr are read as the low-rank product to which they are equal (see ``variants/loha.py`` and
+and LoKr are read as the low-rank products that equal them (see ``variants/loha.py`` and
 ``lokr.py``). Tucker cores (hada_t1, lokr_t2) do not give a product of low rank, and are refused.
 
 **DiT models.** sd-scripts trains Flux and SD3 under the block names of the original models, in
@@ -62,9 +62,9 @@ from veneer.formats.parts import (
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
-#: the release of diffusers of which we know how it loads these files
+#: the release of diffusers whose loader of kohya's files ``_omissions_of_diffusers`` describes
 DIFFUSERS_VERSION = "0.42"
-#: the projections of a text encoder's attention
+#: the suffixes of the paths of a text encoder's attention projections
 ATTENTION_SUFFIXES = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 #: prefix of a key -> the pipeline components that it may mean, the more likely one first
 PREFIXES = {
@@ -80,11 +80,11 @@ PREFIXES = {
 _LORA_SUFFIXES = {"lora_down.weight", "lora_up.weight"}
 _LOHA_SUFFIXES = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR_SUFFIXES = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
-#: all suffixes that are read
+#: all suffixes of tensors that the reader supports
 _READABLE_SUFFIXES = (
     _LORA_SUFFIXES | _LOHA_SUFFIXES | _LOKR_SUFFIXES | {"alpha", "dora_scale", "lora_mid.weight"}
 )
-#: the suffixes of Tucker cores
+#: the suffixes of Tucker cores, which the reader refuses
 _TUCKER_SUFFIXES = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
 _OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
@@ -164,8 +164,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[str, list[str]]:
-    """The modules of a pipeline component by flattened path, which several modules may share.
-    ``prefix``: the prefix of the component's paths in the base."""
+    """The paths of the modules of a pipeline component, by flattened path. Several modules may have
+    the same one. ``prefix``: the prefix of the component's paths in the base."""
     modules: dict[str, list[str]] = {}
     for weight, shape in base.shapes.items():
         if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
@@ -275,8 +275,9 @@ def _lokr_factors(
 ) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, alpha) of a LoKr; None if a factor is missing.
 
-    With w2 = w2_a w2_b and an identity I, w1 [l, m] ⊗ w2 [k, n, …] is both (w1 ⊗ w2_a) (I ⊗ w2_b)
-    and (I ⊗ w2_a) (w1 ⊗ w2_b). The product of lower rank is used."""
+    With w2 [k, n, …] = w2_a [k, q] w2_b [q, n, …] and an identity I, w1 [l, m] ⊗ w2 is both
+    (w1 ⊗ w2_a) (I ⊗ w2_b), of rank m q, and (I ⊗ w2_a) (w1 ⊗ w2_b), of rank l q. The result is
+    the product of lower rank."""
     alternatives = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(
         matrix_suffix <= set(tensors) or pair_suffixes <= set(tensors)
@@ -309,8 +310,8 @@ def _lokr_factors(
 
 
 def _limit_rank(product: LowRank) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of the same ΔW, with a rank of at most min(out, in). If the rank of ``product``
-    is larger, one factor becomes ΔW itself (computed in float64) and the other an identity."""
+    """(A, B, alpha) with the ΔW of ``product`` and a rank of at most min(out, in). If the rank of
+    ``product`` is larger, one factor becomes B A (computed in float64), the other an identity."""
     out, in_ = product.B.shape[1], product.A.shape[2]
     if product.rank > min(out, in_):
         delta = (product.B.double() @ product.A.double()).to(
@@ -383,8 +384,8 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 def _modules_unlike_sd3_or_flux(
     locations: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> list[str]:
-    """The modules of a transformer that neither SD3 nor Flux has, if the adapter changes any module
-    of the transformer. ``locations``: (component, path in the component) by changed weight."""
+    """The modules of the pipeline's transformer that neither SD3 nor Flux has; empty if the adapter
+    does not change the transformer. ``locations``: (component, path in it) by changed weight."""
     weights_by_module = {
         module: weight
         for weight, (component, module) in locations.items()
@@ -413,10 +414,11 @@ def _modules_unlike_sd3_or_flux(
 def _omissions_of_diffusers(
     changes: Sequence[LowRankChange], locations: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> Iterator[str]:
-    """The contents of a kohya file that diffusers' converter drops when it loads a pipeline, as
-    texts. The converter uses a single alpha for the attention of a model: the alpha that most
-    layers have. It reads the alpha of a text encoder from an out-projection, and drops the
-    encoder's attention if no out-projection changes."""
+    """One text for each part of a kohya file that diffusers' converter drops or changes when it
+    loads a pipeline. The converter uses a single alpha for the attention of a model: the alpha that
+    most layers have. It reads the alpha of a text encoder from an out-projection, and drops the
+    encoder's attention if no out-projection changes. ``locations``: (component, path in the
+    component) by changed weight."""
     transformer_modules = [
         module for component, module in locations.values() if component == "transformer"
     ]
@@ -457,8 +459,9 @@ def _omissions_of_diffusers(
 
 
 def plain_lora_alpha(layer: PeftLayer) -> float:
-    """The alpha of the plain LoRA with this scale: scale · rank, or the layer's own alpha if the
-    two agree, which avoids rounding. (rsLoRA, for example, has scale = alpha / √rank.)"""
+    """The alpha with which plain LoRA, scale = alpha / rank, has the scale of this layer, such as
+    an rsLoRA with scale = alpha / √rank. If the layer's own alpha has this property, it is returned
+    unchanged, which avoids rounding."""
     return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
 
 

@@ -37,14 +37,14 @@ def component_of(path: str) -> str:
     return first_segment if is_component else ""
 
 
-#: the prefix of paths in CLIP's text encoder until transformers 5, and how a path without the
-#: prefix begins. Files have the prefix. So has CLIPTextModelWithProjection in every release
+#: the prefix of paths in ``CLIPTextModel`` until transformers 5, and how a path without the prefix
+#: begins. Kohya's files have the prefix. ``CLIPTextModelWithProjection`` has it in every release
 _CLIP_PREFIX, _CLIP_LAYERS = "text_model.", "encoder.layers."
 
 
 def path_before_transformers_5(component: str, path: str) -> str:
-    """The path that a module of a pipeline component had before transformers 5. Kohya's files have
-    these paths."""
+    """The path that a module of a pipeline component had before transformers 5, and still has in
+    kohya's files. ``path``: its path in the component."""
     return (
         _CLIP_PREFIX + path
         if component.startswith("text_encoder") and path.startswith(_CLIP_LAYERS)
@@ -53,9 +53,9 @@ def path_before_transformers_5(component: str, path: str) -> str:
 
 
 def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> str:
-    """The path that a module has in the base, with CLIP's prefix or without, for its ``path`` in a
-    file. ``exists``: a function that tells whether the base has a module at a path. If it has none
-    at either, the result is ``path``."""
+    """The path that a module has in the base: its ``path`` in a file, with or without CLIP's prefix
+    ``text_model.``. ``exists``: a function that tells whether the base has a module at a path. If
+    the base has none at any of these paths, the result is ``path``."""
     candidates = (
         path,
         path_before_transformers_5(component, path),
@@ -84,7 +84,8 @@ def refusal_reasons(adapter: Adapter) -> list[str]:
 def locate_modules(
     changes: Sequence[LowRankChange], component: str | None, format_name: str
 ) -> dict[str, tuple[str, str]]:
-    """(pipeline component, path in the component) of each changed module, by the changed weight.
+    """(pipeline component, path in the component) of each changed module, by the name of the
+    changed weight.
 
     Args:
         component: the component that all changes belong to; None if their paths begin with one.

@@ -16,8 +16,8 @@
     base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted
                                                           parameter
 
-``base_layer`` is the module that PEFT's wrapper contains. The layout is that of PEFT 0.21's source;
-the tests compare it with PEFT. ``peft_paths.py`` has the rules for paths and patterns,
+``base_layer`` is the original module within PEFT's wrapper. The layout is that of PEFT 0.21's
+source; the tests compare it with PEFT. ``peft_paths.py`` has the rules for paths and patterns,
 ``peft_fields.py`` the checks of the config, and ``peft_behaviour.py`` the layers for which PEFT's
 result differs from a change of the weight.
 
@@ -68,7 +68,7 @@ class PeftLayer:
         target_path: the path of the changed module, or of the parameter if the config targets a
             parameter, without the segments ``base_layer`` of PEFT's wrappers.
         suffixes: the suffixes of the keys of A and B.
-        rank, alpha, scale: of the change, by the config; scale multiplies B A.
+        rank, alpha, scale: those that the config gives to this change; ΔW = scale · B A.
         extras: the further tensors of a variant, by suffix.
     """
 
@@ -89,7 +89,7 @@ class PeftLayer:
 
     @property
     def _factor_rank(self) -> int:
-        """The rank of A and B. It is A's first size if the config's rank does not divide that."""
+        """The config's rank, or the first size of A if the config's rank does not divide it."""
         return self.rank if self.A.shape[0] % self.rank == 0 else self.A.shape[0]
 
     @property
@@ -153,8 +153,8 @@ def not_for_peft(config: Mapping[str, Any]) -> str | None:
 
 def may_be_transposed(config: Mapping[str, Any]) -> bool:
     """Whether a folder may have changes of [in, out] weights. ``fan_in_fan_out`` is one flag for
-    all layers. Beside changes of parameters it is always False, and so does not tell (see
-    ``adapter_files/peft_mapping.py``)."""
+    all layers. PEFT requires it to be False in a folder that changes parameters
+    (``target_parameters``), so there it does not tell (``adapter_files/peft_mapping.py``)."""
     return bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
 
 
@@ -205,7 +205,7 @@ def split_tensors(
             entry["suffixes"] = pair or entry["suffixes"]
         else:
             path, _, parameter = bare_key.rpartition(".")
-            # with bias="all", PEFT also saves the base's values of modules that it replaces
+            # skip the base's values of replaced modules, which PEFT also saves with bias="all"
             if ".original_module" in path:
                 continue
             # with modules_to_save, PEFT saves trained biases a second time under the adapter's name
@@ -247,7 +247,8 @@ def _build_layer(
     module_path = strip_wrappers(attention_of(path) or path)[0]
     rank, alpha, scale = rank_alpha_scale(config, *parameter_path, module_path)
     target_path = parameter_path[0] if parameter_path else strip_wrappers(path)[0]
-    # only a model tells how many matrices a parameter holds, and so which rank its B has
+    # check the rank of modules only: B of a parameter is [out, rank · number of its matrices], and
+    # only a model tells this number
     if not parameter_path and B.shape[1] % rank:
         problem = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
         advice = (
@@ -259,8 +260,8 @@ def _build_layer(
 
 
 def targets_parameter(path: str, layer: PeftLayer) -> bool:
-    """Whether the config names the target of the change at ``path`` as a parameter, rather than as
-    a module."""
+    """Whether the config names the target of a change as a parameter, not as a module. ``path``:
+    the path of the change in the file."""
     return layer.target_path != strip_wrappers(path)[0]
 
 

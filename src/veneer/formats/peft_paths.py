@@ -23,8 +23,8 @@ def layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
     """The module paths among ``paths`` that the config's targets match by PEFT's rules. None if the
-    match cannot be evaluated: for "all-linear", and for expressions beyond the limits of
-    ``patterns``."""
+    match cannot be evaluated: for "all-linear", and for regular expressions that are invalid or
+    exceed the limits of ``patterns.py`` (their length, or the time to match them)."""
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
@@ -53,9 +53,10 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
 
 
 def _layer_index(path: str, config: Mapping[str, Any]) -> int | None:
-    """The layer index in a path: the first number that follows a match of the first matching
-    ``layers_pattern`` and is not the last segment. Without a pattern PEFT ignores a number right
-    after the first segment."""
+    """The layer index in a path; None if it has none. The index is a number that is not the last
+    segment, and of which the path before it matches a ``layers_pattern``. If several numbers
+    qualify, it is the first number after a match of the first matching pattern. Without a pattern,
+    PEFT ignores a number right after the first segment."""
     container_expressions, segments = (
         patterns.layer_containers(layers_patterns(config)),
         path.split("."),
@@ -76,7 +77,8 @@ def _layer_index(path: str, config: Mapping[str, Any]) -> int | None:
 
 
 def _matches_names(names: str | Iterable[str], path: str) -> bool:
-    """Whether a path matches an expression, or ends with one of several names."""
+    """Whether a path matches a regular expression (if ``names`` is a text), or ends with one of the
+    ``names``, as in PEFT."""
     if isinstance(names, str):
         return patterns.full_matcher(names)(path)
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -115,8 +117,8 @@ def strip_wrappers(path: str) -> tuple[str, int]:
 
 
 def add_wrappers(path: str, wrapper_counts: Mapping[str, int]) -> str:
-    """The path with a segment ``base_layer`` behind each module that PEFT wraps.
-    ``wrapper_counts``: the number of wrappers of each module, by path."""
+    """The path with a segment ``base_layer`` for each of PEFT's wrappers, behind the wrapped
+    module. ``wrapper_counts``: the number of wrappers of each module, by path."""
     segments = path.split(".") if path else []
     wrapped_segments: list[str] = []
     for position, segment in enumerate(segments):
@@ -136,7 +138,8 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
     """[the path of the parameter that the change at ``path`` in a file belongs to], or [] if the
     change belongs to a module's weight. If ``target_parameters`` has several parameters of the
     module, the change under the outermost wrapper belongs to the last one, and each further
-    segment ``base_layer`` in the path leads to the parameter before it."""
+    segment ``base_layer`` in the path leads to the parameter before it. ``by_veneer``: whether
+    Veneer wrote the config, which then has full paths; else targets may be the ends of paths."""
     bare_path, depth = strip_wrappers(path)
     split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     parameters = [parameter for module, _, parameter in split_targets if module == bare_path]
@@ -175,18 +178,18 @@ def common_rank_and_alpha(
     ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float
 ) -> tuple[int, float]:
     """The values to write as ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if some layer has
-    both, else the pair that most layers have. So if all layers have one scale, ``r`` and
-    ``lora_alpha`` give this scale too, for readers that ignore the patterns (as vLLM did).
-    ``ranks``, ``alphas``: of each layer, by path."""
+    both, else the pair that most layers have. So if all layers have one scale, readers that ignore
+    ``rank_pattern`` and ``alpha_pattern`` (as vLLM did) compute this scale. ``ranks``, ``alphas``:
+    the rank and alpha of each layer, by path."""
     pairs = [(ranks[path], alphas[path]) for path in ranks]
     return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """A ``rank_pattern`` or ``alpha_pattern``: the value of each layer that differs from the
-    default, by an expression that matches the layer's full path. ``values``: of all layers, by
-    path. If the path of another layer with another value ends in this path, the expression begins
-    with "^", so that it does not match the other one."""
+    """A ``rank_pattern`` or ``alpha_pattern``: each layer's value that differs from ``default``, by
+    a regular expression that matches the layer's full path. ``values``: the value of each layer, by
+    path. If the path of a layer with another value ends in this path, the expression begins with
+    "^", so that it does not match that layer too."""
 
     def pattern(path: str) -> str:
         is_ambiguous = any(
