@@ -5,11 +5,11 @@
     header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full":
                                 [names], "variant": …}
 
-Every tool can add such changes to weights. Only this format can hold every variant on every kind of
-layer, because each is stored as W' - W (W': the weight of the adapted model). The file is as large
-as the weights. "full" names the parameters that the adapter trained in full; a reader does not
-factor their changes into A and B. Rejected: to store W' itself, because rounding W' loses a small
-change.
+Every tool can add a ΔW to a weight. Only this format can hold every variant on every kind of layer,
+because each change is stored as W' - W (W: the weight of the base, W': that of the adapted model).
+The file is as large as the changed weights. "full" names the parameters that the adapter trained in
+full; a reader does not factor their changes into A and B. Rejected: to store W' itself, because
+rounding W' would lose a small change.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ reads all of these layouts and writes the first one.
 
 For text encoders, the writer uses other suffixes in two cases, as diffusers 0.42 requires; other
 programs read these suffixes, too. The keys of DoRA's magnitudes end in ``.weight``, because
-transformers' loader looks for this name and would otherwise initialise the magnitudes. If no
+transformers' loader looks for this name and would otherwise initialise the magnitudes anew. If no
 attention projection is among the changes, A and B are named ``lora_linear_layer.down.weight`` and
 ``lora_linear_layer.up.weight``, by which diffusers recognises the format.
 
@@ -63,9 +63,9 @@ _TENSOR_ROLES = {
     "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
     peft.MAGNITUDE: "magnitude", f"{peft.MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
 }  # fmt: skip
-#: the suffixes of A and B for a text encoder of which no ``ATTENTION`` projection changes
+#: the suffixes of A and B for a text encoder of which no attention projection changes
 _ENCODER_SUFFIXES = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
-#: modules of attention processors -> the projections that they change
+#: paths of LoRA modules in diffusers' old attention processors -> the projections that they change
 _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
     "processor.to_out_lora": "to_out.0"
 }
@@ -185,7 +185,8 @@ def _read_layer(
 
 
 def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's config for all components, from the header of a file."""
+    """PEFT's config for all components, from the header of a file; empty if the header has none.
+    ``AdapterError``: it is no JSON object."""
     try:
         config = parse(header.get(HEADER, "{}"))
         if isinstance(config, dict):
@@ -197,7 +198,8 @@ def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _component_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """The checked fields of PEFT's config for a pipeline component; empty if there are none."""
+    """The fields of PEFT's config for a pipeline component; empty if the header has none.
+    ``AdapterError``: Veneer does not support a field."""
     fields = {
         key.removeprefix(f"{component}."): value
         for key, value in config.items()
@@ -225,7 +227,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         component: {change.magnitude is not None for change in changes}
         for component, changes in changes_by_component.items()
     }
-    problems += [  # PEFT has one ``use_dora`` for all layers
+    problems += [  # PEFT's config has one ``use_dora`` for all layers of a component
         sentence(
             f"layers of {component} with and without DoRA", "one of both", "convert them apart"
         )
@@ -268,7 +270,8 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """The suffixes of A, B and the magnitude for a component in which these modules change."""
+    """The suffixes of the keys of A, B and DoRA's magnitude for a pipeline component. ``modules``:
+    the paths of its changed modules, on which the suffixes for a text encoder depend."""
     if not component.startswith("text_encoder"):
         return LORA_SUFFIXES[0], LORA_SUFFIXES[1], peft.MAGNITUDE
     has_attention = any(f".{module}".endswith(ATTENTION_SUFFIXES) for module in modules)

@@ -16,10 +16,9 @@ llama.cpp stores some weights in another layout than transformers, and so their 
 - ``gate_up_proj`` of experts is split into gate and up; both get the same A.
 - GPT-2's Conv1D is transposed to [out, in], the layout that A and B already have.
 
-Only architectures whose conversion to GGUF changes matrices in no other way are supported. The
-conversion of another architecture may split or reorder rows; an adapter for it would load and
-compute wrong results. alpha is stored in float32. If a layer's scale differs from alpha / r, B is
-multiplied by the quotient of the two.
+An architecture is supported only if its conversion to GGUF changes matrices in no other way. Other
+conversions may split or reorder rows, so an adapter would load and compute wrong results. alpha is
+stored in float32. If a layer's scale differs from alpha / r, B is multiplied by their quotient.
 
 Refused, because llama.cpp cannot represent them: convolutions, DoRA, parameters trained in full
 (llama.cpp silently skips norms), and changes of the embedding or head of a base that ties the two.
@@ -65,7 +64,7 @@ class Architecture(NamedTuple):
 
     Fields:
         name: llama.cpp's name of the architecture.
-        permutes_rows: whether the rows of q and k are permuted.
+        permutes_rows: whether llama.cpp permutes the rows of the q and k projections.
         stacks_experts: whether the experts of a layer are one tensor.
         ties_head: whether the head is always the embedding, even if the config says otherwise.
     """
@@ -125,7 +124,7 @@ def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str
 
 
 class _TensorNames:
-    """llama.cpp's names for the tensors of a base, by the base's config."""
+    """llama.cpp's names and row orders for the weights of a base, by the base's ``config.json``."""
 
     def __init__(self, gguf: Any, base: BaseFacts) -> None:
         config = base.config
@@ -154,8 +153,8 @@ class _TensorNames:
         self.is_tied = bool(is_tied) or self.architecture.ties_head
 
     def names_of(self, weight: str) -> tuple[str, ...]:
-        """llama.cpp's tensors for a weight: two for ``gate_up_proj`` of experts, none if llama.cpp
-        has no name for the weight."""
+        """The names of llama.cpp's tensors for a weight: two for ``gate_up_proj`` of experts, none
+        if llama.cpp has no name for the weight."""
         module_path = weight.removesuffix(".weight")
         experts_path = module_path.removesuffix(".gate_up_proj")
         is_stack = experts_path != module_path and experts_path.endswith(".experts")
@@ -166,9 +165,9 @@ class _TensorNames:
         return tuple(f"{name}.weight" for name in names) if all(names) else ()
 
     def row_order(self, weight: str, row_count: int) -> Tensor | None:
-        """The indices that bring the rows of a weight in transformers into llama.cpp's order; None
-        if the order is the same. The rows of a head are (half, pair) in transformers, and
-        (pair, half) in llama.cpp."""
+        """The indices that bring the rows of a weight from transformers' order into llama.cpp's;
+        None if the orders are equal. The rows of a head are ordered by (half, pair) in
+        transformers, and by (pair, half) in llama.cpp."""
         head_count = (
             self.head_counts.get(weight.removesuffix(".weight").rpartition(".")[2])
             if self.architecture.permutes_rows
@@ -261,7 +260,7 @@ def _refusal_reasons(change: LowRankChange, namer: _TensorNames) -> Iterable[str
 def _gguf_tensors(
     change: LowRankChange, namer: _TensorNames, file_alpha: float
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """(name, lora_a, lora_b) of each tensor of a change."""
+    """(name, lora_a, lora_b) of each tensor of a change. B is rescaled to the file's alpha."""
     layer, product, tensor_names = change.layer, change.layer.low, namer.names_of(change.weight)
     A, B = product.A, product.B  # [g, r, in], [g, out, r]
     factor = layer.scale * layer.rank / file_alpha
@@ -303,7 +302,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _read_alpha(path: Path, fields: Mapping[str, Any]) -> float:
-    """The alpha of a file; 0 if it has none. ``AdapterError``: it is no finite number."""
+    """The alpha of a file; 0 if the file has none. ``AdapterError``: it is no finite number."""
     import numpy
 
     stored = fields.get("adapter.lora.alpha", 0.0)
@@ -347,8 +346,8 @@ def _read_file(path: Path, gguf: Any) -> tuple[dict[str, Any], dict[str, Tensor]
 def _read_layers(
     path: Path, tensors: Mapping[str, Tensor], namer: _TensorNames, alpha: float, base: BaseFacts
 ) -> dict[str, PeftLayer]:
-    """The changes in a file by the path of their module. ``AdapterError``: some do not fit the
-    base."""
+    """The changes in a file by the path of their module. ``alpha``: the file's alpha, 0 if it has
+    none. ``AdapterError``: some do not fit the base."""
     problems: list[str] = []
     weights = {name: weight for weight in base.shapes for name in namer.names_of(weight)}
     layers: dict[str, PeftLayer] = {}
@@ -418,7 +417,8 @@ def _stack_experts(
 ) -> dict[str, PeftLayer]:
     """The changes of E experts in PEFT's layout, A [E·r, in] and B [out, r·E], by their path in
     PEFT's file. If two parameters of a module change, the path of the first one ends in
-    ``base_layer``, because PEFT nests their wrappers."""
+    ``base_layer``, because PEFT nests their wrappers. ``stacks``: (lora_a, lora_b) by weight and
+    then by llama.cpp's tensor name. ``alpha``: the file's alpha, 0 if it has none."""
     layers: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
         module_path, pairs_by_name = weight.rpartition(".")[0], stacks[weight]
@@ -446,8 +446,8 @@ def _stack_experts(
 def _join_pairs(
     pairs: list[tuple[Tensor, Tensor] | None], shape: tuple[int, ...], weight: str, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """Join the changes of gate and up into one change of ``gate_up_proj``; None stands for no
-    change. If both have the same A, the rank stays; else it is the sum of their ranks."""
+    """Join ``pairs``, the (A, B) of gate and up or None for an unchanged one, into the (A, B) of
+    ``gate_up_proj``. If both have the same A, the rank stays; else it is the sum of their ranks."""
     changed_pairs = [pair for pair in pairs if pair is not None]
     # A [E, r, in] and B [E, out, r] of a stack [E, out, in]
     shapes_fit = len(shape) == 3 and all(
@@ -481,7 +481,7 @@ def _join_pairs(
 
 
 def _to_torch(gguf: Any, tensor: Any) -> Tensor:
-    """A tensor of the gguf package as a tensor of torch, dequantised."""
+    """Convert a tensor of the package ``gguf`` to torch; quantised tensors are dequantised."""
     types = gguf.GGMLQuantizationType
     is_unquantised = tensor.tensor_type in (types.F32, types.F16, types.F64, types.BF16)
     data = tensor.data

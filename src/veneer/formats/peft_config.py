@@ -61,8 +61,9 @@ _VENEER_PATTERN = re.compile(r"(peft-)?all-linear|attention|mlp|all|.*[*?\[\]].*
 
 
 def read_fields(config: Any) -> dict[str, Any]:
-    """The fields of a PEFT config: an object, a mapping, or the path of an ``adapter_config.json``
-    or of its folder. ``ConfigError``: it is none of these, or cannot be read."""
+    """The fields of a PEFT config, by name. ``config``: PEFT's object, a mapping of its fields, or
+    the path of an ``adapter_config.json`` or of its folder. ``ConfigError``: it is none of these,
+    or cannot be read."""
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str | Path):
@@ -85,8 +86,8 @@ def read_fields(config: Any) -> dict[str, Any]:
 
 
 def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(fields of ``veneer.LoraConfig``, one problem for each of PEFT's fields that these cannot
-    express)."""
+    """(fields of ``veneer.LoraConfig``, one error text for each of PEFT's fields that they cannot
+    express). ``fields``: the fields of PEFT's config."""
     peft_type = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
     if peft_type not in (None, "LORA"):
         advice = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
@@ -99,7 +100,7 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         **{name: values[key] for key, name in _RENAMED_FIELDS.items() if key in values},
         "targets": _target_patterns(values, problems),
         "train_also": full_modules,
-        # PEFT adapts nothing within the modules that it trains in full
+        # also exclude the modules that are trained in full, because PEFT adapts nothing in them
         "exclude": (*_weight_patterns(values.get("exclude_modules") or ()), *full_modules),
         "ranks": _by_layer_pattern(values.get("rank_pattern") or {}),
         "alphas": _by_layer_pattern(values.get("alpha_pattern") or {}),
@@ -110,7 +111,7 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
-    """One problem for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
+    """An error text for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
     advice = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
     return [
         sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", advice)
@@ -120,7 +121,8 @@ def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
-    """The ``targets`` of Veneer's config for PEFT's modules and parameters."""
+    """Veneer's ``targets`` that match what PEFT's ``target_modules`` and ``target_parameters``
+    match. An error text is added to ``problems`` if there is no equivalent."""
     modules, parameters = values.get("target_modules"), values.get("target_parameters") or ()
     if modules is None and not parameters:
         advice = 'name the modules, or set target_modules="all-linear"'
@@ -183,7 +185,8 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
 
 
 def _module_patterns(modules: str | Iterable[str]) -> Any:
-    """Veneer's patterns for PEFT's list of module names, or for its expression of full paths."""
+    """Veneer's patterns for PEFT's list of module names, or Veneer's pattern for PEFT's regular
+    expression of full paths (if ``modules`` is a text)."""
     if isinstance(modules, str):
         return f"re:{modules}"
     return tuple(
@@ -200,8 +203,8 @@ _TEXT_END = re.compile(r"(\\[^Z]|\[\^?\]?[^\]]*\])|\$|\\Z")
 
 
 def _weight_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Patterns of the weights of the modules in ``exclude_modules``. For such a module, PEFT still
-    adapts its submodules and trains its bias; a pattern of the module would exclude both."""
+    """Patterns of the weights of the modules in ``exclude_modules``. PEFT still adapts submodules
+    of an excluded module and trains its bias; a pattern of the module itself would exclude both."""
     if isinstance(modules, str):  # "$" meant the end of the module's path, which the weight follows
         paths = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
     else:
@@ -214,8 +217,8 @@ def _as_list(names: Iterable[str]) -> list[str]:
 
 
 def _by_layer_pattern(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``rank_pattern`` or ``alpha_pattern`` by Veneer's patterns. To PEFT a key is a
-    regular expression that matches the end of a path and may begin at any dot."""
+    """``rank_pattern`` or ``alpha_pattern`` with Veneer's patterns as keys. PEFT takes a key as a
+    regular expression that must match a path from its beginning, or from any dot, to its end."""
     return {
         key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})": value
         for key, value in values.items()
@@ -223,9 +226,9 @@ def _by_layer_pattern(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
-    """Patterns of the modules that are trained in full. PEFT trains each module of which the path
-    ends with a name, even within a word, and adds every name that the head of a task may have.
-    Each pattern of Veneer must match a module, so the names of heads become one expression."""
+    """Patterns of the modules that are trained in full. PEFT trains each module whose path ends
+    with one of the ``names``, even within a word, and adds every name that the head of a task may
+    have. Each pattern of Veneer must match a module, so the heads' names become one expression."""
     head_names = _TASK_HEADS.get(task_type or "", ())
     endings = [re.escape(name) for name in names if name not in head_names]
     endings += [f"({'|'.join(head_names)})"] if head_names else []
@@ -233,9 +236,10 @@ def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[
 
 
 def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
-    """The name of the variant that has this ``init_lora_weights`` and these flags. If no variant
-    combines them, a problem is added."""
-    # in this order: the variant with both DoRA and rsLoRA is named "dora_rslora"
+    """The name of Veneer's variant for PEFT's ``init_lora_weights`` and flags (``use_dora``,
+    ``use_rslora``, ``use_qalora``). If no variant combines them, an error text is added to
+    ``problems``."""
+    # dora comes before rslora, because the variant with both is named "dora_rslora"
     flags = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
     init_method = values.get("init_lora_weights", True)
     variant = ""

@@ -17,7 +17,8 @@ def has_type(*types: type) -> Callable[[Any], bool]:
 
 
 def all_values(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A test whether a value is a list, or a dict, of which every value passes ``test``."""
+    """A function that tells whether a value is a ``container`` (list or dict) of which every value
+    passes ``test``."""
     return lambda value: (
         isinstance(value, container)
         and all(map(test, value.values() if container is dict else value))
@@ -95,8 +96,8 @@ _ADVICE = {
         ' layers")'
     ),
 }
-#: values of ``init_lora_weights`` that change the base, and that cannot be recomputed from it:
-#: (beginning of the value, reason)
+#: values of ``init_lora_weights`` with which PEFT changes the base's weights before training, in a
+#: way that cannot be recomputed from the base: (beginning of the value, reason in the error)
 _UNREPEATABLE_INITS = (
     ("pissa", "which took a random approximation off the base's weights as it started"),
     ("corda", "which took what it found in data off the base's weights as it started"),
@@ -107,8 +108,8 @@ _UNREPEATABLE_INITS = (
 
 def changes_base_at_load(config: Mapping[str, Any]) -> bool:
     """Whether PEFT changes the base's weights when it loads the folder, so that the file holds
-    changes of that changed base. With these values of ``init_lora_weights``, PEFT subtracts the
-    initial scale · B A from the base's weight, and recomputes it on loading."""
+    changes of that changed base. It does so if ``init_lora_weights`` is "pissa" or "olora": then
+    PEFT subtracts the initial scale · B A from the base's weight, and recomputes it on loading."""
     init_method = config.get("init_lora_weights")
     return isinstance(init_method, str) and (
         init_method == "pissa" or init_method.lower() == "olora"
@@ -126,7 +127,7 @@ def check_config(
         with_base: whether the base's weights are available.
     """
     peft_type = config.get("peft_type")
-    # the fields of another ``peft_type`` have other meanings
+    # raise this error alone, because the fields of another ``peft_type`` have other meanings
     if peft_type != "LORA" and not_for_peft(config) is None:
         raise AdapterError(
             f"peft_type {peft_type!r} in {CONFIG}",
@@ -150,7 +151,7 @@ def check_config(
 
 
 def _missing_field_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """One problem for each required field without a value."""
+    """An error text for each required field without a value."""
     for name in ("r", "lora_alpha", "target_modules"):
         if name == "target_modules" and config.get("target_parameters"):
             continue
@@ -160,8 +161,8 @@ def _missing_field_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problem of an ``init_lora_weights`` that changed the base's weights before training,
-    unless the change can be recomputed from the base."""
+    """An error text if ``init_lora_weights`` changed the base's weights before training, unless
+    this change can be recomputed and ``with_base`` says that the base is available for that."""
     init_method, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
     if changes_base_at_load(config):
         if not with_base:
@@ -181,12 +182,13 @@ def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problems of options that Veneer can convert to changes of weights only if it has the
-    base."""
+    """An error text for each option that Veneer can convert to changes of weights only with the
+    base, if ``with_base`` is False. ``use_qalora`` with a group size of 1 is never converted."""
     if config.get("lora_bias") is True and not with_base:
         advice = "load it on its base, and merge or save it there"
         yield sentence("lora_bias=true, biases beside B", "changes of weights alone", advice)
-    # with a group size of 1, A has every input, but PEFT scales the inputs of a GPTQ layer
+    # With a group size of 1, A has all inputs, as in plain LoRA. But PEFT still scales the inputs
+    # of a GPTQ layer, and the config does not tell whether the base is GPTQ's.
     is_unpooled = config.get("qalora_group_size") == 1
     if config.get("use_qalora") is True and (is_unpooled or not with_base):
         advice = "load it on its base, and save it there"
@@ -197,8 +199,8 @@ def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str
 
 
 def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of options that also affect the tokens before ``alora_invocation_tokens``, which
-    an adapter with such tokens must leave as the base computes them."""
+    """An error text for each option that would also change the outputs of tokens before the
+    ``alora_invocation_tokens``. An adapter with invocation tokens must not change those outputs."""
     if not config.get("alora_invocation_tokens"):
         return
     option_names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
@@ -210,7 +212,8 @@ def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of unknown fields that have a value, and of invalid values of known fields."""
+    """An error text for each unknown field with a value (other than null, false, 0 or empty), and
+    for each known field with an invalid value."""
     for name, value in config.items():
         test, expected = _FIELD_TESTS.get(
             name, (lambda value: not value, "a field that Veneer can honour")
@@ -226,9 +229,10 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of the regular expressions in a config of which all fields have valid types.
-    Expressions in ``target_modules`` are compiled with ``re`` only: if they exceed the limits of
-    ``patterns``, the keys of the tensors tell the targets."""
+    """An error text for each invalid regular expression in a config whose fields have valid types.
+    Expressions in ``target_modules`` and ``exclude_modules`` are compiled with ``re`` only. They
+    may exceed the limits of ``patterns.py``, because the keys of the tensors then tell the
+    targets."""
     compilers: list[tuple[str, Callable[[Any], Any], Any]] = [
         (field, patterns.path_endings, tuple(config.get(field) or ()))
         for field in ("rank_pattern", "alpha_pattern")

@@ -78,11 +78,12 @@ def split_rows(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """(the trained rows by the path of their module, all other tensors by key). ``AdapterError``:
-    the file has rows for which the config has no ids, or another number of ids."""
+    for some rows, the config has no token ids, another number of ids, or an id twice."""
     other_tensors = {
         key: tensor for key, tensor in tensors.items() if not key.endswith(f".{LORA_ROWS_SUFFIX}")
     }
-    # if the vocabulary has grown, PEFT also writes the frozen embedding, below its wrapper
+    # if the vocabulary has grown, PEFT also writes the frozen embedding, with a key below its
+    # wrapper; give it the key of the module's own weight
     other_tensors = {
         key.replace(".token_adapter.base_layer.", "."): tensor
         for key, tensor in other_tensors.items()
@@ -112,7 +113,8 @@ def split_rows(
 
 
 def token_ids(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
-    """The token ids in a config for the module at a path, in the order of the file's rows."""
+    """The token ids in a config for the module at a path, in the order of the file's rows; empty if
+    the config has none for this module."""
     indices_field = config.get(INDICES_FIELD) or ()
     if not isinstance(indices_field, Mapping):
         return list(indices_field)

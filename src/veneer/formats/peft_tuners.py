@@ -1,5 +1,5 @@
-"""The files of other tuners of PEFT than LoRA, as parameters of Veneer's variants. They are the
-tuners that change weights.
+"""Read the files of PEFT's tuners AdaLoRA, LoHa, LoKr, VeRA and LN tuning as parameters of
+Veneer's variants.
 
     ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]
                ΔW = alpha / (init_r + 1e-5) · B diag(E) A
@@ -44,8 +44,8 @@ ADALORA_EPSILON = 1e-5
 
 
 class VariantChange(NamedTuple):
-    """One change as the parameters of a variant, each with a first axis of size 1 (for one group),
-    and the scale of the variant's product."""
+    """The change of one weight: the parameters of a variant, each with a first axis of size 1 (one
+    group), and the scale that multiplies the variant's ΔW."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -57,8 +57,8 @@ class ModuleTensors:
 
     Fields:
         tensors: by suffix.
-        rank, scale: of the module, by the config.
-        mask: for AdaLoRA, which ranks are in use.
+        rank, scale: the module's rank and scale according to the config.
+        mask: for AdaLoRA, whether each of the ranks is in use; None if the config does not tell.
         projections: for VeRA, A and B in the sizes of the layer.
     """
 
@@ -106,7 +106,7 @@ _are_masks = all_values(dict, all_values(list, _is_flag))
 def _read_adalora(module: ModuleTensors) -> VariantChange:
     A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    # the file may still have the columns of B, rows of A and values of E that the mask prunes
+    # a file may still have the pruned columns of B, rows of A and values of E; then keep the mask
     if module.mask is not None and len(module.mask) == rank:
         mask = torch.tensor(module.mask, dtype=torch.float32)
     elif rank != (module.rank if module.mask is None else sum(module.mask)):
@@ -139,8 +139,8 @@ def _read_lokr(module: ModuleTensors) -> VariantChange:
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        # in a Conv1d, PEFT multiplies C into the last two of three axes. This is no Kronecker
-        # product of matrices, so store the result itself as w2, and C = 1
+        # For a Conv1d, PEFT's ``kron`` of the matrix C and the 3-axis w2 multiplies C into the last
+        # two axes. Its result is no Kronecker product of matrices: store it as w2, with C = 1.
         if w2.dim() == 3:
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
@@ -170,14 +170,14 @@ _AXIS_COUNTS = {
     **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
 }  # fmt: skip
-#: the tests of further fields that LoHa and LoKr share
+#: the further config fields that LoHa and LoKr share -> a test of the field's value
 _LYCORIS_FIELDS = {
     "rank_dropout": is_number,
     "module_dropout": is_number,
     "init_weights": _is_anything,
     "use_effective_conv2d": _is_flag,
 }
-#: the tests of AdaLoRA's further fields, which schedule its budget of ranks
+#: AdaLoRA's config fields that schedule its budget of ranks -> a test of the field's value
 _BUDGET_FIELDS = {
     **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _is_integer),
     **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), is_number),
@@ -259,7 +259,8 @@ def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """``peft_fields.check_config``, extended to the configs of ``TUNERS``."""
+    """Raise AdapterError for an unsupported or invalid config, as ``peft_fields.check_config``
+    does, but also accept the configs of ``TUNERS``."""
     tuner = None if by_veneer else tuner_of(config)
     if tuner is not None:
         problems = [
@@ -281,8 +282,8 @@ def check_config(
     peft_fields.check_config(config, by_veneer, with_base)
 
 
-#: the beginnings of the suffixes of PEFT's tuners. (In a key of LoRA the last segment may be
-#: "weight"; then the segment before it begins like this.)
+#: the beginnings of the suffixes of PEFT's tuners. (If the last segment of a key is "weight", as in
+#: LoRA's, the segment before it has one of these beginnings.)
 _TUNER_PREFIXES = (
     "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l",
     "oft_R", "boft_", "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_",
@@ -365,8 +366,8 @@ def read_changes(
     """(the changes of a file by module path, its other tensors with the keys of LoRA's file).
 
     Args:
-        weight_lookup: gives the shapes of the base's weights, from which those of VeRA's changes
-            follow.
+        weight_lookup: returns the shapes of the base's weights, which determine the shapes of
+            VeRA's changes. If None, VeRA's changes are left out.
 
     Raises:
         AdapterError: tensors are no change of this tuner.
@@ -455,10 +456,11 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
 
 
 def deviation_reason(kind_name: str, module: Any) -> str | None:
-    """``peft_behaviour.deviation_reason`` for the tuners here: why PEFT's result differs from the
-    result of a change of the weight, or why no variant can represent the change; else None."""
-    # PEFT convolves x with its ΔW by the layer's stride, padding, dilation and groups, so that only
-    # several groups and another padding mode can make a difference.
+    """Why PEFT's result with a tuner of ``TUNERS`` differs from the result of a change of the
+    weight, or why no variant of Veneer can represent the change; None if neither is so.
+    ``kind_name``: the name of the module's kind (``layers/``)."""
+    # PEFT convolves x with its ΔW by the layer's stride, padding, dilation and groups, so the
+    # result can differ only with several groups or another padding mode.
     if kind_name in ("conv1d", "conv2d"):
         if module.groups != 1:
             return (
@@ -480,8 +482,8 @@ def deviation_reason(kind_name: str, module: Any) -> str | None:
 def reshape_for_file(
     module_path: str, A: Tensor, B: Tensor, weight_lookup: WeightLookup | None
 ) -> Iterator[Tensor]:
-    """A [r, in] and B [out, r] of a plain low-rank change, reshaped as LoRA's file has them. If the
-    base is known and the layer is a convolution, they get the axes of its kernel."""
+    """Yield A [r, in], then B [out, r], of a plain low-rank change in the shapes of LoRA's file.
+    If the base is known and the layer is a convolution, they get the axes of its kernel."""
     shape_and_dtype = None if weight_lookup is None else weight_lookup(f"{module_path}.weight")
     shape = () if shape_and_dtype is None else shape_and_dtype[0]
     is_conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]

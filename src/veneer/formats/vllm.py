@@ -51,7 +51,8 @@ def problems(
     Args:
         config: the fields of ``adapter_config.json``.
         names: the names of the tensors in ``adapter_model.safetensors``.
-        shapes: the shapes of the tensors by name, by which convolutions are found.
+        shapes: the shapes of the tensors by name, which show whether a layer is a convolution; if
+            None, convolutions are not found.
         max_rank: the server's ``max_lora_rank``; None means the largest value that vLLM accepts.
     """
     names, rank = list(names), largest_rank(config)
@@ -89,7 +90,8 @@ def largest_rank(config: Mapping[str, Any]) -> int:
 
 
 def _ignored_modules(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The modules with tensors that the config does not match, so that PEFT ignores the tensors."""
+    """The modules that the config does not match although the file has tensors for them. PEFT
+    ignores these tensors, but vLLM applies them."""
     suffixes = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
     if config.get("peft_type") != "LORA":
         return []
@@ -97,8 +99,9 @@ def _ignored_modules(config: Mapping[str, Any], names: Iterable[str]) -> list[st
 
 
 def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The problem of an adapter whose layers have different scales. Releases of vLLM that do not
-    read rank_pattern and alpha_pattern give every layer the scale of r and lora_alpha."""
+    """One problem if layers of the adapter have different scales, else an empty list. Releases of
+    vLLM that do not read rank_pattern and alpha_pattern compute with the scale of r and lora_alpha
+    in every layer, and so a wrong result."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
     scale = peft_paths.rank_alpha_scale(config)[2]  # without a path, no pattern applies
