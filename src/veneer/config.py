@@ -279,9 +279,9 @@ class LoraConfig:
                 "use e.g. [0, 1, -1], or None for all",
             ),
         ]
-        for failed, name, expected, do in checks:
+        for failed, name, expected, advice in checks:
             if failed:
-                yield sentence(f"{name}={getattr(self, name)!r}", expected, do)
+                yield sentence(f"{name}={getattr(self, name)!r}", expected, advice)
 
     def _invocation_problems(self):
         """An error text for an invalid ``invocation_tokens``, and for each other field that would
@@ -298,9 +298,9 @@ class LoraConfig:
             plain_variants = ", ".join(filter(_is_plain_product, VARIANTS.names()))
             problem = f"variant={self.variant!r} with invocation_tokens"
             yield sentence(problem, f"one of {plain_variants}", 'use variant="lora"')
-        for name, default in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
+        for name, default_value in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
             value = getattr(self, name)
-            if value != default:
+            if value != default_value:
                 problem = f"{name}={value!r} with invocation_tokens"
                 expected = "only low-rank changes, which act from the invocation on"
                 yield sentence(problem, expected, f"leave {name} out")
@@ -346,13 +346,13 @@ def dtype_name(dtype: Any) -> str | None:
     return DTYPES.get(str(dtype).removeprefix("torch."))
 
 
-def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
+def torch_dtype(dtype: Any, argument_name: str = "dtype") -> torch.dtype:
     """The ``torch.dtype`` for a ``torch.dtype`` or a spelling in ``DTYPES``. ``ConfigError``: any
-    other value. ``argument``: the name of the value in the error text."""
+    other value. ``argument_name``: the name of the value in the error text."""
     name = dtype_name(dtype)
     if name is None:
         raise ConfigError(
-            f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}",
+            f"{argument_name}={dtype!r}{nearest(str(dtype), DTYPES)}",
             f"one of {', '.join(DTYPES)}",
             "correct it",
         )
@@ -409,12 +409,12 @@ def bad_regex(config: LoraConfig) -> list[str]:
     return problems
 
 
-def _field_problems(fields: Iterable[str]) -> Iterator[str]:
-    """An error text for each name in ``fields`` that ``LoraConfig`` lacks. For a field of PEFT's
+def _field_problems(field_names: Iterable[str]) -> Iterator[str]:
+    """An error text for each of ``field_names`` that ``LoraConfig`` lacks. For a field of PEFT's
     config, the text names Veneer's field, if there is one."""
-    names = LoraConfig.__dataclass_fields__
-    for name in fields:
-        if name in names:
+    known_fields = LoraConfig.__dataclass_fields__
+    for name in field_names:
+        if name in known_fields:
             continue
         if name in PEFT_FIELDS:
             replacement = PEFT_FIELDS[name]
@@ -429,8 +429,8 @@ def _field_problems(fields: Iterable[str]) -> Iterator[str]:
             yield sentence(f"field {name!r} of PEFT", "a field that Veneer has", advice)
         else:
             yield sentence(
-                f"field {name!r}{nearest(name, names)}",
-                f"one of {', '.join(names)}",
+                f"field {name!r}{nearest(name, known_fields)}",
+                f"one of {', '.join(known_fields)}",
                 "correct or remove it",
             )
 
@@ -462,8 +462,8 @@ def _sequence_as_tuple(value: Any) -> Any:
 
 def _is_plain_product(variant: str) -> bool:
     """Whether a variant computes ΔW = s · B A from two trained parameters, as LoRA does."""
-    lora = VARIANTS["lora"]
-    return VARIANTS[variant].resolve is lora.resolve and not VARIANTS[variant].frozen
+    lora_variant = VARIANTS["lora"]
+    return VARIANTS[variant].resolve is lora_variant.resolve and not VARIANTS[variant].frozen
 
 
 def _are_distinct_ids(value: Any) -> bool:

@@ -230,15 +230,15 @@ def _generator_frame() -> FrameType | None:
 
 def _is_context_method(frame: FrameType) -> bool:
     """Whether a frame belongs to a method that enters or leaves a context manager."""
-    methods = ("__enter__", "__exit__", "__aenter__", "__aexit__")
-    return frame.f_code.co_name in methods or frame.f_globals.get("__name__") == "contextlib"
+    method_names = ("__enter__", "__exit__", "__aenter__", "__aexit__")
+    return frame.f_code.co_name in method_names or frame.f_globals.get("__name__") == "contextlib"
 
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
     resume_index = frame.f_lasti + 2  # RESUME has the argument 3 after an await, 1 after a yield
-    code = frame.f_code.co_code
-    return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
+    bytecode = frame.f_code.co_code
+    return bytecode[resume_index] == dis.opmap["RESUME"] and bytecode[resume_index + 1] & 3 == 3
 
 
 def _running_task() -> Any:
@@ -311,8 +311,12 @@ def leave(opener: Any) -> bool:
             return True
     if stored_context.opener is not opener or stored_context.outer is None:
         return False
-    outer, open_blocks = stored_context.outer, _open_blocks(stored_context.blocks)
-    _CONTEXT.set(replace(outer, blocks=(*outer.blocks, *open_blocks)) if open_blocks else outer)
+    outer_context, open_blocks = stored_context.outer, _open_blocks(stored_context.blocks)
+    _CONTEXT.set(
+        replace(outer_context, blocks=(*outer_context.blocks, *open_blocks))
+        if open_blocks
+        else outer_context
+    )
     return True
 
 
@@ -332,13 +336,13 @@ def _close_block(block: Block) -> None:
 def _remove_block(context: Context, block: Block) -> Context:
     """``context`` without a generator's block. The block is also removed from the contexts that
     will be restored later (``Context.outer``)."""
-    outer = None if context.outer is None else _remove_block(context.outer, block)
-    if outer is context.outer and block not in context.blocks:
+    outer_context = None if context.outer is None else _remove_block(context.outer, block)
+    if outer_context is context.outer and block not in context.blocks:
         return context
     remaining_blocks = tuple(
         other_block for other_block in context.blocks if other_block is not block
     )
-    changed_context = replace(context, outer=outer, blocks=remaining_blocks)
+    changed_context = replace(context, outer=outer_context, blocks=remaining_blocks)
     return (
         _EMPTY_CONTEXT
         if changed_context.outer is None and changed_context == _EMPTY_CONTEXT

@@ -54,8 +54,8 @@ class SavedAlone(UserWarning):
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor of torch. It does not import torch's module of DTensors: if a
     DTensor exists, the module is imported already."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    dtensor_module = sys.modules.get("torch.distributed.tensor")
+    return dtensor_module is not None and isinstance(tensor, dtensor_module.DTensor)
 
 
 def full_tensor(tensor: Any) -> Any:
@@ -76,11 +76,11 @@ def within_joint_work() -> bool:
 
 
 def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp_package = sys.modules.get("torch.distributed.fsdp")
     return (
         []
-        if fsdp is None
-        else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+        if fsdp_package is None
+        else [module for module in modules if isinstance(module, fsdp_package.FSDPModule)]
     )
 
 
@@ -88,8 +88,8 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before adapters were attached and before ``fully_shard`` gave it
     a subclass, of which ``__mro__`` is [subclass, FSDPModule, original class, …]."""
     module_class = getattr(type(module), "veneer_base", type(module))
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    is_fsdp_class = fsdp is not None and issubclass(module_class, fsdp.FSDPModule)
+    fsdp_package = sys.modules.get("torch.distributed.fsdp")
+    is_fsdp_class = fsdp_package is not None and issubclass(module_class, fsdp_package.FSDPModule)
     return module_class.__mro__[2] if is_fsdp_class else module_class
 
 
@@ -127,11 +127,11 @@ def spread_problem(modules: Iterable[nn.Module], operation: str, advice: str) ->
 
 def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
     """Whether FSDP1 wraps a module, or its parameters are views into a flat parameter of FSDP1."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    fsdp_package = sys.modules.get("torch.distributed.fsdp")
+    if fsdp_package is None:
         return False
     return any(
-        isinstance(module, fsdp.FullyShardedDataParallel)
+        isinstance(module, fsdp_package.FullyShardedDataParallel)
         or any(
             getattr(parameter, "_fsdp_flattened", False)
             for parameter in module._parameters.values()
@@ -444,13 +444,13 @@ def wait_for_keys(
 
 
 @torch.no_grad()
-def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
-    """The full tensor of each sharded tensor in ``values``, by the ``id`` of the sharded tensor.
+def full_tensors(tensors: Iterable[Tensor | None]) -> dict[int, Tensor]:
+    """The full tensor of each sharded tensor in ``tensors``, by the ``id`` of the sharded tensor.
     Every rank must call it (see ``full_tensor``)."""
     return {
-        id(value): full_tensor(value.detach())
-        for value in values
-        if is_sharded(value) and value is not None
+        id(tensor): full_tensor(tensor.detach())
+        for tensor in tensors
+        if is_sharded(tensor) and tensor is not None
     }
 
 

@@ -120,7 +120,7 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
             its weights are sharded over processes (FSDP), for which Lightning writes other
             checkpoints; or a checkpoint holds the adapter of a submodule without a callback.
     """
-    bases = tuple(lightning.Callback for lightning in _lightning_modules())
+    callback_classes = tuple(lightning.Callback for lightning in _lightning_modules())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _submodule(pl_module, module)
@@ -162,7 +162,7 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
             )  # before the data loader of the next epoch draws its seed
 
     class_attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
-    return type("AdapterCallback", bases, class_attributes)()
+    return type("AdapterCallback", callback_classes, class_attributes)()
 
 
 def _lightning_modules() -> list[Any]:
@@ -281,13 +281,13 @@ def _read_files(model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def _write_files(files: Mapping[str, Tensor], folder: Path) -> None:
+def _write_files(bytes_by_name: Mapping[str, Tensor], folder: Path) -> None:
     """Write the files that ``_read_files`` returned to ``folder``. Only the file names of an
     adapter folder are written, because an untrusted checkpoint may contain any name, such as
     a path outside of the folder."""
     for name in FILES:
-        if name in files:
-            (folder / name).write_bytes(files[name].cpu().numpy().tobytes())
+        if name in bytes_by_name:
+            (folder / name).write_bytes(bytes_by_name[name].cpu().numpy().tobytes())
 
 
 def _restore_adapter(model: nn.Module, folder: Path) -> None:
@@ -339,21 +339,23 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         raise AdapterError(
             f"{checkpoint}, of which no adapter can be read ({error})", expected, advice
         ) from error
-    entry = checkpoint_content.get(ENTRY_NAME) if isinstance(checkpoint_content, dict) else None
-    adapters = entry.get("adapters") if isinstance(entry, dict) else None
-    if not isinstance(adapters, dict) or not adapters:
+    veneer_entry = (
+        checkpoint_content.get(ENTRY_NAME) if isinstance(checkpoint_content, dict) else None
+    )
+    files_by_path = veneer_entry.get("adapters") if isinstance(veneer_entry, dict) else None
+    if not isinstance(files_by_path, dict) or not files_by_path:
         raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, advice)
-    if module is None and len(adapters) == 1:
-        (module,) = adapters
-    if module not in adapters:
+    if module is None and len(files_by_path) == 1:
+        (module,) = files_by_path
+    if module not in files_by_path:
         raise AdapterError(
             f"module={module!r} for {checkpoint}, which holds the adapters of"
-            f" {_quote_names(adapters)}",
+            f" {_quote_names(files_by_path)}",
             "one of these",
             "say module=…",
         )
-    with new_folder(folder) as new_files:
-        _write_files(adapters[module], new_files)
+    with new_folder(folder) as new_adapter_folder:
+        _write_files(files_by_path[module], new_adapter_folder)
     return Path(folder)
 
 
@@ -377,8 +379,8 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
         """(index of the model, name of its folder) for each model with an adapter."""
         model_indices = [index for index, model in enumerate(models) if _has_adapter(model)]
         return [
-            (index, f"{ENTRY_NAME}_{count}" if count else ENTRY_NAME)
-            for count, index in enumerate(model_indices)
+            (index, f"{ENTRY_NAME}_{adapter_index}" if adapter_index else ENTRY_NAME)
+            for adapter_index, index in enumerate(model_indices)
         ]
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:

@@ -131,8 +131,8 @@ class LowRank:
         """The Frobenius inner product ⟨ΔW, ΔW'⟩ with another change, in float64, without forming
         either: scale · scale' · Σ (BᵀB') ∘ (A A'ᵀ), the sum over all elements."""
         A, B = (double(factor.detach()) for factor in (self.A, self.B))
-        product = ((B.mT @ double(other_change.B)) * (A @ double(other_change.A).mT)).sum()
-        return self.scale * other_change.scale * product.item()
+        factor_product = ((B.mT @ double(other_change.B)) * (A @ double(other_change.A).mT)).sum()
+        return self.scale * other_change.scale * factor_product.item()
 
     def core(self) -> Float[Tensor, "g k l"]:
         """A small matrix with the singular values of ΔW, in float64: scale · R_B R_Aᵀ with

@@ -469,10 +469,10 @@ def _adapter_modules(source: Any) -> Iterator[tuple[str, Any]]:
             entry if isinstance(entry, tuple) else (str(index), entry)
             for index, entry in enumerate(source)
         ]
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     for path, module in pairs:
-        if id(module) not in visited:
-            visited.add(id(module))
+        if id(module) not in visited_ids:
+            visited_ids.add(id(module))
             yield path, module
 
 

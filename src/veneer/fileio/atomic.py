@@ -98,14 +98,14 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     must_not_exist(path, overwrite, is_folder=False)
     with disk_errors(path), temporary(path) as temporary_folder:
         (temporary_folder / NEW).mkdir()
-        file = temporary_folder / NEW / path.name
-        yield file
+        temporary_file = temporary_folder / NEW / path.name
+        yield temporary_file
         _flush(temporary_folder / NEW, _folder_mode(temporary_folder) & 0o666)
         if overwrite:
-            file.replace(path)
-        elif not _rename(file, path, _RENAME_NOREPLACE):
+            temporary_file.replace(path)
+        elif not _rename(temporary_file, path, _RENAME_NOREPLACE):
             must_not_exist(path, overwrite, is_folder=False)
-            file.replace(path)
+            temporary_file.replace(path)
         flush_folder(path.parent)
 
 
@@ -229,9 +229,9 @@ def _contains_working_directory(path: Path) -> bool:
         return False
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def _exchange(first_path: Path, second_path: Path) -> bool:
     """Swap two paths in one step; return False if the operating system cannot."""
-    return _rename(first, second, _RENAME_EXCHANGE)
+    return _rename(first_path, second_path, _RENAME_EXCHANGE)
 
 
 def _rename(source: Path, target: Path, renameat2_flag: int) -> bool:
@@ -252,16 +252,18 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error)
-        os_error = re.search(r"os error (\d+)", text)
+        error_text = str(error)
+        os_error_match = re.search(r"os error (\d+)", error_text)
         if isinstance(error, OSError) or not (
-            os_error or "PytorchStreamWriter" in text or "inline_container" in text
+            os_error_match
+            or "PytorchStreamWriter" in error_text
+            or "inline_container" in error_text
         ):
             raise
         # torch's writer does not say why it failed; the usual reason is a full disk
         free_bytes = shutil.disk_usage(path.parent).free
-        likely_error = errno.ENOSPC if free_bytes < 64 * 2**20 else errno.EIO
-        error_number = int(os_error.group(1)) if os_error else likely_error
+        likely_errno = errno.ENOSPC if free_bytes < 64 * 2**20 else errno.EIO
+        error_number = int(os_error_match.group(1)) if os_error_match else likely_errno
         raise OSError(error_number, os.strerror(error_number), str(path)) from error
 
 
@@ -283,9 +285,9 @@ def _folder_mode(folder: Path) -> int:
 
     They are read from a probe folder. The umask itself can only be read by changing it for a moment
     for all threads, so files that other threads create meanwhile would get wrong permissions."""
-    probe = folder / ".mode"
-    probe.mkdir(exist_ok=True)  # a killed process may have left one behind
+    probe_folder = folder / ".mode"
+    probe_folder.mkdir(exist_ok=True)  # a killed process may have left one behind
     try:
-        return probe.stat().st_mode & 0o777
+        return probe_folder.stat().st_mode & 0o777
     finally:
-        probe.rmdir()
+        probe_folder.rmdir()

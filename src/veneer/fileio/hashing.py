@@ -52,18 +52,22 @@ def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = X
     return hash_kind + hasher.hexdigest()[:32]
 
 
-def fingerprint_without_rows(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
+def fingerprint_without_rows(weight: Tensor, row_indices: Sequence[int], like: str = XXH3) -> str:
     """Return the ``fingerprint`` of a weight without some rows of its first axis.
 
-    ``rows`` are ascending indices; indices beyond the end are ignored. For an embedding that grew
+    ``row_indices`` ascend; indices beyond the end are ignored. For an embedding that grew
     by these rows, the result is the fingerprint of the original embedding. ``like``: as in
     ``fingerprint``."""
-    ends = [*(row for row in rows if row < len(weight)), len(weight)]
-    starts = [0, *(row + 1 for row in ends[:-1])]
-    shape = len(weight) - len(ends) + 1, *weight.shape[1:]
+    block_ends = [*(row for row in row_indices if row < len(weight)), len(weight)]
+    block_starts = [0, *(row + 1 for row in block_ends[:-1])]
+    shape = len(weight) - len(block_ends) + 1, *weight.shape[1:]
     return fingerprint_of(
         shape,
-        (weight[start:end] for start, end in zip(starts, ends, strict=True) if start < end),
+        (
+            weight[start:end]
+            for start, end in zip(block_starts, block_ends, strict=True)
+            if start < end
+        ),
         like,
     )
 
@@ -86,9 +90,9 @@ def _update_hash(hasher: Any, tensor: Tensor) -> None:
             buffer[: len(block)].copy_(block)
             hasher.update(buffer_bytes[: 2 * len(block)])
         return
-    step = DEVICE_BLOCK if tensor.device.type != "cpu" else max(1, len(flat_values))
-    for start in range(0, len(flat_values), step):
-        block = flat_values[start : start + step].to(dtype).cpu()
+    block_size = DEVICE_BLOCK if tensor.device.type != "cpu" else max(1, len(flat_values))
+    for start in range(0, len(flat_values), block_size):
+        block = flat_values[start : start + block_size].to(dtype).cpu()
         hasher.update(memory_of(block))
 
 
@@ -127,10 +131,10 @@ def coverage(base_entry: Mapping[str, Any] | None) -> str:
     changed_count, unchanged_fingerprints = len(base_entry["weights"]), base_entry.get("rest")
     if unchanged_fingerprints is None:
         return f"adapted layers only ({changed_count} tensors)"
-    counts = (
+    counts_text = (
         f"{changed_count} that it changes, {len(unchanged_fingerprints)} that it only computes with"
     )
-    return f"{changed_count + len(unchanged_fingerprints)} tensors ({counts})"
+    return f"{changed_count + len(unchanged_fingerprints)} tensors ({counts_text})"
 
 
 def hash_json(value: Any) -> str:

@@ -54,15 +54,15 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, parent = (".veneer-", path) if within else (f".{path.name}.", path.parent)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
-        lock = acquire(folder / LOCK)
+        temporary_folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
+        lock = acquire(temporary_folder / LOCK)
         if lock is not None:
             break  # otherwise another process took the folder for a leftover and removed it
     try:
-        yield folder
+        yield temporary_folder
     finally:
-        if not (folder / PLAN).exists():
-            remove(folder)
+        if not (temporary_folder / PLAN).exists():
+            remove(temporary_folder)
         lock.release()
 
 
@@ -74,9 +74,9 @@ def recover(path: Path) -> None:
             _finish_or_remove(sibling, path)
         elif (match := _MOVED_ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
             _put_back(sibling, path)
-    for inner in sorted(path.iterdir()) if path.is_dir() else ():
-        if INNER_PATTERN.fullmatch(inner.name):
-            _finish_or_remove(inner, path)
+    for inner_folder in sorted(path.iterdir()) if path.is_dir() else ():
+        if INNER_PATTERN.fullmatch(inner_folder.name):
+            _finish_or_remove(inner_folder, path)
 
 
 def recover_all(folder: Path) -> None:
@@ -111,15 +111,15 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
         lock.release()
 
 
-def _put_back(aside: Path, path: Path) -> None:
-    """Rename ``aside``, a folder that an earlier version of Veneer moved aside, back to ``path``;
-    if ``path`` exists again, remove ``aside`` instead."""
+def _put_back(moved_folder: Path, path: Path) -> None:
+    """Rename ``moved_folder``, which an earlier version of Veneer renamed for a moment, back to
+    ``path``. If ``path`` exists again, remove ``moved_folder`` instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if os.path.lexists(path):
-        remove(aside)
+        remove(moved_folder)
     else:
-        aside.rename(path)
+        moved_folder.rename(path)
 
 
 def _read_plan(temporary_folder: Path) -> dict[str, Any]:
@@ -148,10 +148,10 @@ def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: l
 def move_files(temporary_folder: Path, path: Path) -> None:
     """Replace files of the folder ``path`` as the plan says, or continue to do so after a crash."""
     plan, filled_folder = _read_plan(temporary_folder), temporary_folder / NEW
-    entry, written_names, removed_names = plan["entry"], plan["writes"], plan["removes"]
+    entry_name, written_names, removed_names = plan["entry"], plan["writes"], plan["removes"]
     with hold_lock(path / FOLDER_LOCK):
-        if (filled_folder / entry).exists():
-            (path / entry).unlink(missing_ok=True)
+        if (filled_folder / entry_name).exists():
+            (path / entry_name).unlink(missing_ok=True)
             flush_folder(path)
             for name in removed_names:
                 # keep a folder of this name: it was created before a crash, for a written file
@@ -159,11 +159,11 @@ def move_files(temporary_folder: Path, path: Path) -> None:
                     (path / name).unlink(missing_ok=True)
             for name in written_names:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
-                if name != entry and (filled_folder / name).exists():
+                if name != entry_name and (filled_folder / name).exists():
                     (filled_folder / name).replace(path / name)
             for folder in {(path / name).parent for name in written_names}:
                 flush_folder(folder)
-            (filled_folder / entry).replace(path / entry)
+            (filled_folder / entry_name).replace(path / entry_name)
             _remove_empty_folders({(path / name).parent for name in removed_names} - {path})
         flush_folder(path)
         (temporary_folder / PLAN).unlink()

@@ -148,15 +148,15 @@ def _not_a_header(first_bytes: bytes, file_size: int, header_length: int) -> str
 def describe_format(first_bytes: bytes) -> str | None:
     """Describe a file's format by its first bytes, if it is a format that users mistake for
     safetensors (a pickle, a zip archive, a Git LFS pointer, GGUF, HTML); otherwise return None."""
-    protocols = (b"\x02", b"\x03", b"\x04", b"\x05")
-    is_pickle = first_bytes[:1] == b"\x80" and first_bytes[1:2] in protocols
+    pickle_protocols = (b"\x02", b"\x03", b"\x04", b"\x05")
+    is_pickle = first_bytes[:1] == b"\x80" and first_bytes[1:2] in pickle_protocols
     if is_pickle and first_bytes[2:8] != bytes(6):
         return "a pickle, which runs code when it is read"
     return next(
         (
             description
-            for start, description in _MAGIC_NUMBERS.items()
-            if first_bytes.startswith(start)
+            for magic_bytes, description in _MAGIC_NUMBERS.items()
+            if first_bytes.startswith(magic_bytes)
         ),
         None,
     )
@@ -167,10 +167,10 @@ def _metadata_problem(metadata: Any) -> str | None:
         isinstance(value, str) for value in metadata.values()
     ):
         return "its __metadata__ is no mapping of text to text"
-    length = sum(len(key) + len(value) for key, value in metadata.items())
+    text_length = sum(len(key) + len(value) for key, value in metadata.items())
     return (
-        f"its __metadata__ has {length:,} characters, of {MAX_METADATA_CHARACTERS:,} at most"
-        if length > MAX_METADATA_CHARACTERS
+        f"its __metadata__ has {text_length:,} characters, of {MAX_METADATA_CHARACTERS:,} at most"
+        if text_length > MAX_METADATA_CHARACTERS
         else None
     )
 
@@ -219,15 +219,15 @@ def _shorten(shape: list[int]) -> str:
 def _layout_problem(tensors: Mapping[str, Any], data_size: int) -> str | None:
     """Describe the first overlap of two tensors, or the first bytes that belong to no tensor;
     return None if every byte belongs to one tensor."""
-    end, previous_text = 0, "the header"
+    end_offset, previous_text = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start < end:
+        if entry.start < end_offset:
             return f"tensor {name!r} overlaps {previous_text}"
-        if entry.start > end:
-            return f"{entry.start - end:,} bytes before tensor {name!r} belong to none"
-        end, previous_text = entry.stop, f"tensor {name!r}"
-    if end != data_size:
-        return f"{data_size - end:,} bytes behind {previous_text} belong to none"
+        if entry.start > end_offset:
+            return f"{entry.start - end_offset:,} bytes before tensor {name!r} belong to none"
+        end_offset, previous_text = entry.stop, f"tensor {name!r}"
+    if end_offset != data_size:
+        return f"{data_size - end_offset:,} bytes behind {previous_text} belong to none"
     return None
 
 
@@ -273,8 +273,8 @@ def parse(text: str | bytes) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        visited: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in visited or visited.add(key))
+        visited_keys: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in visited_keys or visited_keys.add(key))
         raise ValueError(f"the key {duplicate[:80]!r} is there twice")
     return values
 
@@ -329,17 +329,17 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
         file = folder / name
         if not os.path.lexists(file):
             continue
-        target = Path(os.path.realpath(file))
-        if not any(target.is_relative_to(parent) for parent in allowed_folders):
+        target_path = Path(os.path.realpath(file))
+        if not any(target_path.is_relative_to(parent) for parent in allowed_folders):
             problems.append(
                 sentence(
-                    f"{file}, a link to {target}, which lies outside the folder",
+                    f"{file}, a link to {target_path}, which lies outside the folder",
                     "files of the folder's own",
                     "put a copy of the file in its place",
                 )
             )
         elif not file.is_file():
-            target_mode = target.stat().st_mode if target.exists() else 0
+            target_mode = target_path.stat().st_mode if target_path.exists() else 0
             file_type = (
                 "a folder"
                 if stat.S_ISDIR(target_mode)
@@ -357,14 +357,14 @@ def _allowed_folders(folder: Path) -> list[Path]:
     """The folders in which the files of ``folder`` may lie: the folder itself and, for a snapshot
     in the cache of ``huggingface_hub``, the folder ``blobs`` of its repository."""
     folder = Path(os.path.realpath(folder))
-    repositories = (
-        revision.parent.parent
-        for revision in (folder, *folder.parents)
-        if revision.parent.name == "snapshots"
+    repository_folders = (
+        snapshot_folder.parent.parent
+        for snapshot_folder in (folder, *folder.parents)
+        if snapshot_folder.parent.name == "snapshots"
     )
     return [
         folder,
-        *(path / "blobs" for path in repositories if path.name.startswith("models--")),
+        *(path / "blobs" for path in repository_folders if path.name.startswith("models--")),
     ]
 
 

@@ -177,7 +177,7 @@ def register(format_: Format) -> Format:
 def kind_of_change(
     path: str,
     layer: PeftLayer,
-    weight: str,
+    weight_name: str,
     transposed: bool | None,
     shape: tuple[int, ...] | None,
 ) -> str:
@@ -185,22 +185,22 @@ def kind_of_change(
 
     Args:
         path: the path of the change in the folder.
-        weight: the name of the changed parameter.
+        weight_name: the name of the changed parameter.
         transposed: whether the parameter is [in, out], as in Conv1D; None if the folder does not
             tell.
         shape: the shape of the parameter; None if no base is known. Unless the parameter is square,
             its shape decides between linear and Conv1D, and ``transposed`` is ignored.
     """
-    groups, out, in_ = layer.dims
-    if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
+    group_count, out, in_ = layer.dims
+    if weight_name.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"
     if layer.suffixes == EMBEDDING_SUFFIXES:
         return "embedding"
     if layer.A.dim() > 2:
-        return "conv" if groups == 1 else "grouped conv"
-    if layer.is_stacked or groups > 1:
+        return "conv" if group_count == 1 else "grouped conv"
+    if layer.is_stacked or group_count > 1:
         return "stack"
-    if targets_parameter(path, layer) or not weight.endswith(".weight"):
+    if targets_parameter(path, layer) or not weight_name.endswith(".weight"):
         return "parameter"
     if shape is not None and sorted(shape) != sorted((out, in_)):
         return f"weight of shape {tuple(shape)}"
@@ -256,19 +256,19 @@ def build_peft_layer(
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype`` if it is floating-point
     (None keeps its dtype). ``AdapterError``: a finite value becomes infinite in ``dtype``."""
-    converted = (
+    converted_tensor = (
         tensor.detach()
         .to("cpu", dtype if tensor.is_floating_point() else None)
         .contiguous()
         .clone()
     )
-    if dtype is not None and tensor.isfinite().all() and not converted.isfinite().all():
+    if dtype is not None and tensor.isfinite().all() and not converted_tensor.isfinite().all():
         raise AdapterError(
             f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold",
             "finite numbers",
             "choose fp32",
         )
-    return converted
+    return converted_tensor
 
 
 def exact_scalar(value: float) -> Tensor:
@@ -292,15 +292,19 @@ def scalar_value(tensor: Tensor, key: str) -> float:
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise AdapterError for a NaN or an infinity, or for a floating dtype of 8 bits or less."""
-    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    if narrow_keys := [key for key, tensor in floating.items() if tensor.dtype not in FLOAT_DTYPES]:
+    float_tensors = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if narrow_keys := [
+        key for key, tensor in float_tensors.items() if tensor.dtype not in FLOAT_DTYPES
+    ]:
         dtype = tensors[narrow_keys[0]].dtype
         raise AdapterError(
             f"numbers stored as {dtype} in {listing(narrow_keys, 3)} of {path}",
             "float64, float32, bfloat16 or float16",
             "convert them to bfloat16",
         )
-    if nonfinite_keys := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
+    if nonfinite_keys := [
+        key for key, tensor in float_tensors.items() if not tensor.isfinite().all()
+    ]:
         raise AdapterError(
             f"numbers that are not finite in {listing(nonfinite_keys, 3)} of {path}",
             "finite ones",

@@ -249,13 +249,13 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
                 tensors[f"{module_path}.{magnitude_suffix}"] = cast(change.magnitude, options.dtype)
         ranks = {locations[change.weight][1]: change.layer.rank for change in changes}
         alphas = {locations[change.weight][1]: plain_lora_alpha(change.layer) for change in changes}
-        rank = max(ranks.values(), key=list(ranks.values()).count)
-        alpha = max(alphas.values(), key=list(alphas.values()).count)
+        common_rank = max(ranks.values(), key=list(ranks.values()).count)
+        common_alpha = max(alphas.values(), key=list(alphas.values()).count)
         fields = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": peft_paths.patterns_for(ranks, rank),
-            "alpha_pattern": peft_paths.patterns_for(alphas, alpha),
+            "r": common_rank,
+            "lora_alpha": common_alpha,
+            "rank_pattern": peft_paths.patterns_for(ranks, common_rank),
+            "alpha_pattern": peft_paths.patterns_for(alphas, common_alpha),
             "target_modules": sorted(ranks),
             "use_dora": True in dora_flags[component],
             "lora_bias": False,
@@ -275,8 +275,8 @@ def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
     if not component.startswith("text_encoder"):
         return LORA_SUFFIXES[0], LORA_SUFFIXES[1], peft.MAGNITUDE
     has_attention = any(f".{module}".endswith(ATTENTION_SUFFIXES) for module in modules)
-    down, up = LORA_SUFFIXES if has_attention else _ENCODER_SUFFIXES
-    return down, up, f"{peft.MAGNITUDE}.weight"
+    A_suffix, B_suffix = LORA_SUFFIXES if has_attention else _ENCODER_SUFFIXES
+    return A_suffix, B_suffix, f"{peft.MAGNITUDE}.weight"
 
 
 register(

@@ -319,13 +319,13 @@ def _read_file(path: Path, gguf: Any) -> tuple[dict[str, Any], dict[str, Tensor]
     is not an adapter."""
     gguf_claims.check(path)
     try:
-        file = gguf.GGUFReader(path)
-        fields = {key: field.contents() for key, field in file.fields.items()}
+        reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
         fields = {
             key: value if isinstance(value, str | int | float) else str(value)
             for key, value in fields.items()
         }
-        tensors = {tensor.name: _to_torch(gguf, tensor) for tensor in file.tensors}
+        tensors = {tensor.name: _to_torch(gguf, tensor) for tensor in reader.tensors}
     except Exception as error:  # the reader has no exception class for damaged files
         raise AdapterError(
             f"{path}, which cannot be read as GGUF ({first_line(error)})",
@@ -427,7 +427,7 @@ def _stack_experts(
             for sibling in base.shapes
             if sibling.startswith(f"{module_path}.") and sibling != weight
         )
-        is_first = has_other_stack and all(
+        is_first_stack = has_other_stack and all(
             layer.target_path.rpartition(".")[0] != module_path for layer in layers.values()
         )
         A, B = _join_pairs(
@@ -439,7 +439,7 @@ def _stack_experts(
         rank, layer_alpha = A.shape[1], alpha or A.shape[1]
         layer = build_peft_layer(weight, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), None)
         layer = replace(layer, rank=rank, alpha=float(layer_alpha), scale=layer_alpha / rank)
-        layers[f"{module_path}.base_layer" if is_first else module_path] = layer
+        layers[f"{module_path}.base_layer" if is_first_stack else module_path] = layer
     return layers
 
 

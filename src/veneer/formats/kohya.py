@@ -166,34 +166,34 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[str, list[str]]:
     """The paths of the modules of a pipeline component, by flattened path. Several modules may have
     the same one. ``prefix``: the prefix of the component's paths in the base."""
-    modules: dict[str, list[str]] = {}
-    for weight, shape in base.shapes.items():
-        if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
-            module = weight.removesuffix(".weight")
+    paths_by_flat_name: dict[str, list[str]] = {}
+    for weight_name, shape in base.shapes.items():
+        if weight_name.startswith(prefix) and weight_name.endswith(".weight") and len(shape) > 1:
+            module = weight_name.removesuffix(".weight")
             path = module.removeprefix(prefix)
-            for alias in {path, path_before_transformers_5(component, path)}:
-                modules.setdefault(alias.replace(".", "_"), []).append(module)
-    return modules
+            for known_path in {path, path_before_transformers_5(component, path)}:
+                paths_by_flat_name.setdefault(known_path.replace(".", "_"), []).append(module)
+    return paths_by_flat_name
 
 
-def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
+def _find_module(module_name: str, paths_by_flat_name: Mapping[str, list[str]]) -> str:
     """The path of the only module with the flattened name ``module_name``, which begins with one of
-    ``PREFIXES``. ``modules``: the paths by flattened name, without a prefix. ``AdapterError``: no
-    module has this name, or several have it."""
+    ``PREFIXES``. The keys of ``paths_by_flat_name`` have no prefix. ``AdapterError``: no module has
+    this name, or several have it."""
     flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
-    matches = modules.get(flat_name, [])
-    if len(matches) > 1:
-        problem = f"{module_name!r}, which may mean {listing(matches)}"
+    matching_paths = paths_by_flat_name.get(flat_name, [])
+    if len(matching_paths) > 1:
+        problem = f"{module_name!r}, which may mean {listing(matching_paths)}"
         raise AdapterError(problem, "one module", "rename one of them")
-    if not matches:
+    if not matching_paths:
         advice = "give the base that it was made for"
         if any(block in flat_name for block in _OLD_BLOCKS):
             advice += (
                 ": these are block names of the model as first published, not those of diffusers"
             )
-        problem = f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}"
+        problem = f"{module_name!r}, which this base lacks{nearest(flat_name, paths_by_flat_name)}"
         raise AdapterError(problem, "one of its modules", advice)
-    return matches[0]
+    return matching_paths[0]
 
 
 def _read_layer(
@@ -241,11 +241,11 @@ def _read_factors(
     alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
     if suffixes >= _LORA_SUFFIXES:
         A, B = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        mid = tensors.get("lora_mid.weight")
-        if mid is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
+        mid_factor = tensors.get("lora_mid.weight")
+        if mid_factor is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
-                "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()
+                "mn...,ni->mi...", mid_factor.double(), A.reshape(A.shape[0], -1).double()
             ).to(dtype)
         return A, B, alpha
     if suffixes >= _LOHA_SUFFIXES:
@@ -387,14 +387,15 @@ def _modules_unlike_sd3_or_flux(
     """The modules of the pipeline's transformer that neither SD3 nor Flux has; empty if the adapter
     does not change the transformer. ``locations``: (component, path in it) by changed weight."""
     weights_by_module = {
-        module: weight
-        for weight, (component, module) in locations.items()
+        module: weight_name
+        for weight_name, (component, module) in locations.items()
         if component == "transformer"
     }
     if not weights_by_module:
         return []
     prefix = next(
-        weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items()
+        weight_name.removesuffix(f"{module}.weight")
+        for module, weight_name in weights_by_module.items()
     )
     matrix_names = (
         name for name, shape in base.shapes.items() if name.startswith(prefix) and len(shape) > 1

@@ -102,14 +102,18 @@ def locate_modules(
             for change in changes
         }
     if component is None:
-        unclear_weight = next(weight for weight, name in component_by_weight.items() if not name)
+        unclear_weight = next(
+            weight_name for weight_name, name in component_by_weight.items() if not name
+        )
         raise AdapterError(
             f"{unclear_weight!r}, which does not say which model of a pipeline it belongs to",
             f"a part for a {format_name} file",
             f"give part: one of {', '.join(PARTS)}",
         )
     if any(component_by_weight.values()):
-        prefixed_weight = next(weight for weight, name in component_by_weight.items() if name)
+        prefixed_weight = next(
+            weight_name for weight_name, name in component_by_weight.items() if name
+        )
         raise AdapterError(
             f"part {component!r} and a path {prefixed_weight!r} with one",
             "one of both",

@@ -103,8 +103,8 @@ def _compile(source: str, full_match: bool) -> Callable[..., Any]:
 
     flags = compile_flags(source)
     unescaped = re.sub(r"\\.", "", source, flags=re.DOTALL)
-    counts = [int(count or 0) for count in _REPEAT.findall(unescaped)]
-    if len(source) * prod(max(count, 1) for count in counts) > MAX_EXPANDED_CHARS:
+    repeat_counts = [int(count or 0) for count in _REPEAT.findall(unescaped)]
+    if len(source) * prod(max(count, 1) for count in repeat_counts) > MAX_EXPANDED_CHARS:
         raise ValueError("an expression that repeats too often")
     if "{" in _REPEAT.sub("", unescaped):
         raise ValueError("an expression with a brace that is not escaped and no repetition")
@@ -183,7 +183,7 @@ class PathEndings:
         indices = [
             self._indices_by_path[ending] for ending in endings if ending in self._indices_by_path
         ]
-        indices += next(([index] for index, match in self._plain_matchers if match(path)), [])
+        indices += next(([index] for index, matcher in self._plain_matchers if matcher(path)), [])
         indices += next(
             ([self._complex_indices[index]] for index in self._expressions.matching(path)), []
         )
@@ -200,5 +200,5 @@ path_endings = lru_cache(maxsize=16)(PathEndings)
 def literal(source: str) -> str | None:
     """The only text that an expression matches, or None if it may match several texts. An unescaped
     dot matches any character, so an expression that contains one may match several."""
-    word = re.sub(r"\\(.)", r"\1", source)
-    return word if re.escape(word) == source else None
+    unescaped_text = re.sub(r"\\(.)", r"\1", source)
+    return unescaped_text if re.escape(unescaped_text) == source else None

@@ -113,14 +113,14 @@ class PeftLayer:
         """The change as a low-rank product. It has one group, except for grouped convolutions and
         stacks of experts. ``AdapterError``: the shapes of A and B do not fit this rank."""
         rank = self._factor_rank
-        groups = self.A.shape[0] // rank
+        group_count = self.A.shape[0] // rank
         try:
-            A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
+            A = self.A.reshape(group_count, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
             # B: [g·out, r, …], or [out, r·g]
             B = (
-                self.B.reshape(-1, rank, groups).permute(2, 0, 1)
+                self.B.reshape(-1, rank, group_count).permute(2, 0, 1)
                 if self.is_stacked
-                else self.B.reshape(groups, -1, rank)
+                else self.B.reshape(group_count, -1, rank)
             )
         except RuntimeError as error:
             raise AdapterError(
@@ -133,12 +133,12 @@ class PeftLayer:
     def with_low_rank(self, product: LowRank) -> PeftLayer:
         """The layer with another product in the same layout, and with the alpha of plain LoRA,
         ``product.scale · rank``."""
-        groups, rank, _ = product.A.shape
-        A = product.A.reshape(groups * rank, *self.A.shape[1:])
+        group_count, rank, _ = product.A.shape
+        A = product.A.reshape(group_count * rank, *self.A.shape[1:])
         if self.is_stacked:
-            B = product.B.permute(1, 2, 0).reshape(product.B.shape[1], rank * groups)
+            B = product.B.permute(1, 2, 0).reshape(product.B.shape[1], rank * group_count)
         else:
-            B = product.B.reshape(groups * product.B.shape[1], rank, *self.B.shape[2:])
+            B = product.B.reshape(group_count * product.B.shape[1], rank, *self.B.shape[2:])
         return replace(
             self, A=A, B=B, rank=rank, alpha=product.scale * rank, scale=product.scale, extras={}
         )
@@ -147,8 +147,12 @@ class PeftLayer:
 def not_for_peft(config: Mapping[str, Any]) -> str | None:
     """The reason, stored in ``peft_type``, why PEFT would compute another result with the adapter;
     None if PEFT may load the adapter."""
-    type_ = str(config.get("peft_type"))
-    return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
+    peft_type = str(config.get("peft_type"))
+    return (
+        peft_type.removeprefix(NOT_FOR_PEFT).strip(": ")
+        if peft_type.startswith(NOT_FOR_PEFT)
+        else None
+    )
 
 
 def may_be_transposed(config: Mapping[str, Any]) -> bool:

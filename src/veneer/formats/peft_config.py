@@ -95,13 +95,13 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
     task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
     problems = _unknown_field_problems(values)
-    full_modules = _full_module_patterns(values.get("modules_to_save") or (), task_type)
+    full_patterns = _full_module_patterns(values.get("modules_to_save") or (), task_type)
     veneer_fields = {
         **{name: values[key] for key, name in _RENAMED_FIELDS.items() if key in values},
         "targets": _target_patterns(values, problems),
-        "train_also": full_modules,
+        "train_also": full_patterns,
         # also exclude the modules that are trained in full, because PEFT adapts nothing in them
-        "exclude": (*_weight_patterns(values.get("exclude_modules") or ()), *full_modules),
+        "exclude": (*_weight_patterns(values.get("exclude_modules") or ()), *full_patterns),
         "ranks": _by_layer_pattern(values.get("rank_pattern") or {}),
         "alphas": _by_layer_pattern(values.get("alpha_pattern") or {}),
         "bias": BIASES.get(values.get("bias", "none"), values.get("bias")),
@@ -178,7 +178,7 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
         return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index_pattern}"
     container_patterns = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in container_names]
     return "|".join(
-        "".join(f"(?!{earlier})" for earlier in container_patterns[:position])
+        "".join(f"(?!{earlier_pattern})" for earlier_pattern in container_patterns[:position])
         + f"(?>{container_pattern}){index_pattern}"
         for position, container_pattern in enumerate(container_patterns)
     )
@@ -206,10 +206,10 @@ def _weight_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
     """Patterns of the weights of the modules in ``exclude_modules``. PEFT still adapts submodules
     of an excluded module and trains its bias; a pattern of the module itself would exclude both."""
     if isinstance(modules, str):  # "$" meant the end of the module's path, which the weight follows
-        paths = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
+        path_expressions = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
     else:
-        paths = [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
-    return tuple(f"re:(?:{path}){_WEIGHT}" for path in paths)
+        path_expressions = [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
+    return tuple(f"re:(?:{path_expression}){_WEIGHT}" for path_expression in path_expressions)
 
 
 def _as_list(names: Iterable[str]) -> list[str]:
@@ -240,7 +240,7 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     ``use_rslora``, ``use_qalora``). If no variant combines them, an error text is added to
     ``problems``."""
     # dora comes before rslora, because the variant with both is named "dora_rslora"
-    flags = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
+    flag_names = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
     init_method = values.get("init_lora_weights", True)
     variant = ""
     if isinstance(init_method, str):
@@ -253,17 +253,17 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
                 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")',
             )
         )
-    elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):
+    elif (flag_names and variant) or (len(flag_names) > 1 and "qalora" in flag_names):
         problem = " with ".join(
-            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={init_method!r}"]
+            [f"use_{flag}=True" for flag in flag_names] + [f"init_lora_weights={init_method!r}"]
         )
         problems.append(sentence(problem, "a variant that has all of it", "choose one of them"))
-    if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
+    if "qalora" in flag_names and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
         problem = f"qalora_group_size={values['qalora_group_size']!r}"
         problems.append(sentence(problem, str(_GROUP_SIZE), "use that size"))
     if variant == "corda" and _corda_method(values.get("corda_config")) == "kpm":
         variant = "corda_kpm"
-    return variant or "_".join(flags) or "lora"
+    return variant or "_".join(flag_names) or "lora"
 
 
 def _corda_method(config: Any) -> str | None:

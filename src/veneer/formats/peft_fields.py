@@ -30,9 +30,10 @@ def _is_rank(value: Any) -> bool:
 
 
 def _has_token_ids(value: Any) -> bool:
-    lists = value.values() if isinstance(value, dict) else [value]
+    id_lists = value.values() if isinstance(value, dict) else [value]
     return all(
-        isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids) for ids in lists
+        isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids)
+        for ids in id_lists
     )
 
 

@@ -39,16 +39,16 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
         }
     except (ValueError, patterns.TooSlowError):
         return None
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if not layers:
+    layer_indices = config.get("layers_to_transform")
+    layer_indices = [layer_indices] if isinstance(layer_indices, int) else layer_indices
+    if not layer_indices:
         return matching_paths
     # PEFT adapts a module that is named by its full path, whatever the index of its layer
     full_paths = set() if isinstance(targets, str) else set(targets)
     return {
         path
         for path in matching_paths
-        if path in full_paths or _layer_index(path, config) in layers
+        if path in full_paths or _layer_index(path, config) in layer_indices
     }
 
 
@@ -109,11 +109,11 @@ def strip_wrappers(path: str) -> tuple[str, int]:
     """(the path without the segments ``base_layer`` of PEFT's wrappers, the number of wrappers at
     the end of the path)."""
     segments = path.split(".")
-    depth = next(
+    wrapper_count = next(
         (count for count, segment in enumerate(reversed(segments)) if segment != "base_layer"),
         len(segments),
     )
-    return ".".join(segment for segment in segments if segment != "base_layer"), depth
+    return ".".join(segment for segment in segments if segment != "base_layer"), wrapper_count
 
 
 def add_wrappers(path: str, wrapper_counts: Mapping[str, int]) -> str:
@@ -140,7 +140,7 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
     module, the change under the outermost wrapper belongs to the last one, and each further
     segment ``base_layer`` in the path leads to the parameter before it. ``by_veneer``: whether
     Veneer wrote the config, which then has full paths; else targets may be the ends of paths."""
-    bare_path, depth = strip_wrappers(path)
+    bare_path, wrapper_count = strip_wrappers(path)
     split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     parameters = [parameter for module, _, parameter in split_targets if module == bare_path]
     if (
@@ -153,7 +153,11 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
             for module, _, parameter in split_targets
             if not module or _matches_names([module], bare_path)
         ]
-    return [f"{bare_path}.{parameters[-1 - depth]}".lstrip(".")] if depth < len(parameters) else []
+    return (
+        [f"{bare_path}.{parameters[-1 - wrapper_count]}".lstrip(".")]
+        if wrapper_count < len(parameters)
+        else []
+    )
 
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
@@ -165,13 +169,13 @@ def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] 
     """The ``target_modules`` with which PEFT adapts exactly ``target_paths`` out of
     ``all_paths``: the last segments of the paths if they suffice, else the full paths. If these do
     not suffice either, because one path is the end of another, a regular expression."""
-    all_paths, expected = list(all_paths), set(target_paths)
-    if not expected:
+    all_paths, expected_set = list(all_paths), set(target_paths)
+    if not expected_set:
         return []
-    for paths in (sorted({path.rpartition(".")[2] for path in expected}), sorted(expected)):
-        if expected_paths({"target_modules": paths}, all_paths) == expected:
+    for paths in (sorted({path.rpartition(".")[2] for path in expected_set}), sorted(expected_set)):
+        if expected_paths({"target_modules": paths}, all_paths) == expected_set:
             return paths
-    return "|".join(map(re.escape, sorted(expected)))
+    return "|".join(map(re.escape, sorted(expected_set)))
 
 
 def common_rank_and_alpha(
@@ -181,8 +185,12 @@ def common_rank_and_alpha(
     both, else the pair that most layers have. So if all layers have one scale, readers that ignore
     ``rank_pattern`` and ``alpha_pattern`` (as vLLM did) compute this scale. ``ranks``, ``alphas``:
     the rank and alpha of each layer, by path."""
-    pairs = [(ranks[path], alphas[path]) for path in ranks]
-    return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
+    rank_alpha_pairs = [(ranks[path], alphas[path]) for path in ranks]
+    return (
+        (rank, alpha)
+        if (rank, alpha) in rank_alpha_pairs or not rank_alpha_pairs
+        else max(rank_alpha_pairs, key=rank_alpha_pairs.count)
+    )
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:

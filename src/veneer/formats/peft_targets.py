@@ -95,11 +95,11 @@ def _are_tied(
     transpose: PEFT also adapts a module of which the weight is tied to a target's weight. Tensors
     of which only the keys are known count as equal."""
 
-    def are_equal(factor: Tensor | None, adapted: Tensor | None) -> bool:
-        if factor is None or adapted is None:
+    def are_equal(factor: Tensor | None, adapted_factor: Tensor | None) -> bool:
+        if factor is None or adapted_factor is None:
             return True
-        transposed = adapted.mT if adapted.dim() == 2 else adapted
-        return any(torch.equal(factor, candidate) for candidate in (adapted, transposed))
+        transposed = adapted_factor.mT if adapted_factor.dim() == 2 else adapted_factor
+        return any(torch.equal(factor, candidate) for candidate in (adapted_factor, transposed))
 
     factors = (tensors[key] for key in keys if not key.endswith(peft.MAGNITUDE))
     return all(

@@ -103,13 +103,13 @@ _is_integer, _is_flag = has_type(int), has_type(bool)
 _are_masks = all_values(dict, all_values(list, _is_flag))
 
 
-def _read_adalora(module: ModuleTensors) -> VariantChange:
-    A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
+def _read_adalora(stored: ModuleTensors) -> VariantChange:
+    A, B, E = (stored.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
     # a file may still have the pruned columns of B, rows of A and values of E; then keep the mask
-    if module.mask is not None and len(module.mask) == rank:
-        mask = torch.tensor(module.mask, dtype=torch.float32)
-    elif rank != (module.rank if module.mask is None else sum(module.mask)):
+    if stored.mask is not None and len(stored.mask) == rank:
+        mask = torch.tensor(stored.mask, dtype=torch.float32)
+    elif rank != (stored.rank if stored.mask is None else sum(stored.mask)):
         raise ValueError(f"rank {rank}, which its config does not give it")
     if not rank:  # AdaLoRA pruned every rank: use one rank with zeros
         A = A.new_zeros(1, A.shape[1])
@@ -117,25 +117,25 @@ def _read_adalora(module: ModuleTensors) -> VariantChange:
         E = E.new_zeros(1, 1)
         mask = mask.new_zeros(1)
     return VariantChange(
-        {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, module.scale
+        {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, stored.scale
     )
 
 
-def _read_loha(module: ModuleTensors) -> VariantChange:
+def _read_loha(stored: ModuleTensors) -> VariantChange:
     factors = {}
     for factor_index in "12":
-        B, A = (module.tensors[f"hada_w{factor_index}_{name}"] for name in "ab")
-        core = module.tensors.get(f"hada_t{factor_index}")
+        B, A = (stored.tensors[f"hada_w{factor_index}_{name}"] for name in "ab")
+        core = stored.tensors.get(f"hada_t{factor_index}")
         if core is not None:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
-        if A.shape[0] != module.rank or B.shape[1] != module.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
+        if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
         factors |= {f"A{factor_index}": A[None], f"B{factor_index}": B[None]}
-    return VariantChange(factors, module.scale)
+    return VariantChange(factors, stored.scale)
 
 
-def _read_lokr(module: ModuleTensors) -> VariantChange:
-    tensors = module.tensors
+def _read_lokr(stored: ModuleTensors) -> VariantChange:
+    tensors = stored.tensors
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
@@ -151,17 +151,17 @@ def _read_lokr(module: ModuleTensors) -> VariantChange:
         B, A = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
         if "lokr_t2" in tensors:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", tensors["lokr_t2"], A).flatten(1)
-        if A.shape[0] != module.rank or B.shape[1] != module.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
-    return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, module.scale)
+        if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
+    return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, stored.scale)
 
 
-def _read_vera(module: ModuleTensors) -> VariantChange:
-    assert module.projections is not None
-    b, d = module.tensors["vera_lambda_b"], module.tensors["vera_lambda_d"]
-    A, B = module.projections
-    if d.shape != (module.rank,) or A.shape[0] != module.rank or B.shape != (len(b), module.rank):
-        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {module.rank}")
+def _read_vera(stored: ModuleTensors) -> VariantChange:
+    assert stored.projections is not None
+    b, d = stored.tensors["vera_lambda_b"], stored.tensors["vera_lambda_d"]
+    A, B = stored.projections
+    if d.shape != (stored.rank,) or A.shape[0] != stored.rank or B.shape != (len(b), stored.rank):
+        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {stored.rank}")
     return VariantChange({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
 
 
@@ -401,12 +401,12 @@ def read_changes(
         if tuner.type == "ADALORA":
             scale, mask = alpha / (rank + ADALORA_EPSILON), masks.get(f"{module_path}.lora_E")
         module_projections = projections.get(module_path)
-        module = ModuleTensors(module_path, module_tensors, rank, scale, mask, module_projections)
-        if problem := _module_problem(tuner, module):
+        stored = ModuleTensors(module_path, module_tensors, rank, scale, mask, module_projections)
+        if problem := _module_problem(tuner, stored):
             problems.append(problem)
         elif not is_vera or module_projections is not None:
             try:
-                layer_changes[module_path] = tuner.read(module)
+                layer_changes[module_path] = tuner.read(stored)
             except (RuntimeError, ValueError, IndexError) as error:
                 shapes_text = ", ".join(
                     f"{name} {tuple(tensor.shape)}" for name, tensor in module_tensors.items()
@@ -419,28 +419,28 @@ def read_changes(
     return layer_changes, other_tensors
 
 
-def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
+def _module_problem(tuner: Tuner, stored: ModuleTensors) -> str | None:
     """Why a module's tensors are no change of this tuner: a wrong number of axes, or a missing
     tensor. None if they are a change."""
     misshapen_names = [
         name
-        for name, tensor in module.tensors.items()
+        for name, tensor in stored.tensors.items()
         if tensor.dim() not in _AXIS_COUNTS.get(name, (2,))
     ]
     if misshapen_names:
         shapes_text = ", ".join(
-            f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen_names
+            f"{name} {tuple(stored.tensors[name].shape)}" for name in misshapen_names
         )
-        axes = " or ".join(map(str, _AXIS_COUNTS.get(misshapen_names[0], (2,))))
+        axes_text = " or ".join(map(str, _AXIS_COUNTS.get(misshapen_names[0], (2,))))
         return sentence(
-            f"{shapes_text} at {module.module_path!r}",
-            f"{axes} axes in {misshapen_names[0]}",
+            f"{shapes_text} at {stored.module_path!r}",
+            f"{axes_text} axes in {misshapen_names[0]}",
             "get both files again",
         )
     missing_suffixes = [
         alternatives
         for alternatives in tuner.required_suffixes
-        if not any(module.tensors.keys() >= {*suffixes} for suffixes in alternatives)
+        if not any(stored.tensors.keys() >= {*suffixes} for suffixes in alternatives)
     ]
     if missing_suffixes:
         missing_text = " and ".join(
@@ -448,7 +448,7 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
             for alternatives in missing_suffixes
         )
         return sentence(
-            f"no {missing_text} at {module.module_path!r}",
+            f"no {missing_text} at {stored.module_path!r}",
             "a whole change",
             "get the whole file again",
         )
