@@ -37,7 +37,7 @@ DTYPES = {
     "float16": "float16", "fp16": "float16",
     "float64": "float64", "fp64": "float64",
 }  # fmt: skip
-#: field of PEFT's LoraConfig -> the field that replaces it here
+#: field of PEFT's LoraConfig -> the field of Veneer's LoraConfig that replaces it
 PEFT_FIELDS = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -113,9 +113,9 @@ class LoraConfig:
             other rows stay frozen. With ``targets=()``, only these rows are trained.
         invocation_tokens: ids of the tokens that invoke the adapter (aLoRA, Greenewald et al. 2025,
             arXiv:2504.12397). In each row of ``input_ids``, the adapter acts from the last
-            occurrence of these tokens on; a row without them gets the base's output. Only for
-            linear layers of a model that reads ``input_ids``, with a plain product B A. If it is
-            empty, the adapter acts on every token.
+            occurrence of these tokens on; a row without them gets the base's output. They require
+            linear layers of a model that reads ``input_ids``, and a variant with ΔW = s · B A. ()
+            lets the adapter act on every token.
         variant: a name in ``veneer.variants.names()``.
         dtype: dtype of the adapter parameters: a torch.dtype, its name ("float32", "float64",
             "bfloat16", "float16") or an abbreviation ("fp32", "bf16", …); stored as its name. None

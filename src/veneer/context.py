@@ -194,12 +194,12 @@ def _apply_blocks(context: Context) -> Context:
 
 def _running_generator_frames() -> list[FrameType]:
     """The frames of generators with open blocks on this thread's stack, the outermost first."""
-    # a frame without ``f_back`` is suspended
+    # a frame without ``f_back`` is suspended, and so on no stack
     running_frames = [frame for frame in tuple(_OPEN_BLOCKS) if frame.f_back is not None]
     frames_on_stack: list[FrameType] = []
     frame = sys._getframe(1) if running_frames else None
     while frame is not None:
-        if frame in running_frames:  # a short list, because few generators have open blocks
+        if frame in running_frames:  # fast, because few generators have open blocks
             frames_on_stack.append(frame)
             if len(frames_on_stack) == len(running_frames):
                 break
@@ -370,8 +370,8 @@ def override(
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """A context manager in which every module of a model is in evaluation mode. At the end, each
-    module gets the mode that it had before. It does not call the methods ``train`` and ``eval``,
-    which a model may override."""
+    module gets the mode that it had before. The attribute ``training`` is set directly, because a
+    model may override the methods ``train`` and ``eval``."""
     was_training: dict[torch.nn.Module, bool] = {}
     pending_modules: list[torch.nn.Module | None] = [model]
     while pending_modules:

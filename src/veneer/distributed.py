@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from veneer import errors
 from veneer.errors import AdapterError, VeneerError, listing, sentence
 
-#: seconds that a rank waits for the others
+#: seconds that a rank waits for the others before it raises an error
 PATIENCE = 300.0
 #: seconds after which the first rank concludes that no other rank saves the model, if no weight is
 #: sharded
@@ -52,8 +52,8 @@ class SavedAlone(UserWarning):
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor of torch. It does not import torch's module of DTensors: if a
-    DTensor exists, the module is imported already."""
+    """Whether a tensor is a DTensor of torch. The function does not import torch's module of
+    DTensors, because the module is already imported if a DTensor exists."""
     dtensor_module = sys.modules.get("torch.distributed.tensor")
     return dtensor_module is not None and isinstance(tensor, dtensor_module.DTensor)
 
@@ -94,8 +94,8 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_spread(modules: Iterable[nn.Module]) -> bool:
-    """Whether weights of these modules are sharded over processes. True also while FSDP2 has
-    gathered the weights."""
+    """Whether weights of these modules are sharded over processes. The result stays True while
+    FSDP2 has gathered the full weights."""
     modules = list(modules)
     return any(
         is_sharded(parameter) for module in modules for parameter in module._parameters.values()
@@ -126,7 +126,8 @@ def spread_problem(modules: Iterable[nn.Module], operation: str, advice: str) ->
 
 
 def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
-    """Whether FSDP1 wraps a module, or its parameters are views into a flat parameter of FSDP1."""
+    """Whether one of ``modules`` is a wrapper of FSDP1, or has a parameter that is a view into a
+    flat parameter of FSDP1."""
     fsdp_package = sys.modules.get("torch.distributed.fsdp")
     if fsdp_package is None:
         return False
@@ -185,7 +186,8 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
 def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool) -> Ranks | None:
     """Record in the store that this rank has called ``meet_ranks``, and wait for the other ranks.
-    An atomic ``compare_set`` decides once for all ranks whether every rank has called."""
+    An atomic ``compare_set`` decides once for all ranks whether every rank has called. Result and
+    errors are those of ``meet_ranks``. ``sharded``: whether weights of the model are sharded."""
     this_rank = dist.get_rank()
 
     def warn(problem: str) -> None:
@@ -384,7 +386,8 @@ class Ranks:
         """Wait until every rank has reached this call, so that a collective after it does not hang.
 
         Raises:
-            the error of another rank, if one failed; AdapterError: a rank does not come in time.
+            the error of another rank, if one failed; AdapterError: a rank does not reach the call
+                within ``patience`` seconds.
         """
         if not self.members:
             return
@@ -437,7 +440,7 @@ def wait_for_keys(
         if not missing_keys or time.monotonic() > deadline:
             return missing_keys
         if stop_key is not None and store.check([stop_key]):
-            # keys may have been set just before `stop_key`
+            # check once more, because keys may have been set just before `stop_key`
             return [key for key in missing_keys if not store.check([key])]
         time.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, 0.2)
@@ -473,7 +476,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient_slice.copy_(gradient.flatten())
     dist.all_reduce(flat_gradients)
     flat_gradients /= dist.get_world_size()
-    # the counts are copied to the host, which waits for the device, only if a gradient is missing
+    # read the counts only if a gradient is missing: copying them to the host waits for the device
     has_gradient_anywhere = has_gradient if all(has_gradient) else gradient_counts.tolist()
     for parameter, gradient_slice, is_present in zip(
         parameters, gradient_slices, has_gradient_anywhere, strict=True

@@ -183,8 +183,8 @@ def load(
 
 
 def _local_folder(path: str | Path, revision: str | None, cache_folder: Path | None) -> str | Path:
-    """The local folder of an adapter: ``path`` itself, or the folder to which the adapter at a
-    remote address is downloaded."""
+    """The local folder of an adapter: ``path`` itself, or the folder to which this function
+    downloads the adapter at a remote address. The arguments and errors are those of ``load``."""
     if not isinstance(path, str) or path.startswith(_HUB_PAGE) or Path(path).exists():
         remote_address = None
     elif "://" in path:
@@ -215,7 +215,7 @@ def _local_folder(path: str | Path, revision: str | None, cache_folder: Path | N
 
 @dataclass(frozen=True, repr=False)
 class Handle:
-    """One adapter of one model."""
+    """One adapter of one model, as ``attach`` and ``load`` return it. ``name``: the adapter's."""
 
     model: nn.Module
     name: str
@@ -284,7 +284,7 @@ class Handle:
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
-        yielded_ids: set[int] = set()  # tied parameters share one trained copy
+        yielded_ids: set[int] = set()  # tied parameters share one trained copy: yield it once
         for path, layer_adapter in self.layers.items():
             for name, parameter in layer_adapter.full.named_parameters():
                 if id(parameter) in yielded_ids:

@@ -291,7 +291,8 @@ def _write_files(bytes_by_name: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _restore_adapter(model: nn.Module, folder: Path) -> None:
-    """Load an adapter folder into the adapter of a model, or attach it if the model has none."""
+    """Load an adapter folder into the attached adapter of a model. If the model has none, attach
+    the adapter of the folder."""
     if _has_adapter(model):
         load_into_attached(model, folder)
     else:

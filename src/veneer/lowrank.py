@@ -103,7 +103,7 @@ class LowRank:
 
     @staticmethod
     def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        """Σ wᵢ ΔWᵢ as concatenated factors. The rank is the sum of the ranks.
+        """The change Σ wᵢ ΔWᵢ. Its factors are concatenated, so its rank is the sum of the ranks.
 
         The factors are in at least float32, because the weights wᵢ are multiplied into B. Nothing
         is rounded if all wᵢ · scaleᵢ are equal except for their signs.

@@ -483,7 +483,7 @@ def _changes(source: Any) -> Mapping[str, Any]:
 
 
 def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of every layer with A, B, E and mask. Refuses other low-rank layers."""
+    """(path, layer) of every layer with A, B, E and mask. ``ConfigError``: none, or others."""
     triplet_layers, wrong_paths = [], []
     for path, layer in _adapter_modules(source):
         if all(hasattr(layer, name) for name in (*_TRIPLET_NAMES, "mask")):

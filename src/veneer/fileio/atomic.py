@@ -138,7 +138,7 @@ def _move_into_place(
             filled_folder.rename(path)  # this also replaces an empty folder
             return
         except OSError as error:
-            # another process created the path, or the empty folder is a mount point
+            # another process created the path, or the empty folder is a mount point: go on below
             if error.errno not in _TARGET_TAKEN:
                 raise
     must_not_exist(path, overwrite)

@@ -16,9 +16,9 @@ from torch import Tensor
 #: hashes as fast as memory can be read. It detects accidents and edits. No hash in the record (the
 #: metadata of an adapter folder) protects against an attacker, who would rewrite the record too.
 XXH3, SHA256 = "xxh3:", ""
-#: values per block that is rounded and hashed. A block of CPU_BLOCK values fits into the cache, and
-#: is small enough for torch to round it in this thread. DEVICE_BLOCK amortises the cost of a copy
-#: from another device.
+#: the number of values that are rounded and hashed at a time. CPU_BLOCK values fit into the cache,
+#: and torch rounds so few in the calling thread, without its pool. DEVICE_BLOCK is larger, because
+#: each copy from another device has a fixed cost.
 CPU_BLOCK, DEVICE_BLOCK = 1 << 15, 1 << 24
 
 
@@ -78,7 +78,8 @@ def kind_of(fingerprint: str) -> str:
 
 
 def _update_hash(hasher: Any, tensor: Tensor) -> None:
-    """Hash the values of a tensor block by block, floating-point values as bfloat16."""
+    """Add the values of a tensor to ``hasher`` block by block, floating-point values as
+    bfloat16."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat_values = tensor.reshape(-1)

@@ -57,7 +57,7 @@ def acquire(path: Path, patience: float = 0) -> Any:
     A process removes the file before it releases the lock. A lock on a removed file is worthless,
     because another process can create and lock a new file of the same name, so this function then
     tries again."""
-    from filelock import FileLock, Timeout  # the import takes 10 ms
+    from filelock import FileLock, Timeout  # imported here, because the import takes 10 ms
 
     while True:
         lock = FileLock(path, thread_local=False)

@@ -57,7 +57,7 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
         temporary_folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
         lock = acquire(temporary_folder / LOCK)
         if lock is not None:
-            break  # otherwise another process took the folder for a leftover and removed it
+            break  # otherwise another process took the folder for a killed writer's: try again
     try:
         yield temporary_folder
     finally:

@@ -1,5 +1,5 @@
-"""Reading untrusted files: headers of safetensors files, JSON, and whether a folder's files lie in
-the folder.
+"""Read untrusted headers of safetensors files and untrusted JSON, and check that the files of a
+folder lie in the folder.
 
     8 bytes          n, the length of the header in bytes, little-endian
     n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …,
@@ -254,7 +254,7 @@ def parse(text: str | bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
-    nested_values = [value]  # the values at one depth
+    nested_values = [value]  # all values at one depth; each step of the loop goes one level deeper
     for _ in range(MAX_DEPTH + 1):
         nested = (
             container.values() if isinstance(container, dict) else container
@@ -265,7 +265,7 @@ def parse(text: str | bytes) -> Any:
     if nested_values:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in json_bytes or b"\\uD" in json_bytes:
-        # UnicodeEncodeError, a ValueError, if there is a lone surrogate
+        # this raises UnicodeEncodeError, a ValueError, if there is a lone surrogate
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -228,6 +228,8 @@ def build_peft_layer(
         alpha: None means the rank, so that the scale alpha / r is 1. If it is negative, its sign
             moves to B.
         shape: the shape of the weight, to which A and B are reshaped; None if it is not known.
+        magnitude: DoRA's magnitude, one number for each output.
+        suffixes: the suffixes of the keys of A and B in an adapter folder of PEFT.
 
     Raises:
         AdapterError: the shapes of A and B do not fit each other or the weight.

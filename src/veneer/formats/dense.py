@@ -61,8 +61,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _has_valid_types(full_names: Any, base_record: Any, version: Any) -> bool:
-    """Whether the fields of the header have the right types: a list of names, and the types that a
-    base has in Veneer's record."""
+    """Whether the fields of the header have the right types: a list of names, an integer version,
+    and a base whose name is a text or None and whose fingerprints are texts by weight name."""
     is_name_list = isinstance(full_names, list) and all(
         isinstance(name, str) for name in full_names
     )

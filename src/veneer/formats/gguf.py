@@ -8,7 +8,7 @@
                                                               lora_a is A transposed
     blk.N.ffn_{gate,up,down}_exps.weight.lora_a [E, r, in], .lora_b [E, out, r]      E experts
 
-llama.cpp stores some weights in another layout than transformers, and so their changes:
+llama.cpp stores some weights in another layout than transformers, so their changes differ too:
 
 - Rotary embeddings rotate neighbouring rows in llama.cpp, and the two halves of a head in
   transformers. For architectures with ``permutes_rows``, the rows of the weights of q and k are
@@ -99,7 +99,7 @@ ARCHITECTURES = {
     "stablelm": Architecture("STABLELM"),
     "seed_oss": Architecture("SEED_OSS"),
 }
-#: the kinds of change that have a tensor in llama.cpp
+#: the values of ``LowRankChange.kind`` that a GGUF adapter can hold
 _LAYER_KINDS = ("linear", "Conv1D", "linear or Conv1D", "embedding", "parameter", "stack")
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"

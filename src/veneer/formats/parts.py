@@ -65,7 +65,8 @@ def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> st
 
 
 def refusal_reasons(adapter: Adapter) -> list[str]:
-    """The reasons why a file with one A and one B for each module cannot hold an adapter."""
+    """The reasons why a format with one A and one B for each module cannot hold ``adapter``, as
+    error texts; empty if it can."""
     expected, advice = "linear layers and convolutions in one group", "leave it out, or merge"
     problems = [
         sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, advice)

@@ -98,7 +98,8 @@ class Expressions:
 
 
 def _compile(source: str, full_match: bool) -> Callable[..., Any]:
-    """The method ``fullmatch`` or ``match`` of an expression that ``regex`` compiled."""
+    """Compile an expression with ``regex``, and return its method ``fullmatch`` or ``match``.
+    ``ValueError``: it is invalid, too large, or ``re`` and ``regex`` interpret it differently."""
     import regex
 
     flags = compile_flags(source)
@@ -190,7 +191,7 @@ class PathEndings:
         return self.sources[min(indices)] if indices else None
 
 
-#: an expression without alternatives and repetitions
+#: matches an expression without alternatives and repetitions, for which ``re`` cannot backtrack
 _PLAIN = re.compile(r"\^?(?:[\w\-/. ]|\\[.\-/ ])+")
 
 

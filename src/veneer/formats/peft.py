@@ -62,7 +62,7 @@ MAX_RANK = 2**20
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """One low-rank change with A and B in the shapes that the file has.
+    """One low-rank change, with A and B in the shapes that they have in PEFT's file.
 
     Fields:
         target_path: the path of the changed module, or of the parameter if the config targets a
@@ -94,7 +94,8 @@ class PeftLayer:
 
     @property
     def dims(self) -> tuple[int, int, int]:
-        """(groups, out, in) of the change. Raises AdapterError as ``low`` does."""
+        """(groups, out, in) of the change. ``AdapterError``: the shapes of A and B do not fit the
+        rank."""
         product = self.low
         return product.A.shape[0], product.B.shape[1], product.A.shape[2]
 
@@ -131,8 +132,8 @@ class PeftLayer:
         return LowRank(A, B, self.scale)
 
     def with_low_rank(self, product: LowRank) -> PeftLayer:
-        """The layer with another product in the same layout, and with the alpha of plain LoRA,
-        ``product.scale · rank``."""
+        """A plain LoRA layer with the ΔW of ``product``: A and B in the layout of this layer, alpha
+        = ``product.scale`` · rank, and no ``extras``."""
         group_count, rank, _ = product.A.shape
         A = product.A.reshape(group_count * rank, *self.A.shape[1:])
         if self.is_stacked:
@@ -212,7 +213,7 @@ def split_tensors(
             # skip the base's values of replaced modules, which PEFT also saves with bias="all"
             if ".original_module" in path:
                 continue
-            # with modules_to_save, PEFT saves trained biases a second time under the adapter's name
+            # with modules_to_save, PEFT saves trained biases twice; both keys get the same path
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full_parameters.setdefault(path, {})[parameter] = tensor

@@ -139,8 +139,9 @@ def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
 
 
 def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | None:
-    """An expression that matches the beginning of a module's path if the module lies in one of the
-    blocks ``layers_to_transform``; None if the config does not restrict the blocks.
+    """A regular expression that matches the beginning of a module's path if the module lies in one
+    of the blocks ``layers_to_transform``. None if the config does not restrict the blocks, or in a
+    way that Veneer cannot express; an error text is then added to ``problems``.
 
     As in PEFT, the index of a block is the first number that stands behind at least two names in
     the path; with ``layers_pattern``, the first number behind the first of the pattern's names that
@@ -195,7 +196,7 @@ def _module_patterns(modules: str | Iterable[str]) -> Any:
     )
 
 
-#: what follows the path of a module in that of its weight, such as "weight" or "weight_ih_l0"
+#: matches the end of a weight's path, behind the path of its module: ".weight", ".weight_ih_l0"
 _WEIGHT = r"\.[^.]*weight[^.]*"
 #: matches "$" and "\Z" in an expression. It also matches, as its group, other escapes and sets of
 #: characters, so that a "$" within these is not found

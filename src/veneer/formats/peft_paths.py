@@ -16,7 +16,8 @@ from veneer.formats import patterns
 
 
 def layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The expressions of ``layers_pattern``, or PEFT's default, which matches any segment."""
+    """The regular expressions of ``layers_pattern`` in a config, or PEFT's default, which matches
+    any one segment of a path."""
     patterns = config.get("layers_pattern") or [r"[^.]+"]
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 

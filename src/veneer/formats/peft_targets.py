@@ -159,7 +159,7 @@ def _module_path(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -
     bare_key, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
     if bare_key == key:
         return None
-    # without targets, PEFT trains tokens of the input embedding, so no tensor can be ignored
+    # without targets, PEFT trains tokens of the input embedding, whose rows it never ignores
     if config.get("peft_type") == peft_tokens.TOKENS_TYPE:
         suffixes = (peft_tokens.TUNER_ROWS_SUFFIX,) if config.get("target_modules") else ()
     elif tuner is not None and not tuner.required_suffixes:

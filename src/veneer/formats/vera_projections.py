@@ -66,7 +66,7 @@ def layer_projections(
     projections = {}
     for module_path, (out, in_, dtype) in sizes.items():
         module_pair = A[:, :in_], B[:out]
-        # PEFT rounds projections that it draws to the base's dtype
+        # round drawn projections to the base's dtype, as PEFT does
         if are_drawn and dtype is not None:
             module_pair = module_pair[0].to(dtype).to(A.dtype), module_pair[1].to(dtype).to(B.dtype)
         projections[module_path] = module_pair

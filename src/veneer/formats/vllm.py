@@ -121,7 +121,8 @@ def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:
-    """The problems of tensor names that vLLM refuses, and of modules inside a wrapper of PEFT."""
+    """One text if vLLM refuses names of tensors, and one if the adapter changes modules within a
+    wrapper of PEFT (``base_layer``)."""
     reasons = []
     # vLLM ignores the base's own embeddings, which PEFT may also write
     frozen_embedding = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
