@@ -265,8 +265,8 @@ def enter(
         opener: the object that opens the block, which identifies it.
         selection: ``ActiveAdapter`` by the ``uid`` of its model.
         make_suspended: a function whose result becomes the entry of each model in
-            ``Block.suspended_selection``. It is passed for blocks of the user, which may be opened
-            in a generator. None for blocks that no generator can suspend.
+            ``Block.suspended_selection``, if the block is opened in a generator. Pass it for blocks
+            of the user, which may be opened there; None for blocks that no generator can suspend.
         context_fields: the values of other fields of the context.
     """
     stored_context = _CONTEXT.get()

@@ -156,13 +156,17 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
     Returns:
         the ranks; None if this rank saves the model without the others: because it is the only
-        rank, ``alone`` is set, or no other rank calls in time. If another rank has already saved
-        the unsharded model to ``path``, the result is a ``Ranks`` without members, with which this
-        rank writes nothing.
+        rank, ``alone`` is set, no other rank calls in time, or the others save an unsharded model
+        to other paths. If another rank has already saved the unsharded model to ``path``, the
+        result is a ``Ranks`` without members, with which this rank writes nothing.
 
     Raises:
-        AdapterError: the weights are sharded, and some rank does not call in time, or calls with
-            another path, or ``alone`` is set.
+        AdapterError: the weights are sharded, and either ``alone`` is set or not all ranks call in
+            time with the same path; or the weights are not sharded, and more than one rank, but not
+            all of them, call in time with the same path.
+
+    Warns:
+        SavedAlone: no other rank called in time, or another rank has saved to ``path`` already.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

@@ -172,11 +172,17 @@ def load(
         TensorsLeftOut: the folder's config leaves out modules of which it holds tensors.
     """
     model, name = unwrap(model), name if name is not None else "default"
-    folder = _local_folder(path, revision, None if cache_dir is None else Path(cache_dir))
+    adapter_folder = _local_folder(path, revision, None if cache_dir is None else Path(cache_dir))
     from veneer.adapter_files.save_load import install_from
 
     install_from(
-        model, folder, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow
+        model,
+        adapter_folder,
+        name,
+        trainable=trainable,
+        verify_base=verify_base,
+        untie=untie,
+        grow=grow,
     )
     _patch_model(model)
     return Handle(model, name)

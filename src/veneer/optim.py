@@ -446,7 +446,7 @@ def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """{path of a low-rank change: {name, such as "A": parameter}}, without other parameters."""
+    """{path of a low-rank change: {name, such as "A": parameter}} of a handle, module or pairs."""
     parameters_by_path: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in _named_parameters(source):
         path, _, parameter_name = name.rpartition(".")

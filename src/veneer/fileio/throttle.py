@@ -1,7 +1,7 @@
-"""Long Python loops that pause while another thread computes.
+"""Let long Python loops in one thread pause while another thread computes.
 
 Because of the GIL, a thread that prepares an adapter for tens of milliseconds delays the next step
-of a computing thread by about as long. With pauses, it delays many steps by a little each.
+of a computing thread by about as long. With pauses, it delays many steps by a little each instead.
 Rejected: also giving the preparing thread the lowest priority. That delayed the computing threads
 more, because the preparing thread holds the GIL while it waits for a core.
 """

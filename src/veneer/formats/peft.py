@@ -53,7 +53,7 @@ MAGNITUDE = "lora_magnitude_vector"
 LORA_BIAS = "lora_B.bias"
 #: the beginning of a ``peft_type`` that keeps PEFT from loading a folder
 NOT_FOR_PEFT = "not for PEFT"
-#: ``target_modules`` of a config without low-rank changes, which PEFT would otherwise refuse
+#: the value of ``target_modules`` in a config without low-rank changes; PEFT refuses an empty value
 NO_TARGETS = "dummy-target-modules"
 
 #: the largest valid rank; no weight has as many inputs

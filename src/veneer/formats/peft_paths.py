@@ -29,7 +29,7 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    # PEFT adapts no module below a module of modules_to_save
+    # leave out the modules of modules_to_save and those below them, because PEFT adapts none there
     saved_modules = [f".{name}." for name in config.get("modules_to_save") or ()]
     paths = [path for path in paths if not any(name in f".{path}." for name in saved_modules)]
     try:

@@ -252,7 +252,7 @@ _ADALORA_IGNORED_FIELDS = ("r", "use_rslora", "alpha_pattern", "init_lora_weight
 
 
 def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
-    """The tuner of a config, if it is one of ``TUNERS``."""
+    """The tuner that a config names in ``peft_type``; None if ``TUNERS`` lacks it."""
     return TUNERS.get(str(config.get("peft_type")))
 
 
