@@ -110,7 +110,7 @@ class LowRankChange:
     kind: str
 
     @property
-    def module(self) -> str:
+    def module_path(self) -> str:
         return self.weight.removesuffix(".weight")
 
     @property

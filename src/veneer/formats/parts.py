@@ -96,10 +96,13 @@ def locate_modules(
         AdapterError: a path begins with no component and ``component`` is None, or a path begins
             with a component and ``component`` is not None.
     """
-    component_by_weight = {change.weight: component_of(change.module) for change in changes}
+    component_by_weight = {change.weight: component_of(change.module_path) for change in changes}
     if component is None and all(component_by_weight.values()):
         return {
-            change.weight: (component_by_weight[change.weight], change.module.partition(".")[2])
+            change.weight: (
+                component_by_weight[change.weight],
+                change.module_path.partition(".")[2],
+            )
             for change in changes
         }
     if component is None:
@@ -120,7 +123,7 @@ def locate_modules(
             "one of both",
             "leave part out",
         )
-    return {change.weight: (component, change.module) for change in changes}
+    return {change.weight: (component, change.module_path) for change in changes}
 
 
 def choose_components(
