@@ -20,11 +20,11 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-#: the names of AdaLoRA's A, B and E (see ``RankBudget``), and of parameters besides A of variants
+#: names of AdaLoRA's parameters (see ``RankBudget``), and of the parameters of variants other than A
 _TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: matches the name of A, or of one of several A, such as A1 and A2
 _A_NAME = re.compile(r"A\d*")
-#: the name of embedding rows that are trained in full, and so are no low-rank factor
+#: the name of a parameter with embedding rows that are trained in full, which is no low-rank factor
 _TOKEN_ROWS = "token_rows"
 #: the texts of the error for a source without low-rank changes
 _NO_FACTORS = ("no A and B", "those of an adapter", "pass a handle, or its named parameters")

@@ -248,7 +248,8 @@ def _rename(source: Path, target: Path, renameat2_flag: int) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert the exceptions of torch and safetensors for failed writes to OSError."""
+    """A context manager that converts the exceptions of torch and safetensors for failed writes to
+    an OSError that names ``path``. Other exceptions stay unchanged."""
     try:
         yield
     except Exception as error:

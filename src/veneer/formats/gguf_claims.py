@@ -43,7 +43,7 @@ def check(path: Path, max_count: int = MAX_COUNT) -> None:
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as file_bytes,
         ):
             _check_header(file_bytes, max_count)
-    except (ValueError, struct.error) as error:  # also raised for an empty file
+    except (ValueError, struct.error) as error:  # mmap raises ValueError for an empty file
         reason = "it ends within its header" if isinstance(error, struct.error) else str(error)
         raise AdapterError(
             f"{path}, which cannot be read as GGUF ({reason})",

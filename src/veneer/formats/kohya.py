@@ -104,10 +104,10 @@ _DIFFUSERS_FLUX_MODULE = re.compile(
 
 def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
     suffixes = _LORA_SUFFIXES | _LOHA_SUFFIXES | _LOKR_SUFFIXES | _TUCKER_SUFFIXES
-    return any(key.partition(".")[2] in suffixes and _prefix(key) for key in keys)
+    return any(key.partition(".")[2] in suffixes and _prefix_of(key) for key in keys)
 
 
-def _prefix(name: str) -> str | None:
+def _prefix_of(name: str) -> str | None:
     """The prefix of ``PREFIXES`` that a name begins with; None if it begins with none."""
     return next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
 
@@ -131,7 +131,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         for prefix, components in PREFIXES.items()
     }
     component_by_module = {
-        module_name: component_by_prefix.get(_prefix(module_name) or "", "")
+        module_name: component_by_prefix.get(_prefix_of(module_name) or "", "")
         for module_name in tensors_by_module
     }
     expected = f"names that begin with {listing(PREFIXES)}"
@@ -180,7 +180,7 @@ def _find_module(module_name: str, paths_by_flat_name: Mapping[str, list[str]]) 
     """The path of the only module with the flattened name ``module_name``, which begins with one of
     ``PREFIXES``. The keys of ``paths_by_flat_name`` have no prefix. ``AdapterError``: no module has
     this name, or several have it."""
-    flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
+    flat_name = module_name.removeprefix(f"{_prefix_of(module_name)}_")
     matching_paths = paths_by_flat_name.get(flat_name, [])
     if len(matching_paths) > 1:
         problem = f"{module_name!r}, which may mean {listing(matching_paths)}"
