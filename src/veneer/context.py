@@ -113,7 +113,7 @@ class Block:
 
 _EMPTY_CONTEXT = Context()
 _CONTEXT: ContextVar[Context] = ContextVar("veneer", default=_EMPTY_CONTEXT)
-#: the open blocks of each generator, by its frame
+#: the open ``with`` blocks of each generator, by the generator's frame
 _OPEN_BLOCKS: dict[FrameType, list[Block]] = {}
 #: the number of blocks that have ended, in a list so that functions can change it. It is part of
 #: the key of ``Block.cached_context``, so that the cache is invalid once any block has ended.
@@ -145,9 +145,10 @@ def __getattr__(name: str) -> Context:
 
 
 def _apply_blocks(context: Context) -> Context:
-    """``context`` with all blocks applied that surround this call: those of generators that started
-    the caller's thread or task, then those of generators on the caller's stack, the innermost last.
-    For blocks of suspended generators, ``Block.suspended_selection`` is applied instead."""
+    """``context`` with the changes of all open ``with`` blocks in generators (``Block``) that
+    surround this call: the blocks of generators that started the caller's thread or task, then
+    those of generators on the caller's stack, the innermost last. For blocks of suspended
+    generators, ``Block.suspended_selection`` is applied instead."""
     frames = _running_generator_frames()
     if not frames and not context.blocks:
         return context
@@ -193,7 +194,8 @@ def _apply_blocks(context: Context) -> Context:
 
 
 def _running_generator_frames() -> list[FrameType]:
-    """The frames of generators with open blocks on this thread's stack, the outermost first."""
+    """The frames on this thread's stack of generators in which a ``with`` block (``Block``) is
+    open, the outermost first."""
     # a frame without ``f_back`` is suspended, and so on no stack
     running_frames = [frame for frame in tuple(_OPEN_BLOCKS) if frame.f_back is not None]
     frames_on_stack: list[FrameType] = []
@@ -208,9 +210,9 @@ def _running_generator_frames() -> list[FrameType]:
 
 
 def _generator_frame() -> FrameType | None:
-    """The frame of the generator that enters or leaves a block, or None if no generator does. If a
-    generator implements a context manager (``contextlib``), its blocks belong to the code that
-    enters that context manager, which may be in another generator."""
+    """The frame of the generator whose code enters or leaves a ``with`` block by this call, or None
+    if the code is in no generator. If a generator implements a context manager (``contextlib``),
+    its blocks belong to the code that enters that context manager, maybe in another generator."""
     frame = sys._getframe(2)
     while frame is not None:
         if _is_context_method(frame):

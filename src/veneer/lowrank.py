@@ -129,7 +129,7 @@ class LowRank:
 
     def inner(self, other_change: LowRank) -> float:
         """The Frobenius inner product ⟨ΔW, ΔW'⟩ with another change, in float64, without forming
-        either: scale · scale' · Σ (BᵀB') ∘ (A A'ᵀ), the sum over all elements."""
+        ΔW or ΔW': scale · scale' · Σ (BᵀB') ∘ (A A'ᵀ), summed over all elements."""
         A, B = (double(factor.detach()) for factor in (self.A, self.B))
         factor_product = ((B.mT @ double(other_change.B)) * (A @ double(other_change.A).mT)).sum()
         return self.scale * other_change.scale * factor_product.item()

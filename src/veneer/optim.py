@@ -20,7 +20,7 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-#: names of AdaLoRA's parameters (see ``RankBudget``), and of the parameters of variants other than A
+#: names of AdaLoRA's parameters (see ``RankBudget``), and of parameters that variants train with A
 _TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: matches the name of A, or of one of several A, such as A1 and A2
 _A_NAME = re.compile(r"A\d*")

@@ -88,7 +88,7 @@ _READABLE_SUFFIXES = (
 _TUCKER_SUFFIXES = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
 _OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
-#: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
+#: matches the paths, in diffusers, of the modules of SD3 and Flux that ComfyUI reads by these paths
 _SD3_OR_FLUX_MODULE = re.compile(
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
     r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear"
@@ -96,7 +96,7 @@ _SD3_OR_FLUX_MODULE = re.compile(
     r"|proj_mlp|proj_out)|context_embedder|x_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
     r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
 )
-#: the modules of Flux that diffusers reads from kohya's files
+#: matches the paths of the modules of Flux whose tensors diffusers reads from kohya's files
 _DIFFUSERS_FLUX_MODULE = re.compile(
     r".*\.attn\..*|context_embedder|x_embedder|proj_out|norm_out\.linear|time_text_embed\..*"
 )

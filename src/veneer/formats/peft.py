@@ -112,7 +112,7 @@ class PeftLayer:
     @property
     def low(self) -> LowRank:
         """The change as a low-rank product. It has one group, except for grouped convolutions and
-        stacks of experts. ``AdapterError``: the shapes of A and B do not fit this rank."""
+        stacks of experts. ``AdapterError``: the shapes of A and B do not fit the rank."""
         rank = self._factor_rank
         group_count = self.A.shape[0] // rank
         try:

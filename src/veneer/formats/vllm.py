@@ -23,7 +23,7 @@ __all__ = ["problems"]
 
 #: the valid values of vLLM's setting ``max_lora_rank``
 VALID_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: the name of a tensor: a module path, then a suffix for A or B
+#: matches the name of a tensor: an optional prefix, a module path, then a suffix for A or B
 _FACTOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(.*?)\.?"
     r"(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding_factor>[AB]))$"
