@@ -31,8 +31,8 @@ from veneer.fileio.temporary import (
 
 #: arguments of Linux's system call renameat2
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
-#: a pattern in ``replaces`` (see ``new_folder``) for folders to which only Veneer writes: every file
-#: in them is replaced
+#: a pattern in ``replaces`` (see ``new_folder``) for folders to which only Veneer writes: every
+#: file in them is replaced
 EVERYTHING = "*"
 #: error numbers of a rename whose target exists or is a mount point
 _TARGET_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
