@@ -33,7 +33,7 @@ from veneer.fileio.locks import acquire, hold_lock
 NEW, LOCK, PLAN = "new", "lock", "plan.json"
 #: lock file that is held while files of a folder are replaced one by one
 FOLDER_LOCK = ".veneer.lock"
-#: names of temporary folders beside NAME, and within it
+#: match the names of temporary folders beside the path that is written, and within it
 _SIBLING_PATTERN, INNER_PATTERN = (
     re.compile(r"\.(.+)\.[^.]+\.tmp"),
     re.compile(r"\.veneer-[^.]+\.tmp"),

@@ -39,14 +39,14 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-#: the fields that ``lora_fields`` translates
+#: the fields of PEFT's config that ``lora_fields`` translates
 _TRANSLATED_FIELDS = {
     *_RENAMED_FIELDS, "alpha_pattern", "bias", "corda_config", "exclude_modules",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type",
     "qalora_group_size", "rank_pattern", "target_modules", "target_parameters", "task_type",
     "use_dora", "use_qalora", "use_rslora",
 }  # fmt: skip
-#: the fields that do not change the result, or that ``veneer.attach`` takes as arguments
+#: fields of PEFT's config that do not change the result, or that ``veneer.attach`` takes as arguments
 _IRRELEVANT_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
