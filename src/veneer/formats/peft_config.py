@@ -46,7 +46,7 @@ _TRANSLATED_FIELDS = {
     "qalora_group_size", "rank_pattern", "target_modules", "target_parameters", "task_type",
     "use_dora", "use_qalora", "use_rslora",
 }  # fmt: skip
-#: fields of PEFT's config that do not change the result, or that ``veneer.attach`` takes as arguments
+#: PEFT's fields that do not change the result, or that ``veneer.attach`` takes as arguments
 _IRRELEVANT_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
