@@ -51,7 +51,7 @@ __all__ = [
 
 #: the key of Veneer's entry in a Lightning checkpoint, and the name of the first adapter folder in
 #: an accelerate checkpoint
-ENTRY_NAME = "veneer"
+KEY = "veneer"
 #: the names under which Lightning can be imported
 LIGHTNING_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -231,12 +231,12 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
             for key in shared_entries(models.values()):
                 checkpoint["state_dict"].pop(key, None)
             files_by_path = {path: _read_files(model) for path, model in models.items()}
-            checkpoint[ENTRY_NAME] = {"adapters": files_by_path, "random": _random_states()}
+            checkpoint[KEY] = {"adapters": files_by_path, "random": _random_states()}
         original_save(checkpoint)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        if ENTRY_NAME in checkpoint:
-            models, files_by_path = adapted_models(), checkpoint[ENTRY_NAME]["adapters"]
+        if KEY in checkpoint:
+            models, files_by_path = adapted_models(), checkpoint[KEY]["adapters"]
             if unmatched_paths := files_by_path.keys() - models.keys():
                 raise ConfigError(
                     f"a checkpoint with adapters of {_quote_names(unmatched_paths)}, and callbacks"
@@ -252,7 +252,7 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
                 **shared_entries(models[path] for path in files_by_path),
                 **checkpoint["state_dict"],
             }
-            pl_module.__dict__["_veneer_random_states"] = checkpoint[ENTRY_NAME]["random"]
+            pl_module.__dict__["_veneer_random_states"] = checkpoint[KEY]["random"]
         original_load(checkpoint)
 
     pl_module.__dict__.update(
@@ -340,9 +340,7 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         raise AdapterError(
             f"{checkpoint}, of which no adapter can be read ({error})", expected, advice
         ) from error
-    veneer_entry = (
-        checkpoint_content.get(ENTRY_NAME) if isinstance(checkpoint_content, dict) else None
-    )
+    veneer_entry = checkpoint_content.get(KEY) if isinstance(checkpoint_content, dict) else None
     files_by_path = veneer_entry.get("adapters") if isinstance(veneer_entry, dict) else None
     if not isinstance(files_by_path, dict) or not files_by_path:
         raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, advice)
@@ -380,7 +378,7 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
         """(index of the model, name of its folder) for each model with an adapter."""
         model_indices = [index for index, model in enumerate(models) if _has_adapter(model)]
         return [
-            (index, f"{ENTRY_NAME}_{adapter_index}" if adapter_index else ENTRY_NAME)
+            (index, f"{KEY}_{adapter_index}" if adapter_index else KEY)
             for adapter_index, index in enumerate(model_indices)
         ]
 

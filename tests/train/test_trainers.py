@@ -567,7 +567,7 @@ def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
             load_model(bases, run), tmp_path, [integrations.lightning_callback(module="net")]
         )
     torch.save({"state_dict": {}}, tmp_path / "whole.ckpt")
-    torch.save({integrations.ENTRY_NAME: 3}, tmp_path / "number.ckpt")
+    torch.save({integrations.KEY: 3}, tmp_path / "number.ckpt")
     torch.save(pytest.raises, tmp_path / "code.ckpt")
     none, unread = "in which there is no adapter", "of which no adapter can be read"
     for name, message in (("whole", none), ("number", none), ("code", unread)):
