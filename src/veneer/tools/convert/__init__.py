@@ -133,7 +133,7 @@ def conversion(
     source, out = Path(source), Path(out)
     target, source_format = FORMATS[to], detect(source)
     options = check_conversion_options(dtype, part, rank, energy, whole, source_format, to)
-    must_not_exist(out, overwrite, folder=to == "veneer" or target.write is None)
+    must_not_exist(out, overwrite, is_folder=to == "veneer" or target.write is None)
     base_info = open_base(base)
     tuner_type = read_tuner_type(source) if source_format == "peft" else None
     if source_format == to and tuner_type is None:
