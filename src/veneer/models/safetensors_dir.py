@@ -4,8 +4,8 @@
     model-00001-of-00002.safetensors, …                 several files, and
     model.safetensors.index.json                        an index: the file of each tensor
 
-Tensors are read into newly allocated memory. If the files were mapped into memory, their pages
-would count as memory of the process.
+Tensors are read into newly allocated memory. The files are not mapped into memory, because their
+pages would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from veneer.fileio import tensors
 from veneer.fileio.untrusted import Entry, Header, location_problems, read_header, read_json
 from veneer.formats import peft
 
-#: the endings of the names of the files and of the index
+#: the endings of the names of weight files and of an index
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
-#: names in safetensors files of the dtypes that a model's weights may have
+#: the dtypes that a model's weights may have, by their names in safetensors files
 _WEIGHTS = (
     "F64",
     "F32",
@@ -49,7 +49,7 @@ _WEIGHTS = (
     "F8_E4M3",
     "F8_E5M2",
 )
-#: name in a safetensors file -> torch dtype, and the reverse
+#: {name in a safetensors file: torch dtype}, and the reverse
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: patterns of a model's files, which are overwritten or removed if another model replaces the model
@@ -61,7 +61,8 @@ MODEL_FILES = (
 
 
 def must_hold_no_adapter(folder: Path) -> None:
-    """Raise ``OutputExistsError`` if a model is to be written to a folder with an adapter."""
+    """Raise ``OutputExistsError`` if ``folder``, to which a model is to be written, holds an
+    adapter: transformers would load both, and so apply the adapter to the written model."""
     if (folder / peft.CONFIG).exists():
         raise OutputExistsError(
             f"{folder}, which holds an adapter, for a whole model",
@@ -75,9 +76,9 @@ class Checkpoint:
     """A folder of safetensors files.
 
     Fields:
-        files: the header of each file, by its name.
-        index: the parsed index; None for a single file.
-        file_of: the name of the file of each tensor, in the order of files and offsets.
+        files: {name of a file: its header}.
+        index, index_name: the parsed index and the name of its file; None if there is no index.
+        file_of: {name of a tensor: name of its file}, in the order of files and offsets.
     """
 
     folder: Path
@@ -105,8 +106,8 @@ class Checkpoint:
         return self.files[self.file_of[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: there is no such
-        tensor. ``CheckpointError``: the file is shorter than its header claims."""
+        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: there is no
+        tensor of this name. ``CheckpointError``: the file is shorter than its header claims."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
@@ -128,13 +129,13 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open the checkpoint in a folder and check the headers of its files. No tensor is read.
 
     Raises:
-        CheckpointError: no safetensors file, several without an index, an index that does not match
-            the files or tensors, or a damaged file. The error lists every problem.
+        CheckpointError: the folder has no safetensors file, several without an index, an index that
+            does not match the files or tensors, or a damaged file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
-    refuse = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
+    raise_problems = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
     index, index_name = None, None
     names = sorted(path.name for path in folder.iterdir())
     index_names = [name for name in names if name.endswith(INDEX)]
@@ -145,21 +146,21 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     if index_names:
         index_name = index_names[0]
-        refuse(location_problems(folder, index_names))
+        raise_problems(location_problems(folder, index_names))
         index = _call_reader(read_json, folder / index_name)
         file_names = _listed_files(folder / index_name, index)
     elif len(file_names) != 1:
         raise CheckpointError(_missing_index_problem(folder, file_names))
-    refuse(location_problems(folder, file_names))
-    missing = [name for name in file_names if not (folder / name).is_file()]
-    if missing:
+    raise_problems(location_problems(folder, file_names))
+    missing_files = [name for name in file_names if not (folder / name).is_file()]
+    if missing_files:
         raise CheckpointError(
-            f"no {listing(missing)} in {folder}",
+            f"no {listing(missing_files)} in {folder}",
             "the files that the index names",
             "get the whole model",
         )
     files = {name: _call_reader(read_header, folder / name) for name in file_names}
-    refuse(list(_problems(files, index)))
+    raise_problems(list(_problems(files, index)))
     file_of_tensor = {
         tensor: file for file, header in files.items() for tensor in names_by_offset(header)
     }
@@ -167,14 +168,15 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def names_by_offset(header: Header) -> list[str]:
-    """The names of a file's tensors, by their offsets in the file."""
+    """The names of a file's tensors, sorted by their offsets in the file."""
     return sorted(
         header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop)
     )
 
 
 def _call_reader(reader: Any, path: Path) -> Any:
-    """Call a function that reads a header or an index; its errors become ``CheckpointError``."""
+    """The result of ``reader(path)``, a function that reads a header or an index. An
+    ``AdapterError`` that it raises becomes a ``CheckpointError``."""
     try:
         return reader(path)
     except AdapterError as error:
@@ -182,7 +184,9 @@ def _call_reader(reader: Any, path: Path) -> Any:
 
 
 def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
-    """The file names in the index at ``path``; they must not lead out of the index's folder."""
+    """The names of the weight files in an index, sorted. ``path``: the path of the index, for
+    errors. ``CheckpointError``: there is no valid weight_map, or a name contains a folder, which
+    could lead out of the folder of the index."""
     weight_map = index.get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -202,8 +206,9 @@ def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> Iterator[str]:
-    """The problems of a checkpoint, as error texts: tensors that are missing, that are in several
-    files or not in the file that the index states, and dtypes that are not supported."""
+    """The problems of a checkpoint, as error texts: tensors that the index names and no file has,
+    tensors in several files or in another file than the index states, and dtypes that are not
+    supported."""
     file_of_tensor: dict[str, str] = {}
     weight_map = index["weight_map"] if index is not None else {}
     for file, header in files.items():
@@ -236,9 +241,9 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
         )
 
 
-def _missing_index_problem(folder: Path, names: list[str]) -> str:
-    if names:
-        problem = f"{len(names)} files ending in {ENDING} in {folder} and no index"
+def _missing_index_problem(folder: Path, file_names: list[str]) -> str:
+    if file_names:
+        problem = f"{len(file_names)} files ending in {ENDING} in {folder} and no index"
         return sentence(
             problem, f"one, or *{INDEX} beside them", "keep the files of one model there"
         )
@@ -248,7 +253,11 @@ def _missing_index_problem(folder: Path, names: list[str]) -> str:
     problem = f"no {ENDING} file in {folder}" + (
         f", but {listing(pickles, 3)}, which are pickles" if pickles else ""
     )
-    do = "save the model with save_pretrained of a current transformers, which writes safetensors"
+    remedy = (
+        "save the model with save_pretrained of a current transformers, which writes safetensors"
+    )
     return sentence(
-        problem, f"a model as {ENDING}", do if pickles else "name the folder that holds the weights"
+        problem,
+        f"a model as {ENDING}",
+        remedy if pickles else "name the folder that holds the weights",
     )
