@@ -149,7 +149,7 @@ class Prefixes:
             block = Block(namespace.block_key(ids, number), parent, data)
             parent.children[block.key] = block
             self._order[block] = None
-            self.budget.prefixes += self.block_bytes
+            self.budget.prefix_bytes += self.block_bytes
             chain.append(block)
             parent = block
         self._touch(chain)
@@ -157,8 +157,8 @@ class Prefixes:
     def evict(self, count: int) -> None:
         """Evict blocks until at least ``count`` bytes have been freed, or no block is left."""
         self._drop_gone()
-        wanted = self.budget.prefixes - count
-        while self._order and self.budget.prefixes > wanted:
+        wanted = self.budget.prefix_bytes - count
+        while self._order and self.budget.prefix_bytes > wanted:
             self._remove(next(iter(self._order)))
 
     def expire(self, seconds: float) -> None:
@@ -209,7 +209,7 @@ class Prefixes:
         """Remove a block that has no children."""
         del self._order[block]
         del block.parent.children[block.key]
-        self.budget.prefixes -= self.block_bytes
+        self.budget.prefix_bytes -= self.block_bytes
         if isinstance(block.parent, Root) and not block.parent.children:
             del self._roots[block.parent.key]
 
@@ -222,4 +222,4 @@ class Prefixes:
                 block = below.pop()
                 below += block.children.values()
                 del self._order[block]
-                self.budget.prefixes -= self.block_bytes
+                self.budget.prefix_bytes -= self.block_bytes

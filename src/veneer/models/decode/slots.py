@@ -51,20 +51,20 @@ class Budget:
 
     Attributes:
         limit: the most bytes that rows, prefixes and reserve may use together; None is no limit.
-        rows, prefixes: the bytes that rows and cached prefixes use now.
-        reserve: the bytes to keep free for the second copy of a tensor while its size class is
-            resized.
+        row_bytes, prefix_bytes: the bytes that rows and cached prefixes use now.
+        reserved_bytes: the bytes to keep free for the second copy of a tensor while its size class
+            is resized.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self.rows = self.prefixes = self.reserve = 0
+        self.row_bytes = self.prefix_bytes = self.reserved_bytes = 0
 
     @property
     def free(self) -> float:
         if self.limit is None:
             return math.inf
-        return self.limit - self.rows - self.prefixes - self.reserve
+        return self.limit - self.row_bytes - self.prefix_bytes - self.reserved_bytes
 
 
 class Slots(Cache):
@@ -241,13 +241,13 @@ class Slots(Cache):
         reserve_bytes = max(
             each_class.largest_tensor_bytes(rows) for each_class, rows in capacities.items()
         )
-        prefix_bytes = 0 if after_freeing else self.budget.prefixes
+        prefix_bytes = 0 if after_freeing else self.budget.prefix_bytes
         return row_bytes + reserve_bytes + prefix_bytes - self.budget.limit
 
     def _update_budget(self) -> None:
         classes = self.classes.values()
-        self.budget.rows = self.nbytes
-        self.budget.reserve = max(
+        self.budget.row_bytes = self.nbytes
+        self.budget.reserved_bytes = max(
             (size_class.largest_tensor_bytes(size_class.capacity) for size_class in classes),
             default=0,
         )
