@@ -44,7 +44,7 @@ from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 BLOCK_SIZE = 1 << 24
 #: weights that a model may tie (embeddings and output heads), by the last two components of their
 #: names
-TIED = (
+TIED_NAME_ENDINGS = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight",
     "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", "shared.weight",
 )  # fmt: skip
@@ -198,8 +198,8 @@ def _named_by_config(folder: Path) -> BaseWeights:
 
 def _match_name(known_names: Collection[str], name: str) -> str | None:
     """The entry of ``known_names`` for the weight ``name``: the same name, with or without a
-    prefix, or, if ``name`` is an embedding or a head (``TIED``), another name in ``TIED``. None if
-    there is no such entry."""
+    prefix, or, if ``name`` is an embedding or a head (``TIED_NAME_ENDINGS``), another name in
+    ``TIED_NAME_ENDINGS``. None if there is no such entry."""
     components = name.split(".")
     suffixes = (".".join(components[start:]) for start in range(max(1, len(components) - 1)))
     match = next((suffix for suffix in suffixes if suffix in known_names), None)
@@ -208,9 +208,11 @@ def _match_name(known_names: Collection[str], name: str) -> str | None:
     prefixed_names = [candidate for candidate in known_names if candidate.endswith(f".{name}")]
     if len(prefixed_names) == 1:
         return prefixed_names[0]
-    if ".".join(components[-2:]) not in TIED:
+    if ".".join(components[-2:]) not in TIED_NAME_ENDINGS:
         return None
-    tied_names = (tied for tied in known_names if ".".join(tied.split(".")[-2:]) in TIED)
+    tied_names = (
+        tied for tied in known_names if ".".join(tied.split(".")[-2:]) in TIED_NAME_ENDINGS
+    )
     return next(tied_names, None)
 
 

@@ -65,7 +65,7 @@ Spread = Callable[[Any], None]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 #: patterns of the names of weight files that torch.save writes
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 #: types of models whose first token has the position ``pad_token_id + 1``, because padding tokens
 #: have the position ``pad_token_id`` (``create_position_ids_from_input_ids`` of transformers)
@@ -300,7 +300,7 @@ def _refuse_pickles(location: str, name: str) -> None:
     when they are read, and none in safetensors. ``name``: the user's name of the base."""
     folder = Path(location)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
+        pickles = sorted(file.name for ending in PICKLE_PATTERNS for file in folder.glob(ending))
         if pickles:
             raise ConfigError(
                 f"{name}, whose weights are in {listing(pickles, 3)} alone: "

@@ -38,9 +38,9 @@ __all__ = ["Quantize", "quantization_in", "sources_of"]
 Quantize = Literal["nf4", "fp4", "int8"]
 
 #: how many weights of a 4-bit tensor share a scale
-BLOCK = 64
+WEIGHTS_PER_SCALE = 64
 #: the attribute of a model that holds the result of ``sources_of``
-_SOURCES = "veneer_quantized_from"
+_SOURCES_ATTRIBUTE = "veneer_quantized_from"
 
 
 def quantizer(kind: Quantize, dtype: Any) -> Any:
@@ -101,12 +101,12 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
         for path, module in model.named_modules()
         if hasattr(getattr(module, "weight", None), "quant_state")
         and module.weight.device.type == "cpu"
-        and int(module.in_features) % BLOCK  # pyright: ignore[reportArgumentType]
+        and int(module.in_features) % WEIGHTS_PER_SCALE  # pyright: ignore[reportArgumentType]
     ]
     if misread_weights:
         raise ConfigError(
             f"{name} in 4 bits on a CPU, where the rows of {listing(misread_weights, 2)} are no"
-            f" multiples of {BLOCK}",
+            f" multiples of {WEIGHTS_PER_SCALE}",
             "whole blocks, as bitsandbytes misreads others on a CPU",
             "take int8, or a GPU",
         )
@@ -144,13 +144,13 @@ def record_sources(model: nn.Module, folder: str | Path) -> None:
         )
         fingerprints[fingerprint(dense_weight)] = file_weight.fingerprint()
         storage.release(module_weight.module)
-    setattr(model, _SOURCES, fingerprints)
+    setattr(model, _SOURCES_ATTRIBUTE, fingerprints)
 
 
 def sources_of(model: nn.Module) -> Mapping[str, str]:
     """{fingerprint of a packed weight: fingerprint of the file's weight that it was made from};
     empty for a model that ``load_base`` did not quantise."""
-    return model.__dict__.get(_SOURCES, {})
+    return model.__dict__.get(_SOURCES_ATTRIBUTE, {})
 
 
 def quantization_in(model: nn.Module) -> dict[str, Any] | None:

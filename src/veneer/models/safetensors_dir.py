@@ -35,7 +35,7 @@ from veneer.formats import peft
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
 #: the dtypes that a model's weights may have, by their names in safetensors files
-_WEIGHTS = (
+_WEIGHT_DTYPES = (
     "F64",
     "F32",
     "BF16",
@@ -50,8 +50,8 @@ _WEIGHTS = (
     "F8_E5M2",
 )
 #: {name in a safetensors file: torch dtype}, and the reverse
-DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHT_DTYPES}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: patterns of a model's files, which are overwritten or removed if another model replaces the model
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",

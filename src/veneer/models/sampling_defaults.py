@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, raise_all, sentence
 
-FILE = "generation_config.json"
+CONFIG_FILE = "generation_config.json"
 #: fields of the file that change which tokens are sampled: {name: the values with which the field
 #: has no effect}
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -37,8 +37,8 @@ TRANSFORMERS_ONLY = (
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The sampling fields in the file ``FILE`` of a base; a field that the file does not set is
-    None.
+    """The sampling fields in the file ``CONFIG_FILE`` of a base; a field that the file does not set
+    is None.
 
     Fields:
         samples: whether the file enables sampling instead of greedy decoding.
@@ -85,11 +85,13 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
     }
     values = {name: value for name in checks if (value := getattr(config, name, None)) is not None}
     problems = [
-        sentence(f"{name} {value!r} in the base's {FILE}", checks[name][0], "correct the file")
+        sentence(
+            f"{name} {value!r} in the base's {CONFIG_FILE}", checks[name][0], "correct the file"
+        )
         for name, value in values.items()
         if not checks[name][1](value)
     ]
-    raise_all(ConfigError, f"The base's {FILE} was not taken", problems)
+    raise_all(ConfigError, f"The base's {CONFIG_FILE} was not taken", problems)
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
     return SamplingDefaults(

@@ -17,7 +17,7 @@ Prompts that arrive together with the running requests are all computed first (`
 
 from __future__ import annotations
 
-from veneer.models.decode.forward import TOGETHER
+from veneer.models.decode.forward import MAX_TOKENS_TOGETHER
 
 #: the seconds for prompts in a step, as a share of the duration of a decode call
 PROMPT_SHARE = 0.7
@@ -76,7 +76,7 @@ class PrefillBudget:
             self._shared_token_seconds or self._alone_token_seconds, added / tokens
         )
 
-    def tokens(self, running: int, filling: int, max_shared: int = TOGETHER) -> int:
+    def tokens(self, running: int, filling: int, max_shared: int = MAX_TOKENS_TOGETHER) -> int:
         """How many tokens of ``filling`` prompts the next step computes while ``running`` rows run.
         Up to ``max_shared`` tokens join the call of the rows. 0 if the duration of a decode call
         for so many rows alone is not known: the step then only decodes, and measures it."""

@@ -40,7 +40,7 @@ BLOCK = 16
 CALL_STATE = threading.local()
 
 #: arguments of attention functions that ``attend`` does not support
-UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
+UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux", "head_mask")
 
 
 def round_up(number: int, block: int = BLOCK) -> int:
@@ -372,8 +372,10 @@ def _soft_capped_attention(
 def attend(query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
     """The attention [b, s, h, e] of ``CALL_STATE.call``, the call on the KV cache that runs in this
     thread. ``kwargs``: other arguments that transformers passes to an attention function.
-    ``NotImplementedError``: they contain one of ``UNSUPPORTED``."""
-    if unsupported_names := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
+    ``NotImplementedError``: they contain one of ``UNSUPPORTED_ARGUMENTS``."""
+    if unsupported_names := [
+        name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None
+    ]:
         raise NotImplementedError(f"attention with {', '.join(unsupported_names)}")
     call = CALL_STATE.call
     call.layers_attended += 1

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veneer.attach import adapters_of, use
 from veneer.errors import ConfigError
-from veneer.models.decode.forward import TOGETHER, Forward
+from veneer.models.decode.forward import MAX_TOKENS_TOGETHER, Forward
 from veneer.models.decode.row_memory import LayerForm, Row
 from veneer.models.decode.slots import Slots
 
@@ -39,7 +39,7 @@ TRIAL_LENGTH = 32
 #: the result of each model's trial, which compares logits (``open_forward``): (what the result
 #: depends on, so that a changed model is tried again; a ``LayerForm`` for each layer, or the reason
 #: why the model was refused)
-_TRIED: weakref.WeakKeyDictionary[Any, tuple[Hashable, tuple[LayerForm, ...] | str]] = (
+_TRIAL_RESULTS: weakref.WeakKeyDictionary[Any, tuple[Hashable, tuple[LayerForm, ...] | str]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -68,7 +68,7 @@ def open_forward(model: Any, length: int) -> Forward:
     weight = next(model.parameters())
     autocast = torch.is_autocast_enabled(weight.device.type)
     trial_key = model.config._attn_implementation, weight.dtype, weight.device, autocast
-    tried_key, trial_result = _TRIED.get(model, (None, ()))
+    tried_key, trial_result = _TRIAL_RESULTS.get(model, (None, ()))
     if tried_key != trial_key:
         trial_result = None
     elif isinstance(trial_result, str):
@@ -86,9 +86,9 @@ def open_forward(model: Any, length: int) -> Forward:
             forward.close()
             raise
     except ConfigError as error:
-        _TRIED[model] = trial_key, error.problem
+        _TRIAL_RESULTS[model] = trial_key, error.problem
         raise
-    _TRIED[model] = trial_key, forward.forms
+    _TRIAL_RESULTS[model] = trial_key, forward.forms
     if forward.context is not None and length > forward.context:
         forward.close()
         raise ConfigError(
@@ -228,7 +228,11 @@ class Continuations:
         rows = [continuation.row for continuation in running]
         tokens = [continuation.token for continuation in running]
         lengths = [continuation.length for continuation in running]
-        if running and new_groups and sum(len(group.prompt) for group in new_groups) <= TOGETHER:
+        if (
+            running
+            and new_groups
+            and sum(len(group.prompt) for group in new_groups) <= MAX_TOKENS_TOGETHER
+        ):
             pieces = [(group.row, 0, group.prompt) for group in new_groups]
             logits = self.forward.together(self.slots, rows, tokens, lengths, pieces)
             for group, group_logits in zip(new_groups, logits[len(rows) :], strict=True):

@@ -30,11 +30,11 @@ from veneer.models.decode.attention import BLOCK, CALL_STATE, attend, round_up
 from veneer.models.decode.slots import LayerForm, Row, Slots
 
 #: begins the names under which attention and mask functions for the slots are registered
-PREFIX = "veneer_slots_"
+ATTENTION_PREFIX = "veneer_slots_"
 
 #: the most tokens of prompts that ``Forward.together`` should compute in one call with the running
 #: rows; longer prompts are computed in calls of their own
-TOGETHER = 128
+MAX_TOKENS_TOGETHER = 128
 
 #: a function that takes the number of rows of a batch and returns a block in which calls of the
 #: model on such a batch use no adapter
@@ -68,7 +68,7 @@ class Forward:
             )
         self.model, self.device = model, next(model.parameters()).device
         self._is_wide = model.dtype.itemsize >= 4
-        self.context, self.forms = context(model.config), ()
+        self.context, self.forms = context_limit(model.config), ()
         self.attention = model.config._attn_implementation
         self._own_attentions = _attentions_of(model.config, self.attention)
         forward_parameters = inspect.signature(type(model).forward).parameters
@@ -84,11 +84,11 @@ class Forward:
             raise self._refusal(f"layers of {', '.join(sorted(layer_types))}")
         if getattr(config, "kv_sharing_modes", None) is not None:
             raise self._refusal("layers that share keys and values")
-        if self.attention.startswith(PREFIX):
+        if self.attention.startswith(ATTENTION_PREFIX):
             raise ConfigError(
                 "a model that an engine serves", "one that none does", "close that engine first"
             )
-        slots_attention = PREFIX + self.attention
+        slots_attention = ATTENTION_PREFIX + self.attention
         ALL_ATTENTION_FUNCTIONS.register(slots_attention, _attention_function(self.attention))
         ALL_MASK_ATTENTION_FUNCTIONS.register(slots_attention, _mask_function(self.attention))
         try:
@@ -96,7 +96,7 @@ class Forward:
         except ValueError as error:
             model.set_attn_implementation(self._own_attentions)
             raise self._refusal(str(error)) from error
-        if not model.config._attn_implementation.startswith(PREFIX):
+        if not model.config._attn_implementation.startswith(ATTENTION_PREFIX):
             model.set_attn_implementation(self._own_attentions)
             raise self._refusal("an attention of its own")
         head = model.get_output_embeddings()
@@ -346,7 +346,7 @@ def _attentions_of(config: Any, default: str) -> dict[str, Any]:
     }
 
 
-def context(config: Any) -> int | None:
+def context_limit(config: Any) -> int | None:
     """The most tokens of a row, by a config of transformers; None if the architecture sets no
     limit.
 

@@ -21,7 +21,7 @@ class LayerForm(NamedTuple):
     device: torch.device
 
     @property
-    def nbytes(self) -> int:
+    def token_bytes(self) -> int:
         """Bytes of the keys and values of one token."""
         return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
@@ -117,11 +117,11 @@ class SizeClass:
 
     @property
     def row_bytes(self) -> int:
-        return self.columns * sum(form.nbytes for form in self.forms)
+        return self.columns * sum(form.token_bytes for form in self.forms)
 
     def largest_tensor_bytes(self, capacity: int) -> int:
-        token_bytes = max((form.larger_tensor_bytes for form in self.forms), default=0)
-        return capacity * self.columns * token_bytes
+        largest_bytes = max((form.larger_tensor_bytes for form in self.forms), default=0)
+        return capacity * self.columns * largest_bytes
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> LayerMemory:
         """The memory of the layer ``index``, which is allocated if it is missing. If the form of
