@@ -35,8 +35,10 @@ _DROPOUT_FUNCTIONS: Any = {
 def random_devices(model: nn.Module) -> list[torch.device]:
     """The devices whose default generators a call of the model may use: the CPU, then the CUDA
     devices that hold parameters."""
-    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    return [torch.device("cpu"), *sorted(cuda, key=str)]
+    cuda_devices = {
+        parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"
+    }
+    return [torch.device("cpu"), *sorted(cuda_devices, key=str)]
 
 
 def generator_states(devices: Iterable[torch.device]) -> list[Tensor]:
@@ -161,7 +163,8 @@ class DropoutByAdapter(TorchFunctionMode):
             return func(*args, **kwargs)
         current_selection = context.current.selection.get(self.assignment.uid)
         if current_selection is None or current_selection.layer_adapters is not self.assignment:
-            # the call comes from a layer that runs on the rows of a single adapter
+            # the call comes from a layer that runs on the rows of a single adapter, so there are no
+            # rows to split
             return func(*args, **kwargs)
         if func in _DROPOUT_FUNCTIONS:
             kwargs = {**kwargs, "inplace": False}

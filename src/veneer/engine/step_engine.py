@@ -176,7 +176,9 @@ class StepEngine:
         self._assignments.clear()
 
     def read_batch(self, name: str, batch: Any) -> AdapterBatch:
-        """Convert a caller's batch for the adapter ``name``, as ``batches.read_batch`` does."""
+        """Convert a caller's batch, ``(inputs, target)`` or a mapping with labels, for the adapter
+        ``name``. ``DataError``: the batch has another form, or its tensors differ in their number
+        of rows."""
         return read_batch(name, batch, self._default_inputs)
 
     def backward(self, requests: Requests, keep_going: bool = False) -> PassResult:
@@ -203,15 +205,16 @@ class StepEngine:
                 adapter.stream.states = states
             raise
         for name, adapter, gradients in zip(requests, adapters, earlier_gradients, strict=True):
-            if name in result.failures:  # discards the zeros that the shared backward wrote
+            if name in result.failures:  # discard the zeros of the shared backward
                 restore_gradients(adapter.parameters, gradients)
             else:
                 add_to_earlier_gradients(adapter.parameters, gradients)
         return result
 
     def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:
-        """The output of each adapter's rows, or its loss, without gradients. ``keep_going``: as in
-        ``backward``."""
+        """Compute each adapter's loss, or its output if its request has no loss, without gradients.
+        ``keep_going``: if the loss of an adapter raises, list the error in ``failures``; else raise
+        it."""
         result = PassResult({}, {})
         for group in _group_requests(requests):
             selection, dropout = self._select_adapters(group)
@@ -232,9 +235,9 @@ class StepEngine:
             with dropout:
                 losses = self._compute_values(group, result.failures, keep_going, _check_loss)
             if len(group) > 1 and not equal_states(states_before, generator_states(self._devices)):
-                names = ", ".join(map(repr, group))
+                quoted_names = ", ".join(map(repr, group))
                 raise SelectionError(
-                    f"random numbers that the base drew for rows of {names} together",
+                    f"random numbers that the base drew for rows of {quoted_names} together",
                     "numbers of each run's own",
                     "set its own dropout to 0, or its modules to eval()",
                 )
@@ -286,14 +289,14 @@ class StepEngine:
         """({id of the model's set of adapters: selection that assigns the joined rows to the
         adapters of ``group``}, for ``context.override``; a context in which the base's dropout
         draws for each adapter from the adapter's stream)."""
-        attached = need_adapters(self.model, check_all_layers=False)
-        selections = [attached.selections[name] for name in group]
+        model_adapters = need_adapters(self.model, check_all_layers=False)
+        selections = [model_adapters.selections[name] for name in group]
         selections_with_streams = [
             dataclasses.replace(selection, random_stream=self.adapters[name].stream)
             for name, selection in zip(group, selections, strict=True)
         ]
         if len(group) == 1:
-            return {attached.uid: selections_with_streams[0]}, nullcontext()
+            return {model_adapters.uid: selections_with_streams[0]}, nullcontext()
         # The assignment of rows is cached, because each layer stores in it what it prepares for
         # these rows in the first call. Later calls with the same rows need not prepare it again.
         assignment_key = tuple((name, request.batch.row_count) for name, request in group.items())
@@ -302,7 +305,7 @@ class StepEngine:
             row_counts = [request.batch.row_count for request in group.values()]
             row_indices = torch.arange(sum(row_counts), device="cpu").split(row_counts)
             assignment = RowAdapters(
-                attached.uid,
+                model_adapters.uid,
                 selections_with_streams,
                 row_indices,
                 sum(row_counts),
@@ -315,7 +318,7 @@ class StepEngine:
             None, assignment, common_base_adapter(assignment.selections)
         )
         dropout = DropoutByAdapter(assignment) if self._has_dropout() else nullcontext()
-        return {attached.uid: joined_selection}, dropout
+        return {model_adapters.uid: joined_selection}, dropout
 
     def _has_dropout(self) -> bool:
         """Whether any dropout of the base is active."""
@@ -380,9 +383,9 @@ def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[
 
 def _check_loss(name: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        loss_description = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(
-            f"loss {shape} of adapter {name!r}",
+            f"loss {loss_description} of adapter {name!r}",
             "a scalar with a gradient",
             "return a mean or a sum",
         )

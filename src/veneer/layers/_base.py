@@ -129,23 +129,24 @@ class Layer(ABC):
         """The reason why this module cannot carry an adapter; None if it can."""
         return None
 
-    def _undefined(self, method: str) -> NotImplementedError:
-        problem = f"the layer kind {self.name!r}, whose class defines no {method}()"
+    def _missing_method_error(self, method_name: str) -> NotImplementedError:
+        problem = f"the layer kind {self.name!r}, whose class defines no {method_name}()"
         return NotImplementedError(
             sentence(problem, "one that its forward needs", f"define it in {type(self).__name__}")
         )
 
-    # The factored path: a kind that is linear in its one weight overrides `op` and `update`.
+    # The factored path computes op(x; W) + op(x; ΔW) without forming W + ΔW. A kind whose output is
+    # linear in its one weight overrides `op` and `update` for it.
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """op(x; ``weight``) + ``bias``: the forward of the module's class, with these tensors in
         place of the module's own."""
-        raise self._undefined("op")
+        raise self._missing_method_error("op")
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         """``y + op(x; ΔW)``, or ``op(x; ΔW)`` if y is None, in the dtype of x. ``low`` holds the
         factors A and B of ΔW. The result is computed from them, without forming ΔW."""
-        raise self._undefined("update")
+        raise self._missing_method_error("update")
 
     def fused(
         self,
@@ -177,11 +178,11 @@ class Layer(ABC):
         y."""
         return values
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         """The vectors that ΔW multiplies in a call of the module with the positional arguments
-        ``args``, [g, tokens, in]. ``weight``: the name of the changed weight in the module, or its
-        path if it is in a submodule ("out_proj.weight")."""
-        raise self._undefined("inputs")
+        ``args``, [g, tokens, in]. ``weight_name``: the name of the changed weight in the module, or
+        its path if it is in a submodule ("out_proj.weight")."""
+        raise self._missing_method_error("inputs")
 
     # If a kind has no factored path, the module's own forward runs on a view of the module: an
     # object with the same class and attributes, but with W + ΔW in place of the weight.
@@ -231,8 +232,9 @@ class Layer(ABC):
     # The next three methods convert between Veneer's shapes and those in a PEFT file.
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a PEFT file. By default, the g matrices are concatenated along
-        the first axis, because PEFT has no groups: A [g · r, in], B [g · out, r]."""
+        """LoRA's A and B, in the shapes of a PEFT file, for a weight with this ``shape``. By
+        default, the g matrices are concatenated along the first axis, because PEFT has no groups:
+        A [g · r, in], B [g · out, r]."""
         return low.A.flatten(0, 1), low.B.flatten(0, 1)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
@@ -242,8 +244,8 @@ class Layer(ABC):
     def unpack(
         self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
     ) -> tuple[Tensor, Tensor] | None:
-        """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if the shapes do not
-        fit this layer."""
+        """LoRA's A [g, r, in] and B [g, out, r], from A and B in the shapes of a PEFT file; None if
+        these shapes do not fit a weight with this ``shape``. The inverse of ``pack``."""
         groups, out, in_ = self.dims(module, shape)
         rank = B.shape[1] if B.dim() == 2 else 0
         has_expected_shapes = A.shape == (groups * rank, in_) and B.shape == (groups * out, rank)
@@ -338,4 +340,7 @@ def can_factor(
     """
     if type(kind).update is Layer.update or not kind.factors(module):
         return False
-    return any(base_class.forward is stock.forward for stock in (*kind.types(), *trusted_classes))
+    return any(
+        base_class.forward is known_class.forward
+        for known_class in (*kind.types(), *trusted_classes)
+    )

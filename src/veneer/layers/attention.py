@@ -39,11 +39,15 @@ class Attention(Layer):
     def below(self, module: Any) -> tuple[str, ...]:
         return ("out_proj",)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        if weight == "out_proj.weight":
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
+        if weight_name == "out_proj.weight":
             tensors = [self._out_proj_input(module, args)]
         else:
-            tensors = args[:3] if weight == self.weight else [args[_SEPARATE_WEIGHTS.index(weight)]]
+            tensors = (
+                args[:3]
+                if weight_name == self.weight
+                else [args[_SEPARATE_WEIGHTS.index(weight_name)]]
+            )
         return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in tensors], dim=1)
 
     def _out_proj_input(self, module: Any, args: tuple) -> Tensor:

@@ -52,16 +52,16 @@ class _Convolution(Layer):
         )
         return output_change if y is None else y + output_change
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         # ΔW multiplies the patch of x under the kernel at each output position. A convolution whose
         # weight is the identity matrix returns these patches.
         x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
         patches = self.bottleneck(
             module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_)
         )
-        batched = patches if patches.dim() == self.spatial + 2 else patches[None]
+        batched_patches = patches if patches.dim() == self.spatial + 2 else patches[None]
         # [g, positions, in/g · |k|]
-        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
+        return batched_patches.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)

@@ -71,7 +71,7 @@ class Embedding(_Lookup):
         # max_norm, y is not linear in the weight.
         return not module.scale_grad_by_freq and module.max_norm is None
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         return F.one_hot(args[0].reshape(1, -1), module.num_embeddings).to(module.weight.dtype)
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -90,7 +90,7 @@ class EmbeddingBag(_Lookup):
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.EmbeddingBag,)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         # The forward with the identity matrix as weight returns the sum or mean of the one-hot
         # vectors of each bag. A maximum is not linear in the weight, so in mode "max" the one-hot
         # vectors of all indices are returned.

@@ -37,7 +37,7 @@ class _Product(Layer):
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         return args[0].reshape(1, -1, args[0].shape[-1])
 
 
@@ -51,8 +51,8 @@ class Conv1D(_Product):
         return (pytorch_utils.Conv1D,) if pytorch_utils else ()
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        y = flat_x @ weight if bias is None else torch.addmm(bias, flat_x, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:

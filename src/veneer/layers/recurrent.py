@@ -127,9 +127,9 @@ class RecurrentCell(Layer):
     def weights(self, module: Any) -> tuple[str, ...]:
         return ("weight_ih", "weight_hh")
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         x, state = (*args, None)[:2]
-        if weight == "weight_hh":
+        if weight_name == "weight_hh":
             state = state[0] if isinstance(state, tuple) else state
             x = x.new_zeros(*x.shape[:-1], module.hidden_size) if state is None else state
         return x.reshape(1, -1, x.shape[-1])

@@ -44,7 +44,7 @@ from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 BLOCK_SIZE = 1 << 24
 #: weights that a model may tie (embeddings and output heads), by the last two components of their
 #: names
-TIED_NAME_ENDINGS = (
+TIED_ENDINGS = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight",
     "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", "shared.weight",
 )  # fmt: skip
@@ -156,8 +156,8 @@ class BaseWeights:
         if len(matches) < 2:
             return next(iter(matches.values()), None)
         first, *copies = matches.values()
-        reads = (read for weight in copies for read in (weight.read_rows, *weight.duplicates))
-        return BaseWeight(first.shape, first.dtype, first.read_rows, (*first.duplicates, *reads))
+        readers = (read for weight in copies for read in (weight.read_rows, *weight.duplicates))
+        return BaseWeight(first.shape, first.dtype, first.read_rows, (*first.duplicates, *readers))
 
 
 def open_base_weights(source: WeightSource, model: nn.Module | None = None) -> BaseWeights:
@@ -176,13 +176,13 @@ def open_base_weights(source: WeightSource, model: nn.Module | None = None) -> B
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         folder = folder_of(source) if path.is_file() else path
-        return _named_by_config(folder) if model is None else folder_weights(model, folder)
+        return _open_folder_by_config(folder) if model is None else folder_weights(model, folder)
     if isinstance(source, Mapping) and model is not None:
         return state_dict_weights(model, source)
     return tensor_weights(source)
 
 
-def _named_by_config(folder: Path) -> BaseWeights:
+def _open_folder_by_config(folder: Path) -> BaseWeights:
     checkpoint, by_name = open_checkpoint(folder), {}
     if (folder / "config.json").is_file():
         with suppress(ConfigError):  # transformers does not know the model of the config
@@ -198,8 +198,8 @@ def _named_by_config(folder: Path) -> BaseWeights:
 
 def _match_name(known_names: Collection[str], name: str) -> str | None:
     """The entry of ``known_names`` for the weight ``name``: the same name, with or without a
-    prefix, or, if ``name`` is an embedding or a head (``TIED_NAME_ENDINGS``), another name in
-    ``TIED_NAME_ENDINGS``. None if there is no such entry."""
+    prefix, or, if ``name`` is an embedding or a head (``TIED_ENDINGS``), another name in
+    ``TIED_ENDINGS``. None if there is no such entry."""
     components = name.split(".")
     suffixes = (".".join(components[start:]) for start in range(max(1, len(components) - 1)))
     match = next((suffix for suffix in suffixes if suffix in known_names), None)
@@ -208,11 +208,9 @@ def _match_name(known_names: Collection[str], name: str) -> str | None:
     prefixed_names = [candidate for candidate in known_names if candidate.endswith(f".{name}")]
     if len(prefixed_names) == 1:
         return prefixed_names[0]
-    if ".".join(components[-2:]) not in TIED_NAME_ENDINGS:
+    if ".".join(components[-2:]) not in TIED_ENDINGS:
         return None
-    tied_names = (
-        tied for tied in known_names if ".".join(tied.split(".")[-2:]) in TIED_NAME_ENDINGS
-    )
+    tied_names = (tied for tied in known_names if ".".join(tied.split(".")[-2:]) in TIED_ENDINGS)
     return next(tied_names, None)
 
 
@@ -260,8 +258,8 @@ class ModuleWeight:
         read."""
         if self.storage is None:
             return _unsliced_weight(self.weight.shape, self.weight.dtype, self.weight.detach)
-        dense = partial(_dense, self.storage, self.weight)
-        return _unsliced_weight(self.shape, self.storage.dtype(self.weight), dense)
+        read_dense = partial(_decode_weight, self.storage, self.weight)
+        return _unsliced_weight(self.shape, self.storage.dtype(self.weight), read_dense)
 
 
 def list_weights(model_index: Names) -> list[ModuleWeight]:
@@ -375,8 +373,8 @@ def checkpoint_weights(
             continue
         dtypes = {checkpoint.dtype(tensor_name) for tensor_name, _ in tensors}
         dtype = functools.reduce(torch.promote_types, dtypes)
-        read = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
-        weights[path] = BaseWeight(shape, dtype, read)
+        read_rows = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
+        weights[path] = BaseWeight(shape, dtype, read_rows)
     raise_all(CheckpointError, f"The checkpoint {checkpoint.folder} cannot be used", problems)
     return weights, tuple(sorted(checkpoint.file_of.keys() - param_slices.keys()))
 
@@ -414,7 +412,7 @@ def _computed_weight(
         filled_copy = copy.deepcopy(parametrized)
         tensors = {key: weight.read() for key, weight in source_weights.items()}
         filled_copy.load_state_dict(tensors, assign=True)
-        return _dense(storage, filled_copy)
+        return _decode_weight(storage, filled_copy)
 
     dtype = next(
         weight.dtype for weight in source_weights.values() if weight.dtype.is_floating_point
@@ -422,7 +420,7 @@ def _computed_weight(
     return _unsliced_weight(storage.shape(parametrized), dtype, compute)
 
 
-def _dense(storage: Any, weight: Any) -> Tensor:
+def _decode_weight(storage: Any, weight: Any) -> Tensor:
     with torch.no_grad():
         return storage.dense(weight).detach()
 
@@ -482,7 +480,7 @@ def _join_rows(
             rows = slice(file_rows.start, file_rows.stop)
         return checkpoint.read(tensor_name, rows).to(dtype)
     requested_rows = range(shape[0])[rows or slice(None)]
-    joined = torch.empty(len(requested_rows), *shape[1:], dtype=dtype)
+    joined_rows = torch.empty(len(requested_rows), *shape[1:], dtype=dtype)
     for tensor_name, param_slice in tensors:
         tensor_rows = range(shape[0])[param_slice.index[0]]
         # The code below needs each tensor to be either completely within the requested rows or
@@ -492,6 +490,6 @@ def _join_rows(
             first_axis = slice(
                 tensor_rows.start - requested_rows.start, tensor_rows.stop - requested_rows.start
             )
-            target = joined[(first_axis, *param_slice.index[1:])]
+            target = joined_rows[(first_axis, *param_slice.index[1:])]
             target.copy_(checkpoint.read(tensor_name)[param_slice.within].reshape(target.shape))
-    return joined
+    return joined_rows

@@ -174,7 +174,7 @@ def load_head(
         _require_device("device_map", device_map, DEVICE_MAPS)
     _require_attention(attention)
     location = find_base(name)
-    dtype, device = type_and_device(precision, device)
+    dtype, device = dtype_and_device(precision, device)
     model: Any = _load_model(
         name, location, auto, dtype, device, attention, quantize, device_map, spread, fields
     )
@@ -208,7 +208,7 @@ def meta_base(
     from transformers import AutoModelForCausalLM
 
     name = str(source)
-    config, (dtype, _) = config_of(name), type_and_device(precision, device)
+    config, (dtype, _) = config_of(name), dtype_and_device(precision, device)
     with loading(name), torch.device("meta"):
         weight_dtype = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
         config = without_hub_kernel(config)
@@ -342,10 +342,10 @@ def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -
         else 1
     )
     if device is None or device.type not in device_types or (device.index or 0) >= device_count:
-        maps = f", or {listing(extra_values)}" if extra_values else ""
+        extra_text = f", or {listing(extra_values)}" if extra_values else ""
         raise ConfigError(
             f"{option}={value!r}",
-            f"a device of this machine ({' or '.join(device_types)}){maps}",
+            f"a device of this machine ({' or '.join(device_types)}){extra_text}",
             "choose one",
         )
 
@@ -408,7 +408,7 @@ def _has_fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
+def dtype_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
     """(the dtype for ``from_pretrained``: a torch dtype or "auto"; the device). If ``device`` is
     None, it is the GPU if there is one, else the CPU. ``ConfigError``: this machine lacks the
     device, or ``precision`` is unknown."""

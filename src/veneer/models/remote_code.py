@@ -31,12 +31,12 @@ _TRUSTED: ContextVar[frozenset[str]] = ContextVar("veneer_trusted_bases", defaul
 def trust_remote_code(base: str | Path | None, trusted: bool = True) -> Iterator[None]:
     """A block in which Python code in the folder of ``base`` may run when the base is loaded by
     this name. If ``base`` is None or ``trusted`` is False, the block changes nothing."""
-    names = {str(base)} if trusted and base is not None else set()
-    token = _TRUSTED.set(_TRUSTED.get() | names)
+    trusted_names = {str(base)} if trusted and base is not None else set()
+    reset_token = _TRUSTED.set(_TRUSTED.get() | trusted_names)
     try:
         yield
     finally:
-        _TRUSTED.reset(token)
+        _TRUSTED.reset(reset_token)
 
 
 def with_trust_of_config(

@@ -110,10 +110,10 @@ class Checkpoint:
         tensor of this name. ``CheckpointError``: the file is shorter than its header claims."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
-            first, last, _ = rows.indices(shape[0])
+            first_row, stop_row, _ = rows.indices(shape[0])
             row_size = size // shape[0] if shape[0] else 0
-            shape = (last - first, *shape[1:])
-            size, start = (last - first) * row_size, start + first * row_size
+            shape = (stop_row - first_row, *shape[1:])
+            size, start = (stop_row - first_row) * row_size, start + first_row * row_size
         with (self.folder / self.file_of[name]).open("rb") as stream:
             raw_bytes = tensors.read_bytes(stream, start, size)
         if raw_bytes is None:
@@ -137,9 +137,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
     raise_problems = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
     index, index_name = None, None
-    names = sorted(path.name for path in folder.iterdir())
-    index_names = [name for name in names if name.endswith(INDEX)]
-    file_names = [name for name in names if name.endswith(ENDING)]
+    entry_names = sorted(path.name for path in folder.iterdir())
+    index_names = [name for name in entry_names if name.endswith(INDEX)]
+    file_names = [name for name in entry_names if name.endswith(ENDING)]
     if len(index_names) > 1:
         raise CheckpointError(
             f"{listing(index_names)} in {folder}", "one index", "keep the files of one model"
@@ -162,7 +162,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     files = {name: _call_reader(read_header, folder / name) for name in file_names}
     raise_problems(list(_problems(files, index)))
     file_of_tensor = {
-        tensor: file for file, header in files.items() for tensor in names_by_offset(header)
+        tensor_name: file_name
+        for file_name, header in files.items()
+        for tensor_name in names_by_offset(header)
     }
     return Checkpoint(folder, files, index, index_name, file_of_tensor)
 
@@ -211,17 +213,17 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
     supported."""
     file_of_tensor: dict[str, str] = {}
     weight_map = index["weight_map"] if index is not None else {}
-    for file, header in files.items():
+    for file_name, header in files.items():
         for tensor_name, entry in header.tensors.items():
             if tensor_name in file_of_tensor:
                 yield sentence(
-                    f"{tensor_name!r} in {file_of_tensor[tensor_name]} and in {file}",
+                    f"{tensor_name!r} in {file_of_tensor[tensor_name]} and in {file_name}",
                     "one of them",
                     "get the whole model again",
                 )
-            if index is not None and weight_map.get(tensor_name) != file:
+            if index is not None and weight_map.get(tensor_name) != file_name:
                 indexed_file = weight_map.get(tensor_name)
-                problem = f"{tensor_name!r} in {file}, where the index says {indexed_file!r}"
+                problem = f"{tensor_name!r} in {file_name}, where the index says {indexed_file!r}"
                 yield sentence(
                     problem, "an index of these files", "get the index and its shards together"
                 )
@@ -231,7 +233,7 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
                     listing(DTYPES),
                     "convert the model first",
                 )
-            file_of_tensor[tensor_name] = file
+            file_of_tensor[tensor_name] = file_name
     missing_names = sorted(weight_map.keys() - file_of_tensor.keys())
     if missing_names:
         yield sentence(

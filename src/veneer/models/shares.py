@@ -95,8 +95,11 @@ def build_on_meta(
     arguments are those of ``load_shares``."""
     import transformers
 
-    folder, code = checkpoint.folder, {"trust_remote_code": options.pop("trust_remote_code", False)}
-    config = transformers.AutoConfig.from_pretrained(folder, **code, **fields)
+    folder, code_arguments = (
+        checkpoint.folder,
+        {"trust_remote_code": options.pop("trust_remote_code", False)},
+    )
+    config = transformers.AutoConfig.from_pretrained(folder, **code_arguments, **fields)
     if getattr(config, "quantization_config", None) is not None:
         raise WholeOnlyError(
             f"{folder}, whose weights are quantised", "weights in 16 or 32 bits", "read all of it"
@@ -104,7 +107,7 @@ def build_on_meta(
     weight_dtype = _stored_dtype(checkpoint, config) if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         empty_model = getattr(transformers, auto_class).from_config(
-            without_hub_kernel(config), dtype=weight_dtype, **code
+            without_hub_kernel(config), dtype=weight_dtype, **code_arguments
         )
     placeholders: Any = {
         name: _MetaPlaceholder(checkpoint.shape(name)) for name in checkpoint.file_of
@@ -114,12 +117,14 @@ def build_on_meta(
         config=empty_model.config,
         state_dict=placeholders,
         dtype=weight_dtype,
-        **code,
+        **code_arguments,
         **options,
     )
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **code)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            folder, **code_arguments
+        )
     return model
 
 
@@ -184,10 +189,13 @@ def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, BaseWeight]:
     return {name: weights_by_id[id(tensor)] for name, tensor in meta_tensors.items()}
 
 
-def _have_equal_values(first: BaseWeight | None, second: BaseWeight | None) -> bool:
-    if first is None or second is None or first.shape != second.shape:
+def _have_equal_values(first_weight: BaseWeight | None, second_weight: BaseWeight | None) -> bool:
+    if first_weight is None or second_weight is None or first_weight.shape != second_weight.shape:
         return False
-    return all(torch.equal(a, b) for a, b in zip(first.blocks(), second.blocks(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(first_weight.blocks(), second_weight.blocks(), strict=True)
+    )
 
 
 def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: torch.device) -> None:
@@ -202,16 +210,16 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
     loaded_tensors: dict[int, Any] = {}  # by the id of the tensor on the meta device
-    for name, (table, key), meta_tensor in _named_tensors(model):
+    for name, (tensors_by_key, key), meta_tensor in _named_tensors(model):
         if not meta_tensor.is_meta:
             continue
         if id(meta_tensor) not in loaded_tensors:
-            read = partial(_read_rows, sources[name], meta_tensor.dtype, device)
+            read_rows = partial(_read_rows, sources[name], meta_tensor.dtype, device)
             if is_sharded(meta_tensor):
                 shape, offset = local_part(
                     meta_tensor.shape, meta_tensor.device_mesh, meta_tensor.placements
                 )
-                local_rows = read(slice(offset[0], offset[0] + shape[0]))
+                local_rows = read_rows(slice(offset[0], offset[0] + shape[0]))
                 tensor = DTensor.from_local(
                     local_rows,
                     meta_tensor.device_mesh,
@@ -221,7 +229,7 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
                     stride=meta_tensor.stride(),
                 )
             else:
-                tensor = read(None)
+                tensor = read_rows(None)
             loaded_tensors[id(meta_tensor)] = (
                 nn.Parameter(tensor, meta_tensor.requires_grad)
                 if isinstance(meta_tensor, nn.Parameter)
@@ -230,7 +238,7 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
             # With this attribute, transformers marks tensors that it has read from files. Veneer
             # takes parameters without it for newly initialised ones (``Names.fresh_parameters``).
             loaded_tensors[id(meta_tensor)]._is_hf_initialized = True
-        table[key] = loaded_tensors[id(meta_tensor)]
+        tensors_by_key[key] = loaded_tensors[id(meta_tensor)]
 
 
 def _read_rows(

@@ -60,8 +60,8 @@ class Fill:
         self.layers_stored = self.layers_attended = 0
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Store a layer's keys [rows, kv, width, d] and values [rows, kv, width, e] of the new
-        tokens. Padding is not stored."""
+        """Store the keys [rows, heads, width, size] and values of the new tokens in a layer, for
+        its key-value heads. Padding is not stored."""
         self.layer_index, self.new_keys_values = layer_index, (key, value)
         for batch_index, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
             layer_memory, count = (
@@ -72,19 +72,19 @@ class Fill:
             layer_memory.values[row.index, :, start : start + count] = value[batch_index, :, :count]
 
     def attend(
-        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+        self, query: Tensor, scale: float | None, window: int | None, softcap: float | None
     ) -> Tensor:
-        """The attention of queries [rows, h, width, d], [rows, width, h, e], in the layer for which
-        ``store`` was called last.
+        """Attend to the keys and values of the layer for which ``store`` was called last. Takes the
+        queries [rows, heads, width, size], returns [rows, width, heads, size of a value].
 
         Args:
             scale: the factor of the scores; None is 1/√d.
             window: the number of tokens of a sliding window; None if there is no window.
-            cap: replaces scores by cap · tanh(scores / cap); None leaves them as they are.
+            softcap: c to replace the scores s by c · tanh(s / c); None leaves them as they are.
         """
         key, value = self.new_keys_values
         if not any(self.starts):
-            return self.attend_to(query, key, value, 0, scale, window, cap)
+            return self.attend_to(query, key, value, 0, scale, window, softcap)
         outputs = []
         for batch_index, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
             batch_slice = slice(batch_index, batch_index + 1)
@@ -95,7 +95,7 @@ class Fill:
             else:
                 keys, values = key[batch_slice], value[batch_slice]
             outputs.append(
-                self.attend_to(query[batch_slice], keys, values, start, scale, window, cap)
+                self.attend_to(query[batch_slice], keys, values, start, scale, window, softcap)
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -107,32 +107,31 @@ class Fill:
         start: int,
         scale: float | None,
         window: int | None,
-        cap: float | None,
+        softcap: float | None,
     ) -> Tensor:
-        """The attention of queries [rows, h, width, d] of the tokens from column ``start`` on,
-        [rows, width, h, e]. ``key`` [rows, kv, columns, d] and ``value`` [rows, kv, columns, e]
-        hold the first columns of the rows. The other arguments are those of ``attend``."""
+        """The attention of the queries [rows, heads, width, size] of tokens from column ``start``
+        on, [rows, width, heads, size of a value]. ``key`` and ``value`` [rows, key-value heads,
+        columns, size] hold the first columns of the rows. The other arguments are those of
+        ``attend``."""
         n, h, width, d = query.shape
         kv_heads = key.shape[1]
         # For few tokens, the query heads that share a key-value head are computed as further tokens
         # of one head, as in ``Decode``. The keys are then read once, not once for each query head.
-        is_grouped = cap is None and kv_heads < h and width <= BLOCK
+        is_grouped = softcap is None and kv_heads < h and width <= BLOCK
         copies = h // kv_heads if is_grouped else 1
         mask = self._mask(start, key.shape[2], window, query, copies)
-        if cap is not None:
+        if softcap is not None:
             if mask is None:
                 score_shape = (query.shape[2], key.shape[2])
-                visible = torch.ones(score_shape, dtype=torch.bool, device=query.device).tril_()
+                is_visible = torch.ones(score_shape, dtype=torch.bool, device=query.device).tril_()
             else:
-                visible = mask == 0
-            return _soft_capped_attention(query, key, value, visible, scale, cap)
+                is_visible = mask == 0
+            return _soft_capped_attention(query, key, value, is_visible, scale, softcap)
         if mask is not None and is_grouped:
             query = query.reshape(n, kv_heads, -1, d)
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=scale
-            )
-            return attended.reshape(n, h, width, -1).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            return output.reshape(n, h, width, -1).transpose(1, 2)
+        output = F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -141,7 +140,7 @@ class Fill:
             scale=scale,
             enable_gqa=kv_heads < h,
         )
-        return attended.transpose(1, 2)
+        return output.transpose(1, 2)
 
     def _mask(
         self, start: int, columns: int, window: int | None, query: Tensor, copies: int
@@ -158,9 +157,9 @@ class Fill:
         if cache_key not in self.masks:
             tokens = torch.arange(start, start + self.width, device=query.device)
             distances = tokens[:, None] - torch.arange(columns, device=query.device)
-            unseen = distances < 0 if window is None else (distances < 0) | (distances >= window)
-            zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            self.masks[cache_key] = zeros.masked_fill_(unseen, -torch.inf).repeat(copies, 1)
+            is_masked = distances < 0 if window is None else (distances < 0) | (distances >= window)
+            zeros = torch.zeros(is_masked.shape, dtype=query.dtype, device=query.device)
+            self.masks[cache_key] = zeros.masked_fill_(is_masked, -torch.inf).repeat(copies, 1)
         return self.masks[cache_key]
 
 
@@ -194,7 +193,8 @@ class Decode:
         self.layers_stored = self.layers_attended = 0
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Store a layer's keys [n, kv, 1, d] and values [n, kv, 1, e] of the new tokens."""
+        """Store the keys [rows, heads, 1, size] and values of the new tokens in a layer, for its
+        key-value heads."""
         self.layer_index = layer_index
         for group_index, (size_class, start, stop) in enumerate(self.groups):
             layer_memory = size_class.layer(layer_index, key, value)
@@ -204,15 +204,20 @@ class Decode:
             values.index_copy_(0, flat_indices, value[start:stop].reshape(-1, values.shape[1]))
 
     def attend(
-        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+        self, query: Tensor, scale: float | None, window: int | None, softcap: float | None
     ) -> Tensor:
-        """The attention of queries [n, h, 1, d], [n, 1, h, e]. The arguments are those of
-        ``Fill.attend``."""
+        """Attend to the keys and values of the layer for which ``store`` was called last. Takes the
+        queries [rows, heads, 1, size], returns [rows, 1, heads, size of a value]. The other
+        arguments are those of ``Fill.attend``."""
         if len(self.runs) == 1:
-            return self._attend(0, query, scale, window, cap)
+            return self._attend(0, query, scale, window, softcap)
         outputs = [
             self._attend(
-                run_index, query[run.batch_start : run.batch_start + run.count], scale, window, cap
+                run_index,
+                query[run.batch_start : run.batch_start + run.count],
+                scale,
+                window,
+                softcap,
             )
             for run_index, run in enumerate(self.runs)
         ]
@@ -224,7 +229,7 @@ class Decode:
         query: Tensor,
         scale: float | None,
         window: int | None,
-        cap: float | None,
+        softcap: float | None,
     ) -> Tensor:
         run = self.runs[run_index]
         layer_memory = run.size_class.layers[self.layer_index]
@@ -234,12 +239,14 @@ class Decode:
         mask = self._mask(run_index, window, query)
         # The query heads that share a key-value head become tokens of one head, so that the keys
         # are read once.
-        grouped = query.reshape(n, kv_heads, h // kv_heads, d)
-        if cap is not None:
-            attended = _soft_capped_attention(grouped, key, value, mask == 0, scale, cap)
-            return attended.transpose(1, 2).reshape(n, 1, h, -1)
-        attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
-        return attended.reshape(n, 1, h, -1)
+        grouped_query = query.reshape(n, kv_heads, h // kv_heads, d)
+        if softcap is not None:
+            output = _soft_capped_attention(grouped_query, key, value, mask == 0, scale, softcap)
+            return output.transpose(1, 2).reshape(n, 1, h, -1)
+        output = F.scaled_dot_product_attention(
+            grouped_query, key, value, attn_mask=mask, scale=scale
+        )
+        return output.reshape(n, 1, h, -1)
 
     def _flat_indices(self, group_index: int, kv_heads: int, device: torch.device) -> Tensor:
         """The indices along the first axis of ``LayerMemory.flat_views`` at which the new keys and
@@ -273,11 +280,11 @@ class Decode:
             columns = torch.arange(run.columns, device=query.device)
             stop = run.batch_start + run.count
             tokens = self.positions[run.batch_start : stop].to(query.device)[:, None]
-            unseen = columns > tokens
+            is_masked = columns > tokens
             if window is not None:
-                unseen |= columns <= tokens - window
-            zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
-            mask = zeros.masked_fill_(unseen, -torch.inf)[:, None, None]
+                is_masked |= columns <= tokens - window
+            zeros = torch.zeros(is_masked.shape, dtype=query.dtype, device=query.device)
+            mask = zeros.masked_fill_(is_masked, -torch.inf)[:, None, None]
             self.masks[cache_key] = mask
         return mask
 
@@ -294,23 +301,27 @@ class DecodeWithPrompts:
         self.layers_stored = self.layers_attended = 0
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Store a layer's keys [n + tokens, kv, 1, d] and values [n + tokens, kv, 1, e]. ``tokens``
-        is the number of all tokens of the pieces."""
+        """Store the keys [batch rows, heads, 1, size] and values of the new tokens in a layer, for
+        its key-value heads. The batch rows are those of ``decode``, then the tokens of all
+        pieces."""
         self.decode.store(layer_index, key[: self.decode_count], value[: self.decode_count])
         for piece, token_slice in self._batches():
-            # [1, kv, tokens, d], the shape that ``Fill.store`` expects
-            keys, values = (each[token_slice, :, 0].transpose(0, 1)[None] for each in (key, value))
+            # [1, heads, tokens, size], the shape that ``Fill.store`` expects
+            keys, values = (
+                tensor[token_slice, :, 0].transpose(0, 1)[None] for tensor in (key, value)
+            )
             piece.store(layer_index, keys, values)
 
     def attend(
-        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+        self, query: Tensor, scale: float | None, window: int | None, softcap: float | None
     ) -> Tensor:
-        """The attention of queries [n + tokens, h, 1, d], [n + tokens, 1, h, e]. The arguments are
-        those of ``Fill.attend``."""
-        outputs = [self.decode.attend(query[: self.decode_count], scale, window, cap)]
+        """Attend to the keys and values of the layer for which ``store`` was called last. Takes the
+        queries [batch rows, heads, 1, size], returns [batch rows, 1, heads, size of a value]. The
+        other arguments are those of ``Fill.attend``."""
+        outputs = [self.decode.attend(query[: self.decode_count], scale, window, softcap)]
         for piece, token_slice in self._batches():
             queries = query[token_slice, :, 0].transpose(0, 1)[None]
-            outputs.append(piece.attend(queries, scale, window, cap).transpose(0, 1))
+            outputs.append(piece.attend(queries, scale, window, softcap).transpose(0, 1))
         return torch.cat(outputs)
 
     def _batches(self) -> Iterator[tuple[Fill, slice]]:
@@ -351,20 +362,28 @@ def _groups_of(runs: Sequence[Run]) -> list[tuple[SizeClass, int, int]]:
 
 
 def _soft_capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None, cap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_visible: Tensor,
+    scale: float | None,
+    softcap: float,
 ) -> Tensor:
-    """Attention [b, s, h, e] with soft-capped scores, cap · tanh(scores / cap), for which torch has
-    no kernel. ``visible``, [s, columns] or [b, 1, 1, columns], is True where a query may attend to
-    a key."""
+    """Attention with soft-capped scores, softcap · tanh(scores / softcap), for which torch has no
+    kernel: query [b, h, s, d], key and value [b, key-value heads, columns, ·] -> [b, s, h, ·].
+    ``is_visible``, [s, columns] or [b, 1, 1, columns], is True where a query may attend to a
+    key."""
     b, h, s, d = query.shape
     kv_heads = key.shape[1]
-    grouped = query.reshape(b, kv_heads, h // kv_heads, s, d)
-    scores = torch.matmul(grouped, key.unsqueeze(2).mT) * (d**-0.5 if scale is None else scale)
-    scores = torch.tanh(scores / cap) * cap
-    visible = (  # [b, 1, 1, 1, columns] or [s, columns]
-        visible.unsqueeze(1) if visible.dim() == 4 else visible
+    grouped_query = query.reshape(b, kv_heads, h // kv_heads, s, d)
+    scores = torch.matmul(grouped_query, key.unsqueeze(2).mT) * (
+        d**-0.5 if scale is None else scale
     )
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores = torch.tanh(scores / softcap) * softcap
+    is_visible = (  # [b, 1, 1, 1, columns] or [s, columns]
+        is_visible.unsqueeze(1) if is_visible.dim() == 4 else is_visible
+    )
+    scores = scores.masked_fill(~is_visible, -torch.inf)
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(probabilities, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
 

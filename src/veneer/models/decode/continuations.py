@@ -102,8 +102,8 @@ def open_forward(model: Any, length: int) -> Forward:
 def _without_adapter(model: Any) -> AbstractContextManager[Any]:
     """A block in which calls of the model use no adapter. An adapter that is merged stays in the
     weights, and so in the calls."""
-    attached = adapters_of(model)
-    uses_no_adapter = attached is None or attached.merged is not None
+    model_adapters = adapters_of(model)
+    uses_no_adapter = model_adapters is None or model_adapters.merged is not None
     return nullcontext() if uses_no_adapter else use(model, None)
 
 
@@ -154,8 +154,8 @@ class Continuations:
             for prompt in sorted(indices_by_prompt, key=len, reverse=True)
         )
         self.running: list[_Continuation] = []
-        longest = self._length_of(self.waiting[0]) if self.waiting else 1
-        self.slots = Slots(rows, longest, forward.device, forward.forms)
+        longest_row = self._length_of(self.waiting[0]) if self.waiting else 1
+        self.slots = Slots(rows, longest_row, forward.device, forward.forms)
 
     @torch.no_grad()
     def run(self) -> list[list[int]]:
@@ -173,16 +173,16 @@ class Continuations:
         return len(group.prompt) + self.max_new_tokens - 1
 
     def _step(self) -> None:
-        beginning = self._next_groups()
-        self._reserve(beginning)
-        new_groups = [group for group, _ in beginning if group.logits is None]
+        groups_and_counts = self._next_groups()
+        self._reserve(groups_and_counts)
+        new_groups = [group for group, _ in groups_and_counts if group.logits is None]
         for group in new_groups:
             group.row = self._allocate(group)
         running = sorted(self.running, key=lambda continuation: continuation.row.position)
         logits = self._compute(running, new_groups)
         if logits is not None:
             self._accept(running, logits)
-        for group, count in beginning:
+        for group, count in groups_and_counts:
             self._begin(group, count)
 
     def _next_groups(self) -> list[tuple[_Group, int]]:
@@ -198,12 +198,12 @@ class Continuations:
                 self.waiting.popleft()
         return groups
 
-    def _reserve(self, beginning: Sequence[tuple[_Group, int]]) -> None:
+    def _reserve(self, groups_and_counts: Sequence[tuple[_Group, int]]) -> None:
         """Allocate memory at once for the rows of the continuations that begin in this step, and
         for the row of a prompt if further continuations of its group follow in later steps.
-        ``beginning``: (group, number of continuations that begin)."""
+        ``groups_and_counts``: (group, number of continuations that begin)."""
         rows_by_columns = Counter[int]()
-        for group, count in beginning:
+        for group, count in groups_and_counts:
             keeps_prompt_row, is_computed = (
                 count < len(group.prompt_indices),
                 group.logits is not None,
@@ -238,7 +238,7 @@ class Continuations:
             for group, group_logits in zip(new_groups, logits[len(rows) :], strict=True):
                 group.logits = group_logits
             return logits[: len(rows)]
-        for groups in _calls_of(new_groups):
+        for groups in _split_into_calls(new_groups):
             prompts = [group.prompt for group in groups]
             logits = self.forward.fill(self.slots, [group.row for group in groups], prompts)
             for group, group_logits in zip(groups, logits, strict=True):
@@ -246,7 +246,8 @@ class Continuations:
         return self.forward.decode(self.slots, rows, tokens, lengths) if running else None
 
     def _accept(self, running: Sequence[_Continuation], logits: Tensor) -> None:
-        """Give each running continuation its next token, and free the rows of those that end."""
+        """Sample the next token of each running continuation from ``logits`` [running, vocabulary],
+        and free the rows of the continuations that end with it."""
         tokens = self.sample(logits, [continuation.prompt_index for continuation in running])
         self.running = []
         for continuation, token in zip(running, tokens, strict=True):
@@ -264,18 +265,18 @@ class Continuations:
         assert group.logits is not None
         prompt_indices = [group.prompt_indices.popleft() for _ in range(count)]
         tokens = self.sample(group.logits.expand(count, -1), prompt_indices)
-        continuing = [
+        unfinished = [
             (prompt_index, token)
             for prompt_index, token in zip(prompt_indices, tokens, strict=True)
             if not self._append(prompt_index, token)
         ]
-        takes_row = bool(continuing) and not group.prompt_indices
-        copies = [self._allocate(group) for _ in range(len(continuing) - takes_row)]
-        self.slots.copy(group.row, copies, len(group.prompt))
-        rows = [*copies, group.row] if takes_row else copies
+        takes_row = bool(unfinished) and not group.prompt_indices
+        copied_rows = [self._allocate(group) for _ in range(len(unfinished) - takes_row)]
+        self.slots.copy(group.row, copied_rows, len(group.prompt))
+        rows = [*copied_rows, group.row] if takes_row else copied_rows
         self.running += [
             _Continuation(prompt_index, token, row, len(group.prompt))
-            for (prompt_index, token), row in zip(continuing, rows, strict=True)
+            for (prompt_index, token), row in zip(unfinished, rows, strict=True)
         ]
         if not group.prompt_indices and not takes_row:
             self.slots.release(group.row)
@@ -286,7 +287,7 @@ class Continuations:
         return token in self.end_tokens or len(self.answers[prompt_index]) == self.max_new_tokens
 
 
-def _calls_of(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
+def _split_into_calls(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
     """Divide groups among calls of ``Forward.fill``, each of which computes the prompts of at most
     ``MAX_PREFILL_TOKENS`` tokens, padding included, or a single prompt. ``groups`` are sorted by
     the length of their prompts, the longest first, which bounds the padding."""

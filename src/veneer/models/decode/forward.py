@@ -59,18 +59,18 @@ class Forward:
     def __init__(self, model: Any) -> None:
         if model.training:
             raise ConfigError("a model in training mode", "one in eval mode", "call model.eval()")
-        attached = adapters_of(model)
-        if attached is not None and attached.default.invocation_tokens:
+        adapters = adapters_of(model)
+        if adapters is not None and adapters.default.invocation_tokens:
             raise ConfigError(
-                f"a model whose calls use {attached.default.name!r}, which has invocation tokens",
+                f"a model whose calls use {adapters.default.name!r}, which has invocation tokens",
                 "a base, or an adapter that acts on every token",
                 "detach it, and give the engine a bank that has its folder",
             )
         self.model, self.device = model, next(model.parameters()).device
-        self._is_wide = model.dtype.itemsize >= 4
+        self._is_float32_or_wider = model.dtype.itemsize >= 4
         self.context, self.forms = context_limit(model.config), ()
-        self.attention = model.config._attn_implementation
-        self._own_attentions = _attentions_of(model.config, self.attention)
+        self.attention_name = model.config._attn_implementation
+        self._own_attentions = _attentions_of(model.config, self.attention_name)
         forward_parameters = inspect.signature(type(model).forward).parameters
         self.cache_argument: Any = next(
             (name for name in ("cache", "past_key_values") if name in forward_parameters),
@@ -84,13 +84,13 @@ class Forward:
             raise self._refusal(f"layers of {', '.join(sorted(layer_types))}")
         if getattr(config, "kv_sharing_modes", None) is not None:
             raise self._refusal("layers that share keys and values")
-        if self.attention.startswith(ATTENTION_PREFIX):
+        if self.attention_name.startswith(ATTENTION_PREFIX):
             raise ConfigError(
                 "a model that an engine serves", "one that none does", "close that engine first"
             )
-        slots_attention = ATTENTION_PREFIX + self.attention
-        ALL_ATTENTION_FUNCTIONS.register(slots_attention, _attention_function(self.attention))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(slots_attention, _mask_function(self.attention))
+        slots_attention = ATTENTION_PREFIX + self.attention_name
+        ALL_ATTENTION_FUNCTIONS.register(slots_attention, _attention_function(self.attention_name))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(slots_attention, _mask_function(self.attention_name))
         try:
             model.set_attn_implementation(slots_attention)
         except ValueError as error:
@@ -105,7 +105,7 @@ class Forward:
         self._hooks: list[Any] = []
         if head is not None:
             self._hooks = [
-                head.register_forward_pre_hook(_last_rows),
+                head.register_forward_pre_hook(_keep_last_tokens),
                 head.register_forward_pre_hook(_take_few_rows),
                 head.register_forward_hook(_multiply_taken_rows),
             ]
@@ -144,7 +144,7 @@ class Forward:
         starts = starts or [0] * len(prompts)
         counts = [len(ids) for ids in prompts]
         width = max(counts)
-        if width > BLOCK or (any(starts) and self._is_wide):
+        if width > BLOCK or (any(starts) and self._is_float32_or_wider):
             # Rounding up gives fewer shapes, for each of which the CPU library caches a kernel. In
             # float32, it also makes the logits of a prompt independent of how many of its first
             # tokens are in the cache, bit for bit.
@@ -256,13 +256,13 @@ class Forward:
             ConfigError: the logits differ, or a call fails.
         """
         token_count = min(9, length)
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        ids = [(37 * i + 11) % vocabulary for i in range(token_count)]
+        vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
+        ids = [(37 * i + 11) % vocabulary_size for i in range(token_count)]
         # Not in inference mode: the model may keep tensors of these calls, such as masks, and an
         # inference tensor cannot be used in later training.
         with torch.no_grad():
             with select_base(1):
-                expected = self.model(
+                expected_logits = self.model(
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
             CALL_STATE.windows = windows = {"mask": set(), "attention": set()}
@@ -281,10 +281,10 @@ class Forward:
             finally:
                 CALL_STATE.windows = None
         self._check_windows(windows)
-        largest_logit = expected.abs().amax().clamp_min(1e-3)
-        tolerance = 0.05 if expected.dtype.itemsize == 2 else 1e-3
+        largest_logit = expected_logits.abs().amax().clamp_min(1e-3)
+        tolerance = 0.05 if expected_logits.dtype.itemsize == 2 else 1e-3
         for column, logits in outputs:
-            difference = float((logits - expected[column]).abs().amax() / largest_logit)
+            difference = float((logits - expected_logits[column]).abs().amax() / largest_logit)
             if not difference < tolerance:
                 raise self._refusal(
                     f"whose logits on slots differ by {difference:.1%} from its own"
@@ -368,7 +368,7 @@ def context_limit(config: Any) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _keep_last_tokens(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook of the output head. In a call on the KV cache, it passes to the head only
     the hidden state of each row's last token, [rows, 1, width]. In a call of ``Forward.together``,
     it passes only the batch rows in ``CALL_STATE.rows``, unless the head is adapted, because an
@@ -394,7 +394,7 @@ def _take_few_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None
     instead, because another thread may attach an adapter to the head during the call."""
     CALL_STATE.head_rows = None
     if not inputs or inputs[0].dim() < 2 or not weight_first.STATE.is_used:
-        return None  # no decode call
+        return None  # not in a call of ``Forward.decode``
     x = inputs[0]
     if (
         type(head) is not nn.Linear
@@ -486,4 +486,4 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     for source in sources:
         end_ids = getattr(source, "eos_token_id", None)
         ids |= {*end_ids} if isinstance(end_ids, list | tuple) else {end_ids}
-    return frozenset(id for id in ids if id is not None)
+    return frozenset(token_id for token_id in ids if token_id is not None)

@@ -51,15 +51,16 @@ class Row:
 
 
 class LayerMemory:
-    """Keys and values of one layer in one size class, and views of them."""
+    """Keys and values of one layer in one size class, and views of them. Shapes: kv is the number
+    of key-value heads, d the size of a key, and e the size of a value."""
 
     keys: Tensor  # [rows, kv, columns, d]
     values: Tensor  # [rows, kv, columns, e]
 
-    def __init__(self, form: LayerForm, rows: int, columns: int) -> None:
+    def __init__(self, form: LayerForm, row_count: int, column_count: int) -> None:
         empty_tensor = torch.empty(0, dtype=form.dtype, device=form.device)
-        self.keys = empty_tensor.new_zeros(rows, form.heads, columns, form.key_width)
-        self.values = empty_tensor.new_zeros(rows, form.heads, columns, form.value_width)
+        self.keys = empty_tensor.new_zeros(row_count, form.heads, column_count, form.key_width)
+        self.values = empty_tensor.new_zeros(row_count, form.heads, column_count, form.value_width)
         self._reset_views()
 
     def _reset_views(self) -> None:
@@ -76,24 +77,27 @@ class LayerMemory:
         if cache_key not in self._views:
             if len(self._views) >= 8:
                 self._views.clear()
-            rows = slice(first, first + count)
-            self._views[cache_key] = self.keys[rows, :, :columns], self.values[rows, :, :columns]
+            row_slice = slice(first, first + count)
+            self._views[cache_key] = (
+                self.keys[row_slice, :, :columns],
+                self.values[row_slice, :, :columns],
+            )
         return self._views[cache_key]
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def resize(self, rows: int, used_rows: int, *, grows: bool) -> None:
-        """Allocate memory for ``rows`` rows and copy the first ``used_rows`` rows into it. If
-        ``grows``, a tensor that already has at least ``rows`` rows is left as it is: an earlier
-        attempt to grow, which ran out of memory, has allocated it."""
+    def resize(self, row_count: int, used_count: int, *, grows: bool) -> None:
+        """Allocate memory for ``row_count`` rows and copy the first ``used_count`` rows into it. If
+        ``grows``, a tensor that already has at least ``row_count`` rows is left as it is: an
+        earlier attempt to grow, which ran out of memory, has allocated it."""
         # one tensor after the other, so that at most one of them exists twice at a time
         for name in ("keys", "values"):
             old_tensor = getattr(self, name)
-            if not (grows and len(old_tensor) >= rows):
-                new_tensor = old_tensor.new_zeros(rows, *old_tensor.shape[1:])
-                new_tensor[:used_rows] = old_tensor[:used_rows]
+            if not (grows and len(old_tensor) >= row_count):
+                new_tensor = old_tensor.new_zeros(row_count, *old_tensor.shape[1:])
+                new_tensor[:used_count] = old_tensor[:used_count]
                 setattr(self, name, new_tensor)
                 self._reset_views()
             del old_tensor
@@ -125,8 +129,8 @@ class SizeClass:
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> LayerMemory:
         """The memory of the layer ``index``, which is allocated if it is missing. If the form of
-        the layer is not known yet, it is that of ``key`` [·, kv, ·, d] and ``value`` [·, kv, ·,
-        e]."""
+        the layer is not known yet, it is that of ``key`` and ``value``, [·, key-value heads, ·,
+        size]."""
         while len(self.layers) <= index:
             if len(self.forms) == len(self.layers):
                 widths = key.shape[-1], value.shape[-1]
@@ -161,13 +165,13 @@ class SizeClass:
         request remains."""
         last_row = self.rows.pop()
         written_columns = max(row.written_columns, last_row.written_columns)
-        for layer in self.layers:
-            for stored in (layer.keys, layer.values):
+        for layer_memory in self.layers:
+            for tensor in (layer_memory.keys, layer_memory.values):
                 if row is not last_row:
-                    stored[row.index, :, :written_columns] = stored[
+                    tensor[row.index, :, :written_columns] = tensor[
                         last_row.index, :, :written_columns
                     ]
-                stored[last_row.index, :, : last_row.written_columns] = 0
+                tensor[last_row.index, :, : last_row.written_columns] = 0
         if row is not last_row:
             self.rows[row.index], last_row.index = last_row, row.index
         if not self.rows:

@@ -218,10 +218,14 @@ class Slots(Cache):
         self.classes[size_class.columns] = size_class
         if (lacking_bytes := self._bytes_lacking(size_class, capacity)) > 0:
             self.reclaim(lacking_bytes)
-        for other in self.classes.values():
+        for other_class in self.classes.values():
             lacking_bytes = self._bytes_lacking(size_class, capacity)
-            if lacking_bytes > 0 and other is not size_class and other.capacity > len(other.rows):
-                other.resize(len(other.rows))
+            if (
+                lacking_bytes > 0
+                and other_class is not size_class
+                and other_class.capacity > len(other_class.rows)
+            ):
+                other_class.resize(len(other_class.rows))
                 self._update_budget()
         return self._bytes_lacking(size_class, capacity) <= 0
 
@@ -327,38 +331,40 @@ class Slots(Cache):
         blocks: list[Tensor] = []
         for start in range(first, stop, MAX_COPIED_BLOCKS):
             count = min(MAX_COPIED_BLOCKS, stop - start)
-            stacked = torch.empty(
+            stacked_blocks = torch.empty(
                 count, self.block_elements, dtype=self.block_dtype, device=self.device
             )
-            for stored, copy in self._block_views(row, stacked, start):
-                copy.copy_(stored)
+            for row_view, copied_view in self._block_views(row, stacked_blocks, start):
+                copied_view.copy_(row_view)
             # cloned, so that each can be freed separately
-            blocks += [block.clone() for block in stacked]
+            blocks += [block.clone() for block in stacked_blocks]
         return blocks
 
     def write_blocks(self, row: Row, blocks: Sequence[Tensor]) -> None:
         """Copy ``blocks``, as ``read_blocks`` returns them, into the first columns of a row."""
         row.written_columns = max(row.written_columns, len(blocks) * BLOCK)
         for start in range(0, len(blocks), MAX_COPIED_BLOCKS):
-            stacked = torch.stack(list(blocks[start : start + MAX_COPIED_BLOCKS]))
-            for stored, copy in self._block_views(row, stacked, start):
-                stored.copy_(copy)
+            stacked_blocks = torch.stack(list(blocks[start : start + MAX_COPIED_BLOCKS]))
+            for row_view, copied_view in self._block_views(row, stacked_blocks, start):
+                row_view.copy_(copied_view)
 
     def _block_views(
-        self, row: Row, stacked: Tensor, first: int
+        self, row: Row, stacked_blocks: Tensor, first: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (view of a layer's keys or values in a row, from block ``first`` on; view of the
-        part of ``stacked`` that holds their copy), both [kv, blocks, BLOCK, d], for the keys and
-        the values of each layer. ``stacked``: [blocks, ``block_elements``]."""
-        count, offset = len(stacked), 0
+        part of ``stacked_blocks`` that holds their copy), both [kv, blocks, BLOCK, d], for the keys
+        and the values of each layer. ``stacked_blocks``: [blocks, ``block_elements``]."""
+        count, offset = len(stacked_blocks), 0
         columns = slice(first * BLOCK, (first + count) * BLOCK)
         for layer in row.size_class.layers:
-            for stored in (layer.keys, layer.values):
-                heads, width = stored.shape[1], stored.shape[3]
+            for tensor in (layer.keys, layer.values):
+                heads, width = tensor.shape[1], tensor.shape[3]
                 element_count = heads * BLOCK * width
-                copy = stacked[:, offset : offset + element_count].view(count, heads, BLOCK, width)
-                view = stored[row.index, :, columns].view(heads, count, BLOCK, width)
-                yield view, copy.transpose(0, 1)
+                copied_view = stacked_blocks[:, offset : offset + element_count].view(
+                    count, heads, BLOCK, width
+                )
+                row_view = tensor[row.index, :, columns].view(heads, count, BLOCK, width)
+                yield row_view, copied_view.transpose(0, 1)
                 offset += element_count
 
     def update(
