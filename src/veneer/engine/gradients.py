@@ -1,7 +1,8 @@
 """Take, restore, add, measure and clip the gradients of one adapter.
 
-If a pass fails, the gradients of earlier passes must be unchanged. So the earlier gradients are
-taken from the parameters before a pass (``take_gradients``), and added after it has succeeded.
+If a pass (a forward and a backward) fails, the gradients of earlier passes must be unchanged. So
+the earlier gradients are taken from the parameters before a pass (``take_gradients``), and added to
+the new ones after the pass has succeeded.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ experts, learned positions, or a layer of a user's model.
     weight [out, in]       one low-rank change of this size; leading axes of size 1 are ignored
     weight [E, out, in]    a stack of E matrices, each with its own low-rank change
 
-The module's own forward runs on W + ΔW, so nothing needs to be known of the module. Vectors (norms,
-scales) are trained at their full shape. ``LoraConfig(bias=…)`` says whether biases are trained.
+The module's own forward runs on W + ΔW, the weight plus its low-rank change, so nothing needs to be
+known of how the module computes. Vectors (norms, scales) are trained at their full shape.
+``LoraConfig(bias=…)`` says whether biases are trained.
 """
 
 from __future__ import annotations

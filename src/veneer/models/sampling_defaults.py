@@ -37,10 +37,11 @@ TRANSFORMERS_ONLY = (
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The sampling fields in the file ``CONFIG_FILE`` of a base; a field that the file does not set
-    is None.
+    """The sampling fields in the file ``CONFIG_FILE`` of a base.
 
     Fields:
+        temperature, top_k, top_p, repetition_penalty: None if the file does not set the field. A
+            repetition penalty of 1, which has no effect, is None too.
         samples: whether the file enables sampling instead of greedy decoding.
         further_fields: {name: value} of the fields in ``NEUTRAL_VALUES`` that have an effect.
     """

@@ -389,7 +389,8 @@ def _soft_capped_attention(
 
 
 def attend(query: Tensor, scaling: float | None, kwargs: dict[str, Any]) -> Tensor:
-    """The attention [b, s, h, e] of ``CALL_STATE.call``, the call on the KV cache that runs in this
+    """The attention of the queries [batch rows, heads, tokens, size], [batch rows, tokens, heads,
+    size of a value], computed by ``CALL_STATE.call``, the call on the KV cache that runs in this
     thread. ``kwargs``: other arguments that transformers passes to an attention function.
     ``NotImplementedError``: they contain one of ``UNSUPPORTED_ARGUMENTS``."""
     if unsupported_names := [

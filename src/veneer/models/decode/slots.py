@@ -381,7 +381,7 @@ class Slots(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are given with each call, as they differ from row to row
+        return 0  # positions are passed in each call, so transformers does not need the length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
