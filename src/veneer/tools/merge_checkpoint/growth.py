@@ -27,7 +27,7 @@ from veneer.adapter_files.record import labels_in
 from veneer.adapter_files.saved_token_rows import grown_row_count
 from veneer.errors import MergeError, listing
 from veneer.fileio.untrusted import Entry
-from veneer.models.safetensors_dir import NAMES, Checkpoint
+from veneer.models.safetensors_dir import DTYPE_NAMES, Checkpoint
 
 
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
@@ -217,7 +217,7 @@ def add_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
     end_offset = max((entry.stop for entry in header.tensors.values()), default=0)
     for name, shape in shapes.items():
         start, end_offset = end_offset, end_offset + prod(shape) * dtype.itemsize
-        entries[name] = Entry(NAMES[dtype], tuple(shape), start, end_offset)
+        entries[name] = Entry(DTYPE_NAMES[dtype], tuple(shape), start, end_offset)
     index = checkpoint.index
     if index is not None:
         index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(shapes, file)}}
