@@ -307,10 +307,10 @@ def merge_tensor(
 
 
 def _choose_rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, use_numba: bool) -> str:
-    """The rounding of the parameter that ``edit`` changes: "nearest", "faithful", or "auto" if one
-    tensor holds the whole parameter, so that ``fold`` can choose. If several tensors hold slices of
-    the parameter, all must be rounded alike. So this function resolves "auto" when the first of
-    them is merged: it rounds all slices to nearest and measures the error."""
+    """The rounding for merging ``edit``: "nearest", "faithful", or "auto" if ``fold`` may choose.
+    If several tensors hold slices of one parameter in 16 bits, all must be rounded alike. Then this
+    function resolves "auto" when the first of them is merged: it rounds all slices to nearest, and
+    chooses by the error."""
     tensor_names = job.merge_plan.split_tensors.get(edit.path)
     if tensor_names is None or job.rounding != "auto" or dtype not in HALF_DTYPES:
         return job.rounding
