@@ -181,11 +181,13 @@ def model_with_head(
         if (labels := labels_in(saved_adapter.metadata)) is not None
     }
     if len({*labels_by_adapter.values()}) > 1:
-        label_lists = "; ".join(
+        label_lists_text = "; ".join(
             f"{path}: {listing(labels)}" for path, labels in labels_by_adapter.items()
         )
         raise MergeError(
-            f"heads of different labels ({label_lists})", "adapters of one task", "merge them apart"
+            f"heads of different labels ({label_lists_text})",
+            "adapters of one task",
+            "merge them apart",
         )
     labels = next(iter(labels_by_adapter.values()), None)
     model = models.meta_model(folder, architecture, labels)

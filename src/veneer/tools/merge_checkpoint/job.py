@@ -388,14 +388,13 @@ def merge_changes(
 def _resolve_slice(
     change: Change, edit: TensorEdit, layer_weight: Tensor
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) for the slice of the parameter that ``edit`` names: the slice becomes gain ⊙ (W +
-    ΔW). The gain has a factor for each output row; it is None if the variant has none (only DoRA
-    has one).
+    """(ΔW, gain) of one adapter's change for the slice of the parameter that ``edit`` names: the
+    slice becomes gain ⊙ (W + ΔW). The gain has a factor for each output row; None stands for 1.
 
     ``layer_weight`` holds the base's values W of the slice as [g, out, in], where g counts the
-    matrices of a stack. If the variant does not need W, ΔW is computed for the whole parameter and
-    then sliced. If it does (DoRA), ΔW and the gain are computed from the same slice of the
-    adapter's parameters and of W. ``MergeError``: the change cannot be computed for a slice alone.
+    matrices of a stack. If the adapter's variant of LoRA does not need W, ΔW is computed for the
+    whole parameter and then sliced. DoRA needs W: ΔW and the gain are computed from the same slice
+    of the adapter's parameters and of W. ``MergeError``: a slice alone cannot be computed.
     """
     if not edit.param_slice.index:
         return change.resolve_float64(change.layer.fold(layer_weight, edit.shape))

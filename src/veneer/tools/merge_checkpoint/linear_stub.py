@@ -40,7 +40,7 @@ def linear_stub_model(
         vocabulary_sizes = set(_vocabulary_sizes(json.loads(config_path.read_text())))
     except (OSError, ValueError):
         return None  # the caller then builds the model itself, which reports the error
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes_by_path: dict[str, tuple[int, int]] = {}
     for saved_adapter in saved_adapters:
         for weight, change in saved_adapter.metadata.get("changes", {}).items():
             is_recorded = (
@@ -52,13 +52,15 @@ def linear_stub_model(
             )
             if not is_linear or vocabulary_sizes.intersection(shape):
                 return None
-            shapes[weight.removesuffix(".weight")] = shape[0], shape[1]
+            shapes_by_path[weight.removesuffix(".weight")] = shape[0], shape[1]
         if not saved_adapter.metadata or saved_adapter.full:
             return None
-    changed_names_and_shapes = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
+    changed_names_and_shapes = {
+        (path.rpartition(".")[2], shape) for path, shape in shapes_by_path.items()
+    }
     for name in checkpoint.file_of:
         path, _, leaf_name = name.rpartition(".")
-        is_unchanged = leaf_name == "weight" and path not in shapes
+        is_unchanged = leaf_name == "weight" and path not in shapes_by_path
         if (
             is_unchanged
             and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in changed_names_and_shapes
@@ -66,7 +68,7 @@ def linear_stub_model(
             return None
     stub = nn.Module()
     try:
-        for path, (out_size, in_size) in shapes.items():
+        for path, (out_size, in_size) in shapes_by_path.items():
             *parents, name = path.split(".")
             parent = stub
             for component in parents:

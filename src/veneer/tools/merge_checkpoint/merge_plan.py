@@ -88,7 +88,8 @@ class MergePlan:
     notes: tuple[str, ...]  # sentences for the user, such as that the vocabulary grew
     #: if the vocabulary grows: the new row count of each tensor with a row for each token, by name
     grown_row_counts: Mapping[str, int] = field(default_factory=dict)
-    #: by name of a tensor that adapters train in full and the files lack: its shape
+    #: the shapes of the tensors that the merge adds, by name: adapters train them in full, and the
+    #: base's files lack them
     added_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     #: the model class and labels for config.json, if the adapters have a classification head
     head: Head | None = None
@@ -123,7 +124,7 @@ def plan_merge(
         else (without_meta(model), None)
     )
     param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
-    # the vocabulary of the caller's own model is not changed
+    # grow the vocabulary only of a model that was built or copied here, not of the caller's own
     is_copy, grown_row_counts = model is None or target_model is not model, {}
     if is_copy and (row_count := grow_model(target_model, saved_adapters)) is not None:
         grown_ids = vocabulary_parameters(target_model).keys()

@@ -89,6 +89,8 @@ class ReportLayer:
         block: the first number in ``path``, which is the index of the transformer block; None if
             ``path`` has no number.
         kind: the last name in ``path``, such as "q_proj".
+        shape: the shape of ΔW as (groups, out, in); groups is the number of matrices in a stack or
+            of groups of a convolution, else 1.
         rank: the rank r of the factors A and B.
         norm: ‖ΔW‖ (Frobenius norm).
         spectrum: the singular values of ΔW, descending.
@@ -109,7 +111,7 @@ class ReportLayer:
     path: str
     block: int | None
     kind: str
-    shape: tuple[int, int, int]  # groups, out, in
+    shape: tuple[int, int, int]
     rank: int
     norm: float
     spectrum: tuple[float, ...]
@@ -324,8 +326,8 @@ def _describe_adapter(saved_adapter: AdapterFiles) -> dict[str, Any]:
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ, where σ are the singular values in ``spectrum`` [k]; 0.0
-    if all are 0 (Roy and Vetterli 2007, "The effective rank")."""
+    """exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ, where σᵢ are the singular values in ``spectrum`` [k];
+    0.0 if all are 0 (Roy and Vetterli 2007, "The effective rank")."""
     singular_value_sum = float(spectrum.sum())
     if not singular_value_sum:
         return 0.0

@@ -75,7 +75,7 @@ def line_elements(
     y_min, y_max = min(point[1] for point in points), max(point[1] for point in points)
     y_min = y_min if bottom is None else min(bottom, y_min)
     y_max = y_max if top is None else top
-    if y_min == y_max and bottom is None:  # put a horizontal line in the middle of the chart
+    if y_min == y_max and bottom is None:  # widen the axis, so that the value lies in its middle
         y_min, y_max = y_min - (abs(y_min) / 20 or 1), y_max + (abs(y_max) / 20 or 1)
     x_scale, y_scale = _scale(*x_limits), _scale(y_min, y_max)
 

@@ -7,7 +7,7 @@ The input ``facts`` is ``Report.to_dict()``. ``veneer inspect`` adds the losses 
     losses   {"data": {"source": file name, "tokens": count} | None, "general": the same fields,
               "note": a text, such as why losses are missing | None, "rows": [row, …]}
     row      {"what": which model was measured, "at": its setting | None,
-              "removed": the share of ‖ΔW‖ that the setting removes | None,
+              "removed": ‖removed part of the change‖ / ‖change‖, for all weights together | None,
               "data": mean loss per token in nats | None, "general": the same | None}
 
     what         the model                                                       at
@@ -138,7 +138,7 @@ def _rank_section(facts: Facts) -> str:
         if layer["norm"]:
             spectra_by_kind.setdefault(layer["kind"], []).append(layer["spectrum"])
     series = {kind: _mean_spectrum(spectra) for kind, spectra in spectra_by_kind.items()}
-    loss_points = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
+    lost_norm_points = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
     largest_rank = facts["cuts"][-1]["rank"]
     loss_by_rank = {
         row["at"] or largest_rank: row["data"]
@@ -166,7 +166,7 @@ def _rank_section(facts: Facts) -> str:
         " better than that."
     )
     spectrum_chart = lines(series, x="singular value", y="share of the largest", top=1.0)
-    cut_chart = lines({"lost": loss_points}, x="rank", y="lost, of ‖ΔW‖")
+    cut_chart = lines({"lost": lost_norm_points}, x="rank", y="lost, of ‖ΔW‖")
     return (
         "<h2>How much of its rank is in use</h2><p>Singular values of ΔW, the largest 1, mean over"
         f" weights of a kind. Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
@@ -257,8 +257,8 @@ def _similarity_section(facts: Facts) -> str:
         ]
     heat_maps = []
     for side, verb in (("read", "reads from"), ("written", "writes to")):
-        chance = mean(layer["shared"][f"chance_{side}"] for layer in shared_layers)
-        caption = f"φ of the space that ΔW {verb}; two random spaces: {chance:.3f}"
+        chance_similarity = mean(layer["shared"][f"chance_{side}"] for layer in shared_layers)
+        caption = f"φ of the space that ΔW {verb}; two random spaces: {chance_similarity:.3f}"
         heat_maps.append(
             _layer_heat_map(
                 {"layers": shared_layers},
