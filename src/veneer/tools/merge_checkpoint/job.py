@@ -214,8 +214,8 @@ def plan_job(
 
     Args:
         allow_stub_model: whether a stub with only the changed linear layers (``linear_stub_model``)
-            may replace the model. The stub is used only if ``verify_base`` is True as well, because
-            its assumption about names is verified by the fingerprints.
+            may replace the model. The stub assumes that each tensor has the name of its weight,
+            which only fingerprints can verify. So it is used only if ``verify_base`` is True too.
     """
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")

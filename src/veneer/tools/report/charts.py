@@ -131,7 +131,7 @@ def _draw_axes(
             f'<text x="{LEFT_MARGIN - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
             f"{_value_at(y_scale, share):.{digit_count}g}</text>"
         )
-    # ranks and indices of singular values are integers, so that ticks between them would be wrong
+    # if x counts something, such as ranks, a tick between two integers would have no meaning
     is_integer_axis = all(float(value).is_integer() for value in x_limits) and x_limits[0] >= 1
     tick_values = (
         _integer_ticks(*x_limits)
