@@ -270,7 +270,8 @@ def _expected_fingerprints(
 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """By path of a parameter and then by adapter folder: (the fingerprint, a hash of the base's
     values, in the adapter's record; the ids of the token rows that this fingerprint leaves out
-    because the adapter trains them). ``adapters_by_name`` and ``saved_adapters`` are in the same order."""
+    because the adapter trains them). ``adapters_by_name`` and ``saved_adapters`` are in the same
+    order."""
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved_adapter in zip(adapters_by_name.values(), saved_adapters, strict=True):
         recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
