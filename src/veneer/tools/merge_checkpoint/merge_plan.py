@@ -242,10 +242,7 @@ def _plan_from_model(
             )
     fingerprints = _expected_fingerprints(model, adapters_by_name, saved_adapters, path_by_id)
     return MergePlan(
-        edits={
-            tensor_name: tuple(tensor_edits)
-            for tensor_name, tensor_edits in edits_by_tensor.items()
-        },
+        edits={name: tuple(tensor_edits) for name, tensor_edits in edits_by_tensor.items()},
         split_tensors={
             path: _order_tensors(slices_by_path[path])
             for path in edits

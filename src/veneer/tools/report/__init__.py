@@ -246,21 +246,19 @@ def examine(
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    low_ranks_by_path, intruders_by_path = effective_changes(saved_adapter), {}
+    changes_by_path, intruders_by_path = effective_changes(saved_adapter), {}
     if base is not None:
         intruder_results = find_intruders(
             saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
         intruders_by_path = _collect_intruders(intruder_results, len(aligned_weights), progress)
     adapter_difference = None if other is None else compare(saved_adapter, other)
-    shared_by_path = {
-        layer.path: _relate_layers(layer, low_ranks_by_path[layer.path])
+    comparisons = {
+        layer.path: _relate_layers(layer, changes_by_path[layer.path])
         for layer in (() if adapter_difference is None else adapter_difference.layers)
     }
     layers = [
-        _examine_layer(
-            aligned_weight, low_ranks_by_path, intruders_by_path, threshold, shared_by_path
-        )
+        _examine_layer(aligned_weight, changes_by_path, intruders_by_path, threshold, comparisons)
         for aligned_weight in aligned_weights
     ]
     cuts = _cuts(layers)
@@ -337,14 +335,14 @@ def effective_rank(spectrum: Tensor) -> float:
 
 def _examine_layer(
     aligned_weight: AlignedWeight,
-    low_ranks_by_path: Mapping[str, LowRank],
+    changes_by_path: Mapping[str, LowRank],
     intruders_by_path: Mapping[str, WeightIntruders],
     threshold: float,
     shared_by_path: Mapping[str, Shared],
 ) -> ReportLayer:
     path = aligned_weight.model_path
     weight_intruders = intruders_by_path.get(path)
-    svd = low_ranks_by_path[path].svd()
+    svd = changes_by_path[path].svd()
     spectrum = svd.S.square().sum(0).sqrt()
     norm = float(spectrum.norm())
     block_match = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
