@@ -91,7 +91,7 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        return self.budget.rows + self.budget.prefixes
+        return self.budget.row_bytes + self.budget.prefix_bytes
 
     def start(self, state: RequestState) -> bool:
         """Give a request a row that begins with the cached prefix of its tokens. If the row of a

@@ -28,7 +28,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF_DTYPES, Folded, Sums, check_rounding, is_inaccurate
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
-from veneer.models.safetensors_dir import NAMES, Checkpoint, names_by_offset, open_checkpoint
+from veneer.models.safetensors_dir import DTYPE_NAMES, Checkpoint, names_by_offset, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import FileChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
@@ -140,7 +140,7 @@ class MergeJob:
                 {"__metadata__": dict(header.metadata)} if header.metadata else {}
             )
             for name, start in offsets.items():
-                dtype, shape = NAMES[self.output_dtype(name)], list(self.checkpoint.shape(name))
+                dtype, shape = DTYPE_NAMES[self.output_dtype(name)], list(self.checkpoint.shape(name))
                 header_fields[name] = {
                     "dtype": dtype,
                     "shape": shape,
