@@ -78,7 +78,7 @@ def sampling_options(
     stderr lists these values. If that file does not set do_sample, the default temperature is 0
     (greedy decoding), whatever temperature it gives."""
     from veneer.models.sampling_defaults import (
-        FILE,
+        CONFIG_FILE,
         NEUTRAL_VALUES,
         TRANSFORMERS_ONLY,
         sampling_defaults,
@@ -97,9 +97,9 @@ def sampling_options(
         flag_values = {"top_p": top_p, "top_k": top_k}
         applied_names |= {name for name, value in flag_values.items() if value is None}
     if description := defaults.describe(applied_names):
-        err.print(f"As the base's {FILE} says: {description}.")
+        err.print(f"As the base's {CONFIG_FILE} says: {description}.")
     if description := defaults.describe(TRANSFORMERS_ONLY):
-        err.print(f"Not applied, of the base's {FILE}: {description}.")
+        err.print(f"Not applied, of the base's {CONFIG_FILE}: {description}.")
     top_p = defaults.top_p if top_p is None else top_p
     top_k = defaults.top_k if top_k is None else top_k
     return {

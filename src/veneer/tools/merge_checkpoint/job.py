@@ -140,7 +140,8 @@ class MergeJob:
                 {"__metadata__": dict(header.metadata)} if header.metadata else {}
             )
             for name, start in offsets.items():
-                dtype, shape = DTYPE_NAMES[self.output_dtype(name)], list(self.checkpoint.shape(name))
+                shape = list(self.checkpoint.shape(name))
+                dtype = DTYPE_NAMES[self.output_dtype(name)]
                 header_fields[name] = {
                     "dtype": dtype,
                     "shape": shape,
