@@ -25,7 +25,7 @@ from veneer.serve import limits
 from veneer.serve.chat_messages import Message
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Grammar
-from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
+from veneer.serve.tools.template import FRAMED_CHATS, PROBE_TOOL, RENDER_ERRORS, check_template
 
 #: largest number of tokens of an answer to /v1/completions that sets no limit, as in OpenAI's API
 DEFAULT_MAX_TOKENS = 16
@@ -89,7 +89,7 @@ def chat_tokens(
         )
 
     check_template(
-        tokenizer, tools=bool(tools), calls=any(message.tool_calls for message in messages)
+        tokenizer, has_tools=bool(tools), has_calls=any(message.tool_calls for message in messages)
     )
 
     def render(chat: Chat, tools: Tools, arguments: Mapping[str, Any] = arguments) -> str:
@@ -97,7 +97,7 @@ def chat_tokens(
             return tokenizer.apply_chat_template(
                 list(chat), tools=list(tools) or None, tokenize=False, **arguments
             )
-        except ERRORS as error:
+        except RENDER_ERRORS as error:
             raise Refusal(
                 400,
                 f"messages that the template refuses ({error})",
@@ -213,7 +213,7 @@ def _special_tokens(
     if cached is None or cached[0] != template:
         framing_ids: set[int] = set()
         chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBE_ROLES]
-        for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
+        for probe, tools in (*chats, *((probe, [PROBE_TOOL]) for probe in FRAMED_CHATS)):
             with suppress(Refusal):  # some templates refuse such a chat
                 text = render(probe, tools)
                 framing_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -18,7 +18,7 @@ from veneer.fileio.untrusted import parse
 from veneer.serve.answers import Answers, AnswerWriter, Pieces, collect_pieces, failure
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
-from veneer.serve.tools.deltas import Call, Delta, TextDelta, call_id, join_deltas
+from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas, random_id
 
 Event = dict[str, Any]
 
@@ -28,7 +28,7 @@ class MessagesView:
 
     def __init__(self, writer: AnswerWriter, body: MessagesRequest) -> None:
         self._writer, self._model = writer, body.model
-        self._id = call_id("msg")
+        self._id = random_id("msg")
         self._block_type = ""  # type of the content block that is open; "" if none is
         self._block_index = -1
         self._generated_tokens = self._cached_tokens = 0

@@ -23,7 +23,7 @@ from typing import Any
 from veneer.serve.answers import Answers, AnswerWriter, Pieces, collect_pieces, failure
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
-from veneer.serve.tools.deltas import CallDelta, Delta, call_id
+from veneer.serve.tools.deltas import CallDelta, Delta, random_id
 
 Event = dict[str, Any]
 
@@ -33,7 +33,7 @@ class ResponsesView:
 
     def __init__(self, writer: AnswerWriter, body: ResponsesRequest) -> None:
         self._writer, self._body = writer, body
-        self._id, self._created = call_id("resp"), int(time.time())
+        self._id, self._created = random_id("resp"), int(time.time())
         self._output: list[dict[str, Any]] = []
         self._item_is_open = False  # whether more of the last output item may follow
         self._generated_tokens = self._cached_tokens = self._event_number = 0
@@ -103,7 +103,12 @@ class ResponsesView:
         yield self._content_event("response.content_part.added", part=dict(text))
 
     def _start_item(self, item_type: str, prefix: str, fields: dict[str, Any]) -> Iterator[Event]:
-        output_item = {"type": item_type, "id": call_id(prefix), "status": "in_progress", **fields}
+        output_item = {
+            "type": item_type,
+            "id": random_id(prefix),
+            "status": "in_progress",
+            **fields,
+        }
         self._output.append(output_item)
         self._item_is_open = True
         yield {**self._output_event("response.output_item.added"), "item": dict(output_item)}
