@@ -135,7 +135,7 @@ class TextConfig(Strict):
 
 
 class ResponsesStreamOptions(Strict):
-    """The stream options of this API. No option is supported."""
+    """OpenAI's stream options of this API, none of which changes the answer of this server."""
 
 
 class ResponsesRequest(Strict):
@@ -167,7 +167,8 @@ class ResponsesRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_storage(cls, data: Any) -> Any:
-        """Refuse the fields of ``STORAGE_FIELDS`` before other errors of the body are reported."""
+        """Refuse the fields of ``STORAGE_FIELDS`` with an error that says what to send instead.
+        Without this check they would be refused as unknown fields."""
         for name in STORAGE_FIELDS if isinstance(data, dict) else ():
             if data.get(name) is not None:
                 raise value_error(
