@@ -292,7 +292,7 @@ class Mirror:
 
     The folders belong to the cache of ``pull``. They are verified, named by the hash of their files
     and never changed, so a changed adapter gets another folder. Changes are detected in a listing
-    of the place (``list_stamps``), so files of unchanged adapters are not read again.
+    of the place (``list_stamps``), so the files of unchanged adapters are not read again.
 
     Args:
         address: the address of a place in a file system of fsspec.
@@ -311,7 +311,8 @@ class Mirror:
                 "pull what you need into a folder",
             )
         self._folders: dict[str, Path] = {}
-        #: for each adapter's name, the stamp (``list_stamps``) that it had when it was fetched
+        #: for each adapter's name, the stamp that it had when it was fetched. (A stamp is a text
+        #: that changes whenever the files at the place change.)
         self._fetched_stamps: dict[str, str] = {}
         #: for each adapter's name, its stamp in the previous listing; None before the first listing
         self._previous_stamps: dict[str, str] | None = None

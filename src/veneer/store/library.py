@@ -127,8 +127,8 @@ class Library:
 
     def get(self, name: str) -> Path:
         """The adapter folder of a name. Its files belong to the library, so do not change them.
-        They stay for at least the grace period after the name is removed. Raises ``LibraryError``
-        if there is no such name or folder."""
+        They stay for at least the grace period of ``gc`` after the name is removed. Raises
+        ``LibraryError`` if there is no such name or folder."""
         path = self._object_folder(self.entry(name).object)
         if not path.is_dir():
             raise LibraryError(
@@ -278,7 +278,7 @@ class Library:
             intact_entries = {
                 name: entry for name, entry in entries.items() if entry.object in intact_hashes
             }
-            lost, recovered = sorted(entries.keys() - intact_entries.keys()), {}
+            lost, recovered_entries = sorted(entries.keys() - intact_entries.keys()), {}
             unlisted_hashes = intact_hashes - {entry.object for entry in intact_entries.values()}
             for object_hash in () if index_is_readable else sorted(unlisted_hashes):
                 name = (
@@ -287,13 +287,13 @@ class Library:
                     else f"recovered-{object_hash}"
                 )
                 try:
-                    recovered[name] = _read_entry(
+                    recovered_entries[name] = _read_entry(
                         self._object_folder(object_hash), name, object_hash, ("recovered",)
                     )
                 # this installation may not know the adapter's variant, so keep its files for now
                 except AdapterError:
                     lost.append(object_hash)
-            rebuilt_entries = {**intact_entries, **recovered}
+            rebuilt_entries = {**intact_entries, **recovered_entries}
             unnamed_hashes = (
                 {path.name for path in self._object_folders()}
                 if not index_is_readable
@@ -304,7 +304,7 @@ class Library:
             }:
                 self._restart_grace_period(object_hash)  # the user may still need the files
             self._write_entries(rebuilt_entries)
-        return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered), tuple(lost))
+        return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered_entries), tuple(lost))
 
     def _object_folder(self, object_hash: str) -> Path:
         return self.folder / OBJECTS / object_hash
@@ -332,13 +332,13 @@ class Library:
                 )
 
     def _restart_grace_period(self, object_hash: str) -> None:
-        """Restart an adapter folder's grace period, because one of its names is removed."""
+        """Restart the time for which ``gc`` keeps an adapter folder without a name."""
         if self._object_folder(object_hash).is_dir():
             os.utime(self._object_folder(object_hash))
 
     @contextmanager
     def _hold_lock(self, *, create: bool = False) -> Iterator[None]:
-        """Hold the writer's lock. Without ``create``, a library that does not exist is an error, so
+        """Hold the writer's lock. Without ``create``, a missing library raises ``LibraryError``, so
         that a mistyped path creates no library."""
         if not create and not (self.folder / OBJECTS).is_dir():
             raise LibraryError(
@@ -443,14 +443,14 @@ def _parse_index(file: Path) -> dict[str, Entry]:
 
 
 def _read_entry(path: Path, name: str, object_hash: str, tags: tuple[str, ...]) -> Entry:
-    saved = read(path)
-    base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get(
+    adapter = read(path)
+    base: Any = adapter.metadata.get("base", {}).get("name") or adapter.peft_config.get(
         "base_model_name_or_path"
     )
     size = sum((path / file).stat().st_size for file in adapter_file_names(path))
     added = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(
-        name, object_hash, tags, added, size, base, saved.config.variant, saved.config.rank
+        name, object_hash, tags, added, size, base, adapter.config.variant, adapter.config.rank
     )
 
 

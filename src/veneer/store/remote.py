@@ -61,7 +61,8 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def is_remote(address: str) -> bool:
-    """Whether ``address`` is that of a remote place; otherwise it is a local path."""
+    """Whether ``address`` is a URL, and so the address of a remote place; otherwise it is a
+    path."""
     return "://" in address
 
 
@@ -87,7 +88,7 @@ def push(
 
     Raises:
         AdapterError: the folder is no intact adapter.
-        RemoteError: no such place, network or permission, or an option that the place lacks.
+        RemoteError: the place cannot be reached or written to, or does not have an option.
         OutputExistsError: the place is a local path that is not empty.
     """
     path, address = Path(path), parse_address(place, revision)

@@ -28,7 +28,7 @@ from veneer.serve.refusal import RETRY_AFTER, Refusal
 
 log = logging.getLogger("veneer.serve")
 
-#: how often a request is sent to a replica at most: once, and again whenever a replica has died
+#: the most times that a request is sent to a replica; it is sent again if the replica dies
 MAX_ATTEMPTS = 5
 #: headers that describe the connection to the replica, so they are not forwarded to the client
 _CONNECTION_HEADERS = (b"connection", b"keep-alive", b"transfer-encoding")

@@ -198,7 +198,7 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
         raise ConfigError(
             f"grace {grace_seconds!r}", "a number of seconds", "write, for instance, grace: 30"
         )
-    keys_path, open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
+    keys_path, is_open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
     setting_names = {field.name for field in fields(Settings)}
     if unknown := sorted(options.keys() - setting_names):
         expected = listing(sorted(setting_names | {"replicas", "grace", "keys", "allow_open"}))
@@ -207,7 +207,7 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
         )
     if not options.get("base"):
         raise ConfigError("no base", "one", "give args: {base: …}")
-    hosts = None if keys_path is not None or open_to_all else LOOPBACK
+    hosts = None if keys_path is not None or is_open_to_all else LOOPBACK
     return application(
         settings_of(**options), keys_path, hosts, replica_range, float(grace_seconds)
     )
@@ -309,7 +309,8 @@ def run(
     Raises:
         ConfigError: the file of keys or ``replica_range`` is invalid.
     """
-    scaling = scaling_options(replica_range, settings.rows or ROWS)  # raises before Ray is started
+    # an invalid range raises here, before Ray is started
+    scaling = scaling_options(replica_range, settings.rows or ROWS)
     max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
     owns_cluster = "RAY_ADDRESS" not in os.environ
     ray.init(

@@ -35,7 +35,7 @@ class ResponsesView:
     delivers. Use an instance for one call of ``complete`` or of ``events``."""
 
     def __init__(self, writer: AnswerWriter, body: ResponsesRequest) -> None:
-        self._writer, self._body = writer, body
+        self._writer, self._request_body = writer, body
         self._response_id, self._created_at = random_id("resp"), int(time.time())
         self._output_items: list[dict[str, Any]] = []
         self._item_is_open = False  # whether the last output item may still grow
@@ -168,11 +168,13 @@ class ResponsesView:
     def _response(self, status: str = "in_progress", **fields: Any) -> dict[str, Any]:
         """The response object with the output items so far. ``fields`` replace its default
         fields."""
-        body = self._body
+        request_body = self._request_body
         text_config = {"format": {"type": "text"}}
-        if body.text is not None and body.text.format is not None:
-            text_config = {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)}
-        tool_choice = body.tool_choice or "auto"
+        if request_body.text is not None and request_body.text.format is not None:
+            text_config = {
+                "format": request_body.text.format.model_dump(by_alias=True, exclude_none=True)
+            }
+        tool_choice = request_body.tool_choice or "auto"
         return {
             "id": self._response_id,
             "object": "response",
@@ -181,21 +183,21 @@ class ResponsesView:
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "model": body.model,
+            "instructions": request_body.instructions,
+            "max_output_tokens": request_body.max_output_tokens,
+            "model": request_body.model,
             "output": self._output_items,
-            "parallel_tool_calls": body.parallel_tool_calls,
+            "parallel_tool_calls": request_body.parallel_tool_calls,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": body.temperature,
+            "temperature": request_body.temperature,
             "text": text_config,
             "tool_choice": tool_choice
             if isinstance(tool_choice, str)
             else tool_choice.model_dump(),
-            "tools": [tool.model_dump() for tool in body.tools],
-            "top_p": body.top_p,
+            "tools": [tool.model_dump() for tool in request_body.tools],
+            "top_p": request_body.top_p,
             "truncation": "disabled",
             "usage": self._usage() if status != "in_progress" else None,
             "user": None,

@@ -14,6 +14,5 @@
     choose.py       the parsers by the names that vLLM gives them, and detection of the parser from
                     a chat template
 
-A complete answer goes through the same parser as a streamed answer, as one piece or several, so
-both have the same calls.
+Complete answers and streamed answers go through the same parser, so they contain the same calls.
 """

@@ -59,13 +59,13 @@ def calls_schema(tools: Sequence[tuple[str, Schema | None]], max_calls: int) -> 
         }
         for number, (name, _) in enumerate(tools)
     ]
-    calls = {
+    list_schema = {
         "type": "array",
         "minItems": 1,
         "maxItems": max_calls,
         "items": {"anyOf": call_schemas},
     }
-    return {"$defs": definitions, **calls}
+    return {"$defs": definitions, **list_schema}
 
 
 def _rebase_references(schema: Any, reference_prefix: str) -> Any:

@@ -71,8 +71,8 @@ class CallObjectReader:
         has_name: whether the name was read.
         is_complete: whether the object has ended.
         has_failed: whether the text is not the object of a call.
-        text_up_to_name: the text that was read until the name was complete. If the object turns out
-            to be no call, this is text of the answer.
+        text_up_to_name: the text that was read before the name was known. If the object turns out
+            to be no call, this text belongs to the answer's text.
     """
 
     ARGUMENTS_KEYS = ("arguments", "parameters")
@@ -81,6 +81,7 @@ class CallObjectReader:
         self._on_name, self._on_arguments = on_name, on_arguments
         self.has_name = self.is_complete = self.has_failed = False
         self.text_up_to_name = ""
+        #: what must come next: "{", "key", ":", "value", or "," (which stands for "," or "}")
         self._expected_token = "{"
         self._key, self._value_text = "", ""
         self._early_arguments = ""  # arguments that came before the name
