@@ -211,12 +211,15 @@ class Catalogue:
         removed = sorted(self._locations.keys() - locations.keys())
         added, changed, candidates = {}, {}, {}
         for name, location in locations.items():
-            current = self._locations.get(name)
-            if current is None:
+            accepted = self._locations.get(name)
+            if accepted is None:
                 added[name] = location
-            elif location not in (current, self._rejected.get(name)):
+            elif location not in (accepted, self._rejected.get(name)):
                 candidates[name] = location
-                if location.path != current.path or self._previous_candidates.get(name) == location:
+                if (
+                    location.path != accepted.path
+                    or self._previous_candidates.get(name) == location
+                ):
                     changed[name] = location
         self._previous_candidates = candidates
         return Changes(removed, added, changed)
@@ -244,8 +247,8 @@ def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals_sign, adapter = argument.partition("=")
         if not equals_sign or "/" in name or Path(argument).exists():
-            adapter, stem = argument, Path(argument.rpartition(":")[2]).name
-            name = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem) or "adapter"
+            adapter, last_part = argument, Path(argument.rpartition(":")[2]).name
+            name = "".join(c if c.isalnum() or c in "_-" else "-" for c in last_part) or "adapter"
         if name in adapter_by_name:
             raise ConfigError(
                 f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})",
@@ -338,12 +341,12 @@ class Mirror:
         # listings in a row show the same stamp; but in the first listing, fetch it at once, so that
         # a server starts with all adapters
         stamps = {name: stamp for name, (stamp, _) in listing.items()}
-        previous = stamps if self._previous_stamps is None else self._previous_stamps
+        previous_stamps = stamps if self._previous_stamps is None else self._previous_stamps
         names_to_fetch = [
             name
             for name, (stamp, is_pushed) in listing.items()
             if stamp != self._fetched_stamps.get(name)
-            and (is_pushed or stamp == previous.get(name))
+            and (is_pushed or stamp == previous_stamps.get(name))
         ]
         self._previous_stamps = stamps
         with ThreadPoolExecutor(MAX_PARALLEL_FETCHES, thread_name_prefix="veneer-mirror") as pool:
@@ -368,14 +371,14 @@ class Mirror:
         removed, folders of known adapters that it does not list are listed once more by ``ls``,
         which raises the error."""
         filesystem, root_path = file_system(self._address)
-        files = filesystem.find(root_path, detail=True)
-        stamps = list_stamps(root_path, files)
+        details_by_path = filesystem.find(root_path, detail=True)
+        stamps = list_stamps(root_path, details_by_path)
         missing_names = self._folders.keys() - stamps.keys()
-        folders = [
-            *(() if files else (root_path,)),
+        folders_to_list = [
+            *(() if details_by_path else (root_path,)),
             *(f"{root_path}/{name}" for name in missing_names),
         ]
-        for folder in folders:
+        for folder in folders_to_list:
             try:
                 entries = filesystem.ls(folder, detail=True)
             except FileNotFoundError:
@@ -388,8 +391,10 @@ class Mirror:
                 ):
                     raise
                 continue
-            files |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
-        return list_stamps(root_path, files) if folders else stamps
+            details_by_path |= {
+                entry["name"]: entry for entry in entries if entry["type"] != "directory"
+            }
+        return list_stamps(root_path, details_by_path) if folders_to_list else stamps
 
     def _fetch(self, name: str) -> Path | Exception:
         """The folder of an adapter in the cache, or the error that prevents fetching it."""

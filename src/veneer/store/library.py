@@ -494,7 +494,7 @@ def default_folder() -> Path:
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:
     """The adapter folder for the argument ADAPTER of a command: "library:NAME" in ``library``
     (None: the default library), a remote address, from which it is pulled, or a path."""
-    text = str(adapter)
-    if text.startswith(LIBRARY_SCHEME):
-        return (library or Library(default_folder())).get(text.removeprefix(LIBRARY_SCHEME))
-    return pull(text) if is_remote(text) else Path(adapter)
+    address = str(adapter)
+    if address.startswith(LIBRARY_SCHEME):
+        return (library or Library(default_folder())).get(address.removeprefix(LIBRARY_SCHEME))
+    return pull(address) if is_remote(address) else Path(adapter)

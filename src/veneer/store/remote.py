@@ -61,8 +61,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def is_remote(address: str) -> bool:
-    """Whether ``address`` is a URL, and so the address of a remote place; otherwise it is a
-    path."""
+    """Whether ``address`` is a URL, that is, the address of a remote place and not a path."""
     return "://" in address
 
 

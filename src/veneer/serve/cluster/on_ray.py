@@ -200,10 +200,10 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
         )
     keys_path, is_open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
     setting_names = {field.name for field in fields(Settings)}
-    if unknown := sorted(options.keys() - setting_names):
+    if unknown_names := sorted(options.keys() - setting_names):
         expected = listing(sorted(setting_names | {"replicas", "grace", "keys", "allow_open"}))
         raise ConfigError(
-            f"the argument {listing(unknown)}", f"some of {expected}", "check the spelling"
+            f"the argument {listing(unknown_names)}", f"some of {expected}", "check the spelling"
         )
     if not options.get("base"):
         raise ConfigError("no base", "one", "give args: {base: …}")

@@ -64,12 +64,12 @@ def adapter_of(body: bytes, base_name: str) -> str:
     that is not a valid JSON object, since every replica can answer it with the error.
     ``base_name``: the model name of the base."""
     try:
-        content: Any = parse(body)
+        request_fields: Any = parse(body)
     except ValueError:
         return ""
-    if not isinstance(content, dict):
+    if not isinstance(request_fields, dict):
         return ""
-    model, blend = content.get("model"), content.get("adapters")
+    model, blend = request_fields.get("model"), request_fields.get("adapters")
     if isinstance(blend, dict):
         return counted_as(
             {name: weight for name, weight in blend.items() if isinstance(weight, int | float)}

@@ -168,8 +168,11 @@ class Conversation(Strict, ABC):
         are constructed without validation, except that ``check_history`` checks the tool results.
         ``ClientTool`` has the fields of ``Function``, and ``ToolNameChoice`` has the field of
         ``FunctionName``, so their instances are used as such in the chat request."""
-        system = [] if self.system is None else [_chat_message("system", self.system)]
-        messages = [*system, *(message for turn in self.messages for message in turn.messages())]
+        system_messages = [] if self.system is None else [_chat_message("system", self.system)]
+        messages = [
+            *system_messages,
+            *(message for turn in self.messages for message in turn.messages()),
+        ]
         # this also sets the called function's name in each message with a tool's result
         check_history(messages, "messages")
         tool_choice = self.tool_choice
@@ -207,8 +210,8 @@ class MessagesRequest(Conversation):
         """This request as a request of the chat API, with its sampling fields and ``stream``."""
         fields = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
         field_values = {name: getattr(self, name) for name in fields}
-        stop = self.stop_sequences or None
-        return super().chat().model_copy(update={**field_values, "stop": stop})
+        stop_sequences = self.stop_sequences or None
+        return super().chat().model_copy(update={**field_values, "stop": stop_sequences})
 
 
 def _chat_message(role: str, content: str | list[TextBlock], **fields: Any) -> Message:

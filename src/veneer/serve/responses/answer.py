@@ -92,8 +92,8 @@ class ResponsesView:
         if isinstance(delta, CallDelta):
             if delta.name is not None:
                 yield from self._end_item("completed")
-                call = {"call_id": delta.id, "name": delta.name, "arguments": ""}
-                yield from self._start_item("function_call", "fc", call)
+                call_fields = {"call_id": delta.id, "name": delta.name, "arguments": ""}
+                yield from self._start_item("function_call", "fc", call_fields)
             if delta.arguments:
                 self._output_items[-1]["arguments"] += delta.arguments
                 event_type = "response.function_call_arguments.delta"
@@ -107,9 +107,9 @@ class ResponsesView:
 
     def _start_message(self) -> Iterator[Event]:
         yield from self._start_item("message", "msg", {"role": "assistant", "content": []})
-        text = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        self._output_items[-1]["content"] = [text]
-        yield self._content_event("response.content_part.added", part=dict(text))
+        text_part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._output_items[-1]["content"] = [text_part]
+        yield self._content_event("response.content_part.added", part=dict(text_part))
 
     def _start_item(
         self, item_type: str, id_prefix: str, fields: dict[str, Any]
@@ -135,11 +135,11 @@ class ResponsesView:
         output_item = self._output_items[-1]
         output_item["status"], self._item_is_open = status, False
         if output_item["type"] == "message":
-            content = output_item["content"][0]
+            text_part = output_item["content"][0]
             yield self._content_event(
-                "response.output_text.done", text=content["text"], logprobs=[]
+                "response.output_text.done", text=text_part["text"], logprobs=[]
             )
-            yield self._content_event("response.content_part.done", part=dict(content))
+            yield self._content_event("response.content_part.done", part=dict(text_part))
         else:
             event_type = "response.function_call_arguments.done"
             yield self._item_event(

@@ -148,9 +148,9 @@ class CallParser:
         """Emit text. White space at its end is held back until more text follows. If a call follows
         instead, this white space belongs to the notation of calls, so it is dropped."""
         text = self._held_whitespace + text
-        stripped = text.rstrip()
-        self._held_whitespace = text[len(stripped) :]
-        self._deltas.append(TextDelta(stripped))
+        stripped_text = text.rstrip()
+        self._held_whitespace = text[len(stripped_text) :]
+        self._deltas.append(TextDelta(stripped_text))
 
     def _emit_call(self, name: str, id: str | None = None) -> None:
         """Begin a new call. ``id``: the id that the model wrote; None makes a new one."""
@@ -197,14 +197,14 @@ def partial_tag_length(text: str, tags: Iterable[str]) -> int:
 def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
     """Join each two neighbouring deltas if both are text, or both are arguments of the same call,
     and drop empty deltas."""
-    merged: list[Delta] = []
+    merged_deltas: list[Delta] = []
     for delta in deltas:
-        last_delta = merged[-1] if merged else None
+        last_delta = merged_deltas[-1] if merged_deltas else None
         if isinstance(delta, TextDelta):
             if not delta.text:
                 continue
             if isinstance(last_delta, TextDelta):
-                merged[-1] = TextDelta(last_delta.text + delta.text)
+                merged_deltas[-1] = TextDelta(last_delta.text + delta.text)
                 continue
         elif delta.name is None:
             if not delta.arguments:
@@ -214,10 +214,12 @@ def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
                 and last_delta.name is None
                 and last_delta.index == delta.index
             ):
-                merged[-1] = replace(last_delta, arguments=last_delta.arguments + delta.arguments)
+                merged_deltas[-1] = replace(
+                    last_delta, arguments=last_delta.arguments + delta.arguments
+                )
                 continue
-        merged.append(delta)
-    return merged
+        merged_deltas.append(delta)
+    return merged_deltas
 
 
 def join_deltas(deltas: Iterable[Delta]) -> list[str | Call]:

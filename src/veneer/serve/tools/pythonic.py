@@ -107,10 +107,14 @@ def _parse_call(source: str) -> tuple[str, str] | None:
         return None
     try:
         # a tool's name may have hyphens and dots, unlike a name in Python: parse f(…) instead
-        tree = ast.parse(f"f{source[len(name) :]}", mode="eval").body
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+        call_node = ast.parse(f"f{source[len(name) :]}", mode="eval").body
+        if (
+            not isinstance(call_node, ast.Call)
+            or not isinstance(call_node.func, ast.Name)
+            or call_node.args
+        ):
             return None
-        arguments = {keyword.arg: _literal(keyword.value) for keyword in tree.keywords}
+        arguments = {keyword.arg: _literal(keyword.value) for keyword in call_node.keywords}
         if None in arguments:  # a key of None comes from f(**arguments)
             return None
         return name.strip(), json.dumps(arguments, ensure_ascii=False, allow_nan=False)

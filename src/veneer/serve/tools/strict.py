@@ -86,9 +86,9 @@ class _GrammarWriter:
         otherwise a string literal."""
         return f"<[{self._special_ids[tag]}]>" if tag in self._special_ids else json.dumps(tag)
 
-    def text_and_call_rules(self, parser_class: type[CallParser], call: str) -> str:
+    def text_and_call_rules(self, parser_class: type[CallParser], call_expression: str) -> str:
         """Rules of an answer that is text, in which each tag that begins a call (``call_tag``) is
-        followed by a call. ``call``: the expression for a call without this tag. Those
+        followed by a call. ``call_expression``: the expression for a call without this tag. Those
         ``other_tags`` of the parser that are special tokens may occur in the text."""
         call_tag = parser_class.call_tag
         free_tokens = " | ".join(
@@ -97,7 +97,7 @@ class _GrammarWriter:
             if free_tag in self._special_ids
         )
         text_prefix = f"(TEXT ({free_tokens}))* " if free_tokens else ""
-        rules = f"start: (head call)* {text_prefix}TEXT\ncall: {call}\n"
+        rules = f"start: (head call)* {text_prefix}TEXT\ncall: {call_expression}\n"
         if call_tag in self._special_ids:
             return rules + f"head: {text_prefix}TEXT {self.tag_symbol(call_tag)}\n"
         tag_rule = f"text_and_tag[lazy]: TEXT {self.tag_symbol(call_tag)}\n"
@@ -161,8 +161,8 @@ def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any] = JSON_OPTI
 
 
 def _hermes_rules(writer: _GrammarWriter) -> str:
-    call = f"WS object WS {writer.tag_symbol(Hermes.close_tags[0])}"
-    return writer.text_and_call_rules(Hermes, call) + writer.object_rules()
+    call_expression = f"WS object WS {writer.tag_symbol(Hermes.close_tags[0])}"
+    return writer.text_and_call_rules(Hermes, call_expression) + writer.object_rules()
 
 
 def _llama3_json_rules(writer: _GrammarWriter) -> str:
@@ -197,20 +197,20 @@ def _deepseek_v31_rules(writer: _GrammarWriter) -> str:
 
 def _deepseek_rules(writer: _GrammarWriter, call_template: str) -> str:
     separator = writer.tag_symbol(DeepSeek.SEPARATOR)
-    calls = writer.tool_alternatives(
+    call_alternatives = writer.tool_alternatives(
         lambda name, number: call_template.format(
             name=json.dumps(name), separator=separator, arguments=f"arguments_{number}"
         )
     )
-    call = f"WS ({calls}) WS {writer.tag_symbol(DeepSeek.CALL_END)}"
-    return writer.text_and_call_rules(DeepSeek, call) + writer.argument_rules()
+    call_expression = f"WS ({call_alternatives}) WS {writer.tag_symbol(DeepSeek.CALL_END)}"
+    return writer.text_and_call_rules(DeepSeek, call_expression) + writer.argument_rules()
 
 
 def _qwen3_xml_rules(writer: _GrammarWriter) -> str:
-    call = writer.tool_alternatives(
+    call_expression = writer.tool_alternatives(
         lambda name, number: f'{json.dumps(name + ">")} WS parameters_{number} "</function>"'
     )
-    rules = [writer.text_and_call_rules(Qwen3Xml, call)]
+    rules = [writer.text_and_call_rules(Qwen3Xml, call_expression)]
     for number, name in enumerate(writer.tool_names):
         properties = writer.strict_properties(name)
         if properties is None:
@@ -230,7 +230,7 @@ def _xml_value_rule(schema: Mapping[str, Any]) -> str:
     """The expression for an argument's value and the closing tag after it."""
     resolved_schema = follow_reference(schema, schema)
     enum_values = resolved_schema.get("enum") if isinstance(resolved_schema, Mapping) else None
-    types = json_types(schema, schema)
+    allowed_types = json_types(schema, schema)
     if (
         isinstance(enum_values, list)
         and enum_values
@@ -239,19 +239,19 @@ def _xml_value_rule(schema: Mapping[str, Any]) -> str:
         alternatives = " | ".join(map(json.dumps, enum_values))
         # the parser removes a line break before the value and one after it
         return f'"\\n"? ({alternatives}) "\\n"? "</parameter>"'
-    if not types or "string" in types:
+    if not allowed_types or "string" in allowed_types:
         return "up_to_end"
     return f'WS {_json_rule(schema)} WS "</parameter>"'
 
 
 def _pythonic_rules(writer: _GrammarWriter) -> str:
-    calls = writer.tool_alternatives(
+    call_alternatives = writer.tool_alternatives(
         lambda name, number: f'{json.dumps(name)} "(" WS arguments_{number} WS ")"'
     )
     begin, end = writer.tag_symbol(Pythonic.START_TAG), writer.tag_symbol(Pythonic.END_TAG)
     rules = [
         f'start: WS ({begin} WS)? "[" WS call (WS "," WS call)* WS "]" ({end})? WS | FREE\n',
-        f"call: {calls}\n",
+        f"call: {call_alternatives}\n",
         "FREE: /[ \\r\\n\\t]*([^ \\r\\n\\t\\[](.|\\n)*)?/\n",
         "NAME: /[A-Za-z_][A-Za-z0-9_]*/\n",
         f'any: NAME "=" ("True" | "False" | "None" | {_json_rule({}, PYTHON_OPTIONS)})\n',

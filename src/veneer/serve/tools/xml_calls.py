@@ -118,11 +118,11 @@ def json_value(text: str, schema: Any, root_schema: Any = None) -> Any:
     It stays a string if it is not valid JSON, or if the schema names no type or allows a string.
     ``root_schema``: the complete schema of the tool's parameters, in which references are looked
     up."""
-    types = json_types(schema, root_schema)
-    if not types or "string" in types:
-        return None if "null" in types and text.strip() == "null" else text
+    allowed_types = json_types(schema, root_schema)
+    if not allowed_types or "string" in allowed_types:
+        return None if "null" in allowed_types and text.strip() == "null" else text
     try:
-        return parse(text.strip().lower() if types <= {"boolean", "null"} else text)
+        return parse(text.strip().lower() if allowed_types <= {"boolean", "null"} else text)
     except ValueError:
         return text
 
@@ -142,13 +142,13 @@ def json_types(
         return set()
     visited_ids.add(id(schema))
     type_field = schema.get("type")
-    types = {type_field} if isinstance(type_field, str) else set()
+    allowed_types = {type_field} if isinstance(type_field, str) else set()
     if isinstance(type_field, list):
-        types = {name for name in type_field if isinstance(name, str)}
+        allowed_types = {name for name in type_field if isinstance(name, str)}
     for choices in (schema.get("anyOf"), schema.get("oneOf")):
         for choice in choices if isinstance(choices, list) else ():
-            types |= json_types(choice, root_schema, visited_ids)
-    return types
+            allowed_types |= json_types(choice, root_schema, visited_ids)
+    return allowed_types
 
 
 def follow_reference(schema: Any, root_schema: Any) -> Any:
