@@ -61,7 +61,7 @@ def live_bytes(engine) -> int:
     memory = engine._batch.memory
     layers = [layer for each in memory.slots.classes.values() for layer in each.layers]
     stored = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    blocks = [block.data for block in memory.prefixes._order] if memory.prefixes else []
+    blocks = [block.data for block in memory.prefixes._blocks_by_use] if memory.prefixes else []
     return sum(tensor.untyped_storage().nbytes() for tensor in (*stored, *blocks))
 
 

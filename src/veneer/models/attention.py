@@ -88,7 +88,7 @@ def _attention_function() -> Callable[..., tuple[Any, None]]:
                 getattr(module, "is_causal", True) if is_causal is None else is_causal
             )
             bias = cpu_attention.bias_of(attention_mask, has_causal_mask, query, key)
-            output = cpu_attention.products(query, key, value, bias, scaling, dropout)
+            output = cpu_attention.attend_by_products(query, key, value, bias, scaling, dropout)
             return output.transpose(1, 2), None
         return sdpa_attention_forward(
             module,

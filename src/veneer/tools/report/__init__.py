@@ -37,7 +37,7 @@ from veneer.errors import AdapterError
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compare import LayerDifference, compare
-from veneer.tools.compose.align import AlignedWeight, align, applied_products
+from veneer.tools.compose.align import AlignedWeight, align, effective_changes
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.intruders import (
     DEFAULT_THRESHOLD,
@@ -221,7 +221,7 @@ def examine(
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    products, intruders = applied_products(saved_adapter), {}
+    products, intruders = effective_changes(saved_adapter), {}
     if base is not None:
         intruder_results = find_intruders(
             saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
