@@ -222,10 +222,7 @@ def _special_tokens(
     if cached_entry is None or cached_entry[0] != template:
         framing_ids: set[int] = set()
         chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBE_ROLES]
-        for probe_chat, tools in (
-            *chats,
-            *((probe_chat, [PROBE_TOOL]) for probe_chat in FRAMED_CHATS),
-        ):
+        for probe_chat, tools in (*chats, *((chat, [PROBE_TOOL]) for chat in FRAMED_CHATS)):
             with suppress(Refusal):  # some templates refuse such a chat
                 text = render(probe_chat, tools)
                 framing_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])

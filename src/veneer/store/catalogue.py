@@ -187,7 +187,7 @@ class Catalogue:
     def __init__(self, list_locations: Callable[[], Mapping[str, Location]]) -> None:
         self._list_locations = list_locations
         self._locations: dict[str, Location] = {}
-        # locations that the last ``refresh`` found in place of accepted ones
+        # by name, the locations in the last ``refresh`` that differed from the accepted ones
         self._previous_candidates: dict[str, Location] = {}
         self._rejected: dict[str, Location] = {}
 

@@ -143,7 +143,7 @@ class Library:
         the library may have deleted it. Do not change the copy: later calls return it again.
 
         Args:
-            cache: the folder of the cache, as in ``store.remote.pull``.
+            cache: the folder of the cache; None takes the default of ``store.remote.pull``.
 
         Raises:
             AdapterError: the files differ from those that were added. The cache is unchanged.
@@ -397,7 +397,7 @@ class Library:
             raise LibraryError(problem, "the index of a library", remedy) from error
 
     def _read_index_or_copy(self) -> tuple[dict[str, Entry], bool]:
-        """The index's entries and True; if it is damaged, its copy's entries, or {}, and False."""
+        """(the index's entries, True); if it is damaged, (its copy's entries or {}, False)."""
         for file_name in (INDEX, COPY):
             with suppress(*_READ_ERRORS):
                 return _parse_index(self.folder / file_name), file_name == INDEX

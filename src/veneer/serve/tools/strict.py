@@ -141,8 +141,8 @@ class _GrammarWriter:
 
     def strict_properties(self, tool_name: str) -> list[tuple[str, dict[str, Any], bool]] | None:
         """For each parameter of a strict tool: (name, schema, whether it is required). None if the
-        tool is not strict, or its schema lists no properties; its arguments are then not
-        constrained."""
+        tool is not strict or its schema lists no properties, so that the grammar cannot constrain
+        them."""
         schema = self.strict_schema(tool_name)
         properties = None if schema is None else schema.get("properties")
         if schema is None or not isinstance(properties, dict):
