@@ -274,7 +274,7 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
 def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     """The number of tokens of the longest row that ``limit`` bytes hold, at most ``length``.
     ``ConfigError``: the bytes do not hold ``BLOCK`` tokens."""
-    token_bytes = sum(form.nbytes for form in forms) + max(
+    token_bytes = sum(form.token_bytes for form in forms) + max(
         form.larger_tensor_bytes for form in forms
     )
     if token_bytes * -(-length // BLOCK) * BLOCK <= limit:
