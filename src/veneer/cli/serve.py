@@ -401,14 +401,14 @@ def _serve_on_ray(
     key_file = listener.key_file
     run(
         settings,
-        keys=None if key_file is None else str(key_file.resolve()),
+        keys_path=None if key_file is None else str(key_file.resolve()),
         hosts=allowed_hosts,
         host=listener.host,
         port=listener.port,
-        replicas=replicas,
-        grace=listener.grace,
-        started=announce,
-        until=stop_event.wait,
+        replica_range=replicas,
+        grace_seconds=listener.grace,
+        on_ready=announce,
+        wait_for_stop=stop_event.wait,
     )
 
 
