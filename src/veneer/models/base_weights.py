@@ -482,14 +482,19 @@ def _join_rows(
     requested_rows = range(shape[0])[rows or slice(None)]
     joined_rows = torch.empty(len(requested_rows), *shape[1:], dtype=dtype)
     for tensor_name, param_slice in tensors:
-        tensor_rows = range(shape[0])[param_slice.index[0]]
-        # The code below needs each tensor to be either completely within the requested rows or
-        # outside. That holds for a stack of matrices, of which each tensor fills one entry of the
-        # first axis.
-        if tensor_rows.start < requested_rows.stop and requested_rows.start < tensor_rows.stop:
-            first_axis = slice(
-                tensor_rows.start - requested_rows.start, tensor_rows.stop - requested_rows.start
-            )
-            target = joined_rows[(first_axis, *param_slice.index[1:])]
-            target.copy_(checkpoint.read(tensor_name)[param_slice.within].reshape(target.shape))
+        index = param_slice.index or (slice(None),)
+        tensor_rows = range(shape[0])[index[0]]
+        first = max(tensor_rows.start, requested_rows.start)
+        stop = min(tensor_rows.stop, requested_rows.stop)
+        if first >= stop:
+            continue
+        target_rows = slice(first - requested_rows.start, stop - requested_rows.start)
+        target = joined_rows[(target_rows, *index[1:])]
+        source_rows = slice(first - tensor_rows.start, stop - tensor_rows.start)
+        if not param_slice.within and checkpoint.shape(tensor_name)[0] == len(tensor_rows):
+            source = checkpoint.read(tensor_name, source_rows)
+        else:
+            whole = checkpoint.read(tensor_name)[param_slice.within]
+            source = whole.reshape(len(tensor_rows), *target.shape[1:])[source_rows]
+        target.copy_(source.reshape(target.shape))
     return joined_rows
