@@ -356,7 +356,7 @@ class LinearRows:
         bias = None if fused_change.bias is None else module._parameters[fused_change.bias]
         if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:
             # With gradients, ``batched.linear`` rounds the low-rank term plus the bias to 16 bits,
-            # then adds x Wᵀ. The path for one adapter adds the bias before it rounds, so it is used.
+            # then adds x Wᵀ. The path for one adapter rounds only the sum with the bias: take that.
             return None
         factors = [_plain_factors(layer_adapter, x) for layer_adapter in self.layer_adapters]
         first_factors = next(
