@@ -60,7 +60,7 @@ class CheckReport:
         adapter: the name of the adapter, or of the blend.
         weights: paths of the weights whose changes reach the output.
         compared: the number of changes whose gradients were also compared with those of a model of
-            W + ΔW, which packed weights and adapters with invocation tokens do not allow.
+            W + ΔW; without packed weights, and 0 for an adapter with invocation tokens.
     """
 
     adapter: str
@@ -159,7 +159,7 @@ def check(
 
 
 def _use_selection(model: nn.Module, selection: ActiveAdapter) -> AbstractContextManager[None]:
-    """A context manager in which calls of the model use this selection."""
+    """A context manager in which calls of ``model`` use the adapters that ``selection`` holds."""
     return context.override({need_adapters(model).uid: selection})
 
 
@@ -266,7 +266,7 @@ def _gradient_problems(
     active: ActiveAdapter,
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
-    packed_adapters,
+    packed_adapters: Mapping[int, LayerAdapter],
 ) -> list[str]:
     """An error text for each change whose gradient differs from that of a model with the weights
     W + ΔW, both in the model's present dtype. The layers of ``packed_adapters``, whose quantised
@@ -292,10 +292,10 @@ def _gradient_problems(
     norms = [full_gradient(defined_gradients, change).norm().item() for change in checked]
     largest_norm = max(norms, default=0.0)
     for change in checked:
-        expected = full_gradient(defined_gradients, change)
-        deviation = (full_gradient(adapter_gradients, change) - expected).norm().item() / max(
-            expected.norm().item(), NOISE_SHARE * largest_norm, 1e-30
-        )
+        expected_gradient = full_gradient(defined_gradients, change)
+        deviation = (
+            full_gradient(adapter_gradients, change) - expected_gradient
+        ).norm().item() / max(expected_gradient.norm().item(), NOISE_SHARE * largest_norm, 1e-30)
         parameters = change.module.parameters(recurse=False)
         element_size = min((p.element_size() for p in parameters), default=4)
         if not deviation < TOLERANCE_BY_ELEMENT_SIZE.get(element_size, 0.5):
@@ -486,12 +486,12 @@ def _use_definition(
 
 
 def _blend_weight(blend: Blend, module_view: nn.Module, weight_name: str, _: Any) -> Tensor:
-    """A changed weight of a blend. ``ComputedParameters`` passes the stored weight last."""
+    """The weight as a blend changes it. The last argument is the stored weight, not needed here."""
     return blend.changed_weights(module_view, wide=False)[weight_name]
 
 
 def _differentiable_tensors(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor that requires a gradient in nested containers of outputs."""
+    """Yield each floating-point tensor with a graph in an output of nested dicts and sequences."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.requires_grad:
             yield output

@@ -250,10 +250,12 @@ def measure_change(
     """The report of a weight at ``path`` that should change from ``old_weight`` to ``exact_weight``
     and was rounded to ``rounded_weight``. All three are float64. ``rounding`` names the rule:
     "nearest", or "storage" for the storage's own."""
-    change, realised_change = exact_weight - old_weight, rounded_weight - old_weight
-    change_norm, old_norm = change.norm().item(), old_weight.norm().item()
+    exact_change, realised_change = exact_weight - old_weight, rounded_weight - old_weight
+    change_norm, old_norm = exact_change.norm().item(), old_weight.norm().item()
     retention = (
-        ((change * realised_change).sum() / (change * change).sum()).item() if change_norm else 1.0
+        ((exact_change * realised_change).sum() / (exact_change * exact_change).sum()).item()
+        if change_norm
+        else 1.0
     )
     relative_change = change_norm / old_norm if old_norm else float(change_norm > 0)
     return LayerMerge(path, relative_change, retention, rounding, retention)

@@ -65,9 +65,9 @@ class MergeReport:
             "storage": "rounded as their storage does",
         }
         special_roundings = "".join(
-            f"; {rounding_counts[name]} {description}"
-            for name, description in descriptions.items()
-            if rounding_counts[name]
+            f"; {rounding_counts[rounding]} {description}"
+            for rounding, description in descriptions.items()
+            if rounding_counts[rounding]
         )
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the"

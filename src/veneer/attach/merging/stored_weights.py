@@ -87,18 +87,24 @@ def stored_weights(model: nn.Module, name: str) -> Iterator[StoredWeight]:
         yield StoredWeight(
             path, module, weight_name, change, weight_of(module, weight_name), change.storage
         )
-    visited: set[int] = set()  # tied parameters have one trained copy: yield it for one of them
+    visited_ids: set[int] = set()  # tied parameters have one trained copy: yield it for one of them
     for path, module, layer_adapter in adapters(model, name):
         full_module, base_tensors = layer_adapter.full, {**module._buffers, **module._parameters}
-        for tensor_name, values in (
+        for tensor_name, full_values in (
             *full_module._parameters.items(),
             *full_module._buffers.items(),
         ):
-            weight_holder = None if values is None else base_tensors[tensor_name]
-            if weight_holder is not None and id(values) not in visited:
-                visited.add(id(values))
+            weight_holder = None if full_values is None else base_tensors[tensor_name]
+            if weight_holder is not None and id(full_values) not in visited_ids:
+                visited_ids.add(id(full_values))
                 yield StoredWeight(
-                    path, module, tensor_name, layer_adapter, weight_holder, BASES["plain"], values
+                    path,
+                    module,
+                    tensor_name,
+                    layer_adapter,
+                    weight_holder,
+                    BASES["plain"],
+                    full_values,
                 )
 
 

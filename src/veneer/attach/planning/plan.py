@@ -107,9 +107,9 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     )
 
     planner = _Planner(model, config, problems)
-    model_index, targets, head = planner.model_index, *planner.find_targets()
+    model_index, targets, head_refs = planner.model_index, *planner.find_targets()
     specs = planner.specs(targets)
-    full_refs = [ref for ref in (*head, *targets) if ref not in specs]
+    full_refs = [ref for ref in (*head_refs, *targets) if ref not in specs]
     low_rank_plans = plan_low(model_index, planner.with_tokens(specs), problems)
     full_params = planner.find_full_params(
         full_refs, [weight_plan.path for weight_plan in low_rank_plans]
@@ -123,10 +123,11 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         full_modules=frozenset(planner.train_also_paths),
         frozen_ids=planner.frozen_ids,
     )
-    for path, name in {ref for weight_plan in low_rank_plans for ref in weight_plan.holders}:
-        if name in full_params.get(path, ()):
+    for path, weight_name in {ref for weight_plan in low_rank_plans for ref in weight_plan.holders}:
+        if weight_name in full_params.get(path, ()):
             problem = (
-                f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+                f"{parameter_path(path, weight_name)!r} to be changed and, through a tie, trained"
+                " in full"
             )
             problems.append(
                 sentence(problem, "one of them", "leave one of the tied modules out of train_also")
@@ -209,9 +210,9 @@ class _Planner:
         for path in paths_in_both:
             problem = f"{path!r} in targets and in train_also"
             self.problems.append(sentence(problem, "one of them", "leave it out of the other"))
-        head = [] if has_explicit_targets else self.untrained_head()
+        head_refs = [] if has_explicit_targets else self.untrained_head()
         targets = [
-            ref for ref in targets if ref[0] not in self.train_also_paths and ref not in head
+            ref for ref in targets if ref[0] not in self.train_also_paths and ref not in head_refs
         ]
         targets = self.attachable(targets) if "all" in self.words else targets
         for field_name, patterns in (
@@ -222,7 +223,7 @@ class _Planner:
             self.problems += targeting.unmatched_pattern_problems(
                 model_index, patterns, field_name, targets
             )
-        return targets, head
+        return targets, head_refs
 
     def untrained_head(self) -> list[ParamRef]:
         """With targets="all-linear", the parameters of a task head that were not in the checkpoint,
@@ -230,12 +231,12 @@ class _Planner:
         if "all-linear" not in self.words:
             return []
         fresh_parameters = self.model_index.fresh_parameters()
-        excluded = targeting.excluded_refs(self.model_index, self.config, [])
+        excluded_refs = targeting.excluded_refs(self.model_index, self.config, [])
         trainable_refs = [
-            ref for key, ref in fresh_parameters.items() if key not in self.frozen_ids
+            ref for param_id, ref in fresh_parameters.items() if param_id not in self.frozen_ids
         ]
-        head = targeting.fresh_head(self.model_index, trainable_refs)
-        return [ref for ref in head if ref not in excluded]
+        head_refs = targeting.fresh_head(self.model_index, trainable_refs)
+        return [ref for ref in head_refs if ref not in excluded_refs]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
         """The ``targets`` that an adapter can change. A ``SkippedLayers`` warning names the others:
@@ -322,11 +323,11 @@ class _Planner:
             path: [n for n, p in model_index.modules[path]._parameters.items() if p is not None]
             for path in self.train_also_paths
         }
-        excluded = {
+        excluded_refs = {
             *((path, "bias") for path in self.train_also_paths),
             *targeting.excluded_refs(model_index, self.config, []),
         }
-        bias_paths = [path for path in model_index.modules if (path, "bias") not in excluded]
+        bias_paths = [path for path in model_index.modules if (path, "bias") not in excluded_refs]
         candidates = {"none": (), "targets": low_rank_paths, "all": bias_paths}[bias]
         biases = [
             (path, "bias")
@@ -344,8 +345,8 @@ class _Planner:
 def _changed_refs(
     low_rank_plans: Sequence[LowRankPlan], full_params: Mapping[str, Sequence[str]]
 ) -> list[ParamRef]:
-    """(path, name) of every parameter that an adapter changes or replaces. A tied parameter is
-    listed under each of its names."""
+    """(path, name) of every parameter that an adapter changes at a low rank or trains in full
+    (``full_params``, {module path: names}). A tied one is listed under each of its names."""
     full_refs = [(path, name) for path, parameters in full_params.items() for name in parameters]
     return [*(ref for weight_plan in low_rank_plans for ref in weight_plan.holders), *full_refs]
 
@@ -411,7 +412,7 @@ def plan_low(
     """A plan for each weight in ``specs``; a tied weight gets one plan. If a weight cannot be
     planned, the reasons are added to ``problems``."""
     refs_by_id = model_index.refs_by_parameter_id()
-    plans: dict[ParamRef, LowRankPlan] = {}
+    plan_by_ref: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
         refusals_of_ref = list(refusals.refusals_of(model_index, ref, refs_by_id))
         problems += refusals_of_ref
@@ -423,8 +424,8 @@ def plan_low(
             )
         )
         if weight_plan is not None:
-            plans.setdefault(weight_plan.ref, weight_plan)
-    return list(plans.values())
+            plan_by_ref.setdefault(weight_plan.ref, weight_plan)
+    return list(plan_by_ref.values())
 
 
 def _low_rank_plan(

@@ -36,7 +36,10 @@ def refusals_of(
     a changed weight. ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
     yield from filter(
         None,
-        (_refusal(model_index, holder, ref) for holder in model_index.holders_of(ref, refs_by_id)),
+        (
+            _refusal(model_index, holder_ref, ref)
+            for holder_ref in model_index.holders_of(ref, refs_by_id)
+        ),
     )
 
 

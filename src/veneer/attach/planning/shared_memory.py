@@ -31,11 +31,11 @@ def overlaps(model_index: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
     changed_ids = {id(weight_of(model_index.modules[path], name)) for path, name in refs}
     parameters: list[tuple[str, Tensor]] = []
     spans: list[_Span] = []
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     for ref, parameter in model_index.parameters():
-        if id(parameter) in visited or (address_range := _address_range(parameter)) is None:
+        if id(parameter) in visited_ids or (address_range := _address_range(parameter)) is None:
             continue
-        visited.add(id(parameter))
+        visited_ids.add(id(parameter))
         full_path = ".".join(ref).lstrip(".")
         if id(parameter) in changed_ids and _overlaps_itself(parameter):
             yield sentence(
@@ -46,10 +46,10 @@ def overlaps(model_index: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
             )
         spans.append((str(parameter.device), *address_range, len(parameters)))
         parameters.append((full_path, parameter))
-    for pair in _intersecting_pairs(sorted(spans)):
+    for index_pair in _intersecting_pairs(sorted(spans)):
         (first_path, first_weight), (second_path, second_weight) = (
-            parameters[min(pair)],
-            parameters[max(pair)],
+            parameters[min(index_pair)],
+            parameters[max(index_pair)],
         )
         if changed_ids & {id(first_weight), id(second_weight)} and _share_bytes(
             first_weight, second_weight
@@ -68,12 +68,12 @@ def _address_range(tensor: Tensor) -> tuple[int, int] | None:
     if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided:
         return None
     try:
-        start = tensor.data_ptr()
+        start_address = tensor.data_ptr()
     except RuntimeError:  # a tensor subclass that only wraps other tensors
         return None
     return (
-        (start, start + _extent(tensor) * tensor.element_size())
-        if start and tensor.numel()
+        (start_address, start_address + _extent(tensor) * tensor.element_size())
+        if start_address and tensor.numel()
         else None
     )
 
@@ -130,6 +130,6 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     # For all others, count the distinct places in memory that the elements have.
     if torch._debug_has_internal_overlap(tensor) == 0:  # pyright: ignore[reportPrivateImportUsage]
         return False
-    elements = torch.zeros(_extent(tensor), dtype=torch.bool, device="cpu")
-    elements.as_strided(tensor.shape, tensor.stride()).fill_(True)
-    return int(elements.sum()) < tensor.numel()
+    is_used = torch.zeros(_extent(tensor), dtype=torch.bool, device="cpu")
+    is_used.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(is_used.sum()) < tensor.numel()

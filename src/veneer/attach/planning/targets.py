@@ -68,13 +68,13 @@ def excluded_refs(model_index: Names, config: LoraConfig, problems: list[str]) -
     matches nothing is added to ``problems``."""
     excluded: set[ParamRef] = set()
     for pattern in config.exclude:
-        parameters = (
+        parameter_refs = (
             []
             if pattern in WORDS or model_index.modules_matching(pattern)
             else model_index.parameters_matching(pattern)
         )
-        if parameters:
-            excluded.update(parameters)
+        if parameter_refs:
+            excluded.update(parameter_refs)
             continue
         for path in _matching_modules(model_index, pattern, "exclude", problems):
             for path_below in model_index.subtree_paths(path):
@@ -85,12 +85,16 @@ def excluded_refs(model_index: Names, config: LoraConfig, problems: list[str]) -
 
 
 def value_for(
-    model_index: Names, refs: Sequence[ParamRef], values: Mapping[str, Any], default: Any
+    model_index: Names, refs: Sequence[ParamRef], value_by_pattern: Mapping[str, Any], default: Any
 ) -> Any:
     """The value in ``values``, {pattern: value}, of the first pattern that matches one of ``refs``,
     the (path, name) of every module that holds one weight; ``default`` if no pattern matches."""
     return next(
-        (value for pattern, value in values.items() if matches_any(model_index, pattern, refs)),
+        (
+            value
+            for pattern, value in value_by_pattern.items()
+            if matches_any(model_index, pattern, refs)
+        ),
         default,
     )
 
@@ -140,14 +144,14 @@ def expand_patterns(
     ``problems``; they name the config field ``field_name``."""
     module_paths: dict[str, None] = {}
     for pattern in patterns:
-        matches = _matching_modules(model_index, pattern, field_name, problems)
+        matching_paths = _matching_modules(model_index, pattern, field_name, problems)
         paths_below = [
             path
-            for path_above in matches
+            for path_above in matching_paths
             for path in model_index.subtree_paths(path_above)
             if model_index.modules[path]._parameters
         ]
-        if matches and not paths_below:
+        if matching_paths and not paths_below:
             problem = f"{field_name} pattern {pattern!r} matches modules without parameters"
             problems.append(sentence(problem, "something to train", "remove it"))
         module_paths.update(dict.fromkeys(paths_below))
@@ -159,22 +163,24 @@ def _matching_modules(
 ) -> list[str]:
     """The paths of the modules that ``pattern``, which may be a word of ``WORDS``, matches. If none
     match, an error text that names the config field ``field_name`` is added to ``problems``."""
-    matches = (
+    matching_paths = (
         _word_modules(model_index, pattern)
         if pattern in WORDS
         else model_index.modules_matching(pattern)
     )
-    if not matches:
-        examples = listing(
+    if not matching_paths:
+        examples_text = listing(
             dict.fromkeys(path.rpartition(".")[2] for path in model_index.modules if path), limit=12
         )
         problem = (
             f"{field_name} pattern {pattern!r} matches no module{model_index.suggest(pattern)}"
         )
         problems.append(
-            sentence(problem, f"a name of this model, such as {examples}", "correct or remove it")
+            sentence(
+                problem, f"a name of this model, such as {examples_text}", "correct or remove it"
+            )
         )
-    return matches
+    return matching_paths
 
 
 def _match_targets(index: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
@@ -242,12 +248,12 @@ def _match_targets(index: Names, targets: Targets, problems: list[str]) -> list[
 def _count_types(model_index: Names) -> str:
     """How many layers of each class an adapter can be attached to, as a text for messages: "2
     Conv2d, 1 BatchNorm2d"."""
-    counts = Counter(
+    count_by_class = Counter(
         base_class(model_index.modules[path]).__name__
         for path in _word_modules(model_index, "all")
         if model_index.adaptable_refs(path)
     )
-    return listing(f"{count} {class_name}" for class_name, count in counts.most_common())
+    return listing(f"{count} {class_name}" for class_name, count in count_by_class.most_common())
 
 
 def layers_left_out(model_index: Names, config: LoraConfig) -> str:
@@ -264,7 +270,7 @@ def layers_left_out(model_index: Names, config: LoraConfig) -> str:
     }
     block_count = _block_count(model_index)
     block_indices = {index % block_count for index in config.layers or () if block_count}
-    counts: Counter[str] = Counter()
+    count_by_class: Counter[str] = Counter()
     for path, module in model_index.modules.items():
         kind: Any = kind_of(module)
         if kind is None or kind.linear or module is output_head or path in train_also_paths:
@@ -276,10 +282,12 @@ def layers_left_out(model_index: Names, config: LoraConfig) -> str:
             for weight_name in kind.weights(module)
             if (path, weight_name) not in excluded_weights
         ]
-        counts[base_class(module).__name__] += any(
+        count_by_class[base_class(module).__name__] += any(
             _multiplies_inputs(kind, module, weight_name) for weight_name in matrices
         )
-    return ", ".join(f"{count} {class_name}" for class_name, count in counts.most_common() if count)
+    return ", ".join(
+        f"{count} {class_name}" for class_name, count in count_by_class.most_common() if count
+    )
 
 
 def _multiplies_inputs(kind: Any, module: nn.Module, weight_name: str) -> bool:
@@ -299,15 +307,15 @@ def _word_modules(model_index: Names, word: str) -> list[str]:
     if word == "all":
         return list(kind_by_path)
     if word == "peft-all-linear":
-        head, classes = (
+        output_head, linear_classes = (
             _output_head(model_index),
             (nn.Linear, *LAYERS["conv1d_transformers"].types()),
         )
         return [
             path
             for path in kind_by_path
-            if isinstance(model_index.modules[path], classes)
-            and model_index.modules[path] is not head
+            if isinstance(model_index.modules[path], linear_classes)
+            and model_index.modules[path] is not output_head
         ]
     body_paths = _body_paths(model_index)
     linear_paths = [
@@ -329,20 +337,24 @@ def _body_paths(model_index: Names) -> set[str]:
     """The paths of all modules that are not part of an output head. If a transformers model has a
     base model (``base_model_prefix``), all modules outside of the base model are part of the head;
     so are the output embeddings in every case."""
-    prefix = getattr(model_index.model, "base_model_prefix", "")
-    has_base_model = prefix and isinstance(getattr(model_index.model, prefix, None), nn.Module)
-    head = _output_head(model_index)
+    base_model_name = getattr(model_index.model, "base_model_prefix", "")
+    has_base_model = base_model_name and isinstance(
+        getattr(model_index.model, base_model_name, None), nn.Module
+    )
+    output_head = _output_head(model_index)
     return {
         path
-        for path in (model_index.subtree_paths(prefix) if has_base_model else model_index.modules)
-        if model_index.modules[path] is not head
+        for path in (
+            model_index.subtree_paths(base_model_name) if has_base_model else model_index.modules
+        )
+        if model_index.modules[path] is not output_head
     }
 
 
 def _output_head(model_index: Names) -> Any:
     """The module that a transformers model gives as its output embeddings, or None."""
-    get_head: Any = getattr(model_index.model, "get_output_embeddings", None)
-    return get_head() if callable(get_head) else None
+    get_output_head: Any = getattr(model_index.model, "get_output_embeddings", None)
+    return get_output_head() if callable(get_output_head) else None
 
 
 def fresh_head(model_index: Names, fresh_refs: Iterable[ParamRef]) -> list[ParamRef]:

@@ -132,13 +132,13 @@ def untie(model_index: Names, refs: Iterable[ParamRef]) -> Untied:
             "untie the base before it is quantised",
         )
     for ((path, name), _), weight in zip(untied_refs, tied_weights, strict=True):
-        copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        model_index.modules[path]._parameters[name] = copy
+        new_parameter = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        model_index.modules[path]._parameters[name] = new_parameter
     config = getattr(model_index.model, "config", None)
-    config_ties = bool(untied_refs) and getattr(config, "tie_word_embeddings", False) is True
-    if config_ties:  # else transformers would tie the weights again, and save only one of them
+    changes_config = bool(untied_refs) and getattr(config, "tie_word_embeddings", False) is True
+    if changes_config:  # else transformers would tie the weights again, and save only one of them
         config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
-    return Untied(tuple(untied_refs), config_ties)
+    return Untied(tuple(untied_refs), changes_config)
 
 
 def tie_again(model: nn.Module, untied: Untied) -> None:

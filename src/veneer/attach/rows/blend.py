@@ -181,8 +181,8 @@ class Blend:
         path of the submodule from this module."""
         components_by_path: dict[ModulePath, list[tuple[Any, float]]] = {}
         for layer_adapter, coefficient in self.components:
-            for path, read_adapter in layer_adapter.adapters_read_by(method).items():
-                components_by_path.setdefault(path, []).append((read_adapter, coefficient))
+            for path, submodule_adapter in layer_adapter.adapters_read_by(method).items():
+                components_by_path.setdefault(path, []).append((submodule_adapter, coefficient))
         return {path: Blend(components) for path, components in components_by_path.items()}
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
@@ -241,8 +241,9 @@ class Blend:
         return self._run_factored(linear_call)
 
     def _can_factor(self, layer_state: Any, input_count: int) -> bool:
-        """Whether a call can be computed in factors: the layer is linear in its one weight, and
-        every adapter either changes this weight at a low rank or does not change it."""
+        """Whether a call with ``input_count`` arguments can be computed in factored form, without
+        forming a weight: the layer is linear in its one weight, and every adapter either changes
+        this weight at a low rank or does not change it."""
         if (
             not (layer_state.supports_factored and self.changes and input_count == 1)
             or self.submodule_adapters

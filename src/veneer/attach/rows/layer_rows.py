@@ -1,4 +1,4 @@
-"""One layer in a batch whose rows use different adapters. The inputs are split by adapter, the
+"""Run one layer in a batch whose rows use different adapters: the inputs are split by adapter, the
 layer runs on the rows of each adapter, and the outputs are put back in the order of the batch.
 """
 
@@ -249,7 +249,7 @@ def _run_base(
 
 
 def _is_leaf(module: Any, layer_state: Any) -> bool:
-    """Whether a module has no children besides its layer state."""
+    """Whether a module has no children besides its layer state, which holds its adapters."""
     return all(child is layer_state for child in module._modules.values())
 
 

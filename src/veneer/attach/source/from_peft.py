@@ -106,14 +106,14 @@ def _answering_class(cls: Any) -> Any:
         if method_name in mixin_names or not hasattr(cls, method_name)
     )
 
-    def find_attribute(self: Any, method_name: str) -> Any:
+    def find_attribute(self: Any, name: str) -> Any:
         # This is ``__getattr__``: Python calls it only for names that it does not find otherwise,
         # which include the children and parameters of the module.
         try:
-            return cls.__getattr__(self, method_name)
+            return cls.__getattr__(self, name)
         except AttributeError:
-            if method_name in refused_names:
-                raise _method_error(self, method_name) from None
+            if name in refused_names:
+                raise _method_error(self, name) from None
             raise
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:

@@ -50,11 +50,11 @@ def override_method(module: nn.Module, method_name: str, function: Callable[...,
 def remove_overrides(module: nn.Module) -> None:
     """Restore the attributes that the object had before its overrides."""
     for name in [name for name in module.__dict__ if is_overridden(module, name)]:
-        attribute_before = original(module.__dict__.pop(name), module)
+        attribute_before = attribute_before_override(module.__dict__.pop(name), module)
         module.__dict__.update({} if attribute_before is None else {name: attribute_before})
 
 
-def original(override: Any, module: nn.Module) -> Any:
+def attribute_before_override(override: Any, module: nn.Module) -> Any:
     """The attribute that ``override`` has replaced, or ``override`` itself if it is no
     ``MethodOverride``. A bound method is bound to ``module``, the object or a view of it. None if
     the object had no such attribute."""
@@ -77,14 +77,16 @@ def without_adapters(module: nn.Module) -> nn.Module:
     module_view.__dict__.update(module.__dict__)
     remove_overrides(module_view)
     module_view.__dict__["_modules"] = {
-        name: without_adapters(child) if isinstance(child, nn.Module) and _differs(child) else child
+        name: without_adapters(child)
+        if isinstance(child, nn.Module) and _has_adapters_or_overrides(child)
+        else child
         for name, child in module._modules.items()
         if not isinstance(child, LayerState)
     }
     return module_view
 
 
-def _differs(module: nn.Module) -> bool:
+def _has_adapters_or_overrides(module: nn.Module) -> bool:
     """Whether a module, or a module below it, has adapters or overrides."""
     return any(
         LAYER_STATE_NAME in submodule._modules

@@ -118,7 +118,8 @@ def _functions_by_name(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
 
 @functools.cache
 def _words_in_code(code: CodeType) -> frozenset[str]:
-    """The names in compiled code, and the string constants in it, split at dots."""
+    """The names in compiled code and in the functions that are defined in it, and the string
+    constants, split at dots."""
     inner_words = [
         _words_in_code(constant) for constant in code.co_consts if isinstance(constant, CodeType)
     ]
@@ -168,7 +169,7 @@ class _SharedInputFinder:
         self.assignment_counts: dict[str, int] = {}
 
     def visit_block(self, statements: Sequence[ast.AST]) -> None:
-        """Visit the statements of a block."""
+        """Visit the statements of a block, which run one after the other or not at all."""
         outer_block, self.block_count = self.current_block, self.block_count + 1
         self.current_block = self.block_count
         for statement in statements:
@@ -199,7 +200,8 @@ class _SharedInputFinder:
             self.record_call(node.func, node)
 
     def record_call(self, called_attribute: ast.Attribute, call: ast.Call) -> None:
-        """Record a call ``self.child(name)``. Its argument has been visited before."""
+        """Record the call ``call`` if it is ``self.child(name)``. ``called_attribute`` is its
+        ``self.child``. To be called after the argument was visited, which may assign ``name``."""
         is_of_self = (
             isinstance(called_attribute.value, ast.Name) and called_attribute.value.id == "self"
         )
@@ -290,11 +292,11 @@ def compares_attention(model: nn.Module) -> bool:
     """Whether a module of the model has code that compares the name of its attention implementation
     with "sdpa". Only code of transformers, or code that transformers has loaded, is searched."""
     module_names = {type(module).__module__ for module in model.modules()}
-    return any(_compares(module_name) for module_name in module_names)
+    return any(_source_compares_attention(module_name) for module_name in module_names)
 
 
 @functools.cache
-def _compares(module_name: str) -> bool:
+def _source_compares_attention(module_name: str) -> bool:
     """Whether a Python module belongs to transformers and its source compares the name of the
     attention implementation with "sdpa"."""
     return (

@@ -207,7 +207,8 @@ class Reader(ast.NodeVisitor):
         return set()
 
     def attribute_paths(self, holder_paths: set[ModulePath], name: str) -> set[ModulePath]:
-        """The paths of the attribute ``name`` of the objects at ``holder_paths``."""
+        """The paths of the attribute ``name`` of the objects at ``holder_paths``. If it is a
+        property of ``self``, the paths that its getter returns."""
         if name in _TABLE_ATTRIBUTES:
             return holder_paths
         getter = class_attribute(self.cls, name) if () in holder_paths else None
@@ -313,9 +314,8 @@ class Reader(ast.NodeVisitor):
         )
 
     def bind(self, target: ast.AST, paths: set[ModulePath]) -> None:
-        """Let the name ``target`` stand for these paths too; if it is a tuple, each of its names
-        for any element of these paths. What a name stood for before is kept, since another branch
-        may have assigned it."""
+        """Let the name ``target`` stand for these paths too, besides those that another branch may
+        have assigned. If it is a tuple, its names stand for any element of these paths."""
         if isinstance(target, ast.Name):
             self.local_paths[target.id] = self.local_paths.get(target.id, set()) | paths
         for element in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
@@ -405,7 +405,7 @@ class Reader(ast.NodeVisitor):
             self.used_paths.written.update(_append_name(self.paths_of(node.args[0]), written_name))
         self.used_paths.read.update(path for path in self.call_paths(node) if path)
         if isinstance(node.func, ast.Attribute) and function_name not in _METADATA:
-            self.record_use(node.func.value)  # weight.t() reads weight
+            self.record_use(node.func.value)  # ``weight.t()`` reads ``weight``
         elif not isinstance(node.func, ast.Attribute):
             self.visit(node.func)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
@@ -440,10 +440,13 @@ class Reader(ast.NodeVisitor):
                 return UNKNOWN if value is UNKNOWN else not value
             case ast.BoolOp():
                 # one true operand decides an ``or``, one false operand an ``and``
-                values, decisive = [*map(self.evaluate, node.values)], isinstance(node.op, ast.Or)
-                if any(value is not UNKNOWN and bool(value) == decisive for value in values):
-                    return decisive
-                return UNKNOWN if UNKNOWN in values else not decisive
+                values, decisive_value = (
+                    [*map(self.evaluate, node.values)],
+                    isinstance(node.op, ast.Or),
+                )
+                if any(value is not UNKNOWN and bool(value) == decisive_value for value in values):
+                    return decisive_value
+                return UNKNOWN if UNKNOWN in values else not decisive_value
             case ast.Compare(ops=[comparison], comparators=[operand]) if (
                 type(comparison) in _COMPARISONS
             ):

@@ -241,8 +241,9 @@ def unreachable(model_index: Names, path: str, method: str = "forward") -> str |
 
 def _modules_above(model_index: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
     """Yield (path of a module, path from there to the module at ``path``) for this module and the
-    modules above it, the nearest first, under each of its names."""
-    visited: set[tuple[str, ModulePath]] = set()
+    modules above it, the nearest first. If the model holds the module in several places, the
+    modules above each place are yielded."""
+    visited_pairs: set[tuple[str, ModulePath]] = set()
     for alias in model_index.aliases[path]:
         components = alias.split(".") if alias else []
         for depth in range(len(components), -1, -1):
@@ -250,8 +251,8 @@ def _modules_above(model_index: Names, path: str) -> Iterator[tuple[str, ModuleP
                 model_index.canonical[".".join(components[:depth])],
                 tuple(components[depth:]),
             )
-            if path_pair not in visited:
-                visited.add(path_pair)
+            if path_pair not in visited_pairs:
+                visited_pairs.add(path_pair)
                 yield path_pair
 
 
