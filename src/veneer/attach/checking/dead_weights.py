@@ -18,7 +18,7 @@ from torch import Tensor, nn
 #: the largest number of all-zero parameters that are tested one by one; if there are more, the
 #: error names all of them
 MAX_TESTED_WEIGHTS = 64
-#: the standard deviation of the random numbers that replace zeros
+#: the standard deviation of the normally distributed numbers that replace zeros
 FILL_STD = 0.02
 
 #: a function that runs the model and returns, for each checked change, whether its gradient is
@@ -56,8 +56,8 @@ def blocking_weights(
         flags_when_filled = list(have_gradients())
     if not any(flags_when_filled):
         return [() for _ in flags_when_filled]
-    # A parameter that is only added, such as a bias that starts at zero, blocks nothing: the
-    # gradient appears whether it is zero or not.
+    # Test each parameter while all others are filled. One that is only added, such as a bias that
+    # starts at zero, blocks nothing: the gradient appears whether it is zero or not.
     blocking_names: list[list[str]] = [[] for _ in flags_when_filled]
     for name in zeros if len(zeros) <= MAX_TESTED_WEIGHTS else ():
         with _fill_zeros(parameter for key, parameter in zeros.items() if key != name):

@@ -187,7 +187,7 @@ def frozen_on_purpose(model_index: Names) -> set[int]:
     requires_grad_before = {} if model_adapters is None else model_adapters.original_requires_grad
     trains_by_id: dict[int, bool] = {}
     for parameter_id, refs in model_index.refs_by_parameter_id().items():
-        (path, name), *_ = refs  # for a tied parameter the first of its names
+        (path, name), *_ = refs  # a tied parameter has several; its flag is stored by the first
         requires_grad_now = model_index.modules[path]._parameters[name].requires_grad
         trains_by_id[parameter_id] = requires_grad_before.get(
             parameter_path(path, name), requires_grad_now
@@ -221,7 +221,7 @@ def check_full(
         for name in parameter_names:
             parameter, full_path = module._parameters.get(name), parameter_path(path, name)
             if parameter is None and name in module._parameters:
-                continue  # a bias that the adapter adds to a layer without one
+                continue  # a bias that the adapter adds to a layer without one: nothing to refuse
             if not reason and (reader_reason := _reader_refusal(model_index, path, name)):
                 problem = f"{full_path!r} trained in full: {reader_reason}"
                 problems.append(sentence(problem, "a module that takes effect", "leave it out"))
@@ -273,8 +273,11 @@ def invocation_problems(
         expected = "a model in whose input_ids they are found"
         yield sentence(problem, expected, "leave invocation_tokens out")
     for weight_plan in low_rank_plans:
-        for path, weight in weight_plan.holders:
-            module, kind = model_index.modules[path], kind_for(model_index.modules[path], weight)
+        for path, weight_name in weight_plan.holders:
+            module, kind = (
+                model_index.modules[path],
+                kind_for(model_index.modules[path], weight_name),
+            )
             can_be_factored = kind.product and can_factor(
                 kind, module, base_class(module), weight_plan.storage.modules()
             )

@@ -69,7 +69,7 @@ def _address_range(tensor: Tensor) -> tuple[int, int] | None:
         return None
     try:
         start_address = tensor.data_ptr()
-    except RuntimeError:  # a tensor subclass that only wraps other tensors
+    except RuntimeError:  # a tensor subclass that wraps other tensors and has no memory of its own
         return None
     return (
         (start_address, start_address + _extent(tensor) * tensor.element_size())

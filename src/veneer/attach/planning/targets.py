@@ -55,7 +55,8 @@ def target_refs(model_index: Names, config: LoraConfig) -> tuple[list[ParamRef],
         else:
             block_indices = {index % block_count for index in config.layers}
             selected_refs = [ref for ref in selected_refs if _block_index(ref[0]) in block_indices]
-    if not selected_refs and not problems and config.targets != ():  # () trains token rows alone
+    # with ``targets=()``, the adapter only trains the rows of ``trainable_tokens``: no problem
+    if not selected_refs and not problems and config.targets != ():
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
     return selected_refs, problems

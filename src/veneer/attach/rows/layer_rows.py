@@ -68,7 +68,8 @@ class LayerRows:
             _looks_up_selection(module, layer_state),
         )
         tokens_per_row = _count_tokens_per_row(kind, module, (args, kwargs), row_adapters.row_count)
-        # in a model with inputs [time, batch, …], the tokens of a row are not neighbours
+        # in a model with inputs [time, batch, …], the tokens of a row are not neighbours, so they
+        # cannot be found by ``tokens_per_row``
         if tokens_per_row is not None and tokens_per_row > 1 and row_adapters.time_first:
             tokens_per_row = None
         problem = self._division_problem(

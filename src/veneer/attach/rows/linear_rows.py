@@ -182,7 +182,9 @@ class LinearRows:
             gain is not None and self.layer_adapters[i].changes[kind.weight].is_transposed_in(kind)
             for i, (_, gain) in low_ranks.items()
         ):
-            return None  # a gain scales rows of ΔW, which this layer reads as inputs
+            # The layer holds the weight transposed, so it reads the rows of ΔW, which the gain
+            # scales, as inputs: scaling the output would be wrong.
+            return None
         spans, A, B, gain_terms = self._spans_and_factors(layer_state, x, seeds, low_ranks)
         matrix = weight.mT if kind.out_axis == 1 else weight
         y = linear(x, matrix, None if gain_terms else bias, spans, A, B)

@@ -143,7 +143,8 @@ def shared_input_groups(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
-#: expressions whose operands may be evaluated several times or not at all
+#: expressions whose operands may be evaluated several times or not at all: each operand counts as a
+#: block of its own
 _OPTIONAL_OPERANDS = (
     ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
 )  # fmt: skip
@@ -178,13 +179,13 @@ class _SharedInputFinder:
 
     def visit_node(self, node: ast.AST) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            return  # its body runs later
+            return  # the body runs when the function is called, at an unknown time
         if isinstance(node, ast.Name):
             if not isinstance(node.ctx, ast.Load):
                 self.assignment_counts[node.id] = self.assignment_counts.get(node.id, 0) + 1
             return
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            self.visit_node(node.value)  # evaluated before the targets
+            self.visit_node(node.value)  # before the targets, as Python evaluates it first
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 self.visit_node(target)
             return
@@ -233,11 +234,12 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
     python_forward = python_function(forward)
     tree = tree_of(python_forward) if python_forward else None
     if not isinstance(tree, ast.FunctionDef):
-        return ()  # made at run time, or written in C
+        return ()  # no source: the function was made at run time, or is written in C
     input_names = {argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs)}
     input_names -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
     input_names = {name for name in input_names if not name.startswith("output_")}
-    # positions (line, column): of uses of inputs and writes to the module, and of the ends of calls
+    # the positions (line, column) of all uses of inputs and writes to the module, and (path, end
+    # position) of all calls of submodules
     use_positions: list[tuple[int, int]] = []
     calls_with_ends: list[tuple[ModulePath, tuple[int, int]]] = []
 

@@ -65,7 +65,7 @@ _COMPARISONS: dict[type[ast.cmpop], Any] = {
     ast.GtE: operator.ge,
 }
 
-#: the largest depth of calls that are followed
+#: how many calls deep functions that call functions are followed
 _MAX_DEPTH = 16
 
 
