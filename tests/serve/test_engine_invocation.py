@@ -174,7 +174,7 @@ def test_a_request_waits_for_a_beginning_that_another_computes(serving, models):
 
 def test_a_row_that_gives_its_memory_back_is_computed_again(serving, models):
     engine, _ = serving()
-    token = sum(form.nbytes for form in engine._forward.forms)
+    token = sum(form.token_bytes for form in engine._forward.forms)
     engine, _ = serving(rows=3, cache_memory=token * 600, prefix_cache=False)
     asks = [(invoke(range(20, 140), start, TOKENS["a"]), "a") for start in (30, 60, 120)]
     clients = [ask(engine, prompt, name, tokens=40) for prompt, name in asks]

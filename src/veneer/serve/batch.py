@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from veneer.serve.memory import Memory
-from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
+from veneer.serve.prefill_budget import MAX_TOKENS_TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT_TOKEN_COST, Scheduler, fit_budget
 
@@ -62,7 +62,7 @@ class Batch:
         requests. The number is smaller if requests use several adapters, because the bank groups
         the tokens of a call by adapter and pads each group to the size of the largest."""
         blends = {state.blend_key for state in (*self.filling, *self.running) if state.blend_key}
-        return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
+        return min(MAX_TOKENS_TOGETHER, 2 * MAX_TOKENS_TOGETHER // max(1, len(blends)))
 
     def add(self, state: RequestState) -> bool:
         """Give a request a row, and return whether there was memory for it. The request begins to

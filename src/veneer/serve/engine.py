@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import listing, sentence
-from veneer.models.decode.forward import Forward, context, end_tokens
+from veneer.models.decode.forward import Forward, context_limit, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.grammars import MatcherFactory
@@ -102,7 +102,7 @@ class Engine:
         prefix_cache: bool = True,
         gap: float | None = None,
     ) -> None:
-        max_context = context(model.config)
+        max_context = context_limit(model.config)
         self.length, self.rows = min(length, max_context or length), rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
         self._model_lock = nullcontext() if model_lock is None else model_lock

@@ -91,7 +91,7 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        return self.budget.rows + self.budget.prefixes
+        return self.budget.row_bytes + self.budget.prefix_bytes
 
     def start(self, state: RequestState) -> bool:
         """Give a request a row that begins with the cached prefix of its tokens. If the row of a
@@ -274,7 +274,7 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
 def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     """The number of tokens of the longest row that ``limit`` bytes hold, at most ``length``.
     ``ConfigError``: the bytes do not hold ``BLOCK`` tokens."""
-    token_bytes = sum(form.nbytes for form in forms) + max(
+    token_bytes = sum(form.token_bytes for form in forms) + max(
         form.larger_tensor_bytes for form in forms
     )
     if token_bytes * -(-length // BLOCK) * BLOCK <= limit:

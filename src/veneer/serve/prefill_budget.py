@@ -19,7 +19,7 @@ all computed before the running requests go on (``Batch.is_burst``).
 
 from __future__ import annotations
 
-from veneer.models.decode.forward import TOGETHER
+from veneer.models.decode.forward import MAX_TOKENS_TOGETHER
 
 #: the seconds that prompts may take in a step, as a share of the duration of a decode call
 PROMPT_SHARE = 0.7
@@ -85,7 +85,7 @@ class PrefillBudget:
         )
 
     def tokens(
-        self, running_rows: int, prompt_count: int, max_shared_tokens: int = TOGETHER
+        self, running_rows: int, prompt_count: int, max_shared_tokens: int = MAX_TOKENS_TOGETHER
     ) -> int:
         """How many prompt tokens the next step computes, for ``prompt_count`` prompts together.
 

@@ -170,7 +170,7 @@ class Prefixes:
             block = Block(namespace.block_key(ids, number), parent, data)
             parent.children[block.key] = block
             self._blocks_by_use[block] = None
-            self.budget.prefixes += self.block_bytes
+            self.budget.prefix_bytes += self.block_bytes
             chain.append(block)
             parent = block
         self._touch(chain)
@@ -178,8 +178,8 @@ class Prefixes:
     def evict(self, byte_count: int) -> None:
         """Evict blocks until at least ``byte_count`` bytes are freed, or no block is left."""
         self._drop_gone()
-        target_bytes = self.budget.prefixes - byte_count
-        while self._blocks_by_use and self.budget.prefixes > target_bytes:
+        target_bytes = self.budget.prefix_bytes - byte_count
+        while self._blocks_by_use and self.budget.prefix_bytes > target_bytes:
             self._remove(next(iter(self._blocks_by_use)))
 
     def expire(self, seconds: float) -> None:
@@ -240,7 +240,7 @@ class Prefixes:
         """Remove a block that has no children, and its namespace if that is empty then."""
         del self._blocks_by_use[block]
         del block.parent.children[block.key]
-        self.budget.prefixes -= self.block_bytes
+        self.budget.prefix_bytes -= self.block_bytes
         if isinstance(block.parent, Root) and not block.parent.children:
             del self._roots[block.parent.key]
 
@@ -253,4 +253,4 @@ class Prefixes:
                 block = unvisited_blocks.pop()
                 unvisited_blocks += block.children.values()
                 del self._blocks_by_use[block]
-                self.budget.prefixes -= self.block_bytes
+                self.budget.prefix_bytes -= self.block_bytes

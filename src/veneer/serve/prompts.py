@@ -26,7 +26,7 @@ from veneer.serve import limits
 from veneer.serve.chat_messages import Message
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Grammar
-from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
+from veneer.serve.tools.template import FRAMED_CHATS, PROBE_TOOL, RENDER_ERRORS, check_template
 
 #: the most tokens of an answer to /v1/completions if the request sets no limit, as in OpenAI's API
 DEFAULT_MAX_TOKENS = 16
@@ -96,7 +96,7 @@ def chat_tokens(
         )
 
     check_template(
-        tokenizer, tools=bool(tools), calls=any(message.tool_calls for message in messages)
+        tokenizer, has_tools=bool(tools), has_calls=any(message.tool_calls for message in messages)
     )
 
     def render(chat: Chat, tools: Tools, arguments: Mapping[str, Any] = arguments) -> str:
@@ -104,7 +104,7 @@ def chat_tokens(
             return tokenizer.apply_chat_template(
                 list(chat), tools=list(tools) or None, tokenize=False, **arguments
             )
-        except ERRORS as error:
+        except RENDER_ERRORS as error:
             raise Refusal(
                 400,
                 f"messages that the template refuses ({error})",
@@ -222,7 +222,7 @@ def _special_tokens(
     if cached_entry is None or cached_entry[0] != template:
         framing_ids: set[int] = set()
         chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBE_ROLES]
-        for probe_chat, tools in (*chats, *((probe_chat, [TOOL]) for probe_chat in FRAMED)):
+        for probe_chat, tools in (*chats, *((chat, [PROBE_TOOL]) for chat in FRAMED_CHATS)):
             with suppress(Refusal):  # some templates refuse such a chat
                 text = render(probe_chat, tools)
                 framing_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])

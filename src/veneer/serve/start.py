@@ -14,7 +14,7 @@ from veneer.bank import Bank
 from veneer.errors import ConfigError, listing, nearest
 from veneer.kernels import batched, onednn
 from veneer.models.remote_code import with_trust_of_config
-from veneer.models.sampling_defaults import FILE, sampling_defaults
+from veneer.models.sampling_defaults import CONFIG_FILE, sampling_defaults
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue, served_folders
 from veneer.serve.embed import Embedder
@@ -60,7 +60,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     model, tokenizer = loaded_base.model, loaded_base.tokenizer
     sampling = sampling_defaults(model)
     if ignored_fields := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
-        log.warning("Not applied here, of the base's %s: %s", FILE, ignored_fields)
+        log.warning("Not applied here, of the base's %s: %s", CONFIG_FILE, ignored_fields)
     base_length = models.context_length(settings.base) if is_causal else loaded_base.length
     asked_length = settings.length or LENGTH
     length = min(asked_length, base_length or asked_length)

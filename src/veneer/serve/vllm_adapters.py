@@ -105,7 +105,8 @@ class VllmAdapters:
         self._max_bytes, self._base_verifier = budget, BaseVerifier() if verify_base else None
         self.on_event: Callable[[str, str, float], None] = lambda kind, name, seconds: None
         self._lock = threading.Lock()  # guards the two dictionaries; never held for long
-        self._load_lock = threading.RLock()  # held while adapters are copied and loaded
+        # held while adapters are copied and loaded, and while one is replaced or removed
+        self._load_lock = threading.RLock()
         self._registered: dict[str, RegisteredAdapter] = {}
         self._loaded_blends: dict[BlendKey, LoadedBlend] = {}
         self._unique_numbers = itertools.count(1)
@@ -118,12 +119,13 @@ class VllmAdapters:
         reasons = reasons_against(Path(path), self._max_rank)
         error_prefix = f"Adapter {name!r} in {path}"
         raise_all(AdapterError, error_prefix, [sentence(reason, *ADVICE) for reason in reasons])
-        with self._lock:
-            old_entry = self._registered.get(name)
-            self._registered[name] = RegisteredAdapter(
-                Path(path), pinned=old_entry is not None and old_entry.pinned
-            )
-        self._retire(name, old_entry)
+        with self._load_lock:  # a load may be reading the copy of the earlier adapter
+            with self._lock:
+                old_entry = self._registered.get(name)
+                self._registered[name] = RegisteredAdapter(
+                    Path(path), pinned=old_entry is not None and old_entry.pinned
+                )
+            self._retire(name, old_entry)
 
     def add(self, path: str | Path, *, name: str, replace: bool = False) -> None:
         """Make an adapter folder available under a name, and load it into vLLM. An earlier adapter
@@ -146,9 +148,10 @@ class VllmAdapters:
                 self._loaded_blends[loaded.key] = loaded
 
     def remove(self, name: str) -> None:
-        with self._lock:
-            old_entry = self._registered.pop(name, None)
-        self._retire(name, old_entry)
+        with self._load_lock:  # a load may be reading the copy
+            with self._lock:
+                old_entry = self._registered.pop(name, None)
+            self._retire(name, old_entry)
         if old_entry is not None:
             self.on_event("remove", name, 0.0)
 
@@ -212,13 +215,7 @@ class VllmAdapters:
             entries = {name: self._entry_of(name) for name in weights}
             loaded = self._load(weights, entries)
             with self._lock:
-                # if one of the adapters was replaced while the blend was loaded, only this request
-                # may use the blend
-                loaded.stale = any(
-                    self._registered.get(name) is not entries[name] for name in entries
-                )
-                if not loaded.stale:
-                    self._loaded_blends[loaded.key] = loaded
+                self._loaded_blends[loaded.key] = loaded
                 return self._lease(loaded)
 
     def _entry_of(self, name: str) -> RegisteredAdapter:
@@ -245,7 +242,7 @@ class VllmAdapters:
         self, weights: Mapping[str, float], entries: Mapping[str, RegisteredAdapter]
     ) -> LoadedBlend:
         """Load a blend into vLLM, after unloading others if there is no room for it. The caller
-        adds the result to ``_loaded``.
+        adds the result to ``_loaded_blends``.
 
         Args:
             weights: the weights of the adapters by name.

@@ -129,13 +129,21 @@ class Runs(Mapping[str, Handle]):
             seed: the seed of the run's initial values and of its dropout.
             start_options: for a new adapter, the arguments ``batches``, ``loss`` and ``original``
                 of ``veneer.attach``.
+
+        Raises ``ConfigError`` if ``start_options`` are given with a path.
         """
+        if start_options and not isinstance(config, LoraConfig):
+            raise ConfigError(
+                f"{', '.join(start_options)} for run {name!r}, which continues {str(config)!r}",
+                "arguments of a new adapter, with a LoraConfig",
+                "leave them out, or pass a LoraConfig",
+            )
         stream = self.engine.new_stream(seed)
         with stream:
             if isinstance(config, LoraConfig):
                 handle = attach(self.model, config, name, **start_options)
             else:
-                handle = load(self.model, config, name=name, trainable=True, **start_options)
+                handle = load(self.model, config, name=name, trainable=True)
         self._handles[name] = handle
         self.engine.add(name, handle.parameters(), stream)
         return handle
