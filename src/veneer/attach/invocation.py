@@ -38,7 +38,7 @@ from veneer.attach.layer.adapted_module import walk
 from veneer.attach.layer.invoked_adapter import InvokedAdapter, InvokedTokens
 from veneer.attach.layer.state import ActiveAdapter, ModelAdapters
 from veneer.attach.rows.select_rows import RowAdapters
-from veneer.attach.source.method_overrides import original, override_method
+from veneer.attach.source.method_overrides import attribute_before_override, override_method
 from veneer.distributed import base_class
 from veneer.errors import SelectionError
 
@@ -416,7 +416,9 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The override of ``model.generate``, with the same arguments. It searches the prompt alone,
     and the calls within ``generate`` use the result, so generated tokens invoke nothing."""
     override_function: Any = model.__dict__.get("generate")
-    original_generate: Callable[..., Any] = original(override_function, model) or partial(
+    original_generate: Callable[..., Any] = attribute_before_override(
+        override_function, model
+    ) or partial(
         type(model).generate,  # pyright: ignore[reportAttributeAccessIssue]
         model,
     )

@@ -170,13 +170,15 @@ class DropoutByAdapter(TorchFunctionMode):
             kwargs = {**kwargs, "inplace": False}
         argument_values = [*args, *kwargs.values()]
         has_all_rows = [
-            isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.assignment.count
+            isinstance(value, Tensor)
+            and value.dim() > 1
+            and len(value) == self.assignment.row_count
             for value in argument_values
         ]
         if not has_all_rows[0]:
             raise SelectionError(
                 f"dropout of a tensor {list(argument_values[0].shape)} of the base",
-                f"the {self.assignment.count} rows of the batch along its first axis",
+                f"the {self.assignment.row_count} rows of the batch along its first axis",
                 "set the base's own dropout to 0, or its modules to eval()",
             )
         split_values = [
