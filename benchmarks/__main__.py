@@ -66,11 +66,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--again", type=Path, default=runner.RESULTS, metavar="DIR", help="record into this folder"
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    for name in ("--child", "--settings", "--arm"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALPHA, DROPOUT = 16, 0.05
 PATCH = 16  # pixels on a side of what counts as a token of an image
+TINY = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3}
 
 
 def split(tokens: int) -> tuple[int, int]:
@@ -46,35 +48,19 @@ def llama(layers: int, length: int, tiny: bool = False, **changes: Any) -> nn.Mo
         "vocab_size": 49152 * layers // 30,
     }
     if tiny:
-        shape = {
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "vocab_size": 96,
-        }
+        shape = {**TINY, "num_key_value_heads": 1, "vocab_size": 96}
     # A cache is of no use in training, and would be copied.
-    config = {
-        **shape,
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": True,
-        "use_cache": False,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config))
+    common = {"num_hidden_layers": layers, "tie_word_embeddings": True, "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **common, **changes}))
 
 
 def bert(layers: int, length: int, tiny: bool = False) -> nn.Module:
     """BERT-base with a classifier."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    small = (
-        {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "vocab_size": 96}
-        if tiny
-        else {}
-    )
+    shape = {**TINY, "vocab_size": 96} if tiny else {}
     return BertForSequenceClassification(
-        BertConfig(num_hidden_layers=layers, num_labels=2, **small)
+        BertConfig(num_hidden_layers=layers, num_labels=2, **shape)
     )
 
 
@@ -82,11 +68,13 @@ def vit(layers: int, length: int, tiny: bool = False) -> nn.Module:
     """ViT-base on images of `length` patches."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    small = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3} if tiny else {}
-    side = isqrt(length) * PATCH
     return ViTForImageClassification(
         ViTConfig(
-            num_hidden_layers=layers, image_size=side, patch_size=PATCH, num_labels=10, **small
+            num_hidden_layers=layers,
+            image_size=isqrt(length) * PATCH,
+            patch_size=PATCH,
+            num_labels=10,
+            **(TINY if tiny else {}),
         )
     )
 
@@ -113,27 +101,27 @@ def sentences(model: nn.Module, tokens: int) -> dict[str, Tensor]:
 def images(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     rows, length = split(tokens)
     side = isqrt(length) * PATCH
-    pixels = torch.randn(rows, 3, side, side).to(next(model.parameters()).dtype)
-    return {"pixel_values": pixels, "labels": torch.randint(0, 10, (rows,))}
+    return {
+        "pixel_values": torch.randn(rows, 3, side, side).to(next(model.parameters()).dtype),
+        "labels": torch.randint(0, 10, (rows,)),
+    }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`layers` of the whole model; `entry`, the module that embeds the input; `head`, the module
-    that stays plain."""
+    """`entry` is the module that embeds the input, `head` the one that stays plain."""
 
     build: Callable[..., nn.Module]
     batch: Callable[[nn.Module, int], dict[str, Tensor]]
-    layers: int
     entry: str
     head: str
 
 
 ARCHITECTURES = {
-    "llama": Architecture(llama, text, 30, "model.embed_tokens", "lm_head"),
-    "bert": Architecture(bert, sentences, 12, "bert.embeddings", "classifier"),
-    "vit": Architecture(vit, images, 12, "vit.embeddings", "classifier"),
-    "resnet": Architecture(resnet, images, 16, "resnet.embedder", "classifier"),
+    "llama": Architecture(llama, text, "model.embed_tokens", "lm_head"),
+    "bert": Architecture(bert, sentences, "bert.embeddings", "classifier"),
+    "vit": Architecture(vit, images, "vit.embeddings", "classifier"),
+    "resnet": Architecture(resnet, images, "resnet.embedder", "classifier"),
 }
 
 
@@ -176,18 +164,27 @@ def step(
         optimizer.step()
 
 
+def training_step(candidate: Candidate, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """`step`, with an optimizer that lasts from one call to the next."""
+    return partial(step, candidate, candidate.optimizer(), batch)
+
+
 def names(architecture: str, dtype: str, dropout: bool = True, peers: bool = True) -> list[str]:
     """The arms of a table, the floor first; what a user with defaults has stands before what Veneer
     adds."""
-    arms = ["floor", *(["full fine-tuning"] if peers else []), "peft"]
-    arms += ["peft, bf16 adapters"] if dtype != "float32" else []
-    arms += ["loralib"] if peers else []
-    arms += ["veneer"]
-    arms += ["veneer, own loss and attention"] if architecture == "llama" else []
-    arms += (
-        ["veneer, own attention"] if architecture in ("bert", "vit") and dtype != "float32" else []
-    )
-    arms += ["veneer, channels last"] if architecture == "resnet" else []
+    narrow = dtype != "float32"
+    conditions = {
+        "floor": True,
+        "full fine-tuning": peers,
+        "peft": True,
+        "peft, bf16 adapters": narrow,
+        "loralib": peers,
+        "veneer": True,
+        "veneer, own loss and attention": architecture == "llama",
+        "veneer, own attention": architecture in ("bert", "vit") and narrow,
+        "veneer, channels last": architecture == "resnet",
+    }
+    arms = [name for name, is_compared in conditions.items() if is_compared]
     if dropout:
         arms += [f"{name}, dropout" for name in arms if name.startswith(("peft", "veneer"))]
     return arms
@@ -217,21 +214,24 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
     if kind == "loralib":
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
-        return with_peft(
-            model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options
+        adapted = with_peft(
+            model,
+            narrow="bf16 adapters" in options,
+            r=rank,
+            lora_alpha=ALPHA,
+            lora_dropout=dropout,
+            target_modules=list(layers),
+            rank_pattern={path: size for path, size in layers.items() if size != rank},
         )
+        return Candidate(adapted, trained_parameters(adapted))
     if "channels last" in options:
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if any("attention" in option for option in options):
-        with_products(model)
+        from veneer import models
+
+        # attention as ``veneer.models.load_base`` chooses it for language models
+        models.use_products(model)
     return with_veneer(model, layers, rank, dropout, any("loss" in option for option in options))
-
-
-def with_products(model: nn.Module) -> None:
-    """Attention as ``veneer.models.load_base`` chooses it for language models."""
-    from veneer import models
-
-    models.use_products(model)
 
 
 def with_veneer(
@@ -247,28 +247,22 @@ def with_veneer(
         targets=list(layers),
         ranks={path: size for path, size in layers.items() if size != rank},
     )
-    handle = veneer.attach(model, config)
-    return Candidate(model, handle.parameters(), causal_loss if lean else own_loss)
+    parameters = veneer.attach(model, config).parameters()
+    return Candidate(model, parameters, causal_loss if lean else own_loss)
 
 
-def with_peft(
-    model: nn.Module, layers: dict[str, int], rank: int, dropout: float, **options: Any
-) -> Candidate:
+def with_peft(model: nn.Module, *, narrow: bool = False, **config: Any) -> Any:
+    """PEFT's model with new adapters; `narrow`: in the weights' own dtype."""
     import peft
 
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=ALPHA,
-        lora_dropout=dropout,
-        target_modules=list(layers),
-        rank_pattern={path: size for path, size in layers.items() if size != rank},
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(model, config, **options)
-    return Candidate(
-        adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    )
+    with warnings.catch_warnings(action="ignore"):
+        return peft.get_peft_model(
+            model, peft.LoraConfig(**config), autocast_adapter_dtype=not narrow
+        )
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]:
@@ -292,7 +286,6 @@ def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]
             new: Any = loralib.Linear(
                 old.in_features, old.out_features, dtype=old.weight.dtype, **more
             )
-            plain = new
         else:
             new = loralib.Conv2d(
                 old.in_channels,
@@ -303,26 +296,35 @@ def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]
                 dtype=old.weight.dtype,
                 **more,
             )
-            plain = new.conv
+        plain = getattr(new, "conv", new)
         plain.weight, plain.bias = old.weight, old.bias
         setattr(holder, name, new)
     loralib.mark_only_lora_as_trainable(model)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return trained_parameters(model)
 
 
 def peft_with(base: nn.Module, folder: Path, adapter_names: list[str], **options: Any) -> nn.Module:
     """PEFT's model with these adapters of a folder; of one that was saved by Veneer."""
     import peft
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        first, *rest = adapter_names
+    first, *rest = adapter_names
+    with warnings.catch_warnings(action="ignore"):
         model = peft.PeftModel.from_pretrained(
             sharing(base), str(folder / first), adapter_name=first, **options
         )
         for name in rest:
             model.load_adapter(str(folder / name), adapter_name=name, **options)
     return model.eval()
+
+
+def load_bank(base: nn.Module, folder: Path, adapter_names: list[str]) -> Any:
+    """A `veneer.Bank` of `base` with these adapters of a folder."""
+    import veneer
+
+    bank = veneer.Bank(sharing(base))
+    for name in adapter_names:
+        bank.add(folder / name)
+    return bank
 
 
 def save_random(base: nn.Module, folder: Path, count: int, rank: int = 8) -> list[str]:

@@ -17,6 +17,7 @@ Nothing is predicted: no run on a GPU has been seen yet.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -89,8 +90,6 @@ def run_part(section: Part, device: str, quick: bool, seconds: float) -> Iterato
     """The answers of a part, one after the other."""
     start = time.monotonic()
     if section.name == "unsloth":  # which wants to be first
-        import contextlib
-
         with contextlib.suppress(Exception):  # what it says is asked for again, and then told
             __import__("unsloth")
     import gpu_place
@@ -121,26 +120,22 @@ def run_part(section: Part, device: str, quick: bool, seconds: float) -> Iterato
 
 def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]], str]:
     """(the answers of a process of this program, what went wrong)."""
-    command = [sys.executable, str(Path(__file__)), *arguments]
     environment = dict(os.environ)
-    if (
-        "checks" not in arguments and "cuda" in arguments
-    ):  # several GPUs that are seen are a trainer's to use
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(
-            ","
-        )[0]
+    if "checks" not in arguments and "cuda" in arguments:
+        # several GPUs that are seen are a trainer's to use
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[0]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=timeout, env=environment
+            [sys.executable, __file__, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env=environment,
         )
-        output: str = done.stdout
-        problem = ""
-        if done.returncode:
-            problem = (
-                done.stderr.strip().splitlines()[-1]
-                if done.stderr.strip()
-                else f"exit {done.returncode}"
-            )
+        errors = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        output, problem = done.stdout, errors[-1] if done.returncode else ""
     except subprocess.TimeoutExpired as late:
         raw: Any = late.stdout or b""  # bytes, whatever was asked for
         output, problem = (
@@ -168,17 +163,16 @@ def collect(
             print(f"{section.name}: skipped, no time is left", flush=True)
             continue
         seconds = min(section.limit, remaining)
-        more = [
-            "--part",
-            section.name,
-            "--seconds",
-            f"{seconds:.0f}",
-            "--device",
-            device,
-            *(["--quick"] if quick else []),
-        ]
         start = time.monotonic()
-        answers, problem = ask(more, seconds)
+        answers, problem = ask(
+            [
+                *("--part", section.name),
+                *("--seconds", f"{seconds:.0f}"),
+                *("--device", device),
+                *(["--quick"] if quick else []),
+            ],
+            seconds,
+        )
         for answer in answers:
             if "check" in answer:
                 result["checks"].append(answer)

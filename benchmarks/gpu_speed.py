@@ -15,14 +15,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gpu_models
-import veneer
-from candidates import peft_with, save_random, step
+from candidates import load_bank, peft_with, save_random, sharing, step
 from gpu_place import Place, Skipped, import_library
 
 ROWS, PROMPT, TOKENS, ADAPTERS = 16, 64, 32, 8
@@ -53,25 +53,23 @@ def rounds(
     """(seconds by round, peak bytes of a call, why a candidate fell out). The first call warms up,
     the second one is looked at for memory; the rounds end at ``until`` (``time.monotonic``), but
     not before the third."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
     for name, run in runs.items():
         if time.monotonic() > until:
             failed[name] = "no time was left"
-            del times[name]
             continue
         try:
             run()
             peaks[name] = target.peak(run)
         except Exception as problem:
             failed[name] = first_line(problem)
-            del times[name]
         if not target.quick:
             gc.collect()  # what a candidate that fell out has left
             if target.kind == "cuda":
                 torch.cuda.empty_cache()
-    names = list(times)
+    names = list(peaks)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(0 if not names else 1 if target.quick else MOST):
         if number >= LEAST and time.monotonic() > until:
             break
@@ -86,12 +84,11 @@ def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
     """Median and quartiles, under the names of a row: ratio, low, high."""
     ordered = sorted(values)
     quarter = len(ordered) // 4
-    numbers = {
-        "ratio": statistics.median(ordered),
-        "low": ordered[quarter],
-        "high": ordered[-1 - quarter],
+    return {
+        "ratio": round(statistics.median(ordered), digits),
+        "low": round(ordered[quarter], digits),
+        "high": round(ordered[-1 - quarter], digits),
     }
-    return {name: round(number, digits) for name, number in numbers.items()}
 
 
 def table(
@@ -117,6 +114,20 @@ def table(
             row |= spread(value / base for value, base in zip(values, times[floor], strict=True))
         rows[name] = row
     return {**rows, **{name: {"why": text} for name, text in why.items()}}
+
+
+def compare(
+    target: Place, makes: dict[str, Callable[[], Any]], until: float, tokens: int
+) -> dict[str, Any]:
+    """Build the candidates, of which the first is the floor, and measure them in rounds."""
+    built, why = build_candidates(makes)
+    times, peaks, failed = rounds(target, built, until)
+    floor = next(iter(makes))
+    return {
+        "floor": floor,
+        "runs": max(map(len, times.values()), default=0),
+        "rows": table(times, peaks, why | failed, floor, tokens),
+    }
 
 
 def stepping(candidate: Any, batch: dict[str, Any]) -> Callable[[], None]:
@@ -147,22 +158,14 @@ def steps(
     batch_rows, length = gpu_models.QUICK if target.quick else gpu_models.BATCHES[name]
     ids = torch.randint(0, base.config.vocab_size, (batch_rows, length), device=target.device)
     batch = {"input_ids": ids, "labels": ids}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        makes = {
-            label: lambda label=label: gpu_models.CANDIDATES[label](base, name, target)
-            for label in candidates
-        }
-        built, why = build_candidates(makes)
-        runs = {label: stepping(candidate, batch) for label, candidate in built.items()}
-        times, peaks, failed = rounds(target, runs, until)
-    floor = candidates[0]
-    return {
-        "setting": {"model": name, "storage": storage, "rows": batch_rows, "length": length},
-        "floor": floor,
-        "runs": max(map(len, times.values()), default=0),
-        "rows": table(times, peaks, why | failed, floor, batch_rows * length),
-    }
+    setting = {"model": name, "storage": storage, "rows": batch_rows, "length": length}
+
+    def build_step(label: str) -> Callable[[], None]:
+        return stepping(gpu_models.CANDIDATES[label](base, name, target), batch)
+
+    with warnings.catch_warnings(action="ignore"):
+        makes = {label: partial(build_step, label) for label in candidates}
+        return {"setting": setting, **compare(target, makes, until, batch_rows * length)}
 
 
 # decoding
@@ -178,8 +181,7 @@ def _ours(
     from veneer.serve.requests import Sampling
     from veneer.serve.sampling import Sampler, sample
 
-    forward = Forward(model)
-    length = len(prompts[0])
+    forward, length = Forward(model), len(prompts[0])
 
     def run() -> list[list[int]]:
         slots = Slots(len(prompts), length + tokens, target.device)
@@ -261,16 +263,16 @@ def decode(target: Place, until: float, apart: bool = False) -> dict[str, Any]:
     base = gpu_models.build(target, "smollm2-135m", "bf16").eval()
     prompt, tokens = (4, 3) if target.quick else (PROMPT, TOKENS)
     prompts = torch.randint(3, base.config.vocab_size, (ROWS, prompt)).tolist()
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        warnings.catch_warnings(action="ignore"),
+    ):
         folder = Path(name)
         names = save_random(base, folder, ADAPTERS)
         chosen = list(itertools.islice(itertools.cycle(names), ROWS))
 
         def with_bank() -> Any:
-            bank = veneer.Bank(gpu_models.sharing(base))
-            for adapter_name in names:
-                bank.add(folder / adapter_name)
+            bank = load_bank(base, folder, names)
             run = _ours(target, bank.model, prompts, tokens)
 
             def with_rows() -> Any:
@@ -279,30 +281,17 @@ def decode(target: Place, until: float, apart: bool = False) -> dict[str, Any]:
 
             return with_rows
 
+        peer, create = ("vllm", vllm_) if apart else ("peft", _theirs)
         makes: dict[str, Callable[[], Any]] = {
-            "base, Veneer's engine": lambda: _ours(
-                target, gpu_models.sharing(base), prompts, tokens
-            ),
+            "base, Veneer's engine": lambda: _ours(target, sharing(base), prompts, tokens),
             "veneer, 8 adapters": with_bank,
+            f"{peer}, 8 adapters": lambda: create(target, base, folder, names, prompts, tokens),
         }
-        if apart:
-            makes["vllm, 8 adapters"] = lambda: vllm_(target, base, folder, names, prompts, tokens)
-        else:
-            makes["peft, 8 adapters"] = lambda: _theirs(
-                target, base, folder, names, prompts, tokens
-            )
-        built, why = build_candidates(makes)
-        times, peaks, failed = rounds(target, built, until)
-    floor = next(iter(makes))
-    return {
-        "setting": {
+        setting = {
             "model": "smollm2-135m",
             "rows": ROWS,
             "prompt": prompt,
             "tokens": tokens,
             "adapters": ADAPTERS,
-        },
-        "floor": floor,
-        "runs": max(map(len, times.values()), default=0),
-        "rows": table(times, peaks, why | failed, floor, ROWS * tokens),
-    }
+        }
+        return {"setting": setting, **compare(target, makes, until, ROWS * tokens)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import resource
@@ -17,6 +18,9 @@ from candidates import Candidate
 # : glibc gives back what is freed, but for pieces below 128 KiB; it would take its threshold from
 # the largest so far
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+LINUX = sys.platform == "linux"
 
 
 def saved_bytes(candidate: Candidate, batch: dict[str, Tensor]) -> int:
@@ -48,9 +52,8 @@ def saved_tensors(output: Tensor) -> Iterator[Tensor]:
 
 def saved_value(node: Any, name: str) -> Any:
     """The value that a node saved under a name; behind hooks, their result."""
-    raw = getattr(node, f"_raw{name}", None)
     try:
-        return raw.data  # type: ignore[union-attr]
+        return getattr(node, f"_raw{name}").data
     except (AttributeError, RuntimeError):  # no tensors, or no hooks
         return getattr(node, name)
 
@@ -68,11 +71,9 @@ def status(field: str) -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now."""
-    try:
-        return status("VmRSS")
-    except OSError:  # not Linux: the most that it ever had
-        return most()
+    """Bytes of memory that this process has now; elsewhere than on Linux the most that it ever
+    had."""
+    return status("VmRSS") if LINUX else most()
 
 
 def most() -> int:
@@ -83,17 +84,14 @@ def most() -> int:
 def peak_of(run: Callable[[], object]) -> int:
     """The most bytes that this process has during a call."""
     give_back()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from now on
-    except OSError:  # elsewhere: the peak is of the whole process
-        run()
-        return most()
+    with contextlib.suppress(OSError):  # elsewhere than on Linux the peak is of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
     run()
-    return status("VmHWM")
+    return status("VmHWM") if LINUX else most()
 
 
 def give_back() -> None:
     """Give what is free to the system: kept, it would pass for memory of the libraries."""
     gc.collect()
-    if sys.platform == "linux":
+    if LINUX:
         ctypes.CDLL(None).malloc_trim(0)

@@ -30,6 +30,7 @@ commit and load.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -112,11 +113,11 @@ def measure_unit(arm: Callable[[], Numbers | None], repeats: int) -> dict[str, f
     numbers = None
     for _ in range(repeats):
         numbers = arm()
-    spent = {
+    return {
         "wall": (time.perf_counter() - wall) / repeats,
         "cpu": (time.process_time() - cpu) / repeats,
+        **(numbers or {}),
     }
-    return {**spent, **(numbers or {})}
 
 
 def draw_order(names: Sequence[Any], *seed: Any) -> list[Any]:
@@ -188,6 +189,17 @@ def run_alone(case: Case, setting: Mapping[str, Any], seed: int, arm: str) -> di
     return {"seed": seed, "rounds": {arm: [unit]}, "kept": True, **state_of()}
 
 
+def run_each_arm(
+    case: Case, setting: Mapping[str, Any], seed: int, run: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Call `run` for each arm, in an order that the seed draws, and join the answers."""
+    with contextlib.ExitStack() as stack:
+        names = [*case.arms(stack, seed, **arguments_of(setting))]
+    answers = {arm: run(arm) for arm in draw_order(names, case.name, seed)}
+    rounds = {arm: answers[arm]["rounds"][arm] for arm in names}
+    return {**next(iter(answers.values())), "rounds": rounds}
+
+
 def movement(before: float, after: float) -> float:
     """The difference of two times, as a share of their mean."""
     return abs(after - before) / ((before + after) / 2)
@@ -196,11 +208,10 @@ def movement(before: float, after: float) -> float:
 def state_of() -> dict[str, Any]:
     """Threads and load of this process."""
     torch = sys.modules.get("torch")
-    tuning = {name: value for name, value in os.environ.items() if name.startswith(TUNING)}
     return {
         "threads": torch.get_num_threads() if torch else None,
         "load": os.getloadavg()[0],
-        "tuning": tuning,
+        "tuning": {name: value for name, value in os.environ.items() if name.startswith(TUNING)},
     }
 
 
@@ -219,9 +230,14 @@ def child(
     *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 4 * 3600
 ) -> dict[str, Any]:
     """Run Python with these arguments in the root of the repository; the JSON of its last line."""
-    command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=timeout, env=env, cwd=ROOT
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        env=env,
+        cwd=ROOT,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
@@ -253,25 +269,16 @@ def run_process(case: Case, setting: Mapping[str, Any], seed: int) -> dict[str, 
     if (pending := PENDING.pop((case.name, seed, index), None)) is not None:
         return pending
     name = f"{case.arms.__module__}:{case.name}"
-    command = ["-m", "benchmarks", "--child", name, "--seed", str(seed)]
-    if not case.apart:
-        indices = draw_order(settings_of_process(case, index, seed), case.name, seed)
-        order = ",".join(map(str, indices))
-        answers = child(*command, "--settings", order, env=env)["settings"]
-        MEASURED.update((case.name, seed, number) for number in indices)
-        PENDING.update(
-            {
-                (case.name, seed, number): answer
-                for number, answer in zip(indices, answers, strict=True)
-            }
-        )
-        return PENDING.pop((case.name, seed, index))
-    command += ["--settings", str(index)]
-    with contextlib.ExitStack() as stack:
-        names = [*case.arms(stack, seed, **arguments_of(setting))]
-    answers = [child(*command, "--arm", arm, env=env) for arm in draw_order(names, case.name, seed)]
-    units = {name: unit for answer in answers for name, unit in answer["rounds"].items()}
-    return {**answers[0], "rounds": {name: units[name] for name in names}}
+    command = ["-m", "benchmarks", "--child", name, "--seed", str(seed), "--settings"]
+    if case.apart:
+        run_arm = functools.partial(child, *command, str(index), "--arm", env=env)
+        return run_each_arm(case, setting, seed, run_arm)
+    indices = draw_order(settings_of_process(case, index, seed), case.name, seed)
+    answers = child(*command, ",".join(map(str, indices)), env=env)["settings"]
+    keys = [(case.name, seed, number) for number in indices]
+    MEASURED.update(keys)
+    PENDING.update(zip(keys, answers, strict=True))
+    return PENDING.pop((case.name, seed, index))
 
 
 def gather(
@@ -282,14 +289,16 @@ def gather(
     """Processes until enough of them were quiet. Raises RecordError after too many that were
     not."""
     processes: list[dict[str, Any]] = []
-    seeds = case.seeds or range(case.processes)
-    for seed in seeds:
+    for seed in case.seeds or range(case.processes):
         for _ in range(RETRIES + 1):
             processes.append(run(case, setting, seed))
             if processes[-1]["kept"]:
                 break
-            count = len(processes[-1]["thrown_away"])
-            print(f"  a process is thrown away: the floor moved in {count} rounds", flush=True)
+            print(
+                "  a process is thrown away: the floor moved in "
+                f"{len(processes[-1]['thrown_away'])} rounds",
+                flush=True,
+            )
         else:
             raise RecordError(
                 f"Found: {case.name}, {describe(setting)}: the floor moved by more than "
@@ -330,10 +339,11 @@ def record(case: Case, run: Callable[..., dict[str, Any]] = run_process) -> dict
 
 
 def describe_case(case: Case) -> dict[str, Any]:
-    words = {"about": case.about, "equal": case.equal, "floor": case.floor}
     return {
         "name": case.name,
-        **words,
+        "about": case.about,
+        "equal": case.equal,
+        "floor": case.floor,
         "shown": {number: list(form) for number, form in case.shown.items()},
     }
 
@@ -344,20 +354,19 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
     for setting in case.settings[:only]:
         toy = {**setting, **case.toy}
         if case.apart:
-            with contextlib.ExitStack() as stack:
-                names = [*case.arms(stack, 0, **arguments_of(toy))]
-            answers = [run_alone(case, toy, 0, arm) for arm in names]
-            process = {
-                **answers[0],
-                "rounds": {
-                    name: unit for answer in answers for name, unit in answer["rounds"].items()
-                },
-            }
+            process = run_each_arm(case, toy, 0, functools.partial(run_alone, case, toy, 0))
         else:
             process = run_rounds(case, toy, 0, 1)
         cases.append({"setting": dict(setting), "processes": [process]})
-    state = {"commit": "smoke", "clean": False, "recorded": "", "load": os.getloadavg()[0]}
-    return {**describe_case(case), **state, **machine(), "cases": cases}
+    return {
+        **describe_case(case),
+        "commit": "smoke",
+        "clean": False,
+        "recorded": "",
+        "load": os.getloadavg()[0],
+        **machine(),
+        "cases": cases,
+    }
 
 
 def process_values(
@@ -414,9 +423,8 @@ def require_clean_tree() -> str:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    records_now = git("status", "--porcelain", "--", "benchmarks/results").splitlines()
-    tampered = [line for line in records_now if not line.startswith("??")]
-    if changed or tampered:
+    results = git("status", "--porcelain", "--", "benchmarks/results").splitlines()
+    if changed or not all(line.startswith("??") for line in results):
         raise RecordError(
             "Found: changes that are not committed. Expected: the tree of a commit, which the "
             "record names. "
@@ -428,20 +436,15 @@ def require_clean_tree() -> str:
 def machine() -> dict[str, Any]:
     """Where and with what a result is made."""
     cpu = Path("/proc/cpuinfo")
-    models = (
-        [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     return {
-        "machine": f"{models[0].partition(':')[2].strip()}, {platform.machine()}"
-        if models
-        else platform.machine(),
+        "machine": ", ".join([*models[:1], platform.machine()]),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -466,8 +469,10 @@ def write(result: Mapping[str, Any], out: Path = RESULTS) -> Path:
 
 def records(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All that was recorded of a case, the latest last."""
-    results = [json.loads(file.read_text()) for file in (folder / name).glob("*.json")]
-    return sorted(results, key=lambda result: result["recorded"])
+    return sorted(
+        (json.loads(file.read_text()) for file in (folder / name).glob("*.json")),
+        key=lambda result: result["recorded"],
+    )
 
 
 def names_of(results: Path = RESULTS) -> Iterator[Path]:

@@ -73,10 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.record:
         if len(cases) < len(CASES) or options.library:
             parser.error("--record takes all cases and all libraries")
-        versions = {library.name: version(library.distribution) for library in libraries}
-        content = {"versions": versions, "torch": torch.__version__, "machine": platform.machine()}
-        text = json.dumps({**content, "cases": record}, indent=1, ensure_ascii=False)
-        RECORD.write_text(f"{text}\n")
+        content = {
+            "versions": {library.name: version(library.distribution) for library in libraries},
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "cases": record,
+        }
+        RECORD.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return int(bool(failures))
 
 

@@ -75,9 +75,10 @@ few to tell. The last claim (no floor, but slower learning) holds if twice the s
 rate win at least a tenth of what was not yet remembered.
 """
 EARLIER = """
-The page had two claims that held and two that did not, from three rates and two seeds: 8 of its 12
-best rates lay at an edge of the grid. It had rank 16 and 1,024 rows as well, which are left out
-here to fit the grids into the time.
+From three rates and two seeds, two claims held ("falls behind where they are a quarter or fewer",
+"more steps teach it more") and two did not (equal while its numbers are at least the bits, or at
+least the completion tokens). Of 12 best rates, 8 lay at an edge of the grid. Rank 16 and 1,024 rows
+were tried as well, which are left out here to fit the grids into the time.
 """
 
 

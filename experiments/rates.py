@@ -38,6 +38,7 @@ PLAN = Tuned(
         for rank, batch in SETTINGS
     },
     shared={"rows": turned.ROWS},
+    seeds=turned.SEEDS,
     choosing_seeds=(100, 101, 102),
     budget="rows",
 )
@@ -57,8 +58,10 @@ full fine-tuning from batches of {min(BATCHES)} to {max(BATCHES)}, on the rows a
 results.
 """
 EARLIER = """
-The page had the same ends of its claims, with grids of five rates for full fine-tuning and six for
-LoRA, and without a spread of the best rates.
+"About ten times the rate of full fine-tuning" did not hold (3.4 times), "the best rate hardly
+depends on the rank" held (0.002 at rank 1, 0.004 at ranks 4, 16, 64), and "LoRA loses more by large
+batches" did not hold (the loss rose by 0.415, that of full fine-tuning by 0.535). Grids had five
+rates for full fine-tuning and six for LoRA, and the best rates had no spread.
 """
 
 

@@ -49,7 +49,8 @@ rises by at most {LOST:.0%}; the adapter has more intruders than a random change
 spectrum. {len(SEEDS)} seeds.
 """
 EARLIER = """
-The page had the same ends of its claims, with one adapter of 400 steps and one seed.
+With one adapter of 400 steps and one seed, neither claim held: no repair kept the task within 2 %,
+and the change had 54 intruders where a random change of the same spectrum had 64.
 """
 
 

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import runner
 import veneer
-from candidates import ALPHA, DTYPES, llama, peft_with, save_random, sharing, with_products
+from candidates import (
+    ALPHA,
+    DTYPES,
+    llama,
+    load_bank,
+    peft_with,
+    save_random,
+    sharing,
+    with_peft,
+)
 from runner import Arms, Case
 
 ROWS, PROMPT = 16, 64
 
 
-def with_peft(model: Any, *, narrow: bool = False, **config: Any) -> Any:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(
-            model,
-            peft.LoraConfig(r=8, lora_alpha=ALPHA, **config),
-            autocast_adapter_dtype=not narrow,
-        )
-    return adapted.eval()
+def eval_with_peft(model: Any, **config: Any) -> Any:
+    return with_peft(model, r=8, lora_alpha=ALPHA, **config).eval()
 
 
 def frozen_llama(layers: int, dtype: str, tiny: bool, **changes: Any) -> Any:
@@ -56,18 +56,18 @@ def forward_arms(
         model = sharing(base)
         veneer.attach(model, config)
         if products:
-            with_products(model)
+            veneer.models.use_products(model)
         return model
 
     merged = copy.deepcopy(base)  # merging writes into the weights
     veneer.attach(merged, config).merge(keep=False)
     veneer.detach(merged, keep_merged=True)
     everywhere = {"target_modules": "all-linear"}
-    models = {"base": base, "peft": with_peft(sharing(base), **everywhere)}
+    models = {"base": base, "peft": eval_with_peft(sharing(base), **everywhere)}
     if dtype != "float32":
-        models["peft, bf16 adapters"] = with_peft(sharing(base), narrow=True, **everywhere)
-    models["peft, merged"] = with_peft(copy.deepcopy(base), **everywhere).merge_and_unload()
+        models["peft, bf16 adapters"] = eval_with_peft(sharing(base), narrow=True, **everywhere)
     models |= {
+        "peft, merged": eval_with_peft(copy.deepcopy(base), **everywhere).merge_and_unload(),
         "veneer": attach_base(False),
         "veneer, own attention": attach_base(True),
         "veneer, merged": merged,
@@ -78,36 +78,43 @@ def forward_arms(
     }
 
 
-class Decoding:
+def decode_on_slots(model: Any, length: int) -> Callable[[], object]:
     """A token of each row behind a prompt, on slots, as the server computes it."""
+    from veneer.models.decode.forward import Forward
+    from veneer.models.decode.slots import Slots
 
-    def __init__(self, model: Any, length: int) -> None:
-        from veneer.models.decode.forward import Forward
-        from veneer.models.decode.slots import Slots
-
-        self.forward, self.length = Forward(model), length
-        self.slots = Slots(ROWS, length + 1, torch.device("cpu"))
-        prompts = torch.randint(0, self.forward.logit_count, (ROWS, length)).tolist()
-        with torch.inference_mode():
-            self.rows: Any = [self.slots.allocate(length + 1) for _ in prompts]
-            self.forward.fill(self.slots, self.rows, prompts)
-
-    def __call__(self) -> None:
-        self.forward.decode(self.slots, self.rows, [1] * ROWS, [self.length] * ROWS)
+    forward = Forward(model)
+    slots = Slots(ROWS, length + 1, torch.device("cpu"))
+    prompts = torch.randint(0, forward.logit_count, (ROWS, length)).tolist()
+    with torch.inference_mode():
+        rows: Any = [slots.allocate(length + 1) for _ in prompts]
+        forward.fill(slots, rows, prompts)
+    return lambda: forward.decode(slots, rows, [1] * ROWS, [length] * ROWS)
 
 
-class CachedDecoding:
+def decode_with_cache(model: Any, length: int, **options: Any) -> Callable[[], object]:
     """The same with transformers' own cache, which is all that PEFT has."""
+    ids = torch.randint(0, model.config.vocab_size, (ROWS, length))
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True, logits_to_keep=1).cache
 
-    def __init__(self, model: Any, length: int, **options: Any) -> None:
-        self.model, self.options = model, options
-        self.ids = torch.randint(0, model.config.vocab_size, (ROWS, length))
-        with torch.inference_mode():
-            self.cache = model(self.ids, use_cache=True, logits_to_keep=1).cache
+    def decode() -> None:
+        model(ids[:, :1], cache=cache, use_cache=True, **options)
+        cache.crop(-1)
 
-    def __call__(self) -> None:
-        self.model(self.ids[:, :1], cache=self.cache, use_cache=True, **self.options)
-        self.cache.crop(-1)
+    return decode
+
+
+def call_in_bank(
+    bank: Any, choice: Sequence[str], call: Callable[[], object]
+) -> Callable[[], None]:
+    """A call in which each row of the batch uses the adapter that is chosen for it."""
+
+    def run() -> None:
+        with bank.rows(choice):
+            call()
+
+    return run
 
 
 def mixed_arms(
@@ -123,34 +130,24 @@ def mixed_arms(
     base = frozen_llama(layers, dtype, tiny)
     folder = Path(stack.enter_context(TemporaryDirectory()))
     adapter_names = save_random(base, folder, adapters)
+    bank = load_bank(base, folder, adapter_names)
     choice = [adapter_names[row % adapters] for row in range(ROWS)]
-    bank = veneer.Bank(sharing(base))
-    for name in adapter_names:
-        bank.add(folder / name)
-
-    def in_bank(call: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            with bank.rows(choice):
-                call()
-
-        return run
-
     peers = {
         "peft": {},
         **(
             {"peft, bf16 adapters": {"autocast_adapter_dtype": False}} if dtype != "float32" else {}
         ),
     }
-    calls: dict[str, Callable[[], None]] = {
-        "base, transformers' cache": CachedDecoding(sharing(base), length),
+    calls = {
+        "base, transformers' cache": decode_with_cache(sharing(base), length),
         **{
-            name: CachedDecoding(
+            name: decode_with_cache(
                 peft_with(base, folder, adapter_names, **options), length, adapter_names=choice
             )
             for name, options in peers.items()
         },
-        "base, veneer's slots": Decoding(sharing(base), length),
-        "veneer": in_bank(Decoding(bank.model, length)),
+        "base, veneer's slots": decode_on_slots(sharing(base), length),
+        "veneer": call_in_bank(bank, choice, decode_on_slots(bank.model, length)),
     }
     return {name: without_gradients(call) for name, call in calls.items()}
 
@@ -178,14 +175,14 @@ def experts_arms(stack: Any, seed: int, dtype: str, call: str, tiny: bool = Fals
     )
     base = transformers.Qwen3MoeForCausalLM(config).to(DTYPES[dtype]).eval().requires_grad_(False)
     peer = {"target_modules": [], "target_parameters": [f"mlp.experts.{name}" for name in STACKS]}
-    models: dict[str, Any] = {"base": base, "peft": with_peft(copy.deepcopy(base), **peer)}
-    if dtype != "float32":
-        models["peft, bf16 adapters"] = with_peft(copy.deepcopy(base), narrow=True, **peer)
-    models["veneer"] = copy.deepcopy(base)
-    veneer.attach(
-        models["veneer"],
-        veneer.LoraConfig(rank=8, alpha=ALPHA, targets=[f"experts.{name}" for name in STACKS]),
-    )
+    models = {
+        "base": base,
+        "peft": eval_with_peft(copy.deepcopy(base), **peer),
+        "peft, bf16 adapters": eval_with_peft(copy.deepcopy(base), narrow=True, **peer),
+        "veneer": copy.deepcopy(base),
+    }
+    targets = [f"experts.{name}" for name in STACKS]
+    veneer.attach(models["veneer"], veneer.LoraConfig(rank=8, alpha=ALPHA, targets=targets))
     ids = torch.randint(0, 4096, (1, 1) if call == "one token" else (2, 16 if tiny else 256))
 
     def train(model: Any) -> None:
@@ -204,13 +201,10 @@ def experts_arms(stack: Any, seed: int, dtype: str, call: str, tiny: bool = Fals
 # ---- the server's engine, without its server
 
 
-class Letters:
-    """A tokenizer: each token is a letter."""
-
-    eos_token_id = None
-
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        return "".join(chr(97 + id % 26) for id in ids)
+#: a tokenizer: each token is a letter
+LETTERS: Any = SimpleNamespace(
+    eos_token_id=None, decode=lambda ids, **_: "".join(chr(97 + id % 26) for id in ids)
+)
 
 
 def engine_arms(
@@ -226,10 +220,9 @@ def engine_arms(
     base = frozen_llama(layers, dtype, tiny, use_cache=True)
     prompts = torch.randint(0, base.config.vocab_size, (ROWS, prompt))
     # the others compute each prompt anew, round after round
-    engine = Engine(sharing(base), Letters(), rows=ROWS, length=prompt + tokens, prefix_cache=False)
-    config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
+    engine = Engine(sharing(base), LETTERS, rows=ROWS, length=prompt + tokens, prefix_cache=False)
+    greedy: Any = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    config = GenerationConfig(eos_token_id=-1, **greedy)
     paged = ContinuousBatchingConfig(
         page_size=32,
         num_blocks=256,
@@ -244,10 +237,8 @@ def engine_arms(
         answers = base.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            max_new_tokens=tokens,
             min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
+            **greedy,
         )
         assert answers.shape[1] == prompt + tokens
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,8 +30,12 @@ def earlier_arms() -> list[str]:
     """The arm of the commit whose tree $BEFORE names, if it names one."""
     if "BEFORE" not in os.environ:
         return []
-    command = ["git", "-C", os.environ["BEFORE"], "rev-parse", "--short=12", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", os.environ["BEFORE"], "rev-parse", "--short=12", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(
             f"Found: BEFORE={os.environ['BEFORE']} ({done.stderr.strip()}). Expected: a checkout "
@@ -44,14 +49,26 @@ FLOOR = next(iter(earlier_arms()), "veneer before")
 
 
 def prepare_work(
-    work: str, dtype: str, layers: int, tokens: int, folder: Path, tiny: bool
+    work: str,
+    folder: Path,
+    dtype: str = "bfloat16",
+    layers: int = 0,
+    tokens: int = 0,
+    tiny: bool = False,
 ) -> Callable[[], object]:
     """The work, as a call that does it once. Imports what both trees have alone."""
     import torch
 
     import veneer
-    from candidates import make, save_random, sharing, step, text
-    from cases.calls import CODE, ROWS, CachedDecoding, frozen_llama, without_gradients
+    from candidates import load_bank, make, save_random, text, training_step
+    from cases.calls import (
+        CODE,
+        ROWS,
+        call_in_bank,
+        decode_with_cache,
+        frozen_llama,
+        without_gradients,
+    )
     from cases.files import write_checkpoint
 
     torch.manual_seed(0)
@@ -71,48 +88,32 @@ def prepare_work(
         return prepare_rollouts(dtype, tokens, tiny)
     base = frozen_llama(layers, dtype, tiny)
     if work == "training step":
-        candidate, batch = make("veneer", base.train(), "llama", 8), text(base, tokens)
-        optimizer = candidate.optimizer()
-        return lambda: step(candidate, optimizer, batch)
+        return training_step(make("veneer", base.train(), "llama", 8), text(base, tokens))
     if work == "forward":
         ids = torch.randint(0, base.config.vocab_size, (1, tokens))
         veneer.attach(base, veneer.LoraConfig(rank=8, alpha=16))
         return without_gradients(lambda: base(ids, logits_to_keep=1))
     names = save_random(base, folder, 8)
-    bank = veneer.Bank(sharing(base))
-    for name in names:
-        bank.add(folder / name)
-    decode = CachedDecoding(bank.model, tokens)
-
-    def mixed() -> None:
-        with bank.rows([names[row % len(names)] for row in range(ROWS)]):
-            decode()
-
-    return without_gradients(mixed)
+    bank = load_bank(base, folder, names)
+    choice = [names[row % len(names)] for row in range(ROWS)]
+    return without_gradients(call_in_bank(bank, choice, decode_with_cache(bank.model, tokens)))
 
 
 def prepare_rollouts(dtype: str, tokens: int, tiny: bool) -> Callable[[], object]:
     """The answers of a step of GRPO, as in the case ``rollouts``, drawn as this tree draws them."""
     import veneer
     from candidates import ALPHA
-    from cases.rollouts import ANSWERS, load_policy
-    from veneer.train.generate import continuations
+    from cases.rollouts import generate_as_veneer, load_policy
 
-    model, tokenizer, ids = load_policy(0, dtype, 2, 2, tiny)
-    prompts = [prompt for prompt in ids for _ in range(ANSWERS)]
+    model, tokenizer, prompts = load_policy(0, dtype, 2, 2, tiny)
     veneer.attach(model, veneer.LoraConfig(rank=8, alpha=ALPHA))
-    options = {"max_new_tokens": tokens, "temperature": 1.0, "batch_size": len(prompts)}
-    seeds = itertools.count()
-
-    def draw() -> None:
-        continuations(model.train(), tokenizer, prompts, seed=next(seeds), **options)
-
-    return draw
+    generate, seeds = generate_as_veneer(model, tokenizer, tokens), itertools.count()
+    return lambda: generate(prompts, next(seeds))
 
 
 def cpu_seconds() -> float:
     """CPU seconds of this process and of its children that ended."""
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
@@ -127,18 +128,7 @@ def answer_turns(setting: str) -> None:
             print(json.dumps(cpu_seconds() - before), file=sys.__stdout__, flush=True)
 
 
-def earlier_comparison(
-    stack: contextlib.ExitStack,
-    seed: int,
-    work: str,
-    dtype: str = "bfloat16",
-    layers: int = 0,
-    tokens: int = 0,
-    tiny: bool = False,
-) -> Arms:
-    setting = {"work": work, "dtype": dtype, "layers": layers, "tokens": tokens, "tiny": tiny}
-    trees = {FLOOR: Path(os.environ["BEFORE"]), OURS: runner.ROOT}
-
+def earlier_comparison(stack: contextlib.ExitStack, seed: int, **setting: Any) -> Arms:
     def start(tree: Path) -> subprocess.Popen[str]:
         sources = [tree / "src", runner.ROOT / "benchmarks", runner.ROOT]
         process = subprocess.Popen(
@@ -155,20 +145,19 @@ def earlier_comparison(
     def answer(process: subprocess.Popen[str]) -> Any:
         line = process.stdout.readline() if process.stdout else ""
         if not line:
-            raise RuntimeError(f"{work}: a process ended with {process.wait()}; see its errors")
+            raise RuntimeError(
+                f"{setting['work']}: a process ended with {process.wait()}; see its errors"
+            )
         return json.loads(line)
 
-    def arm(process: subprocess.Popen[str]) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            print("once", file=process.stdin, flush=True)
-            return {"cpu": answer(process)}
+    def run(process: subprocess.Popen[str]) -> dict[str, float]:
+        print("once", file=process.stdin, flush=True)
+        return {"cpu": answer(process)}
 
-        return run
-
-    processes = {name: start(tree) for name, tree in trees.items()}
+    processes = {FLOOR: start(Path(os.environ["BEFORE"])), OURS: start(runner.ROOT)}
     for process in processes.values():
         answer(process)
-    return {name: arm(process) for name, process in processes.items()}
+    return {name: partial(run, process) for name, process in processes.items()}
 
 
 def missing() -> str | None:

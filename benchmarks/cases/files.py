@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -111,39 +112,39 @@ def merge_alone(name: str, folder: str) -> dict[str, float]:
     for file in out.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    spent = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    return {**spent, "peak": memory.status("VmHWM")}
+    return {
+        "wall": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "peak": memory.status("VmHWM"),
+    }
 
 
 def merge_arms(stack: Any, seed: int, gib: float, width: int) -> Arms:
     folder = Path(stack.enter_context(TemporaryDirectory()))
 
-    def arm(name: str) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            if not (folder / "base").exists():
-                write_checkpoint(folder, gib, width, seed)
-            shutil.rmtree(folder / "out", ignore_errors=True)
-            return runner.call("cases.files:merge_alone", name, str(folder))
+    def run(name: str) -> dict[str, float]:
+        if not (folder / "base").exists():
+            write_checkpoint(folder, gib, width, seed)
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        return runner.call("cases.files:merge_alone", name, str(folder))
 
-        return run
-
-    return {name: arm(name) for name in ("copy", "peft", "peft, low_cpu_mem_usage", "veneer")}
+    arm_names = ("copy", "peft", "peft, low_cpu_mem_usage", "veneer")
+    return {name: partial(run, name) for name in arm_names}
 
 
 # ---- what a merge into 16 bits or 4 bits keeps of a trained adapter
 # -----------------------------------------------
 
 
-def pronunciations(folder: Path, tokenizer: Any, train: int, held_out: int) -> tuple[Any, Any]:
+def pronunciations(folder: Path, tokenizer: Any, train: int, held_out: int) -> list[Any]:
     """Rows to train on, and rows that judge."""
     from demo import pronounce
 
     from veneer.train import data, tokens
 
-    files = {"train": pronounce.words()[0][:train], "held-out": pronounce.words()[1][:held_out]}
-    rows = [pronounce.write_rows(folder / f"{name}.jsonl", words) for name, words in files.items()]
-    learnt, judged = (tokens.tokenise(data.read(file), tokenizer, max_length=256) for file in rows)
-    return learnt, judged
+    words = {"train": pronounce.words()[0][:train], "held-out": pronounce.words()[1][:held_out]}
+    files = [pronounce.write_rows(folder / f"{name}.jsonl", rows) for name, rows in words.items()]
+    return [tokens.tokenise(data.read(file), tokenizer, max_length=256) for file in files]
 
 
 def batches_of(examples: Any, size: int) -> Iterator[dict[str, Tensor]]:
@@ -202,8 +203,7 @@ def fidelity_arms(
         return {"loss": F.nll_loss(predicted, wanted).item(), "divergence": divergence}
 
     def merged(rounding: Any) -> dict[str, float]:
-        report = handle.merge(rounding=rounding)
-        retention = sorted(layer.retention for layer in report.layers)
+        retention = sorted(layer.retention for layer in handle.merge(rounding=rounding).layers)
         numbers = {**judge(model), "kept": retention[len(retention) // 2]}
         handle.unmerge()
         return numbers
@@ -217,10 +217,10 @@ def fidelity_arms(
         )
 
     return {
-        "the adapter, unmerged": lambda: judge(model),
+        "the adapter, unmerged": partial(judge, model),
         "peft": by_peft,
-        "veneer, nearest": lambda: merged("nearest"),
-        "veneer, faithful": lambda: merged("faithful"),
+        "veneer, nearest": partial(merged, "nearest"),
+        "veneer, faithful": partial(merged, "faithful"),
     }
 
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import memory
 import runner
 import veneer
+from candidates import trained_parameters
 from runner import Arms, Case
 from veneer.models.load import load_head
 from veneer.models.meta import countable_model
@@ -96,8 +98,7 @@ def build(base: dict[str, Any], dtype: str, quantize: str | None) -> Any:
     """The model with random weights, by way of its files if it is packed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {key: value for key, value in base.items() if key != "model_type"}
-    config = AutoConfig.for_model(base["model_type"], **fields)
+    config = AutoConfig.for_model(**base)
     if quantize is None:
         return AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[dtype], attn_implementation="sdpa"
@@ -105,10 +106,14 @@ def build(base: dict[str, Any], dtype: str, quantize: str | None) -> Any:
     with TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
         gc.collect()
-        kind: Any = "AutoModelForCausalLM"
         return load_head(
-            folder, kind, precision="bf16", device="cpu", attention="sdpa", quantize=quantize
-        )  # pyright: ignore[reportArgumentType]
+            folder,
+            "AutoModelForCausalLM",
+            precision="bf16",
+            device="cpu",
+            attention="sdpa",
+            quantize=quantize,
+        )
 
 
 def prepare_step(
@@ -126,7 +131,7 @@ def prepare_step(
         model.enable_input_require_grads()
     if strategy == "fsdp":
         shard(model, torch.device("cpu"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = trained_parameters(model)
     optimiser = torch.optim.AdamW(trained, fused=True)
     ids = torch.randint(0, base["vocab_size"], (run.batch, run.length))
     labels = ids.clone()
@@ -221,24 +226,17 @@ def plan_arms(
         f"--nproc-per-node={PROCESSES}",
         "--local-ranks-filter=0",
     ]
-    prefix = several if run_of(name)[1] else []
 
-    def arm(env: Mapping[str, str]) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            environment = {**os.environ, **env}
-            measured = runner.call(
-                "cases.planning:run_alone",
-                name,
-                steps,
-                changes or {},
-                env=environment,
-                prefix=prefix,
-            )
-            return {**measured, **predict(name, measured, changes or {})}
+    def run(env: Mapping[str, str]) -> dict[str, float]:
+        measured = runner.call(
+            "cases.planning:run_alone",
+            *(name, steps, changes or {}),
+            env={**os.environ, **env},
+            prefix=several if run_of(name)[1] else [],
+        )
+        return {**measured, **predict(name, measured, changes or {})}
 
-        return run
-
-    return {"as it comes": arm({}), "giving back": arm(memory.GIVES_BACK)}
+    return {"as it comes": partial(run, {}), "giving back": partial(run, memory.GIVES_BACK)}
 
 
 PLAN = Case(

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import veneer
-from candidates import ALPHA, DTYPES, llama, sharing
-from cases.calls import with_peft
+from candidates import ALPHA, DTYPES, llama, sharing, with_peft
 from cases.files import BASE
 from runner import Arms, Case
 
@@ -46,21 +45,38 @@ def write_chat(draw: random.Random, examples: int) -> list[dict[str, str]]:
 def load_policy(
     seed: int, dtype: str, prompts: int, examples: int, tiny: bool
 ) -> tuple[Any, Any, list[list[int]]]:
-    """A base, its tokenizer, and the ids of prompts."""
+    """A base, its tokenizer, and the ids of prompts, each `ANSWERS` times."""
     draw = random.Random(seed)
     if tiny:
         torch.manual_seed(seed)
-        base = llama(1, 0, tiny, use_cache=True).to(DTYPES[dtype])
-        tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+        base: Any = llama(1, 0, tiny, use_cache=True).to(DTYPES[dtype])
+        tokenizer: Any = SimpleNamespace(eos_token_id=2, pad_token_id=0)
         ids = [[draw.randrange(3, 96) for _ in range(8)] for _ in range(prompts)]
-        return base.requires_grad_(False), tokenizer, ids
-    from veneer import models
-    from veneer.train.generate import encode
+    else:
+        from veneer import models
+        from veneer.train.generate import encode
 
-    precision: Any = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-    loaded = models.load_base(BASE, precision=precision)
-    ids = [encode(write_chat(draw, examples), loaded.tokenizer) for _ in range(prompts)]
-    return loaded.model.requires_grad_(False), loaded.tokenizer, ids
+        loaded = models.load_base(BASE, precision={"float32": "fp32", "bfloat16": "bf16"}[dtype])
+        base, tokenizer = loaded.model, loaded.tokenizer
+        ids = [encode(write_chat(draw, examples), tokenizer) for _ in range(prompts)]
+    return base.requires_grad_(False), tokenizer, [prompt for prompt in ids for _ in range(ANSWERS)]
+
+
+def generate_as_veneer(
+    model: Any, tokenizer: Any, tokens: int, **options: Any
+) -> Callable[..., list[list[int]]]:
+    from veneer.train.generate import continuations
+
+    return lambda encoded, seed: continuations(
+        model.train(),
+        tokenizer,
+        encoded,
+        max_new_tokens=tokens,
+        temperature=1.0,
+        batch_size=len(encoded),
+        seed=seed,
+        **options,
+    )
 
 
 def generate_as_trl(model: Any, tokenizer: Any, tokens: int) -> Callable[..., list[list[int]]]:
@@ -90,8 +106,8 @@ def generate_as_trl(model: Any, tokenizer: Any, tokens: int) -> Callable[..., li
         inputs = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left")
         mask = pad([torch.ones_like(ids) for ids in rows], padding_value=0, padding_side="left")
         new = model.generate(input_ids=inputs, attention_mask=mask, generation_config=config)
-        answers = new[:, inputs.shape[1] :].tolist()
         end = tokenizer.eos_token_id
+        answers = new[:, inputs.shape[1] :].tolist()
         return [ids[: ids.index(end) + 1] if end in ids else ids for ids in answers]
 
     return generate
@@ -100,29 +116,16 @@ def generate_as_trl(model: Any, tokenizer: Any, tokens: int) -> Callable[..., li
 def rollouts_arms(
     stack: Any, seed: int, dtype: str, prompts: int, examples: int, tokens: int, tiny: bool = False
 ) -> Arms:
-    from veneer.train.generate import Rollouts, continuations
-
-    base, tokenizer, ids = load_policy(seed, dtype, prompts, examples, tiny)
-    encoded = [prompt for prompt in ids for _ in range(ANSWERS)]
+    base, tokenizer, encoded = load_policy(seed, dtype, prompts, examples, tiny)
     model = sharing(base)
     veneer.attach(model, veneer.LoraConfig(rank=8, alpha=ALPHA))
-    peft = with_peft(sharing(base), narrow=dtype != "float32", target_modules="all-linear")
-    as_trl = generate_as_trl(peft.train(), tokenizer, tokens)
-
-    def draw(rollouts: Rollouts) -> Callable[..., list[list[int]]]:
-        def generate(encoded: Sequence[list[int]], seed: int) -> list[list[int]]:
-            return continuations(
-                model.train(),
-                tokenizer,
-                encoded,
-                max_new_tokens=tokens,
-                temperature=1.0,
-                batch_size=len(encoded),
-                seed=seed,
-                rollouts=rollouts,
-            )
-
-        return generate
+    peft = with_peft(
+        sharing(base),
+        narrow=dtype != "float32",
+        r=8,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+    )
 
     def arm(generate: Callable[..., list[list[int]]]) -> Callable[[], dict[str, float]]:
         seeds = itertools.count(1000 * seed)  # the same ones for every arm, new ones each time
@@ -135,9 +138,11 @@ def rollouts_arms(
         return run
 
     return {
-        "transformers, generate": arm(draw("generate")),
-        "trl": arm(as_trl),
-        "veneer, engine": arm(draw("engine")),
+        "transformers, generate": arm(
+            generate_as_veneer(model, tokenizer, tokens, rollouts="generate")
+        ),
+        "trl": arm(generate_as_trl(peft.train(), tokenizer, tokens)),
+        "veneer, engine": arm(generate_as_veneer(model, tokenizer, tokens, rollouts="engine")),
     }
 
 

@@ -11,7 +11,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,25 +30,8 @@ RANK, ALPHA, RATE, WARMUP = 8, 16, 2e-3, 0.05
 TARGET = 2.1
 
 
-class Meter:
-    """Wall and CPU time since it was started, without what ran inside `pause`."""
-
-    def __init__(self) -> None:
-        self.start = self.read()
-
-    @staticmethod
-    def read() -> dict[str, float]:
-        return {"wall": time.perf_counter(), "cpu": time.process_time()}
-
-    def spent(self) -> dict[str, float]:
-        return {name: value - self.start[name] for name, value in self.read().items()}
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        before = self.read()
-        yield
-        for name, value in self.read().items():
-            self.start[name] += value - before[name]
+def read_clocks() -> dict[str, float]:
+    return {"wall": time.perf_counter(), "cpu": time.process_time()}
 
 
 def watch_loss(curve: list[dict[str, float]], examples: Any, every: int) -> Any:
@@ -55,23 +39,23 @@ def watch_loss(curve: list[dict[str, float]], examples: Any, every: int) -> Any:
     of the time."""
     from transformers import TrainerCallback
 
-    meter = Meter()
-
     class Watch(TrainerCallback):
         def judge(self, step: int, model: Any) -> None:
-            spent = meter.spent()
-            with meter.pause():
-                training = model.training
-                predicted, wanted = predictions(model, examples)
-                model.train(training)
-                right = (predicted.argmax(-1) == wanted).float().mean().item()
-                loss = F.nll_loss(predicted, wanted).item()
+            paused = read_clocks()
+            training = model.training
+            predicted, wanted = predictions(model, examples)
+            model.train(training)
+            right = (predicted.argmax(-1) == wanted).float().mean().item()
+            loss = F.nll_loss(predicted, wanted).item()
+            spent = {name: value - self.start[name] for name, value in paused.items()}
             curve.append({"step": step, "loss": loss, "right": right, **spent})
+            for name, value in read_clocks().items():
+                self.start[name] += value - paused[name]
 
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
         ) -> None:
-            meter.start = meter.read()
+            self.start = read_clocks()
             self.judge(0, model)
 
         def on_step_end(
@@ -115,6 +99,15 @@ def with_veneer(
     fit(config, callbacks=[watch], quiet=True)
 
 
+TUNED = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"},
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": WARMUP,
+}
+
+
 def with_trl(
     rows: Path, folder: Path, watch: Any, seed: int, base: str, steps: int, batch: int, tuned: bool
 ) -> None:
@@ -124,16 +117,6 @@ def with_trl(
 
     from veneer import models
 
-    more: dict[str, Any] = {}
-    if tuned:
-        init = {"dtype": "bfloat16", "attn_implementation": "eager"}
-        more = {
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "model_init_kwargs": init,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": WARMUP,
-        }
     config = SFTConfig(
         output_dir=str(folder / "run"),
         learning_rate=RATE,
@@ -143,7 +126,7 @@ def with_trl(
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **more,
+        **(TUNED if tuned else {}),
     )
     trainer = SFTTrainer(
         model=models.load_tokenizer(base).name_or_path,  # the folder that holds the model
@@ -171,38 +154,25 @@ def target_arms(
 ) -> Arms:
     folder = Path(stack.enter_context(TemporaryDirectory()))
 
-    def arm(train: Callable[..., None], **more: Any) -> Callable[[], dict[str, Any]]:
-        def run() -> dict[str, Any]:
-            from veneer import models
+    def run(train: Callable[..., None], **options: Any) -> dict[str, Any]:
+        from veneer import models
 
-            curve: list[dict[str, float]] = []
-            _, examples = pronunciations(folder, models.load_tokenizer(base), 2000, held_out)
-            with contextlib.redirect_stdout(
-                sys.stderr
-            ):  # what a trainer prints is not what this process answers
-                train(
-                    folder / "train.jsonl",
-                    folder,
-                    watch_loss(curve, examples, every),
-                    seed,
-                    base,
-                    steps,
-                    batch,
-                    **more,
-                )
-            last = curve[-1]
-            until = {
-                f"{cost} to target": cost_until(curve, target, cost) for cost in ("wall", "cpu")
-            }
-            numbers = {name: last[name] for name in ("loss", "right", "wall", "cpu")}
-            return {**numbers, **until, "curve": curve}
-
-        return run
+        curve: list[dict[str, float]] = []
+        _, examples = pronunciations(folder, models.load_tokenizer(base), 2000, held_out)
+        watch = watch_loss(curve, examples, every)
+        # what a trainer prints is not what this process answers
+        with contextlib.redirect_stdout(sys.stderr):
+            train(folder / "train.jsonl", folder, watch, seed, base, steps, batch, **options)
+        return {
+            **{name: curve[-1][name] for name in ("loss", "right", "wall", "cpu")},
+            **{f"{cost} to target": cost_until(curve, target, cost) for cost in ("wall", "cpu")},
+            "curve": curve,
+        }
 
     return {
-        "trl + peft": arm(with_trl, tuned=False),
-        "trl + peft, tuned": arm(with_trl, tuned=True),
-        "veneer": arm(with_veneer),
+        "trl + peft": partial(run, with_trl, tuned=False),
+        "trl + peft, tuned": partial(run, with_trl, tuned=True),
+        "veneer": partial(run, with_veneer),
     }
 
 
@@ -223,39 +193,36 @@ def sweep_arms(
 ) -> Arms:
     folder = Path(stack.enter_context(TemporaryDirectory()))
 
-    def arm(**settings: Any) -> Callable[[], dict[str, Any]]:
-        def run() -> dict[str, Any]:
-            from veneer import models
-            from veneer.train.config import TrainConfig
-            from veneer.train.sweep.sweep_run import sweep
-            from veneer.train.sweep.sweep_settings import make_sweep
+    def run(**settings: Any) -> dict[str, Any]:
+        from veneer import models
+        from veneer.train.config import TrainConfig
+        from veneer.train.sweep.sweep_run import sweep
+        from veneer.train.sweep.sweep_settings import make_sweep
 
-            pronunciations(folder, models.load_tokenizer(base), rows, held_out)
-            config = TrainConfig(
-                base=base,
-                data=str(folder / "train.jsonl"),
-                eval_data=str(folder / "held-out.jsonl"),
-                output=folder / "sweep",
-                alpha=16,
-                max_steps=steps,
-                batch_size=batch,
-                attention="eager",
-                seed=seed,
-                warmup=WARMUP,
-                save_every=steps,
-            )
-            with contextlib.redirect_stdout(sys.stderr):
-                facts = sweep(config, make_sweep({"axes": AXES, **settings}), quiet=True).facts
-            best = next(row for row in facts["candidates"] if row["name"] == facts["best"])
-            trained = sum(len(row["losses"]) for row in facts["candidates"])
-            return {"loss": best["loss"], "steps": trained, "cpu": facts["cpu_seconds"]}
-
-        return run
+        pronunciations(folder, models.load_tokenizer(base), rows, held_out)
+        config = TrainConfig(
+            base=base,
+            data=str(folder / "train.jsonl"),
+            eval_data=str(folder / "held-out.jsonl"),
+            output=folder / "sweep",
+            alpha=16,
+            max_steps=steps,
+            batch_size=batch,
+            attention="eager",
+            seed=seed,
+            warmup=WARMUP,
+            save_every=steps,
+        )
+        with contextlib.redirect_stdout(sys.stderr):
+            facts = sweep(config, make_sweep({"axes": AXES, **settings}), quiet=True).facts
+        best = next(row for row in facts["candidates"] if row["name"] == facts["best"])
+        trained = sum(len(row["losses"]) for row in facts["candidates"])
+        return {"loss": best["loss"], "steps": trained, "cpu": facts["cpu_seconds"]}
 
     return {
-        "full grid": arm(rungs=[]),
-        "some of the grid, drawn": arm(rungs=[], candidates=drawn, seed=seed),
-        "halving": arm(**HALVING),
+        "full grid": partial(run, rungs=[]),
+        "some of the grid, drawn": partial(run, rungs=[], candidates=drawn, seed=seed),
+        "halving": partial(run, **HALVING),
     }
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,6 +45,11 @@ class ServerGroup:
     def signal(self, number: int) -> None:
         for server in self.servers:
             os.killpg(server.process.pid, number)
+
+    def park(self, stack: contextlib.ExitStack) -> None:
+        """Stop the servers by signal; the end of ``stack`` continues them."""
+        self.signal(signal.SIGSTOP)
+        stack.callback(self.signal, signal.SIGCONT)
 
 
 def command_of(
@@ -110,6 +116,27 @@ def vllm_environment(python: Path) -> dict[str, str]:
     }
 
 
+def vocabulary_of(layers: int, tiny: bool) -> int:
+    return 96 if tiny else 49152 * layers // 30
+
+
+def server_of(
+    name: str,
+    folder: Path,
+    adapters: Sequence[str],
+    rows: int,
+    dtype: str,
+    number: int,
+    threads: int,
+    **options: Any,
+) -> Any:
+    """A context in which the server of `command_of` runs with so many threads."""
+    from serve_cases import servers
+
+    command, settings = command_of(name, folder, adapters, rows, dtype, number, **options)
+    return servers.serve(command, folder / f"{name}.{number}.log", threads=threads, **settings)
+
+
 def serve_arms(
     stack: contextlib.ExitStack,
     seed: int,
@@ -131,57 +158,44 @@ def serve_arms(
     adapter_names = place.make(folder, dtype, adapters, layers=2 if tiny else layers, tiny=tiny)
     if earlier_arms():
         place.add_plain(folder, adapter_names)
-    cores = len(os.sched_getaffinity(0))
-    drive = {
-        "clients": clients,
-        "lengths": tuple(prompts),
-        "vocabulary": 96 if tiny else 49152 * layers // 30,
-    }
+    cores, vocabulary = len(os.sched_getaffinity(0)), vocabulary_of(layers, tiny)
+    load = {"clients": clients, "lengths": tuple(prompts), "vocabulary": vocabulary}
+    together = partial(client.together, adapters=adapter_names, **load)
 
-    def start(name: str, processes: int) -> ServerGroup:
-        contexts = []
-        for number in range(processes):
-            command, options = command_of(name, folder, adapter_names, rows, dtype, number)
-            log, threads = folder / f"{name.partition(',')[0]}.{number}", max(1, cores // processes)
-            contexts.append(servers.serve(command, log, threads=threads, **options))
+    def start(name: str, processes: int = 1) -> ServerGroup:
+        contexts = [
+            server_of(name, folder, adapter_names, rows, dtype, number, max(1, cores // processes))
+            for number in range(processes)
+        ]
         group = ServerGroup(servers.start_together(stack, contexts), adapter_names)
-        asyncio.run(
-            client.together(group.url_of, adapter_names, **drive, turns=1, tokens=min(8, tokens))
-        )
-        group.signal(signal.SIGSTOP)
-        stack.callback(group.signal, signal.SIGCONT)
+        asyncio.run(together(group.url_of, turns=1, tokens=min(8, tokens)))
+        group.park(stack)
         return group
 
-    groups = {FLOOR: start(FLOOR, 1), OURS: start(OURS, 1), MERGED: start(MERGED, adapters)}
-    vllm_arms = [VLLM] if "VLLM" in os.environ else []
-    for name in [*vllm_arms, *earlier_arms()]:
-        groups[name] = start(name, 1)
+    groups = {FLOOR: start(FLOOR), OURS: start(OURS), MERGED: start(MERGED, adapters)}
+    for name in [*([VLLM] if "VLLM" in os.environ else []), *earlier_arms()]:
+        groups[name] = start(name)
     reference: list[Any] = []
 
-    def arm(group: ServerGroup) -> Callable[[], Mapping[str, float]]:
-        def run() -> Mapping[str, float]:
-            group.signal(signal.SIGCONT)
-            answers, seconds = asyncio.run(
-                client.together(group.url_of, adapter_names, **drive, turns=turns, tokens=tokens)
-            )
-            held = servers.memory(group.servers)
-            group.signal(signal.SIGSTOP)
-            report = client.summary(answers, seconds, tokens)
-            # the first arm to warm up is the floor
-            reference[:] = reference or answers
-            return {
-                "wall": seconds,
-                "rate": report["rate"],
-                "first p50": report["first"]["p50"],
-                "gap p50": report["next"]["p50"],
-                "gap p95": report["next"]["p95"],
-                "memory": held,
-                "alike": client.alike(answers, reference),
-            }
+    def run(group: ServerGroup) -> Mapping[str, float]:
+        group.signal(signal.SIGCONT)
+        answers, seconds = asyncio.run(together(group.url_of, turns=turns, tokens=tokens))
+        held = servers.memory(group.servers)
+        group.signal(signal.SIGSTOP)
+        report = client.summary(answers, seconds, tokens)
+        # the first arm to warm up is the floor
+        reference[:] = reference or answers
+        return {
+            "wall": seconds,
+            "rate": report["rate"],
+            "first p50": report["first"]["p50"],
+            "gap p50": report["next"]["p50"],
+            "gap p95": report["next"]["p95"],
+            "memory": held,
+            "alike": client.alike(answers, reference),
+        }
 
-        return run
-
-    return {name: arm(group) for name, group in groups.items()}
+    return {name: partial(run, group) for name, group in groups.items()}
 
 
 class Alone:
@@ -204,23 +218,19 @@ class Alone:
         self.adapters = place.make(folder, dtype, 2, layers=layers, tiny=tiny, merged=False)
         if cached:
             place.add_invoked(folder, INVOKED, INVOCATION)
-        self.vocabulary = 96 if tiny else 49152 * layers // 30
+        self.vocabulary = vocabulary_of(layers, tiny)
         names = [OURS, *vllm_arms] if "VLLM" in os.environ else [OURS]
-        contexts, threads = [], len(os.sched_getaffinity(0))
-        for name in names:
-            command, options = command_of(
-                name, folder, self.adapters, 16, dtype, 0, length=2048, cached=cached
-            )
-            log = folder / f"{name}.log"
-            contexts.append(servers.serve(command, log, threads=threads, **options))
+        options = {"threads": len(os.sched_getaffinity(0)), "length": 2048, "cached": cached}
+        contexts = [
+            server_of(name, folder, self.adapters, 16, dtype, 0, **options) for name in names
+        ]
         started = servers.start_together(stack, contexts)
         self.groups = {
             name: ServerGroup([server], self.adapters)
             for name, server in zip(names, started, strict=True)
         }
         for group in self.groups.values():
-            group.signal(signal.SIGSTOP)
-            stack.callback(group.signal, signal.SIGCONT)
+            group.park(stack)
 
     def run(self, name: str, work: Callable[[str], Any]) -> Any:
         """The result of ``work``, a coroutine of the server's address."""
@@ -241,28 +251,28 @@ def prefix_arms(
 
     alone, numbers = Alone(stack, dtype, layers, tiny, cached=True), itertools.count()
 
-    def arm(name: str, number: Callable[[], int]) -> Callable[[], Mapping[str, float]]:
-        async def ask(url: str) -> float:
-            ids = client.prompt((seed, number()), prompt, prompt, alone.vocabulary)
-            async with client.session() as http:
-                return (await client.ask(http, url, client.body(alone.adapters[0], ids, 2))).first
+    async def ask(number: Callable[[], int], url: str) -> Mapping[str, float]:
+        ids = client.prompt((seed, number()), prompt, prompt, alone.vocabulary)
+        async with client.session() as http:
+            answer = await client.ask(http, url, client.body(alone.adapters[0], ids, 2))
+        return {"wall": answer.first}
 
-        return lambda: {"wall": alone.run(name, ask)}
-
-    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
-    for name in alone.groups:
-        arms[f"{name}, first time"] = arm(name, lambda: next(numbers))
-        arms[f"{name}, again"] = arm(name, lambda: -1)
-
-    async def switch(url: str) -> float:
+    async def switch(url: str) -> Mapping[str, float]:
         ids = client.prompt((seed, next(numbers)), prompt, prompt, alone.vocabulary)
         async with client.session() as http:
             await client.ask(http, url, client.body("base", ids, 2))
             request = client.body(INVOKED, [*ids, *INVOCATION], 2)
-            return (await client.ask(http, url, request)).first
+            return {"wall": (await client.ask(http, url, request)).first}
 
-    arms[f"{OURS}, after the base, aLoRA"] = lambda: {"wall": alone.run(OURS, switch)}
-    return arms
+    numbers_by_label = {"first time": partial(next, numbers), "again": lambda: -1}
+    return {
+        **{
+            f"{name}, {label}": partial(alone.run, name, partial(ask, number))
+            for name in alone.groups
+            for label, number in numbers_by_label.items()
+        },
+        f"{OURS}, after the base, aLoRA": partial(alone.run, OURS, switch),
+    }
 
 
 def gap_arms(
@@ -278,38 +288,34 @@ def gap_arms(
     """Streams by themselves, and while long prompts arrive, one when the one before is answered."""
     from serve_cases import client
 
-    vllm_arms = VLLM, VLLM_CHUNKED
-    alone = Alone(stack, dtype, layers, tiny, cached=False, vllm_arms=vllm_arms)
+    alone = Alone(stack, dtype, layers, tiny, cached=False, vllm_arms=(VLLM, VLLM_CHUNKED))
     numbers = itertools.count()
 
     def request(number: Any, size: int, count: int) -> dict[str, Any]:
         ids = client.prompt((seed, number), size, size, alone.vocabulary)
         return client.body(alone.adapters[0], ids, count)
 
-    def arm(name: str, beside: bool) -> Callable[[], Mapping[str, float]]:
-        async def stream(url: str) -> Mapping[str, float]:
-            async with client.session() as http:
+    async def stream(beside: bool, url: str) -> Mapping[str, float]:
+        async with client.session() as http:
 
-                async def arrive() -> None:
-                    while beside:
-                        await client.ask(http, url, request(next(numbers), prompt, 2))
+            async def arrive() -> None:
+                while beside:
+                    await client.ask(http, url, request(next(numbers), prompt, 2))
 
-                arrivals = asyncio.create_task(arrive())
-                requests = [request(-1 - number, 32, tokens) for number in range(streams)]
-                answers = await asyncio.gather(*(client.ask(http, url, r) for r in requests))
-                arrivals.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await arrivals
-            gaps = client.percentiles(gap for answer in answers for gap in answer.gaps)
-            return {"gap": gaps["p95"], "gap p50": gaps["p50"], "gap p95": gaps["p95"]}
+            arrivals = asyncio.create_task(arrive())
+            requests = [request(-1 - number, 32, tokens) for number in range(streams)]
+            answers = await asyncio.gather(*(client.ask(http, url, r) for r in requests))
+            arrivals.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await arrivals
+        gaps = client.percentiles(gap for answer in answers for gap in answer.gaps)
+        return {"gap": gaps["p95"], "gap p50": gaps["p50"], "gap p95": gaps["p95"]}
 
-        return lambda: alone.run(name, stream)
-
-    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
-    for name in alone.groups:
-        arms[f"{name}, alone"] = arm(name, beside=False)
-        arms[f"{name}, beside prompts"] = arm(name, beside=True)
-    return arms
+    return {
+        f"{name}, {label}": partial(alone.run, name, partial(stream, beside))
+        for name in alone.groups
+        for label, beside in (("alone", False), ("beside prompts", True))
+    }
 
 
 def long_row_arms(
@@ -337,35 +343,31 @@ def long_row_arms(
     ]
     resting: dict[str, int] = {}
 
-    def arm(name: str, groups: Sequence[Sequence[Any]]) -> Callable[[], Mapping[str, float]]:
+    async def ask(name: str, batches: Sequence[Sequence[Any]], url: str) -> Mapping[str, float]:
         running = alone.groups[name].servers
+        resting.setdefault(name, servers.memory(running))
+        before, start = servers.cpu_seconds(running), time.perf_counter()
+        async with client.session() as http:
+            for batch in batches:
+                await asyncio.gather(*(client.ask(http, url, body) for body in batch))
+        wall = time.perf_counter() - start
+        await asyncio.sleep(3)  # an idle server gives memory back after two seconds
+        return {
+            "wall": wall,
+            "served": servers.cpu_seconds(running) - before,
+            "held": servers.memory(running) / resting[name],
+        }
 
-        async def ask(url: str) -> Mapping[str, float]:
-            resting.setdefault(name, servers.memory(running))
-            before, start = servers.cpu_seconds(running), time.perf_counter()
-            async with client.session() as http:
-                for group in groups:
-                    await asyncio.gather(*(client.ask(http, url, body) for body in group))
-            wall = time.perf_counter() - start
-            await asyncio.sleep(3)  # an idle server gives memory back after two seconds
-            return {
-                "wall": wall,
-                "served": servers.cpu_seconds(running) - before,
-                "held": servers.memory(running) / resting[name],
-            }
-
-        return lambda: alone.run(name, ask)
-
-    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
-    for name in alone.groups:
-        arms[f"{name}, apart"] = arm(name, [requests[:-1], requests[-1:]])
-        arms[f"{name}, together"] = arm(name, [requests])
-    return arms
+    orders = {"apart": [requests[:-1], requests[-1:]], "together": [requests]}
+    return {
+        f"{name}, {label}": partial(alone.run, name, partial(ask, name, batches))
+        for name in alone.groups
+        for label, batches in orders.items()
+    }
 
 
 def in_both_dtypes(**setting: Any) -> list[dict[str, Any]]:
-    dtypes = ("float32", "bfloat16")
-    return [{"threads": "default", "dtype": dtype, **setting} for dtype in dtypes]
+    return [{"threads": "default", "dtype": dtype, **setting} for dtype in ("float32", "bfloat16")]
 
 
 def missing() -> str | None:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,7 +56,6 @@ def with_veneer(
     from veneer.train.config import make_config
     from veneer.train.run import fit
 
-    reward = {"reward": [f"{folder}/rewards.py:begins"]} if case is GRPO else {}
     config = make_config(
         {
             "base": str(folder / BASE),
@@ -71,7 +71,7 @@ def with_veneer(
             "seed": seed,
             "precision": PRECISIONS[dtype],
             **case.settings,
-            **reward,
+            **({"reward": [f"{folder}/rewards.py:begins"]} if case is GRPO else {}),
         }
     )
     result = fit(config, callbacks=[meter], quiet=True)
@@ -106,31 +106,28 @@ def task_arms(stack: Any, seed: int, task: str, steps: int, quick: bool = False)
     case = TASKS[task]
     folder = Path(stack.enter_context(TemporaryDirectory()))
 
-    def arm(train: Callable[..., tuple[Any, Any]]) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            case.write(folder, quick)
-            dtype = "float32"
-            if case.language:
-                from veneer import models
+    def run(train: Callable[..., tuple[Any, Any]]) -> dict[str, float]:
+        case.write(folder, quick)
+        dtype = "float32"
+        if case.language:
+            from veneer import models
 
-                dtype = str(models.pick_dtype("auto")).split(".")[1]
-            meter, start, cpu = step_meter(), time.perf_counter(), time.process_time()
-            with contextlib.redirect_stdout(sys.stderr):
-                model, processor = train(case, folder, seed, steps, dtype, meter)
-            numbers = {
-                "wall": time.perf_counter() - start,
-                "cpu": time.process_time() - cpu,
-                "steps": meter.cpu,
-            }
-            numbers["quality"] = case.judge(model.eval(), processor, folder)
-            if case.rises:
-                with base_alone(model):
-                    numbers["before"] = case.judge(model, processor, folder)
-            return numbers
+            dtype = str(models.pick_dtype("auto")).split(".")[1]
+        meter, start, cpu = step_meter(), time.perf_counter(), time.process_time()
+        with contextlib.redirect_stdout(sys.stderr):
+            model, processor = train(case, folder, seed, steps, dtype, meter)
+        numbers = {
+            "wall": time.perf_counter() - start,
+            "cpu": time.process_time() - cpu,
+            "steps": meter.cpu,
+        }
+        numbers["quality"] = case.judge(model.eval(), processor, folder)
+        if case.rises:
+            with base_alone(model):
+                numbers["before"] = case.judge(model, processor, folder)
+        return numbers
 
-        return run
-
-    return {"peft": arm(with_peft), "veneer": arm(with_veneer)}
+    return {"peft": partial(run, with_peft), "veneer": partial(run, with_veneer)}
 
 
 CASES = tuple(

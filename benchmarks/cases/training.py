@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from candidates import (
     ALPHA,
     ARCHITECTURES,
     DTYPES,
-    Candidate,
     llama,
     make,
     names,
     sharing,
     step,
-    with_products,
+    training_step,
 )
 from runner import Arms, Case
 from veneer.train.loss import causal_loss
@@ -65,9 +65,7 @@ def step_arms(
     def arm(name: str) -> Callable[[], None]:
         # Full fine-tuning changes its weights; all others share the frozen ones.
         model = copy.deepcopy(base) if name.startswith("full") else sharing(base)
-        candidate = make(name, model, architecture, rank)
-        optimizer = candidate.optimizer()
-        return lambda: step(candidate, optimizer, batch)
+        return training_step(make(name, model, architecture, rank), batch)
 
     return {name: arm(name) for name in names(architecture, dtype, dropout, peers)}
 
@@ -75,23 +73,21 @@ def step_arms(
 def memory_arms(
     stack: Any, seed: int, dtype: str, layers: int, tokens: int, tiny: bool = False, rank: int = 8
 ) -> Arms:
-    def arm(name: str) -> Callable[[], dict[str, float]]:
-        def measure() -> dict[str, float]:
-            torch.manual_seed(seed)
-            base, batch = build("llama", dtype, layers, tokens, tiny)
-            candidate = make(name, base, "llama", rank)
-            optimizer = candidate.optimizer()
-            gc.collect()
-            rest = memory.resident()
-            saved = memory.saved_bytes(candidate, batch)  # a step, but for its last part
-            if optimizer is not None:
-                optimizer.step()
-            peak = memory.peak_of(lambda: step(candidate, optimizer, batch))
-            return {"saved": saved, "peak": peak, "above": max(peak - rest, 1)}
+    def measure(name: str) -> dict[str, float]:
+        torch.manual_seed(seed)
+        base, batch = build("llama", dtype, layers, tokens, tiny)
+        candidate = make(name, base, "llama", rank)
+        optimizer = candidate.optimizer()
+        gc.collect()
+        rest = memory.resident()
+        saved = memory.saved_bytes(candidate, batch)  # a step, but for its last part
+        if optimizer is not None:
+            optimizer.step()
+        peak = memory.peak_of(partial(step, candidate, optimizer, batch))
+        return {"saved": saved, "peak": peak, "above": max(peak - rest, 1)}
 
-        return measure
-
-    return {name: arm(name) for name in names("llama", dtype, dropout=False, peers=False)}
+    arm_names = names("llama", dtype, dropout=False, peers=False)
+    return {name: partial(measure, name) for name in arm_names}
 
 
 def many_arms(
@@ -100,21 +96,19 @@ def many_arms(
     torch.manual_seed(seed)
     plain: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
     base: Any = sharing(plain)
-    with_products(base)
+    veneer.models.use_products(base)
     runs = [f"run-{number}" for number in range(adapters)]
     rows = {name: torch.randint(0, base.config.vocab_size, (1, tokens)) for name in runs}
     batches = {name: {"input_ids": ids, "labels": ids} for name, ids in rows.items()}
 
     def apart(name: str, model: Any) -> Callable[[], None]:
-        candidates: list[Candidate] = [make(name, sharing(model), "llama", 8) for _ in runs]
         steps = [
-            (candidate, candidate.optimizer(), batches[run])
-            for candidate, run in zip(candidates, runs, strict=True)
+            training_step(make(name, sharing(model), "llama", 8), batches[run]) for run in runs
         ]
 
         def all_steps() -> None:
-            for arguments in steps:
-                step(*arguments)
+            for run_step in steps:
+                run_step()
 
         return all_steps
 

@@ -37,7 +37,6 @@ class Answer:
     words: list[str] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
     finish: str | None = None
-    refused: int = 0  # how often it was told to come back later (429)
 
     @property
     def first(self) -> float:
@@ -74,8 +73,11 @@ def body(adapter: str, ids: Sequence[int], tokens: int) -> dict[str, Any]:
 
 def session() -> httpx.AsyncClient:
     """Connections without a limit, and no timeout but the benchmark's own."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(timeout=httpx.Timeout(600), limits=limits, trust_env=False)
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(600),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        trust_env=False,
+    )
 
 
 async def ask(
@@ -91,7 +93,6 @@ async def ask(
     while True:
         async with http.stream("POST", f"{url}/v1/completions", json=request) as response:
             if response.status_code == 429:
-                answer.refused += 1
                 await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
                 continue
             if response.status_code != 200:
@@ -192,17 +193,11 @@ def summary(answers: Sequence[Answer], seconds: float, tokens: int) -> dict[str,
     Raises:
         BenchmarkError: an answer is shorter than what was asked for.
     """
-    short = [
-        answer
-        for answer in answers
-        if answer.usage.get("completion_tokens", len(answer.words)) != tokens
-    ]
-    if short:
-        counts = sorted(
-            answer.usage.get("completion_tokens", len(answer.words)) for answer in short
-        )
+    counts = [answer.usage.get("completion_tokens", len(answer.words)) for answer in answers]
+    if wrong_counts := sorted(count for count in counts if count != tokens):
         raise BenchmarkError(
-            f"{len(short)} of {len(answers)} answers do not have {tokens} tokens: {counts[:10]}"
+            f"{len(wrong_counts)} of {len(answers)} answers do not have {tokens} tokens: "
+            f"{wrong_counts[:10]}"
         )
     return {
         "seconds": seconds,

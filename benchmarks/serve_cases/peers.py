@@ -268,8 +268,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     folder = options.place
     engine, model, tokenizer = create_engine(folder, options.rows)
-    bank = Names()
-    metrics = Metrics()
+    bank, metrics = Names(), Metrics()
     metrics.watch(engine, bank)
     service = Service(
         base="base",

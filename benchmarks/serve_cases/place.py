@@ -37,44 +37,39 @@ def make(
     tiny: bool = False,
     layers: int = 2,
     merged: bool = True,
-    rank: int = RANK,
 ) -> list[str]:
     """Write all of it, with seeded random numbers; returns the names of the adapters.
 
     ‖ΔW‖ is about a fifth of ‖W‖: the answers of an adapter are not the base's.
     """
     torch.manual_seed(0)
-    model = llama(
-        layers,
-        2048,
-        tiny,
-        use_cache=True,
-        eos_token_id=2,
-        bos_token_id=1,
-        pad_token_id=0,
-    )
-    model.to(DTYPES[dtype]).eval()
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = llama(layers, 2048, tiny, use_cache=True, **ids).to(DTYPES[dtype]).eval()
     with quiet():
         model.save_pretrained(folder / "base")
         _tokenizer(model.config.vocab_size).save_pretrained(folder / "base")
-    handle = veneer.attach(model, veneer.LoraConfig(rank=rank, targets="all-linear"))
+    handle = veneer.attach(model, veneer.LoraConfig(rank=RANK, targets="all-linear"))
     names = [f"a{number}" for number in range(adapters)]
     generator = torch.Generator().manual_seed(1)
     plain = meta_model(folder / "base") if merged else None
     for name in names:
-        for change in handle.changes.values():
-            for value in change.parameters():
-                value.data.normal_(0, 0.02, generator=generator)
-        handle.save(folder / "adapters" / name)
+        adapter = save_random(handle, generator, folder / "adapters" / name)
         if merged:
             merge_checkpoint(
                 folder / "base",
-                [folder / "adapters" / name],
+                [adapter],
                 folder / "merged" / name,
                 rounding="nearest",
                 model=plain,
             )
     return names
+
+
+def save_random(handle: veneer.Handle, generator: torch.Generator, folder: Path) -> Path:
+    for change in handle.changes.values():
+        for value in change.parameters():
+            value.data.normal_(0, 0.02, generator=generator)
+    return handle.save(folder)
 
 
 def add_plain(folder: Path, names: Sequence[str]) -> None:
@@ -94,12 +89,8 @@ def add_invoked(folder: Path, name: str, invocation: Sequence[int]) -> None:
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
     config = veneer.LoraConfig(rank=RANK, invocation_tokens=tuple(invocation))
-    handle = veneer.attach(model, config)
     generator = torch.Generator().manual_seed(2)
-    for change in handle.changes.values():
-        for value in change.parameters():
-            value.data.normal_(0, 0.02, generator=generator)
-    handle.save(folder / "adapters" / name)
+    save_random(veneer.attach(model, config), generator, folder / "adapters" / name)
 
 
 def _tokenizer(size: int):

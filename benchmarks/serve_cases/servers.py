@@ -54,19 +54,18 @@ def serve(
         RuntimeError: it ended, or was not ready in time; shows what it printed.
     """
     number = port()
-    settings = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **(env or {}),
-    }
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, "--port", str(number)],
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=settings,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(threads),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **(env or {}),
+            },
             start_new_session=True,
         )
     server = Server(process, f"http://127.0.0.1:{number}", log)

@@ -3,7 +3,6 @@ given letter."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -26,60 +25,62 @@ def words_of(count: int, seed: int) -> list[str]:
 def write_pairs(folder: Path, quick: bool) -> None:
     link_base(folder, SMOLLM)
     words = words_of(2400, 0)
-    rows = []
-    for pair in zip(words[::2], words[1::2], strict=True):
-        first, last = sorted(pair)
-        rows.append({"prompt": "A word:", "chosen": f" {first}", "rejected": f" {last}"})
+    pairs = [sorted(pair) for pair in zip(words[::2], words[1::2], strict=True)]
+    rows = [
+        {"prompt": "A word:", "chosen": f" {first}", "rejected": f" {last}"}
+        for first, last in pairs
+    ]
     rows_to(folder / "train.jsonl", rows[:1000])
     rows_to(folder / "test.jsonl", rows[1000:])
 
 
-def language_model(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """With plain attention, as the strongest peer has it on a processor, and as Veneer is told."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / BASE, dtype=dtype, attn_implementation="eager"
-    )
-    return model, AutoTokenizer.from_pretrained(folder / BASE)
-
-
-def train_dpo(
-    folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
+def train_with(
+    trainer_class: Any, folder: Path, dtype: str, callbacks: list[Any], **options: Any
 ) -> tuple[Any, Any]:
+    """The model and tokenizer of a run of one of TRL's trainers. Attention is plain, as the
+    strongest peer has it on a processor, and as Veneer is told."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = language_model(folder, dtype)
-    trainer = DPOTrainer(
-        model,
-        None,
-        DPOConfig(beta=0.1, gradient_checkpointing=False, **arguments),
+    tokenizer = AutoTokenizer.from_pretrained(folder / BASE)
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(
+            folder / BASE, dtype=dtype, attn_implementation="eager"
+        ),
         train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         callbacks=callbacks,
+        **options,
     )
     trainer.train()
     return trainer.model, tokenizer
+
+
+def train_dpo(
+    folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
+) -> tuple[Any, Any]:
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(beta=0.1, gradient_checkpointing=False, **arguments)
+    return train_with(DPOTrainer, folder, dtype, callbacks, args=config)
 
 
 def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Any:
     """log p of each answer to its prompt, [n]."""
     import torch
 
+    from cases.files import batches_of
     from veneer.train.data import Records
-    from veneer.train.evaluate import collate
     from veneer.train.tokens import tokenise
 
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in texts]
     examples = tokenise(Records("prompt", rows, [""] * len(rows), "", ""), tokenizer, max_length=64)
     scores = []
-    for start in range(0, len(examples), 32):
-        inputs = collate(examples, list(range(start, min(start + 32, len(examples)))))
+    for inputs in batches_of(examples, 32):
         target = inputs.pop("labels")[:, 1:]
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -89,17 +90,13 @@ def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) 
     return torch.cat(scores)
 
 
-@contextlib.contextmanager
-def base_alone(model: Any):
-    """A block in which either library's model is its base."""
+def base_alone(model: Any) -> Any:
+    """A context in which either library's model is its base."""
     if hasattr(model, "peft_config"):
-        with model.disable_adapter():
-            yield
-    else:
-        import veneer
+        return model.disable_adapter()
+    import veneer
 
-        with veneer.use(model, None):
-            yield
+    return veneer.use(model, None)
 
 
 def judge_pairs(model: Any, tokenizer: Any, folder: Path) -> float:
@@ -149,11 +146,8 @@ def reward_in(folder: Path) -> Callable[..., list[float]]:
 def train_grpo(
     folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
 ) -> tuple[Any, Any]:
-    from datasets import Dataset
-    from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = language_model(folder, dtype)
     prompts = arguments.pop("per_device_train_batch_size")
     config = GRPOConfig(
         beta=0.0,
@@ -165,19 +159,8 @@ def train_grpo(
         per_device_train_batch_size=8 * prompts,
         **arguments,
     )
-    trainer = GRPOTrainer(
-        model,
-        reward_in(folder),
-        config,
-        train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        peft_config=LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-    )
-    trainer.train()
-    return trainer.model, tokenizer
+    reward = reward_in(folder)
+    return train_with(GRPOTrainer, folder, dtype, callbacks, args=config, reward_funcs=reward)
 
 
 def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
@@ -199,10 +182,8 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    rewards = reward_in(folder)(
-        [row["prompt"] for row in rows], texts, [row["letter"] for row in rows]
-    )
-    return statistics.mean(rewards)
+    letters = [row["letter"] for row in rows]
+    return statistics.mean(reward_in(folder)([row["prompt"] for row in rows], texts, letters))
 
 
 PLAIN = {"attention": "eager"}

@@ -1,4 +1,4 @@
-"""The tasks share their form, their rows, the peer's adapters and its plain trainer."""
+"""The form of a task, and its rows."""
 
 from __future__ import annotations
 
@@ -46,22 +46,3 @@ def link_base(folder: Path, name: str) -> None:
     from veneer import models
 
     (folder / BASE).symlink_to(models.folder_of(name), target_is_directory=True)
-
-
-def adapt(model: Any, kind: str | None, **more: Any) -> Any:
-    """The peer's model, with PEFT's adapters on all linear layers."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type=kind, **more
-    )
-    return get_peft_model(model, config)
-
-
-def plain_trainer(
-    model: Any, rows: Any, collator: Any, arguments: dict[str, Any], callbacks: list[Any]
-) -> Any:
-    from transformers import Trainer, TrainingArguments
-
-    settings = TrainingArguments(remove_unused_columns=False, **arguments)
-    return Trainer(model, settings, train_dataset=rows, data_collator=collator, callbacks=callbacks)

@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # experimen
 
 from experiments.snips import read, span_f1
 
-from task_cases.case import BASE, MINILM, Case, adapt, link_base, plain_trainer, rows_of, rows_to
+from task_cases.case import ALPHA, BASE, MINILM, RANK, Case, link_base, rows_of, rows_to
 
 
 def needs_snips() -> str | None:
@@ -31,10 +31,13 @@ def write_snips(folder: Path, quick: bool) -> None:
 def train_tagging(
     folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
 ) -> tuple[Any, Any]:
+    from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForTokenClassification,
         AutoTokenizer,
         DataCollatorForTokenClassification,
+        Trainer,
+        TrainingArguments,
     )
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / BASE)
@@ -44,13 +47,9 @@ def train_tagging(
     for row in rows:
         encoding = tokenizer(row["words"], is_split_into_words=True)
         word_ids = encoding.word_ids()
-        first = [
-            word is not None and word != before
-            for word, before in zip(word_ids, [None, *word_ids], strict=False)
-        ]
         labels = [
-            names.index(row["labels"][word]) if is_first else -100
-            for word, is_first in zip(word_ids, first, strict=True)
+            names.index(row["labels"][word]) if word is not None and word != before else -100
+            for word, before in zip(word_ids, [None, *word_ids], strict=False)
         ]
         encoded.append(
             {
@@ -64,11 +63,24 @@ def train_tagging(
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )
-    model = adapt(model, "TOKEN_CLS", exclude_modules=["classifier"])
-    collator = DataCollatorForTokenClassification(tokenizer)
-    arguments = {**arguments, "train_sampling_strategy": "group_by_length"}
-    plain_trainer(model, encoded, collator, arguments, callbacks).train()
-    return model, tokenizer
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+        task_type="TOKEN_CLS",
+        exclude_modules=["classifier"],
+    )
+    trainer = Trainer(
+        get_peft_model(model, config),
+        TrainingArguments(
+            remove_unused_columns=False, train_sampling_strategy="group_by_length", **arguments
+        ),
+        train_dataset=encoded,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return trainer.model, tokenizer
 
 
 def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:

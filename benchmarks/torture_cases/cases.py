@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torture_cases.judges import (
     NEAR,
     add_noise,
+    attach_random,
     base_error,
     capture_warnings,
     copy_weights,
@@ -29,7 +30,6 @@ from torture_cases.judges import (
     judge_layer,
     judge_refusal,
     judge_refused,
-    randomise,
     shorten_text,
 )
 from torture_cases.library import (
@@ -76,7 +76,7 @@ def run_case(case: Case, library: Library) -> Result:
             result = judge_error(error)
     if result.outcome in (WRONG, UNCHECKED) and texts:
         text = f"{result.text}, and warns: {shorten_text(texts[0])}"
-        return Result(REFUSES, text, result.got, result.right, result.measures)
+        return replace(result, outcome=REFUSES, text=text)
     return result
 
 
@@ -159,10 +159,9 @@ ATTENTION_INPUT = (3, 5, 8)
 def attention_out_proj_once(library: Library) -> Result:
     model, x = Holder(nn.MultiheadAttention(8, 2, batch_first=True)), torch.randn(ATTENTION_INPUT)
     before = model.layer.out_proj.weight.detach().double().clone()
-    adapter = library.attach(model, library.attention)
+    adapter = attach_random(library, model, library.attention)
     if not adapter.parameters():
         return Result(UNCHECKED, "attaches nothing, without an error")
-    randomise(adapter)
     delta = adapter.delta("layer.out_proj")
     with torch.no_grad():
         output = adapter.model(x, x, x)
@@ -170,9 +169,13 @@ def attention_out_proj_once(library: Library) -> Result:
         merged = distance(output, adapter.model(x, x, x))
     change = adapter.weights()["layer.out_proj.weight"].detach().double() - before
     times = ((change * delta).sum() / (delta * delta).sum()).item()
-    text = f"out_proj's change is applied {times:.2f} times; forward − merged is {merged:.0e}"
-    outcome = RIGHT if abs(times - 1) < 1e-5 and merged < NEAR else WRONG
-    return Result(outcome, text, f"{times:.2f} times", "1.00 times", {"merged": merged})
+    return Result(
+        RIGHT if abs(times - 1) < 1e-5 and merged < NEAR else WRONG,
+        f"out_proj's change is applied {times:.2f} times; forward − merged is {merged:.0e}",
+        f"{times:.2f} times",
+        "1.00 times",
+        {"merged": merged},
+    )
 
 
 @add_case(
@@ -191,8 +194,7 @@ def encoder_layer_in_eval(library: Library) -> Result:
     model, x = Holder(layer).eval(), torch.randn(ATTENTION_INPUT)
     with torch.no_grad():
         base = model(x)
-        adapter = library.attach(model, ["linear1", "linear2"])
-        randomise(adapter)
+        adapter = attach_random(library, model, ["linear1", "linear2"])
         in_train = distance(adapter.model.train()(x), base)
         in_eval = distance(adapter.model.eval()(x), base)
     text = f"changes the output by {in_train:.2g} in train() and by {in_eval:.2g} in eval()"
@@ -216,8 +218,7 @@ def one_linear_under_two_names(library: Library) -> Result:
 
 @add_case("a bfloat16 base, merged and unmerged 100 times, has its very bits")
 def merge_100_times(library: Library) -> Result:
-    adapter = library.attach(Holder(nn.Linear(32, 32)).bfloat16(), ["layer"])
-    randomise(adapter, 0.05)
+    adapter = attach_random(library, Holder(nn.Linear(32, 32)).bfloat16(), ["layer"], 0.05)
     before = copy_weights(adapter)
     for _ in range(100):
         adapter.merge()
@@ -229,20 +230,23 @@ def merge_100_times(library: Library) -> Result:
 def safe_merge_rounds_once(library: Library) -> Result:
     model = Holder(nn.Linear(128, 128)).bfloat16()
     exact = model.layer.weight.detach().double()
-    adapter = library.attach(model, ["layer"])
-    randomise(adapter, 0.1)
+    adapter = attach_random(library, model, ["layer"], 0.1)
     exact = exact + adapter.delta("layer")
     adapter.merge(safe=True)
     wrong = count_misrounded(adapter.weights()["layer.weight"], exact)
     share = f"{wrong / exact.numel():.1%}"
-    text = f"{share} of the weights are not correctly rounded"
-    return Result(WRONG if wrong else RIGHT, text, share, "0.0%", {"wrong": float(wrong)})
+    return Result(
+        WRONG if wrong else RIGHT,
+        f"{share} of the weights are not correctly rounded",
+        share,
+        "0.0%",
+        {"wrong": float(wrong)},
+    )
 
 
 def attach_poison(library: Library, dtype: torch.dtype, value: float) -> Adapter:
     """An adapter of two layers with this value in all parameters of the second."""
-    adapter = library.attach(Stack(2).to(dtype), ["linear"])
-    randomise(adapter)
+    adapter = attach_random(library, Stack(2).to(dtype), ["linear"])
     for parameter in adapter.parameters()[-2:]:
         parameter.data.fill_(value)
     return adapter
@@ -260,8 +264,8 @@ def safe_merge_is_atomic(library: Library) -> Result:
         weights = adapter.weights()
         changed = [path for path in before if not torch.equal(weights[path], before[path])]
         text = f"refused ({describe_error(error)}); merged: {', '.join(changed) or 'nothing'}"
-        outcome = WRONG if changed else RIGHT
-        return Result(outcome, text, f"{len(changed)} weights changed", "0 weights changed")
+        got = f"{len(changed)} weights changed"
+        return Result(WRONG if changed else RIGHT, text, got, "0 weights changed")
     return Result(UNCHECKED, "a NaN in layer 2 is merged", "merged", "an error")
 
 
@@ -282,21 +286,18 @@ def merge_not_finite(library: Library, dtype: torch.dtype, value: float) -> Resu
 
 @add_case("an adapter that is edited while merged: unmerging restores the base, or is refused")
 def adapter_edited_while_merged(library: Library) -> Result:
-    adapter = library.attach(Holder(nn.Linear(16, 16)), ["layer"])
-    randomise(adapter)
+    adapter = attach_random(library, Holder(nn.Linear(16, 16)), ["layer"])
     before = copy_weights(adapter)
     adapter.merge()
     add_noise(adapter)
     adapter.unmerge()
     result = judge_base(adapter, before)
-    outcome = UNCHECKED if result.outcome == WRONG else result.outcome
-    return Result(outcome, result.text, result.got, result.right, result.measures)
+    return replace(result, outcome=UNCHECKED) if result.outcome == WRONG else result
 
 
 @add_case("a base that is edited while merged: unmerging leaves the edit, or is refused")
 def base_edited_while_merged(library: Library) -> Result:
-    adapter = library.attach(Holder(nn.Linear(16, 16)), ["layer"])
-    randomise(adapter)
+    adapter = attach_random(library, Holder(nn.Linear(16, 16)), ["layer"])
     before = copy_weights(adapter)["layer.weight"]
     adapter.merge()
     adapter.weights()["layer.weight"].data[0, 0] += 1
@@ -306,8 +307,8 @@ def base_edited_while_merged(library: Library) -> Result:
         return judge_refused(error)
     edit = (adapter.weights()["layer.weight"] - before)[0, 0].item()
     survives = abs(edit - 1) < 1e-5
-    text = "the edit stays" if survives else "the edit is lost"
-    return Result(RIGHT if survives else UNCHECKED, text, f"{edit:.2f}", "1.00")
+    outcome, text = (RIGHT, "the edit stays") if survives else (UNCHECKED, "the edit is lost")
+    return Result(outcome, text, f"{edit:.2f}", "1.00")
 
 
 # ---- several adapters ---------------------------------------------------------------------------
@@ -318,8 +319,7 @@ def attach_several(
 ) -> Adapter:
     """Adapters ``names`` on one model, with noise in each; the last is returned."""
     for name in names:
-        adapter = library.attach(model, targets, name=name, **options)
-        randomise(adapter)
+        adapter = attach_random(library, model, targets, name=name, **options)
         model = adapter.model
     return adapter
 
@@ -365,9 +365,13 @@ def exception_in_a_mixed_batch(library: Library) -> Result:
         with contextlib.suppress(ArithmeticError):
             library.call(model, torch.full_like(x, float("nan")), rows)
         after = distance(library.call(model, x, "one"), outputs[0])
-    text = f"rows are off by {by_row:.0e}; the next plain call by {after:.2g}"
-    outcome = RIGHT if max(by_row, after) < NEAR else WRONG
-    return Result(outcome, text, f"{after:.2g}", "0", {"rows": by_row, "after": after})
+    return Result(
+        RIGHT if max(by_row, after) < NEAR else WRONG,
+        f"rows are off by {by_row:.0e}; the next plain call by {after:.2g}",
+        f"{after:.2g}",
+        "0",
+        {"rows": by_row, "after": after},
+    )
 
 
 # ---- files and requests -------------------------------------------------------------------------
@@ -420,8 +424,7 @@ def load_damaged(
 ) -> Result:
     base = Stack()
     state = {key: value.clone() for key, value in base.state_dict().items()}
-    adapter = library.attach(base, ["linear"])
-    randomise(adapter)
+    adapter = attach_random(library, base, ["linear"])
     results = []
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "adapter"

@@ -64,8 +64,8 @@ def judge_error(error: Exception) -> Result:
 
 def distance(first: Tensor, second: Tensor) -> float:
     """The largest absolute difference; infinite for values that are no numbers."""
-    difference = (first.detach().double() - second.detach().double()).abs()
-    return difference.nan_to_num(nan=float("inf")).max().item()
+    difference = first.detach().double() - second.detach().double()
+    return difference.abs().nan_to_num(nan=float("inf")).max().item()
 
 
 def add_noise(adapter: Adapter, size: float = 0.3) -> None:
@@ -74,9 +74,17 @@ def add_noise(adapter: Adapter, size: float = 0.3) -> None:
         parameter.data.add_(torch.randn_like(parameter), alpha=size)
 
 
-def randomise(adapter: Adapter, size: float = 0.3) -> None:
+def attach_random(
+    library: Library,
+    model: nn.Module,
+    targets: Sequence[str] | str,
+    size: float = 0.3,
+    **options: Any,
+) -> Adapter:
+    adapter = library.attach(model, targets, **options)
     adapter.prepare()
     add_noise(adapter, size)
+    return adapter
 
 
 def copy_weights(adapter: Adapter) -> dict[str, Tensor]:
@@ -96,8 +104,7 @@ def judge_base(adapter: Adapter, before: dict[str, Tensor]) -> Result:
     """The base has its very bits."""
     error = base_error(adapter, before)
     state = "is not finite" if error == float("inf") else f"is off by {error:.2g}"
-    state = state if error else "has its very bits"
-    text = f"after unmerging, the base {state}"
+    text = f"after unmerging, the base {state if error else 'has its very bits'}"
     return Result(WRONG if error else RIGHT, text, f"{error:.2g}", "0", {"off": error})
 
 
@@ -113,8 +120,7 @@ def judge_layer(
     leaves the base as it was after unmerging."""
     with torch.no_grad():
         base = model.eval()(*inputs)
-    adapter = library.attach(model, targets, **options)
-    randomise(adapter)
+    adapter = attach_random(library, model, targets, **options)
     parameters = adapter.parameters()
     if not parameters:
         return Result(UNCHECKED, "attaches nothing, without an error")
@@ -126,11 +132,6 @@ def judge_layer(
         p.grad is None or not p.grad.abs().sum() > 0 or not p.grad.isfinite().all()
         for p in parameters
     )
-    problems = []
-    if change < 1e-3 * size:
-        problems.append(f"no effect in forward (changes it by {change:.1g})")
-    if blind:
-        problems.append(f"no gradient for {blind} of {len(parameters)} adapter tensors")
     before = copy_weights(adapter)
     adapter.merge()
     values = [parameter.detach().clone() for parameter in parameters]
@@ -139,23 +140,26 @@ def judge_layer(
     merged = distance(output, adapter.model(*inputs))
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data.copy_(value)
-    if merged > NEAR * size:
-        problems.append(f"forward differs from merged by {merged:.2g} on outputs of {size:.2g}")
     adapter.unmerge()
     again, unmerged = distance(output, adapter.model(*inputs)), base_error(adapter, before)
-    if again > NEAR * size:
-        problems.append(f"forward after unmerging is off by {again:.2g}")
-    if unmerged > 1e-6:
-        problems.append(f"the base is off by {unmerged:.1g} after unmerging")
+    conditions = {
+        f"no effect in forward (changes it by {change:.1g})": change < 1e-3 * size,
+        f"no gradient for {blind} of {len(parameters)} adapter tensors": blind > 0,
+        f"forward differs from merged by {merged:.2g} on outputs of {size:.2g}": (
+            merged > NEAR * size
+        ),
+        f"forward after unmerging is off by {again:.2g}": again > NEAR * size,
+        f"the base is off by {unmerged:.1g} after unmerging": unmerged > 1e-6,
+    }
+    problems = [text for text, is_problem in conditions.items() if is_problem]
     exact = f"to {unmerged:.0e}" if unmerged else "exactly"
     text = f"forward equals merged to {merged / size:.0e}, unmerging restores {exact}"
-    measures = {"blind": float(blind), "merged": merged / size, "unmerged": unmerged}
     return Result(
         WRONG if problems else RIGHT,
         "; ".join(problems) or text,
         f"{merged:.2g} between forward and merged",
         "0",
-        measures,
+        {"blind": float(blind), "merged": merged / size, "unmerged": unmerged},
     )
 
 
@@ -185,10 +189,9 @@ def capture_warnings(library: Library) -> Iterator[list[str]]:
             texts.append(record.getMessage())
 
     with (
-        warnings.catch_warnings(record=True) as caught,
+        warnings.catch_warnings(record=True, action="always") as caught,
         mock.patch.object(logging.Logger, "handle", handle),
     ):
-        warnings.simplefilter("always")
         try:
             yield texts
         finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 RIGHT, WRONG, CRASHES = "right", "wrong without a word", "crashes"
@@ -109,13 +112,21 @@ class Library(ABC):
     @abstractmethod
     def load(self, model: nn.Module, folder: Path) -> Adapter: ...
 
-    @abstractmethod
-    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
         """Change the tensors in an adapter's folder."""
+        (file,) = folder.rglob("*.safetensors")
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata()
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, header)
 
-    @abstractmethod
     def remove_alpha(self, folder: Path) -> None:
         """Remove the scale of ΔW from an adapter's folder."""
+        (file,) = folder.rglob("adapter_config.json")
+        config = json.loads(file.read_text())
+        del config["lora_alpha"]
+        file.write_text(json.dumps(config))
 
     def disguises(self, folder: Path) -> list[Path]:
         """The folder, and copies of it without the records that would show a change."""

@@ -31,13 +31,13 @@ class LoralibAdapter(Adapter):
             raise NotOffered("has no checked merge")
         self.model.eval()
 
-    def unmerge(self) -> None:
-        self.model.train()
+    unmerge = prepare
 
     def weights(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters(remove_duplicate=False)
         return {
-            path.replace(".conv.", "."): weight for path, weight in named if "lora_" not in path
+            path.replace(".conv.", "."): weight
+            for path, weight in self.model.named_parameters(remove_duplicate=False)
+            if "lora_" not in path
         }
 
     def delta(self, path: str) -> Tensor:
@@ -86,7 +86,7 @@ class Loralib(Library):
         options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout}
         options["bias"] = getattr(module, "bias", None) is not None
         if isinstance(module, nn.Linear) and not parametrize.is_parametrized(module):
-            layer = plain = loralib.Linear(module.in_features, module.out_features, **options)
+            layer = loralib.Linear(module.in_features, module.out_features, **options)
         elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             kernel = (
                 module.kernel_size[0] if len(set(module.kernel_size)) == 1 else module.kernel_size
@@ -102,9 +102,9 @@ class Loralib(Library):
                 padding_mode=module.padding_mode,
                 **options,
             )
-            plain = layer.conv
         else:
             raise NotOffered(f"has no layer for {type(module).__name__}")
+        plain = getattr(layer, "conv", layer)
         plain.weight, plain.bias = module.weight, module.bias
         return layer.to(module.weight.dtype)
 
@@ -117,7 +117,7 @@ class Loralib(Library):
         model.load_state_dict(torch.load(folder / "adapter.pt"), strict=False)  # as its README does
         return adapter
 
-    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
         tensors = torch.load(folder / "adapter.pt")
         change(tensors)
         torch.save(tensors, folder / "adapter.pt")

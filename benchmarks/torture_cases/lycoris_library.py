@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lycoris
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torture_cases.library import Adapter, Library, NotOffered, linear_paths
@@ -39,8 +38,8 @@ class LycorisAdapter(Adapter):
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def delta(self, path: str) -> Tensor:
-        layers = {layer.lora_name: layer for layer in self.network.loras}
-        layer = layers[f"lycoris_{path}".replace(".", "_")]
+        name = f"lycoris_{path}".replace(".", "_")
+        layer = next(layer for layer in self.network.loras if layer.lora_name == name)
         A, B = layer.lora_down.weight.detach(), layer.lora_up.weight.detach()
         return layer.scale * (B.double() @ A.double())
 
@@ -61,8 +60,7 @@ class Lycoris(Library):
             raise NotOffered("has no names for several adapters, and no selection")
         if options.get("layers") is not None:
             raise NotOffered("has no choice of layers by index")
-        paths = linear_paths(model, targets)
-        patterns = [rf"(.*\.)?{re.escape(path)}$" for path in paths]
+        patterns = [rf"(.*\.)?{re.escape(path)}$" for path in linear_paths(model, targets)]
         lycoris.LycorisNetwork.apply_preset(
             {"enable_conv": True, "target_module": [], "target_name": patterns}
         )
@@ -88,11 +86,6 @@ class Lycoris(Library):
         )
         network.apply_to()
         return LycorisAdapter(model, network)
-
-    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-        tensors = load_file(folder / "adapter.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "adapter.safetensors")
 
     def remove_alpha(self, folder: Path) -> None:
         def change(tensors: dict[str, Tensor]) -> None:

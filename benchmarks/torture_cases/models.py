@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -18,22 +20,15 @@ class Holder(nn.Module):
         return output[0] if isinstance(output, tuple) else output
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
 class Stack(nn.Module):
     """Linear layers ``body.layers.<i>.linear``; an input with a NaN raises in the middle of it."""
 
     def __init__(self, blocks: int = 2, width: int = 16) -> None:
         super().__init__()
         self.body = nn.Module()
-        self.body.layers = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.body.layers = nn.ModuleList(
+            nn.Sequential(OrderedDict(linear=nn.Linear(width, width))) for _ in range(blocks)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.body.layers:
@@ -69,8 +64,7 @@ class TwoNames(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.first = nn.Linear(width, width)
-        self.second = self.first
+        self.first = self.second = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x)))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torture_cases.library import Adapter, Library, Selection
@@ -38,12 +36,9 @@ class PeftAdapter(Adapter):
         }
         # a merged MultiheadAttention holds its weights as plain attributes
         for path, module in self.model.named_modules():
-            if isinstance(module, nn.MultiheadAttention) and isinstance(
-                module.__dict__.get("in_proj_weight"), Tensor
-            ):
-                named[f"{path}.in_proj_weight"] = module.__dict__["in_proj_weight"]
-            if isinstance(module.__dict__.get("weight"), Tensor):
-                named[f"{path}.weight"] = module.__dict__["weight"]
+            for name in ("in_proj_weight", "weight"):
+                if isinstance(weight := module.__dict__.get(name), Tensor):
+                    named[f"{path}.{name}"] = weight
         return {
             path.removeprefix("base_model.model.").replace(".base_layer", ""): weight
             for path, weight in named.items()
@@ -52,10 +47,8 @@ class PeftAdapter(Adapter):
 
     def delta(self, path: str) -> Tensor:
         layers: dict[str, Any] = {}
-        for (
-            name,
-            module,
-        ) in self.model.named_modules():  # a wrapper comes before the layer that it wraps
+        for name, module in self.model.named_modules():
+            # a wrapper comes before the layer that it wraps
             layers.setdefault(name.replace(".base_layer", ""), module)
         layer = layers[f"base_model.model.{path}"]
         A, B = layer.lora_A[self.name].weight.detach(), layer.lora_B[self.name].weight.detach()
@@ -74,15 +67,14 @@ class Peft(Library):
         name: str = "one",
         **options: Any,
     ) -> Adapter:
-        variant, layers = options.get("variant", "lora"), options.get("layers")
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             target_modules=targets if isinstance(targets, str) else list(targets),
             lora_dropout=options.get("dropout", 0.0),
-            layers_to_transform=layers,
-            use_rslora=variant == "rslora",
-            use_dora=variant == "dora",
+            layers_to_transform=options.get("layers"),
+            use_rslora=options.get("variant") == "rslora",
+            use_dora=options.get("variant") == "dora",
         )
         if isinstance(model, peft.PeftModel):
             model.add_adapter(name, config)
@@ -111,15 +103,3 @@ class Peft(Library):
 
     def load(self, model: nn.Module, folder: Path) -> Adapter:
         return PeftAdapter(peft.PeftModel.from_pretrained(model, folder / "one"), "default")
-
-    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-        (file,) = folder.rglob("adapter_model.safetensors")
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file)
-
-    def remove_alpha(self, folder: Path) -> None:
-        (file,) = folder.rglob("adapter_config.json")
-        config = json.loads(file.read_text())
-        del config["lora_alpha"]
-        file.write_text(json.dumps(config))

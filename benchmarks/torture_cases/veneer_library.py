@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
 from torture_cases.library import Adapter, Library, Selection
-from veneer.lowrank import LowRank
 
 
 class VeneerAdapter(Adapter):
@@ -33,23 +30,20 @@ class VeneerAdapter(Adapter):
         self.handle.unmerge()
 
     def weights(self) -> dict[str, Tensor]:
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return {path: weight for path, weight in named.items() if "veneer" not in path}
-
-    def low_rank(self, path: str) -> LowRank:
-        """The change of the layer at ``path``, as the artefact holds it."""
-        with tempfile.TemporaryDirectory() as folder:
-            return veneer.adapter_files.read(self.handle.save(Path(folder) / "adapter")).layers[
-                path
-            ]
+        return {
+            path: weight
+            for path, weight in self.model.named_parameters(remove_duplicate=False)
+            if "veneer" not in path
+        }
 
     def delta(self, path: str) -> Tensor:
-        return self.low_rank(path).delta(torch.float64)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            saved = veneer.adapter_files.read(self.handle.save(Path(folder) / "adapter"))
+            return saved.layers[path].delta(torch.float64)[0]
 
 
 class Veneer(Library):
     name, package, distribution = "Veneer", "veneer", "veneer"
-    refusal = (veneer.VeneerError,)
     attention = ("layer", "out_proj")
 
     def attach(
@@ -84,20 +78,6 @@ class Veneer(Library):
 
     def load(self, model: nn.Module, folder: Path) -> Adapter:
         return VeneerAdapter(veneer.load(model, folder))
-
-    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-        file = folder / "adapter_model.safetensors"
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata()
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file, header)
-
-    def remove_alpha(self, folder: Path) -> None:
-        file = folder / "adapter_config.json"
-        config = json.loads(file.read_text())
-        del config["lora_alpha"]
-        file.write_text(json.dumps(config))
 
     def disguises(self, folder: Path) -> list[Path]:
         """Also without Veneer's record, which hashes every byte: as if PEFT had written it."""

@@ -1,4 +1,5 @@
-"""Veneer: one frozen base, many thin low-rank adapters. Train, verify, merge and serve them.
+"""Veneer, a LoRA library for PyTorch: it trains, verifies, merges and serves many low-rank
+adapters of one frozen base model.
 
 Examples:
     >>> import torch, veneer
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from veneer.tools.extract import ExtractReport, extract
     from veneer.train.many import Runs, train_many
 
-#: public name -> the module that defines it, which is imported when the name is first used. So
-#: `import veneer` takes no longer than `import torch`, and a program imports only what it uses
+#: public name -> the module that defines it. The module is imported when the name is first used, so
+#: that `import veneer` takes no longer than `import torch`
 _LAZY = {
     "Bank": "veneer.bank",
     "ComposeReport": "veneer.tools.compose",
@@ -73,14 +74,14 @@ _LAZY = {
     "unmerge": "veneer.attach",
     "use": "veneer.attach",
 }
-#: submodules that are imported when first used as an attribute
+#: submodules that are imported when they are first used as attributes of the package
 _LAZY_MODULES = (
     "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations",
     "kernels", "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train",
     "variants",
 )  # fmt: skip
 #: names of PEFT's package -> what replaces them in Veneer
-_PEFT_NAMES = {
+_PEFT_REPLACEMENTS = {
     "get_peft_model": "veneer.attach(model, veneer.LoraConfig(…))",
     "inject_adapter_in_model": "veneer.attach(model, veneer.LoraConfig(…))",
     "print_trainable_parameters": "print(handle.summary()), or print(veneer.summarise(model))",
@@ -95,8 +96,9 @@ _PEFT_NAMES = {
     "set_peft_model_state_dict": "veneer.load(model, folder)",
     "merge_and_unload": "handle.merge(), then handle.detach(keep_merged=True)",
 }
-# Import the folder ``attach`` before the function ``attach`` is used. If the folder were imported
-# later, its module would replace the function as the attribute of this name.
+# Both a subpackage and a function have the name ``veneer.attach``. Python assigns an imported
+# subpackage to this attribute of its parent, and a later import would overwrite the function there.
+# So import the subpackage now and delete the attribute; ``__getattr__`` then returns the function.
 importlib.import_module("veneer.attach")
 globals().pop("attach")
 
@@ -142,17 +144,19 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
+        attribute = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _LAZY_MODULES:
-        value = importlib.import_module(f"veneer.{name}")
-    elif name in _PEFT_NAMES:
+        attribute = importlib.import_module(f"veneer.{name}")
+    elif name in _PEFT_REPLACEMENTS:
         from veneer.errors import MethodError
 
-        raise MethodError(f"veneer.{name}, PEFT's name", "Veneer's", f"use {_PEFT_NAMES[name]}")
+        raise MethodError(
+            f"veneer.{name}, PEFT's name", "Veneer's", f"use {_PEFT_REPLACEMENTS[name]}"
+        )
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    globals()[name] = attribute
+    return attribute
 
 
 def __dir__() -> list[str]:

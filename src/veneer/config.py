@@ -6,8 +6,8 @@ The defaults are those that current results support:
   (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
   arXiv:2305.14314, section 4).
 - ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a
-  constant alpha makes the best learning rate nearly independent of the rank (the same report,
-  section "Setting LoRA hyperparameters").
+  constant alpha makes the best learning rate nearly independent of the rank ("LoRA Without
+  Regret", section "Setting LoRA hyperparameters").
 - B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al.
   2021, arXiv:2106.09685, section 4.1).
 """
@@ -37,7 +37,7 @@ DTYPES = {
     "float16": "float16", "fp16": "float16",
     "float64": "float64", "fp64": "float64",
 }  # fmt: skip
-#: field of PEFT's LoraConfig -> the field that replaces it here
+#: field of PEFT's LoraConfig -> the field of Veneer's LoraConfig that replaces it
 PEFT_FIELDS = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -113,9 +113,9 @@ class LoraConfig:
             other rows stay frozen. With ``targets=()``, only these rows are trained.
         invocation_tokens: ids of the tokens that invoke the adapter (aLoRA, Greenewald et al. 2025,
             arXiv:2504.12397). In each row of ``input_ids``, the adapter acts from the last
-            occurrence of these tokens on; a row without them gets the base's output. Only for
-            linear layers of a model that reads ``input_ids``, with a plain product B A. If it is
-            empty, the adapter acts on every token.
+            occurrence of these tokens on; a row without them gets the base's output. They require
+            linear layers of a model that reads ``input_ids``, and a variant with ΔW = s · B A. ()
+            lets the adapter act on every token.
         variant: a name in ``veneer.variants.names()``.
         dtype: dtype of the adapter parameters: a torch.dtype, its name ("float32", "float64",
             "bfloat16", "float16") or an abbreviation ("fp32", "bf16", …); stored as its name. None
@@ -145,18 +145,18 @@ class LoraConfig:
     if not TYPE_CHECKING:
 
         def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
-            """Refuse PEFT's field names with an error that shows Veneer's. Other unknown names are
-            errors of ``__init__``."""
+            """Raise ConfigError, which shows Veneer's names, for PEFT's field names. ``__init__``
+            refuses all other unknown names."""
             if fields.keys() & {*PEFT_FIELDS, *PEFT_UNNEEDED, *PEFT_ONLY}:
                 raise_all(
-                    ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields))
+                    ConfigError, "This LoraConfig cannot be used", list(_field_problems(fields))
                 )
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
         # Fields become tuples and dicts, so that configs with equal fields are equal, cannot change
         # while they are shared, and convert to JSON.
-        for field_name, empty in (
+        for field_name, empty_value in (
             ("exclude", ()),
             ("train_also", ()),
             ("ranks", {}),
@@ -166,7 +166,7 @@ class LoraConfig:
             ("invocation_tokens", ()),
         ):
             if getattr(self, field_name) is None:
-                object.__setattr__(self, field_name, empty)
+                object.__setattr__(self, field_name, empty_value)
         for field_name in ("exclude", "train_also", "targets", "layers"):
             field_value = getattr(self, field_name)
             if isinstance(field_value, str | int) and field_name != "targets":
@@ -245,14 +245,14 @@ class LoraConfig:
             )
 
     def _target_problems(self):
-        by_pattern = self.trainable_tokens
-        id_lists = by_pattern.values() if isinstance(by_pattern, Mapping) else ()
+        trainable_tokens = self.trainable_tokens
+        id_lists = trainable_tokens.values() if isinstance(trainable_tokens, Mapping) else ()
         trains_only_tokens = self.targets == () and self.trainable_tokens
         has_targets = callable(self.targets) or _are_patterns(self.targets)
         are_indices = isinstance(self.layers, tuple) and {*map(type, self.layers)} == {int}
         checks = [
             (
-                not all(map(_are_distinct_ids, id_lists or (by_pattern,))) or () in id_lists,
+                not all(map(_are_distinct_ids, id_lists or (trainable_tokens,))) or () in id_lists,
                 "trainable_tokens",
                 "a list of different token ids, or {pattern: such a list}",
                 "use e.g. [49152, 49153]",
@@ -279,35 +279,35 @@ class LoraConfig:
                 "use e.g. [0, 1, -1], or None for all",
             ),
         ]
-        for failed, name, expected, do in checks:
+        for failed, name, expected, advice in checks:
             if failed:
-                yield sentence(f"{name}={getattr(self, name)!r}", expected, do)
+                yield sentence(f"{name}={getattr(self, name)!r}", expected, advice)
 
     def _invocation_problems(self):
-        """Problems of ``invocation_tokens``, and of other fields that would change the outputs of
-        tokens before the invocation."""
-        tokens = self.invocation_tokens
-        if tokens == ():
+        """An error text for an invalid ``invocation_tokens``, and for each other field that would
+        change the outputs of tokens before the invocation tokens."""
+        token_ids = self.invocation_tokens
+        if token_ids == ():
             return
-        if not isinstance(tokens, tuple) or not all(
-            type(id_) is int and id_ >= 0 for id_ in tokens
+        if not isinstance(token_ids, tuple) or not all(
+            type(id_) is int and id_ >= 0 for id_ in token_ids
         ):
-            do = "use e.g. tokenizer.encode(text, add_special_tokens=False)"
-            yield sentence(f"invocation_tokens={tokens!r}", "a list of token ids", do)
+            advice = "use e.g. tokenizer.encode(text, add_special_tokens=False)"
+            yield sentence(f"invocation_tokens={token_ids!r}", "a list of token ids", advice)
         if self.variant in VARIANTS.names() and not _is_plain_product(self.variant):
             plain_variants = ", ".join(filter(_is_plain_product, VARIANTS.names()))
             problem = f"variant={self.variant!r} with invocation_tokens"
             yield sentence(problem, f"one of {plain_variants}", 'use variant="lora"')
-        for name, default in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
+        for name, default_value in (("train_also", ()), ("trainable_tokens", ()), ("bias", "none")):
             value = getattr(self, name)
-            if value != default:
+            if value != default_value:
                 problem = f"{name}={value!r} with invocation_tokens"
                 expected = "only low-rank changes, which act from the invocation on"
                 yield sentence(problem, expected, f"leave {name} out")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values. A callable in ``targets`` has no JSON value. In the config of
-        an attached adapter, ``re:`` patterns of the paths that it chose replace it."""
+        """The fields as JSON values. JSON cannot represent a callable in ``targets``; the config of
+        an attached adapter has ``re:`` patterns of the paths that the callable chose instead."""
         fields = asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -316,9 +316,9 @@ class LoraConfig:
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
-        """The config whose ``to_dict`` is ``fields``. An unknown field is a ConfigError that names
-        the most similar field."""
-        raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
+        """The config whose ``to_dict`` is ``fields``. Raises a ConfigError that names the most
+        similar field if a field is unknown."""
+        raise_all(ConfigError, "This LoraConfig cannot be used", list(_field_problems(fields)))
         return LoraConfig(**fields)
 
     @staticmethod
@@ -341,17 +341,18 @@ class LoraConfig:
 
 
 def dtype_name(dtype: Any) -> str | None:
-    """torch's name of a dtype in any spelling of ``DTYPES``; None if it is not one of them."""
+    """torch's name of a dtype, such as "bfloat16". ``dtype``: a ``torch.dtype`` or a spelling in
+    ``DTYPES``; for any other value, the result is None."""
     return DTYPES.get(str(dtype).removeprefix("torch."))
 
 
-def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
-    """The ``torch.dtype`` for a spelling of ``DTYPES``. ``ConfigError``: there is no such dtype.
-    ``argument``: the name of the value in the error text."""
+def torch_dtype(dtype: Any, argument_name: str = "dtype") -> torch.dtype:
+    """The ``torch.dtype`` for a ``torch.dtype`` or a spelling in ``DTYPES``. ``ConfigError``: any
+    other value. ``argument_name``: the name of the value in the error text."""
     name = dtype_name(dtype)
     if name is None:
         raise ConfigError(
-            f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}",
+            f"{argument_name}={dtype!r}{nearest(str(dtype), DTYPES)}",
             f"one of {', '.join(DTYPES)}",
             "correct it",
         )
@@ -371,7 +372,7 @@ def pattern_list(patterns: str | Iterable[str]) -> list[str]:
 
 def path_test(pattern: str) -> Callable[[str], bool]:
     """A function that tells whether ``pattern`` matches the path of a module. The pattern is a
-    regular expression (``re:``), a glob, a path, or the end of a path."""
+    regular expression (``re:…``), a glob, a path, or the end of a path at a dot."""
     if pattern.startswith("re:"):
         expression = re.compile(pattern[3:])
         return lambda path: expression.fullmatch(path) is not None
@@ -381,17 +382,17 @@ def path_test(pattern: str) -> Callable[[str], bool]:
 
 
 def bad_regex(config: LoraConfig) -> list[str]:
-    """A problem for each ``re:`` pattern of a config that is not a valid regular expression."""
-    targets = () if callable(config.targets) else pattern_list(config.targets)
-    tokens = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
+    """An error text for each ``re:`` pattern of a config that is no valid regular expression."""
+    target_patterns = () if callable(config.targets) else pattern_list(config.targets)
+    token_patterns = config.trainable_tokens if isinstance(config.trainable_tokens, Mapping) else ()
     patterns = [
-        *targets,
+        *target_patterns,
         *config.exclude,
         *config.train_also,
         *config.ranks,
         *config.alphas,
         *config.slices,
-        *tokens,
+        *token_patterns,
     ]
     problems = []
     for pattern in patterns:
@@ -408,12 +409,12 @@ def bad_regex(config: LoraConfig) -> list[str]:
     return problems
 
 
-def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
-    """A problem for each name that is not a field. For a field of PEFT, it names the field to use
-    here."""
-    names = LoraConfig.__dataclass_fields__
-    for name in fields:
-        if name in names:
+def _field_problems(field_names: Iterable[str]) -> Iterator[str]:
+    """An error text for each of ``field_names`` that ``LoraConfig`` lacks. For a field of PEFT's
+    config, the text names Veneer's field, if there is one."""
+    known_fields = LoraConfig.__dataclass_fields__
+    for name in field_names:
+        if name in known_fields:
             continue
         if name in PEFT_FIELDS:
             replacement = PEFT_FIELDS[name]
@@ -424,12 +425,12 @@ def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
                 f"field {name!r} of PEFT", "no such field: it is not needed", "remove it"
             )
         elif name in PEFT_ONLY:
-            do = "remove it; docs/from-peft.md says what there is instead"
-            yield sentence(f"field {name!r} of PEFT", "a field that Veneer has", do)
+            advice = "remove it; docs/from-peft.md says what there is instead"
+            yield sentence(f"field {name!r} of PEFT", "a field that Veneer has", advice)
         else:
             yield sentence(
-                f"field {name!r}{nearest(name, names)}",
-                f"one of {', '.join(names)}",
+                f"field {name!r}{nearest(name, known_fields)}",
+                f"one of {', '.join(known_fields)}",
                 "correct or remove it",
             )
 
@@ -442,8 +443,8 @@ def _positive_integer_problems(name: str, value: object):
 
 
 def _ids_as_tuples(value: Any) -> Any:
-    """Token ids as tuples, so that configs can be compared. Values that are not token ids are
-    returned unchanged, for the error message."""
+    """Token ids as tuples, so that equal configs compare equal. Values that are not token ids are
+    returned unchanged, so that the error text of a later check shows them."""
     if isinstance(value, Mapping):
         return {pattern: _ids_as_tuples(ids) for pattern, ids in value.items()} or ()
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -452,8 +453,8 @@ def _ids_as_tuples(value: Any) -> Any:
 
 
 def _sequence_as_tuple(value: Any) -> Any:
-    """A sequence of token ids as a tuple. Text, sets and other values, which are not sequences of
-    ids, are returned unchanged, for the error message."""
+    """A sequence of token ids as a tuple. Values that are not sequences of ids, such as text and
+    sets, are returned unchanged, so that the error text of a later check shows them."""
     if isinstance(value, str | Set | Mapping) or not isinstance(value, Iterable | int):
         return value
     return (value,) if isinstance(value, int) else tuple(value)
@@ -461,8 +462,8 @@ def _sequence_as_tuple(value: Any) -> Any:
 
 def _is_plain_product(variant: str) -> bool:
     """Whether a variant computes ΔW = s · B A from two trained parameters, as LoRA does."""
-    lora = VARIANTS["lora"]
-    return VARIANTS[variant].resolve is lora.resolve and not VARIANTS[variant].frozen
+    lora_variant = VARIANTS["lora"]
+    return VARIANTS[variant].resolve is lora_variant.resolve and not VARIANTS[variant].frozen
 
 
 def _are_distinct_ids(value: Any) -> bool:
@@ -473,7 +474,7 @@ def _are_distinct_ids(value: Any) -> bool:
 
 
 def _are_slices(slices: object) -> bool:
-    """Whether a value can be in ``slices``: bools, some true, or (start, stop) pairs."""
+    """Whether ``slices`` is a list of bools with a True, or a list of (start, stop) pairs."""
     if not isinstance(slices, Sequence) or isinstance(slices, str) or not slices:
         return False
     if all(isinstance(is_changed, bool) for is_changed in slices):

@@ -32,20 +32,21 @@ import torch
 
 @dataclass(frozen=True)
 class Context:
-    """The context of a call.
+    """The settings that apply to calls of models in the current thread or asyncio task.
 
     Fields:
         selection: the ``ActiveAdapter`` of each model, by the model's ``uid``. A model without an
-            entry uses its default.
+            entry uses its default adapter.
         path: "factored" (W x + ΔW x, with ΔW x as a product of thin matrices) or "materialised"
             ((W + ΔW) x) forces this form; None leaves the choice to each layer.
         reached_ids: a set to which each call adds the ``id`` of the layer adapters and changes that
             it uses, for ``veneer.check``. None collects nothing.
-        outer: the context that is restored when the block ends.
-        opener: the object that opened the block.
-        blocks: the blocks that were opened in generators, by this thread or task or by the one
-            whose context was copied for it.
-        applied_blocks: the blocks that ``selection`` already contains.
+        outer: the context that is restored when the ``with`` block that set this context ends.
+        opener: the object that opened this ``with`` block, and that ``leave`` expects.
+        blocks: the open ``with`` blocks of generators (``Block``) that this thread or task opened,
+            or that it inherited with the context from the thread or task that started it.
+        applied_blocks: the blocks of generators whose changes this context already contains, so
+            that they are not applied twice.
         invoked_calls: the ``InvokedCall`` of each model whose forward runs now, by the model's
             ``uid``, for adapters with invocation tokens (``attach/invocation.py``).
         prompt_starts: for each model whose ``generate`` runs now, by the model's ``uid``, a mapping
@@ -74,7 +75,8 @@ class Block:
             block.
         suspended_selection: replaces ``selection`` in calls for which it is unknown whether they
             should be inside of the block, because the generator is suspended.
-        caller: the thread and task that opened the block.
+        caller: (id of the thread, weak reference to the asyncio task or None) that opened the
+            block.
         cached_context: the cache of ``_apply_blocks`` for calls in which this block is innermost,
             as (key, context). The key holds the values that the context was computed from.
     """
@@ -95,10 +97,11 @@ class Block:
 
     def caller_position(self, caller: tuple[int, Any]) -> str:
         """The position of a caller relative to the block, if the block's generator does not run on
-        the caller's stack.
+        the caller's stack. ``caller`` is (id of the thread, weak reference to the task or None).
 
         "inside": the caller is a task or thread that the generator started in its present step.
-        "ended": the block has ended. "outside": neither, or it cannot be determined.
+        "ended": the block has ended, and the caller opened it. "outside": all other cases, and
+        cases that cannot be told apart.
         """
         is_opener, frame = caller == self.caller, self.frame
         if frame is None:
@@ -110,9 +113,10 @@ class Block:
 
 _EMPTY_CONTEXT = Context()
 _CONTEXT: ContextVar[Context] = ContextVar("veneer", default=_EMPTY_CONTEXT)
-#: the open blocks of each generator, by its frame
+#: the open ``with`` blocks of each generator, by the generator's frame
 _OPEN_BLOCKS: dict[FrameType, list[Block]] = {}
-#: the number of blocks that have ended, in a list so that functions can change it
+#: the number of blocks that have ended, in a list so that functions can change it. It is part of
+#: the key of ``Block.cached_context``, so that the cache is invalid once any block has ended.
 _ENDED_COUNT = [0]
 
 _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -135,23 +139,24 @@ def __getattr__(name: str) -> Context:
     ):
         # On a GPU, backward runs in threads of torch, which have no context of Veneer, and
         # activation checkpointing runs layers again in them. torch gives these threads a copy of
-        # the context in which ``backward`` was called.
+        # the context in which ``backward`` was called, so use that one.
         context = torch._C._get_obj_in_tls("context").get(_CONTEXT, _EMPTY_CONTEXT)
     return _apply_blocks(context) if _OPEN_BLOCKS or context.blocks else context
 
 
 def _apply_blocks(context: Context) -> Context:
-    """``context`` with all blocks applied that surround this call: those of generators that started
-    the caller's thread or task, then those of generators on the caller's stack, the innermost last.
-    For blocks of suspended generators, ``Block.suspended_selection`` is applied instead."""
+    """``context`` with the changes of all open ``with`` blocks in generators (``Block``) that
+    surround this call: the blocks of generators that started the caller's thread or task, then
+    those of generators on the caller's stack, the innermost last. For blocks of suspended
+    generators, ``Block.suspended_selection`` is applied instead."""
     frames = _running_generator_frames()
     if not frames and not context.blocks:
         return context
     running_blocks = [block for frame in frames for block in _OPEN_BLOCKS.get(frame, ())]
     caller = threading.get_ident(), _running_task()
-    key = context, running_blocks, caller, _ENDED_COUNT[0]
-    # cached, because every layer of a step reads the context
-    if running_blocks and running_blocks[-1].cached_context[0] == key:
+    cache_key = context, running_blocks, caller, _ENDED_COUNT[0]
+    # use a cached result, because every layer of a training step reads the context
+    if running_blocks and running_blocks[-1].cached_context[0] == cache_key:
         return running_blocks[-1].cached_context[1]
     off_stack_blocks = [
         block
@@ -181,20 +186,22 @@ def _apply_blocks(context: Context) -> Context:
         applied_blocks=context.applied_blocks.union(enclosing_blocks, running_blocks),
         **context_fields,
     )
-    # not cached if other threads or tasks have blocks, whose generators may resume at any time
+    # Do not cache if other threads or tasks opened some of the blocks: their generators may resume
+    # or suspend at any time, which changes the result but not the key.
     if running_blocks and all(block.caller == caller for block in off_stack_blocks):
-        running_blocks[-1].cached_context = key, resolved_context
+        running_blocks[-1].cached_context = cache_key, resolved_context
     return resolved_context
 
 
 def _running_generator_frames() -> list[FrameType]:
-    """The frames of generators with open blocks on this thread's stack, the outermost first."""
-    # a frame without ``f_back`` is suspended
+    """The frames on this thread's stack of generators in which a ``with`` block (``Block``) is
+    open, the outermost first."""
+    # a frame without ``f_back`` is suspended, and so on no stack
     running_frames = [frame for frame in tuple(_OPEN_BLOCKS) if frame.f_back is not None]
     frames_on_stack: list[FrameType] = []
     frame = sys._getframe(1) if running_frames else None
     while frame is not None:
-        if frame in running_frames:  # a short list, because few generators have open blocks
+        if frame in running_frames:  # fast, because few generators have open blocks
             frames_on_stack.append(frame)
             if len(frames_on_stack) == len(running_frames):
                 break
@@ -203,9 +210,9 @@ def _running_generator_frames() -> list[FrameType]:
 
 
 def _generator_frame() -> FrameType | None:
-    """The frame of the generator that enters or leaves a block, or None if no generator does. If a
-    generator implements a context manager (``contextlib``), its blocks belong to the code that
-    enters that context manager, which may be in another generator."""
+    """The frame of the generator whose code enters or leaves a ``with`` block by this call, or None
+    if the code is in no generator. If a generator implements a context manager (``contextlib``),
+    its blocks belong to the code that enters that context manager, maybe in another generator."""
     frame = sys._getframe(2)
     while frame is not None:
         if _is_context_method(frame):
@@ -225,15 +232,15 @@ def _generator_frame() -> FrameType | None:
 
 def _is_context_method(frame: FrameType) -> bool:
     """Whether a frame belongs to a method that enters or leaves a context manager."""
-    methods = ("__enter__", "__exit__", "__aenter__", "__aexit__")
-    return frame.f_code.co_name in methods or frame.f_globals.get("__name__") == "contextlib"
+    method_names = ("__enter__", "__exit__", "__aenter__", "__aexit__")
+    return frame.f_code.co_name in method_names or frame.f_globals.get("__name__") == "contextlib"
 
 
 def _is_awaiting(frame: FrameType) -> bool:
     """Whether a suspended asynchronous generator waits at an ``await`` rather than a ``yield``."""
-    resume_index = frame.f_lasti + 2  # the argument of the instruction RESUME tells them apart
-    code = frame.f_code.co_code
-    return code[resume_index] == dis.opmap["RESUME"] and code[resume_index + 1] & 3 == 3
+    resume_index = frame.f_lasti + 2  # RESUME has the argument 3 after an await, 1 after a yield
+    bytecode = frame.f_code.co_code
+    return bytecode[resume_index] == dis.opmap["RESUME"] and bytecode[resume_index + 1] & 3 == 3
 
 
 def _running_task() -> Any:
@@ -253,15 +260,15 @@ def enter(
     make_suspended: Callable[[], Any] | None = None,
     **context_fields: Any,
 ) -> None:
-    """Add a selection to the present one and replace other fields of the context, until ``leave``
-    is called with the same ``opener``.
+    """Open a block: add ``selection`` to that of the current context and replace other fields of
+    the context, until ``leave`` is called with the same ``opener``.
 
     Args:
         opener: the object that opens the block, which identifies it.
         selection: ``ActiveAdapter`` by the ``uid`` of its model.
         make_suspended: a function whose result becomes the entry of each model in
-            ``Block.suspended_selection``. It is passed for blocks of the user, which may be opened
-            in a generator. None for blocks that no generator can suspend.
+            ``Block.suspended_selection``, if the block is opened in a generator. Pass it for blocks
+            of the user, which may be opened there; None for blocks that no generator can suspend.
         context_fields: the values of other fields of the context.
     """
     stored_context = _CONTEXT.get()
@@ -306,8 +313,12 @@ def leave(opener: Any) -> bool:
             return True
     if stored_context.opener is not opener or stored_context.outer is None:
         return False
-    outer, open_blocks = stored_context.outer, _open_blocks(stored_context.blocks)
-    _CONTEXT.set(replace(outer, blocks=(*outer.blocks, *open_blocks)) if open_blocks else outer)
+    outer_context, open_blocks = stored_context.outer, _open_blocks(stored_context.blocks)
+    _CONTEXT.set(
+        replace(outer_context, blocks=(*outer_context.blocks, *open_blocks))
+        if open_blocks
+        else outer_context
+    )
     return True
 
 
@@ -325,15 +336,20 @@ def _close_block(block: Block) -> None:
 
 
 def _remove_block(context: Context, block: Block) -> Context:
-    """``context`` without a generator's block, which is removed from its outer contexts too."""
-    outer = None if context.outer is None else _remove_block(context.outer, block)
-    if outer is context.outer and block not in context.blocks:
+    """``context`` without a generator's block. The block is also removed from the contexts that
+    will be restored later (``Context.outer``)."""
+    outer_context = None if context.outer is None else _remove_block(context.outer, block)
+    if outer_context is context.outer and block not in context.blocks:
         return context
     remaining_blocks = tuple(
         other_block for other_block in context.blocks if other_block is not block
     )
-    changed = replace(context, outer=outer, blocks=remaining_blocks)
-    return _EMPTY_CONTEXT if changed.outer is None and changed == _EMPTY_CONTEXT else changed
+    changed_context = replace(context, outer=outer_context, blocks=remaining_blocks)
+    return (
+        _EMPTY_CONTEXT
+        if changed_context.outer is None and changed_context == _EMPTY_CONTEXT
+        else changed_context
+    )
 
 
 @contextmanager
@@ -356,18 +372,19 @@ def override(
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """A context manager in which every module of a model is in evaluation mode. At the end, each
-    module gets the mode that it had before. It does not call the methods ``train`` and ``eval``,
-    which a model may override."""
-    modes: dict[torch.nn.Module, bool] = {}
-    waiting: list[torch.nn.Module | None] = [model]
-    while waiting:
-        if (module := waiting.pop()) is not None and module not in modes:
-            modes[module] = module.training
-            waiting += list(module._modules.values())  # a copy: another thread may attach
+    module gets the mode that it had before. The attribute ``training`` is set directly, because a
+    model may override the methods ``train`` and ``eval``."""
+    was_training: dict[torch.nn.Module, bool] = {}
+    pending_modules: list[torch.nn.Module | None] = [model]
+    while pending_modules:
+        if (module := pending_modules.pop()) is not None and module not in was_training:
+            was_training[module] = module.training
+            # a copy, because another thread that attaches an adapter may change the dict
+            pending_modules += list(module._modules.values())
     try:
-        for module in modes:
+        for module in was_training:
             module.training = False
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, module_was_training in was_training.items():
+            module.training = module_was_training

@@ -10,8 +10,8 @@ operation that succeeds on all of them or on none.
 
 Ranks exchange messages through the store of ``torch.distributed``, not through collectives. So if
 one rank fails or never calls, the other ranks raise an error instead of hanging. Gathering a weight
-is a collective; within ``Ranks.joint_work`` it begins only after every rank has reached it
-(``Ranks.gate``).
+is a collective, so within ``Ranks.joint_work`` it begins only after every rank has reached it
+(``Ranks.wait_for_every_rank``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from veneer import errors
 from veneer.errors import AdapterError, VeneerError, listing, sentence
 
-#: seconds that a rank waits for the others
+#: seconds that a rank waits for the others before it raises an error
 PATIENCE = 300.0
 #: seconds after which the first rank concludes that no other rank saves the model, if no weight is
 #: sharded
@@ -52,20 +52,21 @@ class SavedAlone(UserWarning):
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor of torch. It does not import torch's module of DTensors: if a
-    DTensor exists, the module is imported already."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether a tensor is a DTensor of torch. The function does not import torch's module of
+    DTensors, because the module is already imported if a DTensor exists."""
+    dtensor_module = sys.modules.get("torch.distributed.tensor")
+    return dtensor_module is not None and isinstance(tensor, dtensor_module.DTensor)
 
 
 def full_tensor(tensor: Any) -> Any:
-    """All values of a tensor that may be sharded. For a sharded tensor this is a collective, which
-    every rank must call."""
+    """All values of a tensor that may be sharded. For a sharded tensor every rank must call this
+    function, because it runs a collective. Within ``Ranks.joint_work`` it first waits for every
+    rank, so that a rank that fails causes an error instead of a hang."""
     if not is_sharded(tensor):
         return tensor
     ranks = _CURRENT_RANKS.get()
     if ranks is not None:
-        ranks.gate()
+        ranks.wait_for_every_rank()
     return tensor.full_tensor()
 
 
@@ -75,57 +76,63 @@ def within_joint_work() -> bool:
 
 
 def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp_package = sys.modules.get("torch.distributed.fsdp")
     return (
         []
-        if fsdp is None
-        else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+        if fsdp_package is None
+        else [module for module in modules if isinstance(module, fsdp_package.FSDPModule)]
     )
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its adapters, and without the subclass by which
-    ``fully_shard`` replaces it."""
+    """The class that a module had before adapters were attached and before ``fully_shard`` gave it
+    a subclass, of which ``__mro__`` is [subclass, FSDPModule, original class, …]."""
     module_class = getattr(type(module), "veneer_base", type(module))
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    is_fsdp_class = fsdp is not None and issubclass(module_class, fsdp.FSDPModule)
+    fsdp_package = sys.modules.get("torch.distributed.fsdp")
+    is_fsdp_class = fsdp_package is not None and issubclass(module_class, fsdp_package.FSDPModule)
     return module_class.__mro__[2] if is_fsdp_class else module_class
 
 
 def is_spread(modules: Iterable[nn.Module]) -> bool:
-    """Whether weights of these modules are sharded over processes. True also while FSDP2 has
-    gathered the weights."""
+    """Whether weights of these modules are sharded over processes. The result stays True while
+    FSDP2 has gathered the full weights."""
     modules = list(modules)
     return any(
         is_sharded(parameter) for module in modules for parameter in module._parameters.values()
     ) or bool(_fsdp_modules(modules))
 
 
-def spread_problem(modules: Iterable[nn.Module], operation: str, do: str) -> str | None:
-    """The error message for an ``operation`` that needs full weights; None if the weights are not
-    sharded. ``do`` is the advice in the message."""
+def spread_problem(modules: Iterable[nn.Module], operation: str, advice: str) -> str | None:
+    """The error message for an operation that needs full weights; None if the weights of
+    ``modules`` are not sharded.
+
+    Args:
+        operation: the name of the operation, which begins the message.
+        do: the advice at the end of the message.
+    """
     modules = list(modules)
     if has_fsdp1(modules):
         problem = f"{operation} of a model in torch's first FullyShardedDataParallel (FSDP1)"
         return sentence(
             problem,
             "whole weights",
-            f"{do}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached",
+            f"{advice}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached",
         )
     problem = (
         f"{operation} of a model whose weights are spread over processes (DTensor, as FSDP2 makes"
         " them)"
     )
-    return sentence(problem, "whole weights", do) if is_spread(modules) else None
+    return sentence(problem, "whole weights", advice) if is_spread(modules) else None
 
 
 def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
-    """Whether FSDP1 wraps a module, or its parameters are views into a flat parameter of FSDP1."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    """Whether one of ``modules`` is a wrapper of FSDP1, or has a parameter that is a view into a
+    flat parameter of FSDP1."""
+    fsdp_package = sys.modules.get("torch.distributed.fsdp")
+    if fsdp_package is None:
         return False
     return any(
-        isinstance(module, fsdp.FullyShardedDataParallel)
+        isinstance(module, fsdp_package.FullyShardedDataParallel)
         or any(
             getattr(parameter, "_fsdp_flattened", False)
             for parameter in module._parameters.values()
@@ -135,8 +142,8 @@ def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that FSDP2 has gathered: after a forward without backward, they may be older
-    than the shards."""
+    """Free the full weights that FSDP2 gathered for a forward. If no backward follows, FSDP2 keeps
+    them, and they may be older than the shards."""
     for module in _fsdp_modules(model.modules()):
         module.reshard()
 
@@ -149,12 +156,17 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
     Returns:
         the ranks; None if this rank saves the model without the others: because it is the only
-        rank, ``alone`` is set, or no other rank calls in time. If another rank has saved an
-        unsharded model to ``path`` before, ranks without members, so that this rank writes nothing.
+        rank, ``alone`` is set, no other rank calls in time, or the others save an unsharded model
+        to other paths. If another rank has already saved the unsharded model to ``path``, the
+        result is a ``Ranks`` without members, with which this rank writes nothing.
 
     Raises:
-        AdapterError: the weights are sharded, and some rank does not call in time, or calls with
-            another path, or ``alone`` is set.
+        AdapterError: the weights are sharded, and either ``alone`` is set or not all ranks call in
+            time with the same path; or the weights are not sharded, and more than one rank, but not
+            all of them, call in time with the same path.
+
+    Warns:
+        SavedAlone: no other rank called in time, or another rank has saved to ``path`` already.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -178,7 +190,8 @@ def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
 
 def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool) -> Ranks | None:
     """Record in the store that this rank has called ``meet_ranks``, and wait for the other ranks.
-    An atomic ``compare_set`` decides once for all ranks whether every rank has called."""
+    An atomic ``compare_set`` decides once for all ranks whether every rank has called. Result and
+    errors are those of ``meet_ranks``. ``sharded``: whether weights of the model are sharded."""
     this_rank = dist.get_rank()
 
     def warn(problem: str) -> None:
@@ -192,8 +205,8 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
 
     meeting_key, arrival_keys, earlier_paths = _next_meeting(store, member_ranks, path)
     if earlier_paths and not sharded:
-        earlier = listing(map(str, earlier_paths))
-        warn(f"{path}, which rank {earlier} saved before rank {this_rank} came")
+        earlier_ranks_text = listing(map(str, earlier_paths))
+        warn(f"{path}, which rank {earlier_ranks_text} saved before rank {this_rank} came")
         return Ranks(store, meeting_key, ())
     waits_briefly = this_rank == member_ranks[0] and not sharded
     patience = SOLO_PATIENCE if waits_briefly else PATIENCE
@@ -210,13 +223,13 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
         return Ranks(store, meeting_key, member_ranks)
     if sharded or (same_path and len(present_ranks) > 1):
         if same_path:
-            ranks = listing(map(str, present_ranks))
-            problem = f"rank {ranks} of {len(member_ranks)} alone, after up to {patience:g} s"
+            ranks_text = listing(map(str, present_ranks))
+            problem = f"rank {ranks_text} of {len(member_ranks)} alone, after up to {patience:g} s"
         else:
-            path_of_rank = listing(f"{rank}: {rank_path}" for rank, rank_path in paths.items())
-            problem = f"other paths on other ranks ({path_of_rank})"
-        do = "let every rank that holds the model call save, with the same path"
-        raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', do)}")
+            paths_text = listing(f"{rank}: {rank_path}" for rank, rank_path in paths.items())
+            problem = f"other paths on other ranks ({paths_text})"
+        advice = "let every rank that holds the model call save, with the same path"
+        raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', advice)}")
     if len(present_ranks) == 1:
         warn(f"{path} saved by rank {this_rank} of {len(member_ranks)} alone, after {patience:g} s")
     return None
@@ -225,19 +238,20 @@ def _arrive(store: Any, member_ranks: Sequence[int], path: str, *, sharded: bool
 def _next_meeting(
     store: Any, member_ranks: Sequence[int], path: str
 ) -> tuple[str, dict[int, str], dict[int, str]]:
-    """The meeting in which this rank takes part: one save by all ranks of ``member_ranks``.
+    """The meeting (one save by all ranks of ``member_ranks``) in which this rank takes part.
 
-    Meetings for other paths that ended before this rank called are skipped.
+    Meetings for other paths that the other ranks ended without this rank are skipped.
 
     Returns:
-        (the meeting's key in the store, the key of each rank's arrival, the path of each rank that
-        saved to ``path`` before this rank called).
+        (the prefix of the meeting's keys in the store, the key of each rank's arrival by rank, the
+        paths of the ranks that came before the meeting was ended without this rank, by rank). The
+        last is empty unless a rank saved to ``path`` in that meeting.
     """
     ranks_hash = hashlib.sha256(json.dumps([*member_ranks]).encode()).hexdigest()[:16]
     while True:
-        meeting = _MEETING_COUNTS.get(ranks_hash, 0)
-        _MEETING_COUNTS[ranks_hash] = meeting + 1
-        meeting_key = f"veneer/{ranks_hash}/{meeting}"
+        meeting_index = _MEETING_COUNTS.get(ranks_hash, 0)
+        _MEETING_COUNTS[ranks_hash] = meeting_index + 1
+        meeting_key = f"veneer/{ranks_hash}/{meeting_index}"
         arrival_keys = {rank: f"{meeting_key}/come/{rank}" for rank in member_ranks}
         decision_key = f"{meeting_key}/decided"
         if not store.check([decision_key]) or store.get(decision_key).decode() != "left":
@@ -255,24 +269,26 @@ def all_ranks(name: str, patience: float) -> Ranks:
     """All ranks of ``torch.distributed``; each waits up to ``patience`` seconds for the others.
     Every process must call this function the same number of times with each ``name``, because the
     keys in the store contain the number of the call."""
-    meeting = _MEETING_COUNTS.get(name, 0)
-    _MEETING_COUNTS[name] = meeting + 1
+    meeting_index = _MEETING_COUNTS.get(name, 0)
+    _MEETING_COUNTS[name] = meeting_index + 1
     store = dist.distributed_c10d._get_default_store()
-    return Ranks(store, f"veneer/{name}/{meeting}", range(dist.get_world_size()), patience)
+    return Ranks(store, f"veneer/{name}/{meeting_index}", range(dist.get_world_size()), patience)
 
 
 class Ranks:
-    """The ranks of one meeting, which run operations together.
+    """The ranks of one meeting (one call of ``meet_ranks`` or ``all_ranks`` on each rank), which
+    run operations together.
 
     Attributes:
         store, key_prefix: the store of ``torch.distributed``, and the prefix of the meeting's keys
             in it.
         members: the ranks that take part.
         patience: seconds that a rank waits for the others.
-        is_writer: whether this rank writes files, as the first member does. Without members, none
-            does.
+        rank: the rank of this process.
+        is_writer: whether this rank writes files. Only the first member does; without members, no
+            rank does.
         operation_index: the number of operations so far; the keys in the store contain it.
-        gate_count: how many times the running operation has called ``gate``.
+        wait_count: how many times the running operation has called ``wait_for_every_rank``.
     """
 
     def __init__(
@@ -282,7 +298,7 @@ class Ranks:
         self.patience = PATIENCE if patience is None else patience
         self.rank = dist.get_rank()
         self.is_writer = self.rank in members[:1]
-        self.operation_index = self.gate_count = 0
+        self.operation_index = self.wait_count = 0
 
     @contextmanager
     def joint_work(self, subject: str = "") -> Iterator[Callable[..., None]]:
@@ -299,7 +315,7 @@ class Ranks:
                 the same class.
             AdapterError: the summaries differ, or a rank does not answer.
         """
-        self.operation_index, self.gate_count = self.operation_index + 1, 0
+        self.operation_index, self.wait_count = self.operation_index + 1, 0
         summaries: list[str] = []
         token = _CURRENT_RANKS.set(self)
         try:
@@ -312,7 +328,8 @@ class Ranks:
         self._await_all("".join(summaries), subject)
 
     def _await_all(self, summary: str, subject: str) -> None:
-        """Wait until every rank has ended the block, and compare the summaries."""
+        """Wait until every rank has ended the block of ``joint_work``, and compare the summaries.
+        Raises the errors of ``joint_work``."""
         rank_of_key = {f"{self.key_prefix}/{self.operation_index}/{r}": r for r in self.members}
         # JSON is never empty: some stores cannot tell an empty value from a missing one
         self.store.set(f"{self.key_prefix}/{self.operation_index}/{self.rank}", json.dumps(summary))
@@ -355,7 +372,8 @@ class Ranks:
         """Report an error of this rank to the other ranks.
 
         If another rank has failed before, an error here that is neither a ``VeneerError`` nor an
-        ``OSError`` is probably a consequence, so the error of the other rank replaces it."""
+        ``OSError`` is probably a consequence of that failure, so this method raises the error of
+        the other rank."""
         report = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
         first_report = json.loads(self.store.compare_set(self._failure_key, "", json.dumps(report)))
         if "reported_elsewhere" in vars(error) or not isinstance(error, Exception):
@@ -364,21 +382,24 @@ class Ranks:
         if failed_elsewhere and not isinstance(error, VeneerError | OSError):
             raise _error_of_rank(first_report) from error
         same_error = first_report == {**report, "rank": first_report["rank"]}
-        error.reported_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
+        error.reported_elsewhere = (  # pyright: ignore[reportAttributeAccessIssue]
+            failed_elsewhere and same_error
+        )
 
-    def gate(self) -> None:
+    def wait_for_every_rank(self) -> None:
         """Wait until every rank has reached this call, so that a collective after it does not hang.
 
         Raises:
-            the error of another rank, if one failed; AdapterError: a rank does not come in time.
+            the error of another rank, if one failed; AdapterError: a rank does not reach the call
+                within ``patience`` seconds.
         """
         if not self.members:
             return
-        self.gate_count += 1
-        key = f"{self.key_prefix}/{self.operation_index}/gate/{self.gate_count}"
+        self.wait_count += 1
+        arrivals_key = f"{self.key_prefix}/{self.operation_index}/gate/{self.wait_count}"
         deadline = time.monotonic() + self.patience
-        pause = 0.001
-        arrived_count = self.store.add(key, 1)
+        pause_seconds = 0.001
+        arrived_count = self.store.add(arrivals_key, 1)
         while arrived_count < len(self.members):
             self._raise_reported_error()
             if time.monotonic() > deadline:
@@ -388,9 +409,9 @@ class Ranks:
                     "all of them",
                     "see what the others printed; one may be gone",
                 )
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-            arrived_count = self.store.add(key, 0)  # adding 0 reads the number
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, 0.1)
+            arrived_count = self.store.add(arrivals_key, 0)  # adding 0 reads the number
 
     def _raise_reported_error(self) -> None:
         """Raise the first error of another rank, if one has failed."""
@@ -414,37 +435,37 @@ def _error_of_rank(report: dict[str, Any]) -> VeneerError:
 def wait_for_keys(
     store: Any, keys: Sequence[str], seconds: float, stop_key: str | None = None
 ) -> list[str]:
-    """Wait until a store has all keys, or has the key ``stop_key``, or the time is over. Returns
-    the keys that are missing then."""
-    deadline, pause = time.monotonic() + seconds, 0.002
+    """Wait until a store has all ``keys``, or has the key ``stop_key``, or ``seconds`` have passed.
+    Returns the keys that the store still lacks."""
+    deadline, pause_seconds = time.monotonic() + seconds, 0.002
     missing_keys = [*keys]
     while True:
         missing_keys = [key for key in missing_keys if not store.check([key])]
         if not missing_keys or time.monotonic() > deadline:
             return missing_keys
         if stop_key is not None and store.check([stop_key]):
-            # keys may have been set just before `stop_key`
+            # check once more, because keys may have been set just before `stop_key`
             return [key for key in missing_keys if not store.check([key])]
-        time.sleep(pause)
-        pause = min(2 * pause, 0.2)
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, 0.2)
 
 
 @torch.no_grad()
-def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
-    """The full tensor of each sharded tensor in ``values``, by the ``id`` of the sharded tensor.
+def full_tensors(tensors: Iterable[Tensor | None]) -> dict[int, Tensor]:
+    """The full tensor of each sharded tensor in ``tensors``, by the ``id`` of the sharded tensor.
     Every rank must call it (see ``full_tensor``)."""
     return {
-        id(value): full_tensor(value.detach())
-        for value in values
-        if is_sharded(value) and value is not None
+        id(tensor): full_tensor(tensor.detach())
+        for tensor in tensors
+        if is_sharded(tensor) and tensor is not None
     }
 
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradient of each parameter by its mean over all ranks, in one all-reduce in
-    float32 (float64 if a parameter has that dtype). On a rank without a gradient it counts as zero;
-    if no rank has one, it stays None."""
+    float32 (float64 if a parameter has that dtype). If only some ranks have a gradient for a
+    parameter, the others count as zeros; if no rank has one, the gradient stays None."""
     gradients = [parameter.grad for parameter in parameters]
     device, dtype = parameters[0].device, torch.float32
     if any(parameter.dtype == torch.float64 for parameter in parameters):
@@ -459,7 +480,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient_slice.copy_(gradient.flatten())
     dist.all_reduce(flat_gradients)
     flat_gradients /= dist.get_world_size()
-    # the counts are copied to the host, which waits for the device, only if a gradient is missing
+    # read the counts only if a gradient is missing: copying them to the host waits for the device
     has_gradient_anywhere = has_gradient if all(has_gradient) else gradient_counts.tolist()
     for parameter, gradient_slice, is_present in zip(
         parameters, gradient_slices, has_gradient_anywhere, strict=True

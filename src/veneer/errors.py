@@ -59,7 +59,7 @@ class VeneerError(Exception):
 
     @property
     def found(self) -> str:
-        """The same text as ``problem``, by its earlier name."""
+        """The text of ``problem``, under the attribute's name in earlier releases."""
         return self.problem
 
 
@@ -292,6 +292,7 @@ def escape_controls(text: str) -> str:
 def _controls_terminal(character: str) -> bool:
     if character.isprintable() or character in "\n\t":
         return False
+    # format characters that do not change the writing direction, such as joiners, are harmless
     return unicodedata.category(character) != "Cf" or unicodedata.bidirectional(character) != "BN"
 
 
@@ -314,18 +315,19 @@ def raise_all(error_class: type[VeneerError], summary: str, problems: Sequence[s
     if len(problems) == 1:
         raise error_class(f"{summary}. {problems[0]}")
     if problems:
-        listed = problems[:MAX_LISTED_PROBLEMS]
-        lines = [f"  {number}. {problem}" for number, problem in enumerate(listed, 1)]
-        if len(problems) > len(listed):
-            lines.append(f"  … and {len(problems) - len(listed)} more")
+        listed_problems = problems[:MAX_LISTED_PROBLEMS]
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(listed_problems, 1)]
+        if len(problems) > len(listed_problems):
+            lines.append(f"  … and {len(problems) - len(listed_problems)} more")
         raise error_class("\n".join([f"{summary}: {len(problems)} problems", *lines]))
 
 
 def warn_caller(message: str, category: type[Warning], within: Sequence[str] = ("veneer",)) -> None:
-    """Warn, and attribute the warning to the line of the caller outside of the packages ``within``.
+    """Warn, and attribute the warning to the nearest line on the stack that is outside of the
+    top-level packages ``within``.
 
-    Python shows a warning once for each line to which it is attributed. If that were a line of a
-    package, a process would show the warning only once, for the first of its callers."""
+    Python shows a warning once for each line to which it is attributed. If that were a line of
+    Veneer, a process would show the warning only once, for the first of all its callers."""
     frame, stack_level = sys._getframe(1), 2
     while (
         frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within
@@ -335,10 +337,10 @@ def warn_caller(message: str, category: type[Warning], within: Sequence[str] = (
 
 
 def nearest(word: str, candidates: Iterable[str], limit: int = 3) -> str:
-    """The text `` (nearest: 'a', 'b')``, with the ``candidates`` that are spelled most like
-    ``word``, except ``word`` itself. An empty string if none is similar."""
-    others = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
-    similar_words = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
+    """The text `` (nearest: 'a', 'b')``, with at most ``limit`` of the ``candidates`` that are
+    spelled most like ``word``, except ``word`` itself. An empty string if none is similar."""
+    other_candidates = [candidate for candidate in dict.fromkeys(candidates) if candidate != word]
+    similar_words = difflib.get_close_matches(word, other_candidates, n=limit, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, similar_words))})" if similar_words else ""
 
 

@@ -40,13 +40,14 @@ from veneer.distributed import base_class
 from veneer.errors import AdapterError, FreshWeights, MethodError, RemoteError
 from veneer.layers import parameter_path
 
-#: a pattern of an id on the Hugging Face hub, and the beginning of the address of a page there
+#: matches the id of a repository on the Hugging Face hub; the beginning of the hub's page addresses
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_PAGE = "https://huggingface.co/"
 
 
 def _patch_model(model: nn.Module) -> None:
-    """Patch methods that other libraries call, such as ``model.save_pretrained``, for adapters."""
+    """Patch methods that other libraries call, such as ``model.save_pretrained``, so that they save
+    and load the adapter instead of all weights."""
     # imported late, because ``adapter_files`` takes as long to import as the rest of the package
     from veneer.adapter_files.trainers import patch_model
 
@@ -95,23 +96,26 @@ def attach(
     )
     install_adapter(model, name, plans, calibration=calibration)
     _patch_model(model)
-    names = Names(model)
+    model_index = Names(model)
     adapter_parameter_ids = {
-        id(names.modules[path]._parameters[parameter_name])
+        id(model_index.modules[path]._parameters[parameter_name])
         for path, parameter_names in plans.full.items()
         for parameter_name in parameter_names
     }
-    # An output head that grew with the vocabulary counts as fresh but needs no warning: the adapter
-    # holds its new rows, and its fingerprint shows at loading whether the other rows differ.
+    # ``fresh_parameters`` also returns an output head that grew with the vocabulary. It needs no
+    # warning: the adapter holds its new rows, and its fingerprint shows at loading whether the
+    # other rows differ.
     adapter_parameter_ids |= {
-        id(weight_of(names.modules[weight_plan.path], weight_plan.weight))
+        id(weight_of(model_index.modules[weight_plan.path], weight_plan.weight))
         for weight_plan in plans.low_rank_plans
         if weight_plan.tokens
     }
-    untrained_refs = [
-        ref for key, ref in names.fresh_parameters().items() if key not in adapter_parameter_ids
+    untrained_names = [
+        ref
+        for key, ref in model_index.fresh_parameters().items()
+        if key not in adapter_parameter_ids
     ]
-    FreshWeights.warn(untrained_refs, "As the adapter is attached", stacklevel=3)
+    FreshWeights.warn(untrained_names, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 
@@ -141,11 +145,12 @@ def load(
         name: the adapter's name on this model; None stands for "default".
         trainable: whether the adapter's parameters require gradients, to train it further.
         verify_base: False accepts other base weights of the same shapes.
-        untie: what to do if the folder changes a tied weight under only one of its names. (PEFT
-            adapts modules one by one.) That name then needs a new parameter, until the last adapter
-            is detached. None creates the parameter and warns; True creates it without a warning.
-            False unties nothing: then a low-rank change of one name is an error, and values that
-            are trained in full replace the weight at that name and cannot be merged.
+        untie: what to do if the folder changes a tied weight under only one of its names, as
+            folders of PEFT may, because PEFT adapts modules one by one. That name then needs a new
+            parameter, until the last adapter is detached. None creates the parameter and warns;
+            True creates it without a warning. False unties nothing: then a low-rank change of one
+            name is an error, and values that are trained in full replace the weight at that name
+            and cannot be merged.
         revision: a branch, a tag or a commit of the hub's repository; for other remote addresses
             the hash that a push returned. None takes the newest.
         cache_dir: the folder in which downloaded files are kept. None stands for
@@ -167,19 +172,25 @@ def load(
         TensorsLeftOut: the folder's config leaves out modules of which it holds tensors.
     """
     model, name = unwrap(model), name if name is not None else "default"
-    folder = _local_folder(path, revision, None if cache_dir is None else Path(cache_dir))
+    adapter_folder = _local_folder(path, revision, None if cache_dir is None else Path(cache_dir))
     from veneer.adapter_files.save_load import install_from
 
     install_from(
-        model, folder, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow
+        model,
+        adapter_folder,
+        name,
+        trainable=trainable,
+        verify_base=verify_base,
+        untie=untie,
+        grow=grow,
     )
     _patch_model(model)
     return Handle(model, name)
 
 
-def _local_folder(path: str | Path, revision: str | None, cache: Path | None) -> str | Path:
-    """The local folder of an adapter: ``path`` itself, or the folder to which the adapter at a
-    remote address is downloaded."""
+def _local_folder(path: str | Path, revision: str | None, cache_folder: Path | None) -> str | Path:
+    """The local folder of an adapter: ``path`` itself, or the folder to which this function
+    downloads the adapter at a remote address. The arguments and errors are those of ``load``."""
     if not isinstance(path, str) or path.startswith(_HUB_PAGE) or Path(path).exists():
         remote_address = None
     elif "://" in path:
@@ -187,7 +198,7 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     else:
         remote_address = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
     if remote_address is None:
-        if revision is not None or cache is not None:
+        if revision is not None or cache_folder is not None:
             raise RemoteError(
                 f"a revision or a cache_dir for the path {path}",
                 "a remote place, such as hf://owner/name",
@@ -197,7 +208,7 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     from veneer.store.remote import pull
 
     try:
-        return pull(remote_address, revision=revision, cache=cache)
+        return pull(remote_address, revision=revision, cache=cache_folder)
     except RemoteError as error:
         if remote_address == path:
             raise
@@ -210,7 +221,7 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
 
 @dataclass(frozen=True, repr=False)
 class Handle:
-    """One adapter of one model."""
+    """One adapter of one model, as ``attach`` and ``load`` return it. ``name``: the adapter's."""
 
     model: nn.Module
     name: str
@@ -218,24 +229,26 @@ class Handle:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Raise an error that names the replacement of PEFT's methods, or the model's attribute
-            of this name."""
-            do = PEFT_METHODS.get(name)
+            """Raise MethodError, which says what to use instead, for the name of a method of PEFT
+            or of an attribute of the model; AttributeError for any other name."""
+            advice = PEFT_METHODS.get(name)
             if name == "save_pretrained":
-                do = (
+                advice = (
                     "handle.save(folder), or model.save_pretrained(folder), which writes the"
                     " adapter too"
                 )
             elif (
-                do is None
+                advice is None
                 and not name.startswith("_")
                 and hasattr(self.__dict__.get("model"), name)
             ):
-                do = f"handle.model.{name}: the model is what runs and trains"
-            if do is None:
+                advice = f"handle.model.{name}: the model is what runs and trains"
+            if advice is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             raise MethodError(
-                f"handle.{name}", "an attribute of veneer.Handle, which stands for one adapter", do
+                f"handle.{name}",
+                "an attribute of veneer.Handle, which stands for one adapter",
+                advice,
             )
 
     def __repr__(self) -> str:
@@ -244,12 +257,12 @@ class Handle:
         model_adapters = adapters_of(self.model)
         config = None if model_adapters is None else model_adapters.configs.get(self.name)
         if model_adapters is None or config is None:
-            state = "detached"
+            status_text = "detached"
         else:
-            default = ", default" if model_adapters.default_name == self.name else ""
-            merged = ", merged" if self.name in model_adapters.merge_order else ""
-            state = f"{config.variant}, rank {config.rank}{default}{merged}"
-        return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {state}>"
+            default_text = ", default" if model_adapters.default_name == self.name else ""
+            merged_text = ", merged" if self.name in model_adapters.merge_order else ""
+            status_text = f"{config.variant}, rank {config.rank}{default_text}{merged_text}"
+        return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {status_text}>"
 
     @property
     def config(self) -> LoraConfig:
@@ -271,13 +284,13 @@ class Handle:
         }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (path, parameter). The path of a low-rank parameter is that of the changed weight
-        with the parameter's name, such as "q_proj.weight.A". A parameter that is trained in full
-        has its path in the model."""
+        """Yield (path, parameter). The path of a low-rank parameter is the path of the changed
+        weight, a dot and the parameter's name, such as "q_proj.weight.A". The path of a parameter
+        that is trained in full is its path in the model."""
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
-        yielded_ids: set[int] = set()  # tied parameters share one trained copy
+        yielded_ids: set[int] = set()  # tied parameters share one trained copy: yield it once
         for path, layer_adapter in self.layers.items():
             for name, parameter in layer_adapter.full.named_parameters():
                 if id(parameter) in yielded_ids:
@@ -292,9 +305,10 @@ class Handle:
         return summarise(self.model, self.name)
 
     def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
-        """The form, factored or materialised, in which the plain linear layers compute a call of
-        this many tokens (batch × length), and the estimated costs of both. Print it to read it.
-        ``with veneer.use(model, name, path=…)`` overrides the choice."""
+        """The form in which the plain linear layers compute a call of ``tokens`` (batch × length)
+        tokens, and the estimated costs of both forms: factored, W x + B A x, or materialised,
+        (W + B A) x. Print the result to read it. ``with veneer.use(model, name, path=…)`` forces
+        one form."""
         return CallPlan.of(self.model, self.name, tokens, training)
 
     def use(self):
@@ -321,8 +335,8 @@ class Handle:
         overwrite: bool = False,
         alone: bool = False,
     ) -> Path:
-        """Write the adapter to a folder. If the model is spread over several processes, every rank
-        must call this: see ``veneer.save``."""
+        """Write the adapter to the folder ``path``, and return the path. If several processes hold
+        the model, every rank must call this method. The arguments are those of ``veneer.save``."""
         from veneer.adapter_files.save_load import save
 
         return save(

@@ -1,17 +1,19 @@
-"""Veneer in the training loops of other libraries.
+"""Callbacks and hooks with which the training loops of other libraries attach, save and load
+adapters.
 
 After ``veneer.attach``, transformers' ``Trainer`` and all of TRL's trainers save only the adapter,
 resume from it, and use the base of the trained model as the reference model. Other trainers that
-save a model by its ``save_pretrained`` save only the adapter too. Such trainers do not need this
-module, which serves the other cases.
+save a model by its ``save_pretrained`` save only the adapter too. None of these trainers needs this
+module. It is for trainers that load the model themselves, for Lightning, for accelerate's
+checkpoints, and for loops that need a reference model.
 
     callback(config)              attach within a transformers or TRL trainer
     lightning_callback(config)    Lightning's checkpoints hold the adapter and the random state
-    unpack(checkpoint, folder)    extract the adapter folder from such a checkpoint
+    unpack(checkpoint, folder)    extract the adapter folder from a Lightning checkpoint
     accelerate_hooks(accelerator) save_state and load_state of accelerate write and read adapters
     Reference, reference_of       a reference model without a second copy of the weights
 
-The libraries are imported when one of these functions is called.
+Importing this module imports none of these libraries; the functions import them when called.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ __all__ = [
 #: an accelerate checkpoint
 KEY = "veneer"
 #: the names under which Lightning can be imported
-LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+LIGHTNING_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _has_adapter(model: nn.Module) -> bool:
@@ -104,8 +106,8 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
     epoch continues with the same random numbers. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")``
     and similar calls restore both. They verify the base against the adapter's fingerprints. If the
     model has no adapter, the adapter of the checkpoint is attached. Everything else in the
-    LightningModule is saved and loaded as usual, and so are older checkpoints. Each submodule with
-    an adapter needs its own callback.
+    LightningModule is saved and loaded as usual. Checkpoints that were written without this
+    callback can still be loaded. Each submodule with an adapter needs its own callback.
 
     Args:
         config: the config to attach when the trainer sets up, unless the submodule has an adapter.
@@ -118,7 +120,7 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
             its weights are sharded over processes (FSDP), for which Lightning writes other
             checkpoints; or a checkpoint holds the adapter of a submodule without a callback.
     """
-    bases = tuple(lightning.Callback for lightning in _lightning_modules())
+    callback_classes = tuple(lightning.Callback for lightning in _lightning_modules())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _submodule(pl_module, module)
@@ -137,7 +139,7 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
                 "one for each part with an adapter",
                 "leave one of them out, or say module=…",
             )
-        # discard the random states that an earlier `test` or `predict` has loaded
+        # discard random states that an earlier `test` or `predict` loaded: `fit` must ignore them
         pl_module.__dict__.pop("_veneer_random_states", None)
         if config is not None and not _has_adapter(model):
             attach(model, config)
@@ -154,22 +156,30 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
                 "one with an adapter",
                 "give lightning_callback() a config, resume from a checkpoint, or attach",
             )
-        if (states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
-            _set_random_states(states)  # before the data loader of the next epoch draws its seed
+        if (random_states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
+            _set_random_states(
+                random_states
+            )  # before the data loader of the next epoch draws its seed
 
-    attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
-    return type("AdapterCallback", bases, attributes)()
+    class_attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
+    return type("AdapterCallback", callback_classes, class_attributes)()
 
 
 def _lightning_modules() -> list[Any]:
-    """The modules of Lightning that are imported, under each of its package names. If none is
-    imported, the first one that is installed is imported."""
-    if imported := [sys.modules[name] for name in LIGHTNING if name in sys.modules]:
-        return imported
-    installed = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
-    if not installed:
-        raise ConfigError("no Lightning", f"one of {', '.join(LIGHTNING)}", "pip install lightning")
-    return [importlib.import_module(installed[0])]
+    """The imported modules of Lightning, which may be imported under both of its package names. If
+    none is, this function imports the first one that is installed. ``ConfigError``: none is."""
+    if imported_modules := [
+        sys.modules[name] for name in LIGHTNING_PACKAGES if name in sys.modules
+    ]:
+        return imported_modules
+    installed_names = [
+        name for name in LIGHTNING_PACKAGES if importlib.util.find_spec(name.partition(".")[0])
+    ]
+    if not installed_names:
+        raise ConfigError(
+            "no Lightning", f"one of {', '.join(LIGHTNING_PACKAGES)}", "pip install lightning"
+        )
+    return [importlib.import_module(installed_names[0])]
 
 
 def _submodule(pl_module: Any, path: str) -> nn.Module:
@@ -195,8 +205,8 @@ def _replace_checkpoint_hooks(pl_module: Any) -> None:
         return {path: _submodule(pl_module, path) for path in pl_module.__dict__["_veneer_paths"]}
 
     def shared_entries(models: Iterable[nn.Module]) -> dict[str, Tensor]:
-        """The entries of the module's state dict that share memory with these models, under any
-        name."""
+        """The entries of the LightningModule's state dict that share memory with tensors of
+        ``models``. The LightningModule may hold such a tensor under several names."""
         addresses = {
             _address(value)
             for model in models
@@ -271,16 +281,18 @@ def _read_files(model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def _write_files(files: Mapping[str, Tensor], folder: Path) -> None:
-    """Undo ``_read_files``. Only files of an adapter folder are written, because an untrusted
-    checkpoint may contain other names."""
+def _write_files(bytes_by_name: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the files that ``_read_files`` returned to ``folder``. Only the file names of an
+    adapter folder are written, because an untrusted checkpoint may contain any name, such as
+    a path outside of the folder."""
     for name in FILES:
-        if name in files:
-            (folder / name).write_bytes(files[name].cpu().numpy().tobytes())
+        if name in bytes_by_name:
+            (folder / name).write_bytes(bytes_by_name[name].cpu().numpy().tobytes())
 
 
 def _restore_adapter(model: nn.Module, folder: Path) -> None:
-    """Load an adapter folder into the adapter of a model, or attach it if the model has none."""
+    """Load an adapter folder into the attached adapter of a model. If the model has none, attach
+    the adapter of the folder."""
     if _has_adapter(model):
         load_into_attached(model, folder)
     else:
@@ -294,11 +306,12 @@ def _random_states() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": cuda_states}
 
 
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    """Undo ``_random_states``. GPU states are ignored if the number of GPUs differs."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+def _set_random_states(random_states: Mapping[str, Any]) -> None:
+    """Restore what ``_random_states`` returned. The states of GPUs are ignored if this machine has
+    another number of GPUs."""
+    torch.set_rng_state(random_states["cpu"].cpu())
+    if torch.cuda.is_available() and len(random_states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in random_states["cuda"]])
 
 
 def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = None) -> Path:
@@ -319,29 +332,29 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         OutputExistsError: the folder exists and is not empty.
     """
     expected = "a Lightning checkpoint with one"
-    do = "pass one that lightning_callback had a part in"
+    advice = "pass one that lightning_callback had a part in"
     try:
         checkpoint_content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    # the file is no checkpoint, or would run code when it is read
+    # torch.load refuses files that are no checkpoint, or whose pickle would run code
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise AdapterError(
-            f"{checkpoint}, of which no adapter can be read ({error})", expected, do
+            f"{checkpoint}, of which no adapter can be read ({error})", expected, advice
         ) from error
-    entry = checkpoint_content.get(KEY) if isinstance(checkpoint_content, dict) else None
-    adapters = entry.get("adapters") if isinstance(entry, dict) else None
-    if not isinstance(adapters, dict) or not adapters:
-        raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, do)
-    if module is None and len(adapters) == 1:
-        (module,) = adapters
-    if module not in adapters:
+    veneer_entry = checkpoint_content.get(KEY) if isinstance(checkpoint_content, dict) else None
+    files_by_path = veneer_entry.get("adapters") if isinstance(veneer_entry, dict) else None
+    if not isinstance(files_by_path, dict) or not files_by_path:
+        raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, advice)
+    if module is None and len(files_by_path) == 1:
+        (module,) = files_by_path
+    if module not in files_by_path:
         raise AdapterError(
             f"module={module!r} for {checkpoint}, which holds the adapters of"
-            f" {_quote_names(adapters)}",
+            f" {_quote_names(files_by_path)}",
             "one of these",
             "say module=…",
         )
-    with new_folder(folder) as new_files:
-        _write_files(adapters[module], new_files)
+    with new_folder(folder) as new_adapter_folder:
+        _write_files(files_by_path[module], new_adapter_folder)
     return Path(folder)
 
 
@@ -353,8 +366,9 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
 
     For each prepared model with an adapter, ``save_state`` writes an adapter folder (``veneer``,
     ``veneer_1``, …), and ``load_state`` reads it into the attached adapter. Accelerate still saves
-    optimisers, schedulers and random states. Under FSDP and DeepSpeed, which write weights to other
-    files, nothing changes. Older checkpoints can still be loaded.
+    optimisers, schedulers and random states. Under FSDP and DeepSpeed, accelerate does not pass the
+    weights to hooks, so these hooks do nothing and all weights are saved. Checkpoints that were
+    written without the hooks can still be loaded.
 
     Returns:
         a function that removes the hooks.
@@ -364,7 +378,8 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
         """(index of the model, name of its folder) for each model with an adapter."""
         model_indices = [index for index, model in enumerate(models) if _has_adapter(model)]
         return [
-            (index, f"{KEY}_{count}" if count else KEY) for count, index in enumerate(model_indices)
+            (index, f"{KEY}_{adapter_index}" if adapter_index else KEY)
+            for adapter_index, index in enumerate(model_indices)
         ]
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:

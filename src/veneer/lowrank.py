@@ -3,8 +3,8 @@
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in]   B: [g, out, r]   ΔW: [g, out, in]
 
 ``g`` is the number of groups of a grouped convolution, or of matrices in a stack; it is 1 for most
-layers. ``r`` is the rank. ``scale`` is stored separately. If it were multiplied into B, a file
-would hold other values than the trained ones.
+layers. ``r`` is the rank. ``scale`` is stored separately. If it were multiplied into B, the values
+in a file would not be the trained ones.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -34,14 +34,14 @@ class Svd(NamedTuple):
     V: Float[Tensor, "g k in_"]
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank, at least 1, that retains the share ``energy`` of ‖ΔW‖², summed over
-        groups."""
+        """The smallest rank, at least 1, whose best approximation of ΔW retains the share
+        ``energy``, in (0, 1], of ‖ΔW‖² (the squared Frobenius norm, summed over groups)."""
         retained_energy = self.S.square().sum(0).cumsum(0)  # at rank 1, 2, …
         return int((retained_energy < energy * retained_energy[-1]).sum()) + 1
 
     def cut(self, rank: int) -> tuple[LowRank, float]:
-        """(the best approximation of this rank, its error ‖ΔW − approximation‖). Each factor is
-        multiplied by the square roots of the singular values, so that both have similar norms."""
+        """(the best approximation of ΔW with rank ``rank``, its error ‖ΔW − approximation‖). A and
+        B both contain the square roots of the singular values, so that their norms are similar."""
         roots = self.S[:, :rank].sqrt()
         A, B = roots[..., None] * self.V[:, :rank], self.U[:, :, :rank] * roots[:, None]
         return LowRank(A, B, 1.0), float(self.S[:, rank:].norm())
@@ -103,15 +103,15 @@ class LowRank:
 
     @staticmethod
     def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        """Σ wᵢ ΔWᵢ as concatenated factors. The rank is the sum of the ranks.
+        """The change Σ wᵢ ΔWᵢ. Its factors are concatenated, so its rank is the sum of the ranks.
 
         The factors are in at least float32, because the weights wᵢ are multiplied into B. Nothing
         is rounded if all wᵢ · scaleᵢ are equal except for their signs.
         """
-        factors = [
+        scaled_weights = [
             weight * low_rank.scale for weight, low_rank in zip(weights, changes, strict=True)
         ]
-        scale = max(map(abs, factors)) or 1.0
+        scale = max(map(abs, scaled_weights)) or 1.0
         factor_dtypes = (
             factor.dtype for low_rank in changes for factor in (low_rank.A, low_rank.B)
         )
@@ -119,7 +119,7 @@ class LowRank:
         A = torch.cat([low_rank.A.to(dtype) for low_rank in changes], 1)
         scaled_B = [
             low_rank.B.to(dtype) * (factor / scale)
-            for low_rank, factor in zip(changes, factors, strict=True)
+            for low_rank, factor in zip(changes, scaled_weights, strict=True)
         ]
         return LowRank(A, torch.cat(scaled_B, 2), scale)
 
@@ -128,10 +128,11 @@ class LowRank:
         return LowRank(self.A, self.B * gain[..., None].to(self.B.dtype), self.scale)
 
     def inner(self, other_change: LowRank) -> float:
-        """⟨ΔW, ΔW'⟩ = Σ (BᵀB') ∘ (A A'ᵀ), in float64, computed from the thin factors."""
+        """The Frobenius inner product ⟨ΔW, ΔW'⟩ with another change, in float64, without forming
+        ΔW or ΔW': scale · scale' · Σ (BᵀB') ∘ (A A'ᵀ), summed over all elements."""
         A, B = (double(factor.detach()) for factor in (self.A, self.B))
-        product = ((B.mT @ double(other_change.B)) * (A @ double(other_change.A).mT)).sum()
-        return self.scale * other_change.scale * product.item()
+        factor_product = ((B.mT @ double(other_change.B)) * (A @ double(other_change.A).mT)).sum()
+        return self.scale * other_change.scale * factor_product.item()
 
     def core(self) -> Float[Tensor, "g k l"]:
         """A small matrix with the singular values of ΔW, in float64: scale · R_B R_Aᵀ with
@@ -159,9 +160,10 @@ class LowRank:
         return Svd(U, S, (v @ QA.mT).masked_fill((A == 0).all(1, keepdim=True), 0))
 
     def thin(self) -> LowRank:
-        """The same change, except for rounding in float64, with a rank of at most min(out, in). It
-        takes a QR of the factor with the shorter side. Unlike ``compact``, it keeps the scale. It
-        also keeps A if B is zero, as at the start of training."""
+        """The same change, except for rounding in float64, with a rank of at most min(out, in). The
+        method computes one QR decomposition, of B if out <= in, else of A. Unlike ``compact``, it
+        keeps the scale, and a B of zeros, as at the start of training, does not turn A into zeros.
+        """
         out, in_ = self.B.shape[1], self.A.shape[2]
         if self.rank <= min(out, in_):
             return self

@@ -20,11 +20,11 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-#: the parameters of an AdaLoRA triplet, and parameters that variants train besides A, by name
+#: names of AdaLoRA's parameters (see ``RankBudget``), and of parameters that variants train with A
 _TRIPLET_NAMES, _NAMES_BESIDE_A = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: matches the name of A, or of one of several A, such as A1 and A2
 _A_NAME = re.compile(r"A\d*")
-#: the name of embedding rows that are trained in full, and so are no low-rank factor
+#: the name of a parameter with embedding rows that are trained in full, which is no low-rank factor
 _TOKEN_ROWS = "token_rows"
 #: the texts of the error for a source without low-rank changes
 _NO_FACTORS = ("no A and B", "those of an adapter", "pass a handle, or its named parameters")
@@ -113,7 +113,7 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
     """
     pairs = list(_named_parameters(named_parameters))
     low_rank_parameters = _low_rank_parameters(pairs)
-    shifted_paths = {
+    subtracting_paths = {
         path for path, module in _adapter_modules(named_parameters) if hasattr(module, "A0")
     }
     problems = [
@@ -123,7 +123,7 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
             'use variant "lora"',
         )
         for path, parameters in low_rank_parameters.items()
-        if (reason := _freeze_problem(parameters, path in shifted_paths))
+        if (reason := _freeze_problem(parameters, path in subtracting_paths))
     ]
     if not low_rank_parameters:
         problems.append(sentence(*_NO_FACTORS))
@@ -159,19 +159,19 @@ def precondition(
 
     Raises:
         ConfigError: a damping that is not above 0, no A and B, a variant with other factors, a
-            frozen A or B, or parameters that ``optimizer`` does not train; nothing is changed then.
-            ``step(closure)`` raises it too: a closure would recompute gradients after the hook.
+            frozen A or B, or an A or B that ``optimizer`` does not train; no hook is registered.
+            Also in ``optimizer.step(closure)``, which would recompute gradients after the hook.
     """
     low_rank_parameters = _low_rank_parameters(named_parameters)
     problems = [
         sentence(
-            f"trained numbers {listing(names)} at {path or 'the top'}",
+            f"trained numbers {listing(trained_names)} at {path or 'the top'}",
             "A and B, both trained",
             'use variant "lora"',
         )
         for path, parameters in low_rank_parameters.items()
         if not {"A", "B"}
-        <= set(names := [name for name, parameter in parameters.items() if parameter.requires_grad])
+        <= set(trained_names := [name for name, value in parameters.items() if value.requires_grad])
         or len(set(parameters) & (_NAMES_BESIDE_A | {"A"})) > 2
     ]
     optimizer_ids = {
@@ -216,12 +216,13 @@ def precondition(
     return optimizer.register_step_pre_hook(precondition_gradients)
 
 
-def _freeze_problem(parameters: dict[str, nn.Parameter], has_shifted_start: bool) -> str | None:
-    """Why A of these parameters of a layer cannot be frozen; None if it can."""
+def _freeze_problem(parameters: dict[str, nn.Parameter], subtracts_start: bool) -> str | None:
+    """Why A of a layer cannot be frozen; None if it can. ``subtracts_start``: the layer has a copy
+    A0 of its first A, which it subtracts, so that A did not start at random."""
     trained_names = [name for name in parameters if name == "A" or parameters[name].requires_grad]
     if not {"A", "B"} <= set(trained_names) or "E" in parameters:
         return f"trained numbers {listing(trained_names)}"
-    if has_shifted_start:
+    if subtracts_start:
         return "an A that did not start at random"
     if not parameters["A"].detach().any(dim=-1).all():
         return "an A with rows of zeros"
@@ -234,7 +235,7 @@ class RankBudget:
 
         budget = RankBudget(handle, final_rank=8, total_steps=1000, warmup=100, final=300, every=10)
         loss = task_loss + 0.1 * regulariser(handle)
-        loss.backward(); optimiser.step(); budget.step(number); optimiser.zero_grad()
+        loss.backward(); optimiser.step(); budget.step(step_number); optimiser.zero_grad()
 
     A triplet is a column of B, a row of A and the element of E between them. Its importance is s(E)
     + mean s(B) + mean s(A), with s = Ī · Ū for every element w: Ī is the moving average of the
@@ -251,7 +252,7 @@ class RankBudget:
         total_steps: optimiser steps of the run.
         warmup: steps before the budget decreases.
         final: steps at the end with the final budget.
-        every: steps between two choices.
+        every: steps between two choices of the triplets to keep.
         beta1, beta2: smoothing of sensitivity and uncertainty, in (0, 1).
 
     Raises:
@@ -273,14 +274,14 @@ class RankBudget:
         self.layers = dict(_triplets(source))
         self.total_steps, self.warmup, self.final, self.every = total_steps, warmup, final, every
         self.beta1, self.beta2 = beta1, beta2
-        groups = sum(layer.mask.shape[0] for layer in self.layers.values())
+        group_count = sum(layer.mask.shape[0] for layer in self.layers.values())
         self.first_budget = sum(layer.mask.numel() for layer in self.layers.values())
-        self.final_budget = round(final_rank * groups)
+        self.final_budget = round(final_rank * group_count)
         checks = [
             (
                 not 0 < self.final_budget <= self.first_budget,
                 f"final_rank={final_rank!r}",
-                f"above 0, at most {self.first_budget / groups:g}",
+                f"above 0, at most {self.first_budget / group_count:g}",
                 "choose a lower one",
             ),
             (
@@ -362,8 +363,8 @@ class RankBudget:
         return budget
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, and whether the masks are final, for a checkpoint. The masks themselves are
-        in the model's state."""
+        """The moving averages, and whether the masks are final ("settled"), for a checkpoint. The
+        masks are buffers of the layers, so the model's state dict holds them."""
         averages = {
             name: {key: value.clone() for key, value in averages_of_parameters.items()}
             for name, averages_of_parameters in self._averages.items()
@@ -374,7 +375,7 @@ class RankBudget:
         """Load the ``state_dict`` of a budget over the same layers.
 
         Raises:
-            ConfigError: other layers, or other sizes; nothing is loaded then.
+            ConfigError: ``state`` is of other layers or sizes; nothing is loaded then.
         """
         for name, averages in self._averages.items():
             loaded_shapes = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
@@ -445,7 +446,7 @@ def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """{path of a low-rank change: {name: parameter}}."""
+    """{path of a low-rank change: {name, such as "A": parameter}} of a handle, module or pairs."""
     parameters_by_path: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in _named_parameters(source):
         path, _, parameter_name = name.rpartition(".")
@@ -468,10 +469,10 @@ def _adapter_modules(source: Any) -> Iterator[tuple[str, Any]]:
             entry if isinstance(entry, tuple) else (str(index), entry)
             for index, entry in enumerate(source)
         ]
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     for path, module in pairs:
-        if id(module) not in visited:
-            visited.add(id(module))
+        if id(module) not in visited_ids:
+            visited_ids.add(id(module))
             yield path, module
 
 
@@ -482,7 +483,7 @@ def _changes(source: Any) -> Mapping[str, Any]:
 
 
 def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of every layer with A, B, E and mask. Refuses other low-rank layers."""
+    """(path, layer) of every layer with A, B, E and mask. ``ConfigError``: none, or others."""
     triplet_layers, wrong_paths = [], []
     for path, layer in _adapter_modules(source):
         if all(hasattr(layer, name) for name in (*_TRIPLET_NAMES, "mask")):

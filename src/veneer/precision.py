@@ -15,8 +15,8 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether ``device`` supports float64. This creates a tensor to find out, because torch also
-    runs on devices that Veneer does not know."""
+    """Whether ``device`` supports float64. The function tries to create a float64 tensor there,
+    because torch also runs on devices that Veneer does not know."""
     if device.type in ("cpu", "meta"):
         return True
     try:
@@ -50,9 +50,9 @@ def equal_values(a: Tensor, b: Tensor) -> bool:
 
 
 def multiplies_in_float32() -> bool:
-    """Whether torch is set to compute float32 products on a CPU in float32, not in bfloat16 or
-    TF32. Before torch 2.9, one setting holds for all devices."""
-    products = getattr(torch.backends.mkldnn, "matmul", None)
-    if products is None:
+    """Whether torch's settings make it compute float32 matrix products on a CPU in float32, not in
+    bfloat16 or TF32. Before torch 2.9, there is one setting for all devices."""
+    matmul_settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul_settings is None:
         return torch.get_float32_matmul_precision() == "highest"
-    return products.fp32_precision in ("none", "ieee")
+    return matmul_settings.fp32_precision in ("none", "ieee")

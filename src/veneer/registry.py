@@ -2,7 +2,7 @@
 and ``train.tasks``.
 
 Such a package imports all of its submodules, and each submodule registers its entries when it is
-imported. A new layer kind, variant or storage is therefore one new file; no list has to be changed.
+imported. So a new entry, such as a variant, needs one new file, and no list has to be changed.
 """
 
 from __future__ import annotations

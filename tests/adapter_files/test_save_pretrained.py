@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tests.support.forked import printed
 from tests.support.tiny import tiny_model
 from tests.support.toys import randomise
 from torch import nn
@@ -525,6 +526,17 @@ def test_a_model_without_adapters_trains_as_ever(base, tmp_path):
         found.append(model.state_dict())
     assert "model.safetensors" in names(tmp_path / "run" / "checkpoint-2")
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_trainer_that_is_imported_after_the_adapter_is_patched():
+    program = """
+import sys, torch, veneer
+veneer.attach(torch.nn.Sequential(torch.nn.Linear(32, 32)))
+assert "transformers" not in sys.modules
+import transformers.trainer
+print(transformers.trainer.Trainer._is_veneer_patched)
+"""
+    assert printed(program).splitlines()[-1] == "True"
 
 
 def test_a_module_is_seen_once_it_is_imported(tmp_path, monkeypatch):

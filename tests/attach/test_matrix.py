@@ -226,7 +226,7 @@ def rows_lose_their_order(patch):
 
     def init(self, *args):
         original(self, *args)
-        self.order = torch.arange(self.count)
+        self.order = torch.arange(self.row_count)
 
     patch.setattr(select_rows.RowAdapters, "__init__", init)
 

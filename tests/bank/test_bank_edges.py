@@ -159,7 +159,7 @@ def test_an_adapter_removed_in_use_keeps_its_factors_and_leaves_nothing(tmp_path
     monkeypatch.setattr(
         BatchedLayer,
         "stack_factors",
-        lambda *given: (made.append(given[0].name), stack_factors(*given))[1],
+        lambda *given: (made.append(given[0].weight_name), stack_factors(*given))[1],
     )
     lease = bank.acquire({"a": 1.0}).result()
     for turn in range(3):

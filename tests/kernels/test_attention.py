@@ -44,7 +44,7 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale):
     plain = torch.ones(s, k, dtype=torch.bool).tril() if mask == "causal" else given_mask
     wide = [one.repeat_interleave(group, dim=1) for one in (key, value)]
     wanted = F.scaled_dot_product_attention(query, *wide, attn_mask=plain, scale=scale)
-    found = cpu_attention.products(query, key, value, bias, scale)
+    found = cpu_attention.attend_by_products(query, key, value, bias, scale)
     assert error(found, wanted) < 1e-12
     weight = torch.randn(found.shape, dtype=torch.float64)
     inputs = (query, key, value)
@@ -72,7 +72,7 @@ def test_in_the_dtypes_that_models_have(dtype, length):
         return [y, *torch.autograd.grad(y, inputs, weight.to(y.dtype))]
 
     def products(query, key, value):
-        return cpu_attention.products(
+        return cpu_attention.attend_by_products(
             query, key, value, cpu_attention.bias_of(None, True, query, key)
         )
 
@@ -98,7 +98,7 @@ def test_a_compiled_call_has_no_break(monkeypatch):
 
     def run(query):
         if cpu_attention.is_faster(query, query):
-            return cpu_attention.products(query, query, query, None)
+            return cpu_attention.attend_by_products(query, query, query, None)
         return query * 2
 
     for length in (64, cpu_attention.MAX_KEYS + 1):
@@ -158,9 +158,11 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
     ids, rows = torch.randint(40, (2, 6)), MASKS[mask]
     wanted = model(ids, attention_mask=rows).logits
     used = []
-    products = cpu_attention.products
+    products = cpu_attention.attend_by_products
     monkeypatch.setattr(
-        cpu_attention, "products", lambda *args, **how: used.append(args) or products(*args, **how)
+        cpu_attention,
+        "attend_by_products",
+        lambda *args, **how: used.append(args) or products(*args, **how),
     )
     monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key: query.shape[2] > 1)
     models.use_products(model)

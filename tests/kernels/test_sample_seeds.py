@@ -12,7 +12,7 @@ from veneer.kernels.draws import sample_seed
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve.schemas import ChatRequest
 from veneer.serve.training import bodies
-from veneer.serve.training.samples import _sampling
+from veneer.serve.training.samples import _sampling_settings
 from veneer.train.generate import continuations, generate
 
 
@@ -24,7 +24,7 @@ def api_seed(seed, index):
 def service_seed(seed, index):
     parameters = bodies.SamplingParams(seed=seed)
     asked = bodies.Sample(prompt=bodies.ModelInput(chunks=[]), sampling_params=parameters)
-    return _sampling(asked, index, 10).seed
+    return _sampling_settings(asked, index, 10).seed
 
 
 @pytest.mark.parametrize("derive", [sample_seed, api_seed, service_seed])

@@ -6,16 +6,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import tiny_model, write_tiny
 
 from veneer import models
 from veneer.errors import CheckpointError, ConfigError
+from veneer.models.base_weights import _join_rows, checkpoint_weights
+from veneer.models.meta import ParamSlice
 from veneer.models.safetensors_dir import DTYPES, open_checkpoint
 
 
@@ -38,6 +44,38 @@ def test_every_tensor_is_found_in_the_model_and_nothing_is_missed(name, tmp_path
     tied = {id(value): all(part.flatten()) for path, part in seen.items() for value in [model.get_parameter(path)]
             if path in dict(model.named_parameters(remove_duplicate=False))}  # fmt: skip
     assert all(tied.get(id(value), False) for value in model.parameters())
+    for path, weight in checkpoint_weights(empty, checkpoint)[0].items():
+        count = weight.shape[0] if weight.shape else 0
+        for rows in (None, slice(0, 1), slice(1, 3), slice(count // 2, count)):
+            if rows is None or count >= 3:
+                expected = state[path] if rows is None else state[path][rows]
+                torch.testing.assert_close(weight.read(rows), expected, atol=0, rtol=0)
+
+
+@given(
+    tensors=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    columns=st.booleans(),
+    rows=st.tuples(st.integers(0, 15), st.integers(0, 16)),
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_of_a_parameter_that_several_tensors_form(tensors, columns, rows):
+    """Concatenated along the rows or the columns."""
+    with tempfile.TemporaryDirectory() as folder:
+        axis = 1 if columns else 0
+        shapes = [(5, size) if columns else (size, 5) for size in tensors]
+        values = {f"part{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
+        save_file(values, Path(folder, "model.safetensors"))
+        whole = torch.cat([*values.values()], axis)
+        starts = [sum(tensors[:i]) for i in range(len(tensors))]
+        slices = [slice(start, start + size) for start, size in zip(starts, tensors, strict=True)]
+        parts = [
+            (name, ParamSlice("whole", (slice(None), part) if columns else (part,)))
+            for name, part in zip(values, slices, strict=True)
+        ]
+        first, stop = sorted(min(row, len(whole)) for row in rows)
+        read = partial(_join_rows, open_checkpoint(folder), parts, tuple(whole.shape), whole.dtype)
+        assert torch.equal(read(slice(first, stop)), whole[first:stop])
+        assert torch.equal(read(None), whole)
 
 
 @pytest.mark.parametrize("name", transformers_models())

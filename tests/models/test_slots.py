@@ -179,9 +179,9 @@ def test_rows_are_taken_within_the_budget():
     assert not slots.widen(rows[0], 200)
     slots.release(rows.pop())
     slots.release(rows.pop())
-    assert slots.budget.rows == slots.nbytes == 4 * row
+    assert slots.budget.row_bytes == slots.nbytes == 4 * row
     assert slots.widen(rows[0], 200)  # in the memory that the two have left
-    assert slots.nbytes + slots.budget.reserve <= slots.budget.limit
+    assert slots.nbytes + slots.budget.reserved_bytes <= slots.budget.limit
     assert rows[0].columns == 2 * MIN_COLUMNS
 
 
@@ -189,11 +189,11 @@ def test_what_others_hold_is_reclaimed_before_a_row_is_refused():
     row = MIN_COLUMNS * TOKEN
     budget = Budget(2 * row)
     slots = Slots(4, 128, CPU, [FORM, FORM], budget)
-    budget.prefixes, requested = row, []
+    budget.prefix_bytes, requested = row, []
 
     def reclaim(lacking):
         requested.append(lacking)
-        budget.prefixes -= lacking
+        budget.prefix_bytes -= lacking
 
     slots.reclaim = reclaim
     assert slots.allocate(5) is not None
@@ -292,7 +292,7 @@ def test_rows_that_begin_with_a_copy_of_another_go_on_by_themselves():
         slots.release(each)
     assert all(not layer.keys.any() for each in slots.classes.values() for layer in each.layers)
     slots.clear()
-    assert (slots.nbytes, slots.budget.rows, slots.budget.reserve) == (0, 0, 0)
+    assert (slots.nbytes, slots.budget.row_bytes, slots.budget.reserved_bytes) == (0, 0, 0)
 
 
 def test_nothing_is_reserved_that_the_budget_does_not_hold():

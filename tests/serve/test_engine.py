@@ -27,7 +27,7 @@ from tests.support.serving import (
 from tests.support.tiny import tiny_tokenizer
 
 from veneer.errors import BankFullError, ConfigError
-from veneer.models.decode.forward import context
+from veneer.models.decode.forward import context_limit
 from veneer.serve.batch import BURST_TOKENS
 from veneer.serve.engine import Engine
 from veneer.serve.requests import Busy, RequestError
@@ -141,7 +141,7 @@ def test_pieces_of_prompts_change_nothing(name, prefill, opened):
 @pytest.mark.parametrize("prefill", [30, 512])
 def test_a_prompt_may_fill_a_length_that_is_no_round_number(name, prefill, opened):
     model = make(name)
-    limit = context(model.config)
+    limit = context_limit(model.config)
     length = 80 if limit is None else min(80, limit)
     engine = opened(model, rows=2, prefill=prefill, length=length)
     ask = tuple(range(10, 10 + length - 1))
@@ -340,7 +340,7 @@ def test_rotary_frequencies_that_change_with_the_longest_row_end_the_length(kind
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope)
-    assert context(config) == limit
+    assert context_limit(config) == limit
 
 
 # ----------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_a_request_waits_for_a_beginning_that_another_computes(serving, models):
 
 def test_a_row_that_gives_its_memory_back_is_computed_again(serving, models):
     engine, _ = serving()
-    token = sum(form.nbytes for form in engine._forward.forms)
+    token = sum(form.token_bytes for form in engine._forward.forms)
     engine, _ = serving(rows=3, cache_memory=token * 600, prefix_cache=False)
     asks = [(invoke(range(20, 140), start, TOKENS["a"]), "a") for start in (30, 60, 120)]
     clients = [ask(engine, prompt, name, tokens=40) for prompt, name in asks]
@@ -199,7 +199,7 @@ def test_scores_of_a_prompt_are_those_of_the_model(serving, models):
 def test_a_blend_and_plain_rows_of_a_bank_are_refused(serving):
     engine, bank = serving()
     client = Client(engine, asked((20, 7, 8), 3, blend={"a": 0.5, "plain": 0.5})).wait()
-    assert (client.finish, client.pieces[-1].cause) == ("error", "bad_request")
+    assert (client.finish, client.pieces[-1].error_kind) == ("error", "bad_request")
     assert "a blend of 'a', 'plain', of which one has invocation tokens" in client.error
     ids = torch.tensor([[20, 7, 8]])
     with pytest.raises(SelectionError, match="'a' in a bank's rows, which has invocation tokens"):

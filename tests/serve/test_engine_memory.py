@@ -61,7 +61,7 @@ def live_bytes(engine) -> int:
     memory = engine._batch.memory
     layers = [layer for each in memory.slots.classes.values() for layer in each.layers]
     stored = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    blocks = [block.data for block in memory.prefixes._order] if memory.prefixes else []
+    blocks = [block.data for block in memory.prefixes._blocks_by_use] if memory.prefixes else []
     return sum(tensor.untyped_storage().nbytes() for tensor in (*stored, *blocks))
 
 
@@ -192,9 +192,9 @@ def test_no_adapter_sees_what_another_has_computed(opened):
     assert ask({"a": 0.5, "b": 0.5}) == 100
     assert ask({"a": 1.0, "b": 0.0}) == 100
     del bank.adapters["a"]  # and another one under its name
-    before = engine._batch.memory.budget.prefixes
+    before = engine._batch.memory.budget.prefix_bytes
     assert [ask(blend) for blend in blends[:3]] == [96, 0, 100]
-    assert engine._batch.memory.budget.prefixes < before
+    assert engine._batch.memory.budget.prefix_bytes < before
 
 
 def test_what_is_not_finite_is_nobodys_beginning(opened):
@@ -383,8 +383,8 @@ def test_200_requests_over_the_budget_end_right_and_never_exceed_it(prefix_cache
 
     def watch():
         budget = engine._batch.memory.budget
-        assert live_bytes(engine) == engine.cache_bytes == budget.rows + budget.prefixes
-        assert live_bytes(engine) + budget.reserve <= limit
+        assert live_bytes(engine) == engine.cache_bytes == budget.row_bytes + budget.prefix_bytes
+        assert live_bytes(engine) + budget.reserved_bytes <= limit
 
     work_off(engine, clients, watch)
     wanted = [alone(model, *ask) for ask in asks]

@@ -27,9 +27,11 @@ Open = Callable[..., "sync_api.Page"]
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page looks at the server more often than each two seconds, for which the test would
     wait."""
-    script = files.FILES["page.js"]
+    script = files.FILE_CONTENTS["page.js"]
     assert script.count(b"const EVERY = 2000;") == 1
-    monkeypatch.setitem(files.FILES, "page.js", script.replace(b"EVERY = 2000", b"EVERY = 300"))
+    monkeypatch.setitem(
+        files.FILE_CONTENTS, "page.js", script.replace(b"EVERY = 2000", b"EVERY = 300")
+    )
 
 
 @pytest.fixture
@@ -760,7 +762,7 @@ def test_files_are_served_with_their_headers():
         for link in [*links, f"web/{files.DIGEST}/column.js"]:
             status, headers, content = fetch(f"{address}/{link}")
             assert status == 200
-            assert content == (files.FOLDER / link.split("/")[-1]).read_bytes()
+            assert content == (files.WEB_FOLDER / link.split("/")[-1]).read_bytes()
             assert "immutable" in headers["cache-control"]
             assert headers["x-content-type-options"] == "nosniff"
             assert "default-src 'none'" in headers["content-security-policy"]
@@ -773,13 +775,13 @@ def test_files_are_served_with_their_headers():
 
 
 def test_the_page_has_nothing_inline_and_nothing_from_elsewhere():
-    for name, content in {**files.FILES, "index.html": files.PAGE}.items():
+    for name, content in {**files.FILE_CONTENTS, "index.html": files.PAGE_TEMPLATE}.items():
         text = content.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//cdn|@import|url\(", text), name
         assert not re.search(
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text
         ), name
-    html = files.PAGE.decode()
+    html = files.PAGE_TEMPLATE.decode()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
 
 

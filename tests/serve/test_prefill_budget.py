@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.serve.prefill_budget import PROMPT_SHARE, TOGETHER, TOKEN_MULTIPLE, PrefillBudget
+from veneer.serve.prefill_budget import (
+    MAX_TOKENS_TOGETHER,
+    PROMPT_SHARE,
+    TOKEN_MULTIPLE,
+    PrefillBudget,
+)
 
 #: of a machine: seconds of a call, and of a prompt's token in it
 CALL, TOKEN = 0.04, 0.002
@@ -19,7 +24,7 @@ def settle_step(gap, decode, *, running=8, filling=1) -> tuple[int, float]:
         if not number % 8:
             prefill_budget.note_decode(running, decode)
         tokens = prefill_budget.tokens(running, filling)
-        if tokens <= TOGETHER:
+        if tokens <= MAX_TOKENS_TOGETHER:
             added = tokens * TOKEN
             prefill_budget.note_together(tokens, decode + added)
         else:

@@ -43,7 +43,7 @@ def test_the_longest_beginning_is_found():
     assert find_numbers(prefixes, 1, 2, 4, 6) == [1, 2, 4]
     assert find_numbers(prefixes, 2, 3) == []
     assert len(prefixes) == 5
-    assert prefixes.budget.prefixes == 50
+    assert prefixes.budget.prefix_bytes == 50
 
 
 def test_the_last_token_of_a_prompt_is_never_found():
@@ -70,7 +70,7 @@ def test_what_was_used_longest_ago_goes_first_and_never_before_what_is_behind_it
     add(prefixes, 6)
     assert find_numbers(prefixes, 3, 4) == [3]  # it had been asked for since
     assert find_numbers(prefixes, 1, 2) == [1]
-    assert prefixes.budget.prefixes == 40
+    assert prefixes.budget.prefix_bytes == 40
 
 
 def test_a_beginning_longer_than_the_budget_is_cached_as_far_as_it_fits():
@@ -79,7 +79,7 @@ def test_a_beginning_longer_than_the_budget_is_cached_as_far_as_it_fits():
     assert find_numbers(prefixes, 1, 2, 3, 4, 5) == [1, 2, 3]
     add(prefixes, 1, 2, 3, 4, 5)
     assert find_numbers(prefixes, 1, 2, 3, 4, 5) == [1, 2, 3]
-    prefixes.budget.rows = 30
+    prefixes.budget.row_bytes = 30
     add(prefixes, 9)
     assert find_numbers(prefixes, 9) == []
     assert len(prefixes) == 0  # rows have taken all of it
@@ -91,7 +91,7 @@ def test_bytes_are_given_up_when_others_need_them():
     prefixes.evict(11)
     assert find_numbers(prefixes, 1, 2, 3) == [1]
     prefixes.evict(1000)
-    assert (len(prefixes), prefixes.budget.prefixes, prefixes._roots) == (0, 0, {})
+    assert (len(prefixes), prefixes.budget.prefix_bytes, prefixes._roots) == (0, 0, {})
 
 
 def test_what_nobody_asks_for_expires():
@@ -127,7 +127,7 @@ def test_what_was_computed_with_an_adapter_goes_with_it():
     del adapter
     gc.collect()
     assert find_numbers(prefixes, 1) == [1]
-    assert (len(prefixes), prefixes.budget.prefixes) == (1, 10)
+    assert (len(prefixes), prefixes.budget.prefix_bytes) == (1, 10)
 
 
 def test_blocks_before_an_invocation_are_the_base_s():

@@ -128,12 +128,12 @@ def test_a_row_without_a_token_left_says_so_and_no_other_row_ends():
     logits = torch.randn(3, SIZE)
     none_left = sampler_of(allowed_tokens=frozenset({4}), bad_words=((4,),))
     found = sample(logits, [sampler_of(), none_left, sampler_of()])
-    assert (found[1].token, found[1].cause) == (None, "no_token_left")
+    assert (found[1].token, found[1].error_kind) == (None, "no_token_left")
     assert "no token" in found[1].error
     assert None not in (found[0].token, found[2].token)
     logits[1] = torch.nan
     broken = sample(logits, [sampler_of(), none_left, sampler_of()])
-    assert broken[1].cause is None
+    assert broken[1].error_kind is None
 
 
 def test_a_processor_that_fails_ends_its_own_row_alone(caplog):
@@ -205,7 +205,7 @@ def test_nothing_ends_an_answer_before_its_fewest_tokens(engine):
 
 def test_a_request_without_a_token_left_is_its_clients_error(engine):
     failed = answer(engine, allowed_tokens=frozenset({9}), bad_words=((9, 9),))
-    assert (failed.finish, failed.pieces[-1].cause) == ("error", "no_token_left")
+    assert (failed.finish, failed.pieces[-1].error_kind) == ("error", "no_token_left")
     assert failed.tokens == [9]
 
 

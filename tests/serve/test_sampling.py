@@ -343,7 +343,7 @@ def test_a_grammar_that_needs_more_than_the_limits_is_told_so():
             limited, other = sample(logits, [row, sampler(temperature=0.0)])
             assert other.token == int(logits[1].argmax())
             if limited.token is None:
-                assert limited.cause == "grammar_limit"
+                assert limited.error_kind == "grammar_limit"
                 raise GrammarLimitError(limited.error)
             row.accept(limited.token)
 

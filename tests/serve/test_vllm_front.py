@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from veneer.errors import AdapterError, BankFullError, ConfigError
 from veneer.serve import vllm, vllm_front
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.settings import settings_of
+from veneer.serve.vllm_adapters import VllmAdapters
 
 KEYS = Keyring(
     (
@@ -186,7 +187,46 @@ def test_another_adapter_under_a_name_takes_its_place(it, adapters, made):
     shutil.rmtree(adapters / "french")
     until(lambda: it.post(model="french", prompt="hi").status_code == 404)
     until(lambda: it.state["loaded"] == {})
-    until(lambda: [file.name for file in it.service.engine._socket.parent.iterdir()] == ["socket"])
+    until(
+        lambda: (
+            [file.name for file in it.service.engine._socket_path.parent.iterdir()] == ["socket"]
+        )
+    )
+
+
+@pytest.mark.parametrize("change", ["replace", "remove"])
+def test_an_adapter_changes_only_after_a_load_that_reads_its_copy(base, adapters, tmp_path, change):
+    loading, may_load, in_time = threading.Event(), threading.Event(), []
+
+    def post(path, body):
+        if path.endswith("/load_lora_adapter"):
+            loading.set()
+            in_time.append(may_load.wait(10))
+            assert (Path(body["lora_path"]) / TENSORS).exists()
+        return 200, ""
+
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    bank = VllmAdapters(post, str(base), folder, rank=8)
+    for name in ("french", "german"):
+        bank.register(name, adapters / name)
+    changes = {
+        "replace": lambda: bank.register("french", adapters / "german"),
+        "remove": lambda: bank.remove("french"),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        acquired = pool.submit(bank.acquire, {"french": 1.0})
+        assert loading.wait(10)
+        changed = pool.submit(changes[change])
+        assert not wait([changed], timeout=0.3).done
+        may_load.set()
+        lease = acquired.result(10)
+        changed.result(10)
+    assert bank.find({"french": 1.0}) is None
+    assert len([*folder.iterdir()]) == 1  # in use
+    lease.release()
+    until(lambda: not [*folder.iterdir()])
+    assert in_time == [True]
 
 
 def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
@@ -209,7 +249,7 @@ def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
 
 def test_a_blend_that_is_refused_leaves_no_folder(base, adapters):
     with front(base, adapters, memory="1KiB") as it:
-        folder = it.service.engine._socket.parent
+        folder = it.service.engine._socket_path.parent
         for _ in range(3):
             answer = it.post(model="tiny", prompt="hi", adapters={"french": 0.5, "german": 0.5})
             assert answer.status_code == 503
@@ -447,7 +487,7 @@ def test_what_vllm_is_told(base, adapters):
         assert pairs["--tool-call-parser"] == "hermes"
         assert "--enable-auto-tool-choice" in line
         assert "--trust-remote-code" in line
-        folder = it.service.engine._socket.parent
+        folder = it.service.engine._socket_path.parent
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
 

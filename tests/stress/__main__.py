@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_model, write_tiny
 
 import veneer
 from veneer.serve.access import hash_of
-from veneer.serve.training.run_trainer import OPTIMIZER
+from veneer.serve.training.run_trainer import OPTIMIZER_FILE
 
 DISK = 400 * 2**20
 STABLE, REPLACED, FLEETING = 8, 3, 2
@@ -215,7 +215,7 @@ def _finish(
 
     def read_steps(path: str) -> int:
         _, kind, name = path.removeprefix("tinker://").split("/")
-        (state,) = runs.glob(f"runs/*/{kind}/{name}/{OPTIMIZER}")
+        (state,) = runs.glob(f"runs/*/{kind}/{name}/{OPTIMIZER_FILE}")
         counts = {int(value) for key, value in load_file(state).items() if key.startswith("step:")}
         return max(counts, default=0)
 

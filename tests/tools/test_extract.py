@@ -115,7 +115,7 @@ def test_the_exact_product_is_the_nearest_one(out, in_, rank, decay, seed, dtype
         1e-6 if dtype == torch.float32 else 3e-8
     )  # of the largest: H in float64 knows no smaller ones
     optimum = values[rank:].norm().item()
-    found = svd.distance(matrix, A, B) ** 0.5
+    found = svd.squared_distance(matrix, A, B) ** 0.5
     assert abs(found - optimum) <= within * values.norm().item()
     assert found == pytest.approx((matrix - B @ A).norm().item(), abs=1e-9)
     for side in (A @ A.mT, B.mT @ B):  # the singular values in equal parts
@@ -154,7 +154,7 @@ def test_a_randomised_product_is_as_near_as_it_says(name, shape):
         vectors, method = svd.leading(matrix, rank)
         assert method == "randomised"
         torch.testing.assert_close(vectors.mT @ vectors, torch.eye(rank, dtype=torch.float64))
-        found = svd.distance(matrix, *svd.split(matrix, vectors)) ** 0.5
+        found = svd.squared_distance(matrix, *svd.split(matrix, vectors)) ** 0.5
         optimum = torch.linalg.svdvals(matrix.double())[rank:].norm().item()
         assert found <= 1.02 * optimum + 3e-8 * matrix.norm().item()
         assert torch.equal(vectors, svd.leading(matrix, rank)[0])  # the same each time

@@ -178,7 +178,7 @@ def test_a_direction_that_the_base_has_is_no_intruder_and_a_new_one_is(tmp_path)
 
 def test_the_control_is_as_large_as_the_change():
     low = LowRank(torch.randn(1, 3, 20), torch.randn(1, 30, 3), 0.7)
-    random = intruders._random_like(low, torch.Generator().manual_seed(0))
+    random = intruders._random_change_like(low, torch.Generator().manual_seed(0))
     assert torch.allclose(torch.linalg.svdvals(random)[:3], low.svd().S[0], rtol=1e-12)
     assert torch.linalg.svdvals(random)[3:].max() < 1e-12
     assert (low.delta(torch.float64)[0] * random).sum().abs() < 0.5 * low.norm() ** 2

@@ -557,6 +557,9 @@ def test_heads_biases_and_a_saved_adapter_are_trained_too(tmp_path):
             assert abs(losses[name] - alone[name].step(batches[name])) < 1e-10, name
             assert_same_gradients(run, alone[name].handle)
     runs["head"].save(tmp_path / "head")
+    with pytest.raises(ConfigError, match="original for run 'again', which continues"):
+        runs.add("again", tmp_path / "head", original={})
+    assert set(runs) == set(configs)
     again = runs.add("again", tmp_path / "head")
     assert all(
         torch.equal(a, b)

@@ -207,7 +207,7 @@ def test_what_is_tried_again(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bridge, "get_context", Context)
     monkeypatch.setattr(bridge.ray, "get", lambda value: value)
     with pytest.raises((VeneerError, OSError, KeyError, RuntimeError)) as found:
-        bridge._worker({"work": work, "channel": None, "folder": str(tmp_path)})
+        bridge._run_worker({"work": work, "channel": None, "folder": str(tmp_path)})
     error = pickle.loads(pickle.dumps(found.value))  # as it reaches the controller
     watch = bridge.WatchFailures(Line, 2)
     if again:

@@ -2,9 +2,9 @@
 
 ``read`` turns a folder into ``AdapterFiles``; ``save`` writes an adapter of a model as a folder, in
 one atomic step. ``folder`` and ``record`` handle files without a model; ``match_*`` compare them
-with a model;
-``peft_mapping`` translates paths and shapes between a model and PEFT's files; ``save_load`` saves
-and installs adapters; ``verify`` reports everything that can be checked of a folder.
+with a model; ``peft_mapping`` translates paths and shapes between a model and PEFT's files;
+``save_load`` saves and installs adapters; ``verify`` runs all checks of a folder and reports the
+result of each.
 """
 
 from veneer.adapter_files.folder import AdapterFiles, read

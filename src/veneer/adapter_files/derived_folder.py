@@ -1,10 +1,11 @@
 """Write an adapter folder that is computed from other adapter folders, without a model, as
 ``compose`` and ``convert`` do.
 
-The new folder has a record if each source folder has one: with the fingerprints of their common
-base and the weights that they change. If another library wrote a source, which then has no record,
-the new folder has no record either. If a source's record covers the adapted weights of the base
-only, so does the new record.
+The record of an adapter folder (``record.py``) describes the adapter and holds fingerprints of its
+base. The new folder has a record if each source folder has one; it then holds the fingerprints of
+the sources' common base. A source that another library wrote has no record, and neither has the new
+folder then. If the record of a source has fingerprints of the adapted weights only, so has the new
+record.
 """
 
 from __future__ import annotations
@@ -35,32 +36,36 @@ def write_derived(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter folder with the changes ``low`` and the parameters ``full``.
+    """Write an adapter folder with the changes ``low`` and the parameters ``full``. Returns its
+    path.
 
     Args:
-        sources: the adapters that the new one was computed from, at least one. The first source
-            gives the config.
-        low: the low-rank changes by path in PEFT's file, as ``PeftLayer.with_low_rank`` makes them,
-            with ``extras`` if ``variant`` needs them.
+        sources: the adapters that the new one was computed from, at least one. Settings of the new
+            config that do not follow from the changes are those of the first source.
+        low: the low-rank changes by path in PEFT's file, as ``PeftLayer.with_low_rank`` makes them.
+            For "dora", their ``extras`` hold the magnitudes.
         full: the parameters that are trained in full, by path in PEFT's file and then by name.
         variant: "lora" or "dora".
+        provenance: facts about the new adapter for its record, as JSON values.
+        overwrite: whether to replace the adapter in an existing folder.
 
     Raises:
         BaseMismatchError: the sources were trained on different bases.
-        AdapterError: a value is not finite, a change is absurdly large, or there is no change.
-        OutputExistsError: the path exists and ``overwrite`` is False.
+        AdapterError: a value is not finite, a change is absurdly large, there is no change, or the
+            records of the sources cannot be combined.
+        OutputExistsError: the path exists and ``overwrite`` is False, or holds a complete model.
     """
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError("no change at all", "at least one", "check what was left out")
-    # ``read`` would refuse a folder with changes that overflow
+    # do not write changes so large that they overflow: ``read`` would refuse the folder
     raise_all(AdapterError, f"{path} was not written", list(change_problems(low)))
     tensors = _file_tensors(low, full)
     peft_config = _peft_config(sources, low, full, variant)
     base_record = common_base_record(sources)
     changes = None if base_record is None else _recorded_changes(sources, low)
     first_config = sources[0].config
-    # keep the training dtype in the config only if all new tensors have it
+    # the new config keeps the source's dtype of parameters only if all new tensors have it
     keeps_dtype = first_config.dtype is not None and all(
         tensor.dtype == getattr(torch, str(first_config.dtype)) for tensor in tensors.values()
     )
@@ -97,7 +102,8 @@ def write_derived(
 def _file_tensors(
     low: Mapping[str, peft.PeftLayer], full: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The tensors of the adapter's file by their keys in PEFT's layout."""
+    """The tensors of adapter_model.safetensors by key: A, B and ``extras`` of the low-rank changes,
+    and the parameters ``full`` that are trained in full."""
     tensors = {
         peft.tensor_key(path_in_file, suffix): file_tensor(tensor)
         for path_in_file, layer in low.items()
@@ -108,7 +114,8 @@ def _file_tensors(
         )
     }
     for path_in_file, parameters in full.items():
-        # PEFT's wrapper of an adapted module holds the module as ``base_layer``
+        # PEFT's wrapper of an adapted module holds the module as ``base_layer``, so this name is
+        # part of the keys of the module's own parameters
         tensor_path = (
             f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
         )
@@ -118,33 +125,42 @@ def _file_tensors(
 
 
 def _narrow_base(
-    base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
+    base_record: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    full: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
-    """The field "base" of a record, with only the weights in ``changes`` in its "weights". The
-    fingerprints of other weights move to "rest", except for tensors that are trained in full."""
-    full_names = {
+    """The entry "base" of the new record, from ``base_record``, the entry for all sources together.
+
+    In the result, "weights" has the fingerprints of the weights in ``changes`` alone, by path. If
+    there is a "rest", those of all other tensors are in it, without the tensors ``full``: these are
+    trained in full, so their values in the base do not matter.
+    """
+    full_tensor_names = {
         f"{peft_paths.strip_wrappers(path_in_file)[0]}.{name}".lstrip(".")
         for path_in_file, tensors in full.items()
         for name in tensors
     }
-    narrowed_record = dict(base)
+    narrowed_record = dict(base_record)
     narrowed_record["weights"] = {
-        weight_path: base["weights"][weight_path] for weight_path in changes
+        weight_path: base_record["weights"][weight_path] for weight_path in changes
     }
-    if "rest" in base:
+    if "rest" in base_record:
         narrowed_record["rest"] = {
             name: fingerprint
-            for name, fingerprint in recorded_fingerprints(base).items()
-            if name not in {*changes, *full_names}
+            for name, fingerprint in recorded_fingerprints(base_record).items()
+            if name not in {*changes, *full_tensor_names}
         }
-        if fresh := [name for name in narrowed_record.pop("fresh", ()) if name not in full_names]:
+        if fresh := [
+            name for name in narrowed_record.pop("fresh", ()) if name not in full_tensor_names
+        ]:
             narrowed_record["fresh"] = fresh
     return narrowed_record
 
 
 def common_base_record(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
-    """The field "base" for the record of a new adapter, with the fingerprints of all its sources;
-    None if a source has no record. It has "rest" if every source's record has "rest".
+    """The entry "base" for the record of a new adapter, with the fingerprints of all its sources;
+    None if a source has no record. It has "rest", the fingerprints of the weights that no source
+    changes, if the record of every source has "rest".
 
     Raises:
         BaseMismatchError: the sources were trained on different bases.
@@ -153,14 +169,14 @@ def common_base_record(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None
     if any(source.record is None for source in sources):
         return None
     base_records = [source.metadata["base"] for source in sources]
-    sha_paths = [
+    sha256_paths = [
         source.path
         for source, base_record in zip(sources, base_records, strict=True)
         if recorded_hash_kind(base_record) != XXH3
     ]
-    if 0 < len(sha_paths) < len(base_records):
+    if 0 < len(sha256_paths) < len(base_records):
         raise AdapterError(
-            f"SHA-256 fingerprints in {listing(map(str, sha_paths))}, and XXH3 in the others",
+            f"SHA-256 fingerprints in {listing(map(str, sha256_paths))}, and XXH3 in the others",
             "fingerprints of one kind, which can be compared",
             "load and save those of an earlier Veneer again, on their base",
         )
@@ -180,31 +196,36 @@ def common_base_record(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None
                 "leave one of them out",
             )
         fingerprints_by_name |= fingerprints
-    weights = {
+    weight_fingerprints = {
         weight_path: digest
         for base_record in base_records
         for weight_path, digest in base_record["weights"].items()
     }
     merged_record = {
         key: value for key, value in base_records[0].items() if key not in ("rest", "fresh")
-    } | {"weights": weights}
+    } | {"weights": weight_fingerprints}
     if all("rest" in base_record for base_record in base_records):
         merged_record["rest"] = {
-            name: digest for name, digest in fingerprints_by_name.items() if name not in weights
+            name: digest
+            for name, digest in fingerprints_by_name.items()
+            if name not in weight_fingerprints
         }
-        fresh = list(
+        fresh_names = list(
             dict.fromkeys(
                 name for base_record in base_records for name in base_record.get("fresh", ())
             )
         )
-        merged_record |= {"fresh": fresh} if fresh else {}
+        merged_record |= {"fresh": fresh_names} if fresh_names else {}
     return merged_record
 
 
 def _recorded_changes(
     sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]
 ) -> dict[str, Any]:
-    """The field "changes" for the record of a new adapter, by weight, from its sources' records."""
+    """The entry "changes" for the record of a new adapter: {weight path: {"rank": …, "alpha": …}}.
+    Other settings of a weight, such as its changed rows, are kept if all sources that change the
+    weight agree on them. AdapterError: some sources change the weight itself, and others only the
+    output of its module, as PEFT does ("module_only")."""
     layers = {layer.target_path: layer for layer in low.values()}
     changes: dict[str, Any] = {}
     for source in sources:
@@ -235,17 +256,19 @@ def _peft_config(
     full: Mapping[str, Mapping[str, Tensor]],
     variant: str,
 ) -> dict[str, Any]:
-    """The config of the new adapter in PEFT's fields."""
+    """The fields of adapter_config.json for the new adapter. Its targets are the names that the
+    sources' configs list, if these match the changed modules alone; else the modules' full paths.
+    """
     configs = [source.peft_config for source in sources]
     ranks_and_alphas = {
         peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()
     }
-    parameters = list(
+    parameter_paths = list(
         dict.fromkeys(
             layer.target_path for path, layer in low.items() if peft.targets_parameter(path, layer)
         )
     )
-    targets = [
+    target_paths = [
         layer.target_path for path, layer in low.items() if not peft.targets_parameter(path, layer)
     ]
     target_lists = [config.get("target_modules") for config in configs]
@@ -263,7 +286,9 @@ def _peft_config(
         if not peft.targets_parameter(path, layer)
     }
     target_modules = (
-        target_names if target_names and source_targets == set(targets) else sorted(set(targets))
+        target_names
+        if target_names and source_targets == set(target_paths)
+        else sorted(set(target_paths))
     )
     peft_types = [str(config.get("peft_type")) for config in configs]
     invocation_tokens = configs[0].get("alora_invocation_tokens")
@@ -286,5 +311,5 @@ def _peft_config(
         **({"alora_invocation_tokens": invocation_tokens} if invocation_tokens else {}),
     }
     return config_fields(
-        fields, ranks_and_alphas, (configs[0]["r"], configs[0]["lora_alpha"]), parameters
+        fields, ranks_and_alphas, (configs[0]["r"], configs[0]["lora_alpha"]), parameter_paths
     )

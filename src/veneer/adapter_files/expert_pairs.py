@@ -9,8 +9,9 @@ their new names.
     …experts.3.down_proj   A₃ B₃ s₃       down_proj[3]    += s₃ B₃ A₃
 
 s is the scale of a change. gate_up_proj[3] is the matrix [out, in] of expert 3, with the rows of
-gate_proj before those of up_proj. The result is exact. The rank of a stack is the largest rank of
-its experts; A and B of experts with a smaller rank or no change are padded with zeros.
+gate_proj before those of up_proj. The result is exact. The rank of a stacked parameter's change is
+the largest rank of its experts' changes (for gate_up_proj, of the sum of both ranks); A and B of
+experts with a smaller rank or no change are padded with zeros.
 
 Transformers' rules for converting checkpoints (``models/meta.py``) tell which slice of which
 parameter an old layer has become.
@@ -42,40 +43,51 @@ _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
 class _ExpertChange(NamedTuple):
-    """The change ``layer`` of the output ``rows`` of one matrix in a stack, which has the index
-    ``expert``."""
+    """The change of one matrix, or of some of its output rows, in a stack [experts, out, in].
+
+    Fields:
+        expert: the index of the matrix.
+        rows: its rows that are the expert's layer of transformers 4.
+        layer: the change of that layer, as the file has it.
+    """
 
     expert: int
     rows: slice
     layer: peft.PeftLayer
 
 
-def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]) -> AdapterFiles:
-    """The folder with one change for each stack instead of one for each expert, and with the new
-    paths of renamed layers. A folder without such layers is returned unchanged."""
+def stack_experts(
+    adapter_files: AdapterFiles, model_index: Names, problems: list[str]
+) -> AdapterFiles:
+    """The adapter with one change for each stacked parameter of transformers 5, instead of one for
+    each expert's layer of transformers 4, and with the new paths of renamed layers.
+
+    An adapter without such layers, or one that Veneer saved, is returned unchanged. If a change
+    cannot be converted, an error text is added to ``problems``.
+    """
     if adapter_files.record is not None:
         return adapter_files
     expert_matches = {
         path: match
         for path in adapter_files.low
-        if (match := _EXPERT.fullmatch(path)) and path not in names.canonical
+        if (match := _EXPERT.fullmatch(path)) and path not in model_index.canonical
     }
-    renamed_paths = _map_renamed_layers(adapter_files, names, expert_matches)
+    renamed_paths = _map_renamed_layers(adapter_files, model_index, expert_matches)
     if not expert_matches and not renamed_paths:
         return adapter_files
-    stacks, stacked_paths = _group_by_stack(adapter_files, names, expert_matches)
+    changes_by_stack, stacked_paths = _group_by_stack(adapter_files, model_index, expert_matches)
     is_rslora = bool(adapter_files.peft_config.get("use_rslora"))
     parameter_layers = {
         weight_path: layer
-        for weight_path, expert_changes in stacks.items()
-        if (layer := _stack_changes(weight_path, expert_changes, names, is_rslora, problems))
+        for weight_path, expert_changes in changes_by_stack.items()
+        if (layer := _stack_changes(weight_path, expert_changes, model_index, is_rslora, problems))
         is not None
     }
     module_layers: dict[str, peft.PeftLayer] = {}
     for path, weight_path in renamed_paths.items():
         module_path, _, name = weight_path.rpartition(".")
         layer = adapter_files.low[path]
-        layer_kind = kind_for(names.modules[names.canonical[module_path]], name)
+        layer_kind = kind_for(model_index.modules[model_index.canonical[module_path]], name)
         if layer_kind is not GENERAL_KIND:
             module_layers[module_path] = replace(layer, target_path=module_path)
         elif layer.extras:
@@ -85,31 +97,39 @@ def stack_experts(adapter_files: AdapterFiles, names: Names, problems: list[str]
             )
         else:
             parameter_layers[weight_path] = replace(layer, target_path=weight_path)
-    config = dict(adapter_files.peft_config)
-    config["target_parameters"] = [*(config.get("target_parameters") or ()), *parameter_layers]
+    peft_config = dict(adapter_files.peft_config)
+    peft_config["target_parameters"] = [
+        *(peft_config.get("target_parameters") or ()),
+        *parameter_layers,
+    ]
     for field, attribute in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         patterns = {
             f"^{re.escape(weight_path)}$": getattr(layer, attribute)
             for weight_path, layer in {**parameter_layers, **module_layers}.items()
         }
-        config[field] = {**patterns, **(config.get(field) or {})}
-    low = {
+        peft_config[field] = {**patterns, **(peft_config.get(field) or {})}
+    unconverted_layers = {
         path: layer
         for path, layer in adapter_files.low.items()
         if path not in stacked_paths and path not in renamed_paths
     }
     return replace(
         adapter_files,
-        peft_config=config,
-        low={**low, **module_layers, **_add_wrappers(parameter_layers, names, config)},
+        peft_config=peft_config,
+        low={
+            **unconverted_layers,
+            **module_layers,
+            **_add_wrappers(parameter_layers, model_index, peft_config),
+        },
     )
 
 
 def _map_renamed_layers(
-    adapter_files: AdapterFiles, names: Names, expert_paths: Collection[str]
+    adapter_files: AdapterFiles, model_index: Names, expert_paths: Collection[str]
 ) -> dict[str, str]:
     """{path in the file: path of the parameter in the model} of each layer that transformers 5
-    renamed, or replaced by a parameter without a module, such as a router."""
+    renamed, or replaced by a parameter without a module, such as a router. ``expert_paths``: the
+    paths in the file of the experts' layers, which are left out."""
     parameter_paths = {
         path: f"{path}.weight"
         for path, layer in adapter_files.low.items()
@@ -117,12 +137,12 @@ def _map_renamed_layers(
         and layer.suffixes == LORA_SUFFIXES
         and not peft.targets_parameter(path, layer)
         and (
-            path not in names.canonical
-            or kind_for(names.modules[names.canonical[path]], "weight") is GENERAL_KIND
+            path not in model_index.canonical
+            or kind_for(model_index.modules[model_index.canonical[path]], "weight") is GENERAL_KIND
         )
     }
     locations = (
-        map_checkpoint_names(names.model, parameter_paths.values()) if parameter_paths else {}
+        map_checkpoint_names(model_index.model, parameter_paths.values()) if parameter_paths else {}
     )
     locations_by_path = {
         path: locations[parameter_path]
@@ -133,16 +153,20 @@ def _map_renamed_layers(
         path: location.path
         for path, (location, *more_locations) in locations_by_path.items()
         if not (more_locations or location.index or location.within)
-        and names.model.get_parameter(location.path).dim() == 2
+        and model_index.model.get_parameter(location.path).dim() == 2
     }
 
 
 def _group_by_stack(
-    adapter_files: AdapterFiles, names: Names, expert_matches: Mapping[str, re.Match[str]]
+    adapter_files: AdapterFiles, model_index: Names, expert_matches: Mapping[str, re.Match[str]]
 ) -> tuple[dict[str, list[_ExpertChange]], set[str]]:
-    """(the changes of experts by the path of their stack in the model, the paths of these changes
-    in the file)."""
-    model = names.model
+    """(the changes of experts by the path of their stacked parameter in the model, the paths of
+    these changes in the file). Experts for which the model has no stacked parameter are left out.
+
+    Args:
+        expert_matches: the match of ``_EXPERT`` for each path of an expert's layer in the file.
+    """
+    model = model_index.model
     expert_count = max(
         (len(parameter) for parameter in model.parameters() if parameter.dim() == 3), default=0
     )
@@ -155,36 +179,43 @@ def _group_by_stack(
         )
         for expert in range(expert_count)
     }
-    locations, stacks = map_checkpoint_names(model, possible_names), {}
+    locations, changes_by_stack = map_checkpoint_names(model, possible_names), {}
     stacked_paths: set[str] = set()
     for path in expert_matches:
-        matches = locations.get(f"{path}.weight", ())
+        param_slices = locations.get(f"{path}.weight", ())
         if (
-            len(matches) != 1
-            or not matches[0].index
-            or matches[0].within
-            or len(matches[0].index) > 2
+            len(param_slices) != 1
+            or not param_slices[0].index
+            or param_slices[0].within
+            or len(param_slices[0].index) > 2
         ):
             continue
-        weight_path, index = matches[0].path, list(matches[0].index)
-        expert_rows = index[1] if len(index) > 1 else slice(None)
-        stacks.setdefault(weight_path, []).append(
-            _ExpertChange(expert=index[0].start, rows=expert_rows, layer=adapter_files.low[path])
+        weight_path, axis_slices = param_slices[0].path, list(param_slices[0].index)
+        expert_rows = axis_slices[1] if len(axis_slices) > 1 else slice(None)
+        changes_by_stack.setdefault(weight_path, []).append(
+            _ExpertChange(
+                expert=axis_slices[0].start, rows=expert_rows, layer=adapter_files.low[path]
+            )
         )
         stacked_paths.add(path)
-    return stacks, stacked_paths
+    return changes_by_stack, stacked_paths
 
 
 def _stack_changes(
     weight_path: str,
     expert_changes: list[_ExpertChange],
-    names: Names,
+    model_index: Names,
     is_rslora: bool,
     problems: list[str],
 ) -> peft.PeftLayer | None:
-    """The change of a stack, as PEFT's file would hold it; None, with a problem added, if the
-    change of an expert does not fit. ``is_rslora``: whether the scale is alpha / √rank."""
-    weight: Any = names.model.get_parameter(weight_path)
+    """The changes of experts as one change of the stacked parameter [experts, out, in] at
+    ``weight_path``, with A and B in the shapes of PEFT's file. None if the change of an expert does
+    not fit the parameter; an error text is then added to ``problems``.
+
+    Args:
+        is_rslora: whether the scale of a change is alpha / √rank instead of alpha / rank.
+    """
+    weight: Any = model_index.model.get_parameter(weight_path)
     expert_count, out, in_ = weight.shape
     first_layer = expert_changes[0].layer
     for change in expert_changes:
@@ -212,16 +243,23 @@ def _stack_changes(
     for change in expert_changes:
         changes_by_expert.setdefault(change.expert, []).append(change)
     scale = next((change.layer.scale for change in expert_changes if change.layer.scale), 0.0)
-    rank = max(sum(len(change.layer.A) for change in group) for group in changes_by_expert.values())
+    rank = max(
+        sum(len(change.layer.A) for change in same_expert_changes)
+        for same_expert_changes in changes_by_expert.values()
+    )
     A = first_layer.A.new_zeros(expert_count, rank, in_)
     B = first_layer.B.new_zeros(expert_count, out, rank)
-    for expert, group in changes_by_expert.items():
-        start = 0
-        for _, rows, layer in sorted(group, key=lambda change: change.rows.start or 0):
-            stop = start + len(layer.A)
-            A[expert, start:stop] = layer.A
-            B[expert, rows, start:stop] = _scale_matrix(layer.B, layer.scale / (scale or 1))
-            start = stop
+    for expert, same_expert_changes in changes_by_expert.items():
+        rank_start = 0
+        for _, rows, layer in sorted(
+            same_expert_changes, key=lambda change: change.rows.start or 0
+        ):
+            rank_stop = rank_start + len(layer.A)
+            A[expert, rank_start:rank_stop] = layer.A
+            B[expert, rows, rank_start:rank_stop] = _scale_matrix(
+                layer.B, layer.scale / (scale or 1)
+            )
+            rank_start = rank_stop
     return replace(
         first_layer,
         target_path=weight_path,
@@ -237,19 +275,27 @@ def _scale_matrix(B: Tensor, factor: float) -> Tensor:
 
 
 def _add_wrappers(
-    parameter_layers: Mapping[str, peft.PeftLayer], names: Names, config: Mapping[str, Any]
+    parameter_layers: Mapping[str, peft.PeftLayer],
+    model_index: Names,
+    peft_config: Mapping[str, Any],
 ) -> dict[str, peft.PeftLayer]:
     """The changes of parameters by their path in PEFT's file. If several parameters of a module
-    change, PEFT nests a wrapper for each, so that each path has one ``base_layer`` more."""
+    change, PEFT nests one wrapper for each. So the path of each inner one ends in one segment
+    ``base_layer`` more than that of the wrapper around it.
+
+    Args:
+        parameter_layers: the changes, by the path of the parameter.
+        peft_config: PEFT's config, with all these paths in ``target_parameters``.
+    """
     layers_by_file_path = {}
     for weight_path, layer in parameter_layers.items():
-        path, _, name = weight_path.rpartition(".")
-        module = names.modules[names.canonical[path]]
+        module_path, _, parameter_name = weight_path.rpartition(".")
+        module = model_index.modules[model_index.canonical[module_path]]
         targeted_names = [
-            parameter_name
-            for parameter_name in module._parameters
-            if f"{path}.{parameter_name}" in config["target_parameters"]
+            targeted_name
+            for targeted_name in module._parameters
+            if f"{module_path}.{targeted_name}" in peft_config["target_parameters"]
         ]
-        depth = len(targeted_names) - 1 - targeted_names.index(name)
-        layers_by_file_path[".".join([path, *["base_layer"] * depth])] = layer
+        wrapper_count = len(targeted_names) - 1 - targeted_names.index(parameter_name)
+        layers_by_file_path[".".join([module_path, *["base_layer"] * wrapper_count])] = layer
     return layers_by_file_path

@@ -15,7 +15,13 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check of an adapter folder."""
+    """The result of one check of an adapter folder.
+
+    Fields:
+        level: "error" if the folder cannot be used, "warning" if somebody should look at it, or
+            "ok".
+        check: the name of the group of checks, such as "tensors".
+    """
 
     level: Level
     check: str
@@ -69,7 +75,7 @@ class Report:
 
 
 class FindingLog:
-    """The findings of a verification that is still running."""
+    """Collects the findings of a verification while it runs."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -78,7 +84,8 @@ class FindingLog:
         self.findings.append(Finding(level, check, message))
 
     def add_problems(self, check: str, problems: Iterable[str], success: str) -> None:
-        """Add each problem as an error; if there is no problem, add the message ``success``."""
+        """Add each problem as a finding "error"; if there is no problem, add the message
+        ``success`` as a finding "ok"."""
         problems = list(problems)
         for problem in problems:
             self.add("error", check, problem)

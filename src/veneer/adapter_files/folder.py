@@ -8,10 +8,9 @@ and hashes in it tell whether its tensors or configs changed after they were wri
     veneer.safetensors            the adapter parameters of a variant that PEFT lacks;
                                   adapter_model.safetensors then holds the equivalent plain LoRA
 
-``write`` writes all files in one atomic step. ``read`` checks the folder without a model and trusts
-no file before its checks (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;
-``number_checks.py``: dtypes and magnitudes). ``veneer.load`` also compares the fingerprints of the
-base with a model.
+``write`` writes all files in one atomic step. ``read`` needs no model. It checks each file before
+it uses the content (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;
+``number_checks.py``: dtypes and magnitudes).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from veneer.adapter_files.record import (
     require_unchanged,
     seal_record,
 )
-from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, tuner_folder
+from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, convert_tuner_files
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
@@ -63,18 +62,18 @@ from veneer.variants import VARIANTS
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter folder that was read and verified, without a model.
+    """The content of an adapter folder, checked without a model.
 
     Fields:
         config: the config in Veneer's fields.
         peft_config: the fields of ``adapter_config.json``.
         record: Veneer's record; None if another library wrote the folder.
-        low, full: the low-rank changes, and the tensors that are trained in full, by the path in
-            ``adapter_model.safetensors``.
+        low, full: the low-rank changes, and the tensors that are trained in full, by the path of
+            their module in ``adapter_model.safetensors``.
         adapter_parameters: the tensors of ``veneer.safetensors``, by the path of the weight and
             then by name.
-        tuner: the original content of a folder of another PEFT tuner than LoRA, else None. With
-            such a folder, the other fields describe the folder that Veneer would write.
+        tuner: the original content, if the folder is of a PEFT tuner such as LoHa; None for LoRA.
+            If it is set, the other fields describe the folder that Veneer would write.
         tokens: the trained token rows of embeddings and heads, by the path of the module.
         ignored_modules: in a folder of another library, the modules that the config does not match,
             so that PEFT ignores their tensors (``formats/peft_targets.py``).
@@ -94,26 +93,27 @@ class AdapterFiles:
     def refuse_trained_tokens(self, operation: str) -> None:
         """Raise AdapterError if the adapter trains tokens, which ``operation`` does not support."""
         if self.tokens:
-            rows = listing(
+            row_counts_text = listing(
                 f"{len(token_rows.ids)} of {module_path!r}"
                 for module_path, token_rows in self.tokens.items()
             )
             raise AdapterError(
-                f"{self.path} with trained tokens ({rows}), for which {operation} has no place",
+                f"{self.path} with trained tokens ({row_counts_text}), for which {operation} has no"
+                " place",
                 "changes of whole weights",
                 "merge it (`veneer merge`), and take the merged model",
             )
 
     def refuse_invocation_tokens(self, operation: str) -> None:
-        """Raise AdapterError if the adapter acts on the tokens from its invocation on, which
-        ``operation`` cannot express."""
+        """Raise AdapterError if the adapter acts only on the tokens from its invocation tokens on
+        (aLoRA), which ``operation`` cannot express."""
         if tokens := self.config.invocation_tokens:
             problem = f"{self.path}, which acts from its invocation tokens {list(tokens)} on, for "
-            do = "use it as the adapter that it is; `veneer serve` takes it"
-            raise AdapterError(problem + operation, "an adapter that acts on every token", do)
+            advice = "use it as the adapter that it is; `veneer serve` takes it"
+            raise AdapterError(problem + operation, "an adapter that acts on every token", advice)
 
     def token_ids(self, weight_path: str) -> tuple[int, ...]:
-        """The ids of the trained tokens of a weight; empty if it has none. A tied weight has ids
+        """The ids of the tokens whose rows of a weight are trained, or (). A tied weight has ids
         only under the path that the file names."""
         token_rows = self.tokens.get(weight_path.rpartition(".")[0])
         return () if token_rows is None else token_rows.ids
@@ -135,11 +135,13 @@ class AdapterFiles:
         non_product_paths = [layer.target_path for layer in self.low.values() if layer.extras]
         if non_product_paths:
             problem = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
-            do = "merge it to have the changed weights, or take `products` to leave the rest out"
+            advice = (
+                "merge it to have the changed weights, or take `products` to leave the rest out"
+            )
             raise AdapterError(
                 f"{problem} (at {listing(non_product_paths, 3)})",
                 "changes of the form scale · B @ A",
-                do,
+                advice,
             )
         return self.products
 
@@ -193,11 +195,11 @@ def write(
 
     Args:
         tensors: the tensors of ``adapter_model.safetensors``, by key.
-        base: the field "base" of the record: "name", "architecture", "weights" (the fingerprint of
-            each changed weight, by path) and, if known, "rest" (the fingerprints of the other
-            tensors, by name) and "fresh" (names). None if the base is unknown: the folder then has
-            no record.
-        changes: the rank, alpha and rows of each change, by the path of the changed weight.
+        base: the entry "base" of the record: "name", "architecture", "weights" (the fingerprint of
+            each changed weight, by path) and, if known, "rest" (those of the other tensors, by
+            name) and "fresh" (names of parameters that no checkpoint holds). None if the base is
+            unknown: the folder then has no record.
+        changes: the entry "changes": rank, alpha and rows by the path of the changed weight.
         parameters: the tensors of ``veneer.safetensors``, for a folder with a record. Without any,
             the file is not written.
         tokenizer: the folder of a tokenizer with added tokens, whose files are copied.
@@ -238,23 +240,23 @@ def write(
             json_object(text, file_name, "give less provenance")
     file_names.must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
     texts_by_file[model_card.CARD_FILE] = _card_text(path, peft_config, record, tensors)
-    replaces = (
+    replaced_names = (
         file_names.FILES if tokenizer is None else (*file_names.FILES, *file_names.TOKENIZER_FILES)
     )
-    with new_folder(path, overwrite=overwrite, replaces=replaces) as folder:
+    with new_folder(path, overwrite=overwrite, replaces=replaced_names) as staging_folder:
         for file_name, text in texts_by_file.items():
-            (folder / file_name).write_text(text, encoding="utf-8", errors="replace")
+            (staging_folder / file_name).write_text(text, encoding="utf-8", errors="replace")
         if parameters:
-            save_file(dict(parameters), folder / PARAMETERS, metadata={"format": "pt"})
-        header = (
+            save_file(dict(parameters), staging_folder / PARAMETERS, metadata={"format": "pt"})
+        header_metadata = (
             {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
         )
-        save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
+        save_file(dict(tensors), staging_folder / peft.TENSORS, metadata=header_metadata)
         if tokenizer is not None:
-            file_names.copy_tokenizer(tokenizer, folder)
+            file_names.copy_tokenizer(tokenizer, staging_folder)
         with _report_unwritten(path):
             for file_name in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
-                read_header(folder / file_name)
+                read_header(staging_folder / file_name)
 
 
 def _card_text(
@@ -263,19 +265,19 @@ def _card_text(
     record: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
 ) -> str:
-    """The model card of an adapter, with the notes of the card in the folder ``path``, if any."""
+    """The model card of an adapter, with the notes that people added to the card in ``path``."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    old_path = path / model_card.CARD_FILE
+    card_path = path / model_card.CARD_FILE
     old_card = (
-        old_path.read_text(encoding="utf-8", errors="replace") if old_path.is_file() else None
+        card_path.read_text(encoding="utf-8", errors="replace") if card_path.is_file() else None
     )
     return model_card.renew_card(model_card.card(peft_config, record, shapes), old_card)
 
 
 @contextmanager
 def _report_unwritten(path: Path) -> Iterator[None]:
-    """Turn an AdapterError of a check into one that says that nothing was written. (The checks come
-    before the folder appears, because training would be lost in a folder that nobody can load.)"""
+    """If a check in the block raises an AdapterError, raise one that says that nothing was written.
+    The block runs before the folder appears, so that no training ends in an unreadable folder."""
     try:
         yield
     except AdapterError as error:
@@ -336,8 +338,8 @@ def convert_foreign_files(
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
     """Convert the files of another library's folder to those of a folder with peft_type LORA:
     (config, the tensors that PEFT applies, the modules of which PEFT ignores tensors).
-    ``check_config`` must have accepted the config. ``AdapterError``: the tensors belong to another
-    tuner than the config."""
+    ``check_config`` must have accepted the config. ``AdapterError``: the tensors are not of the
+    tuner (LoRA, LoHa, …) that the config names."""
     check_tensors(peft_config, tensors)
     factor_suffixes = (suffix for kind in LAYERS for suffix in kind.file_keys)
     extra_suffixes = (key for variant in VARIANTS for key in variant.peft_keys.values())
@@ -354,16 +356,16 @@ def assemble(
     parameters: Mapping[str, Tensor],
     weight_lookup: WeightLookup | None = None,
 ) -> AdapterFiles:
-    """Combine files into an adapter, after each was checked. ``AdapterError``: the files do not fit
-    together."""
+    """Combine the contents of the files into an adapter, after each was checked by itself.
+    ``AdapterError``: they do not fit together. ``weight_lookup``: as ``weights`` of ``read``."""
     tuner = tuner_of(peft_config) if record is None else None
-    tuner_files = (
-        None if tuner is None else tuner_folder(tuner, peft_config, tensors, weight_lookup)
+    tuner_content = (
+        None if tuner is None else convert_tuner_files(tuner, peft_config, tensors, weight_lookup)
     )
-    if tuner_files is not None:
-        peft_config = tuner_files.config
-        tensors = tuner_files.tensors
-        parameters = tuner_files.parameters
+    if tuner_content is not None:
+        peft_config = tuner_content.config
+        tensors = tuner_content.tensors
+        parameters = tuner_content.parameters
     extra_suffixes = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     extra_suffixes |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
     tokens, tensors = peft_tokens.split_rows(tensors, peft_config)
@@ -384,32 +386,32 @@ def assemble(
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
         VARIANTS[config.variant]  # raises ConfigError for an unknown variant
-        config = config if tuner_files is None else tuner_files.variant_config(config)
+        config = config if tuner_content is None else tuner_content.variant_config(config)
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
-    if tuner_files is not None and tuner_files.needs_base_shapes:
+    if tuner_content is not None and tuner_content.needs_base_shapes:
         return AdapterFiles(
             path,
             config,
             peft_config,
             record,
-            UnknownShapes(tuner_files, path),
+            UnknownShapes(tuner_content, path),
             full,
             parameters_by_weight,
-            tuner_files,
+            tuner_content,
         )
     return AdapterFiles(
-        path, config, peft_config, record, low, full, parameters_by_weight, tuner_files, tokens
+        path, config, peft_config, record, low, full, parameters_by_weight, tuner_content, tokens
     )
 
 
 def _fetch_advice(path: str) -> str:
     """The advice for a path that is not a folder. The path may be a remote address, or the id of an
     adapter on the Hugging Face hub."""
-    if url := re.fullmatch(r"https?:/huggingface\.co/([^/]+/[^/]+).*", path):
-        path = url[1]
-    if remote := re.fullmatch(r"(\w+):/(\w.*)", path):  # ``Path`` has turned "//" into "/"
-        address = f"{remote[1]}://{remote[2]}"
+    if hub_url_match := re.fullmatch(r"https?:/huggingface\.co/([^/]+/[^/]+).*", path):
+        path = hub_url_match[1]
+    if remote_match := re.fullmatch(r"(\w+):/(\w.*)", path):  # ``Path`` has turned "//" into "/"
+        address = f"{remote_match[1]}://{remote_match[2]}"
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         address = f"hf://{path}"
     else:
@@ -417,7 +419,7 @@ def _fetch_advice(path: str) -> str:
     advice = f"fetch it with veneer.store.remote.pull({address!r}), which returns a folder"
     return (
         advice
-        if remote or url
+        if remote_match or hub_url_match
         else f"check the path; if that is an id on the Hugging Face hub, {advice}"
     )
 
@@ -442,8 +444,8 @@ def folder_problems(path: Path) -> list[str]:
 
 
 def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``veneer.safetensors``. The file must exist if the record names it, and not
-    exist otherwise."""
+    """The tensors of ``veneer.safetensors`` by key. ``AdapterError``: the file is missing although
+    the record names it, or exists although the record does not."""
     if PARAMETERS not in record["hashes"]:
         if (path / PARAMETERS).exists():
             raise AdapterError(
@@ -463,37 +465,36 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     return read_tensors(path / PARAMETERS)[0]
 
 
-def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
-    """Veneer's config for a PEFT config without a record.
+def _foreign_config(peft_config: Mapping[str, Any]) -> LoraConfig:
+    """Veneer's config for the adapter of a folder without a record, from PEFT's config.
 
-    Unlike ``peft_config.lora_fields``, it is no config for a new training. It describes an adapter
-    of which the tensors alone decide what is loaded: it keeps PEFT's names of modules, and takes
-    any ``init_lora_weights`` for plain LoRA."""
-    flags = {name for name in ("use_rslora", "use_dora") if config.get(name)}
-    # several variants have no flag of their own in PEFT's config; no flags mean plain LoRA
-    matching = (
+    It only describes an adapter whose tensors exist. So it keeps PEFT's names of modules and leaves
+    out ``init_lora_weights``; ``peft_config.lora_fields`` makes a config for a new training."""
+    flags = {name for name in ("use_rslora", "use_dora") if peft_config.get(name)}
+    # some variants have no flag in PEFT's config, so a config without flags is taken for plain LoRA
+    matching_variants = (
         variant
         for variant in VARIANTS
         if {flag for flag, is_on in (variant.peft or {}).items() if is_on} == flags
     )
-    variant = next(matching, None) if flags else VARIANTS["lora"]
+    variant = next(matching_variants, None) if flags else VARIANTS["lora"]
     if variant is None:
         raise AdapterError(
             f"{listing(flags)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it"
         )
-    targets = config.get("target_modules") or ()
+    targets = peft_config.get("target_modules") or ()
     if not isinstance(targets, str):
-        targets = [*targets, *(config.get("target_parameters") or ())]
+        targets = [*targets, *(peft_config.get("target_parameters") or ())]
     elif targets != "all-linear":
         targets = f"re:{targets}"
     return LoraConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
+        rank=peft_config["r"],
+        alpha=peft_config["lora_alpha"],
+        dropout=peft_config.get("lora_dropout") or 0.0,
         targets=targets,
-        train_also=config.get("modules_to_save") or (),
+        train_also=peft_config.get("modules_to_save") or (),
         variant=variant.name,
-        trainable_tokens=config.get(peft_tokens.INDICES_FIELD) or (),
-        invocation_tokens=config.get("alora_invocation_tokens") or (),
-        bias=BIASES.get(config.get("bias") or "none", "none"),
+        trainable_tokens=peft_config.get(peft_tokens.INDICES_FIELD) or (),
+        invocation_tokens=peft_config.get("alora_invocation_tokens") or (),
+        bias=BIASES.get(peft_config.get("bias") or "none", "none"),
     )

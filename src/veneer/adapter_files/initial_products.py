@@ -2,16 +2,16 @@
 from which PEFT has subtracted the product of their initial values, s B₀ A₀.
 
     PEFT, when it loads    W₀ = W − s B₀ A₀        A₀, B₀: computed from W and the rank alone
-                           y = op(x; W₀ + s B A)   s: the scale
+                           y = op(x; W₀ + s B A)   s: the scale; op: the layer's operation
     Veneer                 ΔW = s (B A − B₀ A₀) = s [B − B₀, B₀] @ [A ; A − A₀]     twice the rank
 
-If the base is given, such a folder therefore becomes a plain change of its weight W. (In 16 bits
-PEFT rounds W₀ as it rounds W.) The last form of ΔW is nearly zero before training without the
-cancellation that the difference of two large products would have.
+With the weight W of the base at hand, the adapter of such a folder is thus a plain low-rank change
+of W. (In 16 bits, PEFT rounds W₀ to the dtype of W.) The last form of ΔW is computed, because near
+the initial values, s B A − s B₀ A₀ is a small difference of large products, which loses digits.
 
 Rejected: to require that PEFT converts the folder. A conversion needs the initial values, which no
 such folder has. Initialisations that cannot be recomputed are refused (see
-``formats/peft_fields.py``): random approximations (``pissa_niter_…``) and uses of data.
+``formats/peft_fields.py``): those by random approximations (``pissa_niter_…``) or from data.
 
 Sources: Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and
 ``olora_init`` of PEFT 0.21.
@@ -33,13 +33,22 @@ from veneer.lowrank import LowRank
 
 
 def without_initial_product(
-    names: Names, ref: ParamRef, kind_name: str, config: Mapping[str, Any], layer: peft.PeftLayer
+    model_index: Names,
+    ref: ParamRef,
+    kind_name: str,
+    peft_config: Mapping[str, Any],
+    layer: peft.PeftLayer,
 ) -> LowRank | str:
     """The change of ``layer`` as a low-rank product of twice the rank, relative to the weight W of
-    the unchanged base. If it cannot be computed, the reason as text. ``kind_name``: the name of the
-    layer's kind."""
-    init_method = str(config["init_lora_weights"]).lower()
-    weight: Any = weight_of(names.modules[ref[0]], ref[1])
+    the unchanged base. If it cannot be computed, the reason as text.
+
+    Args:
+        ref: (path of the module, name of the weight) of W.
+        kind_name: the kind of the module, such as "linear".
+        peft_config: PEFT's config, whose ``init_lora_weights`` tells how A and B were initialised.
+    """
+    init_method = str(peft_config["init_lora_weights"]).lower()
+    weight: Any = weight_of(model_index.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)
     if kind_name not in ("linear", *(("conv1d_transformers",) if init_method == "pissa" else ())):
         return f"PEFT has no {init_method} for a {kind_name} layer"
@@ -70,11 +79,11 @@ def without_initial_product(
 def _initial_factors(
     init_method: str, weight: Tensor, rank: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(A₀ [rank, in], B₀ [out, rank]), with which PEFT starts for a weight [out, in]. They are
-    float32 and on the CPU, like the tensors of the file."""
+    """(A₀ [rank, in], B₀ [out, rank]): the values with which PEFT initialises A and B for a weight
+    [out, in], in float32 and on the CPU. ``init_method``: "pissa" or "olora"."""
     W = weight.detach().to("cpu", torch.float32)
     if init_method == "olora":
-        # the first columns of Q depend on the first columns of W alone
+        # the first columns of Q depend on the first columns of W alone, so no more are decomposed
         Q, _ = torch.linalg.qr(W[:, :rank])
         return Q.mT @ W, Q
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -28,8 +28,8 @@ from veneer.models.quantize import sources_of
 class UnverifiedAdapter(UserWarning):
     """Veneer cannot verify that an adapter was trained on this base: another library wrote the
     folder without fingerprints, or the adapter's record and the model do not list the same tensors.
-    ``convert`` also gives this warning if it has no base, and so cannot verify that the adapter
-    changes only weights."""
+    ``convert`` also gives this warning if it has no base: it then cannot verify that PEFT's result
+    with the adapter is that of changed weights."""
 
 
 class PartialChange(UserWarning):
@@ -38,12 +38,14 @@ class PartialChange(UserWarning):
 
 
 def must_be_base(
-    names: Names, adapter_files: AdapterFiles, cache: dict[str, dict[str, str]]
+    model_index: Names, adapter_files: AdapterFiles, fingerprint_cache: dict[str, dict[str, str]]
 ) -> None:
-    """Compare the fingerprint of every tensor of the base that the record lists.
+    """Compare the fingerprint of every tensor of the base that the adapter's record lists with that
+    of the model's tensor. Warn ``UnverifiedAdapter`` if the two do not have the same tensors.
 
     Args:
-        cache: the model's fingerprints by kind of hash and by name. New ones are added.
+        model_index: the modules of the model by path.
+        fingerprint_cache: the model's fingerprints by kind of hash and by name. New ones are added.
 
     Raises:
         BaseMismatchError: fingerprints differ.
@@ -51,123 +53,141 @@ def must_be_base(
     base_record = adapter_files.metadata["base"]
     expected_fingerprints = recorded_fingerprints(base_record)
     hash_kind = recorded_hash_kind(base_record)
-    fingerprints = cache.setdefault(hash_kind, {})
-    token_weights = {
+    fingerprints = fingerprint_cache.setdefault(hash_kind, {})
+    token_weight_fingerprints = {
         weight_path: expected_fingerprints.pop(weight_path)
         for weight_path, change in adapter_files.metadata["changes"].items()
         if "tokens" in change
     }
     uncached_names = expected_fingerprints.keys() - fingerprints.keys()
     if uncached_names:
-        uncached_tensors = [
-            tensor
-            for tensor in list_weights(names)
-            if tensor.is_readable and not uncached_names.isdisjoint(tensor.names)
+        uncached_weights = [
+            module_weight
+            for module_weight in list_weights(model_index)
+            if module_weight.is_readable and not uncached_names.isdisjoint(module_weight.names)
         ]
-        for tensor, digest in zip(
-            uncached_tensors, fingerprints_of(uncached_tensors, hash_kind=hash_kind), strict=True
+        for module_weight, digest in zip(
+            uncached_weights, fingerprints_of(uncached_weights, hash_kind=hash_kind), strict=True
         ):
-            fingerprints.update(dict.fromkeys(tensor.names, digest))
-    # a weight that was quantised at loading may also match by the fingerprint of its checkpoint
-    file_fingerprints = sources_of(names.model)
-    accepted = {
+            fingerprints.update(dict.fromkeys(module_weight.names, digest))
+    # for a weight that Veneer quantised at loading, the record may have the fingerprint of the
+    # packed weight, or that of the checkpoint's weight from which it was made
+    file_fingerprints = sources_of(model_index.model)
+    accepted_fingerprints = {
         name: (digest, file_fingerprints.get(digest)) for name, digest in fingerprints.items()
     }
-    mismatches = [
+    mismatched_names = [
         name
-        for name, expected in expected_fingerprints.items()
-        if expected not in accepted.get(name, (expected,))
+        for name, expected_fingerprint in expected_fingerprints.items()
+        if expected_fingerprint not in accepted_fingerprints.get(name, (expected_fingerprint,))
     ]
     mismatched_weights = [
         base_weight
-        for base_weight in list_weights(names)
-        if base_weight.is_readable and not {*mismatches}.isdisjoint(base_weight.names)
+        for base_weight in list_weights(model_index)
+        if base_weight.is_readable and not {*mismatched_names}.isdisjoint(base_weight.names)
     ]
-    old_fingerprints = earlier_fingerprints(mismatched_weights, hash_kind)
-    mismatches = [
-        name for name in mismatches if old_fingerprints.get(name) != expected_fingerprints[name]
+    earlier_release_fingerprints = earlier_fingerprints(mismatched_weights, hash_kind)
+    mismatched_names = [
+        name
+        for name in mismatched_names
+        if earlier_release_fingerprints.get(name) != expected_fingerprints[name]
     ]
-    mismatches += [
+    mismatched_names += [
         weight_path
-        for weight_path, expected in token_weights.items()
-        if not _untrained_rows_match(names, adapter_files, weight_path, expected)
+        for weight_path, expected_fingerprint in token_weight_fingerprints.items()
+        if not _untrained_rows_match(model_index, adapter_files, weight_path, expected_fingerprint)
     ]
-    if mismatches:
+    if mismatched_names:
         was_called = any(
             was_modified_by_call(base_weight)
             for base_weight in call_modified_weights(mismatched_weights)
-            if not {*mismatches}.isdisjoint(base_weight.names)
+            if not {*mismatched_names}.isdisjoint(base_weight.names)
         )
-        raise BaseMismatchError(_mismatch_text(adapter_files, mismatches, was_called))
-    _warn_unproven(names, adapter_files, expected_fingerprints, fingerprints, token_weights)
+        raise BaseMismatchError(_mismatch_text(adapter_files, mismatched_names, was_called))
+    _warn_unproven(
+        model_index, adapter_files, expected_fingerprints, fingerprints, token_weight_fingerprints
+    )
 
 
 def _warn_unproven(
-    names: Names,
+    model_index: Names,
     adapter_files: AdapterFiles,
     expected_fingerprints: Mapping[str, str],
     fingerprints: Mapping[str, str],
-    token_weights: Mapping[str, str],
+    token_weight_fingerprints: Mapping[str, str],
 ) -> None:
     """Warn of parameters of the model that the record does not list, and of recorded tensors that
     the model lacks.
 
     Args:
         expected_fingerprints: the record's fingerprints by name, without those in
-            ``token_weights``.
+            ``token_weight_fingerprints``.
         fingerprints: the model's fingerprints by name.
-        token_weights: the fingerprints in the record of weights with trained tokens, by path.
+        token_weight_fingerprints: the record's fingerprints of weights with trained token rows, by
+            path.
     """
     base_record = adapter_files.metadata["base"]
     missing_names = [name for name in expected_fingerprints if name not in fingerprints]
-    recorded_names = {*expected_fingerprints, *token_weights, *base_record.get("fresh", ())}
-    full_names = {
+    recorded_names = {
+        *expected_fingerprints,
+        *token_weight_fingerprints,
+        *base_record.get("fresh", ()),
+    }
+    full_tensor_names = {
         f"{peft_paths.strip_wrappers(path)[0]}.{name}".lstrip(".")
-        for path, full in adapter_files.full.items()
-        for name in full
+        for path, full_tensors in adapter_files.full.items()
+        for name in full_tensors
     }
     unlisted_paths = [
-        tensor.path
-        for tensor in list_weights(names)
-        if isinstance(tensor.weight, nn.Parameter)
-        and recorded_names.isdisjoint(tensor.names)
-        and full_names.isdisjoint(tensor.names)
+        module_weight.path
+        for module_weight in list_weights(model_index)
+        if isinstance(module_weight.weight, nn.Parameter)
+        and recorded_names.isdisjoint(module_weight.names)
+        and full_tensor_names.isdisjoint(module_weight.names)
     ]
     paths_by_problem = {
         "parameters of this model are not in its record": unlisted_paths,
         "tensors of its record are not in this model": missing_names,
     }
-    counts = [
+    problem_texts = [
         f"{len(paths)} {problem} ({listing(paths, 3)})"
         for problem, paths in paths_by_problem.items()
         if paths
     ]
-    # the records of earlier releases cover the adapted layers alone
-    if counts and "rest" in base_record:
+    # do not warn for records of earlier releases, which cover only the adapted layers ("rest", the
+    # fingerprints of the other tensors, is missing), as nearly every model has other tensors
+    if problem_texts and "rest" in base_record:
         warning_text = (
-            f"{adapter_files.path} does not prove all of this base: {'; '.join(counts)}. That is"
-            " right where nothing that "
+            f"{adapter_files.path} does not prove all of this base: {'; '.join(problem_texts)}."
+            " That is right where nothing that "
         )
         warnings.warn(f"{warning_text}you use reads them.", UnverifiedAdapter, stacklevel=6)
 
 
 def _untrained_rows_match(
-    names: Names, adapter_files: AdapterFiles, weight_path: str, expected: str
+    model_index: Names, adapter_files: AdapterFiles, weight_path: str, expected_fingerprint: str
 ) -> bool:
-    """Whether a weight with trained token rows equals the base's weight in all other rows.
-    ``expected``: the fingerprint of the base's weight without the trained rows."""
-    tensor = next(tensor for tensor in list_weights(names) if weight_path in tensor.names)
-    ids = next(
+    """Whether a weight of the model equals the base's weight in all rows that the adapter does not
+    train. ``expected_fingerprint``: that of the base's weight without the trained tokens' rows."""
+    module_weight = next(
+        module_weight
+        for module_weight in list_weights(model_index)
+        if weight_path in module_weight.names
+    )
+    token_ids = next(
         token_rows.ids
         for path, token_rows in adapter_files.tokens.items()
-        if f"{path}.{weight_path.rpartition('.')[2]}" in tensor.names
+        if f"{path}.{weight_path.rpartition('.')[2]}" in module_weight.names
     )
-    return fingerprint_without_rows(tensor, ids, hash_kind=expected) == expected
+    return (
+        fingerprint_without_rows(module_weight, token_ids, hash_kind=expected_fingerprint)
+        == expected_fingerprint
+    )
 
 
 def warn_foreign(path: str | Path) -> None:
-    """Warn of a folder without a record. The warning points at the call of ``veneer.load``, four
-    frames above."""
+    """Warn that a folder has no record, so that its base cannot be verified. The warning points at
+    the call of ``veneer.load``, four frames above."""
     warnings.warn(
         f"{path} was written by another library and carries no fingerprint of its base: names and"
         " shapes fit this model, but only you can tell whether it was trained on these weights."
@@ -177,12 +197,13 @@ def warn_foreign(path: str | Path) -> None:
     )
 
 
-def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
-    """Warn of changes of module outputs alone. The warning points at the call of ``veneer.load``,
-    four frames above."""
-    if modules:
+def warn_module_only(path: str | Path, module_paths: Sequence[str]) -> None:
+    """Warn that only calls of the modules at ``module_paths`` see the adapter's change, because
+    PEFT adds it to their outputs, while other code reads their unchanged weights. Nothing happens
+    if there are no paths. The warning points at the call of ``veneer.load``, four frames above."""
+    if module_paths:
         warnings.warn(
-            f"{path} changes what {listing(modules, 3)} give, whose weights other code of this"
+            f"{path} changes what {listing(module_paths, 3)} give, whose weights other code of this"
             " model may read past them: there PEFT computes with the base's weights, and so does"
             " this adapter. It cannot be merged. veneer.check tells whether the model reads"
             " them so.",
@@ -191,29 +212,40 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
         )
 
 
-def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str], was_called: bool) -> str:
-    """The text of the BaseMismatchError. ``mismatches``: the names of tensors with other
-    fingerprints. ``was_called``: whether a forward call has changed packed weights among them."""
-    base_record, counts = adapter_files.metadata["base"], []
+def _mismatch_text(
+    adapter_files: AdapterFiles, mismatched_names: Sequence[str], was_called: bool
+) -> str:
+    """The text of the BaseMismatchError: which tensors differ, and what to do.
+
+    Args:
+        mismatched_names: the tensors whose fingerprints differ from the record's.
+        was_called: whether a forward call has changed packed weights among them (bitsandbytes
+            rounds the scales of 4-bit weights on some processors), so that the values that the
+            adapter was trained on may be lost.
+    """
+    base_record, count_texts = adapter_files.metadata["base"], []
     for key, label in (("weights", "adapted layers"), ("rest", "other tensors")):
-        names = [name for name in mismatches if name in base_record.get(key, {})]
-        counts += (
-            [f"{len(names)} of {len(base_record[key])} {label} ({listing(names, 3)})"]
-            if names
+        differing_names = [name for name in mismatched_names if name in base_record.get(key, {})]
+        count_texts += (
+            [
+                f"{len(differing_names)} of {len(base_record[key])} {label}"
+                f" ({listing(differing_names, 3)})"
+            ]
+            if differing_names
             else []
         )
-    problem = f"other weights in {' and '.join(counts)}"
+    problem = f"other weights in {' and '.join(count_texts)}"
     base_name = base_record["name"] or base_record["architecture"]
-    expected = f"the base that it was trained on, {base_name}"
-    do = (
+    expected_text = f"the base that it was trained on, {base_name}"
+    advice = (
         "load that base, or pass verify_base=False if these are the same weights in another"
         " precision"
     )
     if (quantised := base_record.get("quantized")) and not quantised.get("original"):
-        expected += (
+        expected_text += (
             f", quantised by {quantised.get('by')} ({quantised.get('as', 'as its config says')})"
         )
-        do += (
+        advice += (
             "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
         )
     if was_called:
@@ -221,17 +253,17 @@ def _mismatch_text(adapter_files: AdapterFiles, mismatches: Sequence[str], was_c
             ", in 4 bits with scales that a call on a processor with AVX512-BF16 has rounded, as"
             " bitsandbytes does"
         )
-        do = (
+        advice = (
             "load the base anew and the adapter before the first call (earlier records know such"
-            f" weights so), or {do}"
+            f" weights so), or {advice}"
         )
-    fresh_names = [name for name in base_record.get("fresh", ()) if name in mismatches]
+    fresh_names = [name for name in base_record.get("fresh", ()) if name in mismatched_names]
     if fresh_names:
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in fresh_names))
+        module_paths = list(dict.fromkeys(name.rpartition(".")[0] for name in fresh_names))
         problem += (
             f", of which {listing(fresh_names, 3)} were random as the adapter was trained, and are"
             " in no file"
         )
-        do = f"train it anew with train_also={modules[:3]!r}, or {do}"
-    mismatch = sentence(problem, expected, do)
+        advice = f"train it anew with train_also={module_paths[:3]!r}, or {advice}"
+    mismatch = sentence(problem, expected_text, advice)
     return f"The adapter {adapter_files.path} was made for another base. {mismatch}"

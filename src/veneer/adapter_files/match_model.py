@@ -1,13 +1,11 @@
 """Match an adapter folder with a model: whether it fits, whether it was trained on this base, and
 what has to be installed.
 
-``match(model, path, problems)`` returns a ``LoadPlan``: the plans of the changes, their adapter
-parameters, and the tensors that are trained in full. Its steps, with their files:
+The steps of ``match``, which returns a ``LoadPlan``, and the files that hold them:
 
 read              read the folder, without the model                          folder
 match_modules     find the weight of the model for each change of the file    peft_mapping
-plan_low_rank     plan the rank of each change and find the code that reads   match_parameters
-                  its weight; read A, B and the variant's parameters
+plan_low_rank     plan each low-rank change; read A, B and further tensors    match_parameters
 plan_full         plan the parameters that are trained in full
 check_complete    check that there is a tensor for every target
 must_be_base      compare the fingerprints of the base                        match_base
@@ -60,7 +58,7 @@ class LoadPlan:
     """An adapter folder that fits a model.
 
     Fields:
-        adapter_files: the folder.
+        adapter_files: the content of the folder.
         plans: which changes and which copies of parameters have to be installed.
         adapter_parameters: by changed weight, the parameters of its change by name (A, B, …).
         full: the tensors that are trained in full, by module path and then by name.
@@ -73,8 +71,8 @@ class LoadPlan:
 
     @torch.no_grad()
     def fill(self, layer_adapters: Mapping[str, LayerAdapter]) -> None:
-        """Copy the tensors that are trained in full into ``layer_adapters``, the installed adapter
-        of each module by the module's path."""
+        """Copy the tensors that are trained in full into the installed ``layer_adapters``, which
+        are given by module path."""
         for path, layer_adapter in layer_adapters.items():
             installed_tensors = {**layer_adapter.full._parameters, **layer_adapter.full._buffers}
             for name, tensor in self.full.get(path, {}).items():
@@ -83,12 +81,13 @@ class LoadPlan:
 
 @dataclass
 class MatchCache:
-    """Results that are kept to verify further adapters of the same model, which then takes a
-    fraction of the time. The model must not change in between.
+    """Results that are kept to verify further adapters of the same model in a fraction of the time.
+    The model must not change in between.
 
     Fields:
-        fingerprints: of the model's weights, by kind of hash and then by name.
-        plans: by targets with their ranks and other settings.
+        names: the modules of the model by path.
+        fingerprints: those of the model's weights, by kind of hash and then by name.
+        plans: the plans of low-rank changes, by their targets, ranks and other settings.
     """
 
     names: Names
@@ -98,7 +97,8 @@ class MatchCache:
     def plan(
         self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
     ) -> tuple[LowRankPlan, ...]:
-        """The plans for the targets ``specs``, from the cache if possible."""
+        """The plans for the targets ``specs``, from the cache if possible. Reasons against a plan
+        are added to ``problems``; the plans are then not cached."""
         cache_key = tuple(
             (ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only, spec.tokens)
             for ref, spec in specs.items()
@@ -124,8 +124,9 @@ def match(
 
     Args:
         problems: the problems that the caller found already. They are raised with all others.
-        of_weights: whether a folder without a record is accepted even where PEFT would compute
-            another result than changed weights (see ``install_from``).
+        verify_base: whether to compare the fingerprints of the base, if the folder has a record.
+        of_weights: whether a folder without a record is accepted even if PEFT would compute another
+            result with it than a model with changed weights does (see ``install_from``).
         cache: earlier results for the same model; new results are added.
 
     Raises:
@@ -156,15 +157,15 @@ def match(
 
 
 class _Match:
-    """The state of one match. Each step reads the attributes that the earlier steps have set, and
-    adds to ``problems``."""
+    """The state of one call of ``match``. Each step reads the attributes that the earlier steps
+    have set, and adds to ``problems``."""
 
     def __init__(
         self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
     ) -> None:
         """``by_peft_rules``: whether another library wrote the folder, so that its tensors mean
-        what PEFT computes with them. This may differ from the result of changed weights."""
-        self.adapter_files, self.names, self.problems = adapter_files, names, problems
+        what PEFT computes with them, which may differ from the result of changed weights."""
+        self.adapter_files, self.model_index, self.problems = adapter_files, names, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
         #: weights that other code reads directly: PEFT changes only the output of their module, so
@@ -179,20 +180,19 @@ class _Match:
         #: the names of the tensors in ``full`` that are parameters, without buffers, by module path
         self.full_names: dict[str, tuple[str, ...]] = {}
 
-    def add_problem(self, problem: str, expected: str, do: str = MODEL_ADVICE) -> None:
-        self.problems.append(sentence(problem, expected, do))
+    def add_problem(self, problem: str, expected: str, advice: str = MODEL_ADVICE) -> None:
+        self.problems.append(sentence(problem, expected, advice))
 
     def add_missing_module(self, target_path: str, module_path: str) -> None:
-        """Add the problem that the model has no module at ``module_path``, for a change of
-        ``target_path``."""
-        suggestion = nearest(module_path, self.names.modules)
+        """Add the problem that the model lacks ``module_path``, which ``target_path`` needs."""
+        suggestion = nearest(module_path, self.model_index.modules)
         problem = f"a change of {target_path!r}, which this model lacks{suggestion}"
         self.add_problem(problem, "the same modules")
 
     def match_modules(self) -> None:
         """Find the weight of the model for each change and for the trained tokens of the folder."""
         for file_path, file_layer in throttle(self.adapter_files.low.items()):
-            ref = ref_at(self.names, file_path, self.adapter_files.peft_config)
+            ref = ref_at(self.model_index, file_path, self.adapter_files.peft_config)
             if ref is None:
                 self.add_missing_module(file_layer.target_path, file_layer.target_path)
                 continue
@@ -205,38 +205,41 @@ class _Match:
                 if self.adapter_files.record is not None
                 else self.as_weight_change(ref, layer)
             )
-        # PEFT skips modules that the model lacks; here the folder of another model is refused
+        # PEFT skips modules that the model lacks; here they are a sign of a wrong model
         for path in self.adapter_files.ignored_modules:
-            if path not in self.names.modules:
+            if path not in self.model_index.modules:
                 self.add_missing_module(path, path)
         if self.adapter_files.tokens or self.adapter_files.peft_config.get(
             peft_tokens.INDICES_FIELD
         ):
             self.tokens = saved_token_rows.match_tokens(
-                self.names, self.adapter_files, self.problems, self.by_peft_rules
+                self.model_index, self.adapter_files, self.problems, self.by_peft_rules
             )
 
     def with_config_scale(
         self, ref: ParamRef, file_path: str, file_layer: peft.PeftLayer
     ) -> peft.PeftLayer:
-        """The change with the rank, alpha and scale that the config gives to this weight. If PEFT's
-        result differs from that of a changed weight, a problem is added, or if only other readers
-        of the weight would see the difference, the weight is added to ``module_only``."""
-        names, config = self.names, self.adapter_files.peft_config
-        is_parameter = means_parameter(names, ref, config)
+        """The change with the rank, alpha and scale that PEFT's config gives to this weight. For a
+        folder of another library, PEFT's result must equal that of a changed weight. If it differs
+        only for code that reads the weight directly, the weight is added to ``module_only``; for
+        any other difference, a problem is added."""
+        model_index, peft_config = self.model_index, self.adapter_files.peft_config
+        is_parameter = means_parameter(model_index, ref, peft_config)
         attention_path = (
-            attention_above(names, ref) if peft_paths.attention_of(file_path) is not None else None
+            attention_above(model_index, ref)
+            if peft_paths.attention_of(file_path) is not None
+            else None
         )
-        module = names.modules[ref[0]]
+        module = model_index.modules[ref[0]]
         has_several_weights = len(kind_for(module, ref[1]).weights(module)) > 1
         if is_parameter or has_several_weights:
             config_path = parameter_path(*ref)
         else:
             config_path = ref[0] if attention_path is None else attention_path
-        rank, alpha, scale = peft_paths.rank_alpha_scale(config, config_path)
+        rank, alpha, scale = peft_paths.rank_alpha_scale(peft_config, config_path)
         if self.by_peft_rules:
             reader_reason, reason = deviation_reasons(
-                names, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
+                model_index, ref, file_layer, is_parameter, self.adapter_files.tuner, attention_path
             )
             if reader_reason is not None and has_forward(module):
                 self.module_only.add(ref)
@@ -245,7 +248,7 @@ class _Match:
             if attention_path is not None:
                 alpha = peft_behaviour.OUT_PROJ_REPEATS * alpha
                 scale = peft_behaviour.OUT_PROJ_REPEATS * scale
-                reason = peft_behaviour.out_proj_problem(config) if reason is None else reason
+                reason = peft_behaviour.out_proj_problem(peft_config) if reason is None else reason
             if reason is not None:
                 problem = (
                     f"a change of {file_layer.target_path!r} that PEFT applies in another way:"
@@ -255,13 +258,16 @@ class _Match:
         return replace(file_layer, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """The change without PEFT's bias beside B (option ``lora_bias``). ``add_biases`` adds this
-        bias to the module's bias instead."""
+        """The change without PEFT's bias beside B (``lora_bias``), which ``add_biases`` later adds
+        to the module's own bias. If the module cannot have this bias, a problem is added."""
         if self.adapter_files.peft_config.get("lora_bias") is not True:
             return layer
         extras = dict(layer.extras)
         bias = extras.pop(peft.LORA_BIAS, None)
-        module, weight = self.names.modules[ref[0]], weight_of(self.names.modules[ref[0]], ref[1])
+        module, weight = (
+            self.model_index.modules[ref[0]],
+            weight_of(self.model_index.modules[ref[0]], ref[1]),
+        )
         if bias is None or bias.shape != (layer.B.shape[0],):
             problem = f"no {peft.LORA_BIAS!r} that fits {layer.target_path!r}"
             self.add_problem(problem, "one number an output", "get the whole file again")
@@ -287,28 +293,29 @@ class _Match:
         return replace(layer, extras=extras)
 
     def add_biases(self) -> None:
-        """Add PEFT's biases beside B to the biases that are trained in full."""
+        """Put into ``full`` the sum of PEFT's bias beside B and the module's bias, if it has one,
+        for each module in ``biases``."""
         for path, bias in self.biases.items():
             module_full = self.full.setdefault(path, {})
-            module_bias = self.names.modules[path]._parameters["bias"]
+            module_bias = self.model_index.modules[path]._parameters["bias"]
             trained_bias = module_full.get("bias", module_bias)
-            total = (
+            bias_sum = (
                 bias
                 if trained_bias is None
                 else trained_bias.detach().to("cpu", torch.float64) + bias
             )
-            module_full["bias"] = total.to(
-                at_least_float32(total.dtype if module_bias is None else module_bias.dtype)
+            module_full["bias"] = bias_sum.to(
+                at_least_float32(bias_sum.dtype if module_bias is None else module_bias.dtype)
             )
 
     def as_weight_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """A change from a folder of PEFT, as ΔW = scale · B A of the original base weight. For some
-        initialisations, such as PiSSA, PEFT subtracts the initial product from the base when it
-        loads. PEFT accepts any rank; here it is reduced to at most min(out, in)."""
+        """A change from a folder of PEFT, as ΔW = scale · B A of the original base weight. For
+        PiSSA and OLoRA, ΔW is computed from the base, as PEFT subtracts the initial B A from it. A
+        rank above min(out, in), which PEFT accepts, is reduced."""
         if peft_fields.changes_base_at_load(self.adapter_files.peft_config):
-            kind_name = kind_for(self.names.modules[ref[0]], ref[1]).name
+            kind_name = kind_for(self.model_index.modules[ref[0]], ref[1]).name
             product = without_initial_product(
-                self.names, ref, kind_name, self.adapter_files.peft_config, layer
+                self.model_index, ref, kind_name, self.adapter_files.peft_config, layer
             )
             if isinstance(product, str):
                 self.add_problem(
@@ -334,8 +341,8 @@ class _Match:
         return replace(layer.with_low_rank(product), alpha=alpha, extras=layer.extras)
 
     def plan_low_rank(self, cache: MatchCache) -> None:
-        """Plan every change by the record, or by the file if there is no record. Then read the
-        adapter parameters of each planned weight."""
+        """Plan the changes that the record lists, or those in the file if there is no record. Then
+        read the adapter parameters of each planned weight."""
         adapter_files, layers = self.adapter_files, self.layers
         recorded_changes = adapter_files.metadata.get("changes")
         if recorded_changes is None:
@@ -347,12 +354,12 @@ class _Match:
                 specs[ref] = TargetSpec(rank, alpha, module_only=ref in self.module_only)
         else:
             specs = self.specs_from_record(recorded_changes)
-        for ref, tokens in self.tokens.items():
-            specs[ref] = replace(specs.get(ref, TargetSpec(0, 1.0)), tokens=tokens.ids)
+        for ref, token_rows in self.tokens.items():
+            specs[ref] = replace(specs.get(ref, TargetSpec(0, 1.0)), tokens=token_rows.ids)
         self.low_rank = cache.plan(specs, self.problems)
-        reader = ParameterReader(adapter_files, self.names, layers, self.problems)
+        reader = ParameterReader(adapter_files, self.model_index, layers, self.problems)
         self.adapter_parameters = {
-            plan.ref: (reader.read(plan) if plan.rank else {}) | self.rows_of(plan)
+            plan.ref: (reader.read(plan) if plan.rank else {}) | self.token_row_parameters(plan)
             for plan in throttle(self.low_rank)
         }
         if recorded_changes is not None:
@@ -365,27 +372,28 @@ class _Match:
                 problem = f"changes that the record does not know: {listing(unrecorded_paths)}"
                 self.add_problem(problem, "the files as they were saved", COPY_ADVICE)
 
-    def rows_of(self, plan: LowRankPlan) -> dict[str, Tensor]:
-        """The adapter parameter with the trained token rows of a weight, by the parameter's name
-        (``TOKEN_ROWS``); empty if the folder has no rows for the weight."""
-        tokens = self.tokens.get(plan.ref)
+    def token_row_parameters(self, plan: LowRankPlan) -> dict[str, Tensor]:
+        """{``TOKEN_ROWS``: the trained token rows of the planned weight}, as adapter parameters;
+        empty if the folder has none. If the record lists other tokens, a problem is added."""
+        token_rows = self.tokens.get(plan.ref)
         if self.adapter_files.record is not None and saved_token_rows.differs_from_record(
-            self.adapter_files, plan.full_path, tokens
+            self.adapter_files, plan.full_path, token_rows
         ):
             self.add_problem(
                 f"other trained tokens of {plan.full_path!r} than its record says",
                 "the same",
                 COPY_ADVICE,
             )
-        return {} if tokens is None else {TOKEN_ROWS: tokens.rows}
+        return {} if token_rows is None else {TOKEN_ROWS: token_rows.rows}
 
     def specs_from_record(self, changes: Mapping[str, Any]) -> dict[ParamRef, TargetSpec]:
-        """The target specs for the changes in a record, by weight."""
+        """The settings of the changes that a record lists, by weight. For a weight that the model
+        lacks, a problem is added."""
         specs: dict[ParamRef, TargetSpec] = {}
         for weight_path, change in changes.items():
             module_path, _, parameter_name = weight_path.rpartition(".")
-            path = self.names.canonical.get(module_path)
-            if path is None or parameter_name not in own_parameters(self.names.modules[path]):
+            path = self.model_index.canonical.get(module_path)
+            if path is None or parameter_name not in own_parameters(self.model_index.modules[path]):
                 self.add_missing_module(weight_path, module_path)
             else:
                 specs[path, parameter_name] = TargetSpec(
@@ -397,16 +405,16 @@ class _Match:
         return specs
 
     def plan_full(self) -> None:
-        """Check the tensors that are trained in full against the modules of the model, and complete
-        the plans."""
-        names = self.names
+        """Check the tensors that are trained in full against the modules of the model, and set
+        ``plans``, the plans of all low-rank changes and of these tensors."""
+        model_index = self.model_index
         for file_path, tensors in self.adapter_files.full.items():
-            self.full.setdefault(module_at(names, file_path), {}).update(tensors)
+            self.full.setdefault(module_at(model_index, file_path), {}).update(tensors)
         for plan in self.low_rank:
             self.remove_base_weight(plan)
         self.add_biases()
         for path, tensors in self.full.items():
-            module = names.modules.get(path)
+            module = model_index.modules.get(path)
             module_tensors = {**module._parameters, **module._buffers} if module is not None else {}
             for name, tensor in tensors.items():
                 if name == "bias" and path in self.biases and module_tensors[name] is None:
@@ -428,25 +436,25 @@ class _Match:
         modules_with_buffers = frozenset(
             path
             for path, tensors in self.full.items()
-            if path in names.modules and names.modules[path]._buffers.keys() & tensors
+            if path in model_index.modules and model_index.modules[path]._buffers.keys() & tensors
         )
         self.plans = complete_plans(
-            names,
+            model_index,
             self.adapter_files.config,
             self.low_rank,
             self.full_names,
             self.problems,
             full_modules=modules_with_buffers,
-            split_ties=names.split_ties(self.full),
+            split_ties=model_index.split_ties(self.full),
         )
 
     def remove_base_weight(self, plan: LowRankPlan) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves
-        it (``save_embedding_layers``), and check that the model has the same weight."""
-        weight = weight_of(self.names.modules[plan.path], plan.weight)
+        it (``save_embedding_layers``). ``BaseMismatchError``: the model has another weight."""
+        weight = weight_of(self.model_index.modules[plan.path], plan.weight)
         for module_path, name in plan.holders:
             saved_weight = self.full.get(module_path, {}).pop(name, None)
-            trained_rows = plan.tokens or ()  # the adapter replaces these rows of the base
+            trained_rows = plan.tokens or ()  # rows that the adapter replaces, so may differ
             if saved_weight is not None and fingerprint_without_rows(
                 saved_weight, trained_rows
             ) != fingerprint_without_rows(plan.storage.dense(weight), trained_rows):
@@ -458,29 +466,31 @@ class _Match:
                 )
 
     def check_complete(self) -> None:
-        """Check that a folder without a record has tensors for every target of its config: some may
-        be missing, and no hash tells."""
+        """Check that a folder without a record has tensors for every target of its config, because
+        no hash tells whether some are missing."""
         if self.adapter_files.record is not None:
             return
-        names, config = self.names, self.adapter_files.peft_config
+        model_index, peft_config = self.model_index, self.adapter_files.peft_config
         weight_names = {
             path: layer_kind.weight
-            for path, module in names.modules.items()
+            for path, module in model_index.modules.items()
             if (layer_kind := kind_of(module)) is not None
         }
         expected_refs = {
             (path, weight_names[path])
-            for path in peft_paths.expected_paths(config, weight_names) or ()
-            if weight_of(names.modules[path], weight_names[path]) is not None
+            for path in peft_paths.expected_paths(peft_config, weight_names) or ()
+            if weight_of(model_index.modules[path], weight_names[path]) is not None
         }
-        expected_refs |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
+        expected_refs |= {
+            ref for ref in all_refs(model_index) if means_parameter(model_index, ref, peft_config)
+        }
         missing_paths = sorted(parameter_path(*ref) for ref in expected_refs - self.layers.keys())
-        # a tuner that trains its layers in full has no low-rank tensors for them
+        # the tensors of a tuner that trains its layers in full are in ``full``, not in ``layers``
         if self.adapter_files.tuner is not None and self.adapter_files.tuner.trains_in_full:
             source_config = self.adapter_files.tuner.source
-            full_paths = peft_paths.expected_paths(source_config, names.modules) or ()
+            full_paths = peft_paths.expected_paths(source_config, model_index.modules) or ()
             missing_paths += sorted(
-                path for path in full_paths if not self.full.get(names.canonical[path])
+                path for path in full_paths if not self.full.get(model_index.canonical[path])
             )
         if missing_paths:
             self.add_problem(

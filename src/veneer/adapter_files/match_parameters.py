@@ -40,20 +40,21 @@ MODEL_ADVICE = "load it on the model that it was trained on"
 
 @dataclass(frozen=True)
 class ParameterReader:
-    """Reads the adapter parameters of planned changes. Errors in the files are added to
-    ``problems``.
+    """Reads the adapter parameters of planned changes (A, B and those of the variant) from an
+    adapter's files. Errors in the files are added to ``problems``.
 
     Args:
-        layers: the changes in PEFT's file, by the changed weight.
+        model_index: the modules of the model by path.
+        layers: the changes in PEFT's file, by (module path, name) of the changed weight.
     """
 
     adapter_files: AdapterFiles
-    names: Names
+    model_index: Names
     layers: Mapping[ParamRef, peft.PeftLayer]
     problems: list[str]
 
-    def add_problem(self, problem: str, expected: str, do: str = MODEL_ADVICE) -> None:
-        self.problems.append(sentence(problem, expected, do))
+    def add_problem(self, problem: str, expected: str, advice: str = MODEL_ADVICE) -> None:
+        self.problems.append(sentence(problem, expected, advice))
 
     def read(self, plan: LowRankPlan) -> dict[str, Tensor]:
         """The adapter parameters of one planned change, by name; empty if they do not fit it."""
@@ -71,29 +72,31 @@ class ParameterReader:
         variant_parameters = self.adapter_files.adapter_parameters.get(weight_path)
         if variant_parameters is not None:
             product = LowRank(A, B, layer.scale)
-            reason = _disagreement(self.names, plan, dict(variant_parameters), product, variant)
+            reason = _disagreement(
+                self.model_index, plan, dict(variant_parameters), product, variant
+            )
             if reason:
                 problem = f"{reason} in {PARAMETERS} for {weight_path!r}"
                 self.add_problem(problem, f"what {peft.TENSORS} holds of it", COPY_ADVICE)
             return dict(variant_parameters)
         self.check_sizes(plan, layer, variant)
-        rows = None if plan.rows is None else torch.tensor(plan.rows)
-        if rows is not None and B.index_fill(1, rows, 0).any():
+        row_indices = None if plan.rows is None else torch.tensor(plan.rows)
+        if row_indices is not None and B.index_fill(1, row_indices, 0).any():
             problem = f"a change outside the rows that the record names for {weight_path!r}"
             self.add_problem(problem, "zeros there", COPY_ADVICE)
-        parameters = {"A": A, "B": B if rows is None else B[:, rows]}
+        parameters = {"A": A, "B": B if row_indices is None else B[:, row_indices]}
         for name, suffix in variant.peft_keys.items():
             vector = layer.extras[suffix].reshape(-1)
             if vector.numel() != plan.dims.groups * plan.dims.out:
                 problem = f"no {suffix!r} that fits {plan.path!r}"
                 self.add_problem(problem, "one number an output", "get it again")
                 return {}
-            parameters[name] = vector if rows is None else vector[rows]
+            parameters[name] = vector if row_indices is None else vector[row_indices]
         return parameters
 
     def check_sizes(self, plan: LowRankPlan, layer: peft.PeftLayer, variant: Variant) -> None:
-        """Check that a plan from the record has the rank and scale that ``layer`` has from PEFT's
-        config, and that no parameter of the variant is missing in the folder."""
+        """Add a problem if a plan from the record does not have the rank and scale that ``layer``
+        has from PEFT's config, or if a parameter of the variant is missing in the folder."""
         weight_path = parameter_path(*plan.ref)
         missing_names = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
         if missing_names and self.adapter_files.record is not None:
@@ -109,8 +112,8 @@ class ParameterReader:
             self.add_problem(problem, expected, COPY_ADVICE)
 
     def tied_factors(self, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
-        """(A, B) of a planned weight. Every module that shares the weight must have an equal
-        change. None if a module has no change that fits."""
+        """(A, B) of a planned weight, the same for every module that shares the weight: if their
+        changes differ, a problem is added. None if a module has no change that fits."""
         changes: list[tuple[Tensor, ...]] = []
         for ref in plan.holders:
             factors = self.factors_at(ref, plan)
@@ -125,7 +128,7 @@ class ParameterReader:
             problem = f"different changes for {plan.path!r} and the modules that share its weight"
             self.add_problem(problem, "one change of a tied weight", UNTIE_ADVICE)
         A, B, *_ = first_change
-        frozen_input = plan.layer.frozen_input(self.names.modules[plan.path])
+        frozen_input = plan.layer.frozen_input(self.model_index.modules[plan.path])
         if frozen_input is not None and A[..., frozen_input].any():
             problem = f"a change of the padding row {frozen_input} of {plan.path!r}"
             expected = "none, as Veneer keeps that row at rest"
@@ -133,12 +136,18 @@ class ParameterReader:
         return A, B
 
     def factors_at(self, ref: ParamRef, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
-        """(A [groups, rank, in], B [groups, out, rank]) from the file for ``ref``, a module that
-        has the planned weight. None if the file has no change of ``ref`` that fits."""
-        (path, name), module, layer = ref, self.names.modules[ref[0]], self.layers.get(ref)
+        """(A [groups, rank, in], B [groups, out, rank]) from the file for ``ref``, one (module
+        path, name) of the planned weight. If the file has no change of ``ref`` that fits, None, and
+        a problem is added."""
+        (module_path, parameter_name), module, layer = (
+            ref,
+            self.model_index.modules[ref[0]],
+            self.layers.get(ref),
+        )
         if layer is None:
             problem = (
-                f"a change of {plan.path!r}, whose weight {path!r} shares, without one for {path!r}"
+                f"a change of {plan.path!r}, whose weight {module_path!r} shares, without one for"
+                f" {module_path!r}"
             )
             if ref == plan.ref:
                 problem = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
@@ -146,12 +155,13 @@ class ParameterReader:
                 problem, "one change for a tied weight, under every name", UNTIE_ADVICE
             )
             return None
-        layer_kind = kind_for(module, name)
-        if means_parameter(self.names, ref, self.adapter_files.peft_config):
-            layer_kind = GENERAL_KIND  # PEFT stores a parameter alike in every kind of module
-        shape = plan.storage.shape(weight_of(module, name))
+        layer_kind = kind_for(module, parameter_name)
+        if means_parameter(self.model_index, ref, self.adapter_files.peft_config):
+            # PEFT's file has one layout for target parameters, whatever the kind of the module
+            layer_kind = GENERAL_KIND
+        weight_shape = plan.storage.shape(weight_of(module, parameter_name))
         factors = (
-            layer_kind.unpack(layer.A, layer.B, module, shape)
+            layer_kind.unpack(layer.A, layer.B, module, weight_shape)
             if layer.suffixes == layer_kind.file_keys
             else None
         )
@@ -163,15 +173,15 @@ class ParameterReader:
             or factors[0].shape[::2] != (groups, in_)
             or factors[1].shape[:2] != (groups, out)
         ):
-            problem = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
+            problem = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {module_path!r}"
             expected = (
                 f"those of a {layer_kind.name} layer with (groups, out, in) ="
-                f" {tuple(layer_kind.dims(module, shape))}"
+                f" {tuple(layer_kind.dims(module, weight_shape))}"
             )
             self.add_problem(problem, expected)
             return None
         if factors[0].shape[1] != layer.rank:
-            problem = f"rank {factors[0].shape[1]} at {path!r}"
+            problem = f"rank {factors[0].shape[1]} at {module_path!r}"
             expected = f"{layer.rank}, as the config says"
             self.add_problem(problem, expected, "get both files again")
             return None
@@ -184,47 +194,53 @@ def _parameter_names(variant: str) -> frozenset[str]:
     variant for a tiny layer."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         eye = torch.eye(2)[None]
-        context = InitContext(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)
-        return frozenset(VARIANTS[variant].init(context)) - VARIANTS[variant].derived
+        init_context = InitContext(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)
+        return frozenset(VARIANTS[variant].init(init_context)) - VARIANTS[variant].derived
 
 
 @torch.no_grad()
 def _disagreement(
-    names: Names,
+    model_index: Names,
     plan: LowRankPlan,
     variant_parameters: dict[str, Tensor],
     product: LowRank,
     variant: Variant,
 ) -> str | None:
-    """Why the ``variant_parameters`` make another change than ``product``, the plain LoRA in PEFT's
-    file; None if they make the same change."""
+    """Why the ``variant_parameters``, those of veneer.safetensors, make another change of the
+    weight than ``product``, the plain LoRA in PEFT's file; None if they make the same change."""
     if variant_parameters.keys() - variant.derived != _parameter_names(variant.name):
         return f"numbers {listing(sorted(variant_parameters))}"
-    module, dims = names.modules[plan.path], plan.start_dims
+    module, dims = model_index.modules[plan.path], plan.start_dims
 
-    def base_weight() -> Tensor:
+    def read_base_weight() -> Tensor:
         dense = plan.storage.dense(weight_of(module, plan.weight)).float()
         dense = plan.layer.unfold(dense, plan.dims)
         return dense if plan.rows is None else dense[:, torch.tensor(plan.rows)]
 
     try:
         if variant.derived:
-            context = InitContext(
+            init_context = InitContext(
                 dims.groups, dims.out, dims.in_, plan.rank, plan.layer.fan_in(plan.dims)
             )
-            variant_parameters = {**variant.init(context), **variant_parameters}
-        low, _ = variant.resolve(
-            variant_parameters, variant.scale(plan.alpha, plan.rank), base_weight
+            variant_parameters = {**variant.init(init_context), **variant_parameters}
+        variant_product, _ = variant.resolve(
+            variant_parameters, variant.scale(plan.alpha, plan.rank), read_base_weight
         )
-        low = low if plan.rows is None else low.expand_rows(torch.tensor(plan.rows), plan.dims.out)
+        variant_product = (
+            variant_product
+            if plan.rows is None
+            else variant_product.expand_rows(torch.tensor(plan.rows), plan.dims.out)
+        )
         frozen_input = plan.layer.frozen_input(module)
-        low = low if frozen_input is None else low.zero_input(frozen_input)
-        A = torch.cat([low.A, product.A], 1)
-        B = torch.cat([low.B * low.scale, -product.B * product.scale], 2)
-        difference = LowRank(A, B, 1.0).norm()
+        variant_product = (
+            variant_product if frozen_input is None else variant_product.zero_input(frozen_input)
+        )
+        A = torch.cat([variant_product.A, product.A], 1)
+        B = torch.cat([variant_product.B * variant_product.scale, -product.B * product.scale], 2)
+        difference_norm = LowRank(A, B, 1.0).norm()
     except (RuntimeError, IndexError, ValueError) as error:
         return f"shapes that do not fit ({first_line(error)})"
-    # another machine may round 16-bit values differently
-    if difference > 1e-2 * product.norm():
-        return f"another change (off by {difference:.2g})"
+    # another machine may round 16-bit values differently, so 1 % of difference is permitted
+    if difference_norm > 1e-2 * product.norm():
+        return f"another change (off by {difference_norm:.2g})"
     return None

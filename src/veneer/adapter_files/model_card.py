@@ -1,7 +1,7 @@
 """The model card: the README.md of an adapter folder, for people and for the Hugging Face hub.
 
     ---
-    front matter: lines "key: JSON value"; these are YAML, too, and need no YAML library
+    front matter: lines "key: JSON value", which are valid YAML, so that no YAML library is needed
     ---
     the sections: what the adapter is, its base, data, training, metrics, licence, how to load and
     verify it
@@ -9,9 +9,9 @@
     notes of people
 
 The card is generated from PEFT's config and Veneer's record. Facts that both lack are left out, or
-the card calls them "not stated". No code reads the card, so people may edit it. Saving the adapter
-again rewrites the text above NOTES_MARKER and keeps the notes below. A card without this line was
-written by somebody else and is kept unchanged.
+the card calls them "not stated". Veneer reads nothing from the card, so people may edit it. Saving
+the adapter again rewrites the text above NOTES_MARKER and keeps the notes below. A card without
+this line was written by somebody else and is kept unchanged.
 
 The card reads these keys of ``provenance``, all of them optional:
 
@@ -50,9 +50,9 @@ NOTES_MARKER = (
     "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands"
     " above. -->"
 )
-#: the code in an example for a base that the card does not know
+#: the Python code that stands for the base in an example, if its name is unknown
 UNKNOWN_BASE_CODE = "...  # the base"
-_DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # settings of a run that other sections of the card show, or that concern only the run's machine
 _HIDDEN_SETTINGS = {
     "base",
@@ -100,21 +100,22 @@ class _Card:
         record: Mapping[str, Any],
         shapes: Mapping[str, Sequence[int]],
     ) -> None:
-        self.config = config
+        self.peft_config = config
         self.record = record
         self.shapes = shapes
         self.provenance = _parse_provenance(record)
-        self.base = record.get("base", {})
+        self.base_record = record.get("base", {})
         config_base = config.get("base_model_name_or_path")
-        self.base_name = self.base.get("name") or config_base
+        self.base_name = self.base_record.get("name") or config_base
         self.variant = record.get("config", {}).get("variant", "lora")
         self.title = self.provenance["title"] or (
             "LoRA adapter" + (f" for {_display_name(config_base)}" if config_base else "")
         )
         run_config = self.provenance["config"]
-        self.data, self.eval_data = run_config.get("data"), run_config.get("eval_data")
-        # the class in transformers of a base that reads images, sounds or the input of an encoder
-        architecture = str(self.base.get("architecture"))
+        self.data_name, self.eval_data_name = run_config.get("data"), run_config.get("eval_data")
+        # the transformers class of a base that also reads images or sounds, or has an encoder, so
+        # that AutoModelForCausalLM cannot load it; None for any other base
+        architecture = str(self.base_record.get("architecture"))
         self.multimodal_class = (
             architecture
             if architecture.isidentifier() and architecture.endswith("ForConditionalGeneration")
@@ -132,19 +133,19 @@ class _Card:
         sections = {
             "Base": self.describe_base(),
             "Data": self.describe_data(),
-            "Training": _table("setting", self.settings()),
-            "Metrics": _table("metric", self.provenance["metrics"]),
+            "Training": _markdown_table("setting", self.settings()),
+            "Metrics": _markdown_table("metric", self.provenance["metrics"]),
             "Licence": (
-                f"{_line(self.provenance['license'] or 'Not stated')}. The base model has a licence"
-                " of its own."
+                f"{_escape_line(self.provenance['license'] or 'Not stated')}. The base model has a"
+                " licence of its own."
             ),
             "Use": "\n\n".join(self.usage()),
             "Verify": self.describe_verification(),
         }
         body = [
-            f"# {_line(self.title)}",
+            f"# {_escape_line(self.title)}",
             self.summary(),
-            _paragraphs(self.provenance["description"]),
+            _clean_paragraphs(self.provenance["description"]),
         ]
         body += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
         return (
@@ -155,7 +156,7 @@ class _Card:
 
     def metadata(self) -> dict[str, Any]:
         base_id = _hub_id(self.base_name)
-        datasets = map(_hub_id, (*self.provenance["datasets"], self.data, self.eval_data))
+        datasets = map(_hub_id, (*self.provenance["datasets"], self.data_name, self.eval_data_name))
         metadata = {
             "library_name": "veneer" if self.not_peft_reason else "peft",
             "base_model": base_id,
@@ -172,7 +173,7 @@ class _Card:
         return {key: value for key, value in metadata.items() if value}
 
     def model_index(self) -> list[dict[str, Any]]:
-        data = self.eval_data or self.data
+        data = self.eval_data_name or self.data_name
         eval_metrics = [
             {"type": name.removeprefix("eval_"), "name": name, "value": value}
             for name, value in self.provenance["metrics"].items()
@@ -192,35 +193,42 @@ class _Card:
         module_counts = Counter(
             ".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths
         )
-        ranks = sorted({self.config["r"], *(self.config.get("rank_pattern") or {}).values()})
+        ranks = sorted(
+            {self.peft_config["r"], *(self.peft_config.get("rank_pattern") or {}).values()}
+        )
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         text = (
-            f"A low-rank adapter: variant {_code(self.variant)}, {rank}, alpha"
-            f" {self.config['lora_alpha']:g}. It holds the change of some weights of its base, and"
-            " is of no use without it."
+            f"A low-rank adapter: variant {_inline_code(self.variant)}, {rank}, alpha"
+            f" {self.peft_config['lora_alpha']:g}. It holds the change of some weights of its base,"
+            " and is of no use without it."
         )
-        if tokens := self.config.get("alora_invocation_tokens"):
-            text += f" It acts on the tokens from its invocation {_code(tokens)} on (aLoRA)."
+        if tokens := self.peft_config.get("alora_invocation_tokens"):
+            text += f" It acts on the tokens from its invocation {_inline_code(tokens)} on (aLoRA)."
         if module_counts:
-            counted_modules = [f"{_code(name)} × {count}" for name, count in module_counts.items()]
+            counted_modules = [
+                f"{_inline_code(name)} × {count}" for name, count in module_counts.items()
+            ]
             text += f" It changes {len(paths)} weights: {_abbreviate(counted_modules, 24)}."
         return text
 
     def describe_base(self) -> str:
-        base, text = self.base, _code(self.base_name) if self.base_name else "Not stated"
+        base, text = (
+            self.base_record,
+            _inline_code(self.base_name) if self.base_name else "Not stated",
+        )
         if base.get("architecture"):
-            text += f", a {_code(base['architecture'])}"
+            text += f", a {_inline_code(base['architecture'])}"
         text += "."
         if base.get("weights"):
             text += (
                 f"\n\nFingerprint of the {len(base['weights'])} base weights that it changes: "
-                f"{_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
+                f"{_inline_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
             )
         if base.get("rest"):
             unchanged_text = "tensors that the adapter does not change: norms, embeddings, heads"
             text += f" It also compares {len(base['rest'])} {unchanged_text}."
         if base.get("fresh"):
-            fresh_names = _abbreviate([_code(name) for name in base["fresh"]], 8)
+            fresh_names = _abbreviate([_inline_code(name) for name in base["fresh"]], 8)
             text += (
                 "\n\nParameters that were random as it was trained, and that no file holds:"
                 f" {fresh_names}."
@@ -228,13 +236,15 @@ class _Card:
         return text
 
     def describe_data(self) -> str:
-        data_by_use = {"trained on": self.data, "evaluated on": self.eval_data}
+        data_by_use = {"trained on": self.data_name, "evaluated on": self.eval_data_name}
         lines = [
-            f"- {label} {_code(_display_name(data))}" for label, data in data_by_use.items() if data
+            f"- {label} {_inline_code(_display_name(data))}"
+            for label, data in data_by_use.items()
+            if data
         ]
-        lines += [f"- {_code(name)}" for name in self.provenance["datasets"]]
+        lines += [f"- {_inline_code(name)}" for name in self.provenance["datasets"]]
         lines += [
-            f"- hash of {_line(name)}: {_code(value)}"
+            f"- hash of {_escape_line(name)}: {_inline_code(value)}"
             for name, value in self.provenance["data"].items()
             if value
         ]
@@ -247,7 +257,10 @@ class _Card:
             for name, value in config.items()
             if value not in (None, [], "") and name not in _HIDDEN_SETTINGS
         }
-        settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
+        settings = settings or {
+            "rank": self.peft_config["r"],
+            "alpha": self.peft_config["lora_alpha"],
+        }
         return {
             **settings,
             **({"finished": self.provenance["finished"]} if self.provenance["finished"] else {}),
@@ -262,9 +275,11 @@ class _Card:
             and not base_name.endswith(".gguf")
             else None
         )
-        loader = self.multimodal_class or "AutoModelForCausalLM"
-        transformers_import = [f"from transformers import {loader}"] if transformers_name else []
-        load_call = f"{loader}.from_pretrained({_quote_string(transformers_name)})"
+        loader_class = self.multimodal_class or "AutoModelForCausalLM"
+        transformers_import = (
+            [f"from transformers import {loader_class}"] if transformers_name else []
+        )
+        load_call = f"{loader_class}.from_pretrained({_quote_string(transformers_name)})"
         transformers_code = f"model = {load_call if transformers_name else UNKNOWN_BASE_CODE}"
         veneer_code, veneer_import = transformers_code, transformers_import
         if base_name and not self.multimodal_class:
@@ -274,7 +289,7 @@ class _Card:
             ["import veneer", *veneer_import], veneer_code, 'veneer.load(model, ".")  # this folder'
         )
         if self.not_peft_reason:
-            yield f"PEFT and vLLM cannot load it: {_line(self.not_peft_reason)}."
+            yield f"PEFT and vLLM cannot load it: {_escape_line(self.not_peft_reason)}."
             return
         peft_import = ["from peft import PeftModel", *transformers_import]
         yield _python_block(
@@ -284,7 +299,9 @@ class _Card:
         if reasons:
             yield f"vLLM cannot serve it: {'; '.join(reasons)}."
             return
-        rank = next(rank for rank in vllm.VALID_MAX_RANKS if rank >= vllm.largest_rank(self.config))
+        rank = next(
+            rank for rank in vllm.VALID_MAX_RANKS if rank >= vllm.largest_rank(self.peft_config)
+        )
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
         yield f"```console\nvllm serve {shlex.quote(transformers_name or 'BASE')} {options}\n```"
         yield "vLLM decides by the architecture of the base which of its layers may have adapters."
@@ -292,11 +309,11 @@ class _Card:
     def vllm_problems(self) -> Iterator[str]:
         if not self.is_language_model:
             yield "it serves language models"
-        if self.config.get("target_parameters"):
+        if self.peft_config.get("target_parameters"):
             yield "it adapts modules, not single parameters"
-        if self.config.get("fan_in_fan_out"):
+        if self.peft_config.get("fan_in_fan_out"):
             yield "it does not read transposed layers"
-        yield from vllm.problems(self.config, self.shapes, shapes=self.shapes)
+        yield from vllm.problems(self.peft_config, self.shapes, shapes=self.shapes)
 
     def describe_verification(self) -> str:
         if not self.record:
@@ -307,7 +324,9 @@ class _Card:
         )
         record_hash = self.record["hashes"].get("record")
         return (
-            f"{text}, whose own is {_code(record_hash)}." if record_hash is not None else f"{text}."
+            f"{text}, whose own is {_inline_code(record_hash)}."
+            if record_hash is not None
+            else f"{text}."
         )
 
 
@@ -369,9 +388,9 @@ def _parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _table(column_name: str, values: Mapping[str, Any]) -> str:
+def _markdown_table(column_name: str, values: Mapping[str, Any]) -> str:
     rows = [
-        f"| {_code(name).replace('|', chr(92) + '|')} | {_format_cell(value)} |"
+        f"| {_inline_code(name).replace('|', chr(92) + '|')} | {_format_cell(value)} |"
         for name, value in values.items()
     ]
     return "\n".join([f"| {column_name} | value |", "|---|---|", *rows]) if rows else ""
@@ -390,36 +409,38 @@ def _hub_id(name: Any) -> str | None:
     a file of data or weights, and does not exist as a path; else None."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
-    return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name
+    return None if name.endswith((*_DATA_SUFFIXES, ".gguf")) or Path(name).exists() else name
 
 
 def _display_name(name: Any) -> str:
-    """A hub id unchanged. Of a path only the last segment, since folders differ by machine."""
+    """``name`` if it is a hub id. Of a path, only the last segment is shown, because the folders
+    above it differ between machines."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 
-def _paragraphs(text: str) -> str:
-    """Markdown text from users, without the line NOTES_MARKER."""
+def _clean_paragraphs(text: str) -> str:
+    """Markdown text from users, without the line NOTES_MARKER, so that the text is not taken for
+    notes when the card is renewed."""
     return escape_controls(text.replace("\r\n", "\n").replace(NOTES_MARKER, "").strip())
 
 
-def _line(value: Any) -> str:
-    """Text from users on one line. Special characters of Markdown and HTML are escaped."""
+def _escape_line(value: Any) -> str:
+    """Text from users on one line, with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(escape_controls(str(value)).split()))
 
 
-def _code(value: Any) -> str:
-    """Text from users as inline code, on one line."""
+def _inline_code(value: Any) -> str:
+    """Text from users as inline code of Markdown, on one line."""
     text = " ".join(escape_controls(str(value)).split())
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    backticks = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{padding}{text}{padding}{fence}"
+    return f"{backticks}{padding}{text}{padding}{backticks}"
 
 
 def _format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return _escape_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _quote_string(name: Any) -> str:

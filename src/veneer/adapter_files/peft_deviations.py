@@ -17,17 +17,20 @@ from veneer.formats import peft, peft_behaviour, peft_tuners
 from veneer.layers import Layer, ParamRef, kind_for
 
 
-def outside_reader(names: Names, ref: ParamRef, attention_path: str | None = None) -> str | None:
+def outside_reader(
+    model_index: Names, ref: ParamRef, attention_path: str | None = None
+) -> str | None:
     """The reason why PEFT's change of a module's output is not a change of its weight, if another
     module reads the weight directly. None if no module does.
 
     Args:
+        ref: (path of the changed module, name of its weight).
         attention_path: the path of an attention module of which the out-projection is the changed
             module. PEFT adapts both together, so the attention does not count as a reader.
     """
     reader_paths = [
         weight_reader.path
-        for weight_reader in weight_readers(names, *ref, reachable_only=True)
+        for weight_reader in weight_readers(model_index, *ref, reachable_only=True)
         if weight_reader.path != attention_path
     ]
     return (
@@ -39,7 +42,7 @@ def outside_reader(names: Names, ref: ParamRef, attention_path: str | None = Non
 
 
 def deviation_reason(
-    names: Names,
+    model_index: Names,
     ref: ParamRef,
     is_parameter: bool,
     rule: Callable[[str, Any], str | None] = peft_behaviour.deviation_reason,
@@ -47,12 +50,13 @@ def deviation_reason(
     """Why PEFT's change at a module differs from a change of its weight; None if it does not.
 
     Args:
+        ref: (path of the module, name of the weight).
         is_parameter: whether PEFT changes a parameter of the module, rather than its output.
-        rule: a function that returns the reason for the name of a layer kind and a module. There is
-            one for LoRA, and one for the other tuners of PEFT.
+        rule: a function of the name of a layer kind and a module, which returns the reason or None
+            for modules of this kind. There is one for LoRA, and one for PEFT's other tuners.
     """
     module_path, parameter_name = ref
-    module = names.modules[module_path]
+    module = model_index.modules[module_path]
     layer_kind = kind_for(module, parameter_name)
     if module_path == "":
         return "PEFT cannot wrap the model itself"
@@ -73,7 +77,7 @@ def deviation_reason(
 
 
 def deviation_reasons(
-    names: Names,
+    model_index: Names,
     ref: ParamRef,
     layer: peft.PeftLayer,
     is_parameter: bool,
@@ -85,16 +89,17 @@ def deviation_reasons(
     apply. The first is always None for a change of zero, which has no effect on any reader.
 
     Args:
-        tuner: the content of a folder of another tuner than LoRA, or None.
-        is_parameter, attention_path: as in ``deviation_reason`` and ``outside_reader``.
+        is_parameter: whether PEFT changes a parameter of the module, rather than its output.
+        tuner: the content of a folder of a PEFT tuner such as LoHa; None for LoRA.
+        attention_path: as in ``outside_reader``.
     """
     reader_reason = (
         None
         if not layer.extras and is_zero(layer.A, layer.B)
-        else outside_reader(names, ref, attention_path)
+        else outside_reader(model_index, ref, attention_path)
     )
     return reader_reason, deviation_reason(
-        names,
+        model_index,
         ref,
         is_parameter,
         peft_behaviour.deviation_reason if tuner is None else peft_tuners.deviation_reason,
@@ -102,19 +107,20 @@ def deviation_reasons(
 
 
 def is_zero(A: Tensor, B: Tensor) -> bool:
-    """Whether A or B is all zeros, and so B A. This is normal for a module that PEFT wraps, but of
-    which the model only reads the weight, without a call, such as the out-projection of an
-    attention. Training does not reach its B, which stays zero."""
+    """Whether A or B is all zeros, so that the change B A is zero. Files of PEFT have such changes
+    for modules that the model never calls, but whose weight it reads, such as the out-projection of
+    an attention: training does not reach their B, which keeps its initial zeros."""
     return not (A.any() and B.any())
 
 
-def attention_above(names: Names, ref: ParamRef) -> str | None:
+def attention_above(model_index: Names, ref: ParamRef) -> str | None:
     """The path of the ``nn.MultiheadAttention`` with the weight ``ref`` in its out-projection; None
     if there is none."""
-    parent_path, _, last = ref[0].rpartition(".")
+    parent_path, _, last_segment = ref[0].rpartition(".")
     return (
         parent_path
-        if last == "out_proj" and isinstance(names.modules.get(parent_path), nn.MultiheadAttention)
+        if last_segment == "out_proj"
+        and isinstance(model_index.modules.get(parent_path), nn.MultiheadAttention)
         else None
     )
 
@@ -129,8 +135,8 @@ def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str)
         for known_class in (*layer_kind.types(), *storage.modules())
     ):
         return True
-    dense, replacement = storage.dense(weight), {}
-    if not dense.any():  # a model without weights: with zeros, every forward would give the same
+    dense, replaced_parameters = storage.dense(weight), {}
+    if not dense.any():  # a model whose weights are not loaded: with zeros, most forwards agree
         # use values that differ along every axis; as a strided view they take little memory
         strides = range(dense.dim(), 0, -1)
         last_index = sum(
@@ -138,7 +144,7 @@ def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str)
         )
         values = torch.arange(last_index + 1.0, device=dense.device).sin().to(dense.dtype)
         dense = values.as_strided(dense.shape, [*strides])
-        replacement = {parameter_name: dense}
+        replaced_parameters = {parameter_name: dense}
     is_embedding = layer_kind.name == "embedding"
     x = torch.arange(2 * layer_kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if is_embedding else x.view(2, -1).to(dense.dtype).sin()
@@ -147,12 +153,18 @@ def _is_plain_forward(layer_kind: Layer, module: nn.Module, parameter_name: str)
         for name, parameter in module._parameters.items()
         if is_sharded(parameter)
     }
-    sample_module = view(module, module_class, {**gathered_parameters, **replacement})
+    sample_module = view(module, module_class, {**gathered_parameters, **replaced_parameters})
     try:
-        y = module_class.forward(sample_module, x)
-        expected = layer_kind.op(sample_module, x, dense, sample_module._parameters.get("bias"))
-        # PEFT, too, supports embeddings that scale their output
-        expected = expected * getattr(sample_module, "embed_scale", 1) if is_embedding else expected
-        return bool((y - expected).norm() <= 1e-2 * expected.norm())
+        output = module_class.forward(sample_module, x)
+        expected_output = layer_kind.op(
+            sample_module, x, dense, sample_module._parameters.get("bias")
+        )
+        # embeddings that scale their output count as plain, because PEFT supports them, too
+        expected_output = (
+            expected_output * getattr(sample_module, "embed_scale", 1)
+            if is_embedding
+            else expected_output
+        )
+        return bool((output - expected_output).norm() <= 1e-2 * expected_output.norm())
     except Exception:  # an unknown forward may raise any error
         return False

@@ -6,18 +6,18 @@ The file veneer.json and the header of adapter_model.safetensors hold the same r
     format      the version of the record's format
     base        name, architecture, the labels of a classifier; weights, rest: the fingerprints of
                 the changed and of all other tensors (``base_proof.py``; earlier releases recorded
-                no rest); fresh: parameters without a checkpoint; quantized: how the base was packed
-                in training, and whether the fingerprints are of the unpacked weights
-    changes     rank, alpha and rows of each changed weight; the trained tokens, and the number of
-                rows of their weight
+                no rest); fresh: the parameters that no checkpoint holds; quantized: how the base
+                was packed in training, and whether the fingerprints are of the unpacked weights
+    changes     of each weight that the adapter changes at a low rank: kind, rank, alpha, the
+                changed rows ("rows"), the trained tokens ("tokens") and, with them, the number of
+                rows of the weight ("of")
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record
     versions    the versions of the libraries
     provenance  the mapping that the caller of ``save`` passed
 
-The hashes detect accidents, not attacks, because the author of a folder can write any hashes. So a
-record is used only for its own adapter and for adapters that are computed from it; nothing else
-depends on it.
+The hashes detect accidents, not attacks, because the author of a folder can write any hashes. So
+Veneer uses a record only for its own adapter and for adapters that are computed from it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from veneer.fileio.throttle import throttle
 from veneer.fileio.untrusted import parse, read_json
 from veneer.formats import peft
 
-#: the file names of the record and of the variant's parameters
+#: RECORD: the name of the file with the record. PARAMETERS: the name of the file with the
+#: parameters of a variant that PEFT lacks
 RECORD = "veneer.json"
 PARAMETERS = "veneer.safetensors"
-FORMAT = 1
+RECORD_FORMAT = 1
 
 
 def seal_record(
@@ -53,9 +54,19 @@ def seal_record(
     provenance: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """The record, completed by the hashes of all files and of the record itself."""
+    """The record of a folder, completed by its format, the hashes of all files and of the record
+    itself, the versions of the libraries and the provenance.
+
+    Args:
+        record: the entries "base", "changes" and "config".
+        tensors: the tensors of adapter_model.safetensors, by key.
+        parameters: the tensors of veneer.safetensors, by key; empty if there is no such file.
+
+    Raises:
+        AdapterError: the provenance cannot be written as JSON.
+    """
     record = {
-        "format": FORMAT,
+        "format": RECORD_FORMAT,
         **record,
         "hashes": {"tensors": hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
         "versions": dict(_versions()),
@@ -100,7 +111,12 @@ def _to_json_value(value: Any) -> Any:
 
 
 def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The record in the header of the tensor file; None if another library wrote the file."""
+    """The record in the header of adapter_model.safetensors; None if another library wrote the
+    file. ``path``: the folder. ``metadata``: the header's texts by key.
+
+    Raises:
+        AdapterError: the record is damaged, or is in veneer.json alone.
+    """
     if "veneer" not in metadata:
         if (path / RECORD).exists():
             raise AdapterError(
@@ -125,29 +141,38 @@ def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] 
 def compare_hashes(
     path: Path,
     record: Mapping[str, Any],
-    config: Mapping[str, Any],
+    peft_config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """Tell which contents of the folder have changed since they were hashed: {description of the
-    content: whether it has changed}. ``parameters``: the tensors of ``veneer.safetensors``; None if
-    the file could not be read."""
+    """Tell which contents of the folder ``path`` have changed since they were hashed: {description
+    of the content: whether it has changed}.
+
+    Args:
+        record: the record, with the hashes.
+        peft_config: the fields of ``adapter_config.json``.
+        tensors: the tensors of ``adapter_model.safetensors``, by key.
+        parameters: the tensors of ``veneer.safetensors``; None if the file could not be read.
+    """
     hashes = record["hashes"]
-    checks = {
+    changed_by_content = {
         "the record in its header": hash_record(record) != hashes.get("record"),
         "its tensors": hash_tensors(tensors) != hashes.get("tensors"),
-        peft.CONFIG: hash_json(config) != hashes.get(peft.CONFIG),
+        peft.CONFIG: hash_json(peft_config) != hashes.get(peft.CONFIG),
     }
     if (path / RECORD).exists():
-        checks[RECORD] = read_json(path / RECORD) != record
+        changed_by_content[RECORD] = read_json(path / RECORD) != record
     if parameters is not None and (parameters or PARAMETERS in hashes):
-        checks[PARAMETERS] = hash_tensors(parameters) != hashes.get(PARAMETERS)
-    return checks
+        changed_by_content[PARAMETERS] = hash_tensors(parameters) != hashes.get(PARAMETERS)
+    return changed_by_content
 
 
-def require_unchanged(checks: Mapping[str, bool], path: Path) -> None:
-    """Raise AdapterError if any of ``checks``, the result of ``compare_hashes``, is true."""
-    changed_contents = [content for content, has_changed in checks.items() if has_changed]
+def require_unchanged(changed_by_content: Mapping[str, bool], path: Path) -> None:
+    """Raise AdapterError if a content of the folder ``path`` has changed since it was written.
+    ``changed_by_content``: the result of ``compare_hashes``."""
+    changed_contents = [
+        content for content, has_changed in changed_by_content.items() if has_changed
+    ]
     if changed_contents:
         problem = f"{path}, of which {' and '.join(changed_contents)} changed after it was written"
         if changed_contents == [PARAMETERS]:
@@ -158,8 +183,9 @@ def require_unchanged(checks: Mapping[str, bool], path: Path) -> None:
 
 
 def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The labels of the adapted classifier, in the order of its outputs. None if the base was no
-    classifier, or if neither the record nor the run of ``veneer train`` lists labels."""
+    """The labels of the adapted classifier, in the order of its outputs: those of the base, or
+    those in the settings of the ``veneer train`` run that the provenance holds. None if there are
+    none."""
     task_settings = record.get("provenance", {}).get("task")
     for labels in (
         record.get("base", {}).get("labels"),
@@ -171,11 +197,12 @@ def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """The error texts for a record with invalid fields, as far as no model is needed to tell."""
-    if record.get("format") != FORMAT:
+    """The error texts for a record with invalid fields, as far as they can be checked without a
+    model. ``path``: the folder, for the texts."""
+    if record.get("format") != RECORD_FORMAT:
         yield sentence(
             f"format {_short_repr(record.get('format'))} in {path}",
-            f"{FORMAT}",
+            f"{RECORD_FORMAT}",
             "install a newer Veneer",
         )
         return
@@ -225,7 +252,8 @@ def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
 
 
 def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
-    """The error texts for invalid fields in one entry of the record's "changes"."""
+    """The error texts for invalid fields in ``change``, the settings that the record lists for the
+    weight at ``weight_path``."""
     fields = change if isinstance(change, dict) else {}
     rank, alpha = fields.get("rank"), fields.get("alpha")
     module_only, row_count = fields.get("module_only", False), fields.get("of")
@@ -263,7 +291,8 @@ def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
 
 
 def _is_range_list(value: Any) -> bool:
-    """Whether ``value`` is a list of pairs [start, stop] of numbers, in any order."""
+    """Whether ``value`` is a list of pairs [start, stop] of integers that are not negative. It may
+    not be empty, but the pairs may be in any order."""
     has_pairs = (
         isinstance(value, list)
         and bool(value)
@@ -298,6 +327,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_record(record: Mapping[str, Any]) -> str:
-    """The hash of a record without its field for this hash."""
+    """The hash of a record, computed without the field ["hashes"]["record"] that holds it."""
     file_hashes = {key: value for key, value in record["hashes"].items() if key != "record"}
     return hash_json({**record, "hashes": file_hashes})

@@ -112,7 +112,7 @@ def save(
             path, **content, provenance=provenance or {}, overwrite=overwrite, tokenizer=tokenizer
         )
         reason = peft.not_for_peft(content["peft_config"])
-        # warn only if PEFT supports the variant, though not for one of these layers
+        # warn only if PEFT has this variant: then users may expect that PEFT reads the folder
         if reason and VARIANTS[content["config"].variant].peft_keys:
             warning_text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
@@ -133,8 +133,14 @@ def save_with(
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
 ) -> None:
-    """Do all that ``save`` does, but instead of writing the files, call ``write_content`` with the
-    collected content (see ``_content``), on one of the ranks that save to ``path``."""
+    """Do all that ``save`` does, but instead of writing the files, call ``write_content`` on one of
+    the ranks that save to ``path``.
+
+    Args:
+        write_content: a function of a mapping with keyword arguments for ``folder.write``: the
+            tensors, the configs and the fingerprints.
+        name, base_name, fingerprints, alone: as in ``save``.
+    """
     model = unwrap(model)
     if not alone:
         reshard(model)
@@ -143,19 +149,22 @@ def save_with(
 
     def collect() -> dict[str, Any]:
         adapter_name = name_or_default(model, name)
-        modules = [change for *_, change in changes(model, adapter_name)] + [
+        adapter_modules = [change for *_, change in changes(model, adapter_name)] + [
             layer_adapter.full for _, _, layer_adapter in adapters(model, adapter_name)
         ]
         tensors = full_tensors(
-            tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
+            tensor
+            for module in adapter_modules
+            for tensor in (*module.parameters(), *module.buffers())
         )
-        with replaced_tensors(modules, tensors):
+        with replaced_tensors(adapter_modules, tensors):
             return _content(model, adapter_name, base_name, fingerprints)
 
     if ranks is None:
         write_content(collect())
         return
-    # compare the shapes of the ranks' adapters before any tensor is gathered
+    # compare the shapes of the adapters first, so that ranks with different adapters raise an error
+    # before any tensor is gathered
     with ranks.joint_work("an adapter") as compare:
         compare(hash_json, _describe_adapter(model, name_or_default(model, name)))
     with ranks.joint_work("an adapter, or a base,") as compare:
@@ -168,11 +177,12 @@ def save_with(
 
 def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
     """Raise AdapterError if FSDP1 has flattened and sharded the weights, so that their shapes are
-    unknown, or if FSDP1 has wrapped submodules, so that the wrappers' names are in the paths."""
+    unknown, or if it has wrapped submodules, so that the paths of modules contain the wrappers'
+    names."""
     if not has_fsdp1(module for _, module in walk(model)):
         return
     changed_weights = [
-        weight_of(module, weight) for _, module, weight, _ in changes(model, adapter_name)
+        weight_of(module, weight_name) for _, module, weight_name, _ in changes(model, adapter_name)
     ]
     wraps_modules = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
     if wraps_modules or any(
@@ -184,17 +194,18 @@ def _must_be_gathered(model: nn.Module, adapter_name: str) -> None:
             if wraps_modules
             else ", whose weights it has spread over processes"
         )
-        do = "shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        advice = "shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
         if not wraps_modules:
-            do += (
+            advice += (
                 ", or save on every rank inside of `with"
                 " FullyShardedDataParallel.summon_full_params(wrapped):`"
             )
-        raise AdapterError(problem, "whole weights, or those of FSDP2", do)
+        raise AdapterError(problem, "whole weights, or those of FSDP2", advice)
 
 
 def _describe_adapter(model: nn.Module, adapter_name: str) -> list[Any]:
-    """The name and config of an adapter, and the paths and shapes of its tensors."""
+    """[name, config, shapes] of an adapter, to be compared between ranks. The shapes are a list of
+    (module path, key, shape), one for each tensor."""
     states = {
         path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, adapter_name)
     }
@@ -211,18 +222,18 @@ def _describe_adapter(model: nn.Module, adapter_name: str) -> list[Any]:
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
-    """A hash of the content of the folder, without the provenance."""
+    """A hash of ``content``, the result of ``_content``, to be compared between ranks."""
     digests = {
         key: digest(tensor)
-        for kind in ("tensors", "parameters")
-        for key, tensor in content[kind].items()
+        for field_name in ("tensors", "parameters")
+        for key, tensor in content[field_name].items()
     }
-    metadata = {
+    other_content = {
         key: value
         for key, value in content.items()
         if key not in ("tensors", "parameters", "config")
     }
-    return hash_json([digests, metadata, content["config"].to_dict()])
+    return hash_json([digests, other_content, content["config"].to_dict()])
 
 
 def base_name_of(model: nn.Module) -> str | None:
@@ -245,80 +256,90 @@ def _content(
     base_name: str | None,
     fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """The keyword arguments for ``folder.write``: the tensors, configs and fingerprints."""
+    """The keyword arguments for ``folder.write`` that depend on the model: tensors, configs, and
+    the entries "base" and "changes" of the record. ``base_name`` and ``fingerprints`` are those of
+    ``save``. AdapterError: PEFT's format cannot express the variant, or the base's weights are
+    lost."""
     config = need_adapters(model, adapter_name).configs[adapter_name]
     if VARIANTS[config.variant].peft is None:
         raise AdapterError(
             f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead"
         )
-    names = Names(model)
-    entries = peft_entries(names, adapter_name)
-    # the base of an adapter that was attached to merged weights has no name
+    model_index = Names(model)
+    entries = peft_entries(model_index, adapter_name)
+    # an adapter that was attached to merged weights has them as its base, which has no name
     if base_name is None and need_adapters(model).selections[adapter_name].merged_at_attach is None:
         base_name = base_name_of(model)
-    weights = {
-        parameter_path(weight_path, weight): (weight_of(module, weight), change)
-        for weight_path, module, weight, change in changes(model, adapter_name)
+    changes_by_path = {
+        parameter_path(module_path, weight_name): (weight_of(module, weight_name), change)
+        for module_path, module, weight_name, change in changes(model, adapter_name)
     }
-    is_complete = {id(entry.change): entry.is_complete for entry in entries}
+    is_complete_by_id = {id(entry.change): entry.is_complete for entry in entries}
     return {
         "tensors": {
             **file_tensors(model, adapter_name, entries),
-            **saved_token_rows.file_tensors(names, adapter_name),
+            **saved_token_rows.file_tensors(model_index, adapter_name),
         },
         "peft_config": (
-            peft_config(names, adapter_name, config, base_name, entries)
-            | saved_token_rows.config_fields(names, adapter_name)
+            peft_config(model_index, adapter_name, config, base_name, entries)
+            | saved_token_rows.config_fields(model_index, adapter_name)
         ),
         "base": {
             "name": base_name,
             "architecture": base_class(model).__name__,
             **({} if (labels := labels_of(model)) is None else {"labels": labels}),
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
-            **_proof(names, adapter_name, weights, fingerprints),
+            **_base_fingerprints(model_index, adapter_name, changes_by_path, fingerprints),
         },
         "changes": {
-            weight_path: _describe_change(change) for weight_path, (_, change) in weights.items()
+            weight_path: _describe_change(change)
+            for weight_path, (_, change) in changes_by_path.items()
         },
         "config": config,
         "parameters": {
             f"{weight_path}.{key}": file_tensor(parameter)
-            for weight_path, (_, change) in weights.items()
-            if not is_complete.get(id(change), True)
+            for weight_path, (_, change) in changes_by_path.items()
+            if not is_complete_by_id.get(id(change), True)
             for key, parameter in change.adapter_parameters.items()
             if key not in change.variant.derived or not _has_default_derived(change)
         },
     }
 
 
-def _proof(
-    names: Names,
+def _base_fingerprints(
+    model_index: Names,
     adapter_name: str,
-    weights: Mapping[str, tuple[Any, Change]],
+    changes_by_path: Mapping[str, tuple[Any, Change]],
     fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """The fingerprints of the tensors that the adapted model computes with, and the parameters that
-    no checkpoint holds ("fresh"). ``weights``: {path: (weight, change)} of the weights that the
-    adapter changes at a low rank."""
-    model, tensors = names.model, list_weights(names)
-    tensors_by_id = {id(tensor.weight): tensor for tensor in tensors}
+    """The fields "weights", "rest" and "fresh" of the record's entry "base": the fingerprints of
+    the base's tensors that the adapted model computes with, and the paths of the parameters that no
+    checkpoint holds ("fresh"), of which ``FreshWeights`` warns.
+
+    Args:
+        changes_by_path: {path: (weight, change)} of the weights that the adapter changes at a low
+            rank.
+        fingerprints: known fingerprints by name, which are used instead of computing them.
+    """
+    model, base_weights = model_index.model, list_weights(model_index)
+    weights_by_id = {id(base_weight.weight): base_weight for base_weight in base_weights}
     replaced_ids = {
         id({**module._parameters, **module._buffers}[key])
         for _, module, layer_adapter in adapters(model, adapter_name)
         for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
-    # a weight with trained token rows is not fresh, as the adapter holds the rows that are new
+    # a weight whose only rows without a checkpoint (added tokens) are in the adapter is not fresh
     token_weight_ids = {
-        id(weight) for weight, change in weights.values() if change.tokens is not None
+        id(weight) for weight, change in changes_by_path.values() if change.tokens is not None
     }
     fresh_refs = {
         weight_id: ref
-        for weight_id, ref in names.fresh_parameters().items()
+        for weight_id, ref in model_index.fresh_parameters().items()
         if weight_id not in replaced_ids | token_weight_ids
     }
     FreshWeights.warn(fresh_refs.values(), "As the adapter is saved", stacklevel=5)
     lost_ids = without_backup(model, adapter_name) if fingerprints is None else frozenset()
-    lost_paths = [path for path, (weight, _) in weights.items() if id(weight) in lost_ids]
+    lost_paths = [path for path, (weight, _) in changes_by_path.items() if id(weight) in lost_ids]
     if lost_paths:
         raise AdapterError(
             f"{listing(lost_paths)}, merged with keep=False, of which nobody knows what the base"
@@ -326,26 +347,29 @@ def _proof(
             "the base's weights, for its fingerprint",
             "save it before that merge",
         )
-    changed_weights = {path: tensors_by_id[id(weight)] for path, (weight, _) in weights.items()}
+    changed_weights = {
+        path: weights_by_id[id(weight)] for path, (weight, _) in changes_by_path.items()
+    }
     excluded_ids = replaced_ids.union(
-        (id(weight) for weight, _ in weights.values()),
+        (id(weight) for weight, _ in changes_by_path.values()),
         lost_ids,
-        # in a model without a head, only the pooler can be fresh; no fingerprint of it is needed,
-        # because the hidden states do not depend on it
+        # without a head, only a pooler can be fresh: random in each load, and without any effect
         () if _has_head(model) else fresh_refs,
     )
-    unchanged_tensors = [
-        tensor for tensor in tensors if id(tensor.weight) not in excluded_ids and tensor.is_readable
+    unchanged_weights = [
+        base_weight
+        for base_weight in base_weights
+        if id(base_weight.weight) not in excluded_ids and base_weight.is_readable
     ]
-    recorded_tensors = [*changed_weights.values(), *unchanged_tensors]
-    digests = _find_fingerprints(model, adapter_name, recorded_tensors, fingerprints)
-    record = base_record(changed_weights, unchanged_tensors, digests)
-    for weight_path, (weight, change) in weights.items() if fingerprints is None else ():
-        # the adapter replaces these rows, so that the base's values in them do not matter
+    recorded_weights = [*changed_weights.values(), *unchanged_weights]
+    digests = _find_fingerprints(model, adapter_name, recorded_weights, fingerprints)
+    record = base_record(changed_weights, unchanged_weights, digests)
+    for weight_path, (weight, change) in changes_by_path.items() if fingerprints is None else ():
+        # the adapter replaces the rows of trained tokens: fingerprint the other rows alone
         if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][weight_path] = fingerprint_without_rows(
-                tensors_by_id[id(weight)], ids, bits_before_merge(model, adapter_name)
+                weights_by_id[id(weight)], ids, bits_before_merge(model, adapter_name)
             )
     return {
         **record,
@@ -356,22 +380,22 @@ def _proof(
 def _find_fingerprints(
     model: nn.Module,
     adapter_name: str,
-    tensors: Sequence[ModuleWeight],
+    module_weights: Sequence[ModuleWeight],
     fingerprints: Mapping[str, str] | None,
 ) -> list[str | None]:
-    """The fingerprint of each of ``tensors``, with the base's values from before a merge. An entry
-    is None if ``fingerprints`` is given and lacks it.
+    """The fingerprint of each of ``module_weights``: by name from ``fingerprints`` (None if it is
+    not there), or, if ``fingerprints`` is None, computed from the model's values.
 
-    They are taken from ``fingerprints`` by name, or computed from the model if that is None. For a
-    weight that was quantised at loading, the fingerprint of the weight in the checkpoint is used,
-    if it is known."""
+    For a weight into which an adapter is merged, these are the values from before the merge. For a
+    weight that was quantised at loading, the fingerprint of the weight in the checkpoint is used
+    instead, if it is known."""
     if fingerprints is not None:
         return [
-            next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
-            for tensor in tensors
+            next((fingerprints[name] for name in module_weight.names if name in fingerprints), None)
+            for module_weight in module_weights
         ]
     file_fingerprints = sources_of(model)
-    computed = fingerprints_of(tensors, bits_before_merge(model, adapter_name))
+    computed = fingerprints_of(module_weights, bits_before_merge(model, adapter_name))
     return [file_fingerprints.get(fingerprint, fingerprint) for fingerprint in computed]
 
 
@@ -389,12 +413,17 @@ def install_from(
     """Verify a folder against a model, then install the adapter (``veneer.load``).
 
     Args:
+        trainable: whether the adapter's parameters require gradients.
+        verify_base: whether to compare the fingerprints of the base, if the folder has a record.
         of_weights: whether the changes of a folder without a record are changes of weights, because
             they were converted from a format that defines them so. Then the folder is not refused
             where PEFT would compute another result.
         untie: whether the names of a tied weight that the folder changes differently get separate
-            weights (``ties.untie_for``).
+            weights. None allows this, with a warning (``ties.untie_for``).
         grow: whether to grow the vocabulary of the model first, to that of the adapter's base.
+
+    Raises:
+        AdapterError, BaseMismatchError: the folder does not fit the model, which is unchanged then.
     """
     with saved_token_rows.grow_vocabulary(model, path) if grow else nullcontext():
         untied = untie_for(model, path, untie)
@@ -422,23 +451,23 @@ def install_from(
 
 def _has_default_derived(change: Change) -> bool:
     """Whether the variant's ``derived`` parameters, such as the frozen A and B of VeRA, have the
-    values that Veneer computes from the sizes of the change, so that no file needs them. A VeRA
-    adapter from PEFT has other values."""
+    values that Veneer computes from the sizes of the change. Then they need not be saved. A VeRA
+    adapter that was loaded from a file of PEFT has other values."""
     parameters, dims = change.adapter_parameters, change.dims
     out = dims.out if change.rows is None else len(change.rows)
     context = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
     for parameter_name in change.variant.derived:
         with torch.device(parameters[parameter_name].device):
-            default = change.variant.init(context)[parameter_name]
-        if default.shape != parameters[parameter_name].shape or not torch.equal(
-            default.to(parameters[parameter_name].dtype), parameters[parameter_name]
+            default_values = change.variant.init(context)[parameter_name]
+        if default_values.shape != parameters[parameter_name].shape or not torch.equal(
+            default_values.to(parameters[parameter_name].dtype), parameters[parameter_name]
         ):
             return False
     return True
 
 
 def _describe_change(change: Change) -> dict[str, Any]:
-    """The entry of one change in the record's "changes"."""
+    """The settings of one change, as the entry "changes" of the record has them."""
     fields: dict[str, Any] = {
         "kind": change.layer.name,
         "rank": change.rank,
@@ -448,14 +477,14 @@ def _describe_change(change: Change) -> dict[str, Any]:
     if change.rows is not None:
         fields["rows"] = ranges_of(change.rows.tolist())
     if change.tokens is not None:
-        # the number of rows of the weight as it is stored
+        # "of" is the number of rows of the weight as it is stored: its first size
         row_count = change.dims.in_ if change.layer.out_axis else change.dims.out
         fields |= {"tokens": ranges_of(change.tokens.tolist()), "of": row_count}
     return fields
 
 
 def _has_head(model: nn.Module) -> bool:
-    """Whether a model of transformers has a head on top of a base model, rather than being a base
-    model itself."""
+    """Whether a model of transformers has a head, such as a classifier, on top of a base model.
+    False for a base model itself, and for a model of another library."""
     prefix = getattr(model, "base_model_prefix", "")
     return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)

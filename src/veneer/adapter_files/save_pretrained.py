@@ -1,12 +1,13 @@
-"""``save_pretrained`` of a model with adapters, and ``load_into_attached``, which copies a saved
-adapter into the parameters of an attached adapter.
+"""The replacement of ``save_pretrained`` for a model with adapters, and ``load_into_attached``,
+which copies a saved adapter into the parameters of an attached adapter.
 
 ``model.save_pretrained(d)``, ``trainer.save_model(d)`` and ``model.push_to_hub(…)`` write:
 
     for an adapter           an adapter folder ``d``, as ``veneer.save`` writes it
     for a merged adapter     the plain model, in which the changed weights have their usual names
 
-Transformers' method would write every tensor of ``state_dict()``. ``trainers.py`` replaces it.
+Without the replacement, which ``trainers.py`` installs, transformers' method would write every
+tensor of ``state_dict()``.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ from veneer.formats import peft
 from veneer.layers import ParamRef, parameter_path
 from veneer.models.safetensors_dir import must_hold_no_adapter
 
-#: the name of the replaced method
+#: the name of the method that ``trainers.patch_model`` replaces
 SAVE_METHOD = "save_pretrained"
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     """The replacement for ``module.save_pretrained`` while the model has adapters. It takes the
-    same arguments.
+    same arguments. It saves the selected adapter as a folder, or, if an adapter is merged, the
+    model with the merged weights.
 
     Raises:
         SelectionError: there are several adapters and none is selected, or rows of the batch select
@@ -65,17 +67,17 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         OutputExistsError: the folder holds other files that ``from_pretrained`` would load, too.
     """
     options = _arguments(module, args, kwargs)
-    attached = next(
+    model_adapters = next(
         (layer_state.model_adapters for _, _, layer_state in layer_states(module)), None
     )
     if (
-        attached is None
-        or not attached.configs
-        or (attached.merged is not None and not _uses_adapter_on_merge(attached))
+        model_adapters is None
+        or not model_adapters.configs
+        or (model_adapters.merged is not None and not _uses_adapter_on_merge(model_adapters))
     ):
         _save_model(module, options)
-    elif adapters_of(module) is not attached:
-        adapter_names = ", ".join(attached.configs)
+    elif adapters_of(module) is not model_adapters:
+        adapter_names = ", ".join(model_adapters.configs)
         raise SelectionError(
             f"{SAVE_METHOD} of a {base_class(module).__name__} within the model that"
             f" {adapter_names} belongs to",
@@ -87,10 +89,10 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the replaced method, by name. In every library the first argument
-    is the folder."""
+    """The arguments of a call of the replaced method, by name, in the order of its signature. The
+    first one is the folder, whatever its name is in the library that defines the method."""
     method = getattr(without_adapters(module), SAVE_METHOD)
-    bound = inspect.signature(method).bind(*args, **kwargs).arguments
+    bound_arguments = inspect.signature(method).bind(*args, **kwargs).arguments
     keywords_name = next(
         (
             parameter.name
@@ -99,12 +101,15 @@ def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dic
         ),
         "",
     )
-    named_arguments = {name: value for name, value in bound.items() if name != keywords_name}
-    return {**named_arguments, **bound.get(keywords_name, {})}
+    named_arguments = {
+        name: value for name, value in bound_arguments.items() if name != keywords_name
+    }
+    return {**named_arguments, **bound_arguments.get(keywords_name, {})}
 
 
 def _save_model(module: nn.Module, options: dict[str, Any]) -> None:
-    """Save the module without its adapters, as transformers does."""
+    """Save the module without its adapters by the original method. ``options``: the arguments of
+    the call by name. If there is a state dict among them, the adapters' tensors are removed."""
     folder, plain_module = Path(next(iter(options.values()))), without_adapters(module)
     must_hold_no_adapter(folder)
     if options.get("state_dict") is not None:
@@ -117,7 +122,8 @@ def _save_model(module: nn.Module, options: dict[str, Any]) -> None:
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     """Save one adapter into a folder that may hold other files: the selected adapter, else the
-    default one, else the only one."""
+    default one, else the only one. ``options``: the arguments of the call by name. An option that
+    an adapter folder cannot follow raises an AdapterError."""
     folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE_METHOD)
     unsupported_options = [
         *(option for option in ("variant", "distributed_checkpoint") if options.get(option)),
@@ -134,28 +140,37 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
             "what an adapter folder can follow",
             "leave it out, or merge the adapter to save the whole model",
         )
-    state = _passed_state(options)
+    passed_state = _passed_state(options)
     if not options.get("is_main_process", True):
-        if not state and is_spread(model.modules()):
-            # the main process needs the shards of all processes to write the tensors
+        if not passed_state and is_spread(model.modules()):
+            # the main process needs the shards of this process, too, to write the tensors
             write_adapter(model, name, folder, alone=False)
         return
-    if state:
-        _save_from_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
+    if passed_state:
+        _save_from_state(
+            model, name, passed_state, lambda: write_adapter(model, name, folder, alone=True)
+        )
     else:
         write_adapter(model, name, folder, alone=not is_spread(model.modules()))
     _warn_limits(model, folder)
     if options.get("push_to_hub"):
-        forwarded = ("commit_message", "private", "token", "revision", "create_pr")
-        push_options = {key: options[key] for key in forwarded if options.get(key) is not None}
-        model.push_to_hub(options.get("repo_id") or folder.name, **push_options)  # pyright: ignore[reportCallIssue]
+        forwarded_options = ("commit_message", "private", "token", "revision", "create_pr")
+        push_options = {
+            key: options[key] for key in forwarded_options if options.get(key) is not None
+        }
+        model.push_to_hub(  # pyright: ignore[reportCallIssue]
+            options.get("repo_id") or folder.name, **push_options
+        )
 
 
-def _uses_adapter_on_merge(attached: ModelAdapters) -> bool:
-    """Whether a forward would use an adapter that was attached to the model while another adapter
-    was merged."""
-    selection = context.current.selection.get(attached.uid, attached.default)
-    return selection.name in attached.configs and selection.merged_at_attach == attached.merged
+def _uses_adapter_on_merge(model_adapters: ModelAdapters) -> bool:
+    """Whether a forward would use an adapter that was attached on top of the adapter that is merged
+    now. It is then this adapter that ``save_pretrained`` saves, instead of the merged model."""
+    selection = context.current.selection.get(model_adapters.uid, model_adapters.default)
+    return (
+        selection.name in model_adapters.configs
+        and selection.merged_at_attach == model_adapters.merged
+    )
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
@@ -170,8 +185,8 @@ def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> 
 
 
 def _warn_limits(model: nn.Module, folder: Path) -> None:
-    """Warn of everything in the folder that ``from_pretrained`` cannot load. Only the process that
-    wrote the folder warns."""
+    """Warn ``LoadedElsewhere`` of everything in the folder that ``from_pretrained`` cannot load. A
+    process that has not written the folder, and so sees no adapter in it, does not warn."""
     if not (folder / peft.CONFIG).exists():
         return
     peft_config = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
@@ -217,13 +232,14 @@ def _warn_limits(model: nn.Module, folder: Path) -> None:
             ),
         ),
     )
-    for text in (text for applies, text in warning_texts if applies):
-        warnings.warn(text, LoadedElsewhere, stacklevel=5)
+    for warning_text in (warning_text for applies, warning_text in warning_texts if applies):
+        warnings.warn(warning_text, LoadedElsewhere, stacklevel=5)
 
 
 def _label_count_to_pass(model: nn.Module) -> int | None:
-    """The ``num_labels`` that a caller must pass to ``from_pretrained``, because the base's files
-    have no head of this size; None if no such argument is needed."""
+    """The ``num_labels`` that must be passed to ``from_pretrained`` when the saved adapter is
+    loaded, because the base's files have no head and the default is 2 labels. None if that is not
+    needed."""
     labels = labels_of(model)
     return (
         None
@@ -233,25 +249,31 @@ def _label_count_to_pass(model: nn.Module) -> int | None:
 
 
 def _passed_state(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict that the caller passed, without the prefixes of wrappers in its names."""
-    state = options.get("state_dict") or {}
-    return {re.sub(r"^(_orig_mod\.)?(module\.)?", "", key): value for key, value in state.items()}
+    """The state dict among the arguments ``options`` of the call, without the prefixes that
+    ``torch.compile`` and DDP put before its keys; empty if there is none."""
+    passed_state = options.get("state_dict") or {}
+    return {
+        re.sub(r"^(_orig_mod\.)?(module\.)?", "", key): value for key, value in passed_state.items()
+    }
 
 
 def _save_from_state(
-    model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]
+    model: nn.Module, name: str, passed_state: Mapping[str, Any], write_folder: Callable[[], None]
 ) -> None:
-    """Call ``write`` while the model has the tensors of the state dict ``state`` in place of its
-    own, such as the gathered tensors of a sharded model. They may also be the model's own tensors.
+    """Call ``write_folder`` while the model has the tensors of ``passed_state`` in place of its
+    own. This state dict may hold the gathered tensors of a sharded model, or the model's own
+    tensors. ``name``: the adapter's name.
 
     Raises:
         AdapterError: the state dict lacks tensors of the adapter, or has keys that the model lacks.
     """
     model_state = model.state_dict(keep_vars=True)
     model_tensors = {key: value for key, value in model_state.items() if isinstance(value, Tensor)}
-    marker = f".{LAYER_STATE_NAME}.{name}."
-    missing_keys = [key for key in model_tensors if marker in f".{key}" and key not in state]
-    unknown_keys = [key for key in state if key not in model_state]
+    adapter_marker = f".{LAYER_STATE_NAME}.{name}."
+    missing_keys = [
+        key for key in model_tensors if adapter_marker in f".{key}" and key not in passed_state
+    ]
+    unknown_keys = [key for key in passed_state if key not in model_state]
     if missing_keys or unknown_keys:
         raise AdapterError(
             f"a state_dict without {listing(missing_keys, 3)}"
@@ -261,21 +283,23 @@ def _save_from_state(
             "leave state_dict out, or pass model.state_dict()",
         )
     if all(
-        key not in state or _is_same_tensor(state[key], value)
+        key not in passed_state or _is_same_tensor(passed_state[key], value)
         for key, value in model_tensors.items()
     ):
-        write()
+        write_folder()
         return
-    # a tied parameter has several keys; its first key in the state dict counts
+    # a tied parameter has several keys, whose tensors should be equal: the first one is used
     replacements: dict[int, Tensor] = {}
-    for key in (key for key in model_tensors if key in state):
+    for key in (key for key in model_tensors if key in passed_state):
         is_parameter = isinstance(model_tensors[key], nn.Parameter)
         replacements.setdefault(
             id(model_tensors[key]),
-            nn.Parameter(state[key], requires_grad=False) if is_parameter else state[key],
+            nn.Parameter(passed_state[key], requires_grad=False)
+            if is_parameter
+            else passed_state[key],
         )
     with replaced_tensors(model.modules(), replacements):
-        write()
+        write_folder()
 
 
 def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
@@ -290,8 +314,8 @@ def _is_same_tensor(candidate: Tensor, current: Tensor) -> bool:
 @torch.no_grad()
 def load_into_attached(model: nn.Module, folder: str | Path) -> None:
     """Copy the parameters of an adapter folder into those of an attached adapter: the selected one,
-    else the default one, else the only one. The copy is in place, as an optimiser may hold the
-    parameters. If an error is raised, no parameter has changed.
+    else the default one, else the only one. They are copied in place, because an optimiser may hold
+    the attached parameters. If an error is raised, no parameter has changed.
 
     Raises:
         AdapterError: the folder is damaged or does not fit the model, or its adapter changes other
@@ -324,7 +348,7 @@ def _differences(
     """The error texts for settings in which the adapter of a folder differs from the attached one:
     changed weights, variant, rank, alpha, rows, tokens, and tensors that are trained in full."""
     folder_plans = {plan.ref: plan for plan in load_plan.plans.low_rank_plans}
-    do = "attach with the config of the run that wrote it"
+    advice = "attach with the config of the run that wrote it"
     for problem, refs in (
         ("no change of", attached_changes.keys() - folder_plans.keys()),
         ("a change of", folder_plans.keys() - attached_changes.keys()),
@@ -334,7 +358,7 @@ def _differences(
             yield sentence(
                 f"{problem} {listing(sorted(parameter_path(*ref) for ref in refs), 3)}",
                 expected,
-                do,
+                advice,
             )
     for ref in attached_changes.keys() & folder_plans.keys():
         change, plan = attached_changes[ref], folder_plans[ref]
@@ -349,7 +373,7 @@ def _differences(
             template = "variant {!r}, rank {}, alpha {}, rows {}, tokens {}"
             problem = template.format(*folder_settings)
             expected = template.format(*attached_settings)
-            yield sentence(f"{problem} at {parameter_path(*ref)!r}", expected, do)
+            yield sentence(f"{problem} at {parameter_path(*ref)!r}", expected, advice)
     for path in sorted(layer_adapters.keys() | load_plan.full.keys()):
         attached_keys = set()
         if path in layer_adapters:
@@ -358,5 +382,5 @@ def _differences(
             yield sentence(
                 f"{listing(sorted(folder_keys))} of {path!r} trained in full",
                 listing(sorted(attached_keys)),
-                do,
+                advice,
             )

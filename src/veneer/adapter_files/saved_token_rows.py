@@ -1,9 +1,10 @@
-"""Save and load trained token rows: their tensors and config fields in PEFT's files, and the weight
-of a model that a file means.
+"""Save and load the trained rows of embeddings and heads for single tokens: their tensors and
+config fields in PEFT's files, and the weight of a model that a file means.
 
 PEFT puts the rows into the module that the file names. If this is the input embedding, PEFT puts
 them into the modules that the model ties to it, too. If other code reads the weight, or if the
-weight also has a low-rank change, the saved config makes PEFT refuse the folder.
+weight also has a low-rank change, PEFT would compute another result, so that the saved config makes
+it refuse the folder.
 """
 
 from __future__ import annotations
@@ -27,32 +28,33 @@ from veneer.formats import peft, peft_tokens
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 
-def _token_changes(names: Names, adapter_name: str) -> Iterator[tuple[str, str, Change]]:
+def _token_changes(model_index: Names, adapter_name: str) -> Iterator[tuple[str, str, Change]]:
     """(path of the module, name of the weight, change) for each weight with trained token rows."""
-    for path, _, weight, change in changes(names.model, adapter_name):
+    for path, _, weight_name, change in changes(model_index.model, adapter_name):
         if change.tokens is not None:
-            yield path, weight, change
+            yield path, weight_name, change
 
 
-def file_tensors(names: Names, adapter_name: str) -> dict[str, Tensor]:
+def file_tensors(model_index: Names, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of the adapter's trained token rows, by their key in PEFT's file."""
     return {
-        peft.tensor_key(path, peft_tokens.LORA_ROWS_SUFFIX): (
+        peft.tensor_key(module_path, peft_tokens.LORA_ROWS_SUFFIX): (
             peft_mapping.file_tensor(change.token_rows)
         )
-        for path, _, change in _token_changes(names, adapter_name)
+        for module_path, _, change in _token_changes(model_index, adapter_name)
     }
 
 
-def config_fields(names: Names, adapter_name: str) -> dict[str, Any]:
-    """The fields of PEFT's config for the trained tokens. If PEFT would compute another result,
-    ``peft_type`` holds the reason."""
+def config_fields(model_index: Names, adapter_name: str) -> dict[str, Any]:
+    """The fields of PEFT's config for the trained tokens: their ids by module path. If PEFT would
+    compute another result than Veneer, there is also a ``peft_type`` with the reason, which makes
+    PEFT refuse the config."""
     fields: dict[str, Any] = {}
-    refs_by_id = names.refs_by_parameter_id()
-    for path, weight, change in _token_changes(names, adapter_name):
+    refs_by_id = model_index.refs_by_parameter_id()
+    for path, weight_name, change in _token_changes(model_index, adapter_name):
         tokens: Any = change.tokens
         fields.setdefault(peft_tokens.INDICES_FIELD, {})[path] = tokens.tolist()
-        reason = deviation_reason(names, (path, weight), refs_by_id)
+        reason = deviation_reason(model_index, (path, weight_name), refs_by_id)
         if change.rank:
             reason = "PEFT takes no low-rank change of a module of which it trains tokens"
         if reason is not None:
@@ -61,99 +63,114 @@ def config_fields(names: Names, adapter_name: str) -> dict[str, Any]:
 
 
 def deviation_reason(
-    names: Names,
+    model_index: Names,
     ref: ParamRef,
     refs_by_id: Mapping[int, list[ParamRef]],
     trained_paths: Collection[str] = (),
 ) -> str | None:
-    """Why PEFT computes another result than a model with the trained rows in its weight, if PEFT
-    trains tokens of the module of ``ref`` and of the modules ``trained_paths``; None if it computes
-    the same result. ``refs_by_id``: the names of each weight by its ``id``."""
-    refs = names.holders_of(ref, refs_by_id)
+    """Why PEFT computes another result than a model with the trained rows in its weight; None if it
+    computes the same result.
+
+    Args:
+        ref: (module path, name) of the weight, whose module has trained tokens in PEFT's file.
+        refs_by_id: (module path, name) for each module that holds a weight, by the weight's ``id``.
+        trained_paths: the paths of further modules with trained tokens in the file.
+    """
+    refs = model_index.holders_of(ref, refs_by_id)
     for module_path, parameter_name in refs:
-        module = names.modules[module_path]
-        reason = peft_deviations.deviation_reason(names, (module_path, parameter_name), False)
+        module = model_index.modules[module_path]
+        reason = peft_deviations.deviation_reason(model_index, (module_path, parameter_name), False)
         if reason is None and module._parameters.get("bias") is not None:
             reason = "PEFT leaves out the bias of a layer of which it trains tokens"
         if reason is not None:
             return reason
-    if trains_one_name(names, ref, refs_by_id, trained_paths):
+    if trains_one_name(model_index, ref, refs_by_id, trained_paths):
         return "PEFT trains the tokens of one of the modules that share this weight"
     return None
 
 
 def trains_one_name(
-    names: Names,
+    model_index: Names,
     ref: ParamRef,
     refs_by_id: Mapping[int, list[ParamRef]],
     trained_paths: Collection[str] = (),
 ) -> bool:
-    """Whether PEFT leaves another name of the weight ``ref`` unchanged, if PEFT trains tokens of
-    the module of ``ref`` and of the modules ``trained_paths``."""
-    refs = names.holders_of(ref, refs_by_id)
+    """Whether PEFT leaves a module unchanged that shares the weight ``ref``.
+
+    Args:
+        ref: (module path, name) of the weight, whose module has trained tokens in PEFT's file.
+        refs_by_id: (module path, name) for each module that holds a weight, by the weight's ``id``.
+        trained_paths: the paths of further modules with trained tokens in the file.
+    """
+    refs = model_index.holders_of(ref, refs_by_id)
     changed_paths = {*trained_paths, ref[0]}
-    input_embedding = getattr(names.model, "get_input_embeddings", lambda: None)()
-    if names.modules[ref[0]] is input_embedding:
-        changed_paths |= {*_paths_tied_to_input(names)}
+    input_embedding = getattr(model_index.model, "get_input_embeddings", lambda: None)()
+    if model_index.modules[ref[0]] is input_embedding:
+        changed_paths |= {*_paths_tied_to_input(model_index)}
     return any(path not in changed_paths for path, _ in refs)
 
 
-def _paths_tied_to_input(names: Names) -> Iterator[str]:
+def _paths_tied_to_input(model_index: Names) -> Iterator[str]:
     """The paths of the modules into which PEFT also puts the token rows of the input embedding: the
     output layer and the modules in ``_tied_weights_keys``, if the config ties word embeddings."""
-    if getattr(getattr(names.model, "config", None), "tie_word_embeddings", False) is not True:
+    if (
+        getattr(getattr(model_index.model, "config", None), "tie_word_embeddings", False)
+        is not True
+    ):
         return
-    output: Any = getattr(names.model, "get_output_embeddings", lambda: None)()
-    yield from (path for path, module in names.modules.items() if module is output)
-    for parent_path, module in names.modules.items():
+    output_layer: Any = getattr(model_index.model, "get_output_embeddings", lambda: None)()
+    yield from (path for path, module in model_index.modules.items() if module is output_layer)
+    for parent_path, module in model_index.modules.items():
         tied_keys = getattr(module, "_tied_weights_keys", None)
         for key in {*tied_keys, *tied_keys.values()} if isinstance(tied_keys, Mapping) else ():
             path = parameter_path(parent_path, key).rpartition(".")[0]
-            if path in names.canonical:
-                yield names.canonical[path]
+            if path in model_index.canonical:
+                yield model_index.canonical[path]
 
 
 def first_ref_at(
-    names: Names, module_path: str, refs_by_id: Mapping[int, list[ParamRef]]
+    model_index: Names, module_path: str, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> ParamRef | None:
-    """The first name, in the order of the model, of the weight of the module at ``module_path``, a
-    path in PEFT's file. None if the model has no such weight."""
-    path = names.canonical.get(module_path)
-    layer_kind = None if path is None else kind_of(names.modules[path])
+    """(module path, name) under which the model first holds the weight of the module at
+    ``module_path``, a path in PEFT's file. The module there may be another one if the weight is
+    tied. None if the model has no such weight. ``refs_by_id``: (module path, name) for each module
+    that holds a weight, by the weight's ``id``."""
+    path = model_index.canonical.get(module_path)
+    layer_kind = None if path is None else kind_of(model_index.modules[path])
     if (
         path is None
         or layer_kind is None
-        or weight_of(names.modules[path], layer_kind.weight) is None
+        or weight_of(model_index.modules[path], layer_kind.weight) is None
     ):
         return None
-    return names.holders_of((path, layer_kind.weight), refs_by_id)[0]
+    return model_index.holders_of((path, layer_kind.weight), refs_by_id)[0]
 
 
 def match_tokens(
-    names: Names, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
+    model_index: Names, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
-    """The trained token rows of a folder, by the weight of the model that they belong to. For rows
-    that do not fit the weight, ``problems`` gets an error text.
+    """The trained token rows of a folder, by (module path, name) of the weight of the model that
+    they belong to. For rows that do not fit the weight, ``problems`` gets an error text.
 
     Args:
         by_peft_rules: whether another library wrote the folder, so that rows are also refused if
             PEFT computes another result with them than a model with these rows in its weight.
     """
-    refs_by_id = names.refs_by_parameter_id()
-    matches: dict[ParamRef, peft_tokens.TokenRows] = {}
+    refs_by_id = model_index.refs_by_parameter_id()
+    rows_by_ref: dict[ParamRef, peft_tokens.TokenRows] = {}
     for module_path, token_rows in adapter_files.tokens.items():
-        first_ref = first_ref_at(names, module_path, refs_by_id)
+        first_ref = first_ref_at(model_index, module_path, refs_by_id)
         if first_ref is None:
             problem = (
                 f"trained tokens of {module_path!r}, which this model"
-                f" lacks{nearest(module_path, names.modules)}"
+                f" lacks{nearest(module_path, model_index.modules)}"
             )
             problems.append(
                 sentence(problem, "the same modules", "load it on the model that it was trained on")
             )
             continue
-        size_problem = _size_problem(names, adapter_files, first_ref, token_rows)
-        earlier_rows = matches.get(first_ref)
+        size_problem = _size_problem(model_index, adapter_files, first_ref, token_rows)
+        earlier_rows = rows_by_ref.get(first_ref)
         if earlier_rows is not None and (
             earlier_rows.ids != token_rows.ids
             or not torch.equal(earlier_rows.rows, token_rows.rows)
@@ -166,36 +183,36 @@ def match_tokens(
         elif size_problem is not None:
             problems += [size_problem] if earlier_rows is None else []
         elif by_peft_rules:
-            ref, trained_paths = ref_of(names, module_path), {*adapter_files.tokens}
-            reason = deviation_reason(names, ref, refs_by_id, trained_paths)
+            ref, trained_paths = ref_of(model_index, module_path), {*adapter_files.tokens}
+            reason = deviation_reason(model_index, ref, refs_by_id, trained_paths)
             if reason is not None:
                 problem = (
                     f"trained tokens of {module_path!r} that PEFT applies in another way: {reason}"
                 )
-                do = "use PEFT for it"
-                if trains_one_name(names, ref, refs_by_id, trained_paths):
-                    do = "load it with veneer.load(…, untie=True)"
-                problems.append(sentence(problem, "rows of a weight", do))
-        matches[first_ref] = token_rows
-    problems += _missing_rows(names, adapter_files, matches, refs_by_id)
-    return matches
+                advice = "use PEFT for it"
+                if trains_one_name(model_index, ref, refs_by_id, trained_paths):
+                    advice = "load it with veneer.load(…, untie=True)"
+                problems.append(sentence(problem, "rows of a weight", advice))
+        rows_by_ref[first_ref] = token_rows
+    problems += _missing_rows(model_index, adapter_files, rows_by_ref, refs_by_id)
+    return rows_by_ref
 
 
-def ref_of(names: Names, module_path: str) -> ParamRef:
-    """The weight of the module at a path in PEFT's file, under the first path of the module."""
-    layer_kind: Any = kind_of(names.modules[names.canonical[module_path]])
-    return names.canonical[module_path], layer_kind.weight
+def ref_of(model_index: Names, module_path: str) -> ParamRef:
+    """(first path of the module, name of its weight) for the module at a path in PEFT's file."""
+    layer_kind: Any = kind_of(model_index.modules[model_index.canonical[module_path]])
+    return model_index.canonical[module_path], layer_kind.weight
 
 
 def _size_problem(
-    names: Names,
+    model_index: Names,
     adapter_files: AdapterFiles,
     first_ref: ParamRef,
     token_rows: peft_tokens.TokenRows,
 ) -> str | None:
-    """Why the trained rows do not fit the weight: the weight has another width or another number of
-    rows. None if they fit."""
-    module = names.modules[first_ref[0]]
+    """The error text if the trained rows do not fit the weight ``first_ref`` of the model, because
+    it has another width or another number of rows; None if they fit."""
+    module = model_index.modules[first_ref[0]]
     weight = weight_of(module, first_ref[1])
     storage: Any = storage_of(weight)
     weight_path = parameter_path(*first_ref)
@@ -230,27 +247,28 @@ def _size_problem(
             "as many",
             "load it on its own base, or shrink this one: model.resize_token_embeddings",
         )
-    do = (
+    advice = (
         f"call model.resize_token_embeddings({expected_row_count}) first, or pass grow=True to"
         " veneer.load (`veneer merge` grows)"
     )
-    return sentence(problem, "a base whose vocabulary grew as that of the adapter did", do)
+    return sentence(problem, "a base whose vocabulary grew as that of the adapter did", advice)
 
 
 def _missing_rows(
-    names: Names,
+    model_index: Names,
     adapter_files: AdapterFiles,
-    matches: Mapping[ParamRef, Any],
+    rows_by_ref: Mapping[ParamRef, Any],
     refs_by_id: Mapping[int, list[ParamRef]],
 ) -> Iterator[str]:
-    """The error texts for modules that have trained tokens by the config, but no rows in the
-    file."""
+    """The error texts for modules for which PEFT's config lists trained tokens, but the file has no
+    rows. ``rows_by_ref``: the file's rows by (module path, name) of the weight."""
     token_ids = adapter_files.peft_config.get(peft_tokens.INDICES_FIELD) or {}
     for path_ending in token_ids if isinstance(token_ids, Mapping) else ():
         first_refs = {
-            first_ref_at(names, path, refs_by_id) for path in names.modules_matching(path_ending)
+            first_ref_at(model_index, path, refs_by_id)
+            for path in model_index.modules_matching(path_ending)
         }
-        if not first_refs & matches.keys():
+        if not first_refs & rows_by_ref.keys():
             problem = (
                 f"trained tokens of {path_ending!r} in {peft.CONFIG}, and no rows of them in"
                 f" {peft.TENSORS}"
@@ -261,15 +279,15 @@ def _missing_rows(
 def differs_from_record(
     adapter_files: AdapterFiles, weight_path: str, token_rows: peft_tokens.TokenRows | None
 ) -> bool:
-    """Whether the record lists other trained tokens of a weight than those in the tensor file,
-    which ``token_rows`` holds (None: the file has none)."""
+    """Whether the record lists other trained tokens of a weight than the tensor file holds.
+    ``token_rows``: those in the file; None if it has none."""
     recorded_ranges = adapter_files.metadata.get("changes", {}).get(weight_path, {}).get("tokens")
     return recorded_ranges != (None if token_rows is None else ranges_of(token_rows.ids))
 
 
 def vocabulary_size(adapter_files: AdapterFiles) -> int:
-    """The number of rows of the embeddings with trained tokens: by the record, or else the smallest
-    number of rows that includes all these tokens."""
+    """The number of rows that the embeddings with trained tokens had in training, by the record.
+    Without a record, the smallest number of rows that includes all these tokens."""
     return max(
         [
             *(change.get("of", 0) for change in adapter_files.metadata.get("changes", {}).values()),
@@ -287,70 +305,76 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
         AdapterError: the model cannot grow, or the adapter has no values for some of the new rows,
             which would then be random.
     """
-    names, size, problems = Names(model), vocabulary_size(adapter_files), []
+    model_index, new_row_count, problems = Names(model), vocabulary_size(adapter_files), []
     embedding_layers: list[Any] = [
-        getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")
+        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
     ]
     embeddings = {
         id(layer.weight): layer
         for layer in embedding_layers
         if layer is not None and getattr(layer, "weight", None) is not None
     }
-    old_size = min((len(layer.weight) for layer in embeddings.values()), default=size)
-    if not adapter_files.tokens or old_size >= size:
+    old_row_count = min((len(layer.weight) for layer in embeddings.values()), default=new_row_count)
+    if not adapter_files.tokens or old_row_count >= new_row_count:
         return None
     if adapters_of(model) is not None:
         problems.append(
             sentence("a model with adapters", "one that may still grow", "load this adapter first")
         )
-    refs_by_id = names.refs_by_parameter_id()
+    refs_by_id = model_index.refs_by_parameter_id()
     trained_ids = {
-        first_ref_at(names, module_path, refs_by_id): token_rows.ids
+        first_ref_at(model_index, module_path, refs_by_id): token_rows.ids
         for module_path, token_rows in adapter_files.tokens.items()
     }
     for layer in embeddings.values():
         first_ref = refs_by_id[id(layer.weight)][0]
-        untrained_ids = sorted({*range(old_size, size)} - {*trained_ids.get(first_ref, ())})
+        untrained_ids = sorted(
+            {*range(old_row_count, new_row_count)} - {*trained_ids.get(first_ref, ())}
+        )
         if untrained_ids:
             problem = (
                 f"row {', '.join(map(str, untrained_ids[:4]))} of {parameter_path(*first_ref)!r}"
                 " that grew and was never trained"
             )
-            do = (
+            advice = (
                 "save the base as it grew (save_pretrained), and load on that; or train these"
                 " rows too"
             )
-            problems.append(sentence(problem, "rows that the adapter holds", do))
-        path, do = first_ref[0], "save the base as it grew (save_pretrained), and load on that"
+            problems.append(sentence(problem, "rows that the adapter holds", advice))
+        path, advice = first_ref[0], "save the base as it grew (save_pretrained), and load on that"
         if getattr(layer, "bias", None) is not None and "bias" not in adapter_files.full.get(
             path, ()
         ):
             problem = (
-                f"{parameter_path(path, 'bias')!r}, of which {size - old_size} numbers would be new"
-                " and in no file"
+                f"{parameter_path(path, 'bias')!r}, of which {new_row_count - old_row_count}"
+                " numbers would be new and in no file"
             )
             problems.append(
                 sentence(
                     problem,
                     "an output layer without a bias, or with one that the adapter holds",
-                    do,
+                    advice,
                 )
             )
     raise_all(AdapterError, f"The base cannot grow for {adapter_files.path}", problems)
-    return size
+    return new_row_count
 
 
 @contextmanager
 def grow_vocabulary(model: Any, path: Any) -> Iterator[None]:
-    """A context that grows the vocabulary of a model for the adapter in a folder. If the block
-    raises an error, the vocabulary shrinks to its old size."""
-    old_size, size = None, grown_row_count(model, read(path, weight_lookup_of(Names(model))))
-    if size is not None:
-        old_size = len(model.get_input_embeddings().weight)
-        model.resize_token_embeddings(size, mean_resizing=False)
+    """A context that first grows the vocabulary of a model to that of the base of the adapter in
+    the folder ``path``, if it is smaller. If the block raises an error, the vocabulary shrinks to
+    its old size. ``AdapterError``: the vocabulary cannot grow (see ``grown_row_count``)."""
+    old_row_count, new_row_count = (
+        None,
+        grown_row_count(model, read(path, weight_lookup_of(Names(model)))),
+    )
+    if new_row_count is not None:
+        old_row_count = len(model.get_input_embeddings().weight)
+        model.resize_token_embeddings(new_row_count, mean_resizing=False)
     try:
         yield
     except BaseException:
-        if old_size is not None:
-            model.resize_token_embeddings(old_size, mean_resizing=False)
+        if old_row_count is not None:
+            model.resize_token_embeddings(old_row_count, mean_resizing=False)
         raise

@@ -1,5 +1,5 @@
-"""Untie weights for an adapter folder: the names of a tied weight to which the folder gives
-different changes become separate weights.
+"""Untie weights for an adapter folder: if the folder changes a tied weight differently under its
+several names, these names get separate weights.
 
 A tied weight is one parameter with several names in the model. PEFT adapts modules one by one. Its
 adapter may change one name of a tied weight at a low rank, in full or in some rows, and leave the
@@ -27,27 +27,27 @@ from veneer.layers import ParamRef, parameter_path
 
 
 class TieBroken(UserWarning):
-    """A folder of PEFT changes a tied weight under some of its names only. Until the last adapter
-    is detached, each of these names has a separate weight."""
+    """A folder of PEFT changes a tied weight under some of its names only, or differently under
+    them. Until the last adapter is detached, each changed name has a separate weight."""
 
 
 def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Untied | None:
-    """Untie the names of tied weights that the folder ``path`` changes differently. None if the
-    folder changes no names differently.
+    """Untie the names of tied weights that the folder ``path`` changes differently. Returns what
+    was untied, so that it can be tied again; None if nothing was.
 
     Args:
         required: True unties the names. None does so too, and warns ``TieBroken``. False does
             nothing.
 
     Raises:
-        AdapterError: such a weight is stored packed, or an adapter is merged into it.
+        AdapterError: a weight to untie is stored packed, or an adapter is merged into the model.
     """
     if required is False:
         return None
-    names = Names(model)
-    if not any(len(refs) > 1 for refs in names.refs_by_parameter_id().values()):
+    model_index = Names(model)
+    if not any(len(refs) > 1 for refs in model_index.refs_by_parameter_id().values()):
         return None
-    refs = refs_to_untie(names, read(path, weight_lookup_of(names)))
+    refs = refs_to_untie(model_index, read(path, weight_lookup_of(model_index)))
     if not refs:
         return None
     attached = adapters_of(model)
@@ -58,7 +58,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
             "an unmerged model",
             "call veneer.unmerge(model) first",
         )
-    untied = untie(names, refs)
+    untied = untie(model_index, refs)
     if required is None and untied.names:
         warnings.warn(_describe_untied(path, untied), TieBroken, stacklevel=4)
     return untied if untied.names else None
@@ -66,8 +66,8 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
 
 def _describe_untied(path: str | Path, untied: Untied) -> str:
     pairs = [
-        f"{parameter_path(*ref)!r} apart from {parameter_path(*keeps)!r}"
-        for ref, keeps in untied.names
+        f"{parameter_path(*untied_ref)!r} apart from {parameter_path(*kept_ref)!r}"
+        for untied_ref, kept_ref in untied.names
     ]
     config_note = ", and config.tie_word_embeddings is False" if untied.changed_config else ""
     return (
@@ -77,28 +77,30 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
     )
 
 
-def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights that a folder changes differently. It does so if the names have
-    different low-rank changes, if they have different values that are trained in full, or if PEFT
-    replaces token rows under one of the names only."""
+def refs_to_untie(model_index: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
+    """The names of tied weights that need weights of their own for a folder: the names for which it
+    has different low-rank changes or different values that are trained in full, and the names for
+    which it has token rows that PEFT does not put into all modules that share the weight. A name is
+    (module path, name of the parameter)."""
     layers_by_ref = {
-        ref_at(names, path, adapter_files.peft_config): layer
+        ref_at(model_index, path, adapter_files.peft_config): layer
         for path, layer in adapter_files.low.items()
     }
     low_rank_refs: list[ParamRef] = []
-    tied_groups = [refs for refs in names.refs_by_parameter_id().values() if len(refs) > 1]
+    tied_groups = [refs for refs in model_index.refs_by_parameter_id().values() if len(refs) > 1]
     for refs in tied_groups:
-        layers = [layers_by_ref[ref] for ref in refs if ref in layers_by_ref]
-        if layers and (
-            len(layers) < len(refs)
-            or not all(_is_same_change(layers[0], tied_layer) for tied_layer in layers)
+        tied_layers = [layers_by_ref[ref] for ref in refs if ref in layers_by_ref]
+        if tied_layers and (
+            len(tied_layers) < len(refs)
+            or not all(_is_same_change(tied_layers[0], tied_layer) for tied_layer in tied_layers)
         ):
             low_rank_refs += [ref for ref in refs if ref in layers_by_ref]
-    full: dict[str, dict[str, torch.Tensor]] = {}
+    full_by_module: dict[str, dict[str, torch.Tensor]] = {}
     for path, tensors in adapter_files.full.items():
-        module_path = module_at(names, path)
-        # PEFT saves the frozen weight of an adapted embedding too
-        full.setdefault(module_path, {}).update(
+        module_path = module_at(model_index, path)
+        # leave out weights with a low-rank change: for an embedding, PEFT also saves the frozen
+        # weight, which changes nothing
+        full_by_module.setdefault(module_path, {}).update(
             {
                 name: value
                 for name, value in tensors.items()
@@ -107,52 +109,57 @@ def refs_to_untie(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
         )
     replaced_refs = [
         (path, name)
-        for path, name in names.split_ties(full)
-        if full[path][name].shape == weight_of(names.modules[path], name).shape
+        for path, name in model_index.split_ties(full_by_module)
+        if full_by_module[path][name].shape == weight_of(model_index.modules[path], name).shape
     ]
-    replaced_refs += _token_refs(names, adapter_files)
+    replaced_refs += _token_refs(model_index, adapter_files)
     # a packed weight needs no copy, because the tensors that are trained in full replace all of it
     unpacked_refs = [
         ref
         for ref in dict.fromkeys(replaced_refs)
-        if type(weight_of(names.modules[ref[0]], ref[1])) is nn.Parameter
+        if type(weight_of(model_index.modules[ref[0]], ref[1])) is nn.Parameter
     ]
     return list(dict.fromkeys([*low_rank_refs, *unpacked_refs]))
 
 
-def _token_refs(names: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights for which the folder has different token rows."""
-    refs_by_id, token_refs = names.refs_by_parameter_id(), []
+def _token_refs(model_index: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
+    """The names of tied weights under which the folder has trained token rows that do not belong to
+    all names of the weight: (module path, name of the parameter) of each."""
+    refs_by_id, token_refs = model_index.refs_by_parameter_id(), []
     base_record = adapter_files.metadata.get("base", {})
     recorded_names = {
-        tensor_name for kind in ("weights", "rest") for tensor_name in base_record.get(kind) or ()
+        tensor_name for field in ("weights", "rest") for tensor_name in base_record.get(field) or ()
     }
     for module_path in adapter_files.tokens:
-        first_ref = saved_token_rows.first_ref_at(names, module_path, refs_by_id)
+        first_ref = saved_token_rows.first_ref_at(model_index, module_path, refs_by_id)
         if first_ref is None:
             continue
-        ref = saved_token_rows.ref_of(names, module_path)
+        ref = saved_token_rows.ref_of(model_index, module_path)
         tied_refs = [
             tied_ref
-            for tied_ref in refs_by_id[id(weight_of(names.modules[first_ref[0]], first_ref[1]))]
+            for tied_ref in refs_by_id[
+                id(weight_of(model_index.modules[first_ref[0]], first_ref[1]))
+            ]
             if tied_ref != ref
         ]
         if adapter_files.record is None:
-            differs = saved_token_rows.trains_one_name(
-                names, ref, refs_by_id, {*adapter_files.tokens}
+            needs_untying = saved_token_rows.trains_one_name(
+                model_index, ref, refs_by_id, {*adapter_files.tokens}
             )
             tied_token_rows = [
                 adapter_files.tokens[path] for path, _ in tied_refs if path in adapter_files.tokens
             ]
             token_rows = adapter_files.tokens[module_path]
-            differs |= any(
+            needs_untying |= any(
                 other_rows.ids != token_rows.ids
                 or not torch.equal(other_rows.rows, token_rows.rows)
                 for other_rows in tied_token_rows
             )
-        else:  # the base had separate weights in training if the record lists the other name
-            differs = any(parameter_path(*tied_ref) in recorded_names for tied_ref in tied_refs)
-        token_refs += [ref] if differs else []
+        else:  # if the record lists another name, that name had a weight of its own in training
+            needs_untying = any(
+                parameter_path(*tied_ref) in recorded_names for tied_ref in tied_refs
+            )
+        token_refs += [ref] if needs_untying else []
     return token_refs
 
 

@@ -50,30 +50,29 @@ from veneer.attach import (
 from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
-#: the module of transformers that has ``Trainer``
-TRAINER_MODULE = "transformers.trainer"
-#: the modules of TRL with a trainer that disables dropout, or that loads a second copy of the base
-#: as reference model of the policy
-TRL_MODULES = tuple(
+#: the name of the module of transformers that has ``Trainer``
+TRAINER_MODULE_NAME = "transformers.trainer"
+#: the names of the modules of TRL with a trainer that disables dropout, or that loads a second copy
+#: of the base as reference model of the policy
+TRL_MODULE_NAMES = tuple(
     f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward")
 )
 
 
 def patch_model(model: nn.Module) -> None:
-    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers, even
-    those that are imported later."""
+    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers of
+    transformers and TRL: now, or after their import."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE_METHOD, None)):
             override_method(module, SAVE_METHOD, save_pretrained)
     answer_peft_names(model)
-    if "transformers" in sys.modules:
-        patch_trainers()
+    patch_trainers()
 
 
 def patch_trainers() -> None:
     """Patch the trainers of transformers and TRL, now or after their import."""
-    when_imported(TRAINER_MODULE, patch_trainer)
-    for name in TRL_MODULES:
+    when_imported(TRAINER_MODULE_NAME, patch_trainer)
+    for name in TRL_MODULE_NAMES:
         when_imported(name, patch_trl)
 
 
@@ -86,22 +85,27 @@ def _has_adapter(model: Any) -> bool:
 # ---- transformers --------------------------------------------------------------------------------
 
 
-def patch_trainer(module: Any) -> None:
+def patch_trainer(transformers_module: Any) -> None:
     """Patch the ``Trainer`` in ``transformers.trainer``."""
-    trainer = module.Trainer
-    if hasattr(trainer, "_is_veneer_patched"):
+    trainer_class = transformers_module.Trainer
+    if hasattr(trainer_class, "_is_veneer_patched"):
         return
-    trainer._is_veneer_patched = True
+    trainer_class._is_veneer_patched = True
 
     def replace_method(name: str, replacement: Callable[..., bool]) -> None:
-        """Replace a method: call ``replacement``, and then the original if that returns False."""
-        original = getattr(trainer, name)
+        """Replace a method of ``Trainer``: a call first calls ``replacement`` with its arguments,
+        and then the original method if that returned False."""
+        original_method = getattr(trainer_class, name)
 
-        @functools.wraps(original)
+        @functools.wraps(original_method)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return None if replacement(self, *args, **kwargs) else original(self, *args, **kwargs)
+            return (
+                None
+                if replacement(self, *args, **kwargs)
+                else original_method(self, *args, **kwargs)
+            )
 
-        setattr(trainer, name, method)
+        setattr(trainer_class, name, method)
 
     replace_method(
         "_load_best_model",
@@ -118,15 +122,18 @@ def patch_trainer(module: Any) -> None:
     replace_method("_push_from_checkpoint", _copy_adapter_files)
     replace_method("create_model_card", lambda self, *args, **kwargs: _has_veneer_card(self))
 
-    validate_quantization = module.validate_quantization_for_training
-    module.validate_quantization_for_training = lambda model: (
+    validate_quantization = transformers_module.validate_quantization_for_training
+    transformers_module.validate_quantization_for_training = lambda model: (
         None if _has_adapter(model) else validate_quantization(model)
     )
 
 
 def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
-    """Load a checkpoint that ``save_pretrained`` wrote. False: the trainer must load it."""
-    # FSDP and DeepSpeed store the state of the complete model in other files
+    """Load the checkpoint that ``save_pretrained`` wrote to ``folder`` into ``model``: into its
+    attached adapter, or, if it has none, as a new adapter. Returns whether this was done; if not,
+    the trainer's own method must load the checkpoint."""
+    # FSDP and DeepSpeed store the state of the complete model in other files, which only the
+    # trainer can load
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
     if _has_adapter(model):
@@ -134,12 +141,14 @@ def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
             return False
         load_into_attached(model, folder)
         return True
-    is_peft = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-    if is_peft or not (Path(folder) / peft.CONFIG).is_file():
+    has_peft_adapter = hasattr(model, "peft_config") or getattr(
+        model, "_hf_peft_config_loaded", False
+    )
+    if has_peft_adapter or not (Path(folder) / peft.CONFIG).is_file():
         return False
     install_from(model, folder, "default", trainable=True, verify_base=True)
     try:
-        _refuse_unused_adapter(trainer)  # at ``train``, the model had no adapter yet
+        _refuse_unused_adapter(trainer)  # when ``train`` checked this, there was no adapter yet
     except VeneerError:
         detach(model)
         raise
@@ -150,18 +159,18 @@ def _load_checkpoint(trainer: Any, model: nn.Module, folder: str) -> bool:
 
 def _copy_adapter_files(trainer: Any, checkpoint_folder: str) -> bool:
     """Copy all files of an adapter from the checkpoint into the folder that a push during training
-    uploads. Transformers copies only PEFT's two files, and only if PEFT is installed, while the
-    record has hashes of the adapter's other files, too. Returns False, so that the replaced method
-    runs afterwards."""
+    uploads. Transformers copies only PEFT's two files, and only if PEFT is installed; the folder
+    would then lack files of which Veneer's record has hashes, and could not be loaded. Returns
+    False, so that the original method runs afterwards."""
     if _has_adapter(trainer.model) and trainer.is_world_process_zero():
         copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
     return False
 
 
 def _has_veneer_card(trainer: Any) -> bool:
-    """Whether the output folder has Veneer's model card, which must stay. ``Trainer`` would take it
-    for PEFT's, replace it and call a method of ``PeftModel``. (TRL's trainers write other cards.)
-    """
+    """Whether the output folder has Veneer's model card, so that ``Trainer`` must not write one: it
+    would replace the card and call a method of ``PeftModel``, which the model lacks. (TRL's
+    trainers write cards of their own.)"""
     card_path = Path(trainer.args.output_dir) / model_card.CARD_FILE
     return (
         _has_adapter(trainer.model)
@@ -171,7 +180,8 @@ def _has_veneer_card(trainer: Any) -> bool:
 
 
 def _refuse_unused_adapter(trainer: Any) -> bool:
-    """Raise an error if settings would make a trainer silently ignore an adapter; else False.
+    """Raise an error if settings would make a trainer silently ignore an adapter. Otherwise return
+    False, so that the patched method of the trainer goes on with the original.
 
     Raises:
         TargetError: the adapter changes the output layer, but TRL's forward multiplies directly by
@@ -211,22 +221,23 @@ def _refuse_unused_adapter(trainer: Any) -> bool:
 
 # ---- TRL -----------------------------------------------------------------------------------------
 
-#: the trainer of which ``__init__`` is running
+#: the trainer whose ``__init__`` is running, by which ``create_model_from_path`` finds the policy
 _TRAINER_IN_INIT: ContextVar[Any] = ContextVar("veneer_trainer", default=None)
 
 
-def patch_trl(module: Any) -> None:
-    """Patch a module of TRL: the reference model of a policy with an adapter is the policy's base,
-    and ``disable_dropout`` covers adapters."""
-    if hasattr(module, "_is_veneer_patched"):
+def patch_trl(trl_module: Any) -> None:
+    """Patch a module of TRL, so that its trainers use the policy without its adapter as reference
+    model, and ``disable_dropout`` also disables the dropout of adapters. A second call for the same
+    module does nothing."""
+    if hasattr(trl_module, "_is_veneer_patched"):
         return
-    module._is_veneer_patched = True
-    load_model = module.create_model_from_path
-    original_disable = getattr(module, "disable_dropout_in_model", None)
+    trl_module._is_veneer_patched = True
+    load_model = trl_module.create_model_from_path
+    original_disable_dropout = getattr(trl_module, "disable_dropout_in_model", None)
 
     @functools.wraps(load_model)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
-        # the trainer has no model yet while it loads the policy itself
+        # without a policy, this call loads the policy itself, so that TRL's function must do it
         policy = getattr(_TRAINER_IN_INIT.get(), "model", None)
         return (
             reference_of(policy)
@@ -234,20 +245,21 @@ def patch_trl(module: Any) -> None:
             else load_model(*args, **kwargs)
         )
 
-    module.create_model_from_path = create_model_from_path
-    if original_disable is not None:
+    trl_module.create_model_from_path = create_model_from_path
+    if original_disable_dropout is not None:
 
-        @functools.wraps(original_disable)
+        @functools.wraps(original_disable_dropout)
         def disable_dropout_in_model(model: nn.Module) -> None:
-            """TRL disables only ``nn.Dropout`` modules, which Veneer's adapters do not have."""
-            original_disable(model)
+            """Disable dropout as TRL does, which finds ``nn.Dropout`` modules only, and also in
+            Veneer's adapters, which have no such modules."""
+            original_disable_dropout(model)
             _zero_dropout(model)
 
-        module.disable_dropout_in_model = disable_dropout_in_model
-    for name, member in vars(module).items():
+        trl_module.disable_dropout_in_model = disable_dropout_in_model
+    for name, member in vars(trl_module).items():
         if (
             isinstance(member, type)
-            and member.__module__ == module.__name__
+            and member.__module__ == trl_module.__name__
             and name.endswith("Trainer")
         ):
             member.__init__ = _track_construction(member.__init__)
@@ -260,22 +272,23 @@ def _zero_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
-def disable_dropout(model: nn.Module, settings: Any) -> None:
-    """Disable the dropout of an adapter that was attached after TRL's ``disable_dropout`` ran."""
-    if getattr(settings, "disable_dropout", False):
+def disable_dropout(model: nn.Module, training_args: Any) -> None:
+    """Set the dropout of a model's adapters to zero if TRL's ``training_args`` have
+    ``disable_dropout``. This is for an adapter that was attached after TRL applied that setting."""
+    if getattr(training_args, "disable_dropout", False):
         _zero_dropout(model)
 
 
 def _track_construction(init: Callable[..., None]) -> Callable[..., None]:
-    """``init`` with ``_TRAINER_IN_INIT`` set to the object that it constructs."""
+    """The method ``init``, with ``_TRAINER_IN_INIT`` set to its ``self`` while it runs."""
 
     @functools.wraps(init)
     def tracked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        token = _TRAINER_IN_INIT.set(self)
+        context_token = _TRAINER_IN_INIT.set(self)
         try:
             init(self, *args, **kwargs)
         finally:
-            _TRAINER_IN_INIT.reset(token)
+            _TRAINER_IN_INIT.reset(context_token)
 
     return tracked_init
 
@@ -315,7 +328,8 @@ class _ImportWatcher(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 original_exec_module(module)
-                sys.meta_path.remove(self)  # not earlier: a program may repeat a failed import
+                # stop watching only now: if the import fails, the program may repeat it
+                sys.meta_path.remove(self)
                 self.callback(module)
 
             spec.loader.exec_module = exec_module

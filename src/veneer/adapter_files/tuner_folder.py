@@ -2,7 +2,8 @@
 (``formats/peft_tuners.py``), into two descriptions of the adapter, as in a folder of Veneer:
 
     plain      LoRA's config and tensors, with the low-rank product to which each change is equal
-    variant    the parameters of Veneer's variant, with their rank and alpha, by path of the weight
+    variant    the parameters of the variant of Veneer that has the tuner's form of ΔW, with their
+               rank and alpha, by path of the weight
 
 Tools for low-rank changes (``convert``, ``compose``, ``compare``) read the plain description.
 ``veneer.load`` installs the variant, whose training can continue.
@@ -34,15 +35,16 @@ MAX_VALUES = 2**31
 
 @dataclass(frozen=True)
 class TunerFolder:
-    """The content of a folder of another tuner.
+    """The content of a folder of a PEFT tuner such as LoHa, as the file has it and converted.
 
     Fields:
+        tuner: what is known of the tuner (``formats/peft_tuners.py``).
         source: the config in the tuner's fields.
         config, tensors: the config in LoRA's fields and LoRA's tensors, for the plain changes.
         parameters: the variant's parameters, by the path of a weight and the parameter's name.
         ranks_and_alphas: (rank, alpha) of the variant, by the path of a weight.
-        needs_base_shapes: whether only the base tells the shapes of the changes. ``tensors`` then
-            has no changes.
+        needs_base_shapes: whether the shapes of the changes are unknown, because they follow from a
+            base that was not given. ``tensors`` then has no changes.
         paths: the paths of the changed modules.
         value_count: the number of values in the tuner's own tensors of the file.
     """
@@ -59,11 +61,13 @@ class TunerFolder:
 
     @property
     def trains_in_full(self) -> bool:
-        """Whether the tuner trains modules in full, rather than a parametrised change."""
+        """Whether the tuner trains modules in full, as LN tuning does, rather than changes made of
+        factors."""
         return not self.tuner.required_suffixes
 
     def variant_config(self, plain_config: LoraConfig) -> LoraConfig:
-        """The config of the variant, from the config of the plain changes."""
+        """The config of Veneer's variant for this tuner: ``plain_config``, the config of the
+        equivalent plain LoRA, with the variant's name, rank and alpha."""
         lora_config = peft_tuners.lora_config_of(self.tuner, self.source)
         alpha = 1.0 if self.tuner.type == "VERA" else lora_config["lora_alpha"]
         return replace(plain_config, variant=self.tuner.variant, rank=lora_config["r"], alpha=alpha)
@@ -95,13 +99,13 @@ class UnknownShapes(Mapping[str, Any]):
         raise self._error()
 
 
-def weight_lookup_of(names: Names) -> WeightLookup:
-    """A function that returns the shape of a model's weight by its path, and the dtype of a weight
-    that is not packed."""
+def weight_lookup_of(model_index: Names) -> WeightLookup:
+    """A function that returns (shape, dtype) of a model's weight by its path. The dtype is None for
+    a packed weight. The function returns None if the model has no such weight."""
 
-    def find_shape(weight_path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+    def shape_and_dtype(weight_path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
         module_path, _, parameter_name = weight_path.rpartition(".")
-        module = names.modules.get(names.canonical.get(module_path, module_path))
+        module = model_index.modules.get(model_index.canonical.get(module_path, module_path))
         weight = (
             None
             if module is None or parameter_name not in own_parameters(module)
@@ -113,20 +117,28 @@ def weight_lookup_of(names: Names) -> WeightLookup:
         is_plain = storage.name == "plain" and weight.dtype.is_floating_point
         return tuple(storage.shape(weight)), weight.dtype if is_plain else None
 
-    return find_shape
+    return shape_and_dtype
 
 
 @torch.no_grad()
-def tuner_folder(
+def convert_tuner_files(
     tuner: Tuner,
-    config: Mapping[str, Any],
+    tuner_config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     weight_lookup: WeightLookup | None,
 ) -> TunerFolder:
-    """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
-    not fit the base."""
-    changes, other_tensors = peft_tuners.read_changes(tuner, config, tensors, weight_lookup)
-    lora_config, products, problems = peft_tuners.lora_config_of(tuner, config), {}, []
+    """Convert the config and the tensors in a folder of a PEFT tuner such as LoHa.
+
+    Args:
+        tensors: the tensors of adapter_model.safetensors, by key.
+        weight_lookup: a function that returns the shape and dtype of a base's weight by its path.
+            None if there is no base; the shapes of VeRA's changes are then unknown.
+
+    Raises:
+        AdapterError: the tensors are no changes of this tuner, or do not fit the base.
+    """
+    changes, other_tensors = peft_tuners.read_changes(tuner, tuner_config, tensors, weight_lookup)
+    lora_config, products, problems = peft_tuners.lora_config_of(tuner, tuner_config), {}, []
     parameters: dict[str, Tensor] = {}
     ranks_and_alphas: dict[str, tuple[int, float]] = {}
     for module_path, change in changes.items():
@@ -134,12 +146,12 @@ def tuner_folder(
         if product is None:
             continue
         products[module_path] = product
-        # PEFT allows a rank above min(out, in)
+        # PEFT allows a rank above min(out, in); it is lowered here
         out, in_ = product.B.shape[1], product.A.shape[2]
         rank = min(peft_paths.rank_alpha_scale(lora_config, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
-        # the alpha for which the variant has the scale of the change at this rank
+        # the alpha from which the variant computes the change's scale at this rank
         alpha = change.scale / VARIANTS[tuner.variant].scale(1.0, rank)
         ranks_and_alphas[f"{module_path}.weight"] = rank, alpha
         parameters |= {
@@ -158,21 +170,21 @@ def tuner_folder(
         module_path: (product.rank, product.scale * product.rank)
         for module_path, product in products.items()
     }
-    config_default = lora_config["r"], lora_config["lora_alpha"]
-    default = next(iter(plain_ranks_and_alphas.values()), config_default)
+    config_pair = lora_config["r"], lora_config["lora_alpha"]
+    default_pair = next(iter(plain_ranks_and_alphas.values()), config_pair)
     plain_config = {**lora_config, "use_rslora": False}
-    plain_config = config_fields(plain_config, plain_ranks_and_alphas, default, ())
+    plain_config = config_fields(plain_config, plain_ranks_and_alphas, default_pair, ())
     tuner_tensors = {
         key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes
     }
     return TunerFolder(
         tuner=tuner,
-        source=config,
+        source=tuner_config,
         config=plain_config,
         tensors=plain_tensors,
         parameters=parameters,
         ranks_and_alphas=ranks_and_alphas,
-        # the shapes of VeRA's changes follow from a base
+        # VeRA's files hold no shapes of the changes, which follow from a base
         needs_base_shapes=tuner.type == "VERA" and weight_lookup is None,
         paths=_module_paths(tuner_tensors),
         value_count=sum(tensor.numel() for tensor in tuner_tensors.values()),
@@ -188,8 +200,9 @@ def _module_paths(keys: Iterable[str]) -> tuple[str, ...]:
 def _plain_product(
     tuner: Tuner, module_path: str, change: VariantChange, problems: list[str]
 ) -> LowRank | None:
-    """The low-rank product to which a variant's change is equal, of a rank of at most min(out, in).
-    None, with a problem added, if there is none."""
+    """The low-rank product to which the change of the module at ``module_path`` is equal, with a
+    rank of at most min(out, in). If it cannot be computed or is too large, None, and an error text
+    is added to ``problems``."""
     parameters, variant = change.parameters, VARIANTS[tuner.variant]
     if _count_values(tuner, parameters) > MAX_VALUES:
         shapes_text = _format_shapes(parameters)
@@ -213,7 +226,7 @@ def _plain_product(
         return None
     if dense is None:
         return product
-    # as the rank exceeds min(out, in), ΔW and an identity are factors with fewer values
+    # the rank exceeds min(out, in): factor ΔW into itself and an identity, which takes less memory
     dense = dense.to(product.A.dtype)
     out, in_ = dense.shape[1:]
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]
@@ -227,7 +240,9 @@ def _format_shapes(parameters: Mapping[str, Tensor]) -> str:
 
 
 def _count_values(tuner: Tuner, parameters: Mapping[str, Tensor]) -> int:
-    """The number of values in A and B of the plain change, computed from shapes alone."""
+    """The number of values that A and B of the equivalent plain LoRA have, computed from shapes
+    alone, so that too large ones are never made. ``parameters``: those of the variant, each with a
+    first axis of size 1."""
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     if tuner.type == "LOHA":
         rank = shapes["A1"][1] * shapes["A2"][1]

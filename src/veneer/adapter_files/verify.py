@@ -1,7 +1,7 @@
 """All checks of an adapter folder: is it undamaged, and was it trained on this base?
 
 ``read`` and ``load`` raise at the first problem. ``verify`` runs the same checks one by one and
-reports the result of each, also of those that passed, as a ``Finding``.
+reports the result of each check as a ``Finding``, even if the check passed.
 
     error      ``read`` or ``load`` refuses the folder, or the adapter does not fit the base
     warning    the folder loads, but somebody should look at it
@@ -9,12 +9,13 @@ reports the result of each, also of those that passed, as a ``Finding``.
 
 Norms: ‖ΔW‖ of each change is compared with the adapter's other changes of the same shape. Let d be
 the distance of log ‖ΔW‖ from its median. A change is an outlier if d > 6 · 1.4826 · (median of all
-d) and its norm differs from the median norm by a factor of ten. Medians are used, because outliers
-hardly move them, unlike a mean and a standard deviation (Leys et al. 2013, "Detecting outliers").
+d) and its norm differs from the median norm by more than a factor of ten. Medians are used, because
+outliers hardly move them, unlike a mean and a standard deviation (Leys et al. 2013, "Detecting
+outliers"). (1.4826 · median d estimates the standard deviation of normally distributed values.)
 
 The weights of the base are read from its files one at a time (``verify_base.py``). A model on the
 meta device, made from the base's config (``models.meta_model``), tells which tensors of the files
-make up which weight. If there is no such config, names alone decide.
+make up which weight. Without such a config, weights are found by the names of the tensors.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ _CODE_SUFFIXES = frozenset(
         ".jar",
     ]
 )
-#: limits for outliers: at least MIN_SAME_SHAPE changes have the outlier's shape; its d (see above)
-#: is more than MAX_RELATIVE_DEVIATION times the median d; its norm and the median norm differ by
-#: more than the factor MIN_NORM_RATIO
+#: the limits for an outlier: at least MIN_SAME_SHAPE changes have its shape; its d, defined in the
+#: docstring of this module, is more than MAX_RELATIVE_DEVIATION times the median d; its norm
+#: and the median norm differ by more than the factor MIN_NORM_RATIO
 MIN_SAME_SHAPE, MAX_RELATIVE_DEVIATION, MIN_NORM_RATIO = 6, 6 * 1.4826, 10
 
 
@@ -93,7 +94,7 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
         A report. Problems of the adapter are findings in the report, and never raised.
 
     Raises:
-        CheckpointError: ``base`` is a path without such files, or its files are damaged.
+        CheckpointError: ``base`` is a path without safetensors, or its files are damaged.
     """
     verification = _Verification(Path(path), None if base is None else open_base_weights(base))
     verification.run()
@@ -101,7 +102,8 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
 
 
 class _Verification:
-    """One run of all checks of the folder ``path``, with the base's weights if there is a base."""
+    """One run of all checks of the folder ``path``. ``weights``: the base's; None without a base.
+    The results are collected in ``log``."""
 
     def __init__(self, path: Path, weights: BaseWeights | None) -> None:
         self.path, self.weights = path, weights
@@ -119,60 +121,68 @@ class _Verification:
         if not path.is_dir():
             return
         self.check_extra_files()
-        readable = {
+        readable_names = {
             name
             for name in file_names.CORE_FILES
             if (path / name).is_file() and not location_problems(path, [name])
         }
-        has_config, has_tensors = peft.CONFIG in readable, peft.TENSORS in readable
-        config = log.try_step("config", read_json, path / peft.CONFIG) if has_config else None
-        file_content = (
+        has_config, has_tensors = peft.CONFIG in readable_names, peft.TENSORS in readable_names
+        peft_config = log.try_step("config", read_json, path / peft.CONFIG) if has_config else None
+        tensors_and_header = (
             log.try_step("tensors", read_tensors, path / peft.TENSORS) if has_tensors else None
         )
-        if file_content is None:
+        if tensors_and_header is None:
             return
-        tensors, header = file_content
+        tensors, header = tensors_and_header
         log.add("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
         has_record = "veneer" in header
-        record, parameters = self.check_record(config, tensors, header, readable)
-        original_files = config, tensors
-        if config is not None:
-            config, tensors = peft_tokens.convert_to_lora(config, tensors)
-        if (fields := config) is not None:
-            config = log.try_step(
+        record, parameters = self.check_record(peft_config, tensors, header, readable_names)
+        original_files = peft_config, tensors
+        if peft_config is not None:
+            peft_config, tensors = peft_tokens.convert_to_lora(peft_config, tensors)
+        if (fields := peft_config) is not None:
+            peft_config = log.try_step(
                 "config", lambda: check_config(fields, has_record, with_base=True) or fields
             )
         self.check_numbers({**tensors, **(parameters or {})})
-        if config is None or parameters is None or (record is None and has_record):
+        if peft_config is None or parameters is None or (record is None and has_record):
             return
         if record is None:
             converted = log.try_step("layers", folder.convert_foreign_files, *original_files)
             if converted is None:
                 return
-            config, tensors, ignored_modules = converted
+            peft_config, tensors, ignored_modules = converted
             if ignored_modules:
                 log.add("warning", "config", describe_ignored(ignored_modules))
-        self.check_layers(config, record, tensors, parameters)
+        self.check_layers(peft_config, record, tensors, parameters)
 
     def check_record(
         self,
-        config: Mapping[str, Any] | None,
+        peft_config: Mapping[str, Any] | None,
         tensors: Mapping[str, Tensor],
         header: Mapping[str, str],
-        readable: set[str],
+        readable_names: set[str],
     ) -> tuple[dict[str, Any] | None, dict[str, Tensor] | None]:
-        """(the record, the tensors of ``veneer.safetensors``). The record is None if it cannot be
-        used; the tensors are None if the file could not be read."""
+        """Check the record and the hashes. Returns (the record, the tensors of
+        ``veneer.safetensors``): the record is None if there is none or it cannot be used, the
+        tensors are None if the file could not be read.
+
+        Args:
+            peft_config: the fields of ``adapter_config.json``; None if they could not be read.
+            header: the texts in the header of ``adapter_model.safetensors``.
+            readable_names: the files of the folder that may be opened.
+        """
         path = self.path
         record = self.log.try_step("record", record_in_header, path, header)
         if any(
-            os.path.lexists(path / name) and name not in readable for name in (RECORD, PARAMETERS)
+            os.path.lexists(path / name) and name not in readable_names
+            for name in (RECORD, PARAMETERS)
         ):
-            # a file that is not readable, such as a link that leaves the folder, is not opened; the
+            # do not open a file that must not be read, such as a link that leaves the folder; the
             # check "files" has reported it already
             return None, None
         if record is not None:
-            is_valid, parameters = self.check_hashes(record, config or {}, tensors)
+            is_valid, parameters = self.check_hashes(record, peft_config or {}, tensors)
             return (record if is_valid else None), parameters
         if not (path / RECORD).exists() and "veneer" not in header:
             message = (
@@ -183,41 +193,56 @@ class _Verification:
         return None, {}
 
     def check_hashes(
-        self, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self,
+        record: Mapping[str, Any],
+        peft_config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
     ) -> tuple[bool, dict[str, Tensor] | None]:
-        """(whether the record is valid, the tensors of ``veneer.safetensors`` or None)."""
+        """Check the fields of the record and the hashes in it. Returns (whether the record is valid
+        and no file has changed, the tensors of ``veneer.safetensors``, or None if these could not
+        be read)."""
         problems = list(record_problems(record, self.path))
         parameters = None
         if not problems:
             parameters = self.log.try_step("record", folder.read_parameters, self.path, record)
-        checks = (
+        changed_by_content = (
             self.log.try_step(
-                "record", compare_hashes, self.path, record, config, tensors, parameters
+                "record", compare_hashes, self.path, record, peft_config, tensors, parameters
             )
             or {}
         )
-        expected, do = "the files as they were saved", "get another copy"
+        expected, advice = "the files as they were saved", "get another copy"
         problems += [
-            sentence(f"{content} changed after it was written", expected, do)
-            for content, has_changed in checks.items()
+            sentence(f"{content} changed after it was written", expected, advice)
+            for content, has_changed in changed_by_content.items()
             if has_changed
         ]
-        if checks or problems:
-            self.log.add_problems("record", problems, f"the hashes are right: {', '.join(checks)}")
-        return bool(checks) and not problems, parameters
+        if changed_by_content or problems:
+            self.log.add_problems(
+                "record", problems, f"the hashes are right: {', '.join(changed_by_content)}"
+            )
+        return bool(changed_by_content) and not problems, parameters
 
     def check_layers(
         self,
-        config: Mapping[str, Any],
+        peft_config: Mapping[str, Any],
         record: Mapping[str, Any] | None,
         tensors: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
-        """Check that the files make up one adapter, and then check its changes."""
-        tuner = tuner_of(config) if record is None else None
+        """Check that the files make up one adapter, and then check its changes. ``parameters``: the
+        tensors of ``veneer.safetensors``."""
+        tuner = tuner_of(peft_config) if record is None else None
         weight_lookup = None if self.weights is None or tuner is None else self.shape_and_dtype
         adapter_files = self.log.try_step(
-            "layers", folder.assemble, self.path, config, record, tensors, parameters, weight_lookup
+            "layers",
+            folder.assemble,
+            self.path,
+            peft_config,
+            record,
+            tensors,
+            parameters,
+            weight_lookup,
         )
         if adapter_files is None:
             return
@@ -243,7 +268,8 @@ class _Verification:
             f"{tokens_text}"
         )
         self.log.add("ok", "layers", message)
-        # without a model, the config of another library can only be compared with its tensors
+        # in a folder of another library, a target without tensors may be a sign of lost tensors;
+        # without a model, nothing else tells
         if adapter_files.record is None:
             targets = adapter_files.peft_config.get("target_modules") or ()
             unused_targets = [
@@ -254,20 +280,20 @@ class _Verification:
             if unused_targets:
                 problem = f"targets without a tensor: {listing(unused_targets)}"
                 self.log.add("warning", "config", problem)
-        norms = {path: low.norm() for path, low in products.items()}
+        norms = {path: product.norm() for path, product in products.items()}
         self.check_norms(adapter_files, products, norms)
-        fresh = adapter_files.metadata.get("base", {}).get("fresh")
-        if fresh:
+        fresh_names = adapter_files.metadata.get("base", {}).get("fresh")
+        if fresh_names:
             problem = (
-                f"random as it was trained, and in no file: {listing(fresh, 4)}. Whatever reads"
-                " them gives other answers after each load of the base; train_also would have kept"
-                " them"
+                f"random as it was trained, and in no file: {listing(fresh_names, 4)}. Whatever"
+                " reads them gives other answers after each load of the base; train_also would have"
+                " kept them"
             )
             self.log.add("warning", "proof", problem)
         if self.weights is not None:
             try:
                 check_against_base(self.log, adapter_files, products, norms, self.weights)
-            except CheckpointError as error:  # a file of the base was truncated during the checks
+            except CheckpointError as error:  # such as a file of the base that was just truncated
                 self.log.add("error", "base", str(error))
 
     def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
@@ -313,7 +339,8 @@ class _Verification:
         products: Mapping[str, LowRank],
         norms: Mapping[str, float],
     ) -> None:
-        """Warn of changes that are zero, and of changes of which the norm is an outlier."""
+        """Warn of changes that are zero, and of changes whose norm is an outlier among the changes
+        of the same shape. ``norms``: ‖ΔW‖ of each of ``products``, by path."""
         plain_paths = {
             layer.target_path for layer in adapter_files.low.values() if not layer.extras
         }
@@ -332,8 +359,8 @@ class _Verification:
             )
             self.log.add("warning", "norms", problem)
         if not zero_paths and not outliers:
-            largest = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
-            message = f"no change stands out among those of its shape ({largest})"
+            largest_text = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
+            message = f"no change stands out among those of its shape ({largest_text})"
             self.log.add("ok", "norms", message)
 
 
@@ -359,15 +386,16 @@ def _file_danger(file: Path) -> str | None:
 
 def _auto_map_classes(file: Path) -> list[str]:
     """The Python classes in the field ``auto_map`` of a config of transformers, which would load
-    their code from files beside the model. Empty for any other file."""
+    their code from files beside the model; ["auto_map"] if the field cannot be parsed. Empty for
+    any other file."""
     if not file.name.endswith("config.json"):
         return []
     with file.open("rb") as stream:
-        raw = stream.read(MAX_JSON_BYTES)
-    if b'"auto_map"' not in raw:
+        raw_bytes = stream.read(MAX_JSON_BYTES)
+    if b'"auto_map"' not in raw_bytes:
         return []
     try:  # not ``read_json``: the model_max_length of a tokenizer may have 31 digits
-        classes = json.loads(raw)["auto_map"]
+        classes = json.loads(raw_bytes)["auto_map"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return ["auto_map"]
     names = classes.values() if isinstance(classes, dict) else [classes]
@@ -380,20 +408,21 @@ def _auto_map_classes(file: Path) -> list[str]:
 def _outliers(
     products: Mapping[str, LowRank], norms: Mapping[str, float]
 ) -> Iterator[tuple[str, float, float]]:
-    """(path, ‖ΔW‖, median ‖ΔW‖ of the changes of this shape) of each outlier."""
+    """(path, ‖ΔW‖, median ‖ΔW‖ of the changes of its shape) of each outlier, as defined in the
+    docstring of this module. ``norms``: ‖ΔW‖ of each of ``products``, by path."""
     log_norms: dict[tuple[int, ...], dict[str, float]] = {}
-    for path, low in products.items():
+    for path, product in products.items():
         if norms[path] > 0:
-            log_norms.setdefault(change_dims(low), {})[path] = math.log(norms[path])
+            log_norms.setdefault(change_dims(product), {})[path] = math.log(norms[path])
     for shape_norms in log_norms.values():
         if len(shape_norms) < MIN_SAME_SHAPE:
             continue
-        median = statistics.median(shape_norms.values())
+        median_log_norm = statistics.median(shape_norms.values())
         median_deviation = statistics.median(
-            abs(log_norm - median) for log_norm in shape_norms.values()
+            abs(log_norm - median_log_norm) for log_norm in shape_norms.values()
         )
         for path, log_norm in shape_norms.items():
-            if abs(log_norm - median) > max(
+            if abs(log_norm - median_log_norm) > max(
                 MAX_RELATIVE_DEVIATION * median_deviation, math.log(MIN_NORM_RATIO)
             ):
-                yield path, norms[path], math.exp(median)
+                yield path, norms[path], math.exp(median_log_norm)

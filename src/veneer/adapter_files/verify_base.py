@@ -29,30 +29,31 @@ def check_against_base(
     adapter_files: AdapterFiles,
     products: Mapping[str, LowRank],
     norms: Mapping[str, float],
-    weights: BaseWeights,
+    base_weights: BaseWeights,
 ) -> None:
-    """Compare the base's files with all that the adapter changes and all that its record lists.
+    """Compare the base's files with all weights that the adapter changes and all tensors that its
+    record lists. Every result is added to ``log``.
 
     Args:
         products: the low-rank change of each module or parameter, by path.
-        weights: the weights of the base, which are read from its files.
+        base_weights: the weights of the base, which are read from its files.
         norms: ‖ΔW‖ of each product, by the same path.
     """
     base_record = adapter_files.metadata.get("base", {})
     base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")
-    do = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
+    advice = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
     unproven_count, large_changes = _check_changed_weights(
-        log, adapter_files, products, norms, weights, do
+        log, adapter_files, products, norms, base_weights, advice
     )
     recorded_weights = base_record.get("weights", {})
     if recorded_weights:
         _check_unchanged_tensors(
-            log, base_record, weights, len(recorded_weights) - unproven_count, do
+            log, base_record, base_weights, len(recorded_weights) - unproven_count, advice
         )
     if large_changes:
         problem = f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large_changes)}"
         log.add("warning", "norms", problem)
-    _check_full_parameters(log, adapter_files, weights)
+    _check_full_parameters(log, adapter_files, base_weights)
 
 
 def _check_changed_weights(
@@ -60,18 +61,23 @@ def _check_changed_weights(
     adapter_files: AdapterFiles,
     products: Mapping[str, LowRank],
     norms: Mapping[str, float],
-    weights: BaseWeights,
-    do: str,
+    base_weights: BaseWeights,
+    advice: str,
 ) -> tuple[int, list[str]]:
-    """Check each weight that the adapter changes at a low rank. ``do``: the advice in errors.
+    """Check each weight that the adapter changes at a low rank, and add the results to ``log``.
+
+    Args:
+        products: the low-rank change of each module or parameter, by path.
+        norms: ‖ΔW‖ of each product, by the same path.
+        advice: what to do, for the error texts.
 
     Returns:
-        the number of weights that are missing, or have another shape than the change or another
-        fingerprint than the record; a text "path (‖ΔW‖ / ‖W‖)" for each change that is larger than
-        its weight.
+        the number of weights that failed: they are missing, do not have the shape of the change, or
+        do not have the recorded fingerprint; a text "path (‖ΔW‖ / ‖W‖)" for each change that is
+        larger than its weight.
     """
     recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
-    # the record has the paths of weights; a product has the path of its weight or of its module
+    # find the product of each weight in the record: its path is that of the weight or of the module
     product_paths = {
         path: next((key for key in (path, path.rpartition(".")[0]) if key in products), None)
         for path in recorded_weights
@@ -79,9 +85,9 @@ def _check_changed_weights(
     product_paths = product_paths or {path: path for path in products}
     missing_paths, misshapen_paths, different_paths, large_changes = [], [], [], []
     for path, product_path in product_paths.items():
-        weight = _read_weight(weights, path)
+        weight = _read_weight(base_weights, path)
         if weight is None and not recorded_weights:
-            weight = _read_weight(weights, f"{path}.weight")
+            weight = _read_weight(base_weights, f"{path}.weight")
         if weight is None:
             missing_paths.append(path)
         elif product_path is not None and not _fits_shape(
@@ -113,7 +119,7 @@ def _check_changed_weights(
         ),
     )
     sentences = [
-        sentence(f"{problem} ({listing(paths, 4)})", expected, do)
+        sentence(f"{problem} ({listing(paths, 4)})", expected, advice)
         for paths, problem, expected in problems
         if paths
     ]
@@ -126,25 +132,28 @@ def _check_changed_weights(
 def _check_unchanged_tensors(
     log: FindingLog,
     base_record: Mapping[str, Any],
-    weights: BaseWeights,
+    base_weights: BaseWeights,
     proven_count: int,
-    do: str,
+    advice: str,
 ) -> None:
-    """Check the tensors that the record lists and that the adapter does not change.
+    """Check the tensors that the record lists and that the adapter does not change. Add the results
+    to ``log``, with the number of all tensors that have their recorded fingerprint.
 
     Args:
-        proven_count: how many of the changed weights have the fingerprint of the record.
+        base_record: the entry "base" of the record.
+        proven_count: how many of the changed weights have their recorded fingerprint.
+        advice: what to do, for the error texts.
     """
     expected_fingerprints, changed_count = base_record.get("rest"), len(base_record["weights"])
     if expected_fingerprints is None:
-        proof = (
+        proof_text = (
             f"adapted layers only: {proven_count} of {changed_count} tensors proven, and none of"
             " the others, of which the Veneer that saved it recorded nothing"
         )
-        log.add("ok", "proof", proof)
+        log.add("ok", "proof", proof_text)
         return
     fingerprints = {
-        name: weights.fingerprint(name, expected_fingerprints[name])
+        name: base_weights.fingerprint(name, expected_fingerprints[name])
         for name in expected_fingerprints
     }
     missing_names = [name for name, digest in fingerprints.items() if digest is None]
@@ -158,7 +167,7 @@ def _check_unchanged_tensors(
             f"other numbers in {len(different_names)} of {len(expected_fingerprints)} tensors "
             "that it computes with and does not change"
         )
-        message = sentence(f"{problem} ({listing(different_names, 4)})", "its own base", do)
+        message = sentence(f"{problem} ({listing(different_names, 4)})", "its own base", advice)
         log.add("error", "base", message)
     if missing_names:
         problem = (
@@ -175,9 +184,11 @@ def _check_unchanged_tensors(
 
 
 def _check_full_parameters(
-    log: FindingLog, adapter_files: AdapterFiles, weights: BaseWeights
+    log: FindingLog, adapter_files: AdapterFiles, base_weights: BaseWeights
 ) -> None:
-    """Compare the tensors that are trained in full with the base's tensors of these names."""
+    """Check that the tensors that are trained in full have the shapes of the base's tensors of the
+    same names, and that frozen weights among them are those of the base. Tensors that the base
+    lacks are a warning, as they may be a new head."""
     full_tensors = {
         f"{peft_paths.strip_wrappers(path)[0]}.{name}".lstrip("."): tensor
         for path, tensors in adapter_files.full.items()
@@ -186,12 +197,12 @@ def _check_full_parameters(
     new_paths, misshapen_paths, different_paths = [], [], []
     for weight_path, tensor in full_tensors.items():
         module_path, _, parameter_name = weight_path.rpartition(".")
-        weight = _read_weight(weights, weight_path)
+        weight = _read_weight(base_weights, weight_path)
         if weight is None:
             new_paths.append(weight_path)
         elif tuple(tensor.shape) not in (
             tuple(weight.shape),
-            # the bias of a head grows with its weight
+            # the bias of a head grows with its weight if tokens were added
             _grown_shape(adapter_files, f"{module_path}.weight", weight.shape),
         ):
             misshapen_paths.append(
@@ -202,9 +213,10 @@ def _check_full_parameters(
             and parameter_name == "weight"
             and fingerprint(weight) != fingerprint(tensor)
         ):
-            # PEFT saves the frozen weight of an adapted embedding beside the embedding's change
+            # PEFT saves the frozen weight of an adapted embedding beside the embedding's change; if
+            # it is not that of this base, the adapter belongs to another base
             different_paths.append(weight_path)
-    do = "take the base that it was trained on"
+    advice = "take the base that it was trained on"
     findings: tuple[tuple[Level, list[str], str], ...] = (
         (
             "error",
@@ -212,7 +224,7 @@ def _check_full_parameters(
             sentence(
                 f"trained in full with another shape: {listing(misshapen_paths, 4)}",
                 "the base's",
-                do,
+                advice,
             ),
         ),
         (
@@ -221,7 +233,7 @@ def _check_full_parameters(
             sentence(
                 f"another weight of {listing(different_paths)} than the file holds of the base",
                 "its own base",
-                do,
+                advice,
             ),
         ),
         (
@@ -233,50 +245,55 @@ def _check_full_parameters(
     for level, paths, message in findings:
         if paths:
             log.add(level, "base", message)
-    _check_tied_values(log, full_tensors, weights)
+    _check_tied_values(log, full_tensors, base_weights)
 
 
 def _check_tied_values(
-    log: FindingLog, full_tensors: Mapping[str, Tensor], weights: BaseWeights
+    log: FindingLog, full_tensors: Mapping[str, Tensor], base_weights: BaseWeights
 ) -> None:
-    """Warn if the adapter has different values for the names of one tied weight of the base."""
-    for names in dict.fromkeys(tuple(weights.aliases(path)) for path in full_tensors):
-        values = {name: full_tensors[name] for name in names if name in full_tensors}
+    """Warn if the adapter has different values for the names of one tied weight of the base, or
+    values for some of the names only. ``full_tensors``: the adapter's tensors that are trained in
+    full, by path."""
+    for tied_names in dict.fromkeys(tuple(base_weights.aliases(path)) for path in full_tensors):
+        values = {name: full_tensors[name] for name in tied_names if name in full_tensors}
         first_value, *further_values = values.values()
-        if len(names) < 2 or any(value.shape != first_value.shape for value in further_values):
+        if len(tied_names) < 2 or any(value.shape != first_value.shape for value in further_values):
             continue
-        if len(values) < len(names) or not all(
+        if len(values) < len(tied_names) or not all(
             equal_values(value, first_value) for value in further_values
         ):
             problem = (
-                f"values of their own for {listing(values)} of {listing(names)}, one weight of the"
-                " base"
+                f"values of their own for {listing(values)} of {listing(tied_names)}, one weight of"
+                " the base"
             )
             advice = "they load as PEFT computes them, each place with its own. Before a merge,"
             log.add("warning", "base", f"{problem}: {advice} {HOW_TO_UNTIE}")
 
 
-def change_dims(low: LowRank) -> tuple[int, int, int]:
-    """(groups, out, in) of the change that the product ``low`` makes."""
-    return low.B.shape[0], low.B.shape[1], low.A.shape[2]
+def change_dims(product: LowRank) -> tuple[int, int, int]:
+    """(groups, out, in) of the change that the product ``product`` makes."""
+    return product.B.shape[0], product.B.shape[1], product.A.shape[2]
 
 
 def _grown_shape(adapter_files: AdapterFiles, path: str, shape: torch.Size) -> tuple[int, ...]:
-    """``shape``, the shape of the base's weight at ``path``. If the adapter trains tokens of it,
-    the number of rows is that of training, because the base may lack the rows of new tokens."""
+    """The shape that the weight at ``path`` had in training. It is ``shape``, that of the base's
+    weight, but if the adapter trains tokens of the weight, the number of rows is the recorded one:
+    the base may lack the rows of added tokens."""
     change = adapter_files.metadata.get("changes", {}).get(path, {})
     return (change["of"], *shape[1:]) if "tokens" in change else tuple(shape)
 
 
-def _fits_shape(low: LowRank, shape: tuple[int, ...]) -> bool:
-    """Whether a product has the shape of a weight, or the shape of its transpose."""
-    groups, out, in_ = change_dims(low)
+def _fits_shape(product: LowRank, shape: tuple[int, ...]) -> bool:
+    """Whether a product fits a weight of this shape, or its transpose. A shape that does not have
+    two axes fits if it has as many values as the product."""
+    groups, out, in_ = change_dims(product)
     return groups * out * in_ == prod(shape) and (
         len(shape) != 2 or sorted((groups * out, in_)) == sorted(shape)
     )
 
 
-def _read_weight(weights: BaseWeights, path: str) -> Tensor | None:
-    """The weight of the base at a path; None if the base has no such weight."""
-    weight = weights.get(path)
+def _read_weight(base_weights: BaseWeights, path: str) -> Tensor | None:
+    """The values of the base's weight at a path, read from the file; None if the base has no such
+    weight."""
+    weight = base_weights.get(path)
     return None if weight is None else weight.read()

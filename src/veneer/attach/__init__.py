@@ -103,23 +103,23 @@ if TYPE_CHECKING:
     from veneer.attach.summary import CallPlan, Summary, summarise
     from veneer.attach.uninstall import close_bank, detach
 
-#: name -> the file that defines it, below veneer.attach
+#: name -> the module that defines it, relative to veneer.attach
 _LAZY = {
     # attach an adapter to a model, use it, and detach it
     "plan": "planning.plan",  # the Plans of a config for a model, or an error with every problem
     "Loss": "data_init",  # the type of a function (model, batch) -> loss, for LoRA-GA
-    "collect_calibration_data": "data_init",  # data that EVA, LoRA-GA and LoftQ need to start
+    "collect_calibration_data": "data_init",  # data from which EVA, CorDA, LoRA-GA and LoftQ start
     "install_adapter": "install",  # put a planned adapter into a model
-    "use": "select",  # a context manager: its calls use an adapter, a blend, or an adapter per row
+    "use": "select",  # a context manager: calls in it use an adapter, a blend or one per row
     "set_default": "select",  # set the adapter of calls that select none
-    "check": "checking.check",  # prove that the output depends on every change of an adapter
+    "check": "checking.check",  # test whether the output depends on every change of an adapter
     "summarise": "summary",  # the number of parameters that an adapter trains, by kind of layer
     "merge": "merging.merge",  # write W + ΔW into the weights
     "unmerge": "merging.unmerge",  # restore the bits from before the merge
     "detach": "uninstall",  # remove an adapter, and restore the model
     "Reference": "reference",  # the model under a fixed selection, as the reference model of a loss
     "reference_of": "reference",  # the Reference that computes what the model computes now
-    # their reports and warnings
+    # the reports that these functions return
     "CallPlan": "summary",  # the predicted cost of a call in linear layers, by layer size
     "LayerMerge": "merging.merge_report",  # the effect of a merge on one weight
     "MergeReport": "merging.merge_report",  # the effect of a merge on all weights
@@ -145,7 +145,7 @@ _LAZY = {
     "layer_states": "layer.adapted_module",  # each adapted module with its LayerState
     "run_on_view": "layer.views",  # run a module's own forward on changed weights
     "state_of": "layer.adapted_module",  # the LayerState of a module, or None
-    "view": "layer.views",  # a second object of a module that has other weights
+    "view": "layer.views",  # a second object of a module's class that has other weights
     "walk": "layer.adapted_module",  # each module of a model under each of its names
     "replaced_tensors": "layer.adapted_module",  # a context in which modules hold other tensors
     # modules and parameters by name
@@ -154,11 +154,11 @@ _LAZY = {
     # the selection of a call
     "ActiveAdapter": "layer.state",  # the selection of one call: a LayerAdapter per changed layer
     "BASE": "layer.state",  # the ActiveAdapter that selects the base alone
-    "OutsideGenerator": "layer.state",  # makes a call between two steps of a generator an error
-    "RowAdapters": "rows.select_rows",  # the selection of a call whose rows have different adapters
+    "OutsideGenerator": "layer.state",  # the selection between two steps of a generator: an error
+    "RowAdapters": "rows.select_rows",  # the adapters of a call whose rows have different ones
     "blend_adapters": "rows.blend",  # the ActiveAdapter of a weighted blend
-    "common_base_adapter": "rows.blend",  # the adapter that was merged when each was attached
-    "require_finite_coefficients": "rows.blend",  # an error unless a blend's are all finite
+    "common_base_adapter": "rows.blend",  # the adapter that was merged when these were attached
+    "require_finite_coefficients": "rows.blend",  # an error if a blend's weight is not finite
     "time_first": "rows.select_rows",  # whether a module takes inputs [time, batch, …]
     # which weights a config means
     "excluded_refs": "planning.targets",  # the parameters that a config excludes
@@ -169,16 +169,16 @@ _LAZY = {
     "Plans": "planning.plan",  # the plan of everything that one adapter changes
     "TargetSpec": "planning.plan",  # the rank, alpha and output rows to give one weight
     "is_matrix": "planning.plan",  # whether a parameter can take a low-rank change
-    "name_problems": "planning.refusals",  # the reasons why no adapter of a name can be added
+    "name_problems": "planning.refusals",  # error texts: why an adapter of a name cannot be added
     "complete_plans": "planning.plan",  # Plans from low-rank changes and fully trained parameters
     "plan_low": "planning.plan",  # a LowRankPlan for each weight that has a TargetSpec
-    "with_ties": "planning.plan",  # parameters and every name that is tied to one of them
+    "with_ties": "planning.plan",  # parameters, and all (path, name) tied to them
     # weights that are tied
     "HOW_TO_UNTIE": "planning.weight_tying",  # how to untie a weight, as a text for messages
-    "Untied": "planning.weight_tying",  # the names of tied weights that untie gave new parameters
+    "Untied": "planning.weight_tying",  # the result of untie, which tie_again takes
     "split_tie_problems": "planning.weight_tying",  # error texts: ties that a merge would break
     "tie_again": "planning.weight_tying",  # tie the weights again that untie has untied
-    "untie": "planning.weight_tying",  # give names of a tied weight new parameters
+    "untie": "planning.weight_tying",  # give some holders of a tied weight a parameter of their own
     # for Bank, which holds many adapters of one model outside of the model
     "open_bank": "install",  # keep layers adapted for a bank; returns the ModelAdapters
     "close_bank": "uninstall",  # end the use of a model's adapted layers by a bank
@@ -186,16 +186,16 @@ _LAZY = {
     "build_layer_adapters": "install",  # the LayerAdapters of a plan, without installing them
     # weights before and after a merge
     "bits_before_merge": "merging.stored_weights",  # the bits that weights had at an attach
-    "fold_change": "merging.fold_weights",  # round(gain ⊙ (W + ΔW)) of one weight
+    "fold_change": "merging.fold_weights",  # one weight after a merge: rounded gain ⊙ (W + ΔW)
     "output_change_problems": "merging.merge",  # error texts: changes that no weight can express
     "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed
     "without_backup": "merging.stored_weights",  # merged weights without a copy of their old bits
     # analysis of the source code of a model
-    "attributes_read_above": "source.weight_readers",  # attributes that modules above read
-    "compares_attention": "source.source_analysis",  # whether code tests for "sdpa" attention
+    "attributes_read_above": "source.weight_readers",  # attributes that forwards of parents read
+    "compares_attention": "source.source_analysis",  # whether code tests for attention "sdpa"
     "has_forward": "source.weight_readers",  # whether a module's class defines a forward
     "submodule_calls": "source.source_analysis",  # the submodules that a forward calls
-    "weight_readers": "source.weight_readers",  # methods that read a weight directly
+    "weight_readers": "source.weight_readers",  # methods that read a weight, besides forward
     # methods of a model that are overridden
     "answer_peft_names": "source.from_peft",  # PEFT's method names raise errors that name Veneer's
     "PEFT_METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer
@@ -208,9 +208,9 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+    exported_object = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = exported_object
+    return exported_object
 
 
 def __dir__() -> list[str]:

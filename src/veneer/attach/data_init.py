@@ -47,8 +47,9 @@ def collect_calibration_data(
     loss: Loss | None,
     original: nn.Module | Mapping[str, Tensor] | None,
 ) -> Calibration | None:
-    """A function that returns the data of one planned weight (``Calibration``). None if the variant
-    of ``plans`` needs no data.
+    """Collect the data from which the variant of ``plans`` initialises its parameters. Returns a
+    function that takes the plan of one weight and returns {name of the data, such as "inputs":
+    function that returns the tensor}. None if the variant needs no data.
 
     Args:
         batches: the calibration batches. Each is a mapping of keyword arguments, a list or tuple of
@@ -64,7 +65,7 @@ def collect_calibration_data(
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
     problems = list(
-        _problems(plans, modules, batches is not None, loss is not None, original is not None)
+        _data_problems(plans, modules, batches is not None, loss is not None, original is not None)
     )
     raise_all(ConfigError, f"Variant {variant.name!r} cannot start", problems)
     data: dict[str, Mapping[ParamRef, Tensor]] = {}
@@ -81,7 +82,7 @@ def collect_calibration_data(
     }
 
 
-def _problems(
+def _data_problems(
     plans: Plans,
     modules: Mapping[str, nn.Module],
     has_batches: bool,
@@ -89,18 +90,24 @@ def _problems(
     has_original: bool,
 ) -> Iterator[str]:
     """An error text for each reason why the data cannot be collected: an argument that is missing
-    or that the variant ignores, or a weight for which such data cannot be computed."""
+    or that the variant ignores, or a weight for which the variant's data cannot be computed."""
     variant = VARIANTS[plans.config.variant]
-    sources = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
-    is_passed = (has_batches, has_original, has_loss)
-    for (name, provides), passed in zip(sources.items(), is_passed, strict=True):
-        if passed and not variant.needs & provides:
+    data_by_argument = {
+        "batches": {"inputs", "gradient"},
+        "original": {"original"},
+        "loss": {"gradient"},
+    }
+    passed_flags = (has_batches, has_original, has_loss)
+    for (name, provided_data), was_passed in zip(
+        data_by_argument.items(), passed_flags, strict=True
+    ):
+        if was_passed and not variant.needs & provided_data:
             yield sentence(
                 f"{name}=",
                 f"nothing that variant {variant.name!r} would ignore",
                 f"leave {name} out",
             )
-        elif not passed and name != "loss" and variant.needs & provides:
+        elif not was_passed and name != "loss" and variant.needs & provided_data:
             yield sentence(
                 f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
@@ -130,8 +137,8 @@ def _problems(
 
 
 def _has_low_rank(weight_plan: LowRankPlan) -> bool:
-    """Whether an entry of the plan has a low-rank change, which the variant initialises. False if
-    only token rows are trained."""
+    """Whether the variant initialises a change of this weight. False if the adapter only trains
+    some rows of the weight in full (``LoraConfig.trainable_tokens``)."""
     return weight_plan.rank > 0
 
 
@@ -144,7 +151,7 @@ def _use_base(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def _call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
@@ -153,7 +160,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The attribute ``loss`` of the model's output for a batch. Raises a ConfigError if the output
     has none."""
-    loss = getattr(_call(model, batch), "loss", None)
+    loss = getattr(_call_model(model, batch), "loss", None)
     if loss is None:
         raise ConfigError(
             "a model whose output has no .loss for these batches",
@@ -167,15 +174,18 @@ def _input_moments(
     model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]
 ):
     """{(path, name) of a planned weight: Σ xᵀx over the inputs x of its layer in all batches, [g,
-    in, in], float64}, with g as above."""
+    in, in], float64}, where g is the number of matrices in the weight, 1 for a linear layer. Raises
+    a ConfigError if the batches do not reach some of the layers."""
     moments: dict[ParamRef, Tensor] = {}
 
-    def make_hook(weight_plan: LowRankPlan, kind: Layer, weight: str) -> Callable:
+    def make_hook(weight_plan: LowRankPlan, kind: Layer, weight_path: str) -> Callable:
         def add_moment(module: nn.Module, args: tuple, kwargs: dict) -> None:
             arguments = inspect.signature(module.forward).bind(*args, **kwargs)
             arguments.apply_defaults()
-            rows = double(kind.inputs(module, weight, arguments.args))  # [g, tokens, in]
-            moment = rows.mT @ rows
+            input_vectors = double(
+                kind.inputs(module, weight_path, arguments.args)
+            )  # [g, tokens, in]
+            moment = input_vectors.mT @ input_vectors
             moments[weight_plan.ref] = (
                 moments[weight_plan.ref] + moment if weight_plan.ref in moments else moment
             )
@@ -184,14 +194,14 @@ def _input_moments(
 
     with ExitStack() as stack:
         for weight_plan in filter(_has_low_rank, plans.low_rank_plans):
-            module, kind, weight = _computing_layer(weight_plan, modules)
-            hook = make_hook(weight_plan, kind, weight)
+            module, kind, weight_path = _computing_layer(weight_plan, modules)
+            hook = make_hook(weight_plan, kind, weight_path)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         with _use_base(model), torch.no_grad():
             for batch in batches:
-                _call(model, batch)
-    _require_all(plans, moments, "inputs")
+                _call_model(model, batch)
+    _require_all_weights(plans, moments, "inputs")
     return moments
 
 
@@ -199,9 +209,9 @@ def _computing_layer(
     weight_plan: LowRankPlan, modules: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, Layer, str]:
     """(module, kind, path of the weight below this module) of the layer that computes with a
-    planned weight. This is the module that holds the weight, or its parent, if the parent's kind
-    computes with the weights of this child. An example is ``nn.MultiheadAttention`` with its
-    ``out_proj``."""
+    planned weight. The layer is the module that holds the weight; or the parent of that module, if
+    the parent computes with the weights of this child without calling it, as
+    ``nn.MultiheadAttention`` does with its ``out_proj``."""
     parent_path, _, child_name = weight_plan.path.rpartition(".")
     parent = modules[parent_path]
     kind = kind_of(parent) if weight_plan.path else None
@@ -218,15 +228,16 @@ def _loss_gradients(
     loss: Loss,
 ):
     """{(path, name) of a planned weight: Σ ∂ loss / ∂W over the batches, [g, out, in], float64},
-    with g as above."""
+    where g is the number of matrices in the weight. The weights require a gradient only during this
+    function. Raises a ConfigError if the loss does not depend on some of the weights."""
     weights = {
         weight_plan.ref: weight_of(modules[weight_plan.path], weight_plan.weight)
         for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
     }
-    if not weights:  # no weight has a change that a variant initialises
+    if not weights:  # the adapter has no low-rank change to initialise
         return {}
     requires_grad_before = {ref: weight.requires_grad for ref, weight in weights.items()}
-    sums: dict[ParamRef, Tensor] = {}
+    gradient_sums: dict[ParamRef, Tensor] = {}
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -237,14 +248,20 @@ def _loss_gradients(
                 )
                 for ref, gradient in zip(weights, gradients, strict=True):
                     if gradient is not None:
-                        dense = double(gradient.detach().to_dense())  # an embedding's may be sparse
-                        sums[ref] = sums[ref] + dense if ref in sums else dense
+                        dense_gradient = double(
+                            gradient.detach().to_dense()
+                        )  # embeddings may have sparse ones
+                        gradient_sums[ref] = (
+                            gradient_sums[ref] + dense_gradient
+                            if ref in gradient_sums
+                            else dense_gradient
+                        )
     finally:
         for ref, weight in weights.items():
             weight.requires_grad_(requires_grad_before[ref])
-    _require_all(plans, sums, "gradient")
+    _require_all_weights(plans, gradient_sums, "gradient")
     return {
-        weight_plan.ref: _planned_rows(weight_plan, sums[weight_plan.ref])
+        weight_plan.ref: _planned_rows(weight_plan, gradient_sums[weight_plan.ref])
         for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
     }
 
@@ -253,15 +270,25 @@ def _original_weights(
     plans: Plans, modules: Mapping[str, nn.Module], original: nn.Module | Mapping[str, Tensor]
 ) -> dict[ParamRef, Tensor]:
     """{(path, name) of a planned weight: the weight from before the base was quantised, [g, out,
-    in], float32}, with g as above."""
-    is_module = isinstance(original, nn.Module)
-    state = original.state_dict() if is_module else original
-    # A state dict does not contain the classes of modules, but the quantised modules record them.
-    sources = dict(original.named_modules(remove_duplicate=False)) if is_module else modules
+    in], float32}, where g is the number of matrices in the weight.
+
+    Args:
+        original: the model from before the base was quantised, or its state dict.
+
+    Raises:
+        ConfigError: ``original`` lacks some of the weights, or has them in another shape.
+    """
+    original_is_module = isinstance(original, nn.Module)
+    original_tensors = original.state_dict() if original_is_module else original
+    # ``_was_conv1d`` needs the class that each module had before the base was quantised. If a state
+    # dict was passed, look it up in the quantised modules, which record their first class.
+    modules_with_class = (
+        dict(original.named_modules(remove_duplicate=False)) if original_is_module else modules
+    )
     problems, weights = [], {}
     for weight_plan in filter(_has_low_rank, plans.low_rank_plans):
         path = weight_plan.full_path
-        weight = state.get(path)
+        weight = original_tensors.get(path)
         if weight is None:
             problems.append(
                 sentence(
@@ -274,7 +301,7 @@ def _original_weights(
         base_weight = weight_of(modules[weight_plan.path], weight_plan.weight)
         shape = weight_plan.storage.shape(base_weight)
         is_transposed = not weight_plan.layer.out_axis and _was_conv1d(
-            sources.get(weight_plan.path)
+            modules_with_class.get(weight_plan.path)
         )
         if weight.is_floating_point() and weight.shape == (shape[::-1] if is_transposed else shape):
             weight = weight.detach().float()
@@ -293,30 +320,30 @@ def _original_weights(
 
 def _was_conv1d(module: nn.Module | None) -> bool:
     """Whether a module is a Conv1D of transformers, whose weight is [in, out], or a quantised layer
-    that transformers made from a Conv1D. Such a layer records its first class as ``source_cls`` and
-    holds the transposed weight, [out, in]."""
+    that transformers made from a Conv1D. The quantised layer records its first class as
+    ``source_cls`` and holds the transposed weight, [out, in]."""
     cls = getattr(module, "source_cls", type(module))
     return issubclass(cls, LAYERS["conv1d_transformers"].types())
 
 
 def _planned_rows(weight_plan: LowRankPlan, dense: Tensor) -> Tensor:
-    """A tensor of the weight's shape, reshaped to [g, out, in], with only the output rows that the
-    plan changes."""
-    values = weight_plan.layer.unfold(dense, weight_plan.dims)
-    return values if weight_plan.rows is None else values[:, list(weight_plan.rows)]
+    """``dense``, a tensor of the weight's shape, as [g, out, in] with only the output rows that the
+    plan changes; g is the number of matrices in the weight, 1 for a linear layer."""
+    matrices = weight_plan.layer.unfold(dense, weight_plan.dims)
+    return matrices if weight_plan.rows is None else matrices[:, list(weight_plan.rows)]
 
 
-def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> None:
-    """Raise a ConfigError if the batches gave no data of this ``kind``, "inputs" or "gradient", for
-    some planned weights."""
-    missing = [
+def _require_all_weights(plans: Plans, data: Mapping[ParamRef, Tensor], data_name: str) -> None:
+    """Raise a ConfigError if ``data`` lacks some planned weights, because the batches did not reach
+    their layers. ``data_name`` is "inputs" or "gradient"."""
+    missing_paths = [
         weight_plan.full_path
         for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
         if weight_plan.ref not in data
     ]
-    do = "exclude it"
+    advice = "exclude it"
     problems = [
-        sentence(f"no {kind} of {path!r} in the batches", "batches that reach it", do)
-        for path in missing
+        sentence(f"no {data_name} of {path!r} in the batches", "batches that reach it", advice)
+        for path in missing_paths
     ]
     raise_all(ConfigError, "Nothing was attached", problems)

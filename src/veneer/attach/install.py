@@ -1,8 +1,8 @@
 """Install planned adapters in a model. ``uninstall.py`` detaches them.
 
 install_adapter         creates all adapter parameters, then adds them to the layers of a model
-build_layer_adapters    the first step of it: creates the parameters
-adapt_modules           the second step of it: gives modules their adapted class
+build_layer_adapters    the first step of install_adapter: creates the parameters
+adapt_modules           its second step: gives modules the class whose forward runs an adapter
 open_bank               keeps layers adapted for a ``Bank``, which stores its adapters itself
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.first_step import watch_first_step
-from veneer.attach.invocation import find_invocations, with_invocation
+from veneer.attach.invocation import update_invocation_hooks, with_invocation
 from veneer.attach.layer.adapted_module import adapt_methods, adapt_module, set_child, state_of
 from veneer.attach.layer.change import Change
 from veneer.attach.layer.fused_linear import SharedInputLayers
@@ -65,45 +65,45 @@ def install_adapter(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> None:
-    """Install a planned adapter and freeze the base. All memory is allocated before the model is
-    changed.
+    """Install a planned adapter under ``name`` and freeze the base. All memory is allocated before
+    the model is changed, so that the model is intact if memory runs out.
 
     Args:
         trainable: whether the adapter's parameters require a gradient.
-        parameters: the adapter parameters by name, for each weight by (path, name). If it is None,
-            they are initialised.
+        parameters: {(path, name) of a weight: {name of an adapter parameter: tensor}}. None
+            initialises the parameters.
         calibration: reads the data, besides the weight itself, from which a variant is initialised.
 
     Raises:
         TargetError: the name is taken, or the variant cannot be initialised from some weights.
     """
-    # checked again, as another thread may have attached an adapter of this name
+    # checked again: another thread may have attached an adapter of this name since the plan
     problems = list(name_problems(model, name))
     raise_all(TargetError, "Nothing was attached", problems)
-    names = Names(model)
+    model_index = Names(model)
     layer_adapters = build_layer_adapters(
-        names, plans, trainable=trainable, parameters=parameters, calibration=calibration
+        model_index, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
     model_adapters = _ensure_adapters(model)
     invocation_tokens = tuple(plans.config.invocation_tokens)
-    adapters_by_key: Any = adapt_modules(names, layer_adapters)
+    adapters_by_key: Any = adapt_modules(model_index, layer_adapters)
     if invocation_tokens:
         adapters_by_key = with_invocation(adapters_by_key, name)
-    active = ActiveAdapter(
+    active_adapter = ActiveAdapter(
         name,
         adapters_by_key,
         merged_at_attach=model_adapters.merged,
         invocation_tokens=invocation_tokens,
     )
     for path, layer_adapter in layer_adapters.items():
-        layer_state: Any = state_of(names.modules[path])
+        layer_state: Any = state_of(model_index.modules[path])
         set_child(layer_state, name, layer_adapter)
     model_adapters.set_adapters(
         {**model_adapters.configs, name: plans.config},
-        {**model_adapters.selections, name: active},
+        {**model_adapters.selections, name: active_adapter},
     )
     if invocation_tokens:
-        find_invocations(model, model_adapters)
+        update_invocation_hooks(model, model_adapters)
     watch_first_step(
         model,
         name,
@@ -116,21 +116,24 @@ def install_adapter(
 
 
 def build_layer_adapters(
-    names: Names,
+    model_index: Names,
     plans: Plans,
     *,
     trainable: bool,
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, LayerAdapter]:
-    """Create the layer adapters of a planned adapter, by the path of their module. They are not
-    installed. The model is not changed, except that a packed weight may be converted to the layout
-    that Veneer reads (``Storage.prepare``).
+    """Create the ``LayerAdapter`` of each module that a planned adapter changes, by the path of the
+    module. They are not installed. The model is not changed, except that a packed weight may be
+    converted to the layout that Veneer reads (``Storage.prepare``).
+
+    Args:
+        trainable, parameters, calibration: as in ``install_adapter``.
 
     Raises:
         TargetError: the variant cannot be initialised from some weights.
     """
-    modules, parameters = names.modules, parameters or {}
+    modules, parameters = model_index.modules, parameters or {}
     for weight_plan in plans.low_rank_plans:
         weight_plan.storage.prepare(modules[weight_plan.path])
     problems: list[str] = []
@@ -144,79 +147,81 @@ def build_layer_adapters(
             problems.append(str(error))
             continue
         layer_adapters[weight_plan.path].low._modules[weight_plan.weight] = change
-        for path, weight in weight_plan.holders:
-            layer_adapters[path].changes[weight] = change
+        for path, weight_name in weight_plan.holders:
+            layer_adapters[path].changes[weight_name] = change
     for weight_plan in plans.low_rank_plans if problems else ():
         if state_of(modules[weight_plan.path]) is None:
             weight_plan.storage.release(modules[weight_plan.path])
     raise_all(TargetError, "Nothing was attached", problems)
-    _copy_full(layer_adapters, modules, plans)
-    # A module that directly reads the weight of a module below it gets a reference to the layer
-    # adapter of that module. Each module with a fused fast path above an adapted module gets a
-    # layer adapter too, which turns the fast path off.
+    _copy_fully_trained(layer_adapters, modules, plans)
+    # A method may read the weight of a module below without calling that module. The reader then
+    # gets a reference to the layer adapter of that module, so that it reads the changed weight.
     readers = [
         reader for weight_plan in plans.low_rank_plans for reader in weight_plan.weight_readers
     ]
     for reader in (*readers, *plans.full_readers):
-        read_path = names.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
-        read_adapter = layer_adapters[read_path]
+        holder_path = model_index.canonical[".".join((reader.path, *reader.path_below)).strip(".")]
+        holder_adapter = layer_adapters[holder_path]
         layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            layer_adapter.submodule_adapters[reader.path_below] = read_adapter
+            layer_adapter.submodule_adapters[reader.path_below] = holder_adapter
         else:
             layer_adapter.submodule_adapters_by_method.setdefault(reader.method, {})[
                 reader.path_below
-            ] = read_adapter
+            ] = holder_adapter
+    # A fused fast path would compute with the base weights of the modules below. A layer adapter
+    # of the module that has the fast path turns it off.
     for path in list(layer_adapters):
-        for path_above in modules_with_fast_path(names, path):
-            layer_adapters[path_above]  # the defaultdict creates an entry
+        for path_above in modules_with_fast_path(model_index, path):
+            layer_adapters[path_above]  # creates an entry of the defaultdict
     for path, module in modules.items():
         if without_gradient(module):
-            # Creates an entry. The forward of this module may cut the graph of its input; if the
-            # module is adapted, gradients reach the adapted layers that computed the input.
+            # Creates an entry, so that this module is adapted. Its own forward may have no
+            # derivative; the adapted forward passes gradients on to the layers below.
             layer_adapters[path]
     for path, layer_adapter in layer_adapters.items():
         layer_adapter.requires_grad_(trainable).train(modules[path].training)
     return {path: layer_adapters[path] for path in modules if path in layer_adapters}
 
 
-def _copy_full(
+def _copy_fully_trained(
     layer_adapters: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans
 ) -> None:
-    """Add copies of the parameters that are trained in full to the layer adapters. Tied parameters
-    share one copy, unless they are in ``plans.split_ties``. Running statistics are copied too,
-    because training would change the statistics of the frozen base."""
+    """Add copies of the parameters that are trained in full to the layer adapters, in
+    ``LayerAdapter.full``. Tied parameters share one copy, unless they are in ``plans.split_ties``.
+    Running statistics are copied too, because training would change those of the frozen base."""
     modules_with_statistics = {
         path: ()
         for path, module in modules.items()
         if not isinstance(module, torch.jit.ScriptModule)
         and module._buffers.get("running_mean") is not None
     }
-    copies: dict[Any, nn.Parameter] = {}
-    for path, parameters in {**modules_with_statistics, **plans.full}.items():
-        full_module, module = layer_adapters[path].full, modules[path]
+    copies_by_key: dict[Any, nn.Parameter] = {}
+    for path, trained_names in {**modules_with_statistics, **plans.full}.items():
+        full_copies, module = layer_adapters[path].full, modules[path]
         # in the module's order, because an optimiser's state depends on the order of parameters
         for name, parameter in module._parameters.items():
-            if name not in parameters:
+            if name not in trained_names:
                 continue
-            is_unique = parameter is None or (path, name) in plans.split_ties
-            key: Any = (path, name) if is_unique else id(parameter)
-            source: Any = _zero_bias(module) if parameter is None else parameter
-            if key not in copies:
-                copies[key] = nn.Parameter(
-                    full_tensor(source.detach()).to(
-                        trained_dtype(plans.config, source.dtype), copy=True
+            has_own_copy = parameter is None or (path, name) in plans.split_ties
+            copy_key: Any = (path, name) if has_own_copy else id(parameter)
+            source_tensor: Any = _zero_bias(module) if parameter is None else parameter
+            if copy_key not in copies_by_key:
+                copies_by_key[copy_key] = nn.Parameter(
+                    full_tensor(source_tensor.detach()).to(
+                        trained_dtype(plans.config, source_tensor.dtype), copy=True
                     )
                 )
-            full_module.register_parameter(name, copies[key])
+            full_copies.register_parameter(name, copies_by_key[copy_key])
         copies_buffers = path in plans.full_modules or path in modules_with_statistics
         for name, buffer in module._buffers.items() if copies_buffers else ():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                full_module.register_buffer(name, buffer.detach().clone())
+                full_copies.register_buffer(name, buffer.detach().clone())
 
 
 def _zero_bias(module: nn.Module) -> Tensor:
-    """A bias of zeros [out] for a layer without a bias, which an adapter may train."""
+    """A bias of zeros, [groups · out], for a layer that has none, so that an adapter can train
+    one."""
     kind: Any = kind_of(module)
     weight: Any = weight_of(module, kind.weight)
     dims = kind.dims(module, weight.shape)
@@ -225,11 +230,11 @@ def _zero_bias(module: nn.Module) -> Tensor:
 
 @one_thread_at_a_time
 def open_bank(model: nn.Module) -> ModelAdapters:
-    """The ``ModelAdapters`` of a model for a ``Bank``, which stores many adapters outside of the
-    model. Until ``close_bank``, layers stay adapted even if the model has no adapter.
+    """Register a ``Bank``, which stores many adapters outside of the model, and return the
+    ``ModelAdapters``. Until ``close_bank``, layers stay adapted even if no adapter is attached.
 
     Raises:
-        SelectionError: layers have adapters of another model.
+        SelectionError: layers have adapters that were attached through another model object.
     """
     if problem := foreign_layers_problem(model):
         raise SelectionError(problem)
@@ -245,25 +250,25 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
     if model_adapters is None:
         model_adapters = ModelAdapters()
         model_adapters.original_requires_grad = {
-            path: p.requires_grad for path, p in model.named_parameters()
+            path: parameter.requires_grad for path, parameter in model.named_parameters()
         }
         model.__dict__[MODEL_ADAPTERS_NAME] = model_adapters
         model_adapters.claim(model)
         for parameter in model.parameters():
-            # not ``requires_grad_``, which fails on a parameter that has no shape yet
+            # not ``requires_grad_``, which fails on a parameter of a lazy module
             parameter.requires_grad = False
     return model_adapters
 
 
 @one_thread_at_a_time
 def adapt_modules(
-    names: Names, layer_adapters: Mapping[str, LayerAdapter]
+    model_index: Names, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Give the modules at the paths of ``layer_adapters`` their adapted class, whose forward runs
-    the selected adapter. Returns the layer adapters by the keys of
-    ``ActiveAdapter.layer_adapters``. They are not added to the ``LayerState`` of the modules, which
-    ``install_adapter`` does afterwards."""
-    model_adapters, modules = _ensure_adapters(names.model), names.modules
+    the selected adapter. The layer adapters are not stored in the modules; ``install_adapter`` does
+    that afterwards. Returns them by ``LayerState.key``, or by (key, method) for adapted methods
+    besides forward, as ``ActiveAdapter.layer_adapters`` holds them."""
+    model_adapters, modules = _ensure_adapters(model_index.model), model_index.modules
     adapters_by_key: dict[Any, LayerAdapter] = {}
     for path, layer_adapter in layer_adapters.items():
         module = modules[path]
@@ -276,7 +281,7 @@ def adapt_modules(
         layer_adapter.set_fused_change(module, layer_state)
         adapt_methods(module, layer_adapter.submodule_adapters_by_method)
         adapters_by_key.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
-    group_shared_inputs(names, layer_adapters)
+    group_shared_inputs(model_index, layer_adapters)
     return adapters_by_key
 
 
@@ -299,14 +304,14 @@ def _create_layer_state(model_adapters: ModelAdapters, module: nn.Module) -> Lay
     return layer_state
 
 
-def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]) -> None:
-    """Group the layers that read the same input, such as q_proj, k_proj and v_proj, so that the
-    call of the first one computes all of them."""
-    for path, module in names.modules.items():
+def group_shared_inputs(model_index: Names, layer_adapters: Mapping[str, LayerAdapter]) -> None:
+    """Set ``LayerAdapter.shared_input_layers`` of layers that read the same input, such as q_proj,
+    k_proj and v_proj, so that the call of the first layer computes the outputs of all of them."""
+    for path, module in model_index.modules.items():
         for children in shared_input_groups(base_class(module)):
             groups: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
             for child_path in dict.fromkeys(
-                names.canonical.get(parameter_path(path, child), "") for child in children
+                model_index.canonical.get(parameter_path(path, child), "") for child in children
             ):
                 layer_adapter = layer_adapters.get(child_path) if child_path != path else None
                 if (
@@ -316,7 +321,7 @@ def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]
                 ):
                     change = layer_adapter.fused_change.change
                     groups[change.dims.in_, change.dropout].append(
-                        (names.modules[child_path], layer_adapter)
+                        (model_index.modules[child_path], layer_adapter)
                     )
             for members in groups.values():
                 shared_layers = SharedInputLayers(members) if len(members) > 1 else None
@@ -325,31 +330,33 @@ def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]
 
 
 class _InitializationError(TargetError):
-    """A variant cannot be initialised from a weight or its data: they are not finite, or have no
-    decomposition."""
+    """A variant cannot be initialised from a weight or its calibration data, because their values
+    are not finite, or their decomposition (such as an SVD) failed."""
 
 
 def _read_initial_data(
-    weight_plan: LowRankPlan, variant: str, kind: str, read: Callable[[], Tensor]
+    weight_plan: LowRankPlan, variant_name: str, data_name: str, read_data: Callable[[], Tensor]
 ) -> Tensor:
-    """Read a weight or its calibration data for the initialisation of a variant. ``kind`` is "base"
-    for the weight, else the name of the data.
+    """Read a weight or its calibration data for the initialisation of a variant. ``data_name`` is
+    "base" for the weight, else the name of the calibration data, such as "inputs".
 
     Raises:
         _InitializationError: some values are not finite.
     """
-    values = read()
+    values = read_data()
     if values.is_meta or values.isfinite().all():
         return values
-    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {weight_plan.full_path!r}"
-    do = (
+    problem = (
+        f"the {'weight' if data_name == 'base' else f'{data_name} of'} {weight_plan.full_path!r}"
+    )
+    advice = (
         "repair the base or the data, exclude the layer, or use a variant that starts from neither,"
         " such as lora"
     )
     raise _InitializationError(
         f"{problem} with NaN or infinity",
-        f"finite numbers, from which variant {variant!r} starts",
-        do,
+        f"finite numbers, from which variant {variant_name!r} starts",
+        advice,
     )
 
 
@@ -364,6 +371,10 @@ def make_change(
 
     Args:
         parameters: the adapter parameters by name. If it is empty, they are initialised.
+        calibration: the data from which the variant is initialised, besides the weight.
+
+    Raises:
+        _InitializationError: the weight or the data are not finite, or have no decomposition.
     """
     module = modules[weight_plan.path]
     weight = weight_of(module, weight_plan.weight)
@@ -414,9 +425,10 @@ def _variant_parameters(
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
     """The variant's parameters of one weight, trained and frozen: ``loaded_parameters``, or newly
-    initialised ones if that is empty. Frozen parameters that the sizes determine
-    (``Variant.derived``) are not in adapter files, so they are initialised in both cases unless
-    they were loaded."""
+    initialised ones if that is empty. Adapter files do not contain frozen parameters whose values
+    follow from the sizes of the weight (``Variant.derived``), so these are initialised even if the
+    others were loaded. Raises
+    an _InitializationError if the variant cannot be initialised from the weight."""
     layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
 
     def read_base() -> Tensor:
@@ -429,8 +441,8 @@ def _variant_parameters(
         calibration(weight_plan) if calibration is not None and not loaded_parameters else {}
     )
     data_readers: Any = {
-        name: partial(_read_initial_data, weight_plan, variant.name, name, read)
-        for name, read in {"base": read_base, **calibration_data}.items()
+        name: partial(_read_initial_data, weight_plan, variant.name, name, read_data)
+        for name, read_data in {"base": read_base, **calibration_data}.items()
     }
     init_context = InitContext(
         dims.groups,
@@ -445,13 +457,13 @@ def _variant_parameters(
     if not loaded_parameters or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                # A variant that reads float64 data computes on their device, which is the CPU if
-                # the device of the weight has no float64.
+                # The results may be on another device, so they are moved below: float64 data are
+                # on the CPU if the device of the weight has no float64.
                 initial_parameters = variant.init(init_context)
             parameters = {
                 name: value.to(device) for name, value in initial_parameters.items()
             } | parameters
-        # The numbers are finite, but the decomposition of such a matrix failed.
+        # ``_read_initial_data`` found finite numbers, but the variant could not decompose them.
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise _InitializationError(
                 f"{weight_plan.full_path!r}, from which variant {variant.name!r} cannot start"

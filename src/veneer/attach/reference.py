@@ -39,39 +39,39 @@ class Reference(nn.Module):
     adapters of the model may be trained between its calls.
 
     Pass it to a trainer as its reference model. It is called like the model and has the model's
-    attributes. Modules and methods among these attributes compute under the same selection. The
+    attributes. Modules and methods among these attributes compute with the same adapter. The
     ``state_dict()`` holds the tensors of the model (without any adapter's if ``name`` is None), so
-    that a hash of it identifies the model. ``parameters()`` is empty, because there is nothing to
-    move, shard, count or train.
+    that a hash of them identifies what the reference computes. ``parameters()`` is empty, because
+    there is nothing to move, shard, count or train.
 
     During a call the modules of the model are in evaluation mode, so there is no dropout and no
     random number is drawn. No other thread may train the model during a call.
 
     Raises:
         SelectionError: the model has no adapter, or none of this name.
-        MergeError: an adapter is merged into the weights, so they are not the base's. Calls raise
-            this error too.
+        MergeError: an adapter is merged into the weights, so the base cannot be computed. Calls
+            raise this error too.
     """
 
     def __init__(self, model: nn.Module, name: str | None = None) -> None:
         super().__init__()
-        self._set(unwrap(model), name, {}, unwrap(model))
+        self._set_attributes(unwrap(model), name, {}, unwrap(model))
 
-    def _set(
+    def _set_attributes(
         self,
         root: nn.Module,
         name: str | None,
         frozen_copies: Mapping[int, Tensor],
         submodule: nn.Module,
     ) -> Reference:
-        """Set the attributes of the reference.
+        """Set the attributes of the reference, and return it. Raises the errors of the class.
 
         Args:
             root: the model.
             name: the adapter, or None for the base alone.
-            frozen_copies: the tensors that replace the adapter's, by the ``id`` of the adapter's
-                tensor.
-            submodule: the module of the model that calls run.
+            frozen_copies: the tensors that replace the adapter's during a call, by the ``id`` of
+                the adapter's tensor.
+            submodule: the module that a call of the reference runs: ``root`` or a module below it.
         """
         # not by nn.Module.__setattr__: a registered child would be trained, moved and saved
         self.__dict__.update(
@@ -95,17 +95,17 @@ class Reference(nn.Module):
 
     @contextmanager
     def selected(self) -> Iterator[None]:
-        """A context manager in which the model computes as this reference."""
+        """A context manager in which the model computes what this reference computes."""
         self._require_unmerged()
         with (
             context.evaluation_mode(self._root),
             use(self._root, self._adapter),
-            replaced_tensors(_holders(self._root, self._adapter), self._frozen_copies),
+            replaced_tensors(_tensor_holders(self._root, self._adapter), self._frozen_copies),
         ):
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # not in ``forward``: trainers replace that method by one that calls submodules directly
+        # not in ``forward``, because trainers replace it by a method that calls submodules itself
         with self.selected():
             return super().__call__(*args, **kwargs)
 
@@ -117,8 +117,8 @@ class Reference(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The tensors of the model, which share its memory. For the base alone, the tensors of
-        adapters are left out."""
+        """The tensors of the model, which share its memory, under the model's names. A reference of
+        the base alone leaves the tensors of adapters out."""
         if self._adapter is None:
             return without_adapters(self._submodule).state_dict(*args, **kwargs)
         with self.selected():
@@ -126,7 +126,7 @@ class Reference(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_root", "_adapter", "_frozen_copies", "_submodule"):
-            raise AttributeError(name)  # not set yet: a copy of this object is being created
+            raise AttributeError(name)  # not set yet in a new copy; avoids a recursion
         return self._under_selection(getattr(self._submodule, name))
 
     def _under_selection(self, value: Any) -> Any:
@@ -136,7 +136,7 @@ class Reference(nn.Module):
         if isinstance(value, nn.Module):
             reference = object.__new__(Reference)
             nn.Module.__init__(reference)
-            return reference._set(self._root, self._adapter, self._frozen_copies, value)
+            return reference._set_attributes(self._root, self._adapter, self._frozen_copies, value)
         if not isinstance(value, MethodType):
             return value
 
@@ -152,7 +152,8 @@ def reference_of(model: nn.Module) -> Reference:
     """A reference that always computes what ``model`` computes now.
 
     If the adapter changes nothing yet, as before the first training step, the reference is the base
-    alone. Else the reference has a copy of the adapter's parameters (a few MB) and shares the base.
+    alone. Else the reference has a copy of the adapter's present parameters (a few MB), which later
+    training does not change, and shares the base.
 
     Raises:
         SelectionError: there is no adapter, or there are several and none is selected.
@@ -163,17 +164,19 @@ def reference_of(model: nn.Module) -> Reference:
     if _changes_nothing(model, name):
         return Reference(model)
     frozen_copies: dict[int, Tensor] = {}
-    for holder in _holders(model, name):
+    for holder in _tensor_holders(model, name):
         for tensor in (*holder.parameters(recurse=False), *holder.buffers(recurse=False)):
-            copied = tensor.detach().clone()
+            tensor_copy = tensor.detach().clone()
             is_parameter = isinstance(tensor, nn.Parameter)
-            frozen_copy = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+            frozen_copy = (
+                nn.Parameter(tensor_copy, requires_grad=False) if is_parameter else tensor_copy
+            )
             frozen_copies.setdefault(id(tensor), frozen_copy)
-    return Reference(model, name)._set(model, name, frozen_copies, model)
+    return Reference(model, name)._set_attributes(model, name, frozen_copies, model)
 
 
-def _holders(model: nn.Module, name: str | None) -> list[nn.Module]:
-    """The modules that hold the adapter's parameters and buffers."""
+def _tensor_holders(model: nn.Module, name: str | None) -> list[nn.Module]:
+    """The modules that hold the adapter's parameters and buffers; none if ``name`` is None."""
     if name is None:
         return []
     return [
@@ -184,13 +187,13 @@ def _holders(model: nn.Module, name: str | None) -> list[nn.Module]:
 
 
 def _changes_nothing(model: nn.Module, name: str) -> bool:
-    """Whether the model with the adapter equals the base: every low-rank change is 0, and every
-    parameter that is trained in full, and every buffer of the adapter (running statistics), equals
-    the base's."""
+    """Whether the model with the adapter equals the base: every low-rank change is 0, every
+    parameter that is trained in full equals the base's, and so does every buffer of the adapter
+    (running statistics)."""
     for _, module, layer_adapter in adapters(model, name):
         base_tensors = {**module._parameters, **module._buffers}
         for key, tensor in layer_adapter.full.state_dict().items():
-            base_tensor = base_tensors[key]  # None: a bias for a layer without a bias
+            base_tensor = base_tensors[key]  # None if only the adapter has a bias
             differs = (
                 bool(tensor.any())
                 if base_tensor is None
@@ -198,8 +201,8 @@ def _changes_nothing(model: nn.Module, name: str) -> bool:
             )
             if differs:
                 return False
-    for _, module, weight, change in changes(model, name):
-        low_rank, gain = change.resolve(weight_of(module, weight))
+    for _, module, weight_name, change in changes(model, name):
+        low_rank, gain = change.resolve(weight_of(module, weight_name))
         # B A is 0 unless, for some rank index, the column of B and the row of A are both not 0
         if gain is not None or bool((low_rank.B.any(1) & low_rank.A.any(2)).any()):
             return False

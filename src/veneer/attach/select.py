@@ -25,8 +25,8 @@ from veneer.attach.rows.select_rows import by_rows
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
-#: the choice for a call or a row of the batch: an adapter, None for the base alone, or a blend
-#: {name: weight}
+#: the choice for a call or a row of the batch: the name of an adapter, None for the base alone, or
+#: a blend {name: weight}
 Choice = str | Mapping[str, float] | None
 #: the type of a function that ``use`` decorates
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,7 +48,8 @@ class use:
     A ``with`` block in a generator applies while the generator runs. Between two steps of the
     generator, a call that makes no selection is an error, because the caller may or may not expect
     the block to apply. As a decorator, ``@veneer.use(model, "a")`` selects in each call of a
-    function. For a generator, asynchronous or not, it selects during the steps only.
+    function. A decorated generator function, asynchronous or not, has the selection during the
+    steps of the generator only.
 
     Args:
         path: "factored" (the product with W plus the low-rank product) or "materialised" (the
@@ -74,18 +75,19 @@ class use:
             )
         self._context_fields: dict[str, Any] = {} if path is None else {"path": path}
         model_adapters = need_adapters(model, check_all_layers=False)
-        self._uid = model_adapters.uid
+        self._model_uid = model_adapters.uid
         self._name = name
         if name is None or isinstance(name, str | Mapping):
             self._selected = active_adapter(model, name)
         elif isinstance(name, Iterable) and not isinstance(name, Set):
-            # Equal names mean equal choices, as the name of a blend contains its exact weights.
+            # One ``ActiveAdapter`` for equal choices, so that their rows run together. Equal names
+            # mean equal choices, because the name of a blend contains its exact weights.
             active_by_name: dict[str | None, ActiveAdapter] = {}
-            row_adapters = [active_adapter(model, choice) for choice in name]
-            row_adapters = [
-                active_by_name.setdefault(active.name, active) for active in row_adapters
+            active_per_row = [active_adapter(model, choice) for choice in name]
+            active_per_row = [
+                active_by_name.setdefault(active.name, active) for active in active_per_row
             ]
-            self._selected = by_rows(unwrap(model), model_adapters, row_adapters)
+            self._selected = by_rows(unwrap(model), model_adapters, active_per_row)
         else:
             raise SelectionError(
                 f"{name!r} to use",
@@ -96,8 +98,10 @@ class use:
 
     def __enter__(self) -> None:
         self._was_entered = True
-        selection = {self._uid: self._selected}
-        context.enter(self, selection, make_suspended=self._make_suspended, **self._context_fields)
+        selection = {self._model_uid: self._selected}
+        context.enter(
+            self, selection, make_suspended=self._make_suspended_selection, **self._context_fields
+        )
 
     def __exit__(self, *_: object) -> None:
         if not context.leave(self):
@@ -108,20 +112,23 @@ class use:
                 "leave blocks where they were entered, the last one first, as `with` does",
             )
 
-    def _make_suspended(self) -> OutsideGenerator:
-        """The selection of calls between two steps of a generator that has entered this block."""
+    def _make_suspended_selection(self) -> OutsideGenerator:
+        """The selection of calls that are made while a generator that has entered this block is
+        suspended: each such call raises an error."""
         return OutsideGenerator(f"veneer.use(…, {self._name!r})")
 
     def __call__(self, function: Function) -> Function:
         """Wrap ``function`` so that its calls run with this selection. A generator function runs
         with it during the steps of the generator."""
         self._was_entered = True
-        return stepwise(
-            lambda: context.override({self._uid: self._selected}, **self._context_fields), function
+        return wrap_calls_in(
+            lambda: context.override({self._model_uid: self._selected}, **self._context_fields),
+            function,
         )
 
     def __del__(self) -> None:
-        # `veneer.use(…)` without `with` looks like a switch that stays on, but does nothing.
+        # Warn, because `veneer.use(…)` without `with` does nothing, but looks as if it selected for
+        # all later calls.
         if not getattr(self, "_was_entered", True):
             warnings.warn(
                 f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did"
@@ -132,8 +139,9 @@ class use:
 
 @one_thread_at_a_time
 def set_default(model: nn.Module, name: str | None) -> None:
-    """Set the adapter that calls of ``model`` without a selection use. None removes the default.
-    Then such calls use the only adapter, and raise an error if there are several.
+    """Set the adapter that calls of ``model`` without a selection use. ``name=None`` removes the
+    default. Calls without a selection then use the only adapter; if there are several, they raise
+    an error.
 
     The default is a property of the model. It holds in every thread, and in copies and pickles.
     Detaching the adapter clears the default; an adapter that is attached under the same name later
@@ -145,6 +153,7 @@ def set_default(model: nn.Module, name: str | None) -> None:
     """
     model_adapters = need_adapters(model, name)
     model_adapters.default_name = name
+    # also updates ``model_adapters.default``, which calls without a selection use
     model_adapters.set_merge_order(model_adapters.merge_order)
 
 
@@ -177,48 +186,48 @@ def active_adapter(model: nn.Module, choice: Choice) -> ActiveAdapter:
     return blend_adapters(weighted_adapters) if weighted_adapters else BASE
 
 
-def stepwise(make_context: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
+def wrap_calls_in(make_context: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
     """Wrap a function so that each call runs in a new context manager, created by ``make_context``.
     In a generator function, asynchronous or not, each step of the generator runs in a new context
-    manager, and none is entered while the generator is suspended."""
+    manager, and no context manager is open while the generator is suspended."""
 
     @functools.wraps(function)
     def generate(*args: Any, **kwargs: Any) -> Any:
         generator = function(*args, **kwargs)
-        step, step_argument = generator.send, None
+        resume, resume_argument = generator.send, None
         while True:
             try:
                 with make_context():
-                    output = step(step_argument)
+                    yielded_value = resume(resume_argument)
             except StopIteration as stop:
                 return stop.value
             try:
-                step, step_argument = generator.send, (yield output)
+                resume, resume_argument = generator.send, (yield yielded_value)
             except GeneratorExit:
                 with make_context():
                     generator.close()
                 raise
-            except BaseException as error:  # raised in the generator by the next step
-                step, step_argument = generator.throw, error
+            except BaseException as error:  # the next step raises it in the generator
+                resume, resume_argument = generator.throw, error
 
     @functools.wraps(function)
     async def generate_async(*args: Any, **kwargs: Any) -> Any:
         generator = function(*args, **kwargs)
-        step, step_argument = generator.asend, None
+        resume, resume_argument = generator.asend, None
         while True:
             try:
                 with make_context():
-                    output = await step(step_argument)
+                    yielded_value = await resume(resume_argument)
             except StopAsyncIteration:
                 return
             try:
-                step, step_argument = generator.asend, (yield output)
+                resume, resume_argument = generator.asend, (yield yielded_value)
             except GeneratorExit:
                 with make_context():
                     await generator.aclose()
                 raise
-            except BaseException as error:  # raised in the generator by the next step
-                step, step_argument = generator.athrow, error
+            except BaseException as error:  # the next step raises it in the generator
+                resume, resume_argument = generator.athrow, error
 
     @functools.wraps(function)
     async def run_async(*args: Any, **kwargs: Any) -> Any:

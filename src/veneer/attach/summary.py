@@ -21,8 +21,8 @@ class SummaryRow:
     """The size of an adapter for one kind of layer.
 
     Fields:
-        kind: the layer kind, the weight's storage unless it is plain, and the variant, as a text;
-            or "trained in full".
+        kind: a text of the layer kind, the weight's storage unless it is a plain parameter, and the
+            LoRA variant, such as "linear, lora"; or "trained in full".
         layers: the number of weights with a low-rank change, or of layers with parameters that are
             trained in full.
         parameters: the number of elements of the trained parameters.
@@ -63,16 +63,18 @@ class Summary:
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        width = max(len(row.kind) for row in self.rows) if self.rows else 0
+        kind_width = max(len(row.kind) for row in self.rows) if self.rows else 0
         lines = [
-            f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers "
+            f"  {row.kind:<{kind_width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers "
             f" {format_bytes(row.bytes):>10}"
             for row in self.rows
         ]
-        share = f"{self.percent:.3f} % of the base's {self.total:,}"
-        total = f"  trains {self.trainable:,} numbers ({format_bytes(self.bytes)}), {share}"
-        default = ", the model's default" if self.is_default else ""
-        lines = [f"adapter {self.adapter!r}{default}", *lines, total]
+        share_text = f"{self.percent:.3f} % of the base's {self.total:,}"
+        total_line = (
+            f"  trains {self.trainable:,} numbers ({format_bytes(self.bytes)}), {share_text}"
+        )
+        default_text = ", the model's default" if self.is_default else ""
+        lines = [f"adapter {self.adapter!r}{default_text}", *lines, total_line]
         if self.left_out:
             lines.append(
                 f'  "all-linear" leaves out {self.left_out}: name them in targets, or use'
@@ -83,7 +85,7 @@ class Summary:
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
     """The summary of the adapter ``name``. None stands for the default adapter, or the only one.
-    The base's total counts tied weights once and leaves adapters out.
+    ``Summary.total`` counts tied weights once and leaves adapters out.
 
     Raises:
         SelectionError: there is no such adapter; or ``name`` is None, and there are several
@@ -94,43 +96,50 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     counts_by_kind: dict[str, list[int]] = {}  # [layers, parameters, bytes]
     counted_ids: set[int] = set()  # tied parameters have one copy, which is counted once
 
-    def count(kind: str, parameters: Iterable[nn.Parameter]) -> None:
-        uncounted = [p for p in parameters if id(p) not in counted_ids]
+    def count_parameters(kind: str, parameters: Iterable[nn.Parameter]) -> None:
+        uncounted = [parameter for parameter in parameters if id(parameter) not in counted_ids]
         counted_ids.update(map(id, uncounted))
         if uncounted:
             counts = counts_by_kind.setdefault(kind, [0, 0, 0])
             counts[0] += 1
-            counts[1] += sum(p.numel() for p in uncounted)
-            counts[2] += sum(p.numel() * p.element_size() for p in uncounted)
+            counts[1] += sum(parameter.numel() for parameter in uncounted)
+            counts[2] += sum(
+                parameter.numel() * parameter.element_size() for parameter in uncounted
+            )
 
-    for _, module, weight, change in changes(model, name):
+    for _, module, weight_name, change in changes(model, name):
         storage_label = (
             ""
             if change.storage.name == "plain"
-            else f" ({change.storage.label(weight_of(module, weight))})"
+            else f" ({change.storage.label(weight_of(module, weight_name))})"
         )
-        count(f"{change.layer.name}{storage_label}, {change.variant.name}", change.parameters())
+        count_parameters(
+            f"{change.layer.name}{storage_label}, {change.variant.name}", change.parameters()
+        )
     for _, _, layer_adapter in adapters(model, name):
-        count("trained in full", layer_adapter.full.parameters())
+        count_parameters("trained in full", layer_adapter.full.parameters())
     rows = tuple(SummaryRow(kind, *counts) for kind, counts in counts_by_kind.items())
-    total = sum(
-        _element_count(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
+    base_element_count = sum(
+        _element_count(parameter)
+        for path, parameter in model.named_parameters()
+        if "veneer" not in path.split(".")
     )
     model_adapters = need_adapters(model, name)
-    left_out = layers_left_out(Names(model), model_adapters.configs[name])
+    left_out_text = layers_left_out(Names(model), model_adapters.configs[name])
     return Summary(
         name,
         rows,
         sum(row.parameters for row in rows),
-        total,
+        base_element_count,
         sum(row.bytes for row in rows),
-        left_out,
+        left_out_text,
         model_adapters.default_name == name,
     )
 
 
 def _element_count(weight: nn.Parameter) -> int:
-    """The number of elements of a weight. A packed weight stores several in one stored element."""
+    """The number of elements of the dense weight. A packed weight stores several of them in one
+    element of its tensor."""
     storage = storage_of(weight)
     return weight.numel() if storage is None else storage.shape(weight).numel()
 
@@ -178,12 +187,13 @@ class CallPlan:
             if fused_change is None:
                 continue
             change, weight = fused_change.change, module._parameters[fused_change.weight]
-            size = (change.dims.out, change.dims.in_, change.rank)
-            costs = cost_model.costs(*size, tokens, weight.dtype, training)
-            costs_and_paths.setdefault(size, (costs, []))[1].append(path)
+            layer_size = (change.dims.out, change.dims.in_, change.rank)
+            costs = cost_model.costs(*layer_size, tokens, weight.dtype, training)
+            costs_and_paths.setdefault(layer_size, (costs, []))[1].append(path)
             if layer_adapter.shared_input_layers is not None:
                 group_paths.setdefault(id(layer_adapter.shared_input_layers), []).append(path)
         rows = tuple(
-            (size, tuple(paths), costs) for size, (costs, paths) in costs_and_paths.items()
+            (layer_size, tuple(paths), costs)
+            for layer_size, (costs, paths) in costs_and_paths.items()
         )
         return CallPlan(tokens, training, rows, tuple(map(tuple, group_paths.values())))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from veneer.attach.invocation import find_invocations
+from veneer.attach.invocation import update_invocation_hooks
 from veneer.attach.layer.adapted_module import (
     layer_states,
     restore_module,
@@ -41,46 +41,58 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     """
     model = unwrap(model)
     model_adapters = need_adapters(model, name)
-    names = list(model_adapters.configs) if name is None else [name]
-    _require_detachable(model_adapters, names, keep_merged)
-    if not set(names).isdisjoint(model_adapters.merge_order):
-        model_adapters.untied = ()  # weights that were untied for the merge stay untied
-    answered_peft_names = stop_answering_peft_names(model)
-    for adapter in names:
-        # a call that still selects the adapter raises an error
-        model_adapters.selections[adapter].layer_adapters = None
+    removed_names = list(model_adapters.configs) if name is None else [name]
+    _require_detachable(model_adapters, removed_names, keep_merged)
+    if not set(removed_names).isdisjoint(model_adapters.merge_order):
+        # Weights that were untied for the merge now differ, so ``_release_layers`` must not tie
+        # them again.
+        model_adapters.untied = ()
+    was_answering_peft_names = stop_answering_peft_names(model)
+    for adapter_name in removed_names:
+        # so that a call that still selects the adapter raises an error
+        model_adapters.selections[adapter_name].layer_adapters = None
     for _, _, layer_state in layer_states(model):
-        for adapter in names:
-            set_child(layer_state, adapter, None)
-    remaining_names = [key for key in model_adapters.configs if key not in names]
+        for adapter_name in removed_names:
+            set_child(layer_state, adapter_name, None)
+    remaining_names = [key for key in model_adapters.configs if key not in removed_names]
     had_invocations = any(config.invocation_tokens for config in model_adapters.configs.values())
-    for active in model_adapters.selections.values():
-        if active.merged_at_attach in names:  # the merged weights are now the base weights
-            active.merged_at_attach = None
+    for active_adapter in model_adapters.selections.values():
+        if active_adapter.merged_at_attach in removed_names:  # the merged weights become the base's
+            active_adapter.merged_at_attach = None
     model_adapters.merge_order = tuple(
-        merged for merged in model_adapters.merge_order if merged not in names
+        merged_name
+        for merged_name in model_adapters.merge_order
+        if merged_name not in removed_names
     )
     model_adapters.set_adapters(
         {key: model_adapters.configs[key] for key in remaining_names},
         {key: model_adapters.selections[key] for key in remaining_names},
     )
     if had_invocations:
-        find_invocations(model, model_adapters)
+        update_invocation_hooks(model, model_adapters)
     for _, module in walk(model) if not remaining_names else ():
         remove_overrides(module)
     _release_layers(model, model_adapters)
-    if answered_peft_names and remaining_names:
+    if was_answering_peft_names and remaining_names:
         answer_peft_names(model)
 
 
-def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_merged: bool) -> None:
-    """Raise a MergeError if some of these adapters cannot be detached now."""
+def _require_detachable(
+    model_adapters: ModelAdapters, removed_names: list[str], keep_merged: bool
+) -> None:
+    """Raise a MergeError if some of these adapters cannot be detached now, for a reason that
+    ``detach`` lists."""
     merged_names = model_adapters.merge_order[::-1]  # the last merged one first
     for index, name in enumerate(merged_names):
-        if name not in names:
+        if name not in removed_names:
             continue
-        remaining_below = next(
-            (lower for lower in merged_names[index + 1 :] if lower not in names), None
+        remaining_name = next(
+            (
+                lower_name
+                for lower_name in merged_names[index + 1 :]
+                if lower_name not in removed_names
+            ),
+            None,
         )
         if not keep_merged:
             raise MergeError(
@@ -89,34 +101,40 @@ def _require_detachable(model_adapters: ModelAdapters, names: list[str], keep_me
                 "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
                 " merged weights",
             )
-        if remaining_below is not None:
+        if remaining_name is not None:
             raise MergeError(
-                f"{name!r} merged on top of {remaining_below!r}, which stays",
+                f"{name!r} merged on top of {remaining_name!r}, which stays",
                 "the adapter that was merged first",
-                f"detach {remaining_below!r} with keep_merged=True first, or call"
+                f"detach {remaining_name!r} with keep_merged=True first, or call"
                 " veneer.unmerge(model)",
             )
-    for adapter, active in model_adapters.selections.items():
-        base_name = active.merged_at_attach
-        if base_name in names and base_name not in merged_names and adapter not in names:
+    for kept_name, active_adapter in model_adapters.selections.items():
+        base_name = active_adapter.merged_at_attach
+        if (
+            base_name in removed_names
+            and base_name not in merged_names
+            and kept_name not in removed_names
+        ):
             raise MergeError(
-                f"{adapter!r}, attached while {base_name!r} was merged, which is to be detached",
-                f"{base_name!r} merged, or {adapter!r} detached",
+                f"{kept_name!r}, attached while {base_name!r} was merged, which is to be detached",
+                f"{base_name!r} merged, or {kept_name!r} detached",
                 "detach that one first",
             )
 
 
 @one_thread_at_a_time
 def close_bank(model: nn.Module, model_adapters: ModelAdapters) -> None:
-    """End the use of adapted layers by a ``Bank``, which ``install.open_bank`` began."""
+    """End the use of a model's adapted layers by a ``Bank``, which ``install.open_bank`` began.
+    When no bank uses the model any more, layers without an adapter are restored."""
     model_adapters.bank_count -= 1
     if adapters_of(model) is model_adapters:
         _release_layers(model, model_adapters)
 
 
 def _release_layers(model: nn.Module, model_adapters: ModelAdapters) -> None:
-    """Restore the class and storage of modules that have no adapter, and the ``requires_grad`` of a
-    model without adapters. While a bank uses the model, nothing is restored."""
+    """Restore the class and storage of modules that have no adapter. If the model has none, also
+    restore ties and ``requires_grad``, and delete its ``ModelAdapters``. While a bank uses the
+    model, nothing is restored."""
     if model_adapters.bank_count:
         return
     for _, module, layer_state in list(layer_states(model)):

@@ -2,7 +2,7 @@
 memory is needed. Each row of a batch selects the adapter that it uses.
 
 Adapters that are in use or pinned stay in memory. Of all other adapters, the least recently used
-one is evicted first. The model's ``state_dict`` and parameters remain those of the base. Several
+is evicted first. The model's ``state_dict`` and parameters remain those of the base. Several
 threads may use a bank at once, because each running call has its own ``BatchState``.
 """
 
@@ -58,9 +58,9 @@ from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, SelectionError, nearest, raise_all
 from veneer.fileio import throttle
 
-#: seconds for which a load waits for memory that leased adapters occupy
+#: the longest time in seconds that a load waits for memory that adapters in use occupy
 MAX_WAIT_SECONDS = 60.0
-#: seconds after a call during which throttled loads still pause, because the next call may follow
+#: seconds after the end of a call in which throttled loads still pause, for the next call may come
 CALL_GAP = 0.05
 
 
@@ -71,15 +71,15 @@ class Bank:
         model: the base. Its layers get an adapted class and its parameters are frozen; ``close``
             undoes both.
         capacity_bytes: memory for adapters; None for no limit. Calls need memory beyond this: each
-            of the calls that run at one time may hold copies of the factors of two sets of
-            adapters.
+            of the calls that run at one time may cache copies of the factors A and B of the
+            adapters of two batches.
         dtype: dtype of the adapters' factors in memory, as in ``LoraConfig``; None takes the dtype
             of each base weight.
-        verify_base: False accepts other base weights of the same shapes.
+        verify_base: False accepts adapters that were trained on other weights of the same shapes.
 
     Attributes:
-        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a failed
-            load ("fail"), by the thread that did it.
+        on_event: called as (kind, adapter name, seconds it took) after a "load", an "evict", a
+            "remove" or a failed load ("fail"), by the thread that did it. None: not called.
     """
 
     def __init__(
@@ -98,16 +98,16 @@ class Bank:
         self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         self._attached = open_bank(model)
-        self._layout = ModelLayout(self._attached.uid, time_first(model))
+        self._model_layout = ModelLayout(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
         self._match_cache = MatchCache(Names(model))
         self._resolve_plans: ResolvePlans = {}
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition(threading.RLock())  # notified when memory is freed
         self._loading = threading.Lock()  # held during a load
         self._loader: ThreadPoolExecutor | None = None
-        self._batch_states: list[BatchState] = []  # of calls that have ended, for reuse
+        self._batch_states: list[BatchState] = []  # of ended calls; the next calls reuse them
         self._running_calls, self._last_call_end = 0, -CALL_GAP
-        self._use_counter = self._bytes = 0
+        self._use_counter = self._used_bytes = 0
         self._resident_uids: set[int] = set()  # of the adapters in memory
         self._waiting_loads, self._closed = 0, False
 
@@ -126,23 +126,23 @@ class Bank:
         raise_all(AdapterError, f"{name!r} cannot be registered", folder_problems(path))
         with self._changed:
             self._require_open()
-            previous = self._entries.get(name)
-            if previous is not None and not replace:
+            previous_entry = self._entries.get(name)
+            if previous_entry is not None and not replace:
                 problem = f"adapter name {name!r}, which is taken"
                 raise SelectionError(problem, "a new name", "choose another, or remove that one")
             self._entries[name] = Entry(name, path)
-            if previous is not None and not previous.users:
-                self._unload(previous)
+            if previous_entry is not None and not previous_entry.users:
+                self._unload(previous_entry)
 
     def add(
         self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False
     ) -> str:
-        """Register an adapter, by the name of its folder unless ``name`` is given, and load it now.
-        With ``replace``, the name may belong to another adapter. That adapter keeps the name until
-        the new one is loaded, and both are in memory until then.
+        """Load an adapter now and register it as ``name``, by default the name of its folder, which
+        is returned. ``replace``: the name may belong to another adapter, which keeps it until the
+        new one is loaded; both are in memory until then. ``pin``: the adapter is never evicted.
 
         Raises:
-            AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is unchanged.
+            AdapterError, BaseMismatchError, BankFullError, SelectionError: nothing is registered.
         """
         name = Path(path).name if name is None else name
         if replace and name in self:
@@ -156,7 +156,7 @@ class Bank:
             with self._changed:
                 if entry is not None and self._entries.get(name) is entry:
                     del self._entries[name]
-                    if not entry.users:  # another thread may have loaded the adapter
+                    if not entry.users:  # another thread may have loaded it meanwhile
                         self._unload(entry)
             raise
         if pin:
@@ -164,10 +164,10 @@ class Bank:
         return name
 
     def put(self, name: str, path: str | Path, adapter: str) -> None:
-        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name. The
-        parameters are copied from the attached adapter ``adapter``, whose values must equal the
-        folder's. The adapter is loaded from the folder later if the copy is evicted, if leases
-        occupy the memory now (this method does not wait), or if not every change is low rank.
+        """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name, and
+        fill the bank's memory from the adapter that is attached to the model as ``adapter``. Its
+        values must equal the folder's. Nothing is copied if adapters in use occupy the memory now,
+        or if not every change is low rank; the folder is then read at the first use.
 
         Raises:
             SelectionError, AdapterError: the bank is unchanged.
@@ -175,30 +175,30 @@ class Bank:
         resident = resident_of(self.model, Path(path), adapter, dtype=self.dtype)
         with self._changed:
             self.register(name, path, replace=True)
-            if resident is not None and self._evict(resident.nbytes, partly=False):
+            if resident is not None and self._evict(resident.nbytes, evict_anyway=False):
                 entry = self._entries[name]
                 entry.last_use = self._use_counter = self._use_counter + 1
                 self._store_resident(entry, resident)
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
-        """Load an adapter while the name still belongs to another one, then give it the name."""
+        """Load an adapter while ``name`` still belongs to another one, then give it the name."""
         raise_all(AdapterError, f"{name!r} cannot be replaced", folder_problems(path))
         with self._loading:
             with self._changed:
                 self._require_open()
-                new = Entry(name, path, users=1)
-                new.last_use = self._use_counter = self._use_counter + 1
-            lease = self._load_entries({name: 1.0}, [new])
+                new_entry = Entry(name, path, users=1)
+                new_entry.last_use = self._use_counter = self._use_counter + 1
+            lease = self._load_entries({name: 1.0}, [new_entry])
             with self._changed:
-                previous = self._entries.get(name)
-                self._entries[name] = new
-                new.pinned = pin or (previous is not None and previous.pinned)
-                if previous is not None and not previous.users:
-                    self._unload(previous)
+                previous_entry = self._entries.get(name)
+                self._entries[name] = new_entry
+                new_entry.pinned = pin or (previous_entry is not None and previous_entry.pinned)
+                if previous_entry is not None and not previous_entry.users:
+                    self._unload(previous_entry)
             lease.release()
 
     def remove(self, name: str) -> None:
-        """Remove a name. Running calls keep its adapter, whose memory is freed when they end."""
+        """Remove a name. Running calls and leases keep its adapter in memory until they end."""
         with self._changed:
             entry = self._entry(name)
             del self._entries[name]
@@ -207,10 +207,10 @@ class Bank:
         self._notify("remove", name)
 
     def pin(self, name: str) -> None:
-        """Load an adapter if it is not in memory, and do not evict it.
+        """Load an adapter if it is not in memory, and never evict it until ``unpin``.
 
         Raises:
-            SelectionError, AdapterError, BaseMismatchError, BankFullError: the bank is unchanged.
+            SelectionError, AdapterError, BaseMismatchError, BankFullError: it is not pinned.
         """
         with self._acquire({name: 1.0}), self._changed:
             self._entry(name).pinned = True
@@ -226,12 +226,12 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapters in memory."""
-        return self._bytes
+        """Bytes that the loaded adapters occupy."""
+        return self._used_bytes
 
     @property
     def crowded(self) -> bool:
-        """Whether a load waits for memory that leases occupy. New leases make it wait longer."""
+        """Whether a load waits for memory of leased adapters. New leases would prolong the wait."""
         return self._waiting_loads > 0
 
     def status(self) -> list[Status]:
@@ -242,12 +242,12 @@ class Bank:
         return name in self._entries
 
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
-        """A future of a lease on the adapters of a blend ({name: weight}; {} is the base alone).
-        The future is done at once if all adapters are in memory, else when a thread loaded them.
+        """A future of a lease, which keeps the adapters of a blend ({name: weight}; {} for the
+        base) in memory. It is done at once if they are there, else when a thread has loaded them.
 
         Raises:
             SelectionError: an unknown name, or a weight that is not finite. Errors of loading are
-                raised by the future.
+                raised by ``future.result()``.
         """
         future: Future[Lease] = Future()
         with self._changed:
@@ -260,7 +260,7 @@ class Bank:
             return self._loader.submit(self._acquire, dict(adapter_weights))
 
     def prefetch(self, name: str) -> Future[Lease]:
-        """Load an adapter in the background, without a lease, so it may be evicted again."""
+        """Load an adapter in the background. When the future is done, its lease is released."""
         future = self.acquire({name: 1.0})
         future.add_done_callback(lambda done: None if done.exception() else done.result().release())
         return future
@@ -269,43 +269,43 @@ class Bank:
     def rows(self, choices: Sequence[Any], *, invoked: bool = False) -> Iterator[None]:
         """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
         blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. The
-        choices apply to calls of this thread or asyncio task. ``invoked``: whether every token
-        comes after the ``LoraConfig.invocation_tokens`` of its row's adapter, if there are any.
+        choices apply to calls of this thread or asyncio task. ``invoked``: the caller asserts that
+        every token comes after the ``LoraConfig.invocation_tokens``, from which on an adapter acts.
 
         Raises:
             SelectionError: an unknown name, no rows, or invocation tokens without ``invoked``.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
         row_weights = row_weights_of(choices)
-        names = {name: 1.0 for weights in row_weights if weights for name in weights}
-        with self._acquire(names) as lease:
-            rows = adapters_of_rows(self, choices, row_weights, lease, invoked)
-            with self._use_rows(rows):
+        requested_names = {name: 1.0 for weights in row_weights if weights for name in weights}
+        with self._acquire(requested_names) as lease:
+            row_adapters = adapters_of_rows(self, choices, row_weights, lease, invoked)
+            with self._use_rows(row_adapters):
                 yield
 
     def generate(
         self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any
     ) -> Any:
-        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. All
-        beams and returned sequences of a row use the row's adapter.
+        """``model.generate(inputs, **kwargs)`` with ``adapters[i]``, a choice as for ``rows``, for
+        row i of the inputs. All beams and returned sequences of a row use the row's adapter.
 
         Raises:
-            SelectionError: as for ``rows``, or several sequences a row for a model with an encoder.
+            As ``rows``; SelectionError also for several sequences a row and a model with encoder.
         """
         model: Any = self.model
-        sequences = sequences_per_row(model, kwargs)
-        with self.rows([choice for choice in adapters for _ in range(sequences)]):
+        sequence_count = sequences_per_row(model, kwargs)
+        with self.rows([choice for choice in adapters for _ in range(sequence_count)]):
             return model.generate(inputs, **kwargs)
 
     def throttle_loads(self) -> None:
-        """From now on, pause this thread's loads while a call runs or has just ended. A load then
-        takes about a second."""
+        """From now on, pause this thread's loads again and again while a call runs or has just
+        ended, so that they delay calls little. A load then takes about a second."""
         throttle.throttle_loads(
             lambda: self._running_calls > 0 or time.monotonic() - self._last_call_end < CALL_GAP
         )
 
     def close(self) -> None:
-        """Remove all adapters and restore the model's classes and ``requires_grad``.
+        """Remove all adapters; restore the modules' classes and the parameters' ``requires_grad``.
 
         Raises:
             SelectionError: an adapter is in use or being loaded. The bank is unchanged.
@@ -346,7 +346,7 @@ class Bank:
         return entry
 
     def _take_entries(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
-        """The entries of a blend, each with one more user so that it is not evicted."""
+        """The entries of a blend. Their ``users`` are incremented, so that they are not evicted."""
         entries = [self._entry(name) for name in adapter_weights]
         self._use_counter += 1
         for entry in entries:
@@ -355,15 +355,15 @@ class Bank:
         return entries
 
     def _lease_if_resident(self, adapter_weights: Mapping[str, float]) -> Lease | None:
-        """A lease if all adapters of the blend are in memory, else None."""
+        """A lease if all adapters of the blend are in memory, else None (and no user is added)."""
         with self._changed:
             if any(self._entry(name).resident is None for name in adapter_weights):
                 return None
             return Lease(self, adapter_weights, self._take_entries(adapter_weights))
 
     def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
-        """A lease. This thread loads the adapters that are not in memory. While it waits for its
-        turn to load, it keeps no adapter in memory, so that other threads can use the memory."""
+        """A lease on the adapters of a blend. This thread loads those that are not in memory. While
+        it waits for another load, it holds no adapter, so that the other load can evict them."""
         if (lease := self._lease_if_resident(adapter_weights)) is not None:
             return lease
         with self._loading:  # one load at a time, because a load uses all cores
@@ -372,7 +372,7 @@ class Bank:
             return self._load_entries(adapter_weights, entries)
 
     def _load_entries(self, weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
-        """A lease on entries from ``_take_entries``. The caller must hold ``_loading``."""
+        """Load entries from ``_take_entries`` and lease them. The caller must hold ``_loading``."""
         try:
             for entry in entries:
                 if entry.resident is None:
@@ -384,7 +384,7 @@ class Bank:
             return Lease(self, weights, entries)
 
     def _load(self, entry: Entry, requested: Sequence[Entry]) -> None:
-        """Load an adapter. ``requested``: the entries of its lease, which must not be evicted."""
+        """Load one of the ``requested`` entries, those of one lease, of which none is evicted."""
         start = time.monotonic()
         try:
             self._make_room(expected_bytes(entry.path), requested)
@@ -405,57 +405,57 @@ class Bank:
         self._notify("load", entry.name, time.monotonic() - start)
 
     def _store_resident(self, entry: Entry, resident: ResidentAdapter) -> None:
-        # ``_layout.modules`` lacks the modules that no earlier adapter changes, so make it again
-        if any(key not in self._layout.modules for key in resident.layer_changes):
-            self._layout.modules = {
+        # loading may have adapted modules that no earlier adapter changed; index them too
+        if any(key not in self._model_layout.modules for key in resident.layer_changes):
+            self._model_layout.modules = {
                 layer_state.key: module for _, module, layer_state in layer_states(self.model)
             }
         entry.resident, entry.rank_and_variant = resident, (resident.rank, resident.variant)
-        self._bytes += resident.nbytes
+        self._used_bytes += resident.nbytes
         self._resident_uids.add(resident.uid)
 
-    def _evict(self, byte_count: int, partly: bool) -> bool:
-        """Evict unused adapters until ``byte_count`` bytes fit; return whether they fit. If
-        evicting all unused adapters is not enough, they are evicted only if ``partly``."""
+    def _evict(self, byte_count: int, evict_anyway: bool) -> bool:
+        """Evict idle adapters (not in use, not pinned) until ``byte_count`` more bytes fit; return
+        whether they fit. If they cannot fit, evict all if ``evict_anyway``, else none."""
         if self.capacity is None:
             return True
         idle = [e for e in self._entries.values() if e.resident and not e.users and not e.pinned]
         idle_bytes = sum(entry.resident.nbytes for entry in idle if entry.resident is not None)
-        fits = self._bytes - idle_bytes + byte_count <= self.capacity
-        for entry in sorted(idle, key=lambda entry: entry.last_use) if fits or partly else ():
-            if self._bytes + byte_count > self.capacity:
+        fits = self._used_bytes - idle_bytes + byte_count <= self.capacity
+        for entry in sorted(idle, key=lambda entry: entry.last_use) if fits or evict_anyway else ():
+            if self._used_bytes + byte_count > self.capacity:
                 self._unload(entry)
                 self._notify("evict", entry.name)
         return fits
 
     def _make_room(self, byte_count: int, requested: Sequence[Entry]) -> None:
-        """Evict adapters, and wait for leases, until ``byte_count`` bytes fit. ``BankFullError``:
-        they cannot fit beside pinned and ``requested`` adapters, or the wait was too long."""
+        """Evict adapters, and wait for leases to end, until ``byte_count`` bytes fit beside pinned
+        and ``requested`` adapters. BankFullError: they cannot fit, or the wait was too long."""
         deadline = time.monotonic() + MAX_WAIT_SECONDS
         with self._changed:
             while self.capacity is not None:
                 requested_ids = set(map(id, requested))
-                entries = {id(e): e for e in (*self._entries.values(), *requested) if e.resident}
-                unevictable = (e for key, e in entries.items() if e.pinned or key in requested_ids)
-                occupied = sum(e.resident.nbytes for e in unevictable if e.resident is not None)
-                if occupied + byte_count > self.capacity:
-                    raise full_error(byte_count, occupied, self.capacity, None)
-                if self._evict(byte_count, partly=True):
+                loaded = {id(e): e for e in (*self._entries.values(), *requested) if e.resident}
+                kept = (e for key, e in loaded.items() if e.pinned or key in requested_ids)
+                kept_bytes = sum(e.resident.nbytes for e in kept if e.resident is not None)
+                if kept_bytes + byte_count > self.capacity:
+                    raise full_error(byte_count, kept_bytes, self.capacity, None)
+                if self._evict(byte_count, evict_anyway=True):
                     return
                 self._waiting_loads += 1
                 try:
                     was_notified = self._changed.wait(max(0.0, deadline - time.monotonic()))
                 finally:
                     self._waiting_loads -= 1
-                if not was_notified and self._bytes + byte_count > self.capacity:
-                    raise full_error(byte_count, occupied, self.capacity, MAX_WAIT_SECONDS)
+                if not was_notified and self._used_bytes + byte_count > self.capacity:
+                    raise full_error(byte_count, kept_bytes, self.capacity, MAX_WAIT_SECONDS)
 
     def _unload(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False
         if resident is not None:
-            self._bytes -= resident.nbytes
+            self._used_bytes -= resident.nbytes
             self._resident_uids.discard(resident.uid)
-            for batch_state in self._batch_states:  # running calls' states follow when they end
+            for batch_state in self._batch_states:  # _use_rows does this for running calls
                 batch_state.drop_removed(self._resident_uids)
             self._changed.notify_all()
 
@@ -469,23 +469,23 @@ class Bank:
                 self._changed.notify_all()
 
     @contextmanager
-    def _use_rows(self, rows: tuple[WeightedAdapters, ...]) -> Iterator[None]:
-        """A block of calls in which row i uses the adapters ``rows[i]``."""
+    def _use_rows(self, row_adapters: tuple[WeightedAdapters, ...]) -> Iterator[None]:
+        """A block in which calls of the model use ``row_adapters[i]`` for row i."""
         with self._changed:
             self._require_open()
             states = self._batch_states
-            batch_state = states.pop() if states else BatchState(self._layout)
+            batch_state = states.pop() if states else BatchState(self._model_layout)
             self._running_calls += 1
         active = None
         try:
-            if any(rows):
-                active = ActiveAdapter("a bank's rows", batch_state.use(rows).table)
+            if any(row_adapters):
+                active = ActiveAdapter("a bank's rows", batch_state.use(row_adapters).layer_table)
             make_suspended = partial(OutsideGenerator, "bank.rows(…)")
             selection = {self._attached.uid: BASE if active is None else active}
             with context.override(selection, make_suspended=make_suspended):
                 yield
         finally:
-            # a task that copied this context must not use the rows of a later call
+            # calls of a task that copied this context must fail, not use the rows of a later block
             if active is not None:
                 active.name = "the rows of a bank's block that has ended"
                 active.layer_adapters = None
@@ -495,6 +495,6 @@ class Bank:
                 self._batch_states.append(batch_state)
                 self._running_calls, self._last_call_end = self._running_calls - 1, time.monotonic()
 
-    def _notify(self, kind: str, name: str, seconds: float = 0.0) -> None:
+    def _notify(self, event: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:
-            self.on_event(kind, name, seconds)
+            self.on_event(event, name, seconds)

@@ -1,14 +1,13 @@
 """The state of one call of a bank: which adapters each row uses, and the factors of these adapters
-in the form that ``kernels/batched.py`` and ``kernels/mixed_rows.py`` (the compiled loop) take.
+in the form that ``kernels/batched.py`` and ``kernels/mixed_rows.py`` (a compiled loop) take.
 
-    BatchState ─ layers         a ``BatchedLayer`` for each layer that ``ResolvedLowRank`` change
-               ─ assignments    the adapters of each row of a call; groups of rows, gains and biases
+    BatchState ─ layers         a ``BatchedLayer`` for each linear layer with a low-rank change
+               ─ assignments    a ``BatchAssignment`` for each recent choice of adapters by row
 
 Adapters whose ranks round up to the same power of two are computed together. For each layer and
 each rounded rank, an assignment stacks the factors of its adapters into A [adapters, r, in] and
-B [adapters, r, out]. On a CPU, the next call with the same adapters uses the same tensors. The
-factors of an adapter that does not change the layer are zero. The factors of an adapter of a
-smaller rank are padded with zeros.
+B [adapters, r, out], padded with zeros where an adapter has a smaller rank or does not change the
+layer. On a CPU, later calls with the same adapters use the same tensors.
 
 Each running call has its own batch state, so another call cannot change the state during the call.
 """
@@ -31,16 +30,16 @@ from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
 from veneer.precision import at_least_float32
 
-#: the smallest rounded rank. Ranks are rounded up to powers of two, and adapters of the same
-#: rounded rank share a product.
+#: the smallest rounded rank. Ranks are rounded up to powers of two, and the adapters of one rounded
+#: rank are computed by one batched product.
 MIN_ROUNDED_RANK = 8
-#: how many assignments to cache. A server alternates between two: the rows that decode, and the
-#: rows whose prompts are computed.
+#: how many assignments (choices of adapters by row) to cache. A server alternates between two: the
+#: rows that generate tokens, and the rows whose prompts are computed.
 MAX_CACHED_ASSIGNMENTS = 2
-#: the most tokens per row for which rows are grouped by adapter
+#: the most tokens per row for which rows are grouped by adapter; more tokens are those of prompts
 MAX_GROUPED_TOKENS = 4
-#: the most runs (neighbouring rows with the same adapters) that are multiplied one by one rather
-#: than row by row; the most rows per adapter for which a GPU multiplies row by row when decoding
+#: the most runs of neighbouring rows with the same adapters that are multiplied run by run; the
+#: most rows per adapter for which a GPU, with few tokens per row, copies the factors for each row
 MAX_SINGLE_RUNS, MAX_ROWS_PER_ADAPTER = 2, 4
 
 #: the adapters of one row, each with its weight; empty for the base alone
@@ -48,12 +47,12 @@ WeightedAdapters = tuple[tuple[ResidentAdapter, float], ...]
 
 
 class ModelLayout:
-    """What a bank knows of its model.
+    """What a batch state needs to know of the bank's model.
 
     Attributes:
-        uid: the model's key in the context's selection of adapters (``veneer.context``).
-        time_first: whether a module of the model takes inputs that hold the rows along axis 1.
-        modules: the adapted modules, by the keys of their layer states.
+        uid: the model's key in ``Context.selection``.
+        time_first: whether a module of the model takes inputs [time, batch, …], rows on axis 1.
+        modules: the adapted modules, by ``LayerState.key``.
     """
 
     def __init__(self, uid: str, time_first: bool) -> None:
@@ -62,34 +61,34 @@ class ModelLayout:
 
 
 class BatchedLayer:
-    """One layer of the model for one batch state. Its ``run`` replaces the layer's forward.
+    """One linear layer of the model for one batch state. ``run`` replaces the layer's forward.
 
     Attributes:
         is_transposed: whether the module stores its weight as [in, out].
         compute_dtype, factor_dtype: dtypes of the batched products, and of the factors in the bank.
-        row_loop: the module ``kernels/mixed_rows.py``, or None if it does not support the layer.
+        row_loop: the module of the compiled loop, ``mixed_rows``; None if it cannot run the layer.
         empty_factors: A [0, in] and B [0, out], for an adapter that does not change the layer.
     """
 
-    def __init__(self, batch_state: BatchState, key: Any, low_rank_change: ResolvedLowRank) -> None:
-        self.batch_state, self.key, self.name = batch_state, key, low_rank_change.name
-        weight: Any = batch_state.layout.modules[key]._parameters[low_rank_change.name]
-        self.is_transposed = low_rank_change.layer.out_axis == 1
-        self.in_dim, self.out_dim = low_rank_change.A.shape[1], low_rank_change.B.shape[1]
+    def __init__(self, batch_state: BatchState, key: Any, example_change: ResolvedLowRank) -> None:
+        self.batch_state, self.key, self.weight_name = batch_state, key, example_change.weight_name
+        weight: Any = batch_state.layout.modules[key]._parameters[example_change.weight_name]
+        self.is_transposed = example_change.layer.out_axis == 1
+        self.in_dim, self.out_dim = example_change.A.shape[1], example_change.B.shape[1]
         self.on_gpu = not weight.is_cpu
         self.device, self.weight_dtype = weight.device, weight.dtype
         self.compute_dtype = weight.dtype if self.on_gpu else at_least_float32(weight.dtype)
         self.time_first = batch_state.layout.time_first
-        self.factor_dtype = low_rank_change.A.dtype
+        self.factor_dtype = example_change.A.dtype
         self.row_loop: Any = batched.load_row_loop(weight, self.factor_dtype)
         self.empty_factors = (
-            low_rank_change.A.new_empty(0, self.in_dim),
-            low_rank_change.B.new_empty(0, self.out_dim),
+            example_change.A.new_empty(0, self.in_dim),
+            example_change.B.new_empty(0, self.out_dim),
         )
 
     def stack_factors(self, adapters: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
-        """A [adapters, r, in] and B [adapters, r, out]: the factors of these adapters, padded with
-        zeros to the largest rank."""
+        """This layer's A [adapters, r, in] and B [adapters, r, out] of these adapters, padded with
+        zeros to the largest rank r."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         if self.on_gpu:
             return self.join_factors(
@@ -100,7 +99,7 @@ class BatchedLayer:
             for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
-        # later calls, which may be outside of inference mode, use these tensors
+        # no inference tensors, because later calls outside of inference mode use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if len({len(factor) for factor in A}) == 1:
                 return torch.stack(A).to(self.compute_dtype), torch.stack(B).to(self.compute_dtype)
@@ -111,16 +110,16 @@ class BatchedLayer:
     def join_ranks(
         self, adapters: Sequence[ResidentAdapter]
     ) -> tuple[Any, Any, tuple[tuple[int, int], ...]]:
-        """The factors in the form of the compiled loop: (A [R, in], B [R, out], bounds), with the
-        ranks of all adapters one after another. ``bounds``: for each adapter, its first rank and
-        the rank after its last. Each adapter is padded with zeros to a multiple of
-        ``RANKS_TOGETHER``."""
+        """The factors in the form of the compiled loop: (A [R, in], B [R, out], bounds), where row
+        k of A and of B belong together, and the rows of the adapters follow one another.
+        ``bounds``: for each adapter, its first row and the row after its last. The rows of each
+        adapter are padded with zeros to a multiple of ``RANKS_TOGETHER``."""
         changes = [resident.layer_changes.get(self.key) for resident in adapters]
         ranks = [len(change.A) if type(change) is ResolvedLowRank else 0 for change in changes]
         multiple = self.row_loop.RANKS_TOGETHER
         ends = list(itertools.accumulate(rank + -rank % multiple for rank in ranks))
         bounds = tuple(zip([0, *ends], ends, strict=False))
-        # later calls, which may be outside of inference mode, use these tensors
+        # no inference tensors, because later calls outside of inference mode use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             A, B = (
                 torch.zeros(ends[-1], width, dtype=self.factor_dtype)
@@ -132,9 +131,9 @@ class BatchedLayer:
         return self.row_loop.to_array(A), self.row_loop.to_array(B), bounds
 
     def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> tuple[Tensor, Tensor]:
-        """A [n, r, in] and B [n, r, out] of n rows: the factors of all changes of a row, joined
-        along the rank and padded with zeros. The results are copies in the dtype of the weight,
-        which the caller does not keep longer than the product takes."""
+        """A [n, r, in] and B [n, r, out] for n rows of a batch: the factors of all changes of a
+        row, joined along the rank and padded with zeros. Both are new copies in the dtype of the
+        weight. They are large, so the caller must free them after the product."""
         ranks = [sum(len(change.A) for change in changes) for changes in rows]
         max_rank, factors = max(ranks), []
         for name, width in (("A", self.in_dim), ("B", self.out_dim)):
@@ -158,13 +157,13 @@ class BatchedLayer:
                 yield from resident.layer_changes[self.key].reached_ids(method)
 
     def run(self, call: Call) -> Any:
-        """The layer's output for a call, as ``LayerAdapter.run`` computes it. A call for which this
-        class has no products (for example with gradients) computes each adapter's rows apart."""
-        # every Python call here costs time in each layer of a decoding step
+        """The layer's output for a call. Calls without batched products (such as those with
+        gradients) are computed by ``assignment.unresolved_layers``, separately for each adapter."""
+        # written with few Python calls, because each costs time in every layer of a decoding step
         assignment = self.batch_state.assignment
         if len(call.args) == 1 and not call.kwargs and call.context.path is None:
             x, module, parameters = call.args[0], call.module, call.module._parameters
-            weight: Any = parameters[self.name]
+            weight: Any = parameters[self.weight_name]
             if (
                 (fused.applies(x, weight) or device.applies_without_cast(x, weight))
                 and x.ndim > 1
@@ -195,7 +194,7 @@ class BatchedLayer:
     def multiply_groups(
         self, token_inputs: Tensor, tokens_per_row: int, assignment: BatchAssignment
     ) -> Tensor:
-        """x ΔWᵀ [N, out] for x = ``token_inputs`` [N, in], with the ΔW of each token's row."""
+        """x ΔWᵀ [N, out] for the tokens x = ``token_inputs`` [N, in], each with its row's ΔW."""
         if self.row_loop is not None and assignment.fits_row_loop(self, tokens_per_row):
             A, B, pairs = assignment.row_pairs(self, tokens_per_row)
             return self.row_loop.multiply_pairs(token_inputs, A, B, pairs)
@@ -237,11 +236,12 @@ class BatchAssignment:
     """The adapters of each row of a call.
 
     Attributes:
-        table: maps each layer's key to the object that computes the layer in this call.
+        rows: for each row, its adapters with their weights (its blend).
+        layer_table: maps the key of each changed layer to the object whose ``run`` computes it.
         adapters: the adapters of all rows, each listed once.
         adapters_by_rank: {rounded rank: its adapters}, without adapters of rank 0.
         groupings: for each rounded rank, how rows are grouped, by (tokens per row, device, dtype).
-        rows_by_blend: {adapters of a row with their weights: indices of the rows that use them}.
+        rows_by_blend: {blend: the indices of the rows that use it}.
         unresolved_layers: by layer key, objects that compute each adapter's rows separately, for
             changes that are no ``ResolvedLowRank`` and for calls without batched products.
         gain_or_bias_keys: keys of layers for which some adapter has a gain or a bias.
@@ -252,7 +252,7 @@ class BatchAssignment:
         self.adapters = list({resident: None for blend in rows for resident, _ in blend})
         self.adapters_by_rank: dict[int, list[ResidentAdapter]] = {}
         for resident in sorted(self.adapters, key=lambda resident: resident.uid):
-            if resident.rank:  # adapters of similar rank share a product
+            if resident.rank:  # adapters of one rounded rank share a batched product
                 self.adapters_by_rank.setdefault(
                     max(MIN_ROUNDED_RANK, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
@@ -262,11 +262,11 @@ class BatchAssignment:
             for sibling in batch_state.assignments.values()
             if sibling.adapters_by_rank == self.adapters_by_rank
         ]
-        #: stacked factors by layer, shared by all assignments of the same adapters
+        #: results of ``stack_factors`` by layer, shared by all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
-        #: results of ``BatchedLayer.join_ranks`` by layer, shared in the same way
+        #: results of ``join_ranks`` by layer, shared by all assignments of the same adapters
         self.joined_factors: dict[Any, tuple[Any, Any, tuple[tuple[int, int], ...]]] = next(
             (sibling.joined_factors for sibling in siblings), {}
         )
@@ -279,16 +279,16 @@ class BatchAssignment:
             for blend in dict.fromkeys(rows)
         }
         selections = [_select(blend) for blend in self.rows_by_blend]
-        indices = [
+        index_tensors = [
             torch.tensor(row_indices, device="cpu") for row_indices in self.rows_by_blend.values()
         ]
         layout = batch_state.layout
         self.unresolved_layers = RowAdapters(
-            layout.uid, selections, indices, self.row_count, layout.time_first
+            layout.uid, selections, index_tensors, self.row_count, layout.time_first
         )
         unresolved_keys = {key for resident in self.adapters for key in resident.unresolved_keys}
         keys = dict.fromkeys(key for resident in self.adapters for key in resident.layer_changes)
-        self.table = {
+        self.layer_table = {
             key: (self.unresolved_layers if key in unresolved_keys else batch_state.layers)[key]
             for key in keys
         }
@@ -301,20 +301,20 @@ class BatchAssignment:
         }
 
     def runs(self, layer: BatchedLayer) -> list[batched.Run]:
-        """Runs of neighbouring rows with the same adapters, in the form of ``multiply_runs``:
-        (first row, row after the last, [(A, B, weight) of each adapter])."""
+        """The runs of neighbouring rows with the same adapters, with their factors for a layer, as
+        ``multiply_runs`` takes them: (first row, row after the last, [(A, B, weight), …])."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
-            first, dtype = 0, layer.weight_dtype
-            for blend, rows in itertools.groupby(self.rows):
-                end = first + len(list(rows))
+            first_row, dtype = 0, layer.weight_dtype
+            for blend, run_rows in itertools.groupby(self.rows):
+                end_row = first_row + len(list(run_rows))
                 factors = [
                     (change.A.to(dtype), change.B.to(dtype), weight)
                     for resident, weight in blend
                     if (change := resident.layer_changes.get(layer.key)) is not None
                 ]
-                runs.append((first, end, factors))
-                first = end
+                runs.append((first_row, end_row, factors))
+                first_row = end_row
             self.run_cache[layer.key] = runs
         return self.run_cache[layer.key]
 
@@ -323,9 +323,9 @@ class BatchAssignment:
         return 1 + sum(blend != next_blend for blend, next_blend in itertools.pairwise(self.rows))
 
     def multiplies_by_row(self, layer: BatchedLayer, tokens_per_row: int) -> bool:
-        """Whether to multiply each row with its own copy of its adapters' factors
-        (``batched.multiply_rows``). On a GPU, this is faster. On a CPU, it is faster only for
-        prompts in 16 bits, where two batched products replace two products per run and adapter."""
+        """Whether to multiply each row with its own copy of its adapters' factors. On a GPU, this
+        is faster unless many rows of few tokens share an adapter. On a CPU, it is faster only for
+        many tokens in 16 bits: two batched products replace two for each run and adapter."""
         if self.run_count <= MAX_SINGLE_RUNS:
             return False
         if not layer.on_gpu:
@@ -334,8 +334,8 @@ class BatchAssignment:
         return tokens_per_row > MAX_GROUPED_TOKENS or has_few_rows
 
     def row_factors(self, layer: BatchedLayer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [rows, r, in] and B [rows, r, out] of a layer, copied for this call, and the weight of
-        the adapter that each rank belongs to, [rows, 1, r], or None if all weights are 1."""
+        """New copies A [rows, r, in] and B [rows, r, out] for a layer, and the blend weights of the
+        adapters that the ranks of a row come from, [rows, 1, r], or None if all weights are 1."""
         if layer.key not in self.row_factor_cache:
             rows = [
                 [
@@ -361,7 +361,7 @@ class BatchAssignment:
     def groups(
         self, layer: BatchedLayer, tokens_per_row: int
     ) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each rounded rank: (how the rows are grouped, a layer's factors)."""
+        """For each rounded rank: (how the rows are grouped, (A, B) of a layer, stacked)."""
         key = tokens_per_row, layer.device, layer.compute_dtype
         if key not in self.groupings:
             self.groupings[key] = [
@@ -376,7 +376,7 @@ class BatchAssignment:
         return zip(self.groupings[key], factors, strict=True)
 
     def index_adapters(self, adapters: Sequence[ResidentAdapter]) -> list[list[tuple[int, float]]]:
-        """For each row: (index in ``adapters``, weight) of each of its adapters that is there."""
+        """For each row: (index in ``adapters``, weight) of its adapters that ``adapters`` has."""
         index_of = {resident: index for index, resident in enumerate(adapters)}
         return [
             [(index_of[resident], weight) for resident, weight in blend if resident in index_of]
@@ -385,85 +385,86 @@ class BatchAssignment:
 
     @property
     def sorted_adapters(self) -> list[ResidentAdapter]:
-        """The adapters with a rank, in the order of ``adapters_by_rank``."""
+        """The adapters of rank 1 and more, in the order of ``adapters_by_rank``."""
         return [resident for adapters in self.adapters_by_rank.values() for resident in adapters]
 
     @cached_property
     def rank_sum(self) -> int:
-        """The sum over the rows of the rounded ranks of their adapters."""
-        rounded = {
+        """The rounded ranks of the adapters of each row, summed over all rows."""
+        rounded_rank_of = {
             resident: rank
             for rank, adapters in self.adapters_by_rank.items()
             for resident in adapters
         }
-        return sum(rounded.get(resident, 0) for blend in self.rows for resident, _ in blend)
+        return sum(rounded_rank_of.get(resident, 0) for blend in self.rows for resident, _ in blend)
 
     def fits_row_loop(self, layer: BatchedLayer, tokens_per_row: int) -> bool:
-        """Whether the compiled loop is faster than batched products."""
-        work = self.rank_sum * tokens_per_row * (layer.in_dim + layer.out_dim)
-        return work * torch.get_num_threads() <= batched.LOOP_MAX_WORK
+        """Whether the compiled loop, which has one thread, is faster than batched products."""
+        multiply_add_count = self.rank_sum * tokens_per_row * (layer.in_dim + layer.out_dim)
+        return multiply_add_count * torch.get_num_threads() <= batched.LOOP_MAX_WORK
 
     def row_pairs(self, layer: BatchedLayer, tokens_per_row: int) -> tuple[Any, Any, Any]:
-        """The arguments of the compiled loop: the joined factors A and B of a layer, and the pairs
-        of rows and adapters (``mixed_rows.RowPairs``)."""
+        """The arguments of the compiled loop: A [R, in] and B [R, out] of ``join_ranks`` for a
+        layer, and the pairs of rows and adapters (``mixed_rows.RowPairs``)."""
         if layer.key not in self.joined_factors:
             self.joined_factors[layer.key] = layer.join_ranks(self.sorted_adapters)
         A, B, bounds = self.joined_factors[layer.key]
         key = tokens_per_row, bounds
         if key not in self.pair_cache:
-            rows = self.index_adapters(self.sorted_adapters)
-            self.pair_cache[key] = layer.row_loop.make_pairs(rows, bounds, tokens_per_row)
+            indexed_rows = self.index_adapters(self.sorted_adapters)
+            self.pair_cache[key] = layer.row_loop.make_pairs(indexed_rows, bounds, tokens_per_row)
         return A, B, self.pair_cache[key]
 
     def row_gain_and_bias(
-        self, layer: BatchedLayer, bias: Tensor | None, like: Tensor
+        self, layer: BatchedLayer, bias: Tensor | None, like_tensor: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gain and the bias of each row for a layer, each [rows, out]. The gain is None if no
-        adapter has one, and so is the bias. ``bias``: the layer's own bias; ``like``: a tensor of
-        the results' dtype and device."""
+        """The gain and the bias of each row for a layer, each [rows, out] or None if no adapter
+        changes it. ``bias``: the layer's own bias; ``like_tensor``: a tensor with the dtype and
+        device of the results."""
         if layer.key not in self.gain_and_bias_cache:
             changes = {
                 resident: resident.layer_changes.get(layer.key) for resident in self.adapters
             }
 
-            def of_rows(name: str, base_value: Tensor) -> Tensor | None:
-                if all(getattr(change, name, None) is None for change in changes.values()):
+            def expand(attribute: str, base_value: Tensor) -> Tensor | None:
+                if all(getattr(change, attribute, None) is None for change in changes.values()):
                     return None
                 values = base_value.expand(self.row_count, layer.out_dim).clone()
                 for row, blend in enumerate(self.rows):
                     for resident, weight in blend:
-                        if (value := getattr(changes[resident], name, None)) is not None:
+                        if (value := getattr(changes[resident], attribute, None)) is not None:
                             values[row] += weight * (value.to(layer.compute_dtype) - base_value)
-                return values.to(like.dtype)
+                return values.to(like_tensor.dtype)
 
-            ones = torch.ones(layer.out_dim, dtype=layer.compute_dtype, device=like.device)
-            gain = of_rows("gain", ones)
-            row_bias = None if bias is None else of_rows("bias", bias.to(layer.compute_dtype))
+            ones = torch.ones(layer.out_dim, dtype=layer.compute_dtype, device=like_tensor.device)
+            gain = expand("gain", ones)
+            row_bias = None if bias is None else expand("bias", bias.to(layer.compute_dtype))
             self.gain_and_bias_cache[layer.key] = gain, row_bias
         return self.gain_and_bias_cache[layer.key]
 
 
 def _select(blend: WeightedAdapters) -> Any:
-    """The selection of the adapters of a row, in the form that ``RowAdapters`` takes."""
+    """The adapters of a row, blended into one ``ActiveAdapter``, for ``RowAdapters``."""
     selected = [
-        (ActiveAdapter(held.path.name, held.layer_changes), weight) for held, weight in blend
+        (ActiveAdapter(resident.path.name, resident.layer_changes), weight)
+        for resident, weight in blend
     ]
     return blend_adapters(selected) if selected else BASE
 
 
 class BatchState:
-    """The state of one call: its assignment, and what is kept from earlier calls (``layers`` by
-    layer key, and ``assignments`` by the uids and weights of each row's adapters)."""
+    """The state of one call: its ``assignment`` (None between calls), and caches for later calls:
+    ``layers`` by ``LayerState.key``, ``assignments`` by each row's adapter uids and weights."""
 
     def __init__(self, layout: ModelLayout) -> None:
         self.layout = layout
         self.layers: dict[Any, BatchedLayer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
-        self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
+        self.assignment: Any = None
         self.zero_buffers: dict[Any, Tensor] = {}
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``count`` zeros. Do not write to them, because all callers share their memory."""
+        """A tensor [count] of zeros. All callers share its memory, so do not write to it."""
         buffer = self.zero_buffers.get((dtype, device))
         if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):
@@ -473,7 +474,7 @@ class BatchState:
         return buffer[:count]
 
     def use(self, rows: tuple[WeightedAdapters, ...]) -> BatchAssignment:
-        """Make ``rows``, the adapters of each row, the assignment of the calls that follow."""
+        """Return the assignment of these adapters to the rows, and use it for the next calls."""
         key = tuple(tuple((resident.uid, weight) for resident, weight in blend) for blend in rows)
         assignment = self.assignments.pop(key, None)
         if assignment is None:
@@ -483,15 +484,15 @@ class BatchState:
                 for layer_key, change in resident.layer_changes.items():
                     if isinstance(change, ResolvedLowRank) and layer_key not in self.layers:
                         self.layers[layer_key] = BatchedLayer(self, layer_key, change)
-            # later calls, which may be outside of inference mode, use the assignment's tensors
+            # no inference tensors, because later calls outside of inference mode use them
             with torch.inference_mode(False):
                 assignment = BatchAssignment(self, rows)
         self.assignments[key] = self.assignment = assignment
         return assignment
 
     def drop_removed(self, resident_uids: set[int]) -> None:
-        """Drop cached assignments of adapters that are no longer in memory. ``resident_uids``: the
-        uids of the adapters in memory."""
+        """Drop the cached assignments that use an adapter which is no longer in memory, to free its
+        factors. ``resident_uids``: the uids of the adapters in memory."""
         self.assignments = {
             key: assignment
             for key, assignment in self.assignments.items()

@@ -18,11 +18,12 @@ class Status:
     """The state of one registered name.
 
     Fields:
+        path: the adapter folder.
         resident: whether the adapter is in memory.
-        bytes: the adapter's size in memory, 0 if it is not there.
-        pinned: whether the adapter is never evicted.
-        users: the number of leases on it.
-        rank, variant: those of the adapter; None before the adapter is first loaded.
+        bytes: the adapter's size in memory; 0 if it is not in memory.
+        pinned: whether the adapter must stay in memory.
+        users: the number of leases on the adapter, including those that wait until it is loaded.
+        rank, variant: the adapter's largest rank and its variant; None before it is first loaded.
     """
 
     name: str
@@ -37,8 +38,8 @@ class Status:
 
 @dataclass(eq=False)
 class Entry:
-    """One registered adapter. ``resident`` is None while the adapter is not in memory, and
-    ``rank_and_variant`` before it is first loaded."""
+    """The bank's state of one registered adapter. ``resident`` is None while the adapter is not in
+    memory, and ``rank_and_variant`` is None before it is first loaded."""
 
     name: str
     path: Path
@@ -47,7 +48,8 @@ class Entry:
     rank_and_variant: tuple[int, str] | None = None
     #: number of leases on the adapter, including leases that wait for it to be loaded
     users: int = 0
-    #: the value that the bank's use counter, which each lease increments, had at the last use
+    #: when the adapter was last leased, as a value of the bank's counter of leases; the idle
+    #: adapter with the lowest value is evicted first
     last_use: int = 0
 
     def status(self) -> Status:
@@ -68,8 +70,8 @@ class Lease:
     """The right to use adapters, which stay in memory until the lease is released.
 
     Attributes:
-        adapter_weights: the requested weights, by the name of the adapter.
-        uses: the same weights, each with its adapter in memory.
+        adapter_weights: the requested blend, {name of an adapter: weight}.
+        uses: the same blend, as pairs (adapter in memory, weight).
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Lease:
         self._bank, self._entries = bank, [*entries]
 
     def release(self) -> None:
-        """Release the adapters. Calling it again does nothing."""
+        """Release the adapters, so that they may be evicted. Calling it again does nothing."""
         entries, self._entries = self._entries, []
         self._bank._release(entries)
 
@@ -93,28 +95,30 @@ class Lease:
 
 
 def full_error(
-    byte_count: int, unevictable: int, capacity: int, waited: float | None
+    byte_count: int, unevictable_bytes: int, capacity_bytes: int, waited_seconds: float | None
 ) -> BankFullError:
-    """The error if an adapter of ``byte_count`` bytes does not fit into the bank's memory.
+    """The error for a load of ``byte_count`` bytes that do not fit into the bank's memory.
 
     Args:
-        unevictable: bytes of adapters that are pinned or requested together with the new one.
-        capacity: the bank's limit in bytes.
-        waited: seconds for which the load waited for leases to be released; None if that could not
-            have helped.
+        unevictable_bytes: bytes of the adapters that are pinned, or leased together with the one
+            to load.
+        capacity_bytes: the bank's limit.
+        waited_seconds: how long the load waited for other leases to be released; None if it did not
+            wait, because their memory would not have been enough.
     """
     problem = (
-        f"{byte_count:,} bytes to load beside {unevictable:,} that are pinned or asked for with it"
+        f"{byte_count:,} bytes to load beside {unevictable_bytes:,} that are pinned or asked for"
+        " with it"
     )
-    if waited is not None:
-        problem += f", and others in use for {waited:g} s"
+    if waited_seconds is not None:
+        problem += f", and others in use for {waited_seconds:g} s"
     do = "give the bank more, unpin adapters, or use fewer at once"
-    return BankFullError(problem, f"at most {capacity:,}", do)
+    return BankFullError(problem, f"at most {capacity_bytes:,}", do)
 
 
 def require_live_lease(bank: Any, lease: Any) -> Lease:
-    """Return ``lease`` if it is a lease of the bank that was not released; else raise
-    ``SelectionError``."""
+    """Return ``lease`` if it is a ``Lease`` of this bank that has not been released yet; otherwise,
+    raise ``SelectionError``."""
     if (
         not isinstance(lease, Lease)
         or lease._bank is not bank
@@ -133,43 +137,48 @@ def adapters_of_rows(
     lease: Lease,
     invoked: bool,
 ) -> tuple[WeightedAdapters, ...]:
-    """For each row, its adapters (in memory), each with its weight. Adapters with a weight of 0 are
-    left out.
+    """For each row of a batch, the adapters in memory that it uses, as pairs (adapter, weight).
+    Adapters with a weight of 0 are left out.
 
     Args:
         choices: the choice for each row, as in ``Bank.rows``.
         row_weights: ``row_weights_of(choices)``.
-        lease: holds the adapters of all rows whose choice is not itself a lease.
-        invoked: whether every token comes after the invocation tokens of its row's adapter, from
-            which on such an adapter acts (``LoraConfig.invocation_tokens``).
+        lease: a lease on the adapters of all rows whose choice is not itself a lease.
+        invoked: whether the caller asserts that every token of a row comes after the invocation
+            tokens of the row's adapter (``LoraConfig.invocation_tokens``). An adapter that has such
+            tokens changes only what follows them.
 
     Raises:
-        SelectionError: an adapter has invocation tokens and ``invoked`` is False, because a bank
-            does not search the rows for these tokens.
+        SelectionError: a lease of ``choices`` was released or is of another bank, or an adapter
+            has invocation tokens and ``invoked`` is False (a bank does not search for the tokens).
     """
     adapters = (adapter for adapter, _ in lease.uses)
     adapter_by_name = dict(zip(lease.adapter_weights, adapters, strict=True))
-    blends = (
+    row_blends = (
         require_live_lease(bank, choice).uses
         if weights is None
         else [(adapter_by_name[name], weight) for name, weight in weights.items()]
         for choice, weights in zip(choices, row_weights, strict=True)
     )
-    rows = tuple(
-        tuple((adapter, weight) for adapter, weight in blend if weight) for blend in blends
+    row_adapters = tuple(
+        tuple((adapter, weight) for adapter, weight in blend if weight) for blend in row_blends
     )
-    for adapter in () if invoked else (adapter for row in rows for adapter, _ in row):
+    for adapter in () if invoked else (adapter for row in row_adapters for adapter, _ in row):
         if adapter.invocation_tokens:
             raise SelectionError(
                 f"{adapter.path.name!r} in a bank's rows, which has invocation tokens",
                 "adapters that act on every token",
                 "veneer.load it and use veneer.use, or ask `veneer serve`",
             )
-    return rows
+    return row_adapters
 
 
 def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
-    """The adapter weights of each row, by name; None for a row whose choice is a lease."""
+    """For each row's choice (see ``Bank.rows``), {name of an adapter: weight}; None for a lease.
+
+    Raises:
+        SelectionError: ``choices`` is empty or no sequence of choices, or a choice is invalid.
+    """
     if isinstance(choices, str | Mapping) or not len(choices):
         raise SelectionError(
             f"{choices!r} for the rows" if len(choices) else "no rows",
@@ -179,16 +188,23 @@ def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
     return [None if isinstance(choice, Lease) else weights_of(choice) for choice in choices]
 
 
-def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
-    """The number of sequences that ``model.generate`` computes for each row of its inputs.
-    ``options``: the arguments of ``generate``. ``SelectionError``: several sequences from a model
-    with an encoder, which is called with fewer rows, before ``generate`` repeats them."""
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
-    beams, sequences = (
-        options.get(name) or getattr(config, name, None) or 1
+def sequences_per_row(model: Any, generate_arguments: Mapping[str, Any]) -> int:
+    """The number of sequences that ``model.generate(**generate_arguments)`` computes for each row
+    of its inputs: the number of beams or of returned sequences, whichever is larger.
+
+    Raises:
+        SelectionError: several sequences from an encoder-decoder model. Its encoder runs on each
+            input row once, before ``generate`` repeats the rows, so one list of adapters cannot
+            fit the rows of both encoder and decoder.
+    """
+    config = generate_arguments.get("generation_config") or getattr(
+        model, "generation_config", None
+    )
+    beam_count, returned_count = (
+        generate_arguments.get(name) or getattr(config, name, None) or 1
         for name in ("num_beams", "num_return_sequences")
     )
-    sequence_count = max(beams, sequences)
+    sequence_count = max(beam_count, returned_count)
     if sequence_count > 1 and getattr(model.config, "is_encoder_decoder", False):
         raise SelectionError(
             f"{sequence_count} sequences a row from an encoder and a decoder, of which the encoder"
@@ -200,7 +216,8 @@ def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
 
 
 def weights_of(choice: Any) -> dict[str, float]:
-    """The adapter weights of one row's choice, by name; an empty dict for the base."""
+    """The choice for one row as {name of an adapter: weight}; an empty dict for the base alone.
+    ``SelectionError``: the choice has another type, or a weight is not finite."""
     if choice is None:
         return {}
     if isinstance(choice, str):

@@ -1,13 +1,14 @@
 """Load an adapter into the memory of a bank, in the form that a bank's calls need.
 
-    layer_changes   what runs instead of a layer's forward, by the key of the layer's ``LayerState``
+    ResidentAdapter.layer_changes   by layer, the object that runs instead of the layer's forward
         ResolvedLowRank     for a linear layer: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
         LayerAdapter        for any other change
 
-A ``ResolvedLowRank`` holds final factors: DoRA's gain and PiSSA's products are computed once, when
-the adapter is loaded, because neither the base nor the adapter changes afterwards. The tensors of
-all ``ResolvedLowRank`` of an adapter are views of one block of memory (for each dtype and device),
-so that evicting the adapter frees one block.
+A ``ResolvedLowRank`` is resolved: its A, B and gain are the tensors of the formula above, whatever
+the variant. For example, DoRA's gain is computed once, when the adapter is loaded, because neither
+the base nor the adapter changes afterwards. The tensors of all ``ResolvedLowRank`` of an adapter
+are views of one block of memory (for each dtype and device), so that evicting the adapter frees one
+block.
 """
 
 from __future__ import annotations
@@ -46,29 +47,30 @@ from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
-#: the largest ratio of the number of elements of A and B to the number of the adapter's parameters
-#: at a layer. A variant that trains few values at a large rank (VeRA) exceeds it, so its changes
-#: stay ``LayerAdapter``s.
+#: how many times as many elements A and B of a ``ResolvedLowRank`` may have as the adapter has
+#: parameters at the layer. A variant that trains few values at a large rank (VeRA) exceeds this, so
+#: its changes stay ``LayerAdapter``s, which need less memory.
 MAX_GROWTH = 2.0
-#: approximate size in bytes of the Python objects that the change of one layer consists of
+#: approximate size in bytes of the Python objects (without tensors) for the change of one layer
 BYTES_PER_CHANGE = 1 << 10
 
-#: the source of the numbers ``ResidentAdapter.uid``
+#: yields the next ``ResidentAdapter.uid``
 _UIDS = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ResolvedLowRank:
-    """The change of a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
+    """The low-rank change of a linear layer, which then computes gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
+    It has the members of a ``LayerAdapter`` that a selection needs.
 
     Fields:
         A: [r, in].
         B: [r, out], already multiplied by the scale and the gain.
-        gain: [out], a factor for each row of W; None stands for 1.
+        gain: [out], DoRA's factor for each output; None stands for 1.
         bias: [out], which replaces the layer's bias; None keeps the layer's bias.
-        layer: the layer kind of the module (``layers/``).
-        name: the name of W in the module.
-        dims: how the layer kind unfolds W into a matrix.
+        layer: the layer kind of the module, an instance of ``layers.Layer``.
+        weight_name: the name of W in the module.
+        dims: the sizes of ΔW as a matrix.
     """
 
     A: Tensor
@@ -76,19 +78,19 @@ class ResolvedLowRank:
     gain: Tensor | None
     bias: Tensor | None
     layer: Any
-    name: str
+    weight_name: str
     dims: Dims
 
     submodule_adapters = {}
     submodule_adapters_by_method = {}
     storage = BASES["plain"]
-    # calls without batched products (under autocast, or with gradients) run the layer's own forward
-    # with the changed weight of ``changed_weights``
+    # for calls that ``BatchedLayer`` does not compute (under autocast, or with gradients): runs the
+    # layer's own forward on a view of the module with the weight from ``changed_weights``
     run = run_on_view
 
     @property
     def changes(self) -> dict[str, ResolvedLowRank]:
-        return {self.name: self}
+        return {self.weight_name: self}
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
         yield id(self)
@@ -100,18 +102,19 @@ class ResolvedLowRank:
         return {} if self.bias is None else {"bias": self.bias}
 
     def stacks(self, module: nn.Module) -> None:
-        """As ``LayerAdapter.stacks``, but returns None, because a linear layer has no stack of
-        matrices."""
+        """As ``LayerAdapter.stacks``, which returns the changes of stacks of matrices (of experts).
+        Here always None, because the weight of a linear layer is one matrix."""
 
     def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
-        """As ``LayerAdapter.changed_weights``."""
-        weight: Any = weight_of(module, self.name)
+        """gain ⊙ W + ΔW, by the name of the weight: in at least float32 if ``wide``, else in the
+        dtype of the weight."""
+        weight: Any = weight_of(module, self.weight_name)
         dense = weight.to(at_least_float32(weight.dtype))
         if self.gain is not None:
             dense = dense * self.layer.spread(self.gain.to(dense.dtype), self.dims, dense.shape)
         delta = LowRank(self.A[None], self.B.mT[None], 1.0).delta(dense.dtype)
         dense = dense + self.layer.fold(delta, dense.shape)
-        return {self.name: dense if wide else dense.to(weight.dtype)}
+        return {self.weight_name: dense if wide else dense.to(weight.dtype)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +124,14 @@ class ResidentAdapter:
     Fields:
         path: the adapter folder.
         variant: the name of the adapter's variant.
-        layer_changes: {key of a layer: what runs instead of its forward}.
+        layer_changes: by ``LayerState.key``, the ``ResolvedLowRank`` or ``LayerAdapter`` that runs
+            instead of the layer's forward.
         nbytes: bytes of the tensors and the Python objects.
         rank: the largest rank of its ``ResolvedLowRank``, 0 if it has none.
         unresolved_keys: keys of the layers whose change is no ``ResolvedLowRank``.
-        invocation_tokens: the invocation tokens of its config.
-        uid: a number that no other ``ResidentAdapter`` of the process has.
+        invocation_tokens: the invocation tokens of its config, from which on the adapter acts;
+            empty if it acts on every token.
+        uid: a number that no other ``ResidentAdapter`` of the process ever has.
     """
 
     path: Path
@@ -140,13 +145,14 @@ class ResidentAdapter:
 
 
 def expected_bytes(path: Path) -> int:
-    """A low estimate of the bytes of an adapter in memory: half the size of its file, because the
-    factors of a float32 file are stored in 16 bits if the base is in 16 bits."""
-    file = path / peft.TENSORS
-    return file.stat().st_size // 2 if file.is_file() else 0
+    """A low estimate of the bytes of an adapter in memory: half the size of its tensor file,
+    because a float32 file is loaded in 16 bits if the base is in 16 bits. 0 if there is no such
+    file."""
+    tensors_path = path / peft.TENSORS
+    return tensors_path.stat().st_size // 2 if tensors_path.is_file() else 0
 
 
-@torch.inference_mode(False)  # later calls use the tensors, also outside of inference mode
+@torch.inference_mode(False)  # because later calls outside of inference mode use the tensors
 def load_resident(
     model: nn.Module,
     path: Path,
@@ -156,48 +162,52 @@ def load_resident(
     cache: MatchCache,
     resolve_plans: ResolvePlans,
 ) -> ResidentAdapter:
-    """Verify an adapter folder against a model, and load the adapter. The modules that it changes
-    get an adapted class.
+    """Verify an adapter folder against a model, and load the adapter. The class of each module that
+    the adapter changes is replaced by an adapted class, unless an earlier adapter did that.
 
     Args:
         dtype: dtype of the factors; None takes the dtype of each weight.
+        verify_base: whether the base must have the weights on which the adapter was trained.
         cache: results of verifying earlier adapters against this model; new results are added.
-        resolve_plans: how the changes of earlier adapters were turned into ``ResolvedLowRank``.
-            These plans are reused for an adapter that changes the same weights in the same way. A
-            new plan is added if all changes of the adapter become ``ResolvedLowRank``.
+        resolve_plans: how to compute the ``ResolvedLowRank`` of an adapter that changes the same
+            weights, with the same config, as an earlier one. A new plan is added if all changes of
+            this adapter become ``ResolvedLowRank``.
 
     Raises:
         AdapterError, BaseMismatchError: as for ``veneer.load``.
         SelectionError: an adapter is merged into the model's weights, which therefore differ from
             the weights of the base.
     """
-    attached = adapters_of(model)
-    if attached is not None and attached.merged is not None:
+    model_adapters = adapters_of(model)
+    if model_adapters is not None and model_adapters.merged is not None:
         raise SelectionError(
-            f"{attached.merged!r} merged into the weights, while an adapter is loaded",
+            f"{model_adapters.merged!r} merged into the weights, while an adapter is loaded",
             "an unmerged model",
             "call veneer.unmerge(model) first",
         )
-    load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
+    load_plan, model_index = (
+        match(model, path, [], verify_base=verify_base, cache=cache),
+        cache.names,
+    )
     config, low_rank_plans = load_plan.adapter_files.config, load_plan.plans.low_rank_plans
-    # ``cache`` keeps the tuple ``low_rank_plans``, so no other object gets its id
+    # ``cache`` returns the same tuple for the same targets and keeps it, so its id identifies it
     resolve_plan = resolve_plans.get(id(low_rank_plans))
     if resolve_plan is not None and not load_plan.full and resolve_plan.config == config:
         layer_changes = resolve_plan.resolve(load_plan.adapter_parameters, dtype)
         return _make_resident(path, config, layer_changes, [], len(layer_changes))
     layer_adapters = build_layer_adapters(
-        names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
+        model_index, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
-    table = adapt_modules(names, layer_adapters)
-    changes_by_adapter_id, unresolved = _split_adapters(names, layer_adapters, dtype)
+    layer_adapter_by_key = adapt_modules(model_index, layer_adapters)
+    changes_by_adapter_id, unresolved = _split_adapters(model_index, layer_adapters, dtype)
     layer_changes = {
         key: changes_by_adapter_id.get(id(layer_adapter), layer_adapter)
-        for key, layer_adapter in table.items()
+        for key, layer_adapter in layer_adapter_by_key.items()
     }
-    modules = [names.modules[entry.path] for entry in low_rank_plans]
+    modules = [model_index.modules[low_rank_plan.path] for low_rank_plan in low_rank_plans]
     all_resolved = not (unresolved or load_plan.full or VARIANTS[config.variant].derived) and len(
-        table
+        layer_adapter_by_key
     ) == len(low_rank_plans)
     if all_resolved and all(map(_covers_weight, low_rank_plans, modules)):
         resolve_plans[id(low_rank_plans)] = ResolvePlan(config, low_rank_plans, modules)
@@ -208,40 +218,43 @@ def load_resident(
 def resident_of(
     model: nn.Module, path: Path, name: str, *, dtype: torch.dtype | None
 ) -> ResidentAdapter | None:
-    """The adapter that ``load_resident`` would load from the folder ``path``. Its tensors are
-    copied from the attached adapter ``name``, whose values must equal the folder's.
+    """The adapter that ``load_resident`` would load from the folder ``path``, without reading the
+    folder: its tensors are copied from the attached adapter ``name``, whose values must equal the
+    folder's.
 
-    Returns None if the change of some layer is no ``ResolvedLowRank``. Such a change would share
-    its tensors with the attached adapter, so that further training of the attached adapter would
-    change it."""
-    attached = need_adapters(model, name)
+    Returns None if the change of some layer cannot be a ``ResolvedLowRank``. The bank would have to
+    use the ``LayerAdapter`` of the attached adapter, which further training changes."""
+    model_adapters = need_adapters(model, name)
     layer_adapters = {
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
     }
     changes_by_adapter_id, unresolved = _split_adapters(Names(model), layer_adapters, dtype)
-    table = {
-        key: entry.layer_adapter if isinstance(entry, InvokedAdapter) else entry
-        for key, entry in attached.selections[name].usable_layer_adapters.items()
+    layer_adapter_by_key = {
+        key: computation.layer_adapter if isinstance(computation, InvokedAdapter) else computation
+        for key, computation in model_adapters.selections[name].usable_layer_adapters.items()
     }
     if unresolved or any(
-        id(layer_adapter) not in changes_by_adapter_id for layer_adapter in table.values()
+        id(layer_adapter) not in changes_by_adapter_id
+        for layer_adapter in layer_adapter_by_key.values()
     ):
         return None
     layer_changes = {
-        key: changes_by_adapter_id[id(layer_adapter)] for key, layer_adapter in table.items()
+        key: changes_by_adapter_id[id(layer_adapter)]
+        for key, layer_adapter in layer_adapter_by_key.items()
     }
-    return _make_resident(path, attached.configs[name], layer_changes, [], len(layer_changes))
+    return _make_resident(path, model_adapters.configs[name], layer_changes, [], len(layer_changes))
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvePlan:
-    """How to compute all ``ResolvedLowRank`` of an adapter. Another adapter that changes the same
-    weights in the same way can be loaded by this plan, without building modules.
+    """How to compute all ``ResolvedLowRank`` of an adapter from its parameters. Adapters with the
+    same config that change the same weights are loaded by one plan, which is faster than creating a
+    ``LayerAdapter`` for each layer.
 
     Fields:
-        config: the config that an adapter must have.
+        config: the config of these adapters.
         low_rank_plans: the plan of each low-rank change.
-        modules: for each of these, the module with the changed weight.
+        modules: for each plan in ``low_rank_plans``, the module with the changed weight.
     """
 
     config: LoraConfig
@@ -252,29 +265,34 @@ class ResolvePlan:
     def resolve(
         self, parameters: Mapping[ParamRef, Mapping[str, Tensor]], dtype: torch.dtype | None
     ) -> dict[Any, ResolvedLowRank]:
-        """{key of a layer: its ``ResolvedLowRank``} for the adapter parameters of each weight.
-        ``dtype``: dtype of the factors; None takes the dtype of each weight."""
+        """{``LayerState.key``: ``ResolvedLowRank``} of one adapter. ``parameters``: by changed
+        weight, the adapter's parameters (A, B, …) by name. ``dtype``: dtype of the factors; None
+        takes the dtype of each weight."""
         variant = VARIANTS[self.config.variant]
-        resolved = []
-        for entry, module in throttle(zip(self.low_rank_plans, self.modules, strict=True)):
-            weight: Any = weight_of(module, entry.weight)
+        resolved_tensors = []
+        for low_rank_plan, module in throttle(zip(self.low_rank_plans, self.modules, strict=True)):
+            weight: Any = weight_of(module, low_rank_plan.weight)
             parameter_dtype = trained_dtype(self.config, weight.dtype)
             weight_parameters = {
                 name: value.to(weight.device, parameter_dtype)
-                for name, value in parameters[entry.ref].items()
+                for name, value in parameters[low_rank_plan.ref].items()
             }
             low_rank, gain = variant.resolve(
                 weight_parameters,
-                variant.scale(entry.alpha, entry.rank),
-                lambda entry=entry, weight=weight: entry.layer.unfold(
-                    entry.storage.dense(weight), entry.dims
+                variant.scale(low_rank_plan.alpha, low_rank_plan.rank),
+                lambda low_rank_plan=low_rank_plan, weight=weight: low_rank_plan.layer.unfold(
+                    low_rank_plan.storage.dense(weight), low_rank_plan.dims
                 ),
             )
             factor_dtype = weight.dtype if dtype is None else dtype
-            resolved.append(
-                (module, entry.dims, [*_flatten_factors(low_rank, gain, factor_dtype), None])
+            resolved_tensors.append(
+                (
+                    module,
+                    low_rank_plan.dims,
+                    [*_flatten_factors(low_rank, gain, factor_dtype), None],
+                )
             )
-        resolved_changes = _join_in_memory(resolved)
+        resolved_changes = _join_in_memory(resolved_tensors)
         layer_states: list[Any] = [state_of(module) for module in self.modules]
         return {
             layer_state.key: change
@@ -282,14 +300,18 @@ class ResolvePlan:
         }
 
 
-#: by the id of ``LoadPlan.plans.low_rank_plans``, the tuple with the plans of an adapter's low-rank
-#: changes
+#: each ``ResolvePlan`` by the ``id`` of its tuple ``low_rank_plans``, which adapters that change
+#: the same weights share
 ResolvePlans = dict[int, ResolvePlan]
 
 
-def _covers_weight(entry: LowRankPlan, module: nn.Module) -> bool:
-    """Whether a change covers all outputs and inputs of its weight."""
-    return entry.rows is entry.tokens is None and entry.layer.frozen_input(module) is None
+def _covers_weight(low_rank_plan: LowRankPlan, module: nn.Module) -> bool:
+    """Whether a change covers all outputs and inputs of its weight. False if it is limited to some
+    output rows or tokens, or leaves out an input such as a padding token."""
+    return (
+        low_rank_plan.rows is low_rank_plan.tokens is None
+        and low_rank_plan.layer.frozen_input(module) is None
+    )
 
 
 def _make_resident(
@@ -299,12 +321,12 @@ def _make_resident(
     unresolved: Sequence[LayerAdapter],
     change_count: int,
 ) -> ResidentAdapter:
-    resolved = {
+    resolved_changes = {
         key: change for key, change in layer_changes.items() if isinstance(change, ResolvedLowRank)
     }
     tensors = [
         tensor
-        for change in resolved.values()
+        for change in resolved_changes.values()
         for tensor in (change.A, change.B, change.gain, change.bias)
         if tensor is not None
     ]
@@ -313,41 +335,51 @@ def _make_resident(
         for layer_adapter in unresolved
         for tensor in (*layer_adapter.parameters(), *layer_adapter.buffers())
     ]
-    size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-    rank = max((len(change.A) for change in resolved.values()), default=0)
+    tensor_bytes = sum(
+        tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values()
+    )
+    largest_rank = max((len(change.A) for change in resolved_changes.values()), default=0)
     return ResidentAdapter(
         path,
         config.variant,
         layer_changes,
-        size + BYTES_PER_CHANGE * change_count,
-        rank,
-        frozenset(layer_changes.keys() - resolved.keys()),
+        tensor_bytes + BYTES_PER_CHANGE * change_count,
+        largest_rank,
+        frozenset(layer_changes.keys() - resolved_changes.keys()),
         tuple(config.invocation_tokens),
     )
 
 
 def _split_adapters(
-    names: Names, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
+    model_index: Names, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
-    """Resolve the layer adapters that can be a ``ResolvedLowRank``. Returns (each
-    ``ResolvedLowRank`` by the id of its layer adapter, the layer adapters that could not be
-    resolved)."""
-    resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
+    """Compute the ``ResolvedLowRank`` of each layer adapter that can have one.
+
+    Args:
+        model_index: the modules of the model, by path.
+        layer_adapters: by the path of their module.
+        dtype: dtype of the factors; None takes the dtype of each weight.
+
+    Returns:
+        The ``ResolvedLowRank`` by the ``id`` of their layer adapter, and the other layer adapters.
+    """
+    resolved_tensors: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
     resolved_ids, unresolved = [], []
-    nested_ids = {
-        id(nested)
+    # the forward of a module above reads these as ``LayerAdapter``s, so they cannot be resolved
+    ids_below = {
+        id(layer_adapter_below)
         for layer_adapter in layer_adapters.values()
-        for table in (
+        for adapters_below in (
             layer_adapter.submodule_adapters,
             *layer_adapter.submodule_adapters_by_method.values(),
         )
-        for nested in table.values()
+        for layer_adapter_below in adapters_below.values()
     }
     for path, layer_adapter in layer_adapters.items():
-        module = names.modules[path]
+        module = model_index.modules[path]
         tensors = (
             None
-            if id(layer_adapter) in nested_ids
+            if id(layer_adapter) in ids_below
             else _resolve_adapter(layer_adapter, module, dtype)
         )
         if tensors is None:
@@ -355,20 +387,20 @@ def _split_adapters(
         else:
             (change,) = layer_adapter.changes.values()
             resolved_ids.append(id(layer_adapter))
-            resolved.append((module, change.dims, tensors))
-    return dict(zip(resolved_ids, _join_in_memory(resolved), strict=True)), unresolved
+            resolved_tensors.append((module, change.dims, tensors))
+    return dict(zip(resolved_ids, _join_in_memory(resolved_tensors), strict=True)), unresolved
 
 
 def _join_in_memory(
-    resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]],
+    resolved_tensors: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]],
 ) -> list[ResolvedLowRank]:
-    """A ``ResolvedLowRank`` for each (module, dims, [A, B, gain, bias]), with copies of the tensors
-    in one block of memory."""
+    """A ``ResolvedLowRank`` for each (module, dims, [A, B, gain, bias]). Its tensors are copies
+    that lie in one block of memory, so that freeing the adapter frees one block."""
     copies = _copy_to_one_block(
-        [value for *_, tensors in resolved for value in tensors if value is not None]
+        [value for *_, tensors in resolved_tensors for value in tensors if value is not None]
     )
     changes = []
-    for module, dims, tensors in throttle(resolved):
+    for module, dims, tensors in throttle(resolved_tensors):
         A, B, gain, bias = cast(Any, [None if value is None else next(copies) for value in tensors])
         layer_state: Any = state_of(module)
         changes.append(
@@ -381,8 +413,9 @@ def _join_in_memory(
 def _resolve_adapter(
     layer_adapter: LayerAdapter, module: nn.Module, dtype: torch.dtype | None
 ) -> list[Tensor | None] | None:
-    """[A, B, gain, bias] of a layer adapter that adds one matrix product and perhaps a bias; None
-    for any other layer adapter."""
+    """[A, B, gain, bias] for a ``ResolvedLowRank`` that computes the same as ``layer_adapter``;
+    None if there is none, because the layer is not linear or its change is more than one matrix
+    product, a gain and a bias, or because A and B would take too much memory (``MAX_GROWTH``)."""
     layer_state = state_of(module)
     is_product = (
         layer_state is not None and layer_state.is_plain_product and len(layer_adapter.changes) == 1
@@ -400,8 +433,8 @@ def _resolve_adapter(
     if layer_adapter.full._parameters and module._parameters["bias"] is None:
         return None
     low_rank, gain = change.resolve(weight)
-    kind: Any = layer_state.layer
-    if (change.is_transposed_in(kind) and gain is not None) or len(low_rank.A) > 1:
+    layer_kind: Any = layer_state.layer
+    if (change.is_transposed_in(layer_kind) and gain is not None) or len(low_rank.A) > 1:
         return None
     parameters, derived = change.adapter_parameters, change.variant.derived
     parameter_count = sum(value.numel() for key, value in parameters.items() if key not in derived)
@@ -410,7 +443,7 @@ def _resolve_adapter(
     factor_dtype: torch.dtype = weight.dtype if dtype is None else dtype
     bias = layer_adapter.full._parameters.get("bias")
     return [
-        *_flatten_factors(change.as_read_by(kind, low_rank), gain, factor_dtype),
+        *_flatten_factors(change.as_read_by(layer_kind, low_rank), gain, factor_dtype),
         None if bias is None else bias.to(factor_dtype),
     ]
 
@@ -418,8 +451,8 @@ def _resolve_adapter(
 def _flatten_factors(
     low_rank: LowRank, gain: Tensor | None, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """[A, B, gain] in the form of a ``ResolvedLowRank``: B is transposed and multiplied by the
-    scale and the gain."""
+    """[A [r, in], B [r, out], gain [out] or None] for a ``ResolvedLowRank``, in ``dtype``. B is
+    transposed, and multiplied by the scale of ``low_rank`` and by the gain."""
     if gain is not None:
         low_rank = low_rank.scale_rows(gain.view(1, -1))
     B = (low_rank.B[0].to(at_least_float32(low_rank.B.dtype)) * low_rank.scale).mT
@@ -430,18 +463,18 @@ def _flatten_factors(
 
 
 def _copy_to_one_block(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Copies of tensors. All copies of one dtype and device lie in one block of memory, each
-    aligned to 64 bytes."""
+    """Yield a copy of each tensor. All copies of one dtype and device lie in one block of memory,
+    each aligned to 64 bytes."""
     block_sizes: dict[Any, int] = {}  # in values, by (dtype, device)
-    offsets = []
+    block_starts = []
     for tensor in tensors:
-        block, alignment = (tensor.dtype, tensor.device), 64 // tensor.element_size()
-        offsets.append((block, block_sizes.get(block, 0)))
+        block_key, alignment = (tensor.dtype, tensor.device), 64 // tensor.element_size()
+        block_starts.append((block_key, block_sizes.get(block_key, 0)))
         padded_size = -(-tensor.numel() // alignment) * alignment
-        block_sizes[block] = offsets[-1][1] + padded_size
+        block_sizes[block_key] = block_starts[-1][1] + padded_size
     blocks = {
         (dtype, device): torch.empty(size, dtype=dtype, device=device)
         for (dtype, device), size in block_sizes.items()
     }
-    for tensor, (block, start) in zip(tensors, offsets, strict=True):
-        yield blocks[block][start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+    for tensor, (block_key, start) in zip(tensors, block_starts, strict=True):
+        yield blocks[block_key][start : start + tensor.numel()].view(tensor.shape).copy_(tensor)

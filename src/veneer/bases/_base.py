@@ -1,10 +1,10 @@
 """The interface of a storage: read a frozen weight as a dense tensor, and write a merged one back.
 
-The methods take a weight as the object that a module has under the weight's name: a ``Parameter``
-(plain or packed), the ``ParametrizationList`` that computes it, or the module itself if nothing
-else can read it (``opaque.py``). ``stored_tensors`` returns the tensors that hold the weight, and
-``decode`` the dense weight that they represent. A merge writes new tensors under the same names; an
-unmerge writes the original tensors again.
+The methods take a weight as the object that stores it: a ``Parameter`` (plain or packed), the
+``ParametrizationList`` that computes it, or the whole module if only the module's own forward can
+read it (``opaque.py``). ``stored_tensors`` returns the tensors that hold the weight (for example
+integers and scales), and ``decode`` computes the dense weight from them. A merge writes the tensors
+from ``encode``; an unmerge writes the original tensors again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class Storage(ABC):
     #: whether only the module's own forward can read the weight; the methods then take the module
     #: in place of a weight
     opaque: bool = False
-    #: whether the module computes the weight at each access, which may change state (spectral norm
-    #: does); an adapted layer then computes with ``dense``, not by the module's own forward
+    #: whether the module computes the weight at each access. The access may change buffers
+    #: (spectral norm updates its vectors), so an adapted layer does not run the module's own
+    #: forward but computes with the result of ``dense``
     computed: bool = False
-    #: the name under which ``encode`` returns the weight as one dense tensor, only rounded to the
-    #: weight's dtype; None for a storage that packs the weight
+    #: the name of the stored tensor that is the dense weight itself, rounded to the weight's dtype;
+    #: None for a storage that packs the weight
     dense_name: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -43,8 +44,9 @@ class Storage(ABC):
 
     @abstractmethod
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
-        """The tensors that ``write`` replaces (themselves, not copies), by names that this storage
-        chooses. The names contain no dots."""
+        """The tensors that hold the weight and that ``write`` replaces, by names that this storage
+        chooses, without dots. They are the weight's own tensors, not copies, so copy them before a
+        ``write`` that is to be undone."""
 
     @abstractmethod
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -52,16 +54,21 @@ class Storage(ABC):
 
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        """Dense float64 ``values`` as stored tensors, rounded once. Writes nothing."""
+        """The stored tensors that represent the dense float64 ``values`` best, rounded once. Does
+        not change ``weight``.
+
+        Raises:
+            MergeError: this storage cannot write the format of ``weight``."""
 
     @abstractmethod
     def examples(self) -> Iterator[nn.Module]:
-        """Small linear layers whose ``weight`` is in this storage. Their sizes are multiples of 16
-        if packing needs this."""
+        """Small linear layers whose ``weight`` is in this storage, for tests, with sizes that are
+        multiples of 16 if packing needs it. Yields none if the storage's library is missing."""
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
-        """Write stored tensors into ``weight`` in place, so that it stays the same object and its
-        ties remain. Writing a copy of an earlier ``stored_tensors`` restores every bit."""
+        """Write stored tensors into ``weight`` in place: it stays the same object, so modules that
+        share it see the new values. Writing a copy of an earlier ``stored_tensors`` restores every
+        bit."""
         tensors = self.stored_tensors(weight)
         with torch.no_grad():
             for name, values in stored.items():
@@ -72,8 +79,8 @@ class Storage(ABC):
         return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        """The dense weight in about ``count`` blocks of rows if the storage can decode some rows
-        alone, else in one block."""
+        """The dense weight in about ``count`` consecutive blocks of rows [rows, in], so that little
+        of it is in memory at a time; in one block if the storage cannot decode some rows alone."""
         yield self.dense(weight)
 
     def dtype(self, weight: Any) -> torch.dtype:
@@ -85,7 +92,7 @@ class Storage(ABC):
         return weight.shape
 
     def label(self, weight: Any) -> str:
-        """The usual name of this storage in error messages and reports."""
+        """The name of this weight's format for error messages and reports, such as "HQQ"."""
         return self.name
 
     def device(self, weight: Any) -> torch.device:
@@ -93,34 +100,36 @@ class Storage(ABC):
         return getattr(weight, "device", None) or self.dense(weight).device
 
     def prepare(self, module: Any) -> None:  # noqa: B027 (most storages have nothing to do)
-        """Convert a module's weight to the layout that the other methods read, without changing its
-        values. Called when an adapter is attached and after every ``write``; a second call does
-        nothing."""
+        """Convert a module's weight to the layout that the other methods read. The dense weight
+        stays the same. Called when an adapter is attached and after every ``write``. Calling it
+        again changes nothing."""
 
     def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The stored tensors as the library leaves them after a call of the module, if the call
-        changes them permanently. Fingerprints are computed from this result, which is the same
-        before and after the call."""
+        """The stored tensors as they are after the module's first call. Some libraries change them
+        permanently in this call. Fingerprints of the base are computed from this result, so that a
+        base has the same fingerprint before and after the call."""
         return stored
 
     def release(self, module: Any) -> None:  # noqa: B027
         """Undo ``prepare``. Called when the adapter is detached."""
 
     def library_misreads(self, weight: Any) -> bool:
-        """Whether the library has a fault by which it decodes this weight to other numbers than it
-        has stored, both in ``decode`` and in its own forward."""
+        """Whether a known bug of the library makes it dequantise this weight wrongly, both in
+        ``decode`` and in the module's own forward."""
         return False
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        """Classes of modules that hold such weights and whose forward computes what the layer
-        kind's own class (such as ``nn.Linear``) computes with ``dense(weight)``. So the factored
-        path, y = forward(x) + op(x; ΔW), is correct for them."""
+        """The module classes for weights in this storage. Their forward must compute what the plain
+        class (such as ``nn.Linear``) computes with ``dense(weight)``, because an adapted layer
+        computes y = forward(x) + op(x; ΔW), where op is the plain class's operation without bias
+        (such as x ΔWᵀ). Classes of libraries that have not been imported are left out."""
         return ()
 
 
 class GridStorage(Storage):
-    """A storage in which each element is a level (an integer or a number of a table) times a scale.
-    A merge chooses among these numbers when it rounds W + ΔW."""
+    """A quantised storage in which each element is a level (an integer or an entry of a table)
+    times a scale. The numbers that an element can take, given its scale, are its grid. A merge with
+    faithful rounding chooses among them when it rounds W + ΔW."""
 
     @abstractmethod
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
@@ -129,25 +138,27 @@ class GridStorage(Storage):
 
     @abstractmethod
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        """Dense ``values`` as stored tensors, each rounded to the nearest number of ``grid``."""
+        """Dense ``values`` as stored tensors, each value rounded to the nearest number of
+        ``grid(weight, stored)``. The scales remain those in ``stored``."""
 
 
 BASES: Registry[Storage] = Registry("storage")
 
 
 def storage_named(name: str):
-    """The registered storage of this name. A pickled storage holds this call, so that unpickling
-    gives the registered instance."""
+    """The registered storage with this name. ``Storage.__reduce__`` makes pickle store a call of
+    this function, so that unpickling returns the registered instance and not a second one."""
     return BASES[name]
 
 
 def register(storage: type[Storage]) -> type[Storage]:
-    """Class decorator: register one instance. Storages that are registered later take
-    precedence."""
+    """Class decorator: add one instance of a storage class to ``BASES``. If several storages hold a
+    weight, ``storage_of`` returns the one that was registered last."""
     BASES.add(storage.name, storage())
     return storage
 
 
 def storage_of(weight: object) -> Storage | None:
-    """The storage that holds ``weight``; a storage that was registered later takes precedence."""
+    """The storage that holds ``weight``, the last registered one if there are several. None if no
+    storage holds it, so that the weight cannot be adapted."""
     return next((storage for storage in reversed(tuple(BASES)) if storage.holds(weight)), None)

@@ -6,16 +6,16 @@ norm, orthogonal, …
 
 **Reading.** Computing the weight may change state: in training mode, spectral norm updates its
 vectors u and v. The frozen weight is therefore what the list computes in evaluation mode from its
-current state. This runs on a view of the list (the same parameters, copied buffers), because
-switching ``training`` in place would affect other threads.
+current state. The computation runs on a view of the list (an object with the same parameters and
+copied buffers), because setting ``training`` on the list itself would affect other threads.
 
 **Merging.** Most parametrizations have no exact inverse. A merge therefore keeps the original
 tensors, and changes the class of the list to ``Merged``, which returns the buffer ``merged`` bit
-for bit, so that u and v stay constant. The state dict then has this buffer as an additional key.
-Unmerging restores the class. Torch itself refuses to pickle parametrized modules (copying works);
-``parametrize.remove_parametrizations`` on a merged module leaves the merged weight. Rejected:
-appending a last parametrization that ignores its input, because all others would still run and
-change their state.
+for bit. The parametrizations then no longer run, so u and v stay constant. The state dict then has
+this buffer as an additional key. Unmerging restores the class. Torch itself refuses to pickle
+parametrized modules (copying works); ``parametrize.remove_parametrizations`` on a merged module
+leaves the merged weight. Rejected: appending a last parametrization that ignores its input, because
+all others would still run and change their state.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from veneer.kernels.reference import round_once
 
 
 class Merged(ParametrizationList):
-    """A list that returns the buffer ``merged``. Never constructed: ``write`` changes the class of
-    a ``ParametrizationList`` to this class."""
+    """A ``ParametrizationList`` whose parametrizations do not run: it returns the merged weight,
+    stored in the buffer ``merged``. It is never constructed. Instead, ``Parametrized.write`` sets
+    the ``__class__`` of an existing ``ParametrizationList`` to this class, and an unmerge sets it
+    back."""
 
     merged: Tensor
 
@@ -51,7 +53,8 @@ class Merged(ParametrizationList):
 
 
 class Symmetric(nn.Module):
-    """A symmetric matrix from its upper triangle, as in torch's tutorial. For the examples."""
+    """A parametrization for ``Parametrized.examples``: a symmetric matrix from the upper triangle
+    of the parameter, as in torch's tutorial."""
 
     def forward(self, original: Tensor) -> Tensor:
         return original.triu() + original.triu(1).mT
@@ -72,11 +75,11 @@ class Parametrized(Storage):
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         if "merged" in stored:
             return stored["merged"]
-        view: Any = _view(weight, ParametrizationList)
-        originals = (*weight.parameters(), *weight.buffers())
-        device = originals[0].device.type if originals else "cpu"
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return view()
+        evaluation_view: Any = _evaluation_view(weight, ParametrizationList)
+        stored_originals = (*weight.parameters(), *weight.buffers())
+        device_type = stored_originals[0].device.type if stored_originals else "cpu"
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            return evaluation_view()
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         return {"merged": round_once(values, self.dense(weight).dtype)}
@@ -101,11 +104,11 @@ class Parametrized(Storage):
         return self.dense(weight).shape
 
 
-def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A view of ``module`` in evaluation mode: an object of class ``cls`` with the same parameters,
-    copies of the buffers, and views of the children. Assigning its buffers or changing them in
-    place does not affect ``module``."""
-    view = object.__new__(cls)
+def _evaluation_view(module: nn.Module, view_class: type[nn.Module]) -> nn.Module:
+    """A view of ``module`` in evaluation mode: an object of class ``view_class`` with the same
+    parameters, copies of the buffers, and views of the children. A forward of the view that changes
+    its buffers does not affect ``module``."""
+    view = object.__new__(view_class)
     view.__dict__.update(module.__dict__, training=False)
     view.__dict__["_parameters"] = dict(module._parameters)
     view.__dict__["_buffers"] = {
@@ -113,7 +116,7 @@ def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
         for name, value in module._buffers.items()
     }
     view.__dict__["_modules"] = {
-        name: None if child is None else _view(child, type(child))
+        name: None if child is None else _evaluation_view(child, type(child))
         for name, child in module._modules.items()
     }
     return view

@@ -21,9 +21,9 @@ class Plain(Storage):
     dense_name = "values"
 
     def holds(self, weight: object) -> bool:
-        # Tensor subclasses of torch (DTensor of FSDP2, fake tensors) hold their values. Subclasses
-        # of other libraries may be packed although their dtype is a floating-point dtype, so
-        # another storage must hold them.
+        # Tensor subclasses that torch defines (FSDP2's DTensor, fake tensors) are plain. A subclass
+        # of another library may hold packed values although it reports a floating-point dtype, so
+        # it is left to the storage of that library.
         if not isinstance(weight, nn.Parameter) or weight.dtype not in DTYPES:
             return False
         if type(weight).__module__.partition(".")[0] != "torch":
@@ -34,7 +34,7 @@ class Plain(Storage):
         return {"values": weight}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        # outside of a forward, FSDP2 has not gathered a DTensor, so gather it here
+        # FSDP2 shards a weight as a DTensor and gathers it only during a forward, so gather it here
         values = stored["values"]
         return values if type(values) is nn.Parameter else full_tensor(values)
 

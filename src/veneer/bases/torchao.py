@@ -5,20 +5,21 @@ float8 numbers, with one scale for each block.
     b: the block that contains [o, i]: a row, a group of columns of a row, or the whole weight
 
 The module stays an ``nn.Linear``; its ``Parameter`` is a ``torchao`` tensor that holds ``qdata``
-(int8 or float8, of the weight's shape) and, for each block, ``scale`` (and ``zero_point``). Every
-such tensor that can be decoded can be adapted. Merging writes ``Int8Tensor``,
-``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``. Other layouts belong to the kernels
-of one type of GPU, and a merge refuses them.
+(int8 or float8, of the weight's shape) and, for each block, ``scale`` (and ``zero_point``). An
+adapter can be attached to every torchao tensor that has ``dequantize``. A merge can write
+``Int8Tensor``, ``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``. All other classes
+have layouts for the kernels of one type of GPU, so a merge into them is refused.
 
 Weights that also quantise x at run time (``act_quant_kwargs``, ``activation_quantization``) are not
 supported: torchao's kernel passes no gradient to x, so the layers below would silently get a wrong
 gradient.
 
-**Merging** gives each block its old scale, or a new scale by torchao's own rule, whichever comes
-closer to W + ΔW. Elements are then rounded with this scale: to nearest or, with faithful rounding,
-to one of the two neighbours that the scale allows. Rejected: new scales for all blocks. They would
-change every element: for an int4 block of numbers that are already rounded, for example, torchao's
-rule may give a scale that is smaller by a fifteenth.
+**Merging** chooses the scale of each block: the old scale, or the scale that torchao would compute
+for W + ΔW, whichever gives the smaller rounding error. Each element is then rounded with the chosen
+scale: to the nearest representable number or, with faithful rounding, to one of the two
+representable numbers around it. Rejected: new scales for all blocks, because a new scale changes
+every element of a block, even where ΔW = 0. For an int4 block that is already quantised, for
+example, torchao's rule may give a scale that is smaller by a fifteenth.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from veneer.errors import MergeError
 from veneer.kernels.grid import Grid
 
 WRITABLE_CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
-#: the tensors that a merge replaces; other tensors, such as the scales of x, stay
+#: the inner tensors of a ``WRITABLE_CLASSES`` weight that a merge replaces; it keeps all others,
+#: such as the scales of the layer's input
 REPLACED_TENSORS = ("qdata", "scale", "zero_point")
 
 
@@ -45,11 +47,11 @@ class Torchao(GridStorage):
     name = "torchao"
 
     def holds(self, weight: object) -> bool:
-        utils = sys.modules.get("torchao.utils")
+        torchao_utils = sys.modules.get("torchao.utils")
         if (
-            utils is None
+            torchao_utils is None
             or not isinstance(weight, nn.Parameter)
-            or not isinstance(weight, utils.TorchAOBaseTensor)
+            or not isinstance(weight, torchao_utils.TorchAOBaseTensor)
         ):
             return False
         quantises_x = any(
@@ -62,24 +64,25 @@ class Torchao(GridStorage):
         )
 
     def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
-        names, _ = weight.__tensor_flatten__()
-        replaced = (
-            [name for name in names if name in REPLACED_TENSORS]
+        tensor_names, _ = weight.__tensor_flatten__()
+        replaced_names = (
+            [name for name in tensor_names if name in REPLACED_TENSORS]
             if type(weight).__name__ in WRITABLE_CLASSES
-            else names
+            else tensor_names
         )
-        return {name: getattr(weight, name) for name in replaced}
+        return {name: getattr(weight, name) for name in replaced_names}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        names, attributes = weight.__tensor_flatten__()
-        tensors = {name: getattr(weight, name) for name in names} | dict(stored)
+        tensor_names, attributes = weight.__tensor_flatten__()
+        tensors = {name: getattr(weight, name) for name in tensor_names} | dict(stored)
         if type(weight).__name__ in WRITABLE_CLASSES:
-            # so that ``dequantize`` rounds once, to float32
+            # so that ``dequantize`` computes in float32, and does not round to the weight's dtype
             attributes = {**attributes, "dtype": torch.float32}
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
-        # torchao scales the features of x by this, which equals scaling the columns of W
-        scale = getattr(weight, "act_pre_scale", None)
-        return dense if scale is None else dense * scale.float()
+        # torchao multiplies the features of the layer's input x by ``act_pre_scale``, which equals
+        # multiplying the columns of W
+        input_scale = getattr(weight, "act_pre_scale", None)
+        return dense if input_scale is None else dense * input_scale.float()
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         type_name = type(weight).__name__
@@ -90,34 +93,39 @@ class Torchao(GridStorage):
                 "keep the adapter unmerged, or merge it into the model before quantize_ and "
                 "quantise that",
             )
-        old = self.stored_tensors(weight)
-        unscaled = _divide_by_input_scale(weight, values)
+        old_stored = self.stored_tensors(weight)
+        unscaled_values = _divide_by_input_scale(weight, values)
         candidates = [
-            _quantise(weight, unscaled, old),
-            _quantise(weight, unscaled, _new_scales(weight, unscaled, old)),
+            _quantise(weight, unscaled_values, old_stored),
+            _quantise(weight, unscaled_values, _fit_scales(weight, unscaled_values, old_stored)),
         ]
         old_error, new_error = (
-            _sums((self.decode(weight, candidate) - values).square(), old["scale"].shape)
+            _block_sums(
+                (self.decode(weight, candidate) - values).square(), old_stored["scale"].shape
+            )
             for candidate in candidates
         )
-        keeps_old = old_error <= new_error  # for each block
-        choices = {
-            name: _expand(keeps_old, values.shape) if name == "qdata" else keeps_old for name in old
+        keeps_old_scale = old_error <= new_error  # for each block
+        keeps_old = {
+            name: _expand_to_elements(keeps_old_scale, values.shape)
+            if name == "qdata"
+            else keeps_old_scale
+            for name in old_stored
         }
         return {
-            name: torch.where(choices[name], *(candidate[name] for candidate in candidates))
-            for name in old
+            name: torch.where(keeps_old[name], *(candidate[name] for candidate in candidates))
+            for name in old_stored
         }
 
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         qdata, shape = stored["qdata"], weight.shape
-        input_scale, zero = getattr(weight, "act_pre_scale", None), stored.get("zero_point")
-        scale = _expand(stored["scale"].float(), shape)
+        input_scale, zero_point = getattr(weight, "act_pre_scale", None), stored.get("zero_point")
+        scale = _expand_to_elements(stored["scale"].float(), shape)
         scale = scale if input_scale is None else scale * input_scale.float()
         return Grid(
-            _levels(weight).to(qdata.device),
+            _representable_values(weight).to(qdata.device),
             scale,
-            None if zero is None else _expand(zero.float(), shape),
+            None if zero_point is None else _expand_to_elements(zero_point.float(), shape),
         )
 
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
@@ -146,83 +154,102 @@ class Torchao(GridStorage):
                 yield linear
 
 
-def _block_shape(shape: torch.Size, blocks: torch.Size) -> list[int]:
-    """[b₀, n₀/b₀, b₁, n₁/b₁, …] for n₀, n₁, … elements and b₀, b₁, … blocks on each axis: the shape
-    in which every second axis runs within a block."""
-    return [size for n, b in zip(shape, blocks, strict=True) for size in (b, n // b)]
+def _block_shape(element_shape: torch.Size, block_counts: torch.Size) -> list[int]:
+    """The shape [b₀, n₀/b₀, b₁, n₁/b₁, …] for n₀, n₁, … elements and b₀, b₁, … blocks along each
+    axis. In a tensor of this shape, every second axis runs over the elements of one block, so that
+    reducing these axes gives one value per block."""
+    return [size for n, b in zip(element_shape, block_counts, strict=True) for size in (b, n // b)]
 
 
-def _sums(values: Tensor, blocks: torch.Size) -> Tensor:
-    """The sum of each block."""
-    within_block = list(range(1, 2 * values.dim(), 2))
-    return values.reshape(_block_shape(values.shape, blocks)).sum(within_block)
+def _block_sums(element_values: Tensor, block_counts: torch.Size) -> Tensor:
+    """The sum of the elements of each block, in the shape ``block_counts`` (the number of blocks
+    along each axis)."""
+    axes_within_block = list(range(1, 2 * element_values.dim(), 2))
+    return element_values.reshape(_block_shape(element_values.shape, block_counts)).sum(
+        axes_within_block
+    )
 
 
-def _expand(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Expand one value per block to one per element."""
-    for axis, (n, b) in enumerate(zip(shape, blocks.shape, strict=True)):
-        blocks = blocks.repeat_interleave(n // b, axis)
-    return blocks
+def _expand_to_elements(block_values: Tensor, shape: torch.Size) -> Tensor:
+    """Repeat the value of each block for all elements of the block. ``block_values`` has as many
+    entries along each axis as there are blocks; the result has the given ``shape``."""
+    for axis, (n, b) in enumerate(zip(shape, block_values.shape, strict=True)):
+        block_values = block_values.repeat_interleave(n // b, axis)
+    return block_values
 
 
-def _range(weight: Any) -> tuple[int, int]:
-    """The lowest and the highest integer that an integer weight can hold."""
+def _integer_range(weight: Any) -> tuple[int, int]:
+    """The lowest and the highest integer that ``qdata`` of a weight with 1 to 8 bits can hold."""
     bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
     bits -= bool(getattr(weight, "reduce_range", False))
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def _levels(weight: Any) -> Tensor:
-    """The values that ``qdata`` can hold, ascending: integers or finite float8 numbers."""
+def _representable_values(weight: Any) -> Tensor:
+    """The values that ``qdata`` can hold, ascending, float32 [levels]: integers, or all finite
+    float8 numbers."""
     dtype = weight.qdata.dtype
     if not dtype.is_floating_point:
-        low, high = _range(weight)
+        low, high = _integer_range(weight)
         return torch.arange(low, high + 1, dtype=torch.float32)
     all_numbers = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).float()
     return all_numbers[all_numbers.isfinite()].unique()
 
 
-def _divide_by_input_scale(weight: Any, values: Tensor) -> Tensor:
-    """Dense values divided by the scale of x, if there is one. ``qdata`` and the scales of the
-    blocks represent this quotient."""
-    scale = getattr(weight, "act_pre_scale", None)
-    return values if scale is None else values / scale.double()
+def _divide_by_input_scale(weight: Any, dense_values: Tensor) -> Tensor:
+    """``dense_values`` [out, in], divided by torchao's scale of each input feature if the weight
+    has one. ``qdata`` and the block scales represent this quotient, and ``decode`` multiplies it by
+    the input scale again."""
+    input_scale = getattr(weight, "act_pre_scale", None)
+    return dense_values if input_scale is None else dense_values / input_scale.double()
 
 
-def _new_scales(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New scales (and zero points) for all blocks. Integers stay symmetric, unless a zero point of
-    ``old`` shows that they are not. In float8, a block's largest magnitude becomes the largest
-    finite number of the dtype."""
-    blocks, eps = old["scale"].shape, torch.finfo(torch.float32).eps
-    if old["qdata"].dtype.is_floating_point:
-        within_block = list(range(1, 2 * values.dim(), 2))
-        largest = values.abs().reshape(_block_shape(values.shape, blocks)).amax(within_block)
-        scale = (largest / torch.finfo(old["qdata"].dtype).max).clamp_min(eps)
-        return {"scale": scale.to(old["scale"].dtype)}
+def _fit_scales(
+    weight: Any, dense_values: Tensor, old_stored: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The scales (and zero points) that torchao would choose for ``dense_values``, for all blocks.
+    Integer weights are quantised symmetrically (zero point 0), unless a zero point in
+    ``old_stored`` is not 0. In float8, the scale maps a block's largest magnitude to the largest
+    finite number."""
+    block_counts, eps = old_stored["scale"].shape, torch.finfo(torch.float32).eps
+    if old_stored["qdata"].dtype.is_floating_point:
+        axes_within_block = list(range(1, 2 * dense_values.dim(), 2))
+        largest_magnitudes = (
+            dense_values.abs()
+            .reshape(_block_shape(dense_values.shape, block_counts))
+            .amax(axes_within_block)
+        )
+        scale = (largest_magnitudes / torch.finfo(old_stored["qdata"].dtype).max).clamp_min(eps)
+        return {"scale": scale.to(old_stored["scale"].dtype)}
     primitives: Any = sys.modules["torchao.quantization.quant_primitives"]
-    zero = old.get("zero_point")
-    is_symmetric = zero is None or not zero.any()
+    old_zero_point = old_stored.get("zero_point")
+    is_symmetric = old_zero_point is None or not old_zero_point.any()
     scale, zero_point = primitives.choose_qparams_affine(
-        values.float(),
+        dense_values.float(),
         primitives.MappingType.SYMMETRIC if is_symmetric else primitives.MappingType.ASYMMETRIC,
         weight.block_size,
         torch.int8,
-        *_range(weight),
+        *_integer_range(weight),
         eps=eps,
-        scale_dtype=old["scale"].dtype,
-        zero_point_dtype=torch.int8 if zero is None else zero.dtype,
+        scale_dtype=old_stored["scale"].dtype,
+        zero_point_dtype=torch.int8 if old_zero_point is None else old_zero_point.dtype,
         keepdim=True,
     )
     return {"scale": scale, "zero_point": zero_point}
 
 
-def _quantise(weight: Any, values: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stored tensors for ``values``: ``qdata``, rounded to nearest with these ``scales`` (and zero
-    points), and the scales."""
-    dtype, zero = weight.qdata.dtype, scales.get("zero_point")
-    numbers = values / _expand(scales["scale"], values.shape).double()
+def _quantise(weight: Any, dense_values: Tensor, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors for ``dense_values``: ``qdata``, rounded to the nearest representable
+    number, and all entries of ``scales``, which holds "scale" and perhaps "zero_point" for each
+    block."""
+    dtype, zero_point = weight.qdata.dtype, scales.get("zero_point")
+    scaled_values = dense_values / _expand_to_elements(scales["scale"], dense_values.shape).double()
     if dtype.is_floating_point:
         largest = torch.finfo(dtype).max
-        return {**scales, "qdata": numbers.clamp(-largest, largest).float().to(dtype)}
-    numbers = numbers.round() if zero is None else numbers.round() + _expand(zero, values.shape)
-    return {**scales, "qdata": numbers.clamp(*_range(weight)).to(dtype)}
+        return {**scales, "qdata": scaled_values.clamp(-largest, largest).float().to(dtype)}
+    scaled_values = (
+        scaled_values.round()
+        if zero_point is None
+        else scaled_values.round() + _expand_to_elements(zero_point, dense_values.shape)
+    )
+    return {**scales, "qdata": scaled_values.clamp(*_integer_range(weight)).to(dtype)}

@@ -1,10 +1,11 @@
 """The entry point of the command line `veneer`: runs a subcommand, and turns errors into messages
 and exit codes.
 
-`veneer --help` reads a table (``command_table.py``) and does not import the libraries that the
-subcommands need. This file imports none of them either, so it can say which package to install if
-one is missing. `run` handles all errors: errors that the user can correct are printed on stderr as
-one message, with exit code 2; all others are bugs of Veneer and keep their traceback. Exit codes:
+`veneer --help` reads a table (``command_table.py``), so it is fast: it does not import the modules
+of the subcommands, nor torch. This file imports no optional package at its top level, so that it
+can say which one to install if one is missing. `run` handles all errors: errors that the user can
+correct are printed on stderr as one message, with exit code 2; all others are bugs of Veneer and
+keep their traceback. Exit codes:
 
     0 success   1 bug (`diff --exit-code`: adapters differ)   2 bad input   130 stopped by Ctrl-C
 """
@@ -39,7 +40,8 @@ CORRECTABLE_ERRNOS = {
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code."""
+    """Run one command line and return its exit code. ``arguments``: the words after `veneer`; None
+    takes them from ``sys.argv``. Errors that the user cannot correct are raised."""
     try:
         import typer
 
@@ -61,7 +63,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         message = missing_package_message(error)
         if message is None or os.environ.get("VENEER_DEBUG"):
             raise
-        sys.stderr.write(f"Error: {message}\n")  # without rich, which may be missing
+        sys.stderr.write(f"Error: {message}\n")  # not by rich, which may be missing too
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("Stopped.\n")
@@ -75,10 +77,10 @@ def main() -> NoReturn:
 
 
 def _report(error: BaseException, message: str) -> int:
-    """Print an error as one message and return exit code 2.
+    """Print ``message`` and the notes of an error on stderr, and return exit code 2.
 
-    Print nothing if another process of the training run reports the same error. Raise the error
-    again if VENEER_DEBUG is set."""
+    Print nothing if another process of the training run prints the same error. If VENEER_DEBUG is
+    set, raise the error instead, so that its traceback is shown."""
     from rich.text import Text
 
     from veneer.cli.console import SafeConsole
@@ -97,7 +99,8 @@ def _report(error: BaseException, message: str) -> int:
 
 
 def _explain(error: OSError) -> str:
-    """Phrase a system error like Veneer's errors: what was found, what was expected, what to do."""
+    """Return a message for a system error in the form of Veneer's errors: what was found, what was
+    expected, and what to do."""
     file_name = f" {error.filename}" if error.filename else ""
     free_space, accessible_path = "room for the output", "a path that you may read and write"
     match error.errno:
@@ -127,28 +130,28 @@ def _explain(error: OSError) -> str:
             )
 
 
-#: module -> package on PyPI, where the names differ
+#: importable module -> its package on PyPI, if the two names differ
 _PACKAGE_OF_MODULE = {"yaml": "pyyaml", "google": "protobuf"}
-#: the extras of Veneer that an error suggests first. If several extras install a package, the first
-#: of these is suggested; extras that are not listed come last, in alphabetical order.
+#: the order in which to suggest an extra of Veneer if several extras install the missing package;
+#: extras that are not in this tuple come last, in alphabetical order
 _PREFERRED_EXTRAS = ("cli", "train", "serve", "remote")
 
 
 def extra_with_module(module: str) -> str | None:
-    """Return the extra of Veneer (``pip install 'veneer[…]'``) to suggest for a module that is not
-    installed, or None if no extra installs it."""
+    """Return the extra of Veneer to install (``pip install 'veneer[extra]'``) for a missing module,
+    such as "serve" for "fastapi.responses". Return None if no extra installs the module."""
     top_module = module.partition(".")[0]
     package = _PACKAGE_OF_MODULE.get(top_module, top_module).replace("_", "-").lower()
-    extras = []
+    extras_with_package = []
     for requirement in metadata.requires("veneer") or ():
         name_match, extra_match = (
             re.match(r"[\w.-]+", requirement),
             re.search(r"extra == ['\"]([\w-]+)['\"]", requirement),
         )
         if name_match and extra_match and name_match[0].replace("_", "-").lower() == package:
-            extras.append(extra_match[1])
+            extras_with_package.append(extra_match[1])
     return min(
-        extras,
+        extras_with_package,
         key=lambda extra: (
             _PREFERRED_EXTRAS.index(extra)
             if extra in _PREFERRED_EXTRAS
@@ -160,7 +163,8 @@ def extra_with_module(module: str) -> str | None:
 
 
 def missing_package_message(error: ModuleNotFoundError) -> str | None:
-    """Return the error text for a missing package, or None if no extra of Veneer installs it."""
+    """Return the message for a failed import, which says what to install. Return None if no extra
+    of Veneer installs the module."""
     extra = extra_with_module(error.name or "")
     if extra is None:
         return None

@@ -86,13 +86,20 @@ def advise_command(
 
 
 def _try_advice(
-    settings: Any, advice: Any, steps: int, folder: Path, try_out: Callable[..., Any]
+    settings: Any, advice: Any, step_count: int, sweep_folder: Path, try_out: Callable[..., Any]
 ) -> Any:
+    """Revise the advice by a short sweep over settings near it, and return the revised advice.
+
+    ``step_count``: optimiser steps of the planned run; ``try_out``: the function of that name in
+    `veneer.train.advise`, which trains and writes to ``sweep_folder``. Exits with code 130 if
+    the sweep is interrupted."""
     from veneer.cli import console
     from veneer.train.sweep.table import Progress
 
     with Progress(console.err) as progress:
-        outcome = try_out(settings, advice, steps, folder, console=console.err, on_step=progress)
-    if outcome is None:
+        revised_advice = try_out(
+            settings, advice, step_count, sweep_folder, console=console.err, on_step=progress
+        )
+    if revised_advice is None:
         raise Exit(130)
-    return outcome
+    return revised_advice

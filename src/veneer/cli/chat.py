@@ -1,9 +1,9 @@
 """`veneer chat`: a conversation with a base and its adapters. Adapters can be switched, blended and
 compared during the conversation.
 
-Answers are streamed to stdout; everything else goes to stderr. If the input is no terminal, each
-line of stdin is a text or a command, only the answers are printed, and an invalid command ends the
-program.
+Answers are streamed to stdout; everything else goes to stderr. If stdin is no terminal but a pipe
+or a file, each of its lines is a text or a command, notes and the prompt are not printed, and an
+invalid command ends the program with an error.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def chat_command(
 
 
 def _converse(conversation: Conversation, is_terminal: bool) -> None:
+    """Read lines from stdin and handle each one, until the end of the input or /quit. Errors are
+    printed at a terminal, and raised otherwise."""
     from veneer.cli.console import err
 
     while True:
@@ -154,14 +156,17 @@ def _converse(conversation: Conversation, is_terminal: bool) -> None:
 
 class Conversation:
     """A conversation of a user with one or more models: the base, an adapter, a blend of adapters.
+    A method ``X_command`` runs the command "/X"; its argument is the text after the command.
 
     Attributes:
-        turns: (text of the user, {label of a model: the model's answer}). For a model that did not
-            answer a text, the history contains the last answer to this text by another model.
+        turns: one (text of the user, {label of a model: the model's answer}) for each text. Several
+            models may have answered a text, and ``history`` chooses one answer for each model.
         selection: the model that answers: the name of an adapter, {name: weight} of a blend, or
             None for the base.
         compares_with_base: whether the base answers too.
-        sampling: the keyword arguments of ``generate``.
+        has_template: whether the base has a chat template. If not, it continues the text.
+        system_message: the text of the system message; None if there is none.
+        sampling: the keyword arguments of ``generate``, such as the temperature.
     """
 
     def __init__(
@@ -174,7 +179,7 @@ class Conversation:
             dict(sampling),
         )
         self.has_template = tokenizer.chat_template is not None
-        self.system: str | None = None
+        self.system_message: str | None = None
         self.turns: list[tuple[str, dict[str, str]]] = []
         self.compares_with_base = False
         self.selection: str | dict[str, float] | None = adapter_names[0] if adapter_names else None
@@ -190,7 +195,8 @@ class Conversation:
         return "base" if selection is None else selection
 
     def handle_line(self, line: str) -> bool:
-        """Run a command or answer a text; return whether the conversation continues."""
+        """Run a command (a line that begins with one slash) or answer a text. Return whether the
+        conversation continues, which /quit ends. ``ConfigError``: there is no such command."""
         if not line.startswith("/") or line.startswith("//"):
             self.answer(line.removeprefix("/") if line.startswith("//") else line)
             return True
@@ -268,7 +274,7 @@ class Conversation:
                 "a base with one",
                 "leave it out: the base continues what you write",
             )
-        self.system = text or None
+        self.system_message = text or None
         self.note("There is a system message." if text else "There is no system message.")
 
     def reset_command(self, _: str) -> None:
@@ -295,7 +301,7 @@ class Conversation:
         try:
             with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:  # as an error that does not end the conversation
+        except OSError as error:  # raised as a VeneerError, which does not end the conversation
             raise ConfigError(
                 f"/save {text} ({error})", "a file that can be written", "name another"
             ) from error
@@ -307,15 +313,20 @@ class Conversation:
         err.print(COMMANDS_HELP)
 
     def history(self, label: str) -> Any:
-        """The conversation as input of the model with this label: messages, or one text for a base
-        without a chat template."""
+        """The conversation so far, as the input of the model with this label: chat messages, or one
+        text if the base has no chat template. Where this model did not answer a text itself, the
+        history has another model's answer, the last one to this text."""
         texts_and_answers = [
             (text, answers.get(label, next(reversed(answers.values()), "")))
             for text, answers in self.turns
         ]
         if not self.has_template:
             return "\n".join(text + answer for text, answer in texts_and_answers)
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = (
+            []
+            if self.system_message is None
+            else [{"role": "system", "content": self.system_message}]
+        )
         for text, answer in texts_and_answers:
             messages += [
                 {"role": "user", "content": text},
@@ -324,8 +335,9 @@ class Conversation:
         return messages
 
     def answer(self, text: str) -> None:
-        """Answer a text with the selected model, or with the base too, and print the answers. After
-        Ctrl-C, the partial answer becomes part of the conversation."""
+        """Generate and print the answer of the selected model to a text, and the base's answer too
+        if ``compares_with_base``. After Ctrl-C, the partial answer becomes part of the
+        conversation."""
         from veneer.cli.console import err, out
 
         selections = [None, self.selection] if self.compares_with_base else [self.selection]
@@ -355,9 +367,12 @@ class Conversation:
         self,
         selection: Any,
         text: str,
-        say: Callable[[str], None] | None,
+        print_piece: Callable[[str], None] | None,
         should_stop: Callable[[], bool],
     ) -> str:
+        """Generate the answer of one model to ``text``, which follows the history. ``print_piece``
+        is called with each piece of the answer as it is generated; None prints nothing.
+        ``DataError``: the conversation does not fit into the model's context."""
         from contextlib import nullcontext
 
         import veneer
@@ -369,24 +384,34 @@ class Conversation:
             prompt: Any = [*history, {"role": "user", "content": text}]
         else:
             prompt = f"{history}\n{text}" if history else text
-        context, prompt_length = context_tokens(self.model), len(encode(prompt, self.tokenizer))
+        context_length, prompt_length = (
+            context_tokens(self.model),
+            len(encode(prompt, self.tokenizer)),
+        )
         sampling = dict(self.sampling)
-        if context is not None:
-            if prompt_length >= context:
+        if context_length is not None:
+            if prompt_length >= context_length:
                 raise DataError(
                     f"a conversation of {prompt_length:,} tokens",
-                    f"fewer than {context:,}, the model's context",
+                    f"fewer than {context_length:,}, the model's context",
                     "say /reset, or less",
                 )
-            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - prompt_length)
+            sampling["max_new_tokens"] = min(
+                sampling["max_new_tokens"], context_length - prompt_length
+            )
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))
         with veneer.use(self.model, selection) if self.adapter_names else nullcontext():
             return generate(
-                self.model, self.tokenizer, [prompt], say=say, should_stop=should_stop, **sampling
+                self.model,
+                self.tokenizer,
+                [prompt],
+                say=print_piece,
+                should_stop=should_stop,
+                **sampling,
             )[0]
 
     def note(self, text: str) -> None:
-        """Print a note if the input is a terminal."""
+        """Print a note on stderr, but only for a user at a terminal, not for a script."""
         from veneer.cli.console import err
 
         if sys.stdin.isatty():
@@ -405,17 +430,17 @@ def _print_now(text: str) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C raises
-    KeyboardInterrupt."""
-    presses: list[int] = []
+    """A block in which a first Ctrl-C does not raise KeyboardInterrupt, but a second one does.
+    Yields a function that returns whether Ctrl-C was pressed."""
+    signal_numbers: list[int] = []
 
     def handle_signal(number: int, frame: Any) -> None:
-        if presses:
+        if signal_numbers:
             raise KeyboardInterrupt
-        presses.append(number)
+        signal_numbers.append(number)
 
     previous_handler = signal.signal(signal.SIGINT, handle_signal)
     try:
-        yield lambda: bool(presses)
+        yield lambda: bool(signal_numbers)
     finally:
         signal.signal(signal.SIGINT, previous_handler)

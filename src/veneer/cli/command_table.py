@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: command -> its description in `veneer --help`. The function of a command is <command>_command, in
-#: the module veneer.cli.<command> or in the module that MODULES names.
+#: command -> its description in `veneer --help`. The command runs the function <command>_command of
+#: the Python module veneer.cli.<command>, or of veneer.cli.<MODULES[command]> if it is in MODULES.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "sweep": "Train many settings of a run at once, and keep the best.",
@@ -29,7 +29,7 @@ COMMANDS = {
     "keygen": "Make an API key for `veneer serve`.",
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
-#: command -> module, if the two names differ
+#: command -> the file in veneer/cli (without .py) that defines it, if the two names differ
 MODULES = {
     **dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"),
     "keygen": "serve",

@@ -1,5 +1,5 @@
-"""The table of commands: name, module and help of each. A command's module is imported when the
-command is called; the list of commands in ``veneer --help`` comes from ``COMMANDS``."""
+"""The typer application `veneer`. It imports the module of a command only when the command is
+called; the list of commands in ``veneer --help`` comes from ``command_table.py``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ HELP_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments as typer does, but refuse repeated options. Typer would silently use
-        the last value."""
+        """Parse the arguments as typer does, but refuse an option that is given twice although it
+        takes one value, because typer would silently use the last value. ``args``: the words of
+        the command line after the command's name."""
         _check_option_values(self.params, ctx.help_option_names, args)
         _, _, parameter_order = self.make_parser(ctx).parse_args(args=[*args])
-        flags = [  # of options that take one value
+        flags = [  # one entry for each use of an option that takes one value
             option.opts[0]
             for option in parameter_order
             if option.param_type_name == "option"
@@ -41,10 +42,15 @@ class _Command(TyperCommand):
 def _check_option_values(
     params: Sequence[Any], help_flags: Sequence[str], args: Sequence[str]
 ) -> None:
-    """Refuse an option that is followed by another option instead of a value.
+    """Raise ConfigError if an option is followed by another option instead of its value.
 
-    click would take the second option as the value: `--train --port 1` creates a folder called
-    "--port"."""
+    click would use the second option as the value: `veneer serve BASE --train --port 1` would
+    create a folder called "--port".
+
+    Args:
+        params: click's parameters of the command.
+        help_flags: the flags that show the help.
+        args: the words of the command line after the command's name."""
     option_params = [param for param in params if param.param_type_name == "option"]
     param_by_flag: dict[str, Any] = {
         flag: param for param in option_params for flag in (*param.opts, *param.secondary_opts)
@@ -66,6 +72,9 @@ def _check_option_values(
 
 
 class _LazyGroup(TyperGroup):
+    """The group of all commands. For `veneer --help`, each command is a placeholder with only its
+    description; ``resolve_command`` replaces the called one by the command of its module."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = {

@@ -84,11 +84,17 @@ def compose_command(
     from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose import compose as combine
 
-    options = {"method": method, "rank": rank, "energy": energy, "density": density, "seed": seed}
+    combine_options = {
+        "method": method,
+        "rank": rank,
+        "energy": energy,
+        "density": density,
+        "seed": seed,
+    }
     repair_options = {"factor": factor, "count": intruders, "threshold": threshold}
     repair_options = {name: value for name, value in repair_options.items() if value is not None}
     if repair:
-        unsuitable_options = {**options, "layer": layer}
+        unsuitable_options = {**combine_options, "layer": layer}
         if flags := [f"--{name}" for name, value in unsuitable_options.items() if value]:
             raise ConfigError(
                 f"--repair with {flags[0]}",
@@ -103,26 +109,36 @@ def compose_command(
         )
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     layer_factors = dict(_parse_layer_factor(text) for text in layer or ())
-    must_not_exist(output, overwrite)  # checked before the base is converted, which takes long
+    must_not_exist(output, overwrite)  # checked now, because converting the base takes long
     must_be_adapters(paths)
-    options |= {} if base is None else base_files(base, paths[0])
+    combine_options |= {} if base is None else base_files(base, paths[0])
     with err.status("Composing …"):
         report = combine(
-            paths, output, weights=weights, layers=layer_factors, overwrite=overwrite, **options
+            paths,
+            output,
+            weights=weights,
+            layers=layer_factors,
+            overwrite=overwrite,
+            **combine_options,
         )
     _print_report(report, output, "layers", {"error": report.error}, as_json)
 
 
 def _print_report(
-    report: Any, output: Path, list_name: str, extra_facts: dict[str, Any], as_json: bool
+    report: Any, output: Path, layers_field: str, extra_entries: dict[str, Any], as_json: bool
 ) -> None:
-    """Print a report. ``list_name``: the field of the report that lists objects with a path; in
-    JSON, it becomes {path: object}. ``extra_facts``: further entries of the JSON object."""
+    """Print the report of a composition or a repair, as text or as JSON.
+
+    ``layers_field``: the field of the report that is a list of objects, one for each layer or
+    weight, with a field "path". In JSON, it becomes {path: object}. ``extra_entries``: JSON entries
+    that are not fields of the report."""
     from veneer.cli.console import echo_json, out
 
     if as_json:
-        facts: dict[str, Any] = asdict(report) | {"path": str(report.path)} | extra_facts
-        echo_json(facts | {list_name: {row.pop("path"): row for row in facts[list_name]}})
+        facts: dict[str, Any] = asdict(report) | {"path": str(report.path)} | extra_entries
+        echo_json(
+            facts | {layers_field: {entry.pop("path"): entry for entry in facts[layers_field]}}
+        )
     else:
         out.print(str(report), soft_wrap=True)
         out.print(f"written to {output}", soft_wrap=True)
@@ -132,11 +148,15 @@ def _repair(
     output: Path,
     adapters: list[str],
     base: str | None,
-    options: dict[str, Any],
+    repair_options: dict[str, Any],
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Scale the intruder dimensions of one adapter down, and print the report."""
+    """Write an adapter whose intruder dimensions (leading singular vectors of the adapted weight
+    that resemble none of the base weight) are scaled down, and print the report.
+
+    ``adapters``: the command's arguments ADAPTER[=WEIGHT]; ``repair_options``: keyword
+    arguments of `repair`. ``ConfigError``: there is more than one adapter, a weight, or no base."""
     from veneer.cli.console import base_files, err, must_be_adapters, split_weight
     from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose.repair import repair
@@ -152,16 +172,23 @@ def _repair(
         raise ConfigError(
             "--repair without --base", "the base, which tells what is new", "add --base MODEL"
         )
-    folder = weighted_adapters[0][0]
+    adapter_folder = weighted_adapters[0][0]
     must_not_exist(output, overwrite)
-    must_be_adapters([folder])
+    must_be_adapters([adapter_folder])
     with err.status("Looking for intruder dimensions …"):
-        report = repair(folder, output, **base_files(base, folder), overwrite=overwrite, **options)
+        report = repair(
+            adapter_folder,
+            output,
+            **base_files(base, adapter_folder),
+            overwrite=overwrite,
+            **repair_options,
+        )
     _print_report(report, output, "weights", {"intruders": report.intruders}, as_json)
 
 
 def _parse_layer_factor(text: str) -> tuple[str, float]:
-    """Parse a value PATTERN=FACTOR of the option --layer."""
+    """Parse a value PATTERN=FACTOR of the option --layer into (pattern of layer paths, factor).
+    ``ConfigError``: the text has another form."""
     from veneer.cli.console import parse_number
 
     pattern, equals, factor = text.rpartition("=")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console that prints the escape sequences in a text as visible characters, so that untrusted
-    text cannot control the terminal."""
+    """A console that prints escape sequences inside a text as visible characters, so that untrusted
+    text, such as a name in an adapter file, cannot control the terminal."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -33,7 +33,7 @@ class SafeConsole(Console):
             yield segment if control else Segment(escape_controls(text), style)
 
 
-# Without rich's markup, highlighting and emoji, because user text may contain brackets or ":x:".
+# rich's markup, highlighting and emoji are off, because text of users may contain "[…]" or ":x:"
 out = SafeConsole(markup=False, highlight=False, emoji=False)
 err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
@@ -46,8 +46,8 @@ class _StderrHandler(logging.Handler):
 
 
 def setup_logging(formatter: logging.Formatter | None = None) -> None:
-    """Print Veneer's log records (level INFO and above) on stderr. ``formatter``: None prints only
-    the messages and tracebacks. Calling this again only changes the formatter."""
+    """Print Veneer's log records (level INFO and above) on stderr. With ``formatter`` None, a line
+    holds only the message, without time or level. Calling this again only changes the formatter."""
     logger = logging.getLogger("veneer")
     handlers = [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]
     if not handlers:
@@ -59,7 +59,9 @@ def setup_logging(formatter: logging.Formatter | None = None) -> None:
 
 
 def share_log_handlers(name: str) -> None:
-    """Print the warnings and errors of another library's logger through Veneer's handlers."""
+    """Print the warnings and errors of the logger ``name``, which belongs to another library, in
+    the same format as Veneer's. It replaces the logger's own handlers. Call `setup_logging`
+    first."""
     logger = logging.getLogger(name)
     logger.handlers = [*logging.getLogger("veneer").handlers]
     logger.setLevel(logging.WARNING)
@@ -69,12 +71,14 @@ def share_log_handlers(name: str) -> None:
 def sampling_options(
     model: Any, temperature: float | None, top_p: float | None, top_k: int | None
 ) -> dict[str, Any]:
-    """Return the sampling arguments of `veneer generate` and `veneer chat`.
+    """Return temperature, top_p and top_k for `veneer generate` and `veneer chat`, as keyword
+    arguments of `train.generate.generate`.
 
-    An argument that is None is taken from the base's generation_config.json, with a note on stderr.
-    Without do_sample = true in that file, the default temperature is 0 (greedy decoding)."""
+    A flag that is None is replaced by the value in the base's generation_config.json, and a note on
+    stderr lists these values. If that file does not set do_sample, the default temperature is 0
+    (greedy decoding), whatever temperature it gives."""
     from veneer.models.sampling_defaults import (
-        FILE,
+        CONFIG_FILE,
         NEUTRAL_VALUES,
         TRANSFORMERS_ONLY,
         sampling_defaults,
@@ -90,12 +94,12 @@ def sampling_options(
         )
         applied_names |= {"temperature"} if defaults.samples else set()
     if temperature:
-        arguments = {"top_p": top_p, "top_k": top_k}
-        applied_names |= {name for name, value in arguments.items() if value is None}
+        flag_values = {"top_p": top_p, "top_k": top_k}
+        applied_names |= {name for name, value in flag_values.items() if value is None}
     if description := defaults.describe(applied_names):
-        err.print(f"As the base's {FILE} says: {description}.")
+        err.print(f"As the base's {CONFIG_FILE} says: {description}.")
     if description := defaults.describe(TRANSFORMERS_ONLY):
-        err.print(f"Not applied, of the base's {FILE}: {description}.")
+        err.print(f"Not applied, of the base's {CONFIG_FILE}: {description}.")
     top_p = defaults.top_p if top_p is None else top_p
     top_k = defaults.top_k if top_k is None else top_k
     return {
@@ -106,14 +110,15 @@ def sampling_options(
 
 
 def echo_json(value: Any) -> None:
-    """Print a value as JSON. Infinities and NaN, which JSON does not have, become null."""
+    """Print a value as JSON on stdout. Infinities and NaN, which JSON cannot represent, become
+    null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     typer.echo(json.dumps(finite, indent=2))
 
 
 def table_of(*headings: str) -> Table:
-    """Create a plain table. Columns whose heading begins with ">" hold numbers and are aligned
-    right."""
+    """Create an empty table without borders, with one column for each heading. A heading that
+    begins with ">" (which is not printed) marks a column of numbers, which is aligned right."""
     table = Table(box=None, header_style="bold", caption_justify="left")
     for heading in headings:
         is_number = heading.startswith(">")
@@ -125,13 +130,14 @@ def table_of(*headings: str) -> Table:
     return table
 
 
-def limit_rows(table: Table, entries: list[Any], count: int, omitted: str) -> list[Any]:
-    """Return the first ``count`` entries, or all if ``count`` is 0.
+def limit_rows(table: Table, entries: list[Any], max_rows: int, omitted_kind: str) -> list[Any]:
+    """Return the first ``max_rows`` entries, or all if ``max_rows`` is 0, as the rows of ``table``.
 
-    The table's caption says how many entries are omitted; ``omitted`` describes these entries."""
-    if 0 < count < len(entries):
-        table.caption = f"and {len(entries) - count} {omitted} (--layers 0 shows all)"
-    return entries[: count or None]
+    If entries are left out, the table's caption says "and 5 ``omitted_kind``", for example "and 5
+    layers that differ less"."""
+    if 0 < max_rows < len(entries):
+        table.caption = f"and {len(entries) - max_rows} {omitted_kind} (--layers 0 shows all)"
+    return entries[: max_rows or None]
 
 
 def open_library(folder: Path | None) -> Library:
@@ -144,10 +150,9 @@ def open_library(folder: Path | None) -> Library:
 def open_base_and_adapter(
     base: str, adapter: str | None, verify: bool = True, **loading_options: Any
 ) -> tuple[Base, Any]:
-    """Load a base and attach ``adapter``; return the base and the handle, None without an adapter.
-
-    The adapter is read first, so that an error in it shows before the base is loaded, which takes
-    longer. ``loading_options``: arguments of `load_base`."""
+    """Load a base, and attach one adapter as "default". Return the base and the adapter's handle,
+    or None in place of the handle if ``adapter`` is None. For the arguments, see
+    `open_base_and_adapters`."""
     loaded_base, handles = open_base_and_adapters(
         base, {} if adapter is None else {"default": adapter}, verify, **loading_options
     )
@@ -161,10 +166,17 @@ def open_base_and_adapters(
     trusted: bool = False,
     **loading_options: Any,
 ) -> tuple[Base, dict[str, Any]]:
-    """Load a base and attach ``adapters``, {name: folder, library:NAME or remote place}; return the
-    base and {name: handle}.
+    """Load a base and attach adapters to it. Return the base and {name: handle of the adapter}. The
+    adapters are read first, so that an error in one is reported before the base is loaded, which
+    takes longer.
 
-    ``trusted`` allows Python code in the base's folder to run."""
+    Args:
+        base: a folder, a .gguf file, package:NAME or a hub id.
+        adapters: {name: folder, library:NAME or remote place}.
+        verify: whether to refuse adapters that were trained on another base.
+        trusted: whether Python code in the base's folder may run.
+        loading_options: further arguments of `load_base`.
+    """
     import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
@@ -187,8 +199,8 @@ def open_base_and_adapters(
 
 
 def must_be_adapters(folders: Iterable[str | Path]) -> None:
-    """Raise AdapterError if a folder holds no adapter. Commands call this before they convert or
-    read a base, which takes longer."""
+    """Raise AdapterError if one of the folders holds no adapter. Commands call this before they
+    read or convert a base, so that this error comes at once."""
     from veneer.adapter_files.folder import folder_problems
     from veneer.errors import AdapterError, raise_all
 
@@ -197,8 +209,8 @@ def must_be_adapters(folders: Iterable[str | Path]) -> None:
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:
-    """Load the tokenizer in the adapter's folder if the adapter trains tokens, else the base's
-    tokenizer."""
+    """Load the tokenizer for a base with an adapter: the one in the adapter's folder if there is
+    one, because the adapter may have added tokens, else the base's."""
     from veneer.models.load import load_tokenizer
     from veneer.store.library import resolve
 
@@ -208,34 +220,45 @@ def tokenizer_for(base: str, adapter: str | None) -> Any:
 
 
 def adapter_tokenizer(folders: Mapping[str, Path]) -> Any:
-    """Load the tokenizer that contains all tokens that these adapters train. Return None if none of
-    their folders, {name: folder}, has a tokenizer."""
+    """Load a tokenizer that fits all adapters in ``folders``, {name: folder}: the one with all
+    tokens that they added. Return None if no folder has a tokenizer, so that the base's fits."""
     from veneer.adapter_files.file_names import common_tokenizer
     from veneer.models.load import tokenizer_at
 
-    folder = common_tokenizer(folders)
-    return None if folder is None else tokenizer_at(str(folder), str(folder))
+    tokenizer_folder = common_tokenizer(folders)
+    return (
+        None
+        if tokenizer_folder is None
+        else tokenizer_at(str(tokenizer_folder), str(tokenizer_folder))
+    )
 
 
-def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
-    """Return (label, context manager that selects the model) for each model that a command runs:
-    the base if ``base`` is true, and the adapter. If ``handle`` is None, it is the base alone."""
+def base_and_adapter(
+    handle: Any, include_base: bool
+) -> list[tuple[str, AbstractContextManager[Any]]]:
+    """Return the models that a command compares, as pairs (label for the output, context manager in
+    which calls use this model).
+
+    ``handle``: the handle of the attached adapter; None for the base alone. ``include_base``:
+    whether to include the base beside the adapter."""
     import veneer
 
     if handle is None:
         return [("base", nullcontext())]
     return [
-        *([("base", veneer.use(handle.model, None))] if base else []),
+        *([("base", veneer.use(handle.model, None))] if include_base else []),
         ("adapter", handle.use()),
     ]
 
 
 def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
-    """Return the arguments ``base`` and ``model`` of ``tools.compose.compose`` and the like.
+    """Return the keyword arguments ``base`` and ``model`` with which `tools.compose.compose`,
+    `repair` and `examine` read weights of the base ``base``.
 
-    For a safetensors folder, ``base`` is a function that reads a weight by its name when it is
-    needed, and ``model`` is on the meta device. A quantised base, or a base in another format, is
-    loaded as a model, which is ``base``; then there is no ``model``."""
+    If the base is a folder of unquantised safetensors files, weights are read from the files only
+    when they are needed: ``base`` is a function from a weight's name to its tensor, and ``model``
+    is the model on the meta device, for its modules and shapes. Any other base is loaded in full:
+    ``base`` is the model, and there is no ``model``."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
@@ -243,20 +266,21 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     from veneer.models.base_weights import folder_weights
 
     setup_logging()
-    folder = models.folder_of(base)
-    if read_json(folder / "config.json").get("quantization_config") or not any(
-        folder.glob("*.safetensors")
+    base_folder = models.folder_of(base)
+    if read_json(base_folder / "config.json").get("quantization_config") or not any(
+        base_folder.glob("*.safetensors")
     ):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
-    record = read(adapter).metadata
+    adapter_record = read(adapter).metadata
     meta_model = models.meta_model(
-        folder, record.get("base", {}).get("architecture"), labels_in(record)
+        base_folder, adapter_record.get("base", {}).get("architecture"), labels_in(adapter_record)
     )
-    return {"base": folder_weights(meta_model, folder).read, "model": meta_model}
+    return {"base": folder_weights(meta_model, base_folder).read, "model": meta_model}
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """Split ADAPTER[=WEIGHT] into the adapter's folder and the factor of its ΔW, by default 1.
+    """Split ADAPTER[=WEIGHT] into the adapter's folder and the factor of its ΔW, by default 1. An
+    adapter in a library or at a remote place is resolved to a local folder.
 
     A text that is an existing path is not split, because a path may contain an equals sign."""
     from veneer.store.library import resolve
@@ -267,14 +291,15 @@ def split_weight(text: str) -> tuple[str, float]:
     return str(resolve(path)), parse_number(weight, text)
 
 
-def parse_number(word: str, argument: str) -> float:
-    """Parse the number after an equals sign. ``argument``: the complete argument, for the error."""
+def parse_number(number_text: str, argument: str) -> float:
+    """Parse the number after "=" in a command-line argument. ``argument``: the whole argument, for
+    the error message. ``ConfigError``: ``number_text`` is no finite number."""
     try:
-        number = float(word)
+        number = float(number_text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
         raise ConfigError(
-            f"{word!r} in {argument!r}", "a number after '='", "write, for instance, 0.5"
+            f"{number_text!r} in {argument!r}", "a number after '='", "write, for instance, 0.5"
         )
     return number

@@ -23,7 +23,8 @@ SourceAdapter = Annotated[
     str, Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")
 ]
 OutputPath = Annotated[Path, Argument(metavar="OUT", help="New folder or file.")]
-# not a Literal: the registry of formats validates the name, so a new format needs no change here
+# not a Literal, because `conversion` checks the name against the registered formats; so a new
+# format needs no change here
 TargetFormat = Annotated[
     str, Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.")
 ]
@@ -98,7 +99,8 @@ def convert_command(
 
 @contextmanager
 def _print_and_collect_warnings(messages: list[str]) -> Iterator[None]:
-    """Print warnings about the adapter on stderr, and append them to ``messages``."""
+    """A block in which warnings are printed on stderr and appended to ``messages``, for the JSON
+    output. Warnings about the adapter are shown even if a filter hides them."""
     from veneer.adapter_files import UnverifiedAdapter
     from veneer.cli.console import err
     from veneer.tools.convert import MisreadElsewhere
@@ -115,6 +117,7 @@ def _print_and_collect_warnings(messages: list[str]) -> Iterator[None]:
 
 
 def _facts(conversion: Any) -> dict[str, Any]:
+    """The result of a conversion as JSON values."""
     return {
         "path": str(conversion.path),
         "from": conversion.source,

@@ -55,16 +55,20 @@ def diff_command(
         raise Exit(1)
 
 
-def _layer_table(layers: Any, count: int) -> Any:
+def _layer_table(layers: Any, layer_count: int) -> Any:
+    """The table of the ``layer_count`` layers that differ most; 0 means all. ``layers``: the
+    ``LayerDifference`` of each layer."""
     from veneer.cli.console import limit_rows, table_of
 
     ordered_layers = sorted(
         layers, key=lambda layer: layer.difference * max(layer.norms), reverse=True
     )
-    has_magnitudes = any(layer.magnitude is not None for layer in ordered_layers[: count or None])
+    has_magnitudes = any(
+        layer.magnitude is not None for layer in ordered_layers[: layer_count or None]
+    )
     columns = ("layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out")
     table = table_of(*columns, *([">magnitude"] if has_magnitudes else []))
-    for layer in limit_rows(table, ordered_layers, count, "layers that differ less"):
+    for layer in limit_rows(table, ordered_layers, layer_count, "layers that differ less"):
         cells = [f"{layer.ranks[0]}, {layer.ranks[1]}", *(f"{norm:.4g}" for norm in layer.norms)]
         cells += [f"{layer.difference:.3g}", f"{layer.cosine:.3f}"]
         cells += [

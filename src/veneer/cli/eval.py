@@ -61,7 +61,8 @@ Split = Annotated[str, Option(help="Which split of a hub data set.")]
 
 
 class _Request(NamedTuple):
-    """The models and data to measure, and how to print the results."""
+    """The models and data to measure, and how to print the results. ``verify``: whether to refuse
+    an adapter of another base; ``loading_options``: arguments of `load_base`."""
 
     base: str
     data: str
@@ -118,7 +119,7 @@ def eval_command(
     loading_options = {"precision": precision, "quantize": quantize, "device": device}
     loading_options |= {"device_map": device_map, "attention": attention}
     request = _Request(base, data, adapter, only_adapter, verify, as_json, loading_options)
-    options: dict[str, Any] = {
+    common_options: dict[str, Any] = {
         "max_length": max_length,
         "too_long": too_long,
         "batch_size": batch_size,
@@ -132,20 +133,29 @@ def eval_command(
         "--text-column": text_column,
     }
     with remote_code.trust_remote_code(base, trust_remote_code):
-        _measure(request, task, options, sft_options, sft_columns, columns, reward)
+        _measure(request, task, common_options, sft_options, sft_columns, columns, reward)
 
 
 def _measure(
     request: _Request,
     task: str | None,
-    options: dict[str, Any],
+    common_options: dict[str, Any],
     sft_options: dict[str, Any],
     sft_columns: dict[str, str | None],
     columns: list[str] | None,
     reward: list[str] | None,
 ) -> None:
-    """Measure as the adapter's task does, and print the results. ``ConfigError``: a flag does not
-    fit the task."""
+    """Measure with the loss and the measures of a training task, and print the results.
+
+    Args:
+        task: the value of --task; None takes the task with which the adapter was trained, or sft.
+        common_options: settings for all tasks, such as the batch size.
+        sft_options, sft_columns: values of the flags that only task sft has; the columns by flag.
+        columns, reward: values of the flags that only other tasks have.
+
+    Raises:
+        ConfigError: a flag does not fit the task.
+    """
     from veneer.errors import ConfigError
 
     if request.only_adapter and request.adapter is None:
@@ -166,17 +176,19 @@ def _measure(
             f"{flags[0]} for task {task_name}", expected, f"leave {flags[0]} out, or name a --task"
         )
     if task_name == "sft":
-        _measure_sft(request, {**options, **sft_options, "columns": tuple(sft_columns.values())})
+        _measure_sft(
+            request, {**common_options, **sft_options, "columns": tuple(sft_columns.values())}
+        )
     else:
         task_columns = ",".join(columns or ()) or None
         task_options = {"columns": task_columns, "reward": merge_flag_values(reward)}
-        _measure_task(request, task_record, {**options, **task_options})
+        _measure_task(request, task_record, {**common_options, **task_options})
 
 
 def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
-    """The task to measure, as {"name": name, setting: value, …}. It is the task in the adapter's
-    record, or sft if there is none. If ``task`` names another task, it is this one without
-    settings."""
+    """The task to measure, as {"name": name, setting: value, …}. By default, this is the task with
+    its settings that the adapter's files record, or sft if they record none. If ``task`` is the
+    name of another task, that task is returned without settings."""
     from veneer.adapter_files import read
     from veneer.store.library import resolve
 
@@ -189,7 +201,9 @@ def _task_record(adapter: str | None, task: str | None) -> dict[str, Any]:
     return record if task in (None, record["name"]) else {"name": task}
 
 
-def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> None:
+def _measure_task(request: _Request, task_record: Any, task_options: dict[str, Any]) -> None:
+    """Measure a task other than sft, and print the results. ``task_record``: from `_task_record`;
+    ``task_options``: further arguments of `task_from_record`."""
     import veneer
     from veneer.cli.console import (
         adapter_tokenizer,
@@ -204,31 +218,33 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
     from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_from_record
 
-    task = task_from_record(record, request.base, request.data, request.loading_options, **options)
+    task = task_from_record(
+        task_record, request.base, request.data, request.loading_options, **task_options
+    )
     if request.adapter is None and not task.evaluates_base:
         raise ConfigError(
             f"task {task.name} without an adapter, whose base has a head of random weights",
             "the adapter that holds the head",
             "name its folder with --adapter",
         )
-    folder = None if request.adapter is None else resolve(request.adapter)
-    tokenizer = adapter_tokenizer({} if folder is None else {"default": folder})
+    adapter_folder = None if request.adapter is None else resolve(request.adapter)
+    tokenizer = adapter_tokenizer({} if adapter_folder is None else {"default": adapter_folder})
     task.read_data()
     task.open_base()
     task.processor = task.processor if tokenizer is None else tokenizer
-    rows = task.prepare().train
+    examples = task.prepare().train
     loaded_base = task.load()
     handle = (
         None
-        if folder is None
-        else veneer.load(loaded_base.model, folder, verify_base=request.verify, grow=True)
+        if adapter_folder is None
+        else veneer.load(loaded_base.model, adapter_folder, verify_base=request.verify, grow=True)
     )
     results: dict[str, dict[str, Any]] = {}
     measures_base = task.evaluates_base and not request.only_adapter
-    for label, selection in base_and_adapter(handle, base=measures_base):
-        with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selection:
+    for label, selection in base_and_adapter(handle, include_base=measures_base):
+        with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
             results[label] = evaluate_task(
-                task, loaded_base.model, rows, batch_size=options["batch_size"]
+                task, loaded_base.model, examples, batch_size=task_options["batch_size"]
             )
     if request.as_json:
         echo_json(results)
@@ -242,10 +258,14 @@ def _measure_task(request: _Request, record: Any, options: dict[str, Any]) -> No
             *(measure_formatter(name, task.loss_unit)(measures[name]) for name in measure_names),
         )
     out.print(table)
-    out.print(f"{len(rows):,} examples{f', {rows.dropped:,} dropped' if rows.dropped else ''}")
+    out.print(
+        f"{len(examples):,} examples{f', {examples.dropped:,} dropped' if examples.dropped else ''}"
+    )
 
 
-def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
+def _measure_sft(request: _Request, sft_options: dict[str, Any]) -> None:
+    """Measure task sft, and print the results. ``sft_options``: the values of the flags by name,
+    and "columns", the names of the data's columns in the order of `Columns`."""
     from veneer.cli.console import (
         base_and_adapter,
         echo_json,
@@ -260,29 +280,29 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
     from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
 
-    exact = options["exact"]
-    rows = read(request.data, Columns(*options["columns"]), split=options["split"])
-    if exact and rows.kind != "prompt":
+    exact_count = sft_options["exact"]
+    data_rows = read(request.data, Columns(*sft_options["columns"]), split=sft_options["split"])
+    if exact_count and data_rows.kind != "prompt":
         raise ConfigError(
             "--exact on data without prompts and completions", "both columns", "leave out --exact"
         )
-    length = check_length(options["max_length"], context_length(request.base), request.base)
+    max_length = check_length(sft_options["max_length"], context_length(request.base), request.base)
     examples = tokenise(
-        rows,
+        data_rows,
         tokenizer_for(request.base, request.adapter),
-        max_length=length,
-        too_long=options["too_long"],
-        completion_only=not options["count_prompts"],
+        max_length=max_length,
+        too_long=sft_options["too_long"],
+        completion_only=not sft_options["count_prompts"],
     )
     loaded_base, handle = open_base_and_adapter(
         request.base, request.adapter, request.verify, **request.loading_options
     )
-    first_rows = rows.select(range(min(exact, len(rows)))) if exact else None
+    first_rows = data_rows.select(range(min(exact_count, len(data_rows)))) if exact_count else None
     results: dict[str, dict[str, Any]] = {}
-    for label, selection in base_and_adapter(handle, base=not request.only_adapter):
+    for label, selection in base_and_adapter(handle, include_base=not request.only_adapter):
         with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
             scores = evaluation.evaluate(
-                loaded_base.model, examples, batch_size=options["batch_size"]
+                loaded_base.model, examples, batch_size=sft_options["batch_size"]
             )
             results[label] = {**dataclasses.asdict(scores), "perplexity": scores.perplexity}
             if first_rows is not None:
@@ -290,24 +310,29 @@ def _measure_sft(request: _Request, options: dict[str, Any]) -> None:
                     loaded_base.model,
                     loaded_base.tokenizer,
                     first_rows,
-                    max_new_tokens=options["max_new_tokens"],
-                    batch_size=options["batch_size"],
+                    max_new_tokens=sft_options["max_new_tokens"],
+                    batch_size=sft_options["batch_size"],
                 )
     if request.as_json:
         echo_json(results)
     else:
-        _print_results(results, len(examples), examples.dropped, bool(exact))
+        _print_results(results, len(examples), examples.dropped, bool(exact_count))
 
 
 def _print_results(
-    results: dict[str, dict[str, Any]], example_count: int, dropped_count: int, has_exact: bool
+    measures_by_label: dict[str, dict[str, Any]],
+    example_count: int,
+    dropped_count: int,
+    has_exact: bool,
 ) -> None:
+    """Print a table with one row for each measured model. ``dropped_count``: examples that were too
+    long; ``has_exact``: whether the share of exact completions was measured."""
     from veneer.cli.console import out, table_of
 
     table = table_of(
         "", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if has_exact else [])
     )
-    for label, measures in results.items():
+    for label, measures in measures_by_label.items():
         cells = [
             f"{measures['loss']:.4f}",
             f"{measures['perplexity']:,.2f}",
@@ -317,6 +342,7 @@ def _print_results(
     out.print(table)
     dropped_note = f", {dropped_count:,} dropped" if dropped_count else ""
     out.print(
-        f"{example_count:,} examples, {next(iter(results.values()))['tokens']:,} tokens counted"
+        f"{example_count:,} examples, {next(iter(measures_by_label.values()))['tokens']:,} tokens"
+        " counted"
         f"{dropped_note}"
     )

@@ -92,14 +92,14 @@ def extract_command(
     _print_report(report, layers)
 
 
-def _print_report(report: Any, count: int) -> None:
-    """Print the report with the ``count`` layers that keep the smallest share of their change. The
-    count 0 means all layers."""
+def _print_report(report: Any, layer_count: int) -> None:
+    """Print the report, with a table of the ``layer_count`` weights whose product keeps the
+    smallest share of ‖ΔW‖²; 0 means all weights."""
     from veneer.cli.console import limit_rows, out, table_of
 
     table = table_of("weight", ">rank", ">‖ΔW‖/‖W‖", ">kept", ">error", ">seconds", "found")
     for layer in limit_rows(
-        table, sorted(report.layers, key=lambda layer: layer.kept), count, "that keep more"
+        table, sorted(report.layers, key=lambda layer: layer.kept), layer_count, "that keep more"
     ):
         cells = (
             f"{layer.rank}",

@@ -107,12 +107,18 @@ def _print_answers(
     handle: Any,
     prompts: list[str],
     inputs: list[Any],
-    both: bool,
+    compares_with_base: bool,
     **sampling: Any,
 ) -> None:
-    """Generate answers and print them: one per line, or side by side in a table if ``both``.
+    """Generate answers and print them, one after the other. If ``compares_with_base``, generate the
+    base's answers too, and print a table with the answers side by side.
 
-    ``inputs``: the prompts as texts or as lists of chat messages."""
+    Args:
+        handle: the handle of the attached adapter; None for the base alone.
+        prompts: the texts of the prompts, for the table.
+        inputs: the same prompts as the model gets them: texts, or lists of chat messages.
+        sampling: keyword arguments of `train.generate.generate`.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -120,13 +126,13 @@ def _print_answers(
     from veneer.train.generate import generate
 
     answers: dict[str, list[str]] = {}
-    for label, selection in base_and_adapter(handle, base=both):
+    for label, selection in base_and_adapter(handle, include_base=compares_with_base):
         with err.status(f"The {label} writes …"), selection:
             answers[label] = generate(loaded_base.model, loaded_base.tokenizer, inputs, **sampling)
     table = Table("prompt", *answers, show_lines=True, header_style="bold")
     for row in zip(prompts, *answers.values(), strict=True):
         table.add_row(*(Text(cell.strip()) for cell in row))
-        if not both:
+        if not compares_with_base:
             echo(row[1])
-    if both:
+    if compares_with_base:
         out.print(table)

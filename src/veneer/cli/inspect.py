@@ -106,29 +106,32 @@ def inspect_command(
 
 
 def _facts(adapter_files: Any) -> dict[str, Any]:
-    """The facts about an adapter that its files contain, as JSON values."""
+    """What the files of an adapter say about it, as JSON values for `veneer inspect --json`."""
     from veneer.fileio.hashing import coverage, hash_json
 
-    record = adapter_files.metadata.get("base", {})
-    weights = record.get("weights", {})
-    # for some of PEFT's tuners, the shapes of ΔW depend on the base
+    base_record = adapter_files.metadata.get("base", {})
+    weights = base_record.get("weights", {})
+    # For some of PEFT's tuners, the shape of ΔW depends on the base, which is not read here. Only
+    # the paths of the changed weights are reported then, and no norms.
     paths_without_shapes = (
         adapter_files.tuner.paths
         if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes
         else ()
     )
     products = {} if paths_without_shapes else adapter_files.products
-    base = {
-        name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")
+    base_facts = {
+        name: value
+        for name, value in base_record.items()
+        if name not in ("weights", "rest", "fresh")
     }
     return {
         "path": str(adapter_files.path),
-        "base": base or {"name": adapter_files.peft_config.get("base_model_name_or_path")},
-        # one hash of all base weights that the adapter changes
+        "base": base_facts or {"name": adapter_files.peft_config.get("base_model_name_or_path")},
+        # one hash over the recorded fingerprints of the base weights that the adapter changes
         "fingerprint": hash_json(weights)[:32] if weights else None,
-        "proof": coverage(record),
+        "proof": coverage(base_record),
         "config": adapter_files.config.to_dict(),
-        # config.alpha may be None, the default of the variant
+        # not from ``config``, whose alpha may be None for the variant's default
         "alpha": adapter_files.peft_config["lora_alpha"],
         "parameters": adapter_files.parameters,
         "bytes": sum(
@@ -144,6 +147,8 @@ def _facts(adapter_files: Any) -> dict[str, Any]:
 
 
 def _summary_table(facts: dict[str, Any]) -> Any:
+    """A table of two columns, label and text, with the main entries of ``facts`` (from
+    `_facts`)."""
     from rich.table import Table
     from rich.text import Text
 
@@ -152,10 +157,12 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     config, architecture = facts["config"], facts["base"].get("architecture")
     metrics = facts["provenance"].get("metrics") or {}
     run_config = facts["provenance"].get("config") or {}
-    training = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
-    training += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
-    training += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
-    training += [f"on {run_config['data']}"] if training and "data" in run_config else []
+    training_notes = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
+    training_notes += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
+    training_notes += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
+    training_notes += (
+        [f"on {run_config['data']}"] if training_notes and "data" in run_config else []
+    )
     quantization = facts["base"].get("quantized")
     storage_note = (
         f", trained on it in {quantization.get('as', 'packed form')} ({quantization.get('by')})"
@@ -165,7 +172,7 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     verification_note = (
         "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
     )
-    rows = {
+    text_by_label = {
         "adapter": f"{facts['path']}{verification_note}",
         "base": (
             f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}"
@@ -178,11 +185,12 @@ def _summary_table(facts: dict[str, Any]) -> Any:
             f" {config['dropout']}"
         ),
         "targets": (
-            ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none"
+            ", ".join(f"{module_name} × {count}" for module_name, count in facts["targets"].items())
+            or "none"
         ),
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
         "size": f"{facts['parameters']:,} numbers, {format_bytes(facts['bytes'])}",
-        **({"training": ", ".join(training)} if training else {}),
+        **({"training": ", ".join(training_notes)} if training_notes else {}),
         "written by": (
             ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
             or "unknown"
@@ -191,18 +199,25 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in rows.items():
+    for label, text in text_by_label.items():
         table.add_row(label, Text(text))
     return table
 
 
-def _norm_table(facts: dict[str, Any], count: int) -> Any:
+def _norm_table(facts: dict[str, Any], layer_count: int) -> Any:
+    """A table of ‖ΔW‖ with bars, for the ``layer_count`` layers with the largest; 0 means all."""
     from veneer.cli.console import limit_rows, table_of
 
-    norms = sorted(facts["norms"].items(), key=lambda path_and_norm: path_and_norm[1], reverse=True)
+    paths_and_norms = sorted(
+        facts["norms"].items(), key=lambda path_and_norm: path_and_norm[1], reverse=True
+    )
     table = table_of("layer", ">‖ΔW‖", "")
-    for path, norm in limit_rows(table, norms, count, "layers with smaller changes"):
+    for path, norm in limit_rows(
+        table, paths_and_norms, layer_count, "layers with smaller changes"
+    ):
         table.add_row(
-            path, f"{norm:.4g}", "█" * max(1, round(24 * norm / norms[0][1])) if norm > 0 else ""
+            path,
+            f"{norm:.4g}",
+            "█" * max(1, round(24 * norm / paths_and_norms[0][1])) if norm > 0 else "",
         )
     return table

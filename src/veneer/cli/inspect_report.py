@@ -1,9 +1,10 @@
 """`veneer inspect --report`: write an HTML report about an adapter.
 
-``tools/report`` computes the figures that need only weights. This module measures losses by running
-the model: with the adapter truncated to smaller ranks, with repaired adapters, and, as a control,
-with the adapter at a smaller scale. Each of these derived adapters is written to a temporary
-folder.
+``tools/report`` computes the numbers that need only weights. This module adds losses, which it
+measures by running the model with the adapter and with adapters derived from it: truncated to
+smaller ranks, with intruder dimensions scaled down (repaired), and, as a control, with the whole
+ΔW scaled down. An intruder dimension is a leading singular vector of the adapted weight that
+resembles none of the base weight. Each derived adapter is written to a temporary folder.
 """
 
 from __future__ import annotations
@@ -16,18 +17,27 @@ from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError
 
-#: factors by which the measured repairs multiply intruder dimensions
+#: for each measured repair, the factor by which it multiplies the singular values of intruders
 REPAIR_FACTORS = (0.5, 0.0)
-#: factors by which ΔW is multiplied and measured if there is no intruder dimension to repair
+#: the factors of ΔW for which the loss is measured if there is no intruder dimension to repair
 SCALES = (0.75, 0.5)
-#: the recommended rank retains at least this share of the adapter's reduction of the loss
+#: the share of the adapter's reduction of the loss that the recommended rank must retain
 MIN_RETAINED_GAIN = 0.99
 
 
 class ReportRequest(NamedTuple):
-    """The options of `veneer inspect --report`. ``other``: the adapter to compare with; ``data``,
-    ``general``: sources of rows to measure losses on; ``intruders``: number of leading singular
-    vectors to examine in each weight; ``loading_options``: arguments of `load_base`."""
+    """The options of `veneer inspect --report`.
+
+    Fields:
+        report: the HTML file to write.
+        other: the adapter to compare with.
+        base: the base model.
+        data: held-out rows of the adapter's task, to measure losses on (a file or hub data set).
+        general: general text, to measure what the model has forgotten.
+        intruders: how many leading singular vectors of each weight to examine.
+        batch_size: rows in one forward pass.
+        loading_options: arguments of `load_base`.
+    """
 
     report: Path
     other: str | None
@@ -40,8 +50,10 @@ class ReportRequest(NamedTuple):
 
 
 def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
-    """Write the HTML page and return its content for JSON. Invalid options raise ConfigError before
-    anything is computed."""
+    """Write the HTML page, and return its numbers as JSON values. Invalid options raise ConfigError
+    before anything is computed.
+
+    ``adapter_files``: the ``AdapterFiles`` of the adapter to report on."""
     from veneer.adapter_files import read
     from veneer.cli.console import base_files, err
     from veneer.fileio.atomic import write_whole
@@ -50,7 +62,7 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
     from veneer.tools.report.report_page import page
     from veneer.train.data import read as read_rows
 
-    sources = {
+    source_paths = {
         name: source
         for name in ("data", "general")
         if (source := getattr(request, name)) is not None
@@ -61,15 +73,19 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
             "a file .html in a folder that exists",
             "name, for instance, report.html",
         )
-    if sources and request.base is None:
+    if source_paths and request.base is None:
         raise ConfigError(
-            f"--{next(iter(sources))} without --base", "the model to measure", "add --base MODEL"
+            f"--{next(iter(source_paths))} without --base",
+            "the model to measure",
+            "add --base MODEL",
         )
     other_adapter = None if request.other is None else read(resolve(request.other))
-    rows = {name: read_rows(source) for name, source in sources.items()}
+    rows_by_source = {name: read_rows(source) for name, source in source_paths.items()}
     base_options = {} if request.base is None else base_files(request.base, adapter_files.path)
-    examples = (
-        {} if request.base is None else _tokenise_sources(request.base, adapter_files.path, rows)
+    examples_by_source = (
+        {}
+        if request.base is None
+        else _tokenise_sources(request.base, adapter_files.path, rows_by_source)
     )
     with err.status("Looking …") as status:
         report = examine(
@@ -81,9 +97,9 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
             progress=lambda path, done, total: status.update(f"{done} of {total}  {path}"),
         )
         facts = report.to_dict()
-        if examples:
+        if examples_by_source:
             losses = facts["losses"] = _measure_losses(
-                adapter_files, report, request, base_options, examples, status
+                adapter_files, report, request, base_options, examples_by_source, status
             )
             facts["next_rank"], facts["why"] = _recommend_rank(losses["rows"]) or (
                 report.next_rank,
@@ -93,16 +109,17 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
     return facts
 
 
-def _tokenise_sources(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
-    """Tokenise the rows of each source. Rows are truncated to the model's context, at most 2048
-    tokens."""
+def _tokenise_sources(base: str, adapter: Path, rows_by_source: dict[str, Any]) -> dict[str, Any]:
+    """Tokenise the rows of each source ("data", "general") with the adapter's or the base's
+    tokenizer. Rows are truncated to the model's context, at most 2048 tokens. For "data", the loss
+    counts only completions."""
     from veneer.cli.console import tokenizer_for
     from veneer.models.load import context_length
     from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
 
     length = check_length(None, context_length(base), base)
-    tokenizer = tokenizer_for(base, str(adapter)) if rows else None
+    tokenizer = tokenizer_for(base, str(adapter)) if rows_by_source else None
     return {
         name: tokenise(
             source_rows,
@@ -111,7 +128,7 @@ def _tokenise_sources(base: str, adapter: Path, rows: dict[str, Any]) -> dict[st
             too_long="truncate",
             completion_only=name == "data",
         )
-        for name, source_rows in rows.items()
+        for name, source_rows in rows_by_source.items()
     }
 
 
@@ -120,12 +137,18 @@ def _measure_losses(
     report: Any,
     request: ReportRequest,
     base_options: dict[str, Any],
-    examples: dict[str, Any],
+    examples_by_source: dict[str, Any],
     status: Any,
 ) -> dict[str, Any]:
     """Measure the loss of the base, the adapter and the derived adapters on each source of
-    examples. The result is described in `veneer.tools.report.report_page`. ``base_options``: how
-    the tools read base weights; ``status``: shows progress."""
+    examples. Returns the entry "losses" that `veneer.tools.report.report_page` describes.
+
+    Args:
+        report: the ``Report`` about the adapter's weights.
+        base_options: the arguments by which `compose` and `repair` read base weights.
+        examples_by_source: the tokenised examples, by "data" and "general".
+        status: rich's status line, which shows progress.
+    """
     import veneer
     from veneer.cli.console import open_base_and_adapter
     from veneer.train.evaluate import evaluate
@@ -133,16 +156,16 @@ def _measure_losses(
     loaded_base, handle = open_base_and_adapter(
         str(request.base), str(adapter_files.path), **request.loading_options
     )
-    tokens: dict[str, int] = {}
+    token_counts: dict[str, int] = {}
 
     def measure(
         kind: str,
         setting: float | None,
         removed_share: float | None,
-        select_adapter: Any,
-        source_names: Any = None,
+        select_adapter: Any,  # called for a context manager in which calls use the adapter
+        source_names: Any = None,  # the sources to measure on, "data" or "general"; None for all
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {
+        loss_row: dict[str, Any] = {
             "what": kind,
             "at": setting,
             "removed": removed_share,
@@ -150,39 +173,39 @@ def _measure_losses(
             "general": None,
         }
         label = f"{kind} {setting if setting is not None else ''}"
-        for name in source_names or examples:
+        for name in source_names or examples_by_source:
             status.update(f"Measuring {label} on {request._asdict()[name]} …")
             with select_adapter():
                 evaluation = evaluate(
-                    loaded_base.model, examples[name], batch_size=request.batch_size
+                    loaded_base.model, examples_by_source[name], batch_size=request.batch_size
                 )
-            row[name], tokens[name] = evaluation.loss, evaluation.tokens
-        return row
+            loss_row[name], token_counts[name] = evaluation.loss, evaluation.tokens
+        return loss_row
 
-    rows = [measure("base", None, None, partial(veneer.use, loaded_base.model, None))]
-    rows.append(measure("adapter", None, None, handle.use))
+    loss_rows = [measure("base", None, None, partial(veneer.use, loaded_base.model, None))]
+    loss_rows.append(measure("adapter", None, None, handle.use))
     note = _derivation_obstacle(adapter_files)
     if note is None:
         handle.detach()
         with TemporaryDirectory() as folder:
             for kind, setting, removed_share, path in _write_derived_adapters(
-                adapter_files, report, "data" in examples, base_options, Path(folder)
+                adapter_files, report, "data" in examples_by_source, base_options, Path(folder)
             ):
-                # `open_base_and_adapter` has compared the base with the adapter's fingerprints
+                # not verified again: `open_base_and_adapter` has compared the base's fingerprints
                 derived = veneer.load(loaded_base.model, path, verify_base=False)
                 source_names = ["data"] if kind == "rank" else None
-                rows.append(measure(kind, setting, removed_share, derived.use, source_names))
+                loss_rows.append(measure(kind, setting, removed_share, derived.use, source_names))
                 derived.detach()
-    sources = {
-        name: {"source": Path(request._asdict()[name]).name, "tokens": tokens[name]}
-        for name in examples
+    source_facts = {
+        name: {"source": Path(request._asdict()[name]).name, "tokens": token_counts[name]}
+        for name in examples_by_source
     }
-    return {"data": None, "general": None, **sources, "note": note, "rows": rows}
+    return {"data": None, "general": None, **source_facts, "note": note, "rows": loss_rows}
 
 
 def _derivation_obstacle(adapter_files: Any) -> str | None:
-    """Why an adapter cannot be truncated, repaired or scaled, as a note for the page; None if it
-    can."""
+    """A sentence for the page that says why no derived adapters are measured: this adapter cannot
+    be truncated, repaired or scaled. None if it can."""
     if adapter_files.tokens:
         reason = "It trains tokens, which no truncation and no repair has a place for"
     elif adapter_files.config.invocation_tokens:
@@ -199,9 +222,13 @@ def _write_derived_adapters(
     base_options: dict[str, Any],
     folder: Path,
 ) -> Iterator[tuple[str, float, float | None, Path]]:
-    """Write the derived adapters to measure, one after the other.
+    """Write the derived adapters to measure into ``folder``, one after the other.
 
-    Yield (kind, rank or factor, removed share of the change, folder) of each adapter."""
+    Yield (kind, setting, removed share of ‖ΔW‖, adapter folder) of each. The kinds are "rank" (the
+    setting is the rank to which ΔW is truncated; only if ``with_truncations``), "repaired" (the
+    factor of intruder dimensions) and "weaker" (the factor of ΔW). After each "repaired" adapter
+    comes a "weaker" one with the same removed share, as a control. If there are no intruder
+    dimensions, the "weaker" adapters have the factors ``SCALES``."""
     from veneer.tools.compose import compose
     from veneer.tools.compose.repair import repair
 
@@ -236,17 +263,23 @@ def _write_derived_adapters(
     yield from () if has_intruders else map(write_scaled, SCALES)
 
 
-def _recommend_rank(rows: list[dict[str, Any]]) -> tuple[int, str] | None:
-    """Return (the smallest rank that keeps nearly all of the gain on the data, the reason), or None
-    if no smaller rank does. The gain is the loss of the base minus the loss of the adapter."""
-    base, adapter, *derived_rows = rows
+def _recommend_rank(loss_rows: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """Return (the smallest rank that keeps nearly all of the gain, a sentence with the reason). The
+    gain is the loss of the base minus the loss of the adapter, on "data". Return None if there is
+    no gain, or if no truncated adapter keeps enough.
+
+    ``loss_rows``: the measured rows, those of the base and of the adapter first, then the truncated
+    adapters by increasing rank."""
+    base, adapter, *derived_rows = loss_rows
     if adapter["data"] is None or adapter["data"] >= base["data"]:
         return None
     gain = base["data"] - adapter["data"]
-    for row in derived_rows:
-        retained_gain = (base["data"] - row["data"]) / gain if row["what"] == "rank" else 0.0
+    for loss_row in derived_rows:
+        retained_gain = (
+            (base["data"] - loss_row["data"]) / gain if loss_row["what"] == "rank" else 0.0
+        )
         if retained_gain >= MIN_RETAINED_GAIN:
-            rank = row["at"]
+            rank = loss_row["at"]
             reason = (
                 f"truncated to rank {rank} it keeps {retained_gain:.1%} of what it gained on the"
                 " data"

@@ -72,8 +72,8 @@ def add_command(
     from veneer.store.library import resolve
 
     adapter_library = open_library(library)
-    folder = resolve(adapter, adapter_library)
-    entry = adapter_library.add(folder, name, tags=tag or (), overwrite=overwrite)
+    adapter_folder = resolve(adapter, adapter_library)
+    entry = adapter_library.add(adapter_folder, name, tags=tag or (), overwrite=overwrite)
     out.print(f"{entry.name}  {adapter_library.get(name)}", soft_wrap=True)
 
 
@@ -91,7 +91,7 @@ def rm_command(
 
     adapter_library = open_library(library)
     for name in names:
-        adapter_library.entry(name)  # an error for an unknown name, before any is removed
+        adapter_library.entry(name)  # raises for an unknown name, so that then no name is removed
     for name in names:
         out.print(f"removed {adapter_library.remove(name).name}", soft_wrap=True)
 
@@ -205,6 +205,6 @@ def pull_command(
     from veneer.store import remote
 
     if output is not None:
-        must_not_exist(output, overwrite=False)  # checked before the download
-    folder = remote.pull(url, revision=revision)
-    echo(folder if output is None else remote.push(folder, str(output)))
+        must_not_exist(output, overwrite=False)  # now, because the download may take long
+    downloaded_folder = remote.pull(url, revision=revision)
+    echo(downloaded_folder if output is None else remote.push(downloaded_folder, str(output)))

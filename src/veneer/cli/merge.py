@@ -82,24 +82,26 @@ def merge_command(
         "dtype": None if precision == "stored" else pick_dtype(precision),
         "rounding": rounding,
     }
-    sources = (folder_of(base), weighted_adapters, output)
+    merge_paths = (folder_of(base), weighted_adapters, output)
     with _progress_bar("Merging") as progress:
-        options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
-        merge = merge_checkpoint(*sources, **dtype_options, **options)
-    for note in merge.notes:
+        merge_options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
+        merge_result = merge_checkpoint(*merge_paths, **dtype_options, **merge_options)
+    for note in merge_result.notes:
         err.print(note, soft_wrap=True)
     verified_count = None
     if verify:
         with _progress_bar("Verifying") as progress:
-            verified_count = prove(*sources, **dtype_options, progress=progress)
-    _print_report(merge, verified_count, layers, as_json)
+            verified_count = prove(*merge_paths, **dtype_options, progress=progress)
+    _print_report(merge_result, verified_count, layers, as_json)
 
 
 def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str, float]], str]:
-    """Return the base, the pairs (adapter folder, factor of its ΔW) and the output folder.
+    """Split the paths BASE ADAPTER[=WEIGHT]... OUT into the base, the pairs (adapter folder, factor
+    of its ΔW) and the output folder.
 
-    Raise an error if there are too few paths, the output exists, or a folder holds no adapter. This
-    is checked before the base is converted, which may take a minute."""
+    Raise ConfigError for fewer than three paths, OutputExistsError if the output exists and
+    ``overwrite`` is false, and AdapterError if a folder holds no adapter. These errors must come
+    before the base is converted, which may take a minute."""
     from veneer.cli.console import must_be_adapters, split_weight
     from veneer.errors import ConfigError
     from veneer.fileio.atomic import must_not_exist
@@ -117,10 +119,16 @@ def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str
     return base, weighted_adapters, output
 
 
-def _print_report(merge: Any, verified_count: int | None, layer_count: int, as_json: bool) -> None:
-    """Print the report of a merge. ``verified_count``: number of verified tensors, None without
-    --verify; ``layer_count``: how many layers to list, those that keep the smallest share of their
-    change."""
+def _print_report(
+    merge_result: Any, verified_count: int | None, layer_count: int, as_json: bool
+) -> None:
+    """Print the report of a merge.
+
+    Args:
+        merge_result: the result of `merge_checkpoint`.
+        verified_count: the number of tensors that --verify has proved; None without --verify.
+        layer_count: how many layers to list: those that keep the smallest share of their change.
+    """
     from veneer.cli.console import echo_json, out
 
     if as_json:
@@ -130,12 +138,20 @@ def _print_report(merge: Any, verified_count: int | None, layer_count: int, as_j
                 "retention": layer.retention,
                 "rounding": layer.rounding,
             }
-            for layer in merge.report.layers
+            for layer in merge_result.report.layers
         }
-        echo_json({"path": str(merge.path), "layers": layer_facts, "left_out": merge.left_out})
+        echo_json(
+            {
+                "path": str(merge_result.path),
+                "layers": layer_facts,
+                "left_out": merge_result.left_out,
+            }
+        )
         return
-    out.print(str(merge), soft_wrap=True)
-    for layer in sorted(merge.report.layers, key=lambda layer: layer.retention)[:layer_count]:
+    out.print(str(merge_result), soft_wrap=True)
+    for layer in sorted(merge_result.report.layers, key=lambda layer: layer.retention)[
+        :layer_count
+    ]:
         out.print(
             f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept"
             f" ({layer.rounding})"
@@ -146,15 +162,17 @@ def _print_report(merge: Any, verified_count: int | None, layer_count: int, as_j
 
 @contextmanager
 def _progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a progress bar on stderr (bytes per second, remaining time) if stderr is a terminal.
+    """A block in which stderr, if it is a terminal, shows a progress bar (bytes per second,
+    remaining time).
 
-    Yield the function that updates the bar: (bytes done, total bytes, tensor name) -> None."""
+    Yield the function that updates the bar, with the arguments (bytes done, total bytes, tensor
+    name)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
     from veneer.cli.console import err
 
-    columns = (
+    bar_columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
@@ -162,6 +180,6 @@ def _progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]
         TimeRemainingColumn(),
     )
     is_hidden = not err.is_terminal
-    with Progress(*columns, console=err, transient=True, disable=is_hidden) as progress:
+    with Progress(*bar_columns, console=err, transient=True, disable=is_hidden) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total, name: progress.update(task, completed=done, total=total)

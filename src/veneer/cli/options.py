@@ -1,4 +1,5 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options of the command line that several commands share, as annotations for
+typer."""
 
 from __future__ import annotations
 
@@ -11,23 +12,24 @@ from typer import Argument, Option
 from veneer.train.comma_lists import split_commas
 
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
-#: part of the help of an option that can be repeated
+#: words for the help text of an option that can be repeated
 REPEATABLE = "may be given several times"
 #: the default of `veneer generate --max-new-tokens`
 DEFAULT_NEW_TOKENS = 128
 
 
 def merge_flag_values(values: Sequence[str] | None) -> str | list[str] | None:
-    """Join the values of a flag that takes comma-separated values and can be repeated.
-
-    A single value is returned unchanged."""
+    """Combine the values of a flag that can be repeated and takes comma-separated values: a list of
+    all values, None if the flag was not given, or the text itself, unsplit, if it was given
+    once."""
     if not values or len(values) == 1:
         return values[0] if values else None
     return split_flag_values(values)
 
 
 def split_flag_values(values: Sequence[str]) -> list[str]:
-    """Split the comma-separated values of a flag that can be repeated, as one list."""
+    """Split each value of a flag at its commas, and return all parts as one list. ``values``: one
+    text for each use of the flag."""
     return [entry for flag_value in values for entry in split_commas(flag_value)]
 
 

@@ -139,7 +139,14 @@ def plan_command(
 def _plan_run(
     settings: Any, model: Any, strategy: str | None, devices: int, device_type: Any, as_json: bool
 ) -> None:
-    """Print the memory and time of a training run, for 1 to `devices` devices."""
+    """Print the memory and time of a training run, for 1, 2, 4, … and ``devices`` devices.
+
+    Args:
+        settings: the ``TrainConfig`` of the run.
+        model: the base without weights, with an adapter attached.
+        strategy: how the devices share the work; None plans all strategies.
+        device_type: the ``Hardware`` of a device.
+    """
     from veneer.train.plan.training_plan import STRATEGIES, Planner, plan_all, recommend
 
     run, planner = _make_run(settings, model), Planner(model)
@@ -160,13 +167,14 @@ def _plan_run(
         "left_out": omissions,
         "recommended": advice,
     }
-    tables = None if as_json else _tables(settings, planner, plans, omissions, advice)
-    _print_plan(as_json, facts, tables)
+    renderables = None if as_json else _run_renderables(settings, planner, plans, omissions, advice)
+    _print_plan(as_json, facts, renderables)
 
 
 def _read_settings(config: Path | None, flags: dict[str, Any]) -> Any:
-    """The settings of a run, from a YAML file and flags. Data and output may be missing, because a
-    plan does not use them."""
+    """The ``TrainConfig`` of a run, from a YAML file and from ``flags`` {field: value}, which take
+    precedence unless they are None. Data and output may be missing, because a plan does not use
+    them. ``ConfigError``: a setting is invalid, or cannot be planned."""
     from veneer.train.config import make_config, read_yaml
 
     fields = {} if config is None else read_yaml(config)
@@ -194,7 +202,7 @@ def _read_settings(config: Path | None, flags: dict[str, Any]) -> Any:
 
 
 def _make_model(settings: Any) -> Any:
-    """The base without weights, with an adapter attached."""
+    """The base on the meta device (shapes without values), with an adapter attached."""
     import torch
 
     import veneer
@@ -208,14 +216,16 @@ def _make_model(settings: Any) -> Any:
     ]
     with trust_remote_code(settings.base, settings.trust_remote_code):
         model = countable_model(settings.base, dtype)
-    # a variant whose parameters are initialised from data or weights has the shapes of lora
+    # A variant that initialises its parameters from data or weights has the same shapes as lora, so
+    # attach lora, which needs neither.
     variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"
     veneer.attach(model, lora_config(settings.model_copy(update={"variant": variant}), model, {}))
     return model
 
 
 def _make_run(settings: Any, model: Any) -> Any:
-    """The run to plan. ``ConfigError``: its rows exceed the context of the base."""
+    """The run to plan, as `Planner` takes it. ``ConfigError``: its rows are longer than the context
+    of the base."""
     from veneer.models.load import context_length_of
     from veneer.train.plan.training_plan import Run
     from veneer.train.prepare import check_length
@@ -232,7 +242,8 @@ def _make_run(settings: Any, model: Any) -> Any:
 
 
 def _print_plan(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
-    """Print ``facts`` as JSON, or else ``renderables``: texts and tables of rich."""
+    """Print ``facts`` as JSON if ``as_json``, else ``renderables``, a sequence of texts and rich
+    tables."""
     from veneer.cli.console import echo_json, out
 
     if as_json:
@@ -242,14 +253,18 @@ def _print_plan(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
         out.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
-def _tables(
+def _run_renderables(
     settings: Any, planner: Any, plans: Any, omissions: list[str], advice: str
 ) -> list[Any]:
+    """The printed form of the plans of a run: texts and rich tables.
+
+    ``plans``: a ``RunPlan`` for each number of devices and strategy; ``omissions``: sentences about
+    combinations that cannot be planned; ``advice``: which plan to choose."""
     from veneer.cli.console import table_of
 
     step_rows = settings.batch_size * settings.grad_accum
     storage_note = f", {settings.quantize}" if settings.quantize else ""
-    lines: list[Any] = [
+    header_lines: list[Any] = [
         f"Base     {settings.base} ({planner.total:,} numbers{storage_note})",
         f"Adapter  {settings.variant}, rank {settings.rank}: {planner.trainable:,} numbers train",
         f"Step     {step_rows} rows of {plans[0].run.length} tokens, on all devices together\n",
@@ -268,33 +283,39 @@ def _tables(
         strategy = plan.strategy if plan.devices > 1 else ""
         gibibytes = (f"{plan.memory.get(use, 0) / GIB:.2f}" for use in memory_uses)
         memory_table.add_row(str(plan.devices), strategy, *gibibytes)
-    return [*lines, plan_table, "", memory_table, "", *omissions, f"Take     {advice}"]
+    return [*header_lines, plan_table, "", memory_table, "", *omissions, f"Take     {advice}"]
 
 
 def _service_lines(plan: Any) -> list[str]:
-    load = plan.load
-    devices = f"{load.devices} × {plan.hardware}" if load.devices > 1 else f"one {plan.hardware}"
+    """The printed form of the plan of a service, line by line."""
+    service_load = plan.load
+    devices_text = (
+        f"{service_load.devices} × {plan.hardware}"
+        if service_load.devices > 1
+        else f"one {plan.hardware}"
+    )
     base_lines = [
         f"Base     {plan.base / GIB:.2f} GiB; an adapter {plan.adapter / 2**20:.1f} MiB; keys"
-        f" and values of {load.prompt + load.answer} tokens {plan.row / 2**20:.1f} MiB"
+        f" and values of {service_load.prompt + service_load.answer} tokens"
+        f" {plan.row / 2**20:.1f} MiB"
     ]
     if plan.rows == 0:
         return [
             *base_lines,
-            f"Take     more than {devices} for a replica: the base and one row do not fit",
+            f"Take     more than {devices_text} for a replica: the base and one row do not fit",
         ]
     return [
         *base_lines,
         (
-            f"Replica  {devices}: {plan.rows} rows at once, {plan.in_memory:,} of"
-            f" {load.adapters:,} adapters in memory"
+            f"Replica  {devices_text}: {plan.rows} rows at once, {plan.in_memory:,} of"
+            f" {service_load.adapters:,} adapters in memory"
         ),
         (
             f"Speed    {1e3 * plan.step:.1f} ms a token of each row; {plan.answered:.1f}"
             " requests/s at the most"
         ),
         (
-            f"Take     {plan.replicas} replicas for {load.requests:g} requests/s;"
+            f"Take     {plan.replicas} replicas for {service_load.requests:g} requests/s;"
             f" {plan.hits:.0%} of them find their adapter in memory, others wait"
             f" {1e3 * plan.fetch:.1f} ms or more for it"
         ),

@@ -1,5 +1,5 @@
-"""`veneer serve`, with its flags: serve a base and its adapters by OpenAI's API. `veneer keygen`:
-make a key.
+"""`veneer serve`, with its flags: serve a base and its adapters through OpenAI's API; and `veneer
+keygen`: make an API key.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from veneer.serve.access import Keyring
     from veneer.serve.training.registration import TrainingPlugin
 
-#: advice in an error: how to serve without keys, or with them
+#: advice in errors about a server that other machines can reach without keys
 OPEN_ADVICE = (
     "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
 )
@@ -121,8 +121,8 @@ Runs = Annotated[int, Option(help="Of what is trained, so many adapters in memor
 
 
 class _Listener(NamedTuple):
-    """How the server listens. ``grace``: seconds to wait for running answers after SIGTERM;
-    ``key_file``: the file of API keys; ``log_format``: "text" or "json"."""
+    """How the server listens. ``grace``: seconds that running answers have to end after SIGTERM;
+    ``key_file``: the file of API keys, None for none; ``log_format``: "text" or "json"."""
 
     host: str
     port: int
@@ -194,12 +194,12 @@ def serve_command(
     load_options = {"quantize": quantize, "device": device, "device_map": device_map}
     load_options |= {"attention": attention, "tool_call_parser": tool_call_parser}
     cache_options = {"cache_memory": cache_memory, "gap": gap}
-    options: dict[str, Any] = {"name": name, "adapters": adapters, "pin": pin}
-    options |= {"precision": precision, "trust_remote_code": trust_remote_code}
-    options |= {"memory": memory, "rows": rows, "length": length, "queue": queue}
-    options |= {"timeout": timeout, "log_format": log_format, "cors": cors, "docs": docs}
-    options |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
-    settings = settings_of(base, **options, **load_options, **cache_options)
+    fields: dict[str, Any] = {"name": name, "adapters": adapters, "pin": pin}
+    fields |= {"precision": precision, "trust_remote_code": trust_remote_code}
+    fields |= {"memory": memory, "rows": rows, "length": length, "queue": queue}
+    fields |= {"timeout": timeout, "log_format": log_format, "cors": cors, "docs": docs}
+    fields |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
+    settings = settings_of(base, **fields, **load_options, **cache_options)
     if engine == "vllm":
         unsupported_options = {"replicas": replicas, "train": train, "docs": docs}
         unsupported_options |= {**load_options, **cache_options}
@@ -233,23 +233,23 @@ def _serve(
     runs: int,
     engine: str,
 ) -> None:
-    """Serve in this process, or on Ray with ``replicas``."""
+    """Bind the address, and serve until a signal: in this process, or on Ray with ``replicas``."""
     from veneer.serve.guard import LOOPBACK
     from veneer.serve.listen import bind, is_loopback
 
     keyring = _read_keyring(listener.key_file, train)
     host = listener.host
     allowed_hosts = (*LOOPBACK, host.lower()) if keyring.is_open and is_loopback(host) else None
-    with bind(host, listener.port) as server_socket:  # before the base is loaded, which takes long
+    with bind(host, listener.port) as server_socket:  # now, because loading the base takes long
         listener = listener._replace(port=server_socket.getsockname()[1])
         if replicas is None:
-            plugin = None
+            training_plugin = None
             if train is not None:
                 from veneer.serve.training.registration import TrainingPlugin
 
-                plugin = TrainingPlugin(train, runs)
+                training_plugin = TrainingPlugin(train, runs)
             _serve_in_process(
-                settings, keyring, allowed_hosts, server_socket, listener, plugin, engine
+                settings, keyring, allowed_hosts, server_socket, listener, training_plugin, engine
             )
             return
     _serve_on_ray(settings, allowed_hosts, listener, replicas)
@@ -271,7 +271,8 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
 
 
 def _check_vllm_flags(options: dict[str, Any]) -> None:
-    """Raise ``ConfigError`` for options that only Veneer's own engine has."""
+    """Raise ``ConfigError`` if ``options``, {name: value} of the options that only Veneer's own
+    engine has, contains one that the user has set."""
     from veneer.errors import ConfigError, listing
 
     option_values = {name: None if value is False else value for name, value in options.items()}
@@ -289,11 +290,11 @@ def _serve_in_process(
     allowed_hosts: tuple[str, ...] | None,
     server_socket: Any,
     listener: _Listener,
-    plugin: TrainingPlugin | None,
+    training_plugin: TrainingPlugin | None,
     engine: str,
 ) -> None:
-    """Serve in this process until a signal ends it. With ``engine`` "vllm", this process starts a
-    vLLM server, which computes the answers."""
+    """Serve in this process until a signal ends it. With ``engine`` "vllm", a vLLM server that this
+    process starts computes the answers. ``allowed_hosts``: accepted Host headers, None for all."""
     import logging
 
     from veneer.cli.console import err
@@ -311,17 +312,18 @@ def _serve_in_process(
         if recommendation := vllm.recommendation():
             log.info("%s", recommendation)
         with err.status(f"Loading {settings.base} …"):
-            service = start.start(settings, keyring, plugin)
+            service = start.start(settings, keyring, training_plugin)
         create_app = api.create
     service.hosts = allowed_hosts
     _listen(service, server_socket, listener, settings.memory, create_app)
 
 
-def _end_with_vllm(code: int) -> NoReturn:
-    """End this process with vLLM's exit code, so that a supervisor starts the server again."""
+def _end_with_vllm(exit_code: int) -> NoReturn:
+    """End this process after vLLM has ended, with vLLM's exit code or, if that is 0, with 1. The
+    failure is visible to a supervisor, which then starts the server again."""
     import os
 
-    os._exit(code if 0 < code < 256 else 1)
+    os._exit(exit_code if 0 < exit_code < 256 else 1)
 
 
 def _listen(
@@ -338,23 +340,23 @@ def _listen(
     from veneer.serve.access import KeyWatch
     from veneer.serve.listen import Server
 
-    share_log_handlers("uvicorn")  # uvicorn's tracebacks are lines of the log too
+    share_log_handlers("uvicorn")  # so that uvicorn's tracebacks have the log's format
     with closing(service):
         app = create_app(service, page.router)
         announce = partial(_announce, service, listener, adapter_memory)
-        reload = None
+        reload_keys = None
         if listener.key_file is not None:
-            # not the target of a symbolic link, because the link may change while the server runs
-            path = listener.key_file.absolute()
-            service.key_watch = KeyWatch(service, path)
-            reload = service.key_watch.reload  # called on SIGHUP
-        Server(app, service.drain, listener.grace, announce, reload).run([server_socket])
+            # not ``resolve()``: if the path is a symbolic link, its target may change later
+            key_path = listener.key_file.absolute()
+            service.key_watch = KeyWatch(service, key_path)
+            reload_keys = service.key_watch.reload  # called on SIGHUP
+        Server(app, service.drain, listener.grace, announce, reload_keys).run([server_socket])
     _end_process()
 
 
 def _end_process() -> NoReturn:
-    """Exit with code 0 and skip the interpreter's teardown. The teardown would free a model and its
-    libraries object by object, which takes seconds."""
+    """Exit with code 0, after the ``atexit`` functions but without the interpreter's teardown,
+    which would take seconds to free a model object by object."""
     import atexit
     import os
     import sys
@@ -379,34 +381,34 @@ def _serve_on_ray(
     from veneer.serve.cluster.on_ray import run
     from veneer.store.remote import is_remote
 
-    # replicas run in another working folder, so relative paths must become absolute
+    # Ray runs replicas in another working directory, so relative paths must become absolute
     if settings.adapters is not None and not is_remote(settings.adapters):
         settings = replace(settings, adapters=str(Path(settings.adapters).expanduser().resolve()))
     if Path(settings.base).exists():
         settings = replace(settings, base=str(Path(settings.base).resolve()))
-    stop = threading.Event()
+    stop_event = threading.Event()
 
     def announce() -> None:
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # no nohup
-            numbers.append(hangup)
-        # only now, because Ray installs its own signal handlers when it starts
-        for number in numbers:
-            signal.signal(number, lambda *_: stop.set())
+        signal_numbers = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup sets it
+            signal_numbers.append(hangup)
+        # not before Ray has started, because Ray then installs its own signal handlers
+        for signal_number in signal_numbers:
+            signal.signal(signal_number, lambda *_: stop_event.set())
         err.print(f"{_address(listener)}/v1: {replicas} replicas of {settings.base}")
 
     key_file = listener.key_file
     run(
         settings,
-        keys=None if key_file is None else str(key_file.resolve()),
+        keys_path=None if key_file is None else str(key_file.resolve()),
         hosts=allowed_hosts,
         host=listener.host,
         port=listener.port,
-        replicas=replicas,
-        grace=listener.grace,
-        started=announce,
-        until=stop.wait,
+        replica_range=replicas,
+        grace_seconds=listener.grace,
+        on_ready=announce,
+        wait_for_stop=stop_event.wait,
     )
 
 
@@ -417,7 +419,7 @@ def _address(listener: _Listener) -> str:
 
 def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> None:
     """Print the address, the base and the adapters of a server that has started: as a table, or, if
-    the log is in JSON, as one line of the log."""
+    the log is in JSON, as a line of the log. ``adapter_memory``: bytes, None for no limit."""
     import logging
 
     from rich.table import Table
@@ -426,7 +428,7 @@ def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> 
     from veneer.cli.console import err
     from veneer.errors import format_bytes, listing
 
-    names = service.catalogue.refresh()
+    adapter_names = service.catalogue.refresh()
     access_note = ", open to whoever can reach it"
     if not service.keys.is_open:
         access_note = f", {len(service.keys.keys)} keys"
@@ -434,11 +436,14 @@ def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> 
     cache_memory = getattr(service.engine, "cache_memory", None)
     memory_text = "no limit" if adapter_memory is None else format_bytes(adapter_memory)
     sampling = service.sampling.describe(("temperature", "top_k", "top_p"))
-    rows = (
+    labelled_texts = (
         ("address", f"{_address(listener)}/v1{access_note}"),
         ("base", f"{service.base} ({endpoint}, {service.length} tokens, {service.dtype})"),
         ("sampling", sampling or "temperature 1"),
-        ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
+        (
+            "adapters",
+            f"{len(adapter_names)}: {listing(adapter_names)}" if adapter_names else "none",
+        ),
         ("memory for adapters", memory_text),
         *(
             [("memory for keys and values", format_bytes(cache_memory))]
@@ -447,11 +452,11 @@ def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> 
         ),
     )
     if listener.log_format == "json":
-        facts = "; ".join(f"{label}: {text}" for label, text in rows)
+        facts = "; ".join(f"{label}: {text}" for label, text in labelled_texts)
         logging.getLogger("veneer.serve").info("Serving. %s", facts)
         return
     table = Table.grid(padding=(0, 2))
-    for label, text in rows:
+    for label, text in labelled_texts:
         table.add_row(Text(label, style="bold"), Text(text))
     err.print(table)
 

@@ -1,4 +1,5 @@
-"""Options of `veneer serve` that concern its operation, and the file that may hold all its options.
+"""Options of `veneer serve` for its operation (memory, logs, traces), and the YAML file that may
+hold all its options.
 
 veneer serve --config serve.yaml --port 8001      the flag takes precedence over the file
 """
@@ -18,16 +19,24 @@ OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 def _read_file(ctx: Context, param: CallbackParam, value: Path | None) -> Path | None:
-    """Make the values in a file the defaults of the command's parameters."""
+    """The callback of --config: make the values in the file ``value`` the defaults of the command's
+    parameters, so that flags take precedence. Returns ``value``."""
     if value is not None:
         ctx.default_map = file_values(value, ctx.command.params)
     return value
 
 
 def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
-    """The values in a YAML file, by the names of a command's parameters. Their form is that of the
-    command line: strings, lists of strings, and booleans. ``ConfigError``: an option is unknown or
-    occurs twice, or a value has another form."""
+    """Read the options of a command from a YAML file. Returns {name of a parameter: value}, with
+    each value as the command line would give it: a string, a list of strings, or a boolean.
+
+    Args:
+        params: click's parameters of the command. A key of the file may be any spelling of a flag,
+            without the dashes at its beginning and with "-" or "_" in between.
+
+    Raises:
+        ConfigError: an option is unknown or occurs twice, or a value has another form.
+    """
     from veneer.train.config import read_yaml
 
     param_by_spelling = {
@@ -36,7 +45,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
         for spelling in (param.name, *param.opts)
         if param.name != "config" and len(spelling.lstrip("-")) > 1
     }
-    values, problems = {}, []
+    value_by_parameter, problems = {}, []
     for key, value in read_yaml(path).items():
         param = param_by_spelling.get(key.replace("-", "_"))
         if param is None:
@@ -47,7 +56,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
                     "check the spelling",
                 )
             )
-        elif param.name in values:
+        elif param.name in value_by_parameter:
             problems.append(
                 sentence(
                     f"{key!r} and another spelling of it in {path}", "one of them", "leave one out"
@@ -55,7 +64,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
             )
         elif value is not None:
             try:
-                values[param.name] = _as_argument(value, param.multiple)
+                value_by_parameter[param.name] = _as_argument(value, param.multiple)
             except TypeError as error:
                 problems.append(
                     sentence(
@@ -65,15 +74,16 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
                     )
                 )
     raise_all(ConfigError, f"{path} was not taken", problems)
-    return values
+    return value_by_parameter
 
 
-def _as_argument(yaml_value: Any, multiple: bool) -> Any:
-    """A value of YAML in the form of the command line. ``multiple``: the option takes a list.
-    ``TypeError``: the value is a table, or a list for an option that takes one value."""
+def _as_argument(yaml_value: Any, takes_list: bool) -> Any:
+    """A value of YAML as the command line would give it: a string, a boolean, or a list if
+    ``takes_list``. ``TypeError``: the value is a table, or a list although the option takes one
+    value. The error's text names the value's type."""
     if isinstance(yaml_value, dict):
         raise TypeError("a table")
-    if multiple:
+    if takes_list:
         entries = yaml_value if isinstance(yaml_value, list) else [yaml_value]
         return [_as_argument(entry, False) for entry in entries]
     if isinstance(yaml_value, list):

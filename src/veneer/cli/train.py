@@ -24,11 +24,11 @@ from veneer.train.processes import is_run_finished, join, leave
 if TYPE_CHECKING:
     from veneer.train.run import Result
 
-#: alternative spellings of a flag
+#: field of `TrainConfig` -> alternative spellings of its flag
 FLAG_ALIASES = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 
-#: the default number of restarts after the death of a worker process
+#: how often the worker processes are started again by default after one of them dies
 DEFAULT_RESTARTS = 3
 
 ConfigFile = Annotated[Path | None, Argument(help="YAML file with any of the settings below.")]
@@ -132,7 +132,7 @@ def train_command(
         _find_rate(settings)
         return
     run_training, say = partial(_run, settings), partial(console.err.print, soft_wrap=True)
-    if workers is None:  # then there is no --launcher either, as _check_flags ensures
+    if workers is None:  # so no --launcher: _check_flags requires --workers with it
         stop_message = run_training()
     else:
         from veneer.train import ray
@@ -157,22 +157,23 @@ def _check_flags(
     workers: int | None,
     max_restarts: int | None,
 ) -> None:
-    """Raise ``ConfigError`` for command-line options that contradict each other."""
+    """Raise ``ConfigError`` for options of the command line that contradict each other.
+    ``process_count``: the number of processes that a launcher such as torchrun has started."""
     action = "--dry-run" if dry_run else "--find-rate"
-    remedy = "run it without a launcher"
-    starts_workers = ("a launcher that starts them", "add --launcher ray")
-    problems = [  # (whether there is the problem, the texts of the error)
+    launcher_remedy = "run it without a launcher"
+    launcher_texts = ("a launcher that starts them", "add --launcher ray")
+    problems = [  # (whether the flags have this problem, the arguments of the ConfigError)
         (
             dry_run and find_rate,
             ("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"),
         ),
         (
             (dry_run or find_rate) and launcher,
-            (f"{action} with --launcher {launcher}", "one process", remedy),
+            (f"{action} with --launcher {launcher}", "one process", launcher_remedy),
         ),
         (
             (dry_run or find_rate) and process_count > 1,
-            (f"{action} in {process_count} processes", "one process", remedy),
+            (f"{action} in {process_count} processes", "one process", launcher_remedy),
         ),
         (
             launcher and process_count > 1,
@@ -186,20 +187,21 @@ def _check_flags(
             launcher and workers is None,
             (f"--launcher {launcher} without --workers", "how many to start", "add --workers N"),
         ),
-        (workers is not None and not launcher, ("--workers without --launcher", *starts_workers)),
+        (workers is not None and not launcher, ("--workers without --launcher", *launcher_texts)),
         (
             max_restarts is not None and not launcher,
-            ("--max-restarts without --launcher", *starts_workers),
+            ("--max-restarts without --launcher", *launcher_texts),
         ),
     ]
-    for is_wrong, texts in problems:
-        if is_wrong:
-            raise ConfigError(*texts)
+    for has_problem, error_texts in problems:
+        if has_problem:
+            raise ConfigError(*error_texts)
 
 
 def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:
-    """Run the training in this process, which may be one of several. Return a message if the run
-    was stopped. ``stop_order``: returns whether to stop; None: never."""
+    """Run the training in this process, which may be one of several of the run. Return a message if
+    the run was stopped, else None. ``stop_order``: a function that is called after each step and
+    returns whether to stop; None never stops."""
     from rich.console import Console
 
     from veneer.cli import console
@@ -207,7 +209,7 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
-    console.setup_logging()  # again, because a Ray worker process begins here
+    console.setup_logging()  # again, because this is the first call in a Ray worker
     onednn.limit_kernel_caches(onednn.TRAINING)
     processes = join()
     err = console.err if processes.is_first else Console(quiet=True)
@@ -229,15 +231,17 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
 
 
 def _content_hash(settings: TrainConfig) -> str:
-    # imports torch, which a run in one process does not need this early
+    """A hash of all settings, by which the processes of a run compare their settings."""
+    # imported here, because it imports torch, which takes seconds; a run in one process does not
+    # call this function
     from veneer.fileio.hashing import hash_json
 
     return hash_json(settings.content())
 
 
 def _next_commands(settings: TrainConfig, result: Result) -> list[list[str]]:
-    """The commands to suggest after a run: `chat` for an adapter that was trained on chats,
-    `generate` for one that continues texts, `merge` for both, and `eval` for other tasks."""
+    """The commands to suggest after a run, each as its words after `veneer`: `chat` or `generate`,
+    and `merge`, for an adapter that generates chats or texts; `eval` and `inspect` for others."""
     from veneer.train.tasks import TASKS
 
     base, adapter_flags = settings.base, ["--adapter", str(result.adapter)]
@@ -267,19 +271,22 @@ def _next_commands(settings: TrainConfig, result: Result) -> list[list[str]]:
 
 
 def _length_flags(prompt: str, result: Result) -> list[str]:
-    """Flags for a shorter answer, if the context is too short for the default length."""
+    """The flags of `veneer generate` that limit the answer's length, if the model's context does
+    not have room for the prompt and an answer of the default length; else none."""
     from veneer.train.generate import context_tokens, encode
 
-    context = context_tokens(result.model)
-    if context is None:
+    context_length = context_tokens(result.model)
+    if context_length is None:
         return []
-    max_new_tokens = context - len(encode(prompt, result.tokenizer))
+    max_new_tokens = context_length - len(encode(prompt, result.tokenizer))
     if max_new_tokens >= DEFAULT_NEW_TOKENS:
         return []
     return ["--max-new-tokens", str(max_new_tokens)]
 
 
 def _find_rate(settings: TrainConfig) -> None:
+    """Run --find-rate: print a sweep over learning rates, the suggested one and the next
+    command."""
     from veneer.cli.console import err, out
     from veneer.train.callbacks import say
     from veneer.train.find_rate import find_rate as sweep_rates
@@ -289,14 +296,18 @@ def _find_rate(settings: TrainConfig) -> None:
     for line in rate_sweep.lines():
         say(out, line)
     say(out, f"suggested: --learning-rate {rate:g}")
-    arguments = _without_flag(
+    command_words = _without_flag(
         "--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"]
     )
-    say(err, f"\nNext:\n  {shlex.join(['veneer', *arguments, '--learning-rate', f'{rate:g}'])}")
+    say(
+        err,
+        f"\nNext:\n  {shlex.join(['veneer', *command_words, '--learning-rate', f'{rate:g}'])}",
+    )
 
 
 def _without_flag(flag: str, words: list[str]) -> list[str]:
-    """The words of a command line without a flag and the flag's value."""
+    """The words of a command line without the flag ``flag`` and its value, in both spellings:
+    "--flag value" and "--flag=value"."""
     remaining_words = [word for word in words if not word.startswith(f"{flag}=")]
     return [
         word
@@ -306,15 +317,18 @@ def _without_flag(flag: str, words: list[str]) -> list[str]:
 
 
 def _setting(name: str, flag_value: Any) -> Any:
-    """The value of a flag in the form that `TrainConfig` reads. On the command line, lists and
-    tables are written with commas, or by repeating the flag."""
+    """The value of the flag of the field ``name``, in the form that `TrainConfig` reads. A flag for
+    a list or a table can be repeated, so typer gives a list of texts. For the field "columns", they
+    are joined by commas; for all other fields, `merge_flag_values` combines them."""
     if not isinstance(flag_value, list):
         return flag_value
     return ",".join(flag_value) or None if name == "columns" else merge_flag_values(flag_value)
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The type of a flag's value, for a field with this type annotation."""
+    """The type by which typer parses the flag of a field of `TrainConfig`, for the field's type
+    annotation: a list of texts for a list or a table, else a text if the field can be one, else the
+    first type of the annotation. Every type includes None, for a flag that was not given."""
     is_union = get_origin(annotation) in (Union, UnionType)
     union_types = [
         union_type
@@ -331,10 +345,12 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """The command's signature: `config`, one parameter for each field of `TrainConfig` instead of
-    `flags`, and the command's other options."""
-    config, *options, _ = inspect.signature(train_command, eval_str=True).parameters.values()
-    settings = [
+    """The signature from which typer creates the command: that of `train_command`, with one
+    parameter for each field of `TrainConfig` in place of ``**flags``."""
+    config, *option_parameters, _ = inspect.signature(
+        train_command, eval_str=True
+    ).parameters.values()
+    setting_parameters = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -343,11 +359,12 @@ def _signature() -> inspect.Signature:
         )
         for name, field_info in TrainConfig.model_fields.items()
     ]
-    return inspect.Signature([config, *settings, *options])
+    return inspect.Signature([config, *setting_parameters, *option_parameters])
 
 
 def _flag_option(name: str, field_info: Any) -> Any:
-    """The flag of a field."""
+    """The typer option for a field of `TrainConfig`: "--name", or "--name/--no-name" for a
+    boolean."""
     flag = f"--{name.replace('_', '-')}"
     if bool in (field_info.annotation, *get_args(field_info.annotation)):
         flag += f"/--no-{flag.removeprefix('--')}"
@@ -360,8 +377,8 @@ def _flag_option(name: str, field_info: Any) -> Any:
 
 
 def _flag_help(field_info: Any) -> str:
-    """The description of a field with its default value. Typer cannot show this default, because an
-    unset flag is None."""
+    """The help text of a flag: the field's description with its default value. Typer cannot show
+    the field's default, because for typer the default of every flag is None (not given)."""
     description = field_info.description or ""
     default = field_info.default
     if field_info.is_required() or default in (None, [], {}, "") or "(default" in description:

@@ -38,11 +38,11 @@ def verify_command(
     from veneer.store.library import resolve
 
     adapter_folder = resolve(adapter)
-    folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
-    # a folder with only safetensors files needs no config.json
-    if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):
-        folder = folder_of(base)
-    report = verify(adapter_folder, folder)
+    base_folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
+    # a folder with safetensors files is used as it is; ``folder_of`` would need a config.json
+    if base is not None and base_folder is not None and not any(base_folder.glob(f"*{ENDING}")):
+        base_folder = folder_of(base)
+    report = verify(adapter_folder, base_folder)
     if as_json:
         echo_json(report.to_dict())
     else:

@@ -6,7 +6,7 @@ sweep, and for the training service.
     result = engine.backward({"a": PassRequest(engine.read_batch("a", (x, y)), loss), "b": …})
     engine.adapters["a"].clip(1.0); engine.adapters["a"].step()
 
-    step_engine.py      requests of adapters → shared passes → losses, gradients, steps
+    step_engine.py      one forward and one backward for the batches of several adapters; steps
     batches.py          join batches, split outputs, check that rows are independent
     random_streams.py   the random numbers of each adapter
     gradients.py        take, restore, add and clip gradients

@@ -22,9 +22,13 @@ from veneer.errors import DataError, SelectionError
 
 
 class AdapterBatch(NamedTuple):
-    """One adapter's batch: ``args`` and ``kwargs`` of the model's forward, and the ``target`` that
-    the loss gets, which may be None. ``row_count``: the size of the first axis of each tensor in
-    ``args`` and ``kwargs``."""
+    """One adapter's batch.
+
+    Fields:
+        args, kwargs: the arguments of the model's forward.
+        target: the second argument of the adapter's loss function; None if it needs none.
+        row_count: the size of the first axis of each tensor in ``args`` and ``kwargs``.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -33,9 +37,9 @@ class AdapterBatch(NamedTuple):
 
     @property
     def shape_key(self) -> Any:
-        """Batches whose keys are equal can share a forward. The key holds the structure of the
-        arguments; the dtypes, devices and shapes (without the first axis) of their tensors; and all
-        values that are not tensors."""
+        """A hashable description of the arguments; batches with equal ``shape_key`` can be joined
+        into one forward. It holds the structure of the arguments; the dtypes, devices and shapes
+        (without the first axis) of their tensors; and all values that are not tensors."""
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         leaf_keys = [
             (
@@ -48,17 +52,18 @@ class AdapterBatch(NamedTuple):
         return str(structure), tuple(leaf_keys)
 
 
-def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> AdapterBatch:
+def read_batch(adapter_name: str, batch: Any, default_inputs: Mapping[str, Any]) -> AdapterBatch:
     """Convert a caller's batch, ``(inputs, target)`` or a mapping with labels, to an
     ``AdapterBatch``.
 
     Args:
-        name: the name of the adapter, for errors.
-        default_inputs: keyword arguments of the model that the batch does not contain.
+        adapter_name: for error messages.
+        default_inputs: keyword arguments that the model gets in addition to the batch. If the batch
+            has a key of ``default_inputs`` too, the value in the batch is used.
 
     Raises:
-        DataError: the batch has another form, holds no tensor or no rows, or its tensors differ in
-            their number of rows.
+        DataError: the batch is neither a pair nor a mapping, holds no tensor or no rows, or its
+            tensors differ in their number of rows.
     """
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -67,7 +72,7 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
         inputs, target = batch
     else:
         raise DataError(
-            f"a {type(batch).__name__} as the batch of {name!r}",
+            f"a {type(batch).__name__} as the batch of {adapter_name!r}",
             "(inputs, target), or a mapping of the model's keyword arguments with labels",
             "pass one of these; the loss gets the target or the labels",
         )
@@ -79,7 +84,8 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
     row_counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(row_counts) != 1 or 0 in row_counts:
         raise DataError(
-            f"tensors {[list(tensor.shape) for tensor in tensors]} in the batch of {name!r}",
+            f"tensors {[list(tensor.shape) for tensor in tensors]} in the batch of"
+            f" {adapter_name!r}",
             "the same number of rows in each, along its first axis",
             "leave out what has none",
         )
@@ -87,8 +93,8 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
 
 
 def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of one call of the model with the rows of all batches, in order. Batches must
-    have equal ``shape_key``."""
+    """(args, kwargs) of one call of the model with the rows of all batches, in the order of
+    ``batches``, which must have equal ``shape_key``."""
     return pytree.tree_map(
         lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0],
         *[(batch.args, batch.kwargs) for batch in batches],
@@ -96,15 +102,16 @@ def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict
 
 
 def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
-    """Split the model's output for joined batches into one output for each batch. Values without
-    one entry for each row are passed to all batches unchanged.
+    """Split the model's output for joined batches into one output for each batch. A value in the
+    output without one entry for each row is passed to all batches unchanged.
 
     Args:
         row_counts: the number of rows of each batch.
 
     Raises:
-        SelectionError: such a value is a tensor that requires a gradient, for example a
-            load-balancing loss of experts over all tokens.
+        SelectionError: a tensor in the output has no entry for each row, but requires a gradient,
+            for example a load-balancing loss of experts over all tokens. Its gradient could not be
+            divided among the adapters.
     """
     leaves, structure = pytree.tree_flatten(output)
     slices_by_leaf = []
@@ -127,8 +134,9 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
 
 def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[AdapterBatch]) -> None:
     """Raise a SelectionError if the base's output for the first batch changes when the batch is
-    joined with other batches. The base runs in eval mode, without an adapter. ``uid``: the id of
-    the set of adapters that is attached to ``model``."""
+    joined with the other batches. Outputs may differ by rounding errors. The base runs in eval
+    mode, without an adapter. ``uid``: the id of the set of adapters that is attached to
+    ``model``."""
     with torch.no_grad(), context.override({uid: BASE}), context.evaluation_mode(model):
         separate_output = model(*batches[0].args, **batches[0].kwargs)
         args, kwargs = join_batches(batches)

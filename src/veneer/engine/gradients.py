@@ -1,7 +1,8 @@
 """Take, restore, add, measure and clip the gradients of one adapter.
 
-If a pass fails, the gradients of earlier passes must be unchanged. So the earlier gradients are
-taken from the parameters before a pass (``take_gradients``), and added after it has succeeded.
+If a pass (a forward and a backward) fails, the gradients of earlier passes must be unchanged. So
+the earlier gradients are taken from the parameters before a pass (``take_gradients``), and added to
+the new ones after the pass has succeeded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> Gradients:
 
 
 def restore_gradients(parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
-    """Give each parameter the gradient that was taken from it."""
+    """Replace the gradients of the parameters by ``gradients``, which ``take_gradients`` returned
+    for the same parameters."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 
@@ -35,15 +37,16 @@ def add_to_earlier_gradients(
     parameters: Sequence[nn.Parameter], earlier_gradients: Gradients
 ) -> None:
     """Add the parameters' gradients to ``earlier_gradients`` in place, and give the sums to the
-    parameters. As with ``loss.backward()``, a parameter's gradient stays the same tensor object."""
+    parameters. As with ``loss.backward()``, a parameter's gradient stays the same tensor object, so
+    references that the caller holds to it stay valid."""
     for parameter, gradient in zip(parameters, earlier_gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
 def add_earlier_gradients(parameters: Sequence[nn.Parameter], earlier_gradients: Gradients) -> None:
-    """Add ``earlier_gradients`` to the gradients of the parameters. The ``earlier_gradients`` are
-    not modified, so they can still be restored."""
+    """Add ``earlier_gradients`` to the gradients of the parameters. The tensors in
+    ``earlier_gradients`` are not modified, so ``restore_gradients`` can still restore them."""
     for parameter, gradient in zip(parameters, earlier_gradients, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
@@ -62,8 +65,8 @@ def clip_gradients(
     ``torch.nn.utils.clip_grad_norm_`` does. A ``max_norm`` of 0 leaves them unchanged.
 
     Args:
-        in_float64: compute the norm in float64, for gradients whose squares overflow float32. The
-            norm in float32 is bit for bit that of transformers' ``Trainer``.
+        in_float64: compute the norm in float64, for gradients whose squares overflow float32. By
+            default it is computed in float32, bit for bit as by transformers' ``Trainer``.
 
     Returns:
         the norm before scaling.
@@ -71,29 +74,32 @@ def clip_gradients(
     gradients = present_gradients(parameters)
     if in_float64:
         norm = math.hypot(*norms_in_float64(gradients))
-        total_norm = torch.tensor(norm)
+        norm_tensor = torch.tensor(norm)
     else:
-        total_norm = torch.nn.utils.get_total_norm(gradients)
-        norm = float(total_norm)
+        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm = float(norm_tensor)
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm_tensor)
     return norm
 
 
 def norms_in_float64(tensors: Sequence[Tensor]) -> list[float]:
-    """The norm of each tensor, in float64 if the device supports it, because squares of large
-    values overflow float32."""
+    """The 2-norm of each tensor. It is computed in float64, because squares of large values
+    overflow float32; on a device without float64, in float32."""
     if not tensors:
         return []
-    device = tensors[0].device  # the base may be spread over several devices
+    device = tensors[0].device  # all norms go there; tensors may be on several devices
     norm_dtype = torch.float64 if precision.has_float64(device) else torch.float32
     with torch.no_grad():
-        norms = torch._foreach_norm(list(tensors), 2, dtype=norm_dtype)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+            list(tensors), 2, dtype=norm_dtype
+        )
         return torch.stack([norm.to(device) for norm in norms]).tolist()
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value in any of the tensors; NaN if one holds a NaN."""
+    """The largest absolute value in any of the tensors; NaN if one holds a NaN, 0 without
+    tensors."""
     if not tensors:
         return 0.0
     with torch.no_grad():

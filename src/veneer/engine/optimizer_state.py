@@ -28,10 +28,18 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameter_names: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Load into the optimiser a state that ``optimizer_tensors`` returned."""
-    indices = {name: index for index, name in enumerate(parameter_names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for label, tensor in tensors.items():
-        state_key, _, parameter_name = label.partition(":")
-        state.setdefault(indices[parameter_name], {})[state_key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    """Load into the optimiser a state that ``optimizer_tensors`` returned. The settings in its
+    ``param_groups``, such as the learning rate, stay as they are.
+
+    Args:
+        parameter_names: the names of the parameters, in the optimiser's order.
+
+    Raises:
+        KeyError: ``tensors`` has a parameter that is not in ``parameter_names``.
+    """
+    index_by_name = {name: index for index, name in enumerate(parameter_names)}
+    state_by_index: dict[int, dict[str, Tensor]] = {}
+    for tensor_name, tensor in tensors.items():
+        state_key, _, parameter_name = tensor_name.partition(":")
+        state_by_index.setdefault(index_by_name[parameter_name], {})[state_key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state_by_index})

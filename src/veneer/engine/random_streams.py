@@ -33,9 +33,12 @@ _DROPOUT_FUNCTIONS: Any = {
 
 
 def random_devices(model: nn.Module) -> list[torch.device]:
-    """The devices whose default generators a call of the model may use."""
-    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    return [torch.device("cpu"), *sorted(cuda, key=str)]
+    """The devices whose default generators a call of the model may use: the CPU, then the CUDA
+    devices that hold parameters."""
+    cuda_devices = {
+        parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"
+    }
+    return [torch.device("cpu"), *sorted(cuda_devices, key=str)]
 
 
 def generator_states(devices: Iterable[torch.device]) -> list[Tensor]:
@@ -53,10 +56,10 @@ def set_generator_states(devices: Iterable[torch.device], states: Iterable[Tenso
             torch.cuda.set_rng_state(state, device)
 
 
-def equal_states(states: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def equal_states(states: Sequence[Tensor], other_states: Sequence[Tensor]) -> bool:
     return all(
-        torch.equal(state, expected_state)
-        for state, expected_state in zip(states, expected, strict=True)
+        torch.equal(state, other_state)
+        for state, other_state in zip(states, other_states, strict=True)
     )
 
 
@@ -69,12 +72,17 @@ def _warn_of_deprecated_own() -> None:
 
 
 class RandomStream:
-    """Context manager in which torch's default generators continue one adapter's sequence. It is
+    """Context manager in which torch's default generators continue one adapter's sequence of random
+    numbers. After the block, the generators have the states that they had before it. It is
     reentrant.
 
     Attributes:
-        states: the state of each device's generator, in the order of ``devices``. Within the
-            context, the generators themselves hold the states.
+        states: the state of each device's generator, in the order of ``devices``. It is updated
+            when the outermost block ends.
+
+    Raises:
+        SelectionError: at the end of a block, if activation checkpointing has drawn other numbers
+            than in the first forward.
     """
 
     def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:
@@ -113,7 +121,9 @@ class RandomStream:
             return
         states_before, self.states = self.states, generator_states(self.devices)
         set_generator_states(self.devices, self._outer_states)
-        # during a backward, only activation checkpointing calls a layer, for the second time
+        # A layer runs during a backward only if activation checkpointing computes it a second time.
+        # The sequence has advanced since the first time, so numbers drawn now differ from those of
+        # the first time, and gradients would be wrong.
         if torch._C._current_graph_task_id() != -1 and not equal_states(states_before, self.states):
             raise SelectionError(
                 "random numbers in a layer that activation checkpointing computes again, on rows "
@@ -125,7 +135,8 @@ class RandomStream:
 
 
 def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(module, attribute name) of each float attribute that is named like a dropout probability."""
+    """(module, attribute name) of each float attribute of a module of the model whose name is that
+    of a dropout probability: one that contains "drop", or the ``p`` of a dropout module."""
     return [
         (module, attribute)
         for _, module in walk(model)
@@ -136,8 +147,10 @@ def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class DropoutByAdapter(TorchFunctionMode):
-    """A torch function mode for a batch that joins the rows of several adapters. In it, dropout
-    draws for the rows of each adapter from the adapter's ``RandomStream``."""
+    """A torch function mode for a batch that joins the rows of several adapters. While it is
+    active, dropout draws for the rows of each adapter from the adapter's ``RandomStream``.
+    ``assignment``: which rows of the batch each adapter has. A call of dropout raises a
+    ``SelectionError`` if its tensor does not hold the batch's rows along its first axis."""
 
     def __init__(self, assignment: RowAdapters) -> None:
         super().__init__()
@@ -146,42 +159,45 @@ class DropoutByAdapter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _drops(func, args, kwargs):
+        if not _is_active_dropout(func, args, kwargs):
             return func(*args, **kwargs)
-        active = context.current.selection.get(self.assignment.uid)
-        if active is None or active.layer_adapters is not self.assignment:
-            # the call comes from a layer that runs on the rows of a single adapter
+        current_selection = context.current.selection.get(self.assignment.uid)
+        if current_selection is None or current_selection.layer_adapters is not self.assignment:
+            # the call comes from a layer that runs on the rows of a single adapter, so there are no
+            # rows to split
             return func(*args, **kwargs)
         if func in _DROPOUT_FUNCTIONS:
             kwargs = {**kwargs, "inplace": False}
-        values = [*args, *kwargs.values()]
+        argument_values = [*args, *kwargs.values()]
         has_all_rows = [
-            isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.assignment.count
-            for value in values
+            isinstance(value, Tensor)
+            and value.dim() > 1
+            and len(value) == self.assignment.row_count
+            for value in argument_values
         ]
         if not has_all_rows[0]:
             raise SelectionError(
-                f"dropout of a tensor {list(values[0].shape)} of the base",
-                f"the {self.assignment.count} rows of the batch along its first axis",
+                f"dropout of a tensor {list(argument_values[0].shape)} of the base",
+                f"the {self.assignment.row_count} rows of the batch along its first axis",
                 "set the base's own dropout to 0, or its modules to eval()",
             )
         split_values = [
             value.split(self.row_counts) if has_rows else value
-            for value, has_rows in zip(values, has_all_rows, strict=True)
+            for value, has_rows in zip(argument_values, has_all_rows, strict=True)
         ]
         outputs = []
         for index, selection in enumerate(self.assignment.selections):
-            arguments = [
+            adapter_arguments = [
                 value[index] if has_rows else value
                 for value, has_rows in zip(split_values, has_all_rows, strict=True)
             ]
-            keywords = dict(zip(kwargs, arguments[len(args) :], strict=True))
+            keyword_arguments = dict(zip(kwargs, adapter_arguments[len(args) :], strict=True))
             with selection.random_stream:  # pyright: ignore[reportOptionalContextManager]
-                outputs.append(func(*arguments[: len(args)], **keywords))
+                outputs.append(func(*adapter_arguments[: len(args)], **keyword_arguments))
         return torch.cat(outputs)
 
 
-def _drops(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
+def _is_active_dropout(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
     """Whether a call of a torch function drops entries at random."""
     if func is F.scaled_dot_product_attention:
         return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0

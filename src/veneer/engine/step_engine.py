@@ -9,11 +9,13 @@ Each adapter has its own parameters (any variant, rank, dtype), random numbers
 Batches of different shapes do not share a forward, because padding to the longest batch would
 change the numbers that dropout draws. So an adapter's results never depend on other adapters.
 
-A pass that raises leaves the gradients and random numbers of its adapters unchanged.
-``isolate_failures`` then computes each adapter separately, so that only failing adapters fail.
+A pass (one call of ``StepEngine.backward`` or ``forward``) that raises leaves the gradients and
+random numbers of its adapters unchanged. ``isolate_failures`` then computes each adapter
+separately, so that only failing adapters fail.
 
-Rejected: one loss function on the joined output, because a mean over its rows would depend on the
-rows of all adapters; and a copy of the model for each adapter.
+Two other designs were rejected: one loss function on the joined output, because a mean over its
+rows would depend on the rows of all adapters; and a copy of the model for each adapter, because
+each copy needs the memory of the whole base.
 """
 
 from __future__ import annotations
@@ -53,10 +55,12 @@ from veneer.engine.random_streams import (
 )
 from veneer.errors import ConfigError, SelectionError
 
-#: the maximal number of cached ``RowAdapters``, each of which assigns the rows of a joined batch
+#: the maximal number of cached ``RowAdapters``, each of which assigns an adapter to each row of a
+#: joined batch
 MAX_CACHED_ASSIGNMENTS = 64
 
-#: (the base, batches by adapter) -> the output of each adapter's rows, by one forward of all rows
+#: a function (base, {adapter name: batch}) -> {adapter name: output}, which computes the rows of
+#: all batches in one forward
 Forward = Callable[[nn.Module, Mapping[str, AdapterBatch]], Mapping[str, Any]]
 
 
@@ -66,9 +70,10 @@ class PassRequest(NamedTuple):
     Fields:
         loss: (output, target) -> scalar. None requests a forward alone, which returns the output.
         forward: a function that computes the outputs of joined batches. If None, the model is
-            called and its output is split by batch. Requests share a forward only if they have the
-            same function here.
-        weight: a factor of the gradient, but not of the returned loss.
+            called and its output is split by batch. Requests with different functions in this field
+            are not computed in one forward.
+        weight: a factor by which the gradient is multiplied. The returned loss is not multiplied
+            by it.
     """
 
     batch: AdapterBatch
@@ -85,8 +90,9 @@ Requests = Mapping[str, PassRequest]
 
 
 class PassResult(NamedTuple):
-    """The results of a pass. ``values``: by adapter, its detached loss, or its output if it
-    requested no loss. ``failures``: the errors of adapters that failed."""
+    """The results of a pass, by adapter name. ``values``: the adapter's detached loss, or its
+    output if its request has no loss. ``failures``: the errors of adapters that failed, which have
+    no entry in ``values``."""
 
     values: dict[str, Any]
     failures: dict[str, Exception]
@@ -108,11 +114,12 @@ class TrainedAdapter:
         return any(parameter.grad is not None for parameter in self.parameters)
 
     def clip(self, max_norm: float, *, in_float64: bool = False) -> float:
-        """Clip the gradients, as ``clip_gradients`` does, and return their norm before."""
+        """Clip the gradients, as ``clip_gradients`` does, and return their norm before clipping."""
         return clip_gradients(self.parameters, max_norm, in_float64=in_float64)
 
     def step(self) -> None:
-        """Take a step of the optimiser and of the schedule, and clear the gradients."""
+        """Take a step of the optimiser and of the schedule, and clear the gradients. ``optimizer``
+        must be set."""
         assert self.optimizer is not None
         self.optimizer.step()
         if self.scheduler is not None:
@@ -120,7 +127,8 @@ class TrainedAdapter:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimiser, the schedule and the random numbers, for ``torch.save``."""
+        """The state of the optimiser, the schedule and the random numbers, for ``torch.save``.
+        ``optimizer`` and ``scheduler`` must be set."""
         assert self.optimizer is not None
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -128,27 +136,28 @@ class TrainedAdapter:
             "random": self.stream.states,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         assert self.optimizer is not None
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.stream.states = state["random"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.stream.states = state_dict["random"]
 
 
 class StepEngine:
-    """Trains several adapters on one base. ``adapters``: the trained adapters, by name. The caller
-    attaches and detaches adapters, and must call all methods from one thread."""
+    """Trains several adapters on one base. ``adapters``: those registered with ``add``, by name.
+    The caller attaches and detaches adapters, and must call all methods from one thread."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, TrainedAdapter] = {}
-        # computed once, because each needs a walk through the modules of the model
+        # The next three values are computed once, because each needs a walk through the modules.
         self._devices = random_devices(model)
         self._dropout_settings = dropout_settings(model)
         self._time_first = time_first(model)
-        # the KV cache of a joined forward would hold the rows of all adapters
-        parameters = inspect.signature(model.forward).parameters
-        self._default_inputs = {"use_cache": False} if "use_cache" in parameters else {}
+        # Training needs no KV cache, so calls turn it off. The cache of a joined forward could not
+        # be split: it would hold the rows of all adapters.
+        forward_parameters = inspect.signature(model.forward).parameters
+        self._default_inputs = {"use_cache": False} if "use_cache" in forward_parameters else {}
         self._checked_structures: set[Any] = set()
         self._assignments: dict[Any, tuple[list[ActiveAdapter], RowAdapters]] = {}
 
@@ -158,7 +167,8 @@ class StepEngine:
         return RandomStream(seed, self._devices)
 
     def add(self, name: str, parameters: list[nn.Parameter], stream: RandomStream) -> None:
-        """Register an attached adapter for training."""
+        """Register an adapter that is attached to the model for training. ``stream``: from
+        ``new_stream``."""
         self.adapters[name] = TrainedAdapter(parameters, stream)
 
     def remove(self, name: str) -> None:
@@ -166,12 +176,14 @@ class StepEngine:
         self._assignments.clear()
 
     def read_batch(self, name: str, batch: Any) -> AdapterBatch:
-        """Convert a caller's batch for the adapter ``name``, as ``batches.read_batch`` does."""
+        """Convert a caller's batch, ``(inputs, target)`` or a mapping with labels, for the adapter
+        ``name``. ``DataError``: the batch has another form, or its tensors differ in their number
+        of rows."""
         return read_batch(name, batch, self._default_inputs)
 
     def backward(self, requests: Requests, keep_going: bool = False) -> PassResult:
-        """Add the gradients of each adapter's loss to its parameters, as ``loss.backward()`` does
-        in a separate loop.
+        """Compute each adapter's loss and add its gradients to the adapter's parameters, as
+        ``loss.backward()`` would in a training loop for this adapter alone.
 
         Args:
             keep_going: if the loss of an adapter raises, list the error in ``failures`` and leave
@@ -193,15 +205,16 @@ class StepEngine:
                 adapter.stream.states = states
             raise
         for name, adapter, gradients in zip(requests, adapters, earlier_gradients, strict=True):
-            if name in result.failures:  # the shared backward gave it gradients of zero
+            if name in result.failures:  # discard the zeros of the shared backward
                 restore_gradients(adapter.parameters, gradients)
             else:
                 add_to_earlier_gradients(adapter.parameters, gradients)
         return result
 
     def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:
-        """The output of each adapter's rows, or its loss, without gradients. ``keep_going``: as in
-        ``backward``."""
+        """Compute each adapter's loss, or its output if its request has no loss, without gradients.
+        ``keep_going``: if the loss of an adapter raises, list the error in ``failures``; else raise
+        it."""
         result = PassResult({}, {})
         for group in _group_requests(requests):
             selection, dropout = self._select_adapters(group)
@@ -210,7 +223,9 @@ class StepEngine:
         return result
 
     def _backward_group(self, group: Requests, result: PassResult, keep_going: bool) -> None:
-        """Run the forward and the backward of a group of requests that share a forward."""
+        """Run the forward and the backward of a group of requests that share a forward. Add the
+        losses and errors to ``result``. ``SelectionError``: the base drew random numbers for the
+        rows of several adapters together, so an adapter's results would depend on the others."""
         with ExitStack() as stack:
             selection, dropout = self._select_adapters(group)
             stack.enter_context(context.override(selection))
@@ -220,17 +235,17 @@ class StepEngine:
             with dropout:
                 losses = self._compute_values(group, result.failures, keep_going, _check_loss)
             if len(group) > 1 and not equal_states(states_before, generator_states(self._devices)):
-                names = ", ".join(map(repr, group))
+                quoted_names = ", ".join(map(repr, group))
                 raise SelectionError(
-                    f"random numbers that the base drew for rows of {names} together",
+                    f"random numbers that the base drew for rows of {quoted_names} together",
                     "numbers of each run's own",
                     "set its own dropout to 0, or its modules to eval()",
                 )
             if losses:
-                factors = [
+                loss_weights = [
                     torch.full_like(loss, group[name].weight) for name, loss in losses.items()
                 ]
-                torch.autograd.backward(list(losses.values()), factors)
+                torch.autograd.backward(list(losses.values()), loss_weights)
         result.values.update({name: loss.detach() for name, loss in losses.items()})
 
     def _compute_values(
@@ -238,10 +253,16 @@ class StepEngine:
         group: Requests,
         failures: dict[str, Exception],
         keep_going: bool,
-        check: Callable[[str, Any], None] = lambda name, value: None,
+        check_value: Callable[[str, Any], None] = lambda name, value: None,
     ) -> dict[str, Any]:
-        """Run one forward. Returns the loss of each request, or its output if it has no loss.
-        ``check(name, value)`` raises if a loss or an output is not valid."""
+        """Run one forward for a group of requests that share it. Returns the loss of each request,
+        or its output if it has no loss, by adapter name.
+
+        Args:
+            failures: with ``keep_going``, gets the error of each adapter whose loss or check
+                raises.
+            check_value: called with (adapter name, loss or output); raises if this is not valid.
+        """
         batches = {name: request.batch for name, request in group.items()}
         self._check_rows(batches)
         forward = next(iter(group.values())).forward or _output_rows
@@ -252,7 +273,7 @@ class StepEngine:
                 value = outputs[name]
                 if request.loss is not None:
                     value = request.loss(value, request.batch.target)
-                check(name, value)
+                check_value(name, value)
             except Exception as error:
                 error.add_note(f"in the loss of adapter {name!r}")
                 if not keep_going:
@@ -265,32 +286,39 @@ class StepEngine:
     def _select_adapters(
         self, group: Requests
     ) -> tuple[dict[str, ActiveAdapter], AbstractContextManager[Any]]:
-        """(the adapter selection for the joined rows, by the id of the set of adapters; a context
-        in which the base's dropout draws for each adapter from the adapter's stream)."""
-        attached = need_adapters(self.model, check_all_layers=False)
-        selections = [attached.selections[name] for name in group]
+        """({id of the model's set of adapters: selection that assigns the joined rows to the
+        adapters of ``group``}, for ``context.override``; a context in which the base's dropout
+        draws for each adapter from the adapter's stream)."""
+        model_adapters = need_adapters(self.model, check_all_layers=False)
+        selections = [model_adapters.selections[name] for name in group]
         selections_with_streams = [
             dataclasses.replace(selection, random_stream=self.adapters[name].stream)
             for name, selection in zip(group, selections, strict=True)
         ]
         if len(group) == 1:
-            return {attached.uid: selections_with_streams[0]}, nullcontext()
-        # The assignment of rows is cached, because it keeps what each layer prepared for these rows
-        # in the first call.
-        key = tuple((name, request.batch.row_count) for name, request in group.items())
-        cached_selections, assignment = self._assignments.get(key, (None, None))
+            return {model_adapters.uid: selections_with_streams[0]}, nullcontext()
+        # The assignment of rows is cached, because each layer stores in it what it prepares for
+        # these rows in the first call. Later calls with the same rows need not prepare it again.
+        assignment_key = tuple((name, request.batch.row_count) for name, request in group.items())
+        cached_selections, assignment = self._assignments.get(assignment_key, (None, None))
         if assignment is None or cached_selections != selections:
             row_counts = [request.batch.row_count for request in group.values()]
-            rows = torch.arange(sum(row_counts), device="cpu").split(row_counts)
+            row_indices = torch.arange(sum(row_counts), device="cpu").split(row_counts)
             assignment = RowAdapters(
-                attached.uid, selections_with_streams, rows, sum(row_counts), self._time_first
+                model_adapters.uid,
+                selections_with_streams,
+                row_indices,
+                sum(row_counts),
+                self._time_first,
             )
             if len(self._assignments) >= MAX_CACHED_ASSIGNMENTS:
                 self._assignments.clear()
-            self._assignments[key] = selections, assignment
-        selected = ActiveAdapter(None, assignment, common_base_adapter(assignment.selections))
+            self._assignments[assignment_key] = selections, assignment
+        joined_selection = ActiveAdapter(
+            None, assignment, common_base_adapter(assignment.selections)
+        )
         dropout = DropoutByAdapter(assignment) if self._has_dropout() else nullcontext()
-        return {attached.uid: selected}, dropout
+        return {model_adapters.uid: joined_selection}, dropout
 
     def _has_dropout(self) -> bool:
         """Whether any dropout of the base is active."""
@@ -300,22 +328,22 @@ class StepEngine:
         )
 
     def _check_rows(self, batches: Mapping[str, AdapterBatch]) -> None:
-        """Check that the base computes rows independently of each other, once for each combination
-        of the model's arguments."""
-        samples = list(batches.values())[:2]
-        key = len(samples[0].args), *samples[0].kwargs
-        if len(samples) > 1 and key not in self._checked_structures:
+        """Raise a ``SelectionError`` if the base's output for some rows depends on other rows. This
+        is checked only for several batches, and once for each set of argument names."""
+        first_batches = list(batches.values())[:2]
+        structure_key = len(first_batches[0].args), *first_batches[0].kwargs
+        if len(first_batches) > 1 and structure_key not in self._checked_structures:
             check_independent_rows(
-                self.model, need_adapters(self.model, check_all_layers=False).uid, samples
+                self.model, need_adapters(self.model, check_all_layers=False).uid, first_batches
             )
-            self._checked_structures.add(key)
+            self._checked_structures.add(structure_key)
 
 
 def isolate_failures(
     run_pass: Callable[..., PassResult], requests: Mapping[str, Any]
 ) -> PassResult:
-    """Call ``run_pass(requests, keep_going=True)`` so that an error fails only the adapters that
-    cause it: if the joint pass raises, each request is computed separately.
+    """Call ``run_pass(requests, keep_going=True)``. If it raises, call ``run_pass`` for each
+    request separately, so that only the adapters that cause an error have it in ``failures``.
 
     Args:
         run_pass: ``StepEngine.backward``, ``forward``, or a function around one of them.
@@ -325,7 +353,8 @@ def isolate_failures(
     except Exception as error:
         if len(requests) == 1:
             return PassResult({}, dict.fromkeys(requests, error))
-    # Python deletes ``error`` after the except block, and so frees the tensors of the failed pass.
+    # The separate passes run after the except block: Python has then deleted ``error``, and so
+    # freed the tensors of the failed pass.
     result = PassResult({}, {})
     for name, request in requests.items():
         single_result = isolate_failures(run_pass, {name: request})
@@ -343,7 +372,7 @@ def _group_requests(requests: Requests) -> list[dict[str, PassRequest]]:
 
 
 def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[str, Any]:
-    """The model's output for the rows of each adapter."""
+    """The model's output for each adapter's batch, by adapter name, from one forward."""
     args, kwargs = join_batches(list(batches.values()))
     output = model(*args, **kwargs)
     if len(batches) == 1:
@@ -354,9 +383,9 @@ def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[
 
 def _check_loss(name: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        loss_description = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(
-            f"loss {shape} of adapter {name!r}",
+            f"loss {loss_description} of adapter {name!r}",
             "a scalar with a gradient",
             "return a mean or a sum",
         )

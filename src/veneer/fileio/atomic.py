@@ -31,22 +31,23 @@ from veneer.fileio.temporary import (
 
 #: arguments of Linux's system call renameat2
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
-#: a value of ``replaces`` for folders that only Veneer writes to: it replaces every file in them
+#: a pattern in ``replaces`` (see ``new_folder``) for folders to which only Veneer writes: every
+#: file in them is replaced
 EVERYTHING = "*"
 #: error numbers of a rename whose target exists or is a mount point
 _TARGET_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
 
 
-def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
+def must_not_exist(path: Path, overwrite: bool, *, is_folder: bool = True) -> None:
     """Raise OutputExistsError if ``path`` exists and must not be replaced.
 
-    An empty folder may always be replaced. A file is never replaced by a folder, nor a folder by a
-    file; ``folder`` says whether a folder or a file will be written to ``path``."""
-    if overwrite and folder and path.exists() and not path.is_dir():
+    An empty folder may be replaced by a folder without ``overwrite``. A file is never replaced by a
+    folder, nor a folder by a file. ``is_folder``: whether a folder will be written to ``path``."""
+    if overwrite and is_folder and path.exists() and not path.is_dir():
         raise OutputExistsError(
             f"{path}, which is a file", "a path for a folder", "choose another, or remove the file"
         )
-    if not folder and path.is_dir():
+    if not is_folder and path.is_dir():
         raise OutputExistsError(f"the folder {path}", "a path for a file", "name a file in it")
     if overwrite or not path.exists() or _is_empty(path):
         return
@@ -59,48 +60,53 @@ def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
 def new_folder(
     path: str | Path, *, overwrite: bool = False, replaces: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """Yield a temporary folder to fill. When the block ends, it is flushed to disk and becomes
-    ``path``. If the block raises, the folder is removed and ``path`` stays unchanged.
+    """Yield a temporary folder to fill. When the block ends, the folder is flushed to disk and
+    becomes ``path``. If the block raises, it is removed and ``path`` stays unchanged.
 
     Args:
-        overwrite: replace an existing folder's files that the block writes, or that match
-            ``replaces``. All other files stay.
+        overwrite: whether ``path`` may be a folder that is not empty. The new files then replace
+            files of the same names, files that match ``replaces`` are removed, all others stay.
         replaces: patterns of file names that an earlier folder of the same kind may contain; "*"
             replaces the complete folder. The first pattern matches the file without which readers
             refuse the folder.
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
-            it is a file. Checked before the block and again before the rename. Also if a file to
-            keep has the path of a new folder, or a folder has the path of a new file.
+            it is a file. (Both are checked before the block and again before the rename.) Or a file
+            to keep has the path of a new folder, or a folder has the path of a new file.
     """
     path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)
     must_not_exist(path, overwrite)
-    within = path.is_dir() and (os.path.ismount(path) or bool(_files_to_keep(path, (), replaces)))
-    with disk_errors(path), temporary(path, within=within) as folder:
-        (folder / NEW).mkdir()
-        yield folder / NEW
-        _flush_and_move(folder, path, overwrite, replaces)
+    # a mount point, or a folder with files to keep, is not exchanged: its files are replaced one by
+    # one by renames, for which the new files must be on the same disk
+    create_within = path.is_dir() and (
+        os.path.ismount(path) or bool(_files_to_keep(path, (), replaces))
+    )
+    with disk_errors(path), temporary(path, within=create_within) as temporary_folder:
+        (temporary_folder / NEW).mkdir()
+        yield temporary_folder / NEW
+        _flush_and_move(temporary_folder, path, overwrite, replaces)
 
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield the path of a temporary file to write, which becomes ``path`` as in ``new_folder``.
+    """Yield the path of a temporary file to write. When the block ends, the file is flushed to disk
+    and becomes ``path``. If the block raises, it is removed and ``path`` stays unchanged.
 
     Raises OutputExistsError if ``path`` exists and ``overwrite`` is False, or if it is a folder."""
     path = Path(path).resolve()
-    must_not_exist(path, overwrite, folder=False)
-    with disk_errors(path), temporary(path) as folder:
-        (folder / NEW).mkdir()
-        file = folder / NEW / path.name
-        yield file
-        _flush(folder / NEW, _folder_mode(folder) & 0o666)
+    must_not_exist(path, overwrite, is_folder=False)
+    with disk_errors(path), temporary(path) as temporary_folder:
+        (temporary_folder / NEW).mkdir()
+        temporary_file = temporary_folder / NEW / path.name
+        yield temporary_file
+        _flush(temporary_folder / NEW, _folder_mode(temporary_folder) & 0o666)
         if overwrite:
-            file.replace(path)
-        elif not _rename(file, path, _RENAME_NOREPLACE):
-            must_not_exist(path, overwrite, folder=False)
-            file.replace(path)
+            temporary_file.replace(path)
+        elif not _rename(temporary_file, path, _RENAME_NOREPLACE):
+            must_not_exist(path, overwrite, is_folder=False)
+            temporary_file.replace(path)
         flush_folder(path.parent)
 
 
@@ -113,10 +119,11 @@ def write_whole(path: Path, text: str) -> None:
 def _flush_and_move(
     temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
 ) -> None:
-    """Flush the folder ``new`` in a temporary folder to disk, then move it to ``path``."""
-    new, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
-    new.chmod(mode)
-    _flush(new, mode & 0o666)
+    """Flush the filled folder (``NEW`` in the temporary folder) to disk, then move it to ``path``.
+    The other arguments are those of ``new_folder``."""
+    filled_folder, mode = temporary_folder / NEW, _folder_mode(temporary_folder)
+    filled_folder.chmod(mode)
+    _flush(filled_folder, mode & 0o666)
     _move_into_place(temporary_folder, path, overwrite, replaces)
     flush_folder(path.parent)
 
@@ -124,52 +131,59 @@ def _flush_and_move(
 def _move_into_place(
     temporary_folder: Path, path: Path, overwrite: bool, replaces: Sequence[str]
 ) -> None:
-    """Rename the complete new folder to ``path``, or exchange it with the folder there, or replace
-    files of that folder one by one."""
-    new = temporary_folder / NEW
+    """Rename the filled folder to ``path`` if no folder with files is there. Otherwise exchange the
+    two if no file has to stay, and if that is not possible, replace the files one by one."""
+    filled_folder = temporary_folder / NEW
     if temporary_folder.parent != path and (not path.exists() or _is_empty(path)):
         try:
-            new.rename(path)  # this also replaces an empty folder
+            filled_folder.rename(path)  # this also replaces an empty folder
             return
         except OSError as error:
-            # another process created the path, or the empty folder is a mount point
+            # another process created the path, or the empty folder is a mount point: go on below
             if error.errno not in _TARGET_TAKEN:
                 raise
     must_not_exist(path, overwrite)
-    new_names = [file.name for file in new.iterdir() if not _is_folder(file)]
+    new_names = [file.name for file in filled_folder.iterdir() if not _is_folder(file)]
     keeps_nothing = not _files_to_keep(path, new_names, replaces)
-    if keeps_nothing and not _contains_working_directory(path) and _exchange(new, path):
+    if keeps_nothing and not _contains_working_directory(path) and _exchange(filled_folder, path):
         # move back files that another process wrote to the old folder just before the exchange
-        for name in _files_to_keep(new, new_names, replaces):
-            (new / name).rename(path / name)
+        for name in _files_to_keep(filled_folder, new_names, replaces):
+            (filled_folder / name).rename(path / name)
         return
-    writes = sorted(files_in(new), key=lambda name: (_pattern_index(name, replaces), name))
+    written_names = sorted(
+        files_in(filled_folder), key=lambda name: (_pattern_index(name, replaces), name)
+    )
     old_names = (
         files_in(path)
         if EVERYTHING in replaces
         else [file.name for file in path.iterdir() if not _is_folder(file)]
     )
-    removes = [
+    removed_names = [
         name
         for name in old_names
-        if name not in writes and _pattern_index(name, replaces) < len(replaces)
+        if name not in written_names and _pattern_index(name, replaces) < len(replaces)
     ]
-    _refuse_conflicts(path, writes, removes)
-    write_plan(temporary_folder, writes[0], writes, removes)
+    _refuse_conflicts(path, written_names, removed_names)
+    write_plan(temporary_folder, written_names[0], written_names, removed_names)
     move_files(temporary_folder, path)
 
 
-def _refuse_conflicts(path: Path, writes: Sequence[str], removes: Sequence[str]) -> None:
-    """Raise OutputExistsError if a folder stands where a file is to be written, or a file that is
-    not to be removed where a folder is to be."""
-    parents = {parent.as_posix() for name in writes for parent in Path(name).parents}
-    folders = [name for name in writes if _is_folder(path / name)]
-    files = [
+def _refuse_conflicts(
+    path: Path, written_names: Sequence[str], removed_names: Sequence[str]
+) -> None:
+    """Raise OutputExistsError if a folder has the path of a file to write, or a file that is not to
+    be removed has the path of a folder to create. All names are relative to ``path``."""
+    parents = {parent.as_posix() for name in written_names for parent in Path(name).parents}
+    folder_conflicts = [name for name in written_names if _is_folder(path / name)]
+    file_conflicts = [
         name
-        for name in sorted(parents.difference(removes))
+        for name in sorted(parents.difference(removed_names))
         if os.path.lexists(path / name) and not (path / name).is_dir()
     ]
-    for names, old_kind, new_kind in ((folders, "folder", "file"), (files, "file", "folder")):
+    for names, old_kind, new_kind in (
+        (folder_conflicts, "folder", "file"),
+        (file_conflicts, "file", "folder"),
+    ):
         if names:
             raise OutputExistsError(
                 f"{path}, in which {listing(names, 3)} is a {old_kind}",
@@ -208,45 +222,50 @@ def _is_empty(path: Path) -> bool:
 
 
 def _contains_working_directory(path: Path) -> bool:
-    """Return whether the working directory of this process is in the folder ``path``. An exchange
-    of the folder would remove the working directory."""
+    """Return whether the working directory of this process is in the folder ``path``. It would be
+    removed with the old folder after an exchange."""
     try:
         return Path.cwd().is_relative_to(path)
     except FileNotFoundError:  # the working directory was removed
         return False
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def _exchange(first_path: Path, second_path: Path) -> bool:
     """Swap two paths in one step; return False if the operating system cannot."""
-    return _rename(first, second, _RENAME_EXCHANGE)
+    return _rename(first_path, second_path, _RENAME_EXCHANGE)
 
 
-def _rename(source: Path, target: Path, flag: int) -> bool:
+def _rename(source: Path, target: Path, renameat2_flag: int) -> bool:
     """Rename with a flag of Linux's renameat2; return False if the system or disk does not support
     the flag."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0
+    return (
+        rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), renameat2_flag) == 0
+    )
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert the exceptions of torch and safetensors for failed writes to OSError."""
+    """A context manager that converts the exceptions of torch and safetensors for failed writes to
+    an OSError that names ``path``. Other exceptions stay unchanged."""
     try:
         yield
     except Exception as error:
-        text = str(error)
-        os_error = re.search(r"os error (\d+)", text)
+        error_text = str(error)
+        os_error_match = re.search(r"os error (\d+)", error_text)
         if isinstance(error, OSError) or not (
-            os_error or "PytorchStreamWriter" in text or "inline_container" in text
+            os_error_match
+            or "PytorchStreamWriter" in error_text
+            or "inline_container" in error_text
         ):
             raise
         # torch's writer does not say why it failed; the usual reason is a full disk
         free_bytes = shutil.disk_usage(path.parent).free
-        likely_error = errno.ENOSPC if free_bytes < 64 * 2**20 else errno.EIO
-        error_number = int(os_error.group(1)) if os_error else likely_error
+        likely_errno = errno.ENOSPC if free_bytes < 64 * 2**20 else errno.EIO
+        error_number = int(os_error_match.group(1)) if os_error_match else likely_errno
         raise OSError(error_number, os.strerror(error_number), str(path)) from error
 
 
@@ -266,11 +285,11 @@ def _flush(folder: Path, mode: int) -> None:
 def _folder_mode(folder: Path) -> int:
     """Return the permissions that new folders in ``folder`` get.
 
-    They are read from a probe folder: the umask itself can only be read by changing it for all
-    threads, which is a race and would give files of other threads wrong permissions."""
-    probe = folder / ".mode"
-    probe.mkdir(exist_ok=True)  # a killed process may have left one behind
+    They are read from a probe folder. The umask itself can only be read by changing it for a moment
+    for all threads, so files that other threads create meanwhile would get wrong permissions."""
+    probe_folder = folder / ".mode"
+    probe_folder.mkdir(exist_ok=True)  # a killed process may have left one behind
     try:
-        return probe.stat().st_mode & 0o777
+        return probe_folder.stat().st_mode & 0o777
     finally:
-        probe.rmdir()
+        probe_folder.rmdir()

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: the prefix of a fingerprint tells which hash function computed it. XXH3 hashes as fast as memory
-#: can be read. It detects accidents and edits; no hash in the record protects against an attacker,
-#: who would rewrite the record too.
+#: the prefixes of fingerprints, which tell the hash function; those of SHA-256 have no prefix. XXH3
+#: hashes as fast as memory can be read. It detects accidents and edits. No hash in the record (the
+#: metadata of an adapter folder) protects against an attacker, who would rewrite the record too.
 XXH3, SHA256 = "xxh3:", ""
-#: values per block that is rounded and hashed. A block of CPU_BLOCK values fits into the cache, and
-#: is small enough for torch to round it in this thread. DEVICE_BLOCK amortises the cost of a copy
-#: from another device.
+#: the number of values that are rounded and hashed at a time. CPU_BLOCK values fit into the cache,
+#: and torch rounds so few in the calling thread, without its pool. DEVICE_BLOCK is larger, because
+#: each copy from another device has a fixed cost.
 CPU_BLOCK, DEVICE_BLOCK = 1 << 15, 1 << 24
 
 
@@ -40,8 +40,8 @@ def fingerprint(weight: Tensor, like: str = XXH3) -> str:
 
 
 def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = XXH3) -> str:
-    """Return the ``fingerprint`` of a weight with this shape. ``blocks`` are its consecutive blocks
-    along the first axis."""
+    """Return the ``fingerprint`` of a weight that is given in parts. ``blocks``: its consecutive
+    blocks along the first axis. ``like``: as in ``fingerprint``."""
     from xxhash import xxh3_128
 
     hash_kind = kind_of(like)
@@ -52,17 +52,22 @@ def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = X
     return hash_kind + hasher.hexdigest()[:32]
 
 
-def fingerprint_without_rows(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
+def fingerprint_without_rows(weight: Tensor, row_indices: Sequence[int], like: str = XXH3) -> str:
     """Return the ``fingerprint`` of a weight without some rows of its first axis.
 
-    ``rows`` are ascending indices; indices beyond the end are ignored. For an embedding that grew
-    by these rows, the result is the fingerprint of the original embedding."""
-    ends = [*(row for row in rows if row < len(weight)), len(weight)]
-    starts = [0, *(row + 1 for row in ends[:-1])]
-    shape = len(weight) - len(ends) + 1, *weight.shape[1:]
+    ``row_indices`` ascend; indices beyond the end are ignored. For an embedding that grew
+    by these rows, the result is the fingerprint of the original embedding. ``like``: as in
+    ``fingerprint``."""
+    block_ends = [*(row for row in row_indices if row < len(weight)), len(weight)]
+    block_starts = [0, *(row + 1 for row in block_ends[:-1])]
+    shape = len(weight) - len(block_ends) + 1, *weight.shape[1:]
     return fingerprint_of(
         shape,
-        (weight[start:end] for start, end in zip(starts, ends, strict=True) if start < end),
+        (
+            weight[start:end]
+            for start, end in zip(block_starts, block_ends, strict=True)
+            if start < end
+        ),
         like,
     )
 
@@ -73,21 +78,22 @@ def kind_of(fingerprint: str) -> str:
 
 
 def _update_hash(hasher: Any, tensor: Tensor) -> None:
-    """Hash the values of a tensor block by block, floating-point values as bfloat16."""
+    """Add the values of a tensor to ``hasher`` block by block, floating-point values as
+    bfloat16."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat_values = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        # a small buffer that stays in the cache of the CPU
+        # convert through a small buffer that stays in the CPU's cache, which is faster
         buffer = torch.empty(min(CPU_BLOCK, len(flat_values)), dtype=torch.bfloat16)
         buffer_bytes = memory_of(buffer)
         for block in flat_values.split(CPU_BLOCK) if len(flat_values) else ():
             buffer[: len(block)].copy_(block)
             hasher.update(buffer_bytes[: 2 * len(block)])
         return
-    step = DEVICE_BLOCK if tensor.device.type != "cpu" else max(1, len(flat_values))
-    for start in range(0, len(flat_values), step):
-        block = flat_values[start : start + step].to(dtype).cpu()
+    block_size = DEVICE_BLOCK if tensor.device.type != "cpu" else max(1, len(flat_values))
+    for start in range(0, len(flat_values), block_size):
+        block = flat_values[start : start + block_size].to(dtype).cpu()
         hasher.update(memory_of(block))
 
 
@@ -105,26 +111,31 @@ def memory_of(tensor: Tensor) -> memoryview:
     )
 
 
-def recorded_fingerprints(base: Mapping[str, Any]) -> dict[str, str]:
-    """Return all fingerprints in ``base``, the entry "base" of a record, by the weight's name."""
-    return {**(base.get("rest") or {}), **(base.get("weights") or {})}
+def recorded_fingerprints(base_entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return all fingerprints of base weights by the weight's name. ``base_entry``: the entry
+    "base" of a record (the metadata of an adapter folder)."""
+    return {**(base_entry.get("rest") or {}), **(base_entry.get("weights") or {})}
 
 
-def recorded_hash_kind(base: Mapping[str, Any]) -> str:
-    """Return the hash function of a record's fingerprints, which is the same for all of them."""
-    return kind_of(next(iter(recorded_fingerprints(base).values()), XXH3))
+def recorded_hash_kind(base_entry: Mapping[str, Any]) -> str:
+    """Return the hash function (XXH3 or SHA256) of all fingerprints in ``base_entry``, the entry
+    "base" of a record (the metadata of an adapter folder); XXH3 if it has no fingerprint."""
+    return kind_of(next(iter(recorded_fingerprints(base_entry).values()), XXH3))
 
 
-def coverage(base: Mapping[str, Any] | None) -> str:
-    """Describe how many of the base's weights have a fingerprint in a record. ``base`` is the entry
-    "base" of the record, or None for a folder without a record."""
-    if not base or "weights" not in base:
+def coverage(base_entry: Mapping[str, Any] | None) -> str:
+    """Describe how many of the base's weights have a fingerprint in a record (the metadata of an
+    adapter folder). ``base_entry``: the record's entry "base"; None for a folder without a record.
+    """
+    if not base_entry or "weights" not in base_entry:
         return "nothing (written by another library)"
-    changed_count, unchanged = len(base["weights"]), base.get("rest")
-    if unchanged is None:
+    changed_count, unchanged_fingerprints = len(base_entry["weights"]), base_entry.get("rest")
+    if unchanged_fingerprints is None:
         return f"adapted layers only ({changed_count} tensors)"
-    counts = f"{changed_count} that it changes, {len(unchanged)} that it only computes with"
-    return f"{changed_count + len(unchanged)} tensors ({counts})"
+    counts_text = (
+        f"{changed_count} that it changes, {len(unchanged_fingerprints)} that it only computes with"
+    )
+    return f"{changed_count + len(unchanged_fingerprints)} tensors ({counts_text})"
 
 
 def hash_json(value: Any) -> str:

@@ -54,9 +54,10 @@ def acquire(path: Path, patience: float = 0) -> Any:
     """Acquire the lock file ``path``, which is created if needed. Returns the lock, or None if
     another process holds it for more than ``patience`` seconds.
 
-    A process removes the file before it releases the lock. So a lock on a file that no longer
-    exists is worthless, and this function tries again."""
-    from filelock import FileLock, Timeout  # the import takes 10 ms
+    A process removes the file before it releases the lock. A lock on a removed file is worthless,
+    because another process can create and lock a new file of the same name, so this function then
+    tries again."""
+    from filelock import FileLock, Timeout  # imported here, because the import takes 10 ms
 
     while True:
         lock = FileLock(path, thread_local=False)

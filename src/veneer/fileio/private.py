@@ -11,7 +11,7 @@ def private_folder(path: Path) -> Path:
     """Create the folder if needed, and remove the permissions of other users. Returns the path."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        with suppress(PermissionError):  # the folder belongs to another user
+        with suppress(PermissionError):  # only the folder's owner may change its permissions
             path.chmod(0o700)
     return path
 

@@ -33,7 +33,7 @@ from veneer.fileio.locks import acquire, hold_lock
 NEW, LOCK, PLAN = "new", "lock", "plan.json"
 #: lock file that is held while files of a folder are replaced one by one
 FOLDER_LOCK = ".veneer.lock"
-#: names of temporary folders beside NAME, and within it
+#: match the names of temporary folders beside the path that is written, and within it
 _SIBLING_PATTERN, INNER_PATTERN = (
     re.compile(r"\.(.+)\.[^.]+\.tmp"),
     re.compile(r"\.veneer-[^.]+\.tmp"),
@@ -48,20 +48,21 @@ MAX_REMOVAL_ATTEMPTS = 20
 
 @contextmanager
 def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
-    """Create a locked temporary folder beside ``path``, or with ``within`` inside of it. The
-    temporary folder is removed when the block ends, unless files were being moved out of it."""
+    """Create a locked temporary folder beside ``path``, or in the folder ``path`` if ``within``.
+    When the block ends, it is removed, unless it holds a plan: then the block failed while files
+    were moved out of it, and ``recover`` moves the others later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, parent = (".veneer-", path) if within else (f".{path.name}.", path.parent)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
-        lock = acquire(folder / LOCK)
+        temporary_folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
+        lock = acquire(temporary_folder / LOCK)
         if lock is not None:
-            break  # otherwise another process took the folder for a leftover and removed it
+            break  # otherwise another process took the folder for a killed writer's: try again
     try:
-        yield folder
+        yield temporary_folder
     finally:
-        if not (folder / PLAN).exists():
-            remove(folder)
+        if not (temporary_folder / PLAN).exists():
+            remove(temporary_folder)
         lock.release()
 
 
@@ -73,9 +74,9 @@ def recover(path: Path) -> None:
             _finish_or_remove(sibling, path)
         elif (match := _MOVED_ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
             _put_back(sibling, path)
-    for inner in sorted(path.iterdir()) if path.is_dir() else ():
-        if INNER_PATTERN.fullmatch(inner.name):
-            _finish_or_remove(inner, path)
+    for inner_folder in sorted(path.iterdir()) if path.is_dir() else ():
+        if INNER_PATTERN.fullmatch(inner_folder.name):
+            _finish_or_remove(inner_folder, path)
 
 
 def recover_all(folder: Path) -> None:
@@ -101,6 +102,7 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
         return
     try:
         if (temporary_folder / PLAN).is_file():
+            # the first step removes ``entry`` from ``path``, and the last one writes it
             if path.is_dir() and not os.path.lexists(path / _read_plan(temporary_folder)["entry"]):
                 move_files(temporary_folder, path)
             (temporary_folder / PLAN).unlink(missing_ok=True)
@@ -109,15 +111,15 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
         lock.release()
 
 
-def _put_back(aside: Path, path: Path) -> None:
-    """Rename ``aside``, a folder that an earlier version of Veneer moved aside, back to ``path``;
-    if ``path`` exists again, remove ``aside`` instead."""
+def _put_back(moved_folder: Path, path: Path) -> None:
+    """Rename ``moved_folder``, which an earlier version of Veneer renamed for a moment, back to
+    ``path``. If ``path`` exists again, remove ``moved_folder`` instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if os.path.lexists(path):
-        remove(aside)
+        remove(moved_folder)
     else:
-        aside.rename(path)
+        moved_folder.rename(path)
 
 
 def _read_plan(temporary_folder: Path) -> dict[str, Any]:
@@ -125,13 +127,13 @@ def _read_plan(temporary_folder: Path) -> dict[str, Any]:
 
 
 def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: list[str]) -> None:
-    """Write a plan, which states that the files in ``new`` are complete and on disk. From here on,
-    ``recover`` moves them into the folder.
+    """Write a plan, which states that the files in ``new/`` are complete and on disk. If the writer
+    is killed after this, ``recover`` moves them to their target folder.
 
     Args:
         entry: the file without which readers refuse the folder.
-        writes: files to move into the folder, relative to it.
-        removes: files of the folder to remove.
+        writes: the paths of the files in ``new/``, relative to ``new/`` and the target folder.
+        removes: the paths of the files to remove from the target folder, relative to it.
     """
     unfinished_plan = temporary_folder / f"{PLAN}.new"
     unfinished_plan.write_text(
@@ -145,24 +147,24 @@ def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: l
 
 def move_files(temporary_folder: Path, path: Path) -> None:
     """Replace files of the folder ``path`` as the plan says, or continue to do so after a crash."""
-    plan, new = _read_plan(temporary_folder), temporary_folder / NEW
-    entry, writes, removes = plan["entry"], plan["writes"], plan["removes"]
+    plan, filled_folder = _read_plan(temporary_folder), temporary_folder / NEW
+    entry_name, written_names, removed_names = plan["entry"], plan["writes"], plan["removes"]
     with hold_lock(path / FOLDER_LOCK):
-        if (new / entry).exists():
-            (path / entry).unlink(missing_ok=True)
+        if (filled_folder / entry_name).exists():
+            (path / entry_name).unlink(missing_ok=True)
             flush_folder(path)
-            for name in removes:
-                # a folder of this name was created for a file of ``writes`` before a crash
+            for name in removed_names:
+                # keep a folder of this name: it was created before a crash, for a written file
                 if (path / name).is_symlink() or not (path / name).is_dir():
                     (path / name).unlink(missing_ok=True)
-            for name in writes:
+            for name in written_names:
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
-                if name != entry and (new / name).exists():
-                    (new / name).replace(path / name)
-            for folder in {(path / name).parent for name in writes}:
+                if name != entry_name and (filled_folder / name).exists():
+                    (filled_folder / name).replace(path / name)
+            for folder in {(path / name).parent for name in written_names}:
                 flush_folder(folder)
-            (new / entry).replace(path / entry)
-            _remove_empty_folders({(path / name).parent for name in removes} - {path})
+            (filled_folder / entry_name).replace(path / entry_name)
+            _remove_empty_folders({(path / name).parent for name in removed_names} - {path})
         flush_folder(path)
         (temporary_folder / PLAN).unlink()
 
@@ -189,9 +191,9 @@ def files_in(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it exists. Meanwhile another process may remove the folder too,
-    or create a lock file in it to find out whether it is a leftover, so this tries several times.
-    """
+    """Remove a folder or a file, if it exists. Another process may remove the folder at the same
+    time, or create a lock file in it to find out whether its writer was killed, so the function
+    tries several times."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

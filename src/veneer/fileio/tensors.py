@@ -1,7 +1,7 @@
 """Read the tensors of a safetensors file into newly allocated memory.
 
-The safetensors library maps the file into memory instead. Then a later write to the file would
-change values after they were checked, and truncating the file would kill the process.
+The safetensors library maps the file into memory instead, so a later write to the file would change
+values after they were checked, and truncating the file would kill the process.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if entry.dtype not in DTYPES
     ]
     if unsupported_tensors:
-        names = listing(unsupported_tensors, 3)
+        tensors_text = listing(unsupported_tensors, 3)
         raise AdapterError(
-            f"{file} cannot be read ({names}: types of numbers that torch lacks)",
+            f"{file} cannot be read ({tensors_text}: types of numbers that torch lacks)",
             f"one of {', '.join(DTYPES)}",
             "convert them to bfloat16",
         )
@@ -63,7 +63,7 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_bytes(stream: BufferedReader, start: int, size: int) -> Tensor | None:
     """Read ``size`` bytes of a file, from the byte ``start`` on, into a new uint8 tensor [size].
-    Returns None if the file ends before."""
+    Returns None if the file ends earlier."""
     raw_bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     stream.seek(start)
     return raw_bytes if stream.readinto(raw_bytes.numpy().data) == size else None

@@ -1,7 +1,7 @@
-"""Long Python loops that pause while another thread computes.
+"""Let long Python loops in one thread pause while another thread computes.
 
 Because of the GIL, a thread that prepares an adapter for tens of milliseconds delays the next step
-of a computing thread by about as long. With pauses, it delays many steps by a little each.
+of a computing thread by about as long. With pauses, it delays many steps by a little each instead.
 Rejected: also giving the preparing thread the lowest priority. That delayed the computing threads
 more, because the preparing thread holds the GIL while it waits for a core.
 """
@@ -18,13 +18,14 @@ Item = TypeVar("Item")
 #: seconds of a slice of work, and of the pause after it
 SLICE_SECONDS, PAUSE_SECONDS = 0.001, 0.012
 
-#: of each thread that called ``throttle_loads``: its argument ``is_busy``, and ``slice_start``, the
-#: CPU time in seconds of the thread at which its slice of work began
+#: for each thread that called ``throttle_loads``: the argument ``is_busy`` of that call, and
+#: ``slice_start``, the thread's CPU time in seconds at which its slice of work began
 _THREAD = threading.local()
 
 
 def throttle_loads(is_busy: Callable[[], bool]) -> None:
-    """From now on, pause this thread in ``throttle`` loops while ``is_busy()`` returns True."""
+    """From now on, let ``throttle`` pause this thread after each slice of work at whose end
+    ``is_busy()`` returns True, which means that another thread computes."""
     _THREAD.is_busy, _THREAD.slice_start = is_busy, time.thread_time()
 
 

@@ -1,5 +1,5 @@
-"""Reading untrusted files: headers of safetensors files, JSON, and whether a folder's files lie in
-the folder.
+"""Read untrusted headers of safetensors files and untrusted JSON, and check that the files of a
+folder lie in the folder.
 
     8 bytes          n, the length of the header in bytes, little-endian
     n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …,
@@ -38,9 +38,9 @@ BITS_PER_VALUE = {
 #: the largest accepted header, in bytes (the limit of the safetensors library), and the most
 #: characters of its metadata, keys and values together
 MAX_HEADER_BYTES, MAX_METADATA_CHARACTERS = 100_000_000, 16 * 2**20
-#: the largest accepted JSON file, in bytes; its deepest nesting; and its most commas, colons and
-#: opening brackets. Their number is an estimate of the number of values, which is limited because
-#: a list of empty lists takes thirty times more memory than its text.
+#: the largest accepted JSON file, in bytes; its deepest nesting; and the most commas, colons and
+#: opening brackets in it. Their number estimates the number of values, which is limited because a
+#: list of empty lists takes thirty times more memory than its text.
 MAX_JSON_BYTES, MAX_DEPTH, MAX_SEPARATORS = 16 * 2**20, 64, 1_000_000
 #: the most characters of a tensor's name, and the most axes of a tensor
 MAX_NAME_CHARACTERS, MAX_AXES = 512, 64
@@ -140,23 +140,23 @@ def _not_a_header(first_bytes: bytes, file_size: int, header_length: int) -> str
     if header_length > MAX_HEADER_BYTES:
         return f"its header claims {header_length:,} bytes, of {MAX_HEADER_BYTES:,} at most"
     if header_length > file_size - 8:
-        claim = f"its header claims {header_length:,} bytes in a file of {file_size:,}"
-        return f"{claim}: it is cut short, or no safetensors file"
+        claim_text = f"its header claims {header_length:,} bytes in a file of {file_size:,}"
+        return f"{claim_text}: it is cut short, or no safetensors file"
     return "its header does not begin with {"
 
 
 def describe_format(first_bytes: bytes) -> str | None:
-    """Describe a file's format by its first bytes, if it is one that is mistaken for safetensors;
-    return None for all other formats."""
-    protocols = (b"\x02", b"\x03", b"\x04", b"\x05")
-    is_pickle = first_bytes[:1] == b"\x80" and first_bytes[1:2] in protocols
+    """Describe a file's format by its first bytes, if it is a format that users mistake for
+    safetensors (a pickle, a zip archive, a Git LFS pointer, GGUF, HTML); otherwise return None."""
+    pickle_protocols = (b"\x02", b"\x03", b"\x04", b"\x05")
+    is_pickle = first_bytes[:1] == b"\x80" and first_bytes[1:2] in pickle_protocols
     if is_pickle and first_bytes[2:8] != bytes(6):
         return "a pickle, which runs code when it is read"
     return next(
         (
             description
-            for start, description in _MAGIC_NUMBERS.items()
-            if first_bytes.startswith(start)
+            for magic_bytes, description in _MAGIC_NUMBERS.items()
+            if first_bytes.startswith(magic_bytes)
         ),
         None,
     )
@@ -167,10 +167,10 @@ def _metadata_problem(metadata: Any) -> str | None:
         isinstance(value, str) for value in metadata.values()
     ):
         return "its __metadata__ is no mapping of text to text"
-    length = sum(len(key) + len(value) for key, value in metadata.items())
+    text_length = sum(len(key) + len(value) for key, value in metadata.items())
     return (
-        f"its __metadata__ has {length:,} characters, of {MAX_METADATA_CHARACTERS:,} at most"
-        if length > MAX_METADATA_CHARACTERS
+        f"its __metadata__ has {text_length:,} characters, of {MAX_METADATA_CHARACTERS:,} at most"
+        if text_length > MAX_METADATA_CHARACTERS
         else None
     )
 
@@ -180,31 +180,31 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
     of the problem.
 
     ``data_size`` is the number of bytes of tensor data in the file."""
-    tensor = f"tensor {name[:80]!r}"
+    label = f"tensor {name[:80]!r}"
     if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         return (
-            f"{tensor} has a name that is empty, longer than {MAX_NAME_CHARACTERS} characters or"
+            f"{label} has a name that is empty, longer than {MAX_NAME_CHARACTERS} characters or"
             " not printable"
         )
     if not isinstance(claim, dict) or claim.keys() != _TENSOR_FIELDS:
-        return f"{tensor} is not described by dtype, shape and data_offsets alone"
+        return f"{label} is not described by dtype, shape and data_offsets alone"
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS_PER_VALUE:
-        return f"{tensor} has the unknown dtype {str(dtype)[:40]!r}"
+        return f"{label} has the unknown dtype {str(dtype)[:40]!r}"
     if not _are_counts(shape) or len(shape) > MAX_AXES:
-        return f"{tensor} has a shape that is no list of at most {MAX_AXES} whole numbers"
+        return f"{label} has a shape that is no list of at most {MAX_AXES} whole numbers"
     if not _are_counts(offsets) or len(offsets) != 2:
-        return f"{tensor} has data_offsets that are no two whole numbers"
+        return f"{label} has data_offsets that are no two whole numbers"
     start, stop = offsets
     if not start <= stop <= data_size:
-        return f"{tensor} claims the bytes {start:,} to {stop:,} of {data_size:,}"
+        return f"{label} claims the bytes {start:,} to {stop:,} of {data_size:,}"
     # an axis of size 0 counts as 1, because torch computes strides from the other axes
     if math.prod(axis or 1 for axis in shape) > MAX_NUMEL:
-        return f"{tensor} has a shape {_shorten(shape)} that no memory can hold"
+        return f"{label} has a shape {_shorten(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS_PER_VALUE[dtype]
     if bits != 8 * (stop - start):
         expected = f"{-(-bits // 8):,} by its shape {_shorten(shape)} of {dtype}"
-        return f"{tensor} claims {stop - start:,} bytes, and {expected}"
+        return f"{label} claims {stop - start:,} bytes, and {expected}"
     return Entry(dtype, tuple(shape), start, stop)
 
 
@@ -219,15 +219,15 @@ def _shorten(shape: list[int]) -> str:
 def _layout_problem(tensors: Mapping[str, Any], data_size: int) -> str | None:
     """Describe the first overlap of two tensors, or the first bytes that belong to no tensor;
     return None if every byte belongs to one tensor."""
-    end, previous = 0, "the header"
+    end_offset, previous_text = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start < end:
-            return f"tensor {name!r} overlaps {previous}"
-        if entry.start > end:
-            return f"{entry.start - end:,} bytes before tensor {name!r} belong to none"
-        end, previous = entry.stop, f"tensor {name!r}"
-    if end != data_size:
-        return f"{data_size - end:,} bytes behind {previous} belong to none"
+        if entry.start < end_offset:
+            return f"tensor {name!r} overlaps {previous_text}"
+        if entry.start > end_offset:
+            return f"{entry.start - end_offset:,} bytes before tensor {name!r} belong to none"
+        end_offset, previous_text = entry.stop, f"tensor {name!r}"
+    if end_offset != data_size:
+        return f"{data_size - end_offset:,} bytes behind {previous_text} belong to none"
     return None
 
 
@@ -235,7 +235,8 @@ def parse(text: str | bytes) -> Any:
     """Parse JSON (ASCII or UTF-8) more strictly than ``json``.
 
     It refuses duplicate keys, NaN and infinity, integers beyond 64 bits, and lone surrogates (which
-    UTF-8 cannot encode). It limits depth and memory. Raises ValueError with the reason.
+    UTF-8 cannot encode), nesting beyond ``MAX_DEPTH``, and texts that would take too much memory
+    (``MAX_SEPARATORS``). Raises ValueError with the reason.
     """
     json_bytes = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if (
@@ -253,7 +254,7 @@ def parse(text: str | bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
-    nested_values = [value]  # the values at one depth
+    nested_values = [value]  # all values at one depth; each step of the loop goes one level deeper
     for _ in range(MAX_DEPTH + 1):
         nested = (
             container.values() if isinstance(container, dict) else container
@@ -264,7 +265,7 @@ def parse(text: str | bytes) -> Any:
     if nested_values:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in json_bytes or b"\\uD" in json_bytes:
-        # UnicodeEncodeError, a ValueError, if there is a lone surrogate
+        # this raises UnicodeEncodeError, a ValueError, if there is a lone surrogate
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -272,8 +273,8 @@ def parse(text: str | bytes) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        visited: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in visited or visited.add(key))
+        visited_keys: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in visited_keys or visited_keys.add(key))
         raise ValueError(f"the key {duplicate[:80]!r} is there twice")
     return values
 
@@ -318,32 +319,32 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
 
 
 def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return a problem for each file in ``names`` that is neither a regular file in the folder nor
-    a link to one in the folder. Missing files are no problem.
+    """Return an error text for each file in ``names`` that is neither a regular file in the folder
+    nor a link to a regular file in the folder. Missing files are accepted.
 
     One exception: ``huggingface_hub`` stores ``models--…/snapshots/<revision>/file`` as a link into
     ``models--…/blobs``, so files of a snapshot may be in the blobs of the same repository."""
-    folders, problems = _allowed_folders(folder), []
+    allowed_folders, problems = _allowed_folders(folder), []
     for name in names:
         file = folder / name
         if not os.path.lexists(file):
             continue
-        target = Path(os.path.realpath(file))
-        if not any(target.is_relative_to(parent) for parent in folders):
+        target_path = Path(os.path.realpath(file))
+        if not any(target_path.is_relative_to(parent) for parent in allowed_folders):
             problems.append(
                 sentence(
-                    f"{file}, a link to {target}, which lies outside the folder",
+                    f"{file}, a link to {target_path}, which lies outside the folder",
                     "files of the folder's own",
                     "put a copy of the file in its place",
                 )
             )
         elif not file.is_file():
-            mode = target.stat().st_mode if target.exists() else 0
+            target_mode = target_path.stat().st_mode if target_path.exists() else 0
             file_type = (
                 "a folder"
-                if stat.S_ISDIR(mode)
+                if stat.S_ISDIR(target_mode)
                 else "no regular file"
-                if mode
+                if target_mode
                 else "a link to nothing"
             )
             problems.append(
@@ -353,29 +354,32 @@ def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _allowed_folders(folder: Path) -> list[Path]:
-    """The folder itself and, for a snapshot in the cache of ``huggingface_hub``, the blobs of its
-    repository."""
+    """The folders in which the files of ``folder`` may lie: the folder itself and, for a snapshot
+    in the cache of ``huggingface_hub``, the folder ``blobs`` of its repository."""
     folder = Path(os.path.realpath(folder))
-    repositories = (
-        revision.parent.parent
-        for revision in (folder, *folder.parents)
-        if revision.parent.name == "snapshots"
+    repository_folders = (
+        snapshot_folder.parent.parent
+        for snapshot_folder in (folder, *folder.parents)
+        if snapshot_folder.parent.name == "snapshots"
     )
     return [
         folder,
-        *(path / "blobs" for path in repositories if path.name.startswith("models--")),
+        *(path / "blobs" for path in repository_folders if path.name.startswith("models--")),
     ]
 
 
 def pickle_problems(folder: Path) -> list[str]:
-    """Return a problem if the folder contains an adapter's pickles. No pickle is opened."""
+    """Return one error text if the folder contains an adapter's pickles, else an empty list. No
+    pickle is opened."""
     names = [name for name in PICKLES if os.path.lexists(folder / name)]
     problem = (
         f"{', '.join(names)} in {folder}: a pickle, "
         "which runs whatever code its author put into it when it is read"
     )
-    do = (
+    advice = (
         "remove it if adapter_model.safetensors is there; if not, and you trust its author, "
         "let PEFT write it anew (PeftModel.from_pretrained, then save_pretrained)"
     )
-    return [sentence(problem, "tensors as adapter_model.safetensors alone", do)] if names else []
+    return (
+        [sentence(problem, "tensors as adapter_model.safetensors alone", advice)] if names else []
+    )

@@ -26,7 +26,8 @@ from veneer.formats._base import (
 from veneer.formats.peft import PeftLayer
 from veneer.registry import import_all
 
-# Veneer's and PEFT's adapter folders are registered first; ``adapter_files`` reads and writes them
+# These two have no functions ``read`` and ``write``, because ``adapter_files`` handles the folders
+# of Veneer and PEFT. The submodules that ``import_all`` imports register all other formats.
 register(Format("veneer", "an adapter folder that proves what it is", "nothing that Veneer reads"))
 _PEFT_LACKS = (
     "what PEFT would compute otherwise (the folder then says so); the parameters of variants that"

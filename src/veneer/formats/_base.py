@@ -32,7 +32,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MisreadElsewhere(UserWarning):
-    """A written file is valid, but a common reader of its format applies another change."""
+    """Warns that a common reader of the written file's format will apply a change that differs from
+    the adapter's, although the file is valid."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Contents:
     """The adapter that ``Format.read`` found in a file.
 
     Fields:
-        low: low-rank changes, by their path in an adapter folder.
+        low: low-rank changes, by the path that each has in an adapter folder of PEFT.
         deltas: dense ΔW by parameter name, for formats that store no A and B.
         full: the names in ``deltas`` that must not be factored into A and B.
         base_name: the base that the file names.
@@ -109,7 +110,7 @@ class LowRankChange:
     kind: str
 
     @property
-    def module(self) -> str:
+    def module_path(self) -> str:
         return self.weight.removesuffix(".weight")
 
     @property
@@ -142,7 +143,7 @@ class Format:
     Fields:
         name, title: the name that users type, and a short description.
         lacks: the adapters or facts that the format cannot store, as text.
-        suffix: the suffix of a file name; "" if the format is a folder.
+        suffix: the suffix of a file name, such as ".gguf"; "" if the format is a folder.
         recognises: (first bytes, tensor keys, header of a safetensors file) -> whether a file has
             this format.
         parts: whether a tensor key can name the pipeline component that a layer belongs to.
@@ -176,7 +177,7 @@ def register(format_: Format) -> Format:
 def kind_of_change(
     path: str,
     layer: PeftLayer,
-    weight: str,
+    weight_name: str,
     transposed: bool | None,
     shape: tuple[int, ...] | None,
 ) -> str:
@@ -184,22 +185,22 @@ def kind_of_change(
 
     Args:
         path: the path of the change in the folder.
-        weight: the name of the changed parameter.
+        weight_name: the name of the changed parameter.
         transposed: whether the parameter is [in, out], as in Conv1D; None if the folder does not
             tell.
-        shape: the shape of the parameter, which decides unless it is square; None if no base is
-            known.
+        shape: the shape of the parameter; None if no base is known. Unless the parameter is square,
+            its shape decides between linear and Conv1D, and ``transposed`` is ignored.
     """
-    groups, out, in_ = layer.dims
-    if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
+    group_count, out, in_ = layer.dims
+    if weight_name.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"
     if layer.suffixes == EMBEDDING_SUFFIXES:
         return "embedding"
     if layer.A.dim() > 2:
-        return "conv" if groups == 1 else "grouped conv"
-    if layer.is_stacked or groups > 1:
+        return "conv" if group_count == 1 else "grouped conv"
+    if layer.is_stacked or group_count > 1:
         return "stack"
-    if targets_parameter(path, layer) or not weight.endswith(".weight"):
+    if targets_parameter(path, layer) or not weight_name.endswith(".weight"):
         return "parameter"
     if shape is not None and sorted(shape) != sorted((out, in_)):
         return f"weight of shape {tuple(shape)}"
@@ -227,6 +228,8 @@ def build_peft_layer(
         alpha: None means the rank, so that the scale alpha / r is 1. If it is negative, its sign
             moves to B.
         shape: the shape of the weight, to which A and B are reshaped; None if it is not known.
+        magnitude: DoRA's magnitude, one number for each output.
+        suffixes: the suffixes of the keys of A and B in an adapter folder of PEFT.
 
     Raises:
         AdapterError: the shapes of A and B do not fit each other or the weight.
@@ -255,23 +258,23 @@ def build_peft_layer(
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A copy of a tensor for a file: on the CPU, contiguous, in ``dtype`` if it is floating-point
     (None keeps its dtype). ``AdapterError``: a finite value becomes infinite in ``dtype``."""
-    converted = (
+    converted_tensor = (
         tensor.detach()
         .to("cpu", dtype if tensor.is_floating_point() else None)
         .contiguous()
         .clone()
     )
-    if dtype is not None and tensor.isfinite().all() and not converted.isfinite().all():
+    if dtype is not None and tensor.isfinite().all() and not converted_tensor.isfinite().all():
         raise AdapterError(
             f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold",
             "finite numbers",
             "choose fp32",
         )
-    return converted
+    return converted_tensor
 
 
 def exact_scalar(value: float) -> Tensor:
-    """A float32 scalar, or a float64 one if float32 would round the value."""
+    """A scalar tensor of ``value``: float32, or float64 if float32 would round the value."""
     float32_scalar = torch.tensor(value, dtype=torch.float32)
     if float32_scalar.item() == value:
         return float32_scalar
@@ -291,15 +294,19 @@ def scalar_value(tensor: Tensor, key: str) -> float:
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise AdapterError for a NaN or an infinity, or for a floating dtype of 8 bits or less."""
-    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    if narrow_keys := [key for key, tensor in floating.items() if tensor.dtype not in FLOAT_DTYPES]:
+    float_tensors = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if narrow_keys := [
+        key for key, tensor in float_tensors.items() if tensor.dtype not in FLOAT_DTYPES
+    ]:
         dtype = tensors[narrow_keys[0]].dtype
         raise AdapterError(
             f"numbers stored as {dtype} in {listing(narrow_keys, 3)} of {path}",
             "float64, float32, bfloat16 or float16",
             "convert them to bfloat16",
         )
-    if nonfinite_keys := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
+    if nonfinite_keys := [
+        key for key, tensor in float_tensors.items() if not tensor.isfinite().all()
+    ]:
         raise AdapterError(
             f"numbers that are not finite in {listing(nonfinite_keys, 3)} of {path}",
             "finite ones",

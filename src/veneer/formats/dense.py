@@ -5,11 +5,11 @@
     header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full":
                                 [names], "variant": …}
 
-Every tool can add such changes to weights. Only this format can hold every variant on every kind of
-layer, because each is stored as W' - W (W': the weight of the adapted model). The file is as large
-as the weights. "full" names the parameters that the adapter trained in full; a reader does not
-factor their changes into A and B. Rejected: to store W' itself, because rounding W' loses a small
-change.
+Every tool can add a ΔW to a weight. Only this format can hold every variant on every kind of layer,
+because each change is stored as W' - W (W: the weight of the base, W': that of the adapted model).
+The file is as large as the changed weights. "full" names the parameters that the adapter trained in
+full; a reader does not factor their changes into A and B. Rejected: to store W' itself, because
+rounding W' would lose a small change.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _has_valid_types(full_names: Any, base_record: Any, version: Any) -> bool:
-    """Whether the fields of the header have the right types: a list of names, and the types that a
-    base has in Veneer's record."""
+    """Whether the fields of the header have the right types: a list of names, an integer version,
+    and a base whose name is a text or None and whose fingerprints are texts by weight name."""
     is_name_list = isinstance(full_names, list) and all(
         isinstance(name, str) for name in full_names
     )
@@ -70,8 +70,9 @@ def _has_valid_types(full_names: Any, base_record: Any, version: Any) -> bool:
         return False
     hash_tables = [base_record.get("weights") or {}, base_record.get("rest") or {}]
     are_hashes_valid = all(
-        isinstance(table, dict) and all(isinstance(hash_text, str) for hash_text in table.values())
-        for table in hash_tables
+        isinstance(hash_table, dict)
+        and all(isinstance(hash_text, str) for hash_text in hash_table.values())
+        for hash_table in hash_tables
     )
     return are_hashes_valid and isinstance(base_record.get("name"), str | None)
 

@@ -15,7 +15,7 @@ reads all of these layouts and writes the first one.
 
 For text encoders, the writer uses other suffixes in two cases, as diffusers 0.42 requires; other
 programs read these suffixes, too. The keys of DoRA's magnitudes end in ``.weight``, because
-transformers' loader looks for this name and would otherwise initialise the magnitudes. If no
+transformers' loader looks for this name and would otherwise initialise the magnitudes anew. If no
 attention projection is among the changes, A and B are named ``lora_linear_layer.down.weight`` and
 ``lora_linear_layer.up.weight``, by which diffusers recognises the format.
 
@@ -54,7 +54,7 @@ from veneer.formats._base import (
     read_tensors,
     scalar_value,
 )
-from veneer.formats.kohya import ATTENTION, LACKS, plain_lora_alpha
+from veneer.formats.kohya import ATTENTION_SUFFIXES, LACKS, plain_lora_alpha
 
 HEADER = "lora_adapter_metadata"
 #: suffix of a key -> role of the tensor in its module
@@ -63,9 +63,9 @@ _TENSOR_ROLES = {
     "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
     peft.MAGNITUDE: "magnitude", f"{peft.MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
 }  # fmt: skip
-#: the suffixes of A and B for a text encoder of which no ``ATTENTION`` projection changes
+#: the suffixes of A and B for a text encoder of which no attention projection changes
 _ENCODER_SUFFIXES = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
-#: modules of attention processors -> the projections that they change
+#: paths of LoRA modules in diffusers' old attention processors -> the projections that they change
 _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
     "processor.to_out_lora": "to_out.0"
 }
@@ -185,7 +185,8 @@ def _read_layer(
 
 
 def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's config for all components, from the header of a file."""
+    """PEFT's config for all components, from the header of a file; empty if the header has none.
+    ``AdapterError``: it is no JSON object."""
     try:
         config = parse(header.get(HEADER, "{}"))
         if isinstance(config, dict):
@@ -197,7 +198,8 @@ def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _component_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """The checked fields of PEFT's config for a pipeline component; empty if there are none."""
+    """The fields of PEFT's config for a pipeline component; empty if the header has none.
+    ``AdapterError``: Veneer does not support a field."""
     fields = {
         key.removeprefix(f"{component}."): value
         for key, value in config.items()
@@ -225,7 +227,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         component: {change.magnitude is not None for change in changes}
         for component, changes in changes_by_component.items()
     }
-    problems += [  # PEFT has one ``use_dora`` for all layers
+    problems += [  # PEFT's config has one ``use_dora`` for all layers of a component
         sentence(
             f"layers of {component} with and without DoRA", "one of both", "convert them apart"
         )
@@ -247,13 +249,13 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
                 tensors[f"{module_path}.{magnitude_suffix}"] = cast(change.magnitude, options.dtype)
         ranks = {locations[change.weight][1]: change.layer.rank for change in changes}
         alphas = {locations[change.weight][1]: plain_lora_alpha(change.layer) for change in changes}
-        rank = max(ranks.values(), key=list(ranks.values()).count)
-        alpha = max(alphas.values(), key=list(alphas.values()).count)
+        common_rank = max(ranks.values(), key=list(ranks.values()).count)
+        common_alpha = max(alphas.values(), key=list(alphas.values()).count)
         fields = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": peft_paths.patterns_for(ranks, rank),
-            "alpha_pattern": peft_paths.patterns_for(alphas, alpha),
+            "r": common_rank,
+            "lora_alpha": common_alpha,
+            "rank_pattern": peft_paths.patterns_for(ranks, common_rank),
+            "alpha_pattern": peft_paths.patterns_for(alphas, common_alpha),
             "target_modules": sorted(ranks),
             "use_dora": True in dora_flags[component],
             "lora_bias": False,
@@ -268,12 +270,13 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """The suffixes of A, B and the magnitude for a component in which these modules change."""
+    """The suffixes of the keys of A, B and DoRA's magnitude for a pipeline component. ``modules``:
+    the paths of its changed modules, on which the suffixes for a text encoder depend."""
     if not component.startswith("text_encoder"):
         return LORA_SUFFIXES[0], LORA_SUFFIXES[1], peft.MAGNITUDE
-    has_attention = any(f".{module}".endswith(ATTENTION) for module in modules)
-    down, up = LORA_SUFFIXES if has_attention else _ENCODER_SUFFIXES
-    return down, up, f"{peft.MAGNITUDE}.weight"
+    has_attention = any(f".{module}".endswith(ATTENTION_SUFFIXES) for module in modules)
+    A_suffix, B_suffix = LORA_SUFFIXES if has_attention else _ENCODER_SUFFIXES
+    return A_suffix, B_suffix, f"{peft.MAGNITUDE}.weight"
 
 
 register(

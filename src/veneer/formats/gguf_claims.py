@@ -23,7 +23,7 @@ from veneer.errors import AdapterError
 
 #: the bytes of one value, by GGUF's number of the value's type
 BYTES_BY_TYPE = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-#: GGUF's numbers of the types string and array
+#: GGUF's numbers of the value types string and array
 TEXT_TYPE, ARRAY_TYPE = 8, 9
 #: the largest total of pairs, tensors and array values in an adapter's file: the gguf package makes
 #: a Python object for each of them
@@ -34,16 +34,16 @@ MAX_AXES = 4
 
 
 def check(path: Path, max_count: int = MAX_COUNT) -> None:
-    """Check all sizes in the header. ``AdapterError``: the file is truncated, or claims more than
-    its size allows. ``max_count``: the largest permitted total of pairs, tensors and array
-    values."""
+    """Check all sizes in the header of the GGUF file ``path``. ``AdapterError``: the file is
+    truncated, or claims more data than it has bytes, or more than ``max_count`` pairs, tensors and
+    array values in total."""
     try:
         with (
             path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as file_bytes,
         ):
             _check_header(file_bytes, max_count)
-    except (ValueError, struct.error) as error:  # also raised for an empty file
+    except (ValueError, struct.error) as error:  # mmap raises ValueError for an empty file
         reason = "it ends within its header" if isinstance(error, struct.error) else str(error)
         raise AdapterError(
             f"{path}, which cannot be read as GGUF ({reason})",
@@ -73,8 +73,8 @@ def _check_header(file_bytes: mmap.mmap, max_count: int) -> None:
 
 
 def _subtract_count(remaining_count: int, count: int, file_bytes: mmap.mmap) -> int:
-    """The count that remains of the permitted total. ``ValueError``: ``count`` exceeds it, or the
-    bytes of the file."""
+    """``remaining_count``, the number of values that a file may still claim, less ``count``.
+    ``ValueError``: ``count`` exceeds ``remaining_count`` or the file's number of bytes."""
     if count > min(remaining_count, len(file_bytes)):
         raise ValueError(
             f"it claims {count:,} values in {len(file_bytes):,} bytes, of {remaining_count:,} that"
@@ -84,7 +84,8 @@ def _subtract_count(remaining_count: int, count: int, file_bytes: mmap.mmap) -> 
 
 
 def _skip_text(file_bytes: mmap.mmap, offset: int) -> int:
-    """The offset behind a text that begins at ``offset``."""
+    """The offset behind a text whose length field begins at ``offset``. ``ValueError``: the text
+    ends past the end of the file."""
     (length,) = struct.unpack_from("<Q", file_bytes, offset)
     return _checked_end(file_bytes, offset + 8, length)
 
@@ -101,7 +102,8 @@ def _checked_end(file_bytes: mmap.mmap, offset: int, size: int) -> int:
 def _skip_value(
     file_bytes: mmap.mmap, offset: int, type_number: int, remaining_count: int
 ) -> tuple[int, int]:
-    """(the offset behind a value of this type, the count that remains of the permitted total)."""
+    """(the offset behind a value of this type, the number of values that the file may still claim:
+    ``remaining_count`` less the values of an array)."""
     if type_number in BYTES_BY_TYPE:
         return _checked_end(file_bytes, offset, BYTES_BY_TYPE[type_number]), remaining_count
     if type_number == TEXT_TYPE:

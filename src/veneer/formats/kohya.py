@@ -15,7 +15,7 @@ r is the rank and k the kernel of a convolution.
 A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. The reader therefore compares it
 with the base's paths, of which exactly one must match. Rejected: tables of known names, as in other
 converters. A layer that is not in the table would be lost or, worse, taken for another layer. LoHa
-and LoKr are read as the low-rank product to which they are equal (see ``variants/loha.py`` and
+and LoKr are read as the low-rank products that equal them (see ``variants/loha.py`` and
 ``lokr.py``). Tucker cores (hada_t1, lokr_t2) do not give a product of low rank, and are refused.
 
 **DiT models.** sd-scripts trains Flux and SD3 under the block names of the original models, in
@@ -62,10 +62,10 @@ from veneer.formats.parts import (
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
-#: the release of diffusers of which we know how it loads these files
+#: the release of diffusers whose loader of kohya's files ``_omissions_of_diffusers`` describes
 DIFFUSERS_VERSION = "0.42"
-#: the projections of a text encoder's attention
-ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+#: the suffixes of the paths of a text encoder's attention projections
+ATTENTION_SUFFIXES = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 #: prefix of a key -> the pipeline components that it may mean, the more likely one first
 PREFIXES = {
     "lora_unet": ("unet", "transformer"),
@@ -77,16 +77,18 @@ PREFIXES = {
     "lycoris": ("model",),
 }
 #: the suffixes of the tensors of a LoRA, a LoHa and a LoKr
-_LORA = {"lora_down.weight", "lora_up.weight"}
-_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-_LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
-#: all suffixes that are read
-_READABLE = _LORA | _LOHA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
-#: the suffixes of Tucker cores
-_TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
+_LORA_SUFFIXES = {"lora_down.weight", "lora_up.weight"}
+_LOHA_SUFFIXES = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_LOKR_SUFFIXES = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
+#: all suffixes of tensors that the reader supports
+_READABLE_SUFFIXES = (
+    _LORA_SUFFIXES | _LOHA_SUFFIXES | _LOKR_SUFFIXES | {"alpha", "dora_scale", "lora_mid.weight"}
+)
+#: the suffixes of Tucker cores, which the reader refuses
+_TUCKER_SUFFIXES = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: the names of blocks in the original releases of SDXL and of Flux, which sd-scripts uses
 _OLD_BLOCKS = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
-#: the modules of SD3 and Flux that ComfyUI reads under diffusers' paths
+#: matches the paths, in diffusers, of the modules of SD3 and Flux that ComfyUI reads by these paths
 _SD3_OR_FLUX_MODULE = re.compile(
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
     r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear"
@@ -94,18 +96,18 @@ _SD3_OR_FLUX_MODULE = re.compile(
     r"|proj_mlp|proj_out)|context_embedder|x_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
     r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
 )
-#: the modules of Flux that diffusers reads from kohya's files
+#: matches the paths of the modules of Flux whose tensors diffusers reads from kohya's files
 _DIFFUSERS_FLUX_MODULE = re.compile(
     r".*\.attn\..*|context_embedder|x_embedder|proj_out|norm_out\.linear|time_text_embed\..*"
 )
 
 
 def recognises(first_bytes: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
-    suffixes = _LORA | _LOHA | _LOKR | _TUCKER
-    return any(key.partition(".")[2] in suffixes and _prefix(key) for key in keys)
+    suffixes = _LORA_SUFFIXES | _LOHA_SUFFIXES | _LOKR_SUFFIXES | _TUCKER_SUFFIXES
+    return any(key.partition(".")[2] in suffixes and _prefix_of(key) for key in keys)
 
 
-def _prefix(name: str) -> str | None:
+def _prefix_of(name: str) -> str | None:
     """The prefix of ``PREFIXES`` that a name begins with; None if it begins with none."""
     return next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
 
@@ -129,7 +131,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         for prefix, components in PREFIXES.items()
     }
     component_by_module = {
-        module_name: component_by_prefix.get(_prefix(module_name) or "", "")
+        module_name: component_by_prefix.get(_prefix_of(module_name) or "", "")
         for module_name in tensors_by_module
     }
     expected = f"names that begin with {listing(PREFIXES)}"
@@ -162,47 +164,51 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _modules_by_flat_name(base: BaseFacts, component: str, prefix: str) -> dict[str, list[str]]:
-    """The modules of a pipeline component by flattened path, which several modules may share.
-    ``prefix``: the prefix of the component's paths in the base."""
-    modules: dict[str, list[str]] = {}
-    for weight, shape in base.shapes.items():
-        if weight.startswith(prefix) and weight.endswith(".weight") and len(shape) > 1:
-            module = weight.removesuffix(".weight")
+    """The paths of the modules of a pipeline component, by flattened path. Several modules may have
+    the same one. ``prefix``: the prefix of the component's paths in the base."""
+    paths_by_flat_name: dict[str, list[str]] = {}
+    for weight_name, shape in base.shapes.items():
+        if weight_name.startswith(prefix) and weight_name.endswith(".weight") and len(shape) > 1:
+            module = weight_name.removesuffix(".weight")
             path = module.removeprefix(prefix)
-            for alias in {path, path_before_transformers_5(component, path)}:
-                modules.setdefault(alias.replace(".", "_"), []).append(module)
-    return modules
+            for known_path in {path, path_before_transformers_5(component, path)}:
+                paths_by_flat_name.setdefault(known_path.replace(".", "_"), []).append(module)
+    return paths_by_flat_name
 
 
-def _find_module(module_name: str, modules: Mapping[str, list[str]]) -> str:
+def _find_module(module_name: str, paths_by_flat_name: Mapping[str, list[str]]) -> str:
     """The path of the only module with the flattened name ``module_name``, which begins with one of
-    ``PREFIXES``. ``modules``: the paths by flattened name, without a prefix. ``AdapterError``: no
-    module has this name, or several have it."""
-    flat_name = module_name.removeprefix(f"{_prefix(module_name)}_")
-    matches = modules.get(flat_name, [])
-    if len(matches) > 1:
-        problem = f"{module_name!r}, which may mean {listing(matches)}"
+    ``PREFIXES``. The keys of ``paths_by_flat_name`` have no prefix. ``AdapterError``: no module has
+    this name, or several have it."""
+    flat_name = module_name.removeprefix(f"{_prefix_of(module_name)}_")
+    matching_paths = paths_by_flat_name.get(flat_name, [])
+    if len(matching_paths) > 1:
+        problem = f"{module_name!r}, which may mean {listing(matching_paths)}"
         raise AdapterError(problem, "one module", "rename one of them")
-    if not matches:
-        do = "give the base that it was made for"
+    if not matching_paths:
+        advice = "give the base that it was made for"
         if any(block in flat_name for block in _OLD_BLOCKS):
-            do += ": these are block names of the model as first published, not those of diffusers"
-        problem = f"{module_name!r}, which this base lacks{nearest(flat_name, modules)}"
-        raise AdapterError(problem, "one of its modules", do)
-    return matches[0]
+            advice += (
+                ": these are block names of the model as first published, not those of diffusers"
+            )
+        problem = f"{module_name!r}, which this base lacks{nearest(flat_name, paths_by_flat_name)}"
+        raise AdapterError(problem, "one of its modules", advice)
+    return matching_paths[0]
 
 
 def _read_layer(
     module_name: str, module_path: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]
 ) -> PeftLayer:
     suffixes, magnitude = set(tensors), tensors.get("dora_scale")
-    if suffixes & _TUCKER:
-        problem = f"{listing(sorted(suffixes & _TUCKER))} at {module_name!r}, a Tucker core"
+    if suffixes & _TUCKER_SUFFIXES:
+        problem = (
+            f"{listing(sorted(suffixes & _TUCKER_SUFFIXES))} at {module_name!r}, a Tucker core"
+        )
         raise AdapterError(
             problem, "factors whose product is short", "merge it with LyCORIS, and extract"
         )
-    if suffixes - _READABLE:
-        problem = f"{listing(sorted(suffixes - _READABLE))} at {module_name!r}"
+    if suffixes - _READABLE_SUFFIXES:
+        problem = f"{listing(sorted(suffixes - _READABLE_SUFFIXES))} at {module_name!r}"
         raise AdapterError(problem, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
         factors = _read_factors(tensors)
@@ -233,16 +239,16 @@ def _read_factors(
     suffixes = set(tensors)
     alpha = scalar_value(tensors["alpha"], "alpha") if "alpha" in tensors else None
     alpha = alpha or None  # sd-scripts and LyCORIS treat alpha 0 as no alpha
-    if suffixes >= _LORA:
+    if suffixes >= _LORA_SUFFIXES:
         A, B = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        mid = tensors.get("lora_mid.weight")
-        if mid is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
+        mid_factor = tensors.get("lora_mid.weight")
+        if mid_factor is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
-                "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()
+                "mn...,ni->mi...", mid_factor.double(), A.reshape(A.shape[0], -1).double()
             ).to(dtype)
         return A, B, alpha
-    if suffixes >= _LOHA:
+    if suffixes >= _LOHA_SUFFIXES:
         return _loha_factors(tensors, alpha)
     return _lokr_factors(tensors, alpha)
 
@@ -257,7 +263,7 @@ def _loha_factors(
 ) -> tuple[Tensor, Tensor, float]:
     rank = tensors["hada_w1_b"].shape[0]
     w1_a, w1_b, w2_a, w2_b = (
-        factor[None] for factor in _to_float32(*(tensors[name] for name in sorted(_LOHA)))
+        factor[None] for factor in _to_float32(*(tensors[name] for name in sorted(_LOHA_SUFFIXES)))
     )
     A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
     B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
@@ -269,16 +275,17 @@ def _lokr_factors(
 ) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, alpha) of a LoKr; None if a factor is missing.
 
-    With w2 = w2_a w2_b and an identity I, w1 [l, m] ⊗ w2 [k, n, …] is both (w1 ⊗ w2_a) (I ⊗ w2_b)
-    and (I ⊗ w2_a) (w1 ⊗ w2_b). The product of lower rank is used."""
+    With w2 [k, n, …] = w2_a [k, q] w2_b [q, n, …] and an identity I, w1 [l, m] ⊗ w2 is both
+    (w1 ⊗ w2_a) (I ⊗ w2_b), of rank m q, and (I ⊗ w2_a) (w1 ⊗ w2_b), of rank l q. The result is
+    the product of lower rank."""
     alternatives = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(
         matrix_suffix <= set(tensors) or pair_suffixes <= set(tensors)
         for matrix_suffix, pair_suffixes in alternatives
     ):
         return None
-    up_keys = [key for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]
-    rank = tensors[up_keys[0]].shape[0] if up_keys else None
+    rank_keys = [key for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]
+    rank = tensors[rank_keys[0]].shape[0] if rank_keys else None
     # LyCORIS does not scale if neither w1 nor w2 is decomposed
     scale = 1.0 if rank is None or alpha is None else alpha / rank
     if "lokr_w1" in tensors:
@@ -303,8 +310,8 @@ def _lokr_factors(
 
 
 def _limit_rank(product: LowRank) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of the same ΔW, with a rank of at most min(out, in). If the rank of ``product``
-    is larger, one factor becomes ΔW itself (computed in float64) and the other an identity."""
+    """(A, B, alpha) with the ΔW of ``product`` and a rank of at most min(out, in). If the rank of
+    ``product`` is larger, one factor becomes B A (computed in float64), the other an identity."""
     out, in_ = product.B.shape[1], product.A.shape[2]
     if product.rank > min(out, in_):
         delta = (product.B.double() @ product.A.double()).to(
@@ -332,13 +339,13 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         **{component: prefix for prefix, (component, *_) in PREFIXES.items()},
         "text_encoder": "lora_te1" if "text_encoder_2" in components else "lora_te",
     }
-    old_paths = {
+    file_locations = {
         weight: (component, path_before_transformers_5(component, module))
         for weight, (component, module) in locations.items()
     }
     flat_names = {
         weight: f"{prefixes[component]}_{module.replace('.', '_')}"
-        for weight, (component, module) in old_paths.items()
+        for weight, (component, module) in file_locations.items()
     }
     name_counts = Counter(flat_names.values())
     ambiguous_names = sorted(name for name, count in name_counts.items() if count > 1)
@@ -369,25 +376,26 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             f"a kohya file of which {reader} leaves out {omission}, so that its outputs differ"
         )
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
-        do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
-        warnings.warn(sentence(problem, expected, do), MisreadElsewhere, stacklevel=3)
+        advice = 'for diffusers, convert to "diffusers", which it reads right, or merge'
+        warnings.warn(sentence(problem, expected, advice), MisreadElsewhere, stacklevel=3)
     return []
 
 
 def _modules_unlike_sd3_or_flux(
     locations: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> list[str]:
-    """The modules of a transformer that neither SD3 nor Flux has, if the adapter changes any module
-    of the transformer. ``locations``: (component, path in the component) by changed weight."""
+    """The modules of the pipeline's transformer that neither SD3 nor Flux has; empty if the adapter
+    does not change the transformer. ``locations``: (component, path in it) by changed weight."""
     weights_by_module = {
-        module: weight
-        for weight, (component, module) in locations.items()
+        module: weight_name
+        for weight_name, (component, module) in locations.items()
         if component == "transformer"
     }
     if not weights_by_module:
         return []
     prefix = next(
-        weight.removesuffix(f"{module}.weight") for module, weight in weights_by_module.items()
+        weight_name.removesuffix(f"{module}.weight")
+        for module, weight_name in weights_by_module.items()
     )
     matrix_names = (
         name for name, shape in base.shapes.items() if name.startswith(prefix) and len(shape) > 1
@@ -407,10 +415,11 @@ def _modules_unlike_sd3_or_flux(
 def _omissions_of_diffusers(
     changes: Sequence[LowRankChange], locations: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> Iterator[str]:
-    """The contents of a kohya file that diffusers' converter drops when it loads a pipeline, as
-    texts. The converter uses a single alpha for the attention of a model: the alpha that most
-    layers have. It reads the alpha of a text encoder from an out-projection, and drops the
-    encoder's attention if no out-projection changes."""
+    """One text for each part of a kohya file that diffusers' converter drops or changes when it
+    loads a pipeline. The converter uses a single alpha for the attention of a model: the alpha that
+    most layers have. It reads the alpha of a text encoder from an out-projection, and drops the
+    encoder's attention if no out-projection changes. ``locations``: (component, path in the
+    component) by changed weight."""
     transformer_modules = [
         module for component, module in locations.values() if component == "transformer"
     ]
@@ -429,7 +438,7 @@ def _omissions_of_diffusers(
     alphas: dict[str, set[float]] = {}
     for change in changes:
         alphas.setdefault(locations[change.weight][0], set()).add(plain_lora_alpha(change.layer))
-    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
+    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION_SUFFIXES)
     attention_modules = {
         (component, module)
         for component, module in locations.values()
@@ -451,8 +460,9 @@ def _omissions_of_diffusers(
 
 
 def plain_lora_alpha(layer: PeftLayer) -> float:
-    """The alpha of the plain LoRA with this scale: scale · rank, or the layer's own alpha if the
-    two agree, which avoids rounding. (rsLoRA, for example, has scale = alpha / √rank.)"""
+    """The alpha with which plain LoRA, scale = alpha / rank, has the scale of this layer, such as
+    an rsLoRA with scale = alpha / √rank. If the layer's own alpha has this property, it is returned
+    unchanged, which avoids rounding."""
     return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
 
 

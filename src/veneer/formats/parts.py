@@ -37,14 +37,14 @@ def component_of(path: str) -> str:
     return first_segment if is_component else ""
 
 
-#: the prefix of paths in CLIP's text encoder until transformers 5, and how a path without the
-#: prefix begins. Files have the prefix. So has CLIPTextModelWithProjection in every release
+#: the prefix of paths in ``CLIPTextModel`` until transformers 5, and how a path without the prefix
+#: begins. Kohya's files have the prefix. ``CLIPTextModelWithProjection`` has it in every release
 _CLIP_PREFIX, _CLIP_LAYERS = "text_model.", "encoder.layers."
 
 
 def path_before_transformers_5(component: str, path: str) -> str:
-    """The path that a module of a pipeline component had before transformers 5. Kohya's files have
-    these paths."""
+    """The path that a module of a pipeline component had before transformers 5, and still has in
+    kohya's files. ``path``: its path in the component."""
     return (
         _CLIP_PREFIX + path
         if component.startswith("text_encoder") and path.startswith(_CLIP_LAYERS)
@@ -53,9 +53,9 @@ def path_before_transformers_5(component: str, path: str) -> str:
 
 
 def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> str:
-    """The path that a module has in the base, with CLIP's prefix or without, for its ``path`` in a
-    file. ``exists``: a function that tells whether the base has a module at a path. If it has none
-    at either, the result is ``path``."""
+    """The path that a module has in the base: its ``path`` in a file, with or without CLIP's prefix
+    ``text_model.``. ``exists``: a function that tells whether the base has a module at a path. If
+    the base has none at any of these paths, the result is ``path``."""
     candidates = (
         path,
         path_before_transformers_5(component, path),
@@ -65,10 +65,11 @@ def path_in_base(component: str, path: str, exists: Callable[[str], bool]) -> st
 
 
 def refusal_reasons(adapter: Adapter) -> list[str]:
-    """The reasons why a file with one A and one B for each module cannot hold an adapter."""
-    expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
+    """The reasons why a format with one A and one B for each module cannot hold ``adapter``, as
+    error texts; empty if it can."""
+    expected, advice = "linear layers and convolutions in one group", "leave it out, or merge"
     problems = [
-        sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
+        sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, advice)
         for change in adapter.changes
         if change.kind not in ("linear", "conv")
     ]
@@ -84,7 +85,8 @@ def refusal_reasons(adapter: Adapter) -> list[str]:
 def locate_modules(
     changes: Sequence[LowRankChange], component: str | None, format_name: str
 ) -> dict[str, tuple[str, str]]:
-    """(pipeline component, path in the component) of each changed module, by the changed weight.
+    """(pipeline component, path in the component) of each changed module, by the name of the
+    changed weight.
 
     Args:
         component: the component that all changes belong to; None if their paths begin with one.
@@ -94,27 +96,34 @@ def locate_modules(
         AdapterError: a path begins with no component and ``component`` is None, or a path begins
             with a component and ``component`` is not None.
     """
-    component_by_weight = {change.weight: component_of(change.module) for change in changes}
+    component_by_weight = {change.weight: component_of(change.module_path) for change in changes}
     if component is None and all(component_by_weight.values()):
         return {
-            change.weight: (component_by_weight[change.weight], change.module.partition(".")[2])
+            change.weight: (
+                component_by_weight[change.weight],
+                change.module_path.partition(".")[2],
+            )
             for change in changes
         }
     if component is None:
-        unclear_weight = next(weight for weight, name in component_by_weight.items() if not name)
+        unclear_weight = next(
+            weight_name for weight_name, name in component_by_weight.items() if not name
+        )
         raise AdapterError(
             f"{unclear_weight!r}, which does not say which model of a pipeline it belongs to",
             f"a part for a {format_name} file",
             f"give part: one of {', '.join(PARTS)}",
         )
     if any(component_by_weight.values()):
-        prefixed_weight = next(weight for weight, name in component_by_weight.items() if name)
+        prefixed_weight = next(
+            weight_name for weight_name, name in component_by_weight.items() if name
+        )
         raise AdapterError(
             f"part {component!r} and a path {prefixed_weight!r} with one",
             "one of both",
             "leave part out",
         )
-    return {change.weight: (component, change.module) for change in changes}
+    return {change.weight: (component, change.module_path) for change in changes}
 
 
 def choose_components(

@@ -1,5 +1,5 @@
 """Match module paths, or their last segments, with the regular expressions of a PEFT config. The
-result is that of ``re``, but there is a time limit.
+result is that of ``re``, but matching stops with an error at a time limit.
 
 Configs are untrusted. A backtracking matcher takes 2ⁿ steps for ``(a|a)*b`` on n letters, and
 ``re`` cannot be interrupted. The package ``regex`` supports a time limit. It accepts more syntax
@@ -25,8 +25,8 @@ from veneer.errors import AdapterError
 #: the largest number of characters of all expressions of a field, and of one expression when each
 #: counted repetition ``{n}`` is written out n times
 MAX_FIELD_CHARS, MAX_EXPANDED_CHARS = 4096, 100_000
-#: the largest number of characters of an expression for ``re``, which compiles so many in a tenth
-#: of a second
+#: the largest number of characters of an expression that ``re`` compiles, which takes a tenth of a
+#: second for an expression of this length
 MAX_SOURCE_CHARS = 65_536
 #: seconds for matching all expressions of a field, and further seconds for each path matched
 MAX_SECONDS, SECONDS_PER_PATH = 0.5, 1e-4
@@ -40,8 +40,8 @@ class TooSlowError(AdapterError):
 
 
 class Expressions:
-    """Several expressions that share one time limit. ``matching`` raises ``TooSlowError`` when the
-    time is up.
+    """Several regular expressions that share one time limit. The methods raise ``TooSlowError``
+    when the time is up.
 
     Args:
         sources: the text of each expression.
@@ -98,13 +98,14 @@ class Expressions:
 
 
 def _compile(source: str, full_match: bool) -> Callable[..., Any]:
-    """The method ``fullmatch`` or ``match`` of an expression that ``regex`` compiled."""
+    """Compile an expression with ``regex``, and return its method ``fullmatch`` or ``match``.
+    ``ValueError``: it is invalid, too large, or ``re`` and ``regex`` interpret it differently."""
     import regex
 
     flags = compile_flags(source)
     unescaped = re.sub(r"\\.", "", source, flags=re.DOTALL)
-    counts = [int(count or 0) for count in _REPEAT.findall(unescaped)]
-    if len(source) * prod(max(count, 1) for count in counts) > MAX_EXPANDED_CHARS:
+    repeat_counts = [int(count or 0) for count in _REPEAT.findall(unescaped)]
+    if len(source) * prod(max(count, 1) for count in repeat_counts) > MAX_EXPANDED_CHARS:
         raise ValueError("an expression that repeats too often")
     if "{" in _REPEAT.sub("", unescaped):
         raise ValueError("an expression with a brace that is not escaped and no repetition")
@@ -125,7 +126,7 @@ def compile_flags(source: str) -> int:
         )
     try:
         return re.compile(source).flags
-    # ``re`` raises the warning if warnings are errors
+    # a FutureWarning of ``re`` is raised where the process turns warnings into errors
     except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise ValueError(f"no regular expression ({error})") from error
 
@@ -143,8 +144,9 @@ def full_matcher(source: str) -> Callable[[str], bool]:
 
 @lru_cache(maxsize=256)
 def layer_containers(sources: tuple[str, ...]) -> Expressions:
-    """The expressions of PEFT's ``layers_pattern`` (the modules that contain the numbered layers),
-    each matched at the end of a path."""
+    """Matchers of PEFT's ``layers_pattern``: regular expressions for the modules that contain the
+    numbered layers, each matched at the end of a path. Raises ValueError as ``Expressions``
+    does."""
     return Expressions(sources, r"(.*\.)?{}")
 
 
@@ -182,14 +184,14 @@ class PathEndings:
         indices = [
             self._indices_by_path[ending] for ending in endings if ending in self._indices_by_path
         ]
-        indices += next(([index] for index, match in self._plain_matchers if match(path)), [])
+        indices += next(([index] for index, matcher in self._plain_matchers if matcher(path)), [])
         indices += next(
             ([self._complex_indices[index]] for index in self._expressions.matching(path)), []
         )
         return self.sources[min(indices)] if indices else None
 
 
-#: an expression without alternatives and repetitions
+#: matches an expression without alternatives and repetitions, for which ``re`` cannot backtrack
 _PLAIN = re.compile(r"\^?(?:[\w\-/. ]|\\[.\-/ ])+")
 
 
@@ -197,7 +199,7 @@ path_endings = lru_cache(maxsize=16)(PathEndings)
 
 
 def literal(source: str) -> str | None:
-    """The only text that an expression matches, or None if it may match several. An unescaped dot
-    matches any character, as in PEFT."""
-    word = re.sub(r"\\(.)", r"\1", source)
-    return word if re.escape(word) == source else None
+    """The only text that an expression matches, or None if it may match several texts. An unescaped
+    dot matches any character, so an expression that contains one may match several."""
+    unescaped_text = re.sub(r"\\(.)", r"\1", source)
+    return unescaped_text if re.escape(unescaped_text) == source else None

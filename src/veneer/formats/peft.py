@@ -16,8 +16,8 @@
     base_model.model.<block>.base_layer.<child>.…         a child of a module with an adapted
                                                           parameter
 
-``base_layer`` is the module that PEFT's wrapper contains. The layout is that of PEFT 0.21's source;
-the tests compare it with PEFT. ``peft_paths.py`` has the rules for paths and patterns,
+``base_layer`` is the original module within PEFT's wrapper. The layout is that of PEFT 0.21's
+source; the tests compare it with PEFT. ``peft_paths.py`` has the rules for paths and patterns,
 ``peft_fields.py`` the checks of the config, and ``peft_behaviour.py`` the layers for which PEFT's
 result differs from a change of the weight.
 
@@ -53,7 +53,7 @@ MAGNITUDE = "lora_magnitude_vector"
 LORA_BIAS = "lora_B.bias"
 #: the beginning of a ``peft_type`` that keeps PEFT from loading a folder
 NOT_FOR_PEFT = "not for PEFT"
-#: ``target_modules`` of a config without low-rank changes, which PEFT would otherwise refuse
+#: the value of ``target_modules`` in a config without low-rank changes; PEFT refuses an empty value
 NO_TARGETS = "dummy-target-modules"
 
 #: the largest valid rank; no weight has as many inputs
@@ -62,13 +62,13 @@ MAX_RANK = 2**20
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """One low-rank change with A and B in the shapes that the file has.
+    """One low-rank change, with A and B in the shapes that they have in PEFT's file.
 
     Fields:
         target_path: the path of the changed module, or of the parameter if the config targets a
             parameter, without the segments ``base_layer`` of PEFT's wrappers.
         suffixes: the suffixes of the keys of A and B.
-        rank, alpha, scale: of the change, by the config; scale multiplies B A.
+        rank, alpha, scale: those that the config gives to this change; ΔW = scale · B A.
         extras: the further tensors of a variant, by suffix.
     """
 
@@ -89,12 +89,13 @@ class PeftLayer:
 
     @property
     def _factor_rank(self) -> int:
-        """The rank of A and B. It is A's first size if the config's rank does not divide that."""
+        """The config's rank, or the first size of A if the config's rank does not divide it."""
         return self.rank if self.A.shape[0] % self.rank == 0 else self.A.shape[0]
 
     @property
     def dims(self) -> tuple[int, int, int]:
-        """(groups, out, in) of the change. Raises AdapterError as ``low`` does."""
+        """(groups, out, in) of the change. ``AdapterError``: the shapes of A and B do not fit the
+        rank."""
         product = self.low
         return product.A.shape[0], product.B.shape[1], product.A.shape[2]
 
@@ -111,16 +112,16 @@ class PeftLayer:
     @property
     def low(self) -> LowRank:
         """The change as a low-rank product. It has one group, except for grouped convolutions and
-        stacks of experts. ``AdapterError``: the shapes of A and B do not fit this rank."""
+        stacks of experts. ``AdapterError``: the shapes of A and B do not fit the rank."""
         rank = self._factor_rank
-        groups = self.A.shape[0] // rank
+        group_count = self.A.shape[0] // rank
         try:
-            A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
+            A = self.A.reshape(group_count, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
             # B: [g·out, r, …], or [out, r·g]
             B = (
-                self.B.reshape(-1, rank, groups).permute(2, 0, 1)
+                self.B.reshape(-1, rank, group_count).permute(2, 0, 1)
                 if self.is_stacked
-                else self.B.reshape(groups, -1, rank)
+                else self.B.reshape(group_count, -1, rank)
             )
         except RuntimeError as error:
             raise AdapterError(
@@ -131,14 +132,14 @@ class PeftLayer:
         return LowRank(A, B, self.scale)
 
     def with_low_rank(self, product: LowRank) -> PeftLayer:
-        """The layer with another product in the same layout, and with the alpha of plain LoRA,
-        ``product.scale · rank``."""
-        groups, rank, _ = product.A.shape
-        A = product.A.reshape(groups * rank, *self.A.shape[1:])
+        """A plain LoRA layer with the ΔW of ``product``: A and B in the layout of this layer, alpha
+        = ``product.scale`` · rank, and no ``extras``."""
+        group_count, rank, _ = product.A.shape
+        A = product.A.reshape(group_count * rank, *self.A.shape[1:])
         if self.is_stacked:
-            B = product.B.permute(1, 2, 0).reshape(product.B.shape[1], rank * groups)
+            B = product.B.permute(1, 2, 0).reshape(product.B.shape[1], rank * group_count)
         else:
-            B = product.B.reshape(groups * product.B.shape[1], rank, *self.B.shape[2:])
+            B = product.B.reshape(group_count * product.B.shape[1], rank, *self.B.shape[2:])
         return replace(
             self, A=A, B=B, rank=rank, alpha=product.scale * rank, scale=product.scale, extras={}
         )
@@ -147,14 +148,18 @@ class PeftLayer:
 def not_for_peft(config: Mapping[str, Any]) -> str | None:
     """The reason, stored in ``peft_type``, why PEFT would compute another result with the adapter;
     None if PEFT may load the adapter."""
-    type_ = str(config.get("peft_type"))
-    return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
+    peft_type = str(config.get("peft_type"))
+    return (
+        peft_type.removeprefix(NOT_FOR_PEFT).strip(": ")
+        if peft_type.startswith(NOT_FOR_PEFT)
+        else None
+    )
 
 
 def may_be_transposed(config: Mapping[str, Any]) -> bool:
     """Whether a folder may have changes of [in, out] weights. ``fan_in_fan_out`` is one flag for
-    all layers. Beside changes of parameters it is always False, and so does not tell (see
-    ``adapter_files/peft_mapping.py``)."""
+    all layers. PEFT requires it to be False in a folder that changes parameters
+    (``target_parameters``), so there it does not tell (``adapter_files/peft_mapping.py``)."""
     return bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
 
 
@@ -186,7 +191,7 @@ def split_tensors(
     }
     roles |= {suffix: (None, suffix) for suffix in extra_suffixes}
     entries: dict[str, dict[str, Any]] = {}
-    full: dict[str, dict[str, Tensor]] = {}
+    full_parameters: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for key, tensor in throttle(tensors.items()):
         bare_key = key.removeprefix(PREFIX)
@@ -205,19 +210,19 @@ def split_tensors(
             entry["suffixes"] = pair or entry["suffixes"]
         else:
             path, _, parameter = bare_key.rpartition(".")
-            # with bias="all", PEFT also saves the base's values of modules that it replaces
+            # skip the base's values of replaced modules, which PEFT also saves with bias="all"
             if ".original_module" in path:
                 continue
-            # with modules_to_save, PEFT saves trained biases a second time under the adapter's name
+            # with modules_to_save, PEFT saves trained biases twice; both keys get the same path
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
-            full.setdefault(path, {})[parameter] = tensor
+            full_parameters.setdefault(path, {})[parameter] = tensor
     layers = {
         path: _build_layer(path, entry, config, by_veneer, problems)
         for path, entry in entries.items()
     }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return {path: layer for path, layer in layers.items() if layer is not None}, full
+    return {path: layer for path, layer in layers.items() if layer is not None}, full_parameters
 
 
 def _build_layer(
@@ -247,20 +252,21 @@ def _build_layer(
     module_path = strip_wrappers(attention_of(path) or path)[0]
     rank, alpha, scale = rank_alpha_scale(config, *parameter_path, module_path)
     target_path = parameter_path[0] if parameter_path else strip_wrappers(path)[0]
-    # only a model tells how many matrices a parameter holds, and so which rank its B has
+    # check the rank of modules only: B of a parameter is [out, rank · number of its matrices], and
+    # only a model tells this number
     if not parameter_path and B.shape[1] % rank:
         problem = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
-        do = (
+        advice = (
             "get both files again (what PEFT writes for a grouped convolution is no change of its"
             " weight)"
         )
-        problems.append(sentence(problem, f"{rank}, as {CONFIG} says", do))
+        problems.append(sentence(problem, f"{rank}, as {CONFIG} says", advice))
     return PeftLayer(target_path, A, B, entry["suffixes"], rank, alpha, scale, extras)
 
 
 def targets_parameter(path: str, layer: PeftLayer) -> bool:
-    """Whether the config names the target of the change at ``path`` as a parameter, rather than as
-    a module."""
+    """Whether the config names the target of a change as a parameter, not as a module. ``path``:
+    the path of the change in the file."""
     return layer.target_path != strip_wrappers(path)[0]
 
 

@@ -1,5 +1,5 @@
-"""Where PEFT computes something else than op(x; W + ΔW): for which kinds of layers, options of
-modules and versions of PEFT."""
+"""The kinds of layers, options of modules and versions of PEFT with which PEFT computes another
+result than op(x; W + ΔW), the layer's operation with the changed weight."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ OUT_PROJ_REPEATS, LATEST_CHECKED = 2, "0.21"
 
 
 def out_proj_problem(config: Mapping[str, Any]) -> str | None:
-    """The reason why it is not known how many times PEFT adds a change of an out-projection: a
-    later release than ``LATEST_CHECKED`` wrote the config. None if no later one did."""
+    """The reason why it is not known how many times PEFT adds a change of an attention's
+    out-projection: a release later than ``LATEST_CHECKED`` wrote the config. None for a config of
+    any other release, or without a version."""
     version = str(config.get("peft_version") or LATEST_CHECKED)
     is_later_release = [int(number) for number in re.findall(r"\d+", version)[:2]] > [
         int(number) for number in LATEST_CHECKED.split(".")
@@ -32,7 +33,8 @@ def out_proj_problem(config: Mapping[str, Any]) -> str | None:
 def deviation_reason(kind_name: str, module: Any) -> str | None:
     """Why PEFT's change of a module's output differs from a change of the module's weight; None if
     they agree. ``kind_name``: the name of the module's kind (``layers/``)."""
-    # PEFT's convolution with A as kernel takes over only the stride and padding of the layer
+    # PEFT computes A x as a convolution with only the stride and padding of the layer, so the
+    # result differs if the layer has groups, a dilation or another padding mode
     if kind_name in ("conv1d", "conv2d", "conv3d"):
         if module.groups != 1:
             return (
@@ -55,7 +57,7 @@ def deviation_reason(kind_name: str, module: Any) -> str | None:
     )
 
 
-#: the attributes of a layer that PEFT's wrapper of the layer also has
+#: the attributes of torch's layers that PEFT's wrapper of a layer also has
 _WRAPPER_ATTRIBUTES = {
     "weight", "bias", "in_features", "out_features", "training",
     "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim",
@@ -76,9 +78,10 @@ _EXPERT_LAYERS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def mistakes_for_experts(path: str, parameters: Iterable[str]) -> bool:
-    """Whether PEFT may mistake a linear layer for an expert of transformers 4. In models with fused
-    experts, PEFT replaces the names of expert layers in ``target_modules`` by the fused parameters.
-    A config must therefore name such a layer in ``target_parameters``."""
+    """Whether PEFT may mistake the linear layer at ``path`` for an expert of transformers 4. In
+    models with fused experts, PEFT replaces the names of expert layers in ``target_modules`` by the
+    fused parameters. A config must therefore name the layer's weight in ``target_parameters``.
+    ``parameters``: the names of the model's parameters."""
     return path.rpartition(".")[2] in _EXPERT_LAYERS and any(
         name.endswith(".gate_up_proj") for name in parameters
     )

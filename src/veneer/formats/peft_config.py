@@ -22,7 +22,7 @@ from veneer.fileio.untrusted import read_json
 from veneer.formats import peft
 
 #: PEFT's field -> the field of ``veneer.LoraConfig`` with the same values
-_SAME_VALUE = {
+_RENAMED_FIELDS = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -34,20 +34,20 @@ BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 #: the values of ``init_lora_weights`` that are the names of variants in Veneer
 _INIT_VARIANTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
 #: the modules that PEFT trains in full for a task, without a field that names them
-_HEADS = {
+_TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-#: the fields that ``lora_fields`` translates
-_TRANSLATED = {
-    *_SAME_VALUE, "alpha_pattern", "bias", "corda_config", "exclude_modules", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "qalora_group_size",
-    "rank_pattern", "target_modules", "target_parameters", "task_type", "use_dora", "use_qalora",
-    "use_rslora",
+#: the fields of PEFT's config that ``lora_fields`` translates
+_TRANSLATED_FIELDS = {
+    *_RENAMED_FIELDS, "alpha_pattern", "bias", "corda_config", "exclude_modules",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type",
+    "qalora_group_size", "rank_pattern", "target_modules", "target_parameters", "task_type",
+    "use_dora", "use_qalora", "use_rslora",
 }  # fmt: skip
-#: the fields that do not change the result, or that ``veneer.attach`` takes as arguments
-_IRRELEVANT = {
+#: PEFT's fields that do not change the result, or that ``veneer.attach`` takes as arguments
+_IRRELEVANT_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "revision", "runtime_config",
@@ -61,8 +61,9 @@ _VENEER_PATTERN = re.compile(r"(peft-)?all-linear|attention|mlp|all|.*[*?\[\]].*
 
 
 def read_fields(config: Any) -> dict[str, Any]:
-    """The fields of a PEFT config: an object, a mapping, or the path of an ``adapter_config.json``
-    or of its folder. ``ConfigError``: it is none of these, or cannot be read."""
+    """The fields of a PEFT config, by name. ``config``: PEFT's object, a mapping of its fields, or
+    the path of an ``adapter_config.json`` or of its folder. ``ConfigError``: it is none of these,
+    or cannot be read."""
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str | Path):
@@ -85,22 +86,22 @@ def read_fields(config: Any) -> dict[str, Any]:
 
 
 def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(fields of ``veneer.LoraConfig``, one problem for each of PEFT's fields that these cannot
-    express)."""
+    """(fields of ``veneer.LoraConfig``, one error text for each of PEFT's fields that they cannot
+    express). ``fields``: the fields of PEFT's config."""
     peft_type = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
     if peft_type not in (None, "LORA"):
-        do = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
-        return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", do)]
+        advice = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
+        return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", advice)]
     values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
     task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
     problems = _unknown_field_problems(values)
-    full_modules = _full_module_patterns(values.get("modules_to_save") or (), task_type)
+    full_patterns = _full_module_patterns(values.get("modules_to_save") or (), task_type)
     veneer_fields = {
-        **{name: values[key] for key, name in _SAME_VALUE.items() if key in values},
+        **{name: values[key] for key, name in _RENAMED_FIELDS.items() if key in values},
         "targets": _target_patterns(values, problems),
-        "train_also": full_modules,
-        # PEFT adapts nothing within the modules that it trains in full
-        "exclude": (*_weight_patterns(values.get("exclude_modules") or ()), *full_modules),
+        "train_also": full_patterns,
+        # also exclude the modules that are trained in full, because PEFT adapts nothing in them
+        "exclude": (*_weight_patterns(values.get("exclude_modules") or ()), *full_patterns),
         "ranks": _by_layer_pattern(values.get("rank_pattern") or {}),
         "alphas": _by_layer_pattern(values.get("alpha_pattern") or {}),
         "bias": BIASES.get(values.get("bias", "none"), values.get("bias")),
@@ -110,21 +111,22 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _unknown_field_problems(values: Mapping[str, Any]) -> list[str]:
-    """One problem for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
-    do = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
+    """An error text for each field that has a value and no equivalent in ``veneer.LoraConfig``."""
+    advice = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
     return [
-        sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", do)
+        sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", advice)
         for name, value in values.items()
-        if value and name not in _TRANSLATED | _IRRELEVANT
+        if value and name not in _TRANSLATED_FIELDS | _IRRELEVANT_FIELDS
     ]
 
 
 def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
-    """The ``targets`` of Veneer's config for PEFT's modules and parameters."""
+    """Veneer's ``targets`` that match what PEFT's ``target_modules`` and ``target_parameters``
+    match. An error text is added to ``problems`` if there is no equivalent."""
     modules, parameters = values.get("target_modules"), values.get("target_parameters") or ()
     if modules is None and not parameters:
-        do = 'name the modules, or set target_modules="all-linear"'
-        problems.append(sentence("no target_modules", "the layers to adapt", do))
+        advice = 'name the modules, or set target_modules="all-linear"'
+        problems.append(sentence("no target_modules", "the layers to adapt", advice))
     patterns = _module_patterns(() if modules is None else modules)
     if isinstance(modules, str) and modules.lower() == "all-linear":
         patterns = "peft-all-linear"
@@ -137,34 +139,38 @@ def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
 
 
 def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | None:
-    """An expression that matches the beginning of a module's path if the module lies in one of the
-    blocks ``layers_to_transform``; None if the config does not restrict the blocks.
+    """A regular expression that matches the beginning of a module's path if the module lies in one
+    of the blocks ``layers_to_transform``. None if the config does not restrict the blocks, or in a
+    way that Veneer cannot express; an error text is then added to ``problems``.
 
     As in PEFT, the index of a block is the first number that stands behind at least two names in
     the path; with ``layers_pattern``, the first number behind the first of the pattern's names that
     the path has. A module that the config names by its full path is adapted in any block.
     """
-    layers, container_names = values.get("layers_to_transform"), values.get("layers_pattern") or ()
-    indices = [layers] if isinstance(layers, int) else [*(layers or ())]
+    block_indices, container_names = (
+        values.get("layers_to_transform"),
+        values.get("layers_pattern") or (),
+    )
+    indices = [block_indices] if isinstance(block_indices, int) else [*(block_indices or ())]
     container_names = [container_names] if isinstance(container_names, str) else [*container_names]
-    do = None
+    advice = None
     if not indices:
-        if container_names and layers is None:
-            do = "leave it out, or set layers_to_transform"
+        if container_names and block_indices is None:
+            advice = "leave it out, or set layers_to_transform"
     elif isinstance(values.get("target_modules"), str):
-        do = "name the modules in target_modules as a list"
+        advice = "name the modules in target_modules as a list"
     elif any(type(index) is not int or index < 0 for index in indices):
-        do = "count the blocks from 0: PEFT matches none with these"
+        advice = "count the blocks from 0: PEFT matches none with these"
     elif not all(re.fullmatch(r"[\w.]+", name) for name in container_names):
-        do = "name the modules that hold the blocks"
-    if do is not None:
+        advice = "name the modules that hold the blocks"
+    if advice is not None:
         problem = " with ".join(
             f"{name}={values[name]!r}"
             for name in ("layers_to_transform", "layers_pattern", "target_modules")
             if values.get(name) is not None
         )
         expected = "indices of blocks, for modules that are named"
-        problems.append(sentence(problem, expected, do))
+        problems.append(sentence(problem, expected, advice))
         return None
     if not indices:
         return None
@@ -173,14 +179,15 @@ def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | N
         return rf"(?>.*?\.[^.]*\.(?=\d+\.)){index_pattern}"
     container_patterns = [rf"(?:^|.*?\.){name}\.(?=\d+\.)" for name in container_names]
     return "|".join(
-        "".join(f"(?!{earlier})" for earlier in container_patterns[:position])
+        "".join(f"(?!{earlier_pattern})" for earlier_pattern in container_patterns[:position])
         + f"(?>{container_pattern}){index_pattern}"
         for position, container_pattern in enumerate(container_patterns)
     )
 
 
 def _module_patterns(modules: str | Iterable[str]) -> Any:
-    """Veneer's patterns for PEFT's list of module names, or for its expression of full paths."""
+    """Veneer's patterns for PEFT's list of module names, or Veneer's pattern for PEFT's regular
+    expression of full paths (if ``modules`` is a text)."""
     if isinstance(modules, str):
         return f"re:{modules}"
     return tuple(
@@ -189,7 +196,7 @@ def _module_patterns(modules: str | Iterable[str]) -> Any:
     )
 
 
-#: what follows the path of a module in that of its weight, such as "weight" or "weight_ih_l0"
+#: matches the end of a weight's path, behind the path of its module: ".weight", ".weight_ih_l0"
 _WEIGHT = r"\.[^.]*weight[^.]*"
 #: matches "$" and "\Z" in an expression. It also matches, as its group, other escapes and sets of
 #: characters, so that a "$" within these is not found
@@ -197,13 +204,13 @@ _TEXT_END = re.compile(r"(\\[^Z]|\[\^?\]?[^\]]*\])|\$|\\Z")
 
 
 def _weight_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Patterns of the weights of the modules in ``exclude_modules``. For such a module, PEFT still
-    adapts its submodules and trains its bias; a pattern of the module would exclude both."""
+    """Patterns of the weights of the modules in ``exclude_modules``. PEFT still adapts submodules
+    of an excluded module and trains its bias; a pattern of the module itself would exclude both."""
     if isinstance(modules, str):  # "$" meant the end of the module's path, which the weight follows
-        paths = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
+        path_expressions = [_TEXT_END.sub(lambda match: match[1] or rf"(?={_WEIGHT}$)", modules)]
     else:
-        paths = [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
-    return tuple(f"re:(?:{path}){_WEIGHT}" for path in paths)
+        path_expressions = [rf"(.*\.)?{re.escape(name)}" for name in _as_list(modules)]
+    return tuple(f"re:(?:{path_expression}){_WEIGHT}" for path_expression in path_expressions)
 
 
 def _as_list(names: Iterable[str]) -> list[str]:
@@ -211,8 +218,8 @@ def _as_list(names: Iterable[str]) -> list[str]:
 
 
 def _by_layer_pattern(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``rank_pattern`` or ``alpha_pattern`` by Veneer's patterns. To PEFT a key is a
-    regular expression that matches the end of a path and may begin at any dot."""
+    """``rank_pattern`` or ``alpha_pattern`` with Veneer's patterns as keys. PEFT takes a key as a
+    regular expression that must match a path from its beginning, or from any dot, to its end."""
     return {
         key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})": value
         for key, value in values.items()
@@ -220,20 +227,21 @@ def _by_layer_pattern(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
-    """Patterns of the modules that are trained in full. PEFT trains each module of which the path
-    ends with a name, even within a word, and adds every name that the head of a task may have.
-    Each pattern of Veneer must match a module, so the names of heads become one expression."""
-    heads = _HEADS.get(task_type or "", ())
-    endings = [re.escape(name) for name in names if name not in heads]
-    endings += [f"({'|'.join(heads)})"] if heads else []
+    """Patterns of the modules that are trained in full. PEFT trains each module whose path ends
+    with one of the ``names``, even within a word, and adds every name that the head of a task may
+    have. Each pattern of Veneer must match a module, so the heads' names become one expression."""
+    head_names = _TASK_HEADS.get(task_type or "", ())
+    endings = [re.escape(name) for name in names if name not in head_names]
+    endings += [f"({'|'.join(head_names)})"] if head_names else []
     return tuple(f"re:.*{ending}" for ending in endings)
 
 
 def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
-    """The name of the variant that has this ``init_lora_weights`` and these flags. If no variant
-    combines them, a problem is added."""
-    # in this order: the variant with both DoRA and rsLoRA is named "dora_rslora"
-    flags = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
+    """The name of Veneer's variant for PEFT's ``init_lora_weights`` and flags (``use_dora``,
+    ``use_rslora``, ``use_qalora``). If no variant combines them, an error text is added to
+    ``problems``."""
+    # dora comes before rslora, because the variant with both is named "dora_rslora"
+    flag_names = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
     init_method = values.get("init_lora_weights", True)
     variant = ""
     if isinstance(init_method, str):
@@ -246,17 +254,17 @@ def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
                 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")',
             )
         )
-    elif (flags and variant) or (len(flags) > 1 and "qalora" in flags):
+    elif (flag_names and variant) or (len(flag_names) > 1 and "qalora" in flag_names):
         problem = " with ".join(
-            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={init_method!r}"]
+            [f"use_{flag}=True" for flag in flag_names] + [f"init_lora_weights={init_method!r}"]
         )
         problems.append(sentence(problem, "a variant that has all of it", "choose one of them"))
-    if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
+    if "qalora" in flag_names and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
         problem = f"qalora_group_size={values['qalora_group_size']!r}"
         problems.append(sentence(problem, str(_GROUP_SIZE), "use that size"))
     if variant == "corda" and _corda_method(values.get("corda_config")) == "kpm":
         variant = "corda_kpm"
-    return variant or "_".join(flags) or "lora"
+    return variant or "_".join(flag_names) or "lora"
 
 
 def _corda_method(config: Any) -> str | None:

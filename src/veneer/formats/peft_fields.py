@@ -17,7 +17,8 @@ def has_type(*types: type) -> Callable[[Any], bool]:
 
 
 def all_values(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A test whether a value is a list, or a dict, of which every value passes ``test``."""
+    """A function that tells whether a value is a ``container`` (list or dict) of which every value
+    passes ``test``."""
     return lambda value: (
         isinstance(value, container)
         and all(map(test, value.values() if container is dict else value))
@@ -29,9 +30,10 @@ def _is_rank(value: Any) -> bool:
 
 
 def _has_token_ids(value: Any) -> bool:
-    lists = value.values() if isinstance(value, dict) else [value]
+    id_lists = value.values() if isinstance(value, dict) else [value]
     return all(
-        isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids) for ids in lists
+        isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids)
+        for ids in id_lists
     )
 
 
@@ -95,8 +97,8 @@ _ADVICE = {
         ' layers")'
     ),
 }
-#: values of ``init_lora_weights`` that change the base, and that cannot be recomputed from it:
-#: (beginning of the value, reason)
+#: values of ``init_lora_weights`` with which PEFT changes the base's weights before training, in a
+#: way that cannot be recomputed from the base: (beginning of the value, reason in the error)
 _UNREPEATABLE_INITS = (
     ("pissa", "which took a random approximation off the base's weights as it started"),
     ("corda", "which took what it found in data off the base's weights as it started"),
@@ -107,8 +109,8 @@ _UNREPEATABLE_INITS = (
 
 def changes_base_at_load(config: Mapping[str, Any]) -> bool:
     """Whether PEFT changes the base's weights when it loads the folder, so that the file holds
-    changes of that changed base. With these values of ``init_lora_weights``, PEFT subtracts the
-    initial scale · B A from the base's weight, and recomputes it on loading."""
+    changes of that changed base. It does so if ``init_lora_weights`` is "pissa" or "olora": then
+    PEFT subtracts the initial scale · B A from the base's weight, and recomputes it on loading."""
     init_method = config.get("init_lora_weights")
     return isinstance(init_method, str) and (
         init_method == "pissa" or init_method.lower() == "olora"
@@ -126,7 +128,7 @@ def check_config(
         with_base: whether the base's weights are available.
     """
     peft_type = config.get("peft_type")
-    # the fields of another ``peft_type`` have other meanings
+    # raise this error alone, because the fields of another ``peft_type`` have other meanings
     if peft_type != "LORA" and not_for_peft(config) is None:
         raise AdapterError(
             f"peft_type {peft_type!r} in {CONFIG}",
@@ -139,70 +141,71 @@ def check_config(
         problem = f"peft_type {peft_type!r} and no record"
         problems.append(sentence(problem, "'LORA'", "get the whole folder again"))
     problems += [
-        *_missing_fields(config),
+        *_missing_field_problems(config),
         *_init_problems(config, with_base),
         *_option_problems(config, with_base),
         *_invocation_problems(config),
         *_value_problems(config),
     ]
-    problems = problems or list(_bad_patterns(config))
+    problems = problems or list(_pattern_problems(config))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
 
 
-def _missing_fields(config: Mapping[str, Any]) -> Iterator[str]:
-    """One problem for each required field without a value."""
+def _missing_field_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """An error text for each required field without a value."""
     for name in ("r", "lora_alpha", "target_modules"):
         if name == "target_modules" and config.get("target_parameters"):
             continue
         if config.get(name) is None:
-            do = f"add the {name} that it was trained with"
-            yield sentence(f"no {name!r} in {CONFIG}", "a value", do)
+            advice = f"add the {name} that it was trained with"
+            yield sentence(f"no {name!r} in {CONFIG}", "a value", advice)
 
 
 def _init_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problem of an ``init_lora_weights`` that changed the base's weights before training,
-    unless the change can be recomputed from the base."""
+    """An error text if ``init_lora_weights`` changed the base's weights before training, unless
+    this change can be recomputed and ``with_base`` says that the base is available for that."""
     init_method, expected = config.get("init_lora_weights"), "an adapter of the unchanged base"
     if changes_base_at_load(config):
         if not with_base:
             problem = (
                 f"init_lora_weights={init_method!r}, which changed the base's weights as it started"
             )
-            do = (
+            advice = (
                 "load it on its base with veneer.load and save it, or let PEFT convert it when it"
                 " saves"
             )
-            yield sentence(problem, expected, do)
+            yield sentence(problem, expected, advice)
     elif isinstance(init_method, str):
-        do = "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
+        advice = "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)"
         for name, reason in _UNREPEATABLE_INITS:
             if init_method.lower().startswith(name):
-                yield sentence(f"init_lora_weights={init_method!r}, {reason}", expected, do)
+                yield sentence(f"init_lora_weights={init_method!r}, {reason}", expected, advice)
 
 
 def _option_problems(config: Mapping[str, Any], with_base: bool) -> Iterator[str]:
-    """The problems of options that Veneer can convert to changes of weights only if it has the
-    base."""
+    """An error text for each option that Veneer can convert to changes of weights only with the
+    base, if ``with_base`` is False. ``use_qalora`` with a group size of 1 is never converted."""
     if config.get("lora_bias") is True and not with_base:
-        do = "load it on its base, and merge or save it there"
-        yield sentence("lora_bias=true, biases beside B", "changes of weights alone", do)
-    # with a group size of 1, A has every input, but PEFT scales the inputs of a GPTQ layer
+        advice = "load it on its base, and merge or save it there"
+        yield sentence("lora_bias=true, biases beside B", "changes of weights alone", advice)
+    # With a group size of 1, A has all inputs, as in plain LoRA. But PEFT still scales the inputs
+    # of a GPTQ layer, and the config does not tell whether the base is GPTQ's.
     is_unpooled = config.get("qalora_group_size") == 1
     if config.get("use_qalora") is True and (is_unpooled or not with_base):
-        do = "load it on its base, and save it there"
+        advice = "load it on its base, and save it there"
         if is_unpooled:
-            do = "set it to false, unless that base is GPTQ's"
+            advice = "set it to false, unless that base is GPTQ's"
         problem = "use_qalora=true, which pools inputs of GPTQ layers"
-        yield sentence(problem, "A of all inputs", do)
+        yield sentence(problem, "A of all inputs", advice)
 
 
 def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of options that also affect the tokens before ``alora_invocation_tokens``, which
-    an adapter with such tokens must leave as the base computes them."""
+    """An error text for each option that would also change the outputs of tokens before the
+    ``alora_invocation_tokens``. An adapter with invocation tokens must not change those outputs."""
     if not config.get("alora_invocation_tokens"):
         return
-    names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
-    for name in names:
+    option_names = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "bias")
+    for name in option_names:
         if config.get(name) not in (None, False, "none") and config[name]:
             problem = f"{name}={config[name]!r} with alora_invocation_tokens in {CONFIG}"
             expected = "plain LoRA of linear layers, which acts from the invocation on"
@@ -210,7 +213,8 @@ def _invocation_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of unknown fields that have a value, and of invalid values of known fields."""
+    """An error text for each unknown field with a value (other than null, false, 0 or empty), and
+    for each known field with an invalid value."""
     for name, value in config.items():
         test, expected = _FIELD_TESTS.get(
             name, (lambda value: not value, "a field that Veneer can honour")
@@ -219,16 +223,17 @@ def _value_problems(config: Mapping[str, Any]) -> Iterator[str]:
             continue
         value_text = repr(value)
         value_text = value_text if len(value_text) <= 200 else value_text[:200] + "…"
-        do = _ADVICE.get(name, "use PEFT for it")
+        advice = _ADVICE.get(name, "use PEFT for it")
         if name in _FIELD_TESTS:
-            do = "correct it, or get the file again"
-        yield sentence(f"{name[:80]}={value_text} in {CONFIG}", expected, do)
+            advice = "correct it, or get the file again"
+        yield sentence(f"{name[:80]}={value_text} in {CONFIG}", expected, advice)
 
 
-def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """The problems of the regular expressions in a config of which all fields have valid types.
-    Expressions in ``target_modules`` are compiled with ``re`` only: if they exceed the limits of
-    ``patterns``, the keys of the tensors tell the targets."""
+def _pattern_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """An error text for each invalid regular expression in a config whose fields have valid types.
+    Expressions in ``target_modules`` and ``exclude_modules`` are compiled with ``re`` only. They
+    may exceed the limits of ``patterns.py``, because the keys of the tensors then tell the
+    targets."""
     compilers: list[tuple[str, Callable[[Any], Any], Any]] = [
         (field, patterns.path_endings, tuple(config.get(field) or ()))
         for field in ("rank_pattern", "alpha_pattern")
@@ -246,5 +251,5 @@ def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
         try:
             compile_source(source)
         except ValueError as error:
-            do = "name the modules by the ends of their paths"
-            yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", do)
+            advice = "name the modules by the ends of their paths"
+            yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", advice)

@@ -16,19 +16,20 @@ from veneer.formats import patterns
 
 
 def layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The expressions of ``layers_pattern``, or PEFT's default, which matches any segment."""
+    """The regular expressions of ``layers_pattern`` in a config, or PEFT's default, which matches
+    any one segment of a path."""
     patterns = config.get("layers_pattern") or [r"[^.]+"]
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
     """The module paths among ``paths`` that the config's targets match by PEFT's rules. None if the
-    match cannot be evaluated: for "all-linear", and for expressions beyond the limits of
-    ``patterns``."""
+    match cannot be evaluated: for "all-linear", and for regular expressions that are invalid or
+    exceed the limits of ``patterns.py`` (their length, or the time to match them)."""
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    # PEFT adapts no module below a module of modules_to_save
+    # leave out the modules of modules_to_save and those below them, because PEFT adapts none there
     saved_modules = [f".{name}." for name in config.get("modules_to_save") or ()]
     paths = [path for path in paths if not any(name in f".{path}." for name in saved_modules)]
     try:
@@ -39,41 +40,46 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
         }
     except (ValueError, patterns.TooSlowError):
         return None
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if not layers:
+    layer_indices = config.get("layers_to_transform")
+    layer_indices = [layer_indices] if isinstance(layer_indices, int) else layer_indices
+    if not layer_indices:
         return matching_paths
     # PEFT adapts a module that is named by its full path, whatever the index of its layer
     full_paths = set() if isinstance(targets, str) else set(targets)
     return {
         path
         for path in matching_paths
-        if path in full_paths or _layer_index(path, config) in layers
+        if path in full_paths or _layer_index(path, config) in layer_indices
     }
 
 
 def _layer_index(path: str, config: Mapping[str, Any]) -> int | None:
-    """The layer index in a path: the first number that follows a match of the first matching
-    ``layers_pattern`` and is not the last segment. Without a pattern PEFT ignores a number right
-    after the first segment."""
-    containers, segments = patterns.layer_containers(layers_patterns(config)), path.split(".")
+    """The layer index in a path; None if it has none. The index is a number that is not the last
+    segment, and of which the path before it matches a ``layers_pattern``. If several numbers
+    qualify, it is the first number after a match of the first matching pattern. Without a pattern,
+    PEFT ignores a number right after the first segment."""
+    container_expressions, segments = (
+        patterns.layer_containers(layers_patterns(config)),
+        path.split("."),
+    )
     first_position = 1 if config.get("layers_pattern") else 2
-    layer_indices = [
+    index_candidates = [
         (int(segment), ".".join(segments[:position]))
         for position, segment in enumerate(segments[:-1])
         if position >= first_position and segment.isdecimal()
     ]
     matches = (
-        (pattern_index, number)
-        for number, (_, container_path) in enumerate(layer_indices)
-        for pattern_index in containers.matching(container_path)
+        (pattern_index, candidate_index)
+        for candidate_index, (_, container_path) in enumerate(index_candidates)
+        for pattern_index in container_expressions.matching(container_path)
     )
     first_match = min(matches, default=None)
-    return layer_indices[first_match[1]][0] if first_match is not None else None
+    return index_candidates[first_match[1]][0] if first_match is not None else None
 
 
 def _matches_names(names: str | Iterable[str], path: str) -> bool:
-    """Whether a path matches an expression, or ends with one of several names."""
+    """Whether a path matches a regular expression (if ``names`` is a text), or ends with one of the
+    ``names``, as in PEFT."""
     if isinstance(names, str):
         return patterns.full_matcher(names)(path)
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -104,21 +110,21 @@ def strip_wrappers(path: str) -> tuple[str, int]:
     """(the path without the segments ``base_layer`` of PEFT's wrappers, the number of wrappers at
     the end of the path)."""
     segments = path.split(".")
-    depth = next(
+    wrapper_count = next(
         (count for count, segment in enumerate(reversed(segments)) if segment != "base_layer"),
         len(segments),
     )
-    return ".".join(segment for segment in segments if segment != "base_layer"), depth
+    return ".".join(segment for segment in segments if segment != "base_layer"), wrapper_count
 
 
 def add_wrappers(path: str, wrapper_counts: Mapping[str, int]) -> str:
-    """The path with a segment ``base_layer`` behind each module that PEFT wraps.
-    ``wrapper_counts``: the number of wrappers of each module, by path."""
+    """The path with a segment ``base_layer`` for each of PEFT's wrappers, behind the wrapped
+    module. ``wrapper_counts``: the number of wrappers of each module, by path."""
     segments = path.split(".") if path else []
     wrapped_segments: list[str] = []
-    for count, segment in enumerate(segments):
-        wrappers = wrapper_counts.get(".".join(segments[:count]), 0) if count else 0
-        wrapped_segments += [*["base_layer"] * wrappers, segment]
+    for position, segment in enumerate(segments):
+        wrapper_count = wrapper_counts.get(".".join(segments[:position]), 0) if position else 0
+        wrapped_segments += [*["base_layer"] * wrapper_count, segment]
     return ".".join(wrapped_segments)
 
 
@@ -133,8 +139,9 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
     """[the path of the parameter that the change at ``path`` in a file belongs to], or [] if the
     change belongs to a module's weight. If ``target_parameters`` has several parameters of the
     module, the change under the outermost wrapper belongs to the last one, and each further
-    segment ``base_layer`` in the path leads to the parameter before it."""
-    bare_path, depth = strip_wrappers(path)
+    segment ``base_layer`` in the path leads to the parameter before it. ``by_veneer``: whether
+    Veneer wrote the config, which then has full paths; else targets may be the ends of paths."""
+    bare_path, wrapper_count = strip_wrappers(path)
     split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     parameters = [parameter for module, _, parameter in split_targets if module == bare_path]
     if (
@@ -147,7 +154,11 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
             for module, _, parameter in split_targets
             if not module or _matches_names([module], bare_path)
         ]
-    return [f"{bare_path}.{parameters[-1 - depth]}".lstrip(".")] if depth < len(parameters) else []
+    return (
+        [f"{bare_path}.{parameters[-1 - wrapper_count]}".lstrip(".")]
+        if wrapper_count < len(parameters)
+        else []
+    )
 
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
@@ -159,31 +170,35 @@ def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] 
     """The ``target_modules`` with which PEFT adapts exactly ``target_paths`` out of
     ``all_paths``: the last segments of the paths if they suffice, else the full paths. If these do
     not suffice either, because one path is the end of another, a regular expression."""
-    all_paths, expected = list(all_paths), set(target_paths)
-    if not expected:
+    all_paths, expected_set = list(all_paths), set(target_paths)
+    if not expected_set:
         return []
-    for paths in (sorted({path.rpartition(".")[2] for path in expected}), sorted(expected)):
-        if expected_paths({"target_modules": paths}, all_paths) == expected:
+    for paths in (sorted({path.rpartition(".")[2] for path in expected_set}), sorted(expected_set)):
+        if expected_paths({"target_modules": paths}, all_paths) == expected_set:
             return paths
-    return "|".join(map(re.escape, sorted(expected)))
+    return "|".join(map(re.escape, sorted(expected_set)))
 
 
 def common_rank_and_alpha(
     ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float
 ) -> tuple[int, float]:
     """The values to write as ``r`` and ``lora_alpha``: ``rank`` and ``alpha`` if some layer has
-    both, else the pair that most layers have. So if all layers have one scale, ``r`` and
-    ``lora_alpha`` give this scale too, for readers that ignore the patterns (as vLLM did).
-    ``ranks``, ``alphas``: of each layer, by path."""
-    pairs = [(ranks[path], alphas[path]) for path in ranks]
-    return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
+    both, else the pair that most layers have. So if all layers have one scale, readers that ignore
+    ``rank_pattern`` and ``alpha_pattern`` (as vLLM did) compute this scale. ``ranks``, ``alphas``:
+    the rank and alpha of each layer, by path."""
+    rank_alpha_pairs = [(ranks[path], alphas[path]) for path in ranks]
+    return (
+        (rank, alpha)
+        if (rank, alpha) in rank_alpha_pairs or not rank_alpha_pairs
+        else max(rank_alpha_pairs, key=rank_alpha_pairs.count)
+    )
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """A ``rank_pattern`` or ``alpha_pattern``: the value of each layer that differs from the
-    default, by an expression that matches the layer's full path. ``values``: of all layers, by
-    path. If the path of another layer with another value ends in this path, the expression begins
-    with "^", so that it does not match the other one."""
+    """A ``rank_pattern`` or ``alpha_pattern``: each layer's value that differs from ``default``, by
+    a regular expression that matches the layer's full path. ``values``: the value of each layer, by
+    path. If the path of a layer with another value ends in this path, the expression begins with
+    "^", so that it does not match that layer too."""
 
     def pattern(path: str) -> str:
         is_ambiguous = any(

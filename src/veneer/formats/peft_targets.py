@@ -2,9 +2,9 @@
 
 PEFT wraps the modules that the config matches, and ignores the tensors of all other modules. A
 folder of which a user narrowed ``target_modules``, ``exclude_modules`` or ``layers_to_transform``
-by hand is therefore a smaller adapter. Veneer does as PEFT does, with a warning that names the
-ignored tensors. Rejected: to refuse the folder, because PEFT loads it, and because a config is
-easier to edit than a file of tensors; to apply every tensor, because PEFT does not.
+by hand is therefore a smaller adapter. Veneer also ignores these tensors, with a warning that names
+their modules. Rejected: to refuse the folder, because PEFT loads it, and because a config is easier
+to edit than a file of tensors; to apply every tensor, because PEFT does not.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from veneer.errors import AdapterError, listing
 from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
-#: the fields of LoRA's config that narrow its targets; for some other ``peft_type``, those of these
-#: fields that its config does not have, so that PEFT ignores them
+#: the fields of LoRA's config that narrow its targets; and, by ``peft_type``, those of them that
+#: the config of another tuner lacks, so that PEFT ignores them in its folders
 _NARROWING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _MISSING_FIELDS = {
     "VERA": _NARROWING_FIELDS[:1],
@@ -37,8 +37,9 @@ class TensorsLeftOut(UserWarning):
 def ignored_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor | None], suffixes: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The keys of the tensors that PEFT ignores, by the path of their module. If the targets are an
-    expression beyond the limits of ``patterns``, no tensor counts as ignored.
+    """The keys of the tensors that PEFT ignores, by the path of their module. If the targets are a
+    regular expression that exceeds the limits of ``patterns.py`` (its length, or the time to match
+    it), or that is invalid, the result is empty.
 
     Args:
         tensors: the tensors by key; None instead of a tensor if only its key is known.
@@ -52,7 +53,8 @@ def ignored_tensors(
     config = {**config, **dict.fromkeys(_MISSING_FIELDS.get(str(config.get("peft_type")), ()))}
     if config.get("target_modules") == "all-linear":
         config["target_modules"] = ".*"
-    # PEFT adapts an attention's out-projection with the attention, even if no target names it
+    # PEFT adapts the out-projection of an adapted attention even if no target names the projection,
+    # so a change of the projection applies if the path of the attention matches
     paths_to_match = {
         path: {
             peft_paths.strip_wrappers(name)[0]
@@ -60,22 +62,22 @@ def ignored_tensors(
         }
         for path in keys_by_module
     }
-    expected = peft_paths.expected_paths(config, set().union(*paths_to_match.values()))
-    if expected is None:
+    matched_paths = peft_paths.expected_paths(config, set().union(*paths_to_match.values()))
+    if matched_paths is None:
         return {}
     matched_keys = [
         key
         for path, keys in keys_by_module.items()
         for key in keys
-        if paths_to_match[path] & expected
+        if paths_to_match[path] & matched_paths
     ]
     ignored_by_module: dict[str, list[str]] = {}
     for path, keys in keys_by_module.items():
-        if paths_to_match[path] & expected or (
+        if paths_to_match[path] & matched_paths or (
             config.get("ensure_weight_tying") and _are_tied(keys, matched_keys, tensors)
         ):
             continue
-        # the keys of the layer's trained bias, or of an embedding's frozen weight
+        # PEFT also ignores the trained bias of this layer, or the frozen weight of this embedding
         wrapped_prefix = f"{peft.PREFIX}{path}.base_layer."
         keys += [
             key
@@ -93,11 +95,11 @@ def _are_tied(
     transpose: PEFT also adapts a module of which the weight is tied to a target's weight. Tensors
     of which only the keys are known count as equal."""
 
-    def are_equal(factor: Tensor | None, adapted: Tensor | None) -> bool:
-        if factor is None or adapted is None:
+    def are_equal(factor: Tensor | None, adapted_factor: Tensor | None) -> bool:
+        if factor is None or adapted_factor is None:
             return True
-        transposed = adapted.mT if adapted.dim() == 2 else adapted
-        return any(torch.equal(factor, candidate) for candidate in (adapted, transposed))
+        transposed = adapted_factor.mT if adapted_factor.dim() == 2 else adapted_factor
+        return any(torch.equal(factor, candidate) for candidate in (adapted_factor, transposed))
 
     factors = (tensors[key] for key in keys if not key.endswith(peft.MAGNITUDE))
     return all(
@@ -136,9 +138,9 @@ def applied_tensors(
             f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of"
             f" {listing(ignored_by_module, 3)}"
         )
-        fields = "target_modules, exclude_modules and layers_to_transform"
+        fields_text = "target_modules, exclude_modules and layers_to_transform"
         raise AdapterError(
-            problem, "tensors of its targets", f"correct {fields}, or get both files again"
+            problem, "tensors of its targets", f"correct {fields_text}, or get both files again"
         )
     return remaining_tensors, tuple(sorted(ignored_by_module))
 
@@ -157,7 +159,7 @@ def _module_path(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -
     bare_key, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
     if bare_key == key:
         return None
-    # without targets, PEFT trains tokens of the input embedding, which no target has to match
+    # without targets, PEFT trains tokens of the input embedding, whose rows it never ignores
     if config.get("peft_type") == peft_tokens.TOKENS_TYPE:
         suffixes = (peft_tokens.TUNER_ROWS_SUFFIX,) if config.get("target_modules") else ()
     elif tuner is not None and not tuner.required_suffixes:

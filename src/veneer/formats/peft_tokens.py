@@ -67,22 +67,23 @@ def convert_to_lora(
         "target_modules": peft.NO_TARGETS,
         INDICES_FIELD: ids_by_path,
     }
-    new_keys = {
+    lora_keys = {
         f"{module_key}.{TUNER_ROWS_SUFFIX}": f"{module_key}.{LORA_ROWS_SUFFIX}"
         for module_key in module_keys
     }
-    return lora_config, {new_keys.get(key, key): tensor for key, tensor in tensors.items()}
+    return lora_config, {lora_keys.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def split_rows(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """(the trained rows by the path of their module, all other tensors by key). ``AdapterError``:
-    the file has rows for which the config has no ids, or another number of ids."""
+    for some rows, the config has no token ids, another number of ids, or an id twice."""
     other_tensors = {
         key: tensor for key, tensor in tensors.items() if not key.endswith(f".{LORA_ROWS_SUFFIX}")
     }
-    # if the vocabulary has grown, PEFT also writes the frozen embedding, below its wrapper
+    # if the vocabulary has grown, PEFT also writes the frozen embedding, with a key below its
+    # wrapper; give it the key of the module's own weight
     other_tensors = {
         key.replace(".token_adapter.base_layer.", "."): tensor
         for key, tensor in other_tensors.items()
@@ -112,14 +113,15 @@ def split_rows(
 
 
 def token_ids(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
-    """The token ids in a config for the module at a path, in the order of the file's rows."""
-    field = config.get(INDICES_FIELD) or ()
-    if not isinstance(field, Mapping):
-        return list(field)
+    """The token ids in a config for the module at a path, in the order of the file's rows; empty if
+    the config has none for this module."""
+    indices_field = config.get(INDICES_FIELD) or ()
+    if not isinstance(indices_field, Mapping):
+        return list(indices_field)
     return next(
         (
             ids
-            for path_ending, ids in field.items()
+            for path_ending, ids in indices_field.items()
             if module_path == path_ending or module_path.endswith(f".{path_ending}")
         ),
         [],

@@ -1,5 +1,5 @@
-"""The files of other tuners of PEFT than LoRA, as parameters of Veneer's variants. They are the
-tuners that change weights.
+"""Read the files of PEFT's tuners AdaLoRA, LoHa, LoKr, VeRA and LN tuning as parameters of
+Veneer's variants.
 
     ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]
                ΔW = alpha / (init_r + 1e-5) · B diag(E) A
@@ -44,8 +44,8 @@ ADALORA_EPSILON = 1e-5
 
 
 class VariantChange(NamedTuple):
-    """One change as the parameters of a variant, each with a first axis of size 1 (for one group),
-    and the scale of the variant's product."""
+    """The change of one weight: the parameters of a variant, each with a first axis of size 1 (one
+    group), and the scale that multiplies the variant's ΔW."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -57,8 +57,8 @@ class ModuleTensors:
 
     Fields:
         tensors: by suffix.
-        rank, scale: of the module, by the config.
-        mask: for AdaLoRA, which ranks are in use.
+        rank, scale: the module's rank and scale according to the config.
+        mask: for AdaLoRA, whether each of the ranks is in use; None if the config does not tell.
         projections: for VeRA, A and B in the sizes of the layer.
     """
 
@@ -103,13 +103,13 @@ _is_integer, _is_flag = has_type(int), has_type(bool)
 _are_masks = all_values(dict, all_values(list, _is_flag))
 
 
-def _read_adalora(module: ModuleTensors) -> VariantChange:
-    A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
+def _read_adalora(stored: ModuleTensors) -> VariantChange:
+    A, B, E = (stored.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    # the file may still have the columns of B, rows of A and values of E that the mask prunes
-    if module.mask is not None and len(module.mask) == rank:
-        mask = torch.tensor(module.mask, dtype=torch.float32)
-    elif rank != (module.rank if module.mask is None else sum(module.mask)):
+    # a file may still have the pruned columns of B, rows of A and values of E; then keep the mask
+    if stored.mask is not None and len(stored.mask) == rank:
+        mask = torch.tensor(stored.mask, dtype=torch.float32)
+    elif rank != (stored.rank if stored.mask is None else sum(stored.mask)):
         raise ValueError(f"rank {rank}, which its config does not give it")
     if not rank:  # AdaLoRA pruned every rank: use one rank with zeros
         A = A.new_zeros(1, A.shape[1])
@@ -117,30 +117,30 @@ def _read_adalora(module: ModuleTensors) -> VariantChange:
         E = E.new_zeros(1, 1)
         mask = mask.new_zeros(1)
     return VariantChange(
-        {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, module.scale
+        {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, stored.scale
     )
 
 
-def _read_loha(module: ModuleTensors) -> VariantChange:
+def _read_loha(stored: ModuleTensors) -> VariantChange:
     factors = {}
     for factor_index in "12":
-        B, A = (module.tensors[f"hada_w{factor_index}_{name}"] for name in "ab")
-        core = module.tensors.get(f"hada_t{factor_index}")
+        B, A = (stored.tensors[f"hada_w{factor_index}_{name}"] for name in "ab")
+        core = stored.tensors.get(f"hada_t{factor_index}")
         if core is not None:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
-        if A.shape[0] != module.rank or B.shape[1] != module.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
+        if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
         factors |= {f"A{factor_index}": A[None], f"B{factor_index}": B[None]}
-    return VariantChange(factors, module.scale)
+    return VariantChange(factors, stored.scale)
 
 
-def _read_lokr(module: ModuleTensors) -> VariantChange:
-    tensors = module.tensors
+def _read_lokr(stored: ModuleTensors) -> VariantChange:
+    tensors = stored.tensors
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        # in a Conv1d, PEFT multiplies C into the last two of three axes. This is no Kronecker
-        # product of matrices, so store the result itself as w2, and C = 1
+        # For a Conv1d, PEFT's ``kron`` of the matrix C and the 3-axis w2 multiplies C into the last
+        # two axes. Its result is no Kronecker product of matrices: store it as w2, with C = 1.
         if w2.dim() == 3:
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
@@ -151,17 +151,17 @@ def _read_lokr(module: ModuleTensors) -> VariantChange:
         B, A = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
         if "lokr_t2" in tensors:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", tensors["lokr_t2"], A).flatten(1)
-        if A.shape[0] != module.rank or B.shape[1] != module.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
-    return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, module.scale)
+        if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
+    return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, stored.scale)
 
 
-def _read_vera(module: ModuleTensors) -> VariantChange:
-    assert module.projections is not None
-    b, d = module.tensors["vera_lambda_b"], module.tensors["vera_lambda_d"]
-    A, B = module.projections
-    if d.shape != (module.rank,) or A.shape[0] != module.rank or B.shape != (len(b), module.rank):
-        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {module.rank}")
+def _read_vera(stored: ModuleTensors) -> VariantChange:
+    assert stored.projections is not None
+    b, d = stored.tensors["vera_lambda_b"], stored.tensors["vera_lambda_d"]
+    A, B = stored.projections
+    if d.shape != (stored.rank,) or A.shape[0] != stored.rank or B.shape != (len(b), stored.rank):
+        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {stored.rank}")
     return VariantChange({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
 
 
@@ -170,14 +170,14 @@ _AXIS_COUNTS = {
     **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
 }  # fmt: skip
-#: the tests of further fields that LoHa and LoKr share
+#: the further config fields that LoHa and LoKr share -> a test of the field's value
 _LYCORIS_FIELDS = {
     "rank_dropout": is_number,
     "module_dropout": is_number,
     "init_weights": _is_anything,
     "use_effective_conv2d": _is_flag,
 }
-#: the tests of AdaLoRA's further fields, which schedule its budget of ranks
+#: AdaLoRA's config fields that schedule its budget of ranks -> a test of the field's value
 _BUDGET_FIELDS = {
     **dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _is_integer),
     **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), is_number),
@@ -252,14 +252,15 @@ _ADALORA_IGNORED_FIELDS = ("r", "use_rslora", "alpha_pattern", "init_lora_weight
 
 
 def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
-    """The tuner of a config, if it is one of ``TUNERS``."""
+    """The tuner that a config names in ``peft_type``; None if ``TUNERS`` lacks it."""
     return TUNERS.get(str(config.get("peft_type")))
 
 
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """``peft_fields.check_config``, extended to the configs of ``TUNERS``."""
+    """Raise AdapterError for an unsupported or invalid config, as ``peft_fields.check_config``
+    does, but also accept the configs of ``TUNERS``."""
     tuner = None if by_veneer else tuner_of(config)
     if tuner is not None:
         problems = [
@@ -281,8 +282,8 @@ def check_config(
     peft_fields.check_config(config, by_veneer, with_base)
 
 
-#: the beginnings of the suffixes of PEFT's tuners. (In a key of LoRA the last segment may be
-#: "weight"; then the segment before it begins like this.)
+#: the beginnings of the suffixes of PEFT's tuners. (If the last segment of a key is "weight", as in
+#: LoRA's, the segment before it has one of these beginnings.)
 _TUNER_PREFIXES = (
     "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l",
     "oft_R", "boft_", "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_",
@@ -293,30 +294,32 @@ _TUNER_PREFIXES = (
 def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
     """Raise AdapterError if a key belongs to another tuner than the config's.
     ``peft.split_tensors`` has further checks of LoRA's tensors."""
-    type_, tuner = config.get("peft_type"), tuner_of(config)
+    peft_type, tuner = config.get("peft_type"), tuner_of(config)
     foreign_keys = []
     for key in keys:
-        *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
-        tuner_segments = [name for name in (above, last) if name.startswith(_TUNER_PREFIXES)]
+        *_, parent_segment, last_segment = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
+        tuner_segments = [
+            name for name in (parent_segment, last_segment) if name.startswith(_TUNER_PREFIXES)
+        ]
         if tuner is not None:
             is_valid = (
-                "ln_tuning_layers" in (above, last)
+                "ln_tuning_layers" in (parent_segment, last_segment)
                 if not tuner.required_suffixes
-                else last in tuner.suffixes
+                else last_segment in tuner.suffixes
             )
-            is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
-        elif type_ == peft_tokens.TOKENS_TYPE:
-            is_valid = last == peft_tokens.TUNER_ROWS_SUFFIX
+            is_valid = is_valid or (peft_type == "VERA" and key in PROJECTIONS)
+        elif peft_type == peft_tokens.TOKENS_TYPE:
+            is_valid = last_segment == peft_tokens.TUNER_ROWS_SUFFIX
         else:
             is_lora = all(segment.startswith("lora_") for segment in tuner_segments)
-            is_valid = is_lora or above == "token_adapter"
+            is_valid = is_lora or parent_segment == "token_adapter"
         if tuner_segments and not is_valid:
             foreign_keys.append(key)
     if foreign_keys:
         raise AdapterError(
-            f"tensors of another tuner than {type_}, as {peft.CONFIG} says:"
+            f"tensors of another tuner than {peft_type}, as {peft.CONFIG} says:"
             f" {listing(sorted(foreign_keys), 2)}",
-            f"those of {type_}",
+            f"those of {peft_type}",
             "get both files again, of one adapter",
         )
 
@@ -363,8 +366,8 @@ def read_changes(
     """(the changes of a file by module path, its other tensors with the keys of LoRA's file).
 
     Args:
-        weight_lookup: gives the shapes of the base's weights, from which those of VeRA's changes
-            follow.
+        weight_lookup: returns the shapes of the base's weights, which determine the shapes of
+            VeRA's changes. If None, VeRA's changes are left out.
 
     Raises:
         AdapterError: tensors are no change of this tuner.
@@ -397,13 +400,13 @@ def read_changes(
         mask = None
         if tuner.type == "ADALORA":
             scale, mask = alpha / (rank + ADALORA_EPSILON), masks.get(f"{module_path}.lora_E")
-        pair = projections.get(module_path)
-        module = ModuleTensors(module_path, module_tensors, rank, scale, mask, pair)
-        if problem := _module_problem(tuner, module):
+        module_projections = projections.get(module_path)
+        stored = ModuleTensors(module_path, module_tensors, rank, scale, mask, module_projections)
+        if problem := _module_problem(tuner, stored):
             problems.append(problem)
-        elif not is_vera or pair is not None:
+        elif not is_vera or module_projections is not None:
             try:
-                layer_changes[module_path] = tuner.read(module)
+                layer_changes[module_path] = tuner.read(stored)
             except (RuntimeError, ValueError, IndexError) as error:
                 shapes_text = ", ".join(
                     f"{name} {tuple(tensor.shape)}" for name, tensor in module_tensors.items()
@@ -416,28 +419,28 @@ def read_changes(
     return layer_changes, other_tensors
 
 
-def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
+def _module_problem(tuner: Tuner, stored: ModuleTensors) -> str | None:
     """Why a module's tensors are no change of this tuner: a wrong number of axes, or a missing
     tensor. None if they are a change."""
     misshapen_names = [
         name
-        for name, tensor in module.tensors.items()
+        for name, tensor in stored.tensors.items()
         if tensor.dim() not in _AXIS_COUNTS.get(name, (2,))
     ]
     if misshapen_names:
         shapes_text = ", ".join(
-            f"{name} {tuple(module.tensors[name].shape)}" for name in misshapen_names
+            f"{name} {tuple(stored.tensors[name].shape)}" for name in misshapen_names
         )
-        axes = " or ".join(map(str, _AXIS_COUNTS.get(misshapen_names[0], (2,))))
+        axes_text = " or ".join(map(str, _AXIS_COUNTS.get(misshapen_names[0], (2,))))
         return sentence(
-            f"{shapes_text} at {module.module_path!r}",
-            f"{axes} axes in {misshapen_names[0]}",
+            f"{shapes_text} at {stored.module_path!r}",
+            f"{axes_text} axes in {misshapen_names[0]}",
             "get both files again",
         )
     missing_suffixes = [
         alternatives
         for alternatives in tuner.required_suffixes
-        if not any(module.tensors.keys() >= {*suffixes} for suffixes in alternatives)
+        if not any(stored.tensors.keys() >= {*suffixes} for suffixes in alternatives)
     ]
     if missing_suffixes:
         missing_text = " and ".join(
@@ -445,7 +448,7 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
             for alternatives in missing_suffixes
         )
         return sentence(
-            f"no {missing_text} at {module.module_path!r}",
+            f"no {missing_text} at {stored.module_path!r}",
             "a whole change",
             "get the whole file again",
         )
@@ -453,10 +456,11 @@ def _module_problem(tuner: Tuner, module: ModuleTensors) -> str | None:
 
 
 def deviation_reason(kind_name: str, module: Any) -> str | None:
-    """``peft_behaviour.deviation_reason`` for the tuners here: why PEFT's result differs from the
-    result of a change of the weight, or why no variant can represent the change; else None."""
-    # PEFT convolves x with its ΔW by the layer's stride, padding, dilation and groups, so that only
-    # several groups and another padding mode can make a difference.
+    """Why PEFT's result with a tuner of ``TUNERS`` differs from the result of a change of the
+    weight, or why no variant of Veneer can represent the change; None if neither is so.
+    ``kind_name``: the name of the module's kind (``layers/``)."""
+    # PEFT convolves x with its ΔW by the layer's stride, padding, dilation and groups, so the
+    # result can differ only with several groups or another padding mode.
     if kind_name in ("conv1d", "conv2d"):
         if module.groups != 1:
             return (
@@ -478,8 +482,8 @@ def deviation_reason(kind_name: str, module: Any) -> str | None:
 def reshape_for_file(
     module_path: str, A: Tensor, B: Tensor, weight_lookup: WeightLookup | None
 ) -> Iterator[Tensor]:
-    """A [r, in] and B [out, r] of a plain low-rank change, reshaped as LoRA's file has them. If the
-    base is known and the layer is a convolution, they get the axes of its kernel."""
+    """Yield A [r, in], then B [out, r], of a plain low-rank change in the shapes of LoRA's file.
+    If the base is known and the layer is a convolution, they get the axes of its kernel."""
     shape_and_dtype = None if weight_lookup is None else weight_lookup(f"{module_path}.weight")
     shape = () if shape_and_dtype is None else shape_and_dtype[0]
     is_conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from veneer.errors import sentence
 
-#: a function that takes the name of a base's parameter and returns its (shape, dtype). The dtype is
-#: None if the parameter is stored packed. The function returns None if the base lacks the parameter
+#: a function that takes the name of a parameter of the base and returns its (shape, dtype), with
+#: the dtype None if it is stored packed (quantised). The result is None if the base has no such one
 WeightLookup = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 #: module path -> (number of outputs, number of inputs, dtype) of the module's weight
 _Sizes = dict[str, tuple[int, int, "torch.dtype | None"]]
@@ -33,8 +33,13 @@ def layer_projections(
     weight_lookup: WeightLookup | None,
     problems: list[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A [r, in], B [out, r]) of each module, by path. This function adds to ``problems``; if that
-    then has entries, or if ``weight_lookup`` is None, the result is empty."""
+    """(A [r, in], B [out, r]) of each module, by path. An error text is added to ``problems`` for
+    each misfit. The result is empty if there are problems or ``weight_lookup`` is None.
+
+    Args:
+        tensors: all tensors of the file, by key.
+        tensors_by_module: the tensors of each module, by suffix.
+    """
     if weight_lookup is None:
         return {}
     sizes = _layer_sizes(tensors_by_module, weight_lookup, problems)
@@ -60,11 +65,11 @@ def layer_projections(
         return {}
     projections = {}
     for module_path, (out, in_, dtype) in sizes.items():
-        pair = A[:, :in_], B[:out]
-        # PEFT rounds projections that it draws to the base's dtype
+        module_pair = A[:, :in_], B[:out]
+        # round drawn projections to the base's dtype, as PEFT does
         if are_drawn and dtype is not None:
-            pair = pair[0].to(dtype).to(A.dtype), pair[1].to(dtype).to(B.dtype)
-        projections[module_path] = pair
+            module_pair = module_pair[0].to(dtype).to(A.dtype), module_pair[1].to(dtype).to(B.dtype)
+        projections[module_path] = module_pair
     return projections
 
 
@@ -73,8 +78,8 @@ def _layer_sizes(
     weight_lookup: WeightLookup,
     problems: list[str],
 ) -> _Sizes:
-    """The sizes of each module's weight in the base, by path. A module that does not fit is left
-    out and adds a problem."""
+    """(out, in, dtype) of each module's weight in the base, by path. A module whose weight the base
+    lacks, or has with other sizes, is left out, and an error text is added to ``problems``."""
     sizes: _Sizes = {}
     for module_path, module_tensors in tensors_by_module.items():
         gains = module_tensors.get("vera_lambda_b")
@@ -95,7 +100,8 @@ def _layer_sizes(
 
 
 def _drawing_problem(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """Why the projections that the file lacks cannot be drawn from the config; None if they can."""
+    """The error text if the config does not allow to draw the projections that the file lacks; None
+    if it does: ``save_projection`` is false and ``projection_prng_key`` is an integer."""
     missing_text = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}"
     if config.get("save_projection", True):
         return sentence(

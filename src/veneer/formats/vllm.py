@@ -23,7 +23,7 @@ __all__ = ["problems"]
 
 #: the valid values of vLLM's setting ``max_lora_rank``
 VALID_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: the name of a tensor: a module path, then a suffix for A or B
+#: matches the name of a tensor: an optional prefix, a module path, then a suffix for A or B
 _FACTOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?(.*?)\.?"
     r"(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding_factor>[AB]))$"
@@ -51,11 +51,12 @@ def problems(
     Args:
         config: the fields of ``adapter_config.json``.
         names: the names of the tensors in ``adapter_model.safetensors``.
-        shapes: the shapes of the tensors by name, by which convolutions are found.
+        shapes: the shapes of the tensors by name, which show whether a layer is a convolution; if
+            None, convolutions are not found.
         max_rank: the server's ``max_lora_rank``; None means the largest value that vLLM accepts.
     """
     names, rank = list(names), largest_rank(config)
-    limit = VALID_MAX_RANKS[-1] if max_rank is None else max_rank
+    rank_limit = VALID_MAX_RANKS[-1] if max_rank is None else max_rank
     saved_modules, bias = config.get("modules_to_save"), config.get("bias") or "none"
     is_dora = config.get("use_dora") or any(
         name.rpartition(".")[2] == peft.MAGNITUDE for name in names
@@ -67,7 +68,7 @@ def problems(
     checks = [
         (config.get("peft_type") != "LORA", f"its peft_type is {config.get('peft_type')!r}"),
         (not isinstance(config.get("target_modules"), list | str), "it names no target modules"),
-        (rank > limit, f"its rank is {rank}, above max_lora_rank {limit}"),
+        (rank > rank_limit, f"its rank is {rank}, above max_lora_rank {rank_limit}"),
         (is_dora, "it is a DoRA"),
         (config.get("alora_invocation_tokens"), "it acts from its invocation tokens on"),
         (saved_modules, f"it trains modules in full ({listing(saved_modules or (), 3)})"),
@@ -89,7 +90,8 @@ def largest_rank(config: Mapping[str, Any]) -> int:
 
 
 def _ignored_modules(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The modules with tensors that the config does not match, so that PEFT ignores the tensors."""
+    """The modules that the config does not match although the file has tensors for them. PEFT
+    ignores these tensors, but vLLM applies them."""
     suffixes = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
     if config.get("peft_type") != "LORA":
         return []
@@ -97,8 +99,9 @@ def _ignored_modules(config: Mapping[str, Any], names: Iterable[str]) -> list[st
 
 
 def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The problem of an adapter whose layers have different scales. Releases of vLLM that do not
-    read rank_pattern and alpha_pattern give every layer the scale of r and lora_alpha."""
+    """One problem if layers of the adapter have different scales, else an empty list. Releases of
+    vLLM that do not read rank_pattern and alpha_pattern compute with the scale of r and lora_alpha
+    in every layer, and so a wrong result."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
     scale = peft_paths.rank_alpha_scale(config)[2]  # without a path, no pattern applies
@@ -118,7 +121,8 @@ def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:
-    """The problems of tensor names that vLLM refuses, and of modules inside a wrapper of PEFT."""
+    """One text if vLLM refuses names of tensors, and one if the adapter changes modules within a
+    wrapper of PEFT (``base_layer``)."""
     reasons = []
     # vLLM ignores the base's own embeddings, which PEFT may also write
     frozen_embedding = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")

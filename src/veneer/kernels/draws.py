@@ -1,10 +1,12 @@
-"""Random numbers for sampled answers that do not depend on the batch: each sample of a request
-has a random generator, seeded by the seed of the request and the index of the sample.
+"""Random numbers for sampling answers. Each sample of a request has its own generator, seeded by
+the request's seed and the sample's index, so an answer does not depend on the rest of its batch.
 
     seed, index → sample_seed → generator → exponential numbers E_v → argmax over v of p_v / E_v
 
-v is a token and p_v its probability. Seed and index are hashed together: with seed + index, sample
-1 of seed 5 would equal sample 0 of seed 6, and samples of neighbouring seeds would be dependent.
+v is a token, p_v its probability, and E_v an exponential random number of rate 1. This argmax draws
+each token with its probability (the Gumbel-max trick). Seed and index are hashed together: with
+seed + index, sample 1 of seed 5 would equal sample 0 of seed 6, and samples of neighbouring seeds
+would be dependent.
 """
 
 from __future__ import annotations
@@ -30,24 +32,29 @@ def generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generat
 def log_exponentials(
     row_generators: Sequence[torch.Generator], count: int, device: torch.device
 ) -> Tensor:
-    """Logarithms of exponential random numbers of rate 1, [rows, count] in float32. Each row uses
-    its own generator. An exponential number is −log of a uniform one, which takes a quarter of the
-    time of ``Tensor.exponential_`` on a CPU. The uniform numbers are float64 if the device has it:
-    in float32 they are multiples of 2⁻²⁴, and tokens less likely than that would never be drawn."""
+    """Logarithms of exponential random numbers of rate 1, [rows, ``count``] in float32. Each row
+    uses its own generator.
+
+    An exponential number is computed as −log of a uniform one, which takes a quarter of the time of
+    ``Tensor.exponential_`` on a CPU. The uniform numbers are float64 on devices that have float64.
+    In float32 they are multiples of 2⁻²⁴, so tokens that are less likely than 2⁻²⁴ would never be
+    drawn."""
     dtype = torch.float64 if precision.has_float64(device) else torch.float32
-    logs = torch.empty(len(row_generators), count, device=device)
-    # one row at a time stays in the cache of a CPU; a GPU needs few calls
-    size = 1 if device.type == "cpu" else len(row_generators)
-    uniforms = torch.empty(size, count, dtype=dtype, device=device)
-    for first in range(0, len(row_generators), max(1, size)):
-        for row, generator in zip(uniforms, row_generators[first : first + size], strict=True):
+    log_samples = torch.empty(len(row_generators), count, device=device)
+    # a single row stays in the cache of a CPU; on a GPU, all rows together need the fewest launches
+    rows_at_once = 1 if device.type == "cpu" else len(row_generators)
+    uniforms = torch.empty(rows_at_once, count, dtype=dtype, device=device)
+    for first in range(0, len(row_generators), max(1, rows_at_once)):
+        for row, generator in zip(
+            uniforms, row_generators[first : first + rows_at_once], strict=True
+        ):
             row.uniform_(generator=generator)
-        logs[first : first + size] = uniforms.log_().neg_()
-    return logs.log_()
+        log_samples[first : first + rows_at_once] = uniforms.log_().neg_()
+    return log_samples.log_()
 
 
-def perturb(scores: Tensor, row_generators: Sequence[torch.Generator]) -> Tensor:
-    """Add random noise to log-probabilities [rows, vocabulary], so that the argmax of a row is a
-    sample from its distribution. Each row uses its own generator."""
-    logs = log_exponentials(row_generators, scores.shape[-1], scores.device)
-    return torch.sub(scores, logs, out=logs)
+def perturb(log_probabilities: Tensor, row_generators: Sequence[torch.Generator]) -> Tensor:
+    """Add random noise to ``log_probabilities`` [rows, vocabulary], so that the argmax of a row is
+    a sample from its distribution. Each row uses its own generator."""
+    noise = log_exponentials(row_generators, log_probabilities.shape[-1], log_probabilities.device)
+    return torch.sub(log_probabilities, noise, out=noise)

@@ -1,18 +1,19 @@
-"""Linear layers in a stack, with low-rank changes, where each row of x goes through one layer of
-the stack: the experts of a mixture-of-experts model.
+"""A stack of linear layers with low-rank changes, of which each row of x uses one: the experts of a
+mixture-of-experts model.
 
     y_s = x_s W_eᵀ + scale · (x_s A_eᵀ) B_eᵀ        s: a row   e: the expert of row s
-    x: [S, in]   W: [E, out, in]   A: [E, r, in]   B: [E, out, r]
+    x: [S, in]   W: [E, out, in]   A: [E, r, in]   B: [E, out, r]   S rows, E experts
 
-As in ``fused.py``, the change is computed first, and the product x W_eᵀ adds its result to the
-change in place: 16-bit outputs are rounded once, including the change. Only x is saved for
-backward. An expert without rows costs nothing.
+As in ``fused.py``, the low-rank term is computed first, and the product x W_eᵀ adds its result to
+it in place, so that 16-bit outputs are rounded once. Only x is saved for backward. An expert
+without rows costs nothing.
 
-On a CPU, the rows of each expert are a segment, and a few products compute one segment after
-another (torch's grouped product is such a loop there too). Products with A and B are in float32: in
-16 bits torch compiles a kernel for each shape, and an expert has another number of rows in each
-step. On other devices, torch's grouped products are used, which need no synchronisation. They
-cannot add to an existing tensor, so 16-bit outputs are rounded twice.
+On a CPU, the rows of each expert are neighbours (a segment), and a few products compute one segment
+after another; torch's grouped product on a CPU is such a loop too. Products with A and B are in
+float32: in 16 bits, torch would compile a kernel for each shape, and the number of rows of an
+expert changes with each step. On other devices, torch's grouped products are used, for which the
+host need not wait for the device. They cannot add to an existing tensor, so 16-bit outputs are
+rounded twice.
 
 Rejected: gathering A and B for each row. In training, these copies take more memory than the rows.
 """
@@ -37,13 +38,14 @@ ALIGNMENT_BYTES = 16
 
 
 class Segments(NamedTuple):
-    """Which rows use which expert, as numbers on the host (not tensors).
+    """Which rows use which expert, as Python numbers (not tensors). The rows of an expert are
+    neighbours; rows without an expert come last.
 
     Fields:
-        bounds: (expert, first row, row after the last) of each expert with rows, in the order of
-            the rows.
-        sizes: the number of rows of each expert in ``bounds``, and the number of rows without an
-            expert, which come last.
+        bounds: (expert, first row, row after the last) of each expert that has rows, in the order
+            of the rows.
+        sizes: the number of rows of each expert in ``bounds``, then the number of rows without an
+            expert.
         rows: the number of rows with an expert.
     """
 
@@ -52,9 +54,9 @@ class Segments(NamedTuple):
     rows: int
 
 
-def segments(ends: Sequence[int], rows: int) -> Segments:
-    """The segments of ``rows`` rows that are sorted by expert; ``ends[e]`` is the row after the
-    last row of expert e."""
+def segments(ends: Sequence[int], row_count: int) -> Segments:
+    """The ``Segments`` of ``row_count`` rows that are sorted by expert. ``ends[e]`` is the row
+    after the last row of expert e."""
     bounds = [
         (expert, first, end)
         for expert, (first, end) in enumerate(itertools.pairwise([0, *ends]))
@@ -62,17 +64,17 @@ def segments(ends: Sequence[int], rows: int) -> Segments:
     ]
     used_rows = ends[-1] if ends else 0
     sizes = [end - first for _, first, end in bounds]
-    return Segments(bounds, [*sizes, rows - used_rows], used_rows)
+    return Segments(bounds, [*sizes, row_count - used_rows], used_rows)
 
 
-def sort_by_expert(ids: Sequence[int], experts: int) -> tuple[list[int], Segments]:
-    """For row s with expert ids[s]: (the order that sorts the rows by expert, the segments of the
-    sorted rows)."""
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    counts = [0] * experts
-    for expert in ids:
+def sort_by_expert(expert_of_row: Sequence[int], expert_count: int) -> tuple[list[int], Segments]:
+    """(the row indices in the order that sorts the rows by expert, the ``Segments`` of the sorted
+    rows), where row s uses the expert ``expert_of_row[s]`` of ``expert_count`` experts."""
+    order = sorted(range(len(expert_of_row)), key=expert_of_row.__getitem__)
+    counts = [0] * expert_count
+    for expert in expert_of_row:
         counts[expert] += 1
-    return order, segments([*itertools.accumulate(counts)], len(ids))
+    return order, segments([*itertools.accumulate(counts)], len(expert_of_row))
 
 
 def linear(
@@ -84,14 +86,17 @@ def linear(
     row_segments: Segments | None,
     source: Tensor | None = None,
 ) -> Tensor:
-    """y [S, out] in the dtype of x, zero for rows without an expert. Differentiable in x, A and B.
-    For a CPU.
+    """x_s W_eᵀ + scale · (x_s A_eᵀ) B_eᵀ for each row s of x, where e is the expert of the row:
+    [S, out] in the dtype of x. Zero for rows without an expert. Differentiable in x, A and B. For a
+    CPU.
 
     Args:
-        row_segments: None if all rows use one expert; then ``weight``, A and B are this expert's:
-            [out, in], [r, in] and [out, r].
-        source: a tensor whose rows x may consist of. If the autograd graph shows this, ``source``
-            is saved for backward instead of x.
+        x: [S, in].
+        weight, A, B: of E experts, [E, out, in], [E, r, in] and [E, out, r]. If ``row_segments`` is
+            None, of one expert: [out, in], [r, in] and [out, r].
+        row_segments: the rows of each expert; None if all rows use the same expert.
+        source: a tensor from which x may have been gathered, as x = source[indices]. If the
+            autograd graph shows that it was, ``source`` is saved for backward instead of x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
         return _apply(scale, row_segments, source, x, weight, A, B)
@@ -105,16 +110,24 @@ def linear_on_device(
     B: Tensor,
     scale: float,
     ends: Tensor,
-    product: Callable[..., Tensor],
+    grouped_product: Callable[..., Tensor],
 ) -> Tensor:
-    """``linear`` on other devices. ``product`` is the grouped product that the model itself uses,
-    called with rows, a stack [E, in, out] and the ``ends`` of ``segments``."""
-    down, up = _aligned(A.to(x.dtype), 1), _aligned(B.to(x.dtype) * scale, 2)
-    return product(x, weight.mT, ends) + product(product(x, down.mT, ends), up.mT, ends)
+    """The result of ``linear``, on devices other than the CPU, with 16-bit outputs rounded twice.
+
+    Args:
+        ends: for each expert, the row after its last row.
+        grouped_product: the function that the model itself calls for its experts. Its arguments are
+            rows [S, in], a stack [E, in, out] and ``ends``; it returns [S, out].
+    """
+    padded_A, padded_B = _aligned(A.to(x.dtype), 1), _aligned(B.to(x.dtype) * scale, 2)
+    return grouped_product(x, weight.mT, ends) + grouped_product(
+        grouped_product(x, padded_A.mT, ends), padded_B.mT, ends
+    )
 
 
 def _aligned(factor: Tensor, axis: int) -> Tensor:
-    """A factor whose rank, on this axis, is padded with zeros to a multiple of the alignment."""
+    """``factor``, the A or B of all experts, with the rank on ``axis`` (1 or 2) padded with zeros
+    until a row has a multiple of ``ALIGNMENT_BYTES``."""
     multiple = ALIGNMENT_BYTES // factor.element_size()
     padding = -factor.shape[axis] % multiple
     return F.pad(factor, (0, padding) if axis == 2 else (0, 0, 0, padding)) if padding else factor
@@ -123,12 +136,13 @@ def _aligned(factor: Tensor, axis: int) -> Tensor:
 def definition(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, row_segments: Segments | None
 ) -> Tensor:
-    """The definition that ``linear`` must equal, by operations with derivatives of any order."""
+    """The result of ``linear`` without in-place operations, so that it can be differentiated any
+    number of times: for gradients of gradients, and for tests."""
     if row_segments is None:
         return reference.matmul_update(x, A.to(x.dtype), B.to(x.dtype), scale, F.linear(x, weight))
     ys = [x.new_zeros(x.shape[0] - row_segments.rows, weight.shape[1])]
-    blocks = zip(row_segments.bounds, x.split_with_sizes(row_segments.sizes), strict=False)
-    for (expert, *_), rows in reversed([*blocks]):
+    row_blocks = zip(row_segments.bounds, x.split_with_sizes(row_segments.sizes), strict=False)
+    for (expert, *_), rows in reversed([*row_blocks]):
         ys.insert(0, definition(rows, weight[expert], A[expert], B[expert], scale, None))
     return torch.cat(ys)
 
@@ -148,14 +162,15 @@ def _forward(
 
 
 def _by_expert(
-    row_segments: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]
+    row_segments: Segments | None, row_tensors: tuple[Tensor, ...], stacks: tuple[Tensor, ...]
 ) -> Iterator[Any]:
-    """For each expert with rows: its rows of each tensor in ``rows``, then the list of its
-    matrices, one of each tensor in ``stacks``."""
+    """Yield one tuple for each expert that has rows: views of its rows in each of ``row_tensors``,
+    then the list of its matrices in each of ``stacks``. If ``row_segments`` is None, there is one
+    expert: yield all rows, and ``stacks`` as they are."""
     if row_segments is None:
-        yield *rows, stacks
+        yield *row_tensors, stacks
         return
-    blocks = (tensor.split_with_sizes(row_segments.sizes) for tensor in rows)
+    blocks = (tensor.split_with_sizes(row_segments.sizes) for tensor in row_tensors)
     for (expert, *_), *expert_rows in zip(row_segments.bounds, *blocks, strict=False):
         yield *expert_rows, [stack[expert] for stack in stacks]
 
@@ -163,7 +178,8 @@ def _by_expert(
 def _add_product(
     change: Tensor, x: Tensor, weight: Tensor, row_segments: Segments | None
 ) -> Tensor:
-    """change + x W_eᵀ, in place; zero for rows without an expert."""
+    """change + x W_eᵀ, with W_e the weight of each row's expert, written to ``change`` [S, out],
+    the low-rank terms of the rows, and returned. Rows without an expert become zero."""
     if row_segments is None and x.shape[0] > 1:
         return change.addmm_(x, weight.mT)
     uses_vector_kernel = change.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_amx()
@@ -192,10 +208,10 @@ class _Grouped(torch.autograd.Function):
         B,
     ):
         ctx.scale, ctx.row_segments = scale, row_segments
-        index = _source_rows(x, source, row_segments is None)
-        if index is not None:
+        source_rows = _source_rows(x, source, row_segments is None)
+        if source_rows is not None:
             ctx.gate = None
-            ctx.save_for_backward(source, None, None, index, weight, A, B)
+            ctx.save_for_backward(source, None, None, source_rows, weight, A, B)
         else:
             *saved, ctx.gate = input_to_save(x, row_segments is None)
             ctx.save_for_backward(*saved, None, weight, A, B)
@@ -204,54 +220,56 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        first, second, third, index, weight, A, B = ctx.saved_tensors
+        x_or_source, factor2, factor3, source_rows, weight, A, B = ctx.saved_tensors
         scale, row_segments = ctx.scale, ctx.row_segments
         need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
-        saved = SavedInput(first, second, third, ctx.gate)
-        x = restore_input(saved, need_x) if index is None else first
+        saved_input = SavedInput(x_or_source, factor2, factor3, ctx.gate)
+        x = restore_input(saved_input, need_x) if source_rows is None else x_or_source
         if torch.is_grad_enabled():
 
-            def differentiable(x: Tensor, A: Tensor, B: Tensor) -> list[Tensor]:
+            def outputs_of(x: Tensor, A: Tensor, B: Tensor) -> list[Tensor]:
                 return [definition(x, weight, A, B, scale, row_segments)]
 
-            x = x if index is None else x[index]
-            needs = (need_x, need_A, need_B)
-            dx, dA, dB = reference.gradients_of(differentiable, (x, A, B), needs, [dy], 0.0)
+            x = x if source_rows is None else x[source_rows]
+            needs_gradient = (need_x, need_A, need_B)
+            dx, dA, dB = reference.gradients_of(outputs_of, (x, A, B), needs_gradient, [dy], 0.0)
             return None, None, None, dx, None, dA, dB
         dy = dy.contiguous()
         dx, dA, dB = _low_rank_gradients(
-            scale, row_segments, x, index, dy, A, B, need_x, need_A or need_B
+            scale, row_segments, x, source_rows, dy, A, B, need_x, need_A or need_B
         )
         if need_x:
             _add_product(dx, dy, weight.mT, row_segments)
         return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
 
 
-# This skips ``Function.apply``, which makes a dozen Python calls for the transforms of
-# ``torch.func``: calls under a transform never reach this function (see ``is_eager``).
+# ``apply`` of the C++ base class skips the dozen Python calls that ``Function.apply`` makes for the
+# transforms of ``torch.func``. Calls under a transform never reach this function (see
+# ``is_eager``).
 _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
-def _source_rows(x: Tensor, source: Tensor | None, any_size: bool) -> Tensor | None:
-    """The indices (int64) for which x is ``source[indices]``, if the node of x in the autograd
-    graph computed x so. Else None. Also None if x or ``source`` has been modified in place, or if
-    ``source`` has as many rows as x or more and ``any_size`` is False."""
-    node: Any = x.grad_fn
-    if node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
+def _source_rows(x: Tensor, source: Tensor | None, allows_any_size: bool) -> Tensor | None:
+    """The indices (int64) with x = source[indices], if the autograd node of x shows that x was
+    computed in this way and neither tensor has been modified in place; else None. If
+    ``allows_any_size`` is False, also None unless ``source`` has fewer rows than x, because saving
+    ``source`` in place of x would then save no memory."""
+    x_node: Any = x.grad_fn
+    if x_node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
         return None
-    if x._version or source._version or node.name() != "IndexBackward0":
+    if x._version or source._version or x_node.name() != "IndexBackward0":
         return None
-    if node.next_functions[0][0] is not source.grad_fn:
+    if x_node.next_functions[0][0] is not source.grad_fn:
         return None
     try:
-        indices = node._saved_indices
+        indices = x_node._saved_indices
     except RuntimeError:  # an earlier backward has freed the saved tensors
         return None
     is_gather = (
         len(indices) == 1
         and indices[0] is not None
         and indices[0].dim() == 1
-        and (any_size or len(source) < len(x))
+        and (allows_any_size or len(source) < len(x))
     )
     return (
         indices[0]
@@ -264,22 +282,27 @@ def _low_rank_gradients(
     scale: float,
     row_segments: Segments | None,
     x,
-    index,
+    source_rows,
     dy,
     A,
     B,
     need_x: bool,
     need_factors: bool,
 ) -> Any:
-    """(scale · dy B A [S, in], gradient of A, gradient of B)."""
+    """(dx, dA, dB): the gradient scale · dy B A [S, in] of x through the low-rank products, and the
+    gradients of A and B, in the dtypes of x, A and B. dx is None unless ``need_x``; dA and dB are
+    None unless ``need_factors``.
+
+    ``source_rows``: None, or indices; then ``x`` is the tensor from which x was gathered, as
+    x[source_rows]."""
     dtype, compute_dtype = x.dtype, at_least_float32(x.dtype)
-    x = x if index is None else x[index]
-    x, dy, down, up = (tensor.to(compute_dtype) for tensor in (x, dy, A, B))
+    x = x if source_rows is None else x[source_rows]
+    x, dy, wide_A, wide_B = (tensor.to(compute_dtype) for tensor in (x, dy, A, B))
     dx = torch.empty_like(x)
-    new_gradient = torch.zeros_like if need_factors else torch.empty_like
-    gradients = new_gradient(down), new_gradient(up)
+    allocate_gradient = torch.zeros_like if need_factors else torch.empty_like
+    factor_gradients = allocate_gradient(wide_A), allocate_gradient(wide_B)
     for rows, dy_rows, dx_rows, (expert_A, expert_B, expert_dA, expert_dB) in _by_expert(
-        row_segments, (x, dy, dx), (down, up, *gradients)
+        row_segments, (x, dy, dx), (wide_A, wide_B, *factor_gradients)
     ):
         u = dy_rows @ expert_B
         u *= scale
@@ -293,5 +316,5 @@ def _low_rank_gradients(
     dx = dx.to(dtype) if need_x else None
     if not need_factors:
         return dx, None, None
-    dA, dB = gradients
+    dA, dB = factor_gradients
     return dx, dA.to(A.dtype), dB.to(B.dtype)

@@ -1,15 +1,16 @@
-"""The low-rank change of rows that use different adapters, in one loop compiled by numba.
+"""The low-rank term x ΔWᵀ of rows that use different adapters, in one loop compiled by numba.
 
-    Δ[row] = Σ_p weight_p · (x[row] A_pᵀ) B_p        p: the pairs (row, adapter) of the row
+    Δ[row] = Σ_p weight_p · (x[row] A_pᵀ) B_p        p: an adapter that the row uses
     x: [N, in]   A: [R, in]   B: [R, out]            R: the ranks of all adapters, one after another
 
-The loop is for the few tokens of a decoding step. Torch needs several operations for each layer,
-each of which wakes its threads, and A and B in float32; the loop reads 16-bit factors as they are.
-Rows of the same adapter are computed one after another, while its factors are in the cache. Numbers
-are summed in float32 and rounded once. Each row is computed alone, so that a NaN stays in its row.
+The loop is for the few tokens of a decoding step. Torch would need several operations for each
+layer, each of which wakes its threads, and A and B in float32; the loop reads 16-bit factors as
+they are. Rows of the same adapter are computed one after another, while its factors are in the
+cache. Numbers are summed in float32 and rounded once. Each row is computed alone, so that a NaN in
+one row does not reach another.
 
-It runs on one thread: the work of a layer takes about as long as it takes to wake another thread,
-and two pools of threads, torch's and numba's, would slow each other.
+The loop runs on one thread: the work of a layer takes about as long as waking another thread, and
+two pools of threads, torch's and numba's, would slow each other.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -25,20 +26,22 @@ from torch import Tensor
 
 from veneer.kernels.numba_loops import compile_loop, to_float32, to_stored
 
-#: how many ranks are computed together; an adapter's factors are padded with zeros so that its rank
-#: is a multiple of this
+#: how many ranks the loop computes together. The factors of each adapter are padded with zeros, so
+#: that its rank is a multiple of this number
 RANKS_TOGETHER = 8
 
 
 class RowPairs(NamedTuple):
-    """Which ranks each row uses, as arrays of the loop.
+    """Which adapters each row uses, as numpy arrays for the loop. A pair is one row with one of its
+    adapters; a row that blends several adapters has several pairs.
 
     Fields:
-        order: [N], the rows in the order in which they are computed.
-        first_pair: [N + 1], the first pair of each row; the pairs of row n end before
+        order: [N], the row indices in the order in which the loop computes the rows.
+        first_pair: [N + 1], the index of the first pair of each row. The pairs of row n end before
             ``first_pair[n + 1]``.
-        first_rank, after_rank: the ranks of the adapter of each pair.
-        weights: the blend weight of each pair.
+        first_rank, after_rank: for each pair, the first row of its adapter in the joined A [R, in]
+            and B [R, out], and the row after its last.
+        weights: for each pair, the factor of the adapter's term in the sum of the row.
     """
 
     order: Any
@@ -49,23 +52,30 @@ class RowPairs(NamedTuple):
 
 
 def make_pairs(
-    rows: Sequence[Sequence[tuple[int, float]]],
-    bounds: Sequence[tuple[int, int]],
+    adapters_by_row: Sequence[Sequence[tuple[int, float]]],
+    rank_bounds: Sequence[tuple[int, int]],
     tokens_per_row: int,
 ) -> RowPairs:
-    """The pairs of rows of ``tokens_per_row`` tokens each.
+    """The ``RowPairs`` of a batch. Each token of the batch is a row for the loop.
 
     Args:
-        rows: for each row, (index of the adapter, blend weight).
-        bounds: for each adapter, its first rank in A and B and the rank after its last.
+        adapters_by_row: for each row of the batch, (index of the adapter, factor of its term) of
+            each adapter that the row uses.
+        rank_bounds: for each adapter, its first row in the joined A [R, in] and B [R, out], and the
+            row after its last.
+        tokens_per_row: the number of tokens in each row of the batch.
     """
-    by_token = [row for row in rows for _ in range(tokens_per_row)]
-    pairs = [pair for row in by_token for pair in row]
-    adapters_of_row = [[adapter for adapter, _ in row] for row in by_token]
-    ranks = np.array([bounds[adapter] for adapter, _ in pairs], np.int64).reshape(-1, 2)
+    pairs_of_token = [
+        pairs_of_row for pairs_of_row in adapters_by_row for _ in range(tokens_per_row)
+    ]
+    pairs = [pair for pairs_of_row in pairs_of_token for pair in pairs_of_row]
+    adapters_of_token = [
+        [adapter for adapter, _ in pairs_of_row] for pairs_of_row in pairs_of_token
+    ]
+    ranks = np.array([rank_bounds[adapter] for adapter, _ in pairs], np.int64).reshape(-1, 2)
     return RowPairs(
-        np.array(sorted(range(len(by_token)), key=adapters_of_row.__getitem__), np.int64),
-        np.cumsum([0, *map(len, by_token)], dtype=np.int64),
+        np.array(sorted(range(len(pairs_of_token)), key=adapters_of_token.__getitem__), np.int64),
+        np.cumsum([0, *map(len, pairs_of_token)], dtype=np.int64),
         np.ascontiguousarray(ranks[:, 0]),
         np.ascontiguousarray(ranks[:, 1]),
         np.array([weight for _, weight in pairs], np.float32),
@@ -73,15 +83,17 @@ def make_pairs(
 
 
 def multiply_pairs(x: Tensor, A: Any, B: Any, pairs: RowPairs) -> Tensor:
-    """Δ [N, out] in the dtype of x, for x [N, in], and A [R, in] and B [R, out] by ``to_array``.
-    x, A and B are bfloat16 or float32, in main memory and without gradients."""
+    """Δ [N, out], the low-rank term of each row of x [N, in], in the dtype of x. A [R, in] and B
+    [R, out] are numpy arrays made by ``to_array``, in which the ranks of all adapters follow each
+    other. x, A and B are bfloat16 or float32, in main memory and without gradients."""
     delta = x.new_empty(x.shape[0], B.shape[1])
     _multiply(to_array(x.contiguous()), A, B, *pairs, to_array(delta))
     return delta
 
 
 def to_array(matrix: Tensor) -> Any:
-    """A bfloat16 or float32 tensor as the loop takes it, over the same memory."""
+    """A view of a bfloat16 or float32 tensor as a numpy array for the loop, without a copy: float32
+    as it is, bfloat16 as uint16, because numpy has no bfloat16."""
     return (matrix if matrix.dtype is torch.float32 else matrix.view(torch.uint16)).numpy()
 
 

@@ -4,17 +4,17 @@ neighbouring tokens has its own low-rank factors. One differentiable function.
     y = x Wᵀ + bias,  and on the tokens of span i:  + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W: [out, in]   A_i: [r_i, in]   B_i: [out, r_i]
 
-W is frozen, so x Wᵀ is one product for all tokens, in forward and in backward. The low-rank
-products use only the tokens of one span, so that nothing of it (such as a NaN) reaches the output
+W is frozen, so x Wᵀ is one product for all tokens, in forward and in backward. Each low-rank
+product reads the tokens of one span only, so that no value of it (such as a NaN) reaches the output
 or gradient of another span. If all spans are equally long and have no dropout, batched products
 compute them together, also for several layers that read the same x; smaller ranks are padded by
 zeros. Otherwise, the products of ``fused.py`` compute one span after another. As in ``fused.py``,
-the change is computed first, and x Wᵀ is added to it. Saved for backward are x, and h = drop(x) Aᵀ
-if it is small.
+the low-rank term is computed first, and x Wᵀ is added to it in place. Saved for backward are x, and
+h = drop(x) Aᵀ if it is small.
 
-All factors of a layer are passed as one tensor, which autograd's ``cat`` joins. Passing the 16
-factors of eight adapters separately, in forward and backward, took longer than the products of 16
-tokens.
+The factors of all spans are joined by ``torch.cat`` before the autograd function is called, so that
+it has one argument for A and one for each layer's B. Passing the 16 factors of eight adapters
+separately, in forward and backward, took longer than the products of 16 tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 
 class Span(NamedTuple):
-    """The tokens ``first`` … ``after`` - 1; the rank and scale of their change; and the probability
-    and seed of dropout."""
+    """The neighbouring tokens ``first`` … ``after`` - 1 of a batch, which use the same adapter; the
+    rank and scale of this adapter; and the probability and seed of its dropout."""
 
     first: int
     after: int
@@ -46,16 +46,18 @@ class Span(NamedTuple):
 
     @property
     def strength(self) -> float:
-        """The scale, divided by the probability of keeping an entry of x."""
+        """The factor of drop(x) Aᵀ Bᵀ: the scale, divided by the probability with which dropout
+        keeps an entry of x."""
         return self.scale / (1 - self.dropout)
 
     def select(self, x: Tensor) -> Tensor:
-        """A view of the span's rows of x [T, ·]."""
+        """A view of the span's rows of x, which has one row for each token of the batch."""
         return x[self.first : self.after]
 
     def drop_entries(self, x: Tensor) -> Tensor | None:
-        """Flat indices of the dropped entries of the span's tokens [t, in]; None without dropout.
-        They are the same as in a call on these tokens alone."""
+        """The flat indices of the entries of x that dropout sets to zero, or None without dropout.
+        x [t, in] holds the span's tokens only, so that the same entries are dropped as in a batch
+        of these tokens alone."""
         return draw_dropped(x, self.dropout, self.seed)
 
 
@@ -67,20 +69,28 @@ def linear(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
 ) -> Tensor:
-    """y [*, out] in the dtype of x; differentiable in x and all factors. Requires
-    ``fused.applies``.
+    """x Wᵀ + bias, plus the low-rank term of each span on its tokens: [*, out], in the dtype of x.
+    Differentiable in x and all factors. Requires that ``fused.applies(x, weight)`` is true.
 
     Args:
-        spans: in order, without overlap; tokens outside of all spans use the base.
-        A, B: of each span, [1, r_i, in] and [1, out, r_i] of any floating-point dtype. They are
+        x: [*, in].
+        weight, bias: W [out, in], frozen, and [out] or None.
+        spans: in the order of the tokens, without overlap. Tokens that are in no span get
+            x Wᵀ + bias.
+        A, B: for each span, [1, r_i, in] and [1, out, r_i] of any floating-point dtype. They are
             cast to the dtype of x.
     """
     if not spans:
         return F.linear(x, weight, bias)
     if can_batch(spans):
         return linears(x, [weight], [bias], spans, [A], [B])[0]
-    downs, ups = torch.cat(tuple(A), 1)[0], torch.cat([up.mT for up in B], 1)[0]
-    return _apply(tuple(spans), x, downs.to(x.dtype), ups.to(x.dtype), weight, bias)[0]
+    joined_A, joined_transposed_B = (
+        torch.cat(tuple(A), 1)[0],
+        torch.cat([span_B.mT for span_B in B], 1)[0],
+    )
+    return _apply(
+        tuple(spans), x, joined_A.to(x.dtype), joined_transposed_B.to(x.dtype), weight, bias
+    )[0]
 
 
 def linears(
@@ -91,8 +101,9 @@ def linears(
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
-    """``linear`` for several layers that read the same x. A and B hold the factors of all spans for
-    each layer. The spans must be adjacent and equally long (``can_batch``)."""
+    """``linear`` for several layers that read the same x: one output for each weight. ``A[i]`` and
+    ``B[i]`` hold the factors of layer i for each span. ``can_batch(spans)`` must be true: the spans
+    are adjacent and equally long."""
     largest_rank = max(span.rank for span in spans)
     if any(span.rank != largest_rank for span in spans):
         A = [
@@ -103,25 +114,27 @@ def linears(
             [F.pad(factor, (0, largest_rank - factor.shape[2])) for factor in layer_factors]
             for layer_factors in B
         ]
-    # joined, the A of all layers need one autograd node, one cast and one gradient; the gradient of
-    # each A is a view
+    # The A of all layers and spans are joined, so that they need one autograd node, one cast and
+    # one gradient. The gradient of each A is a view of it.
     A_by_span = itertools.chain(*zip(*A, strict=True))
-    downs = torch.cat(tuple(A_by_span)).to(x.dtype)  # [spans · layers, r, in]
-    ups = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]  # [spans, out, r]
-    return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
+    joined_A = torch.cat(tuple(A_by_span)).to(x.dtype)  # [spans · layers, r, in]
+    # each [spans, out, r]
+    B_by_layer = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]
+    return _apply(tuple(spans), x, joined_A, *B_by_layer, *weights, *biases)
 
 
 def can_batch(spans: Sequence[Span]) -> bool:
-    """Whether spans can be computed as one batch: if they are adjacent and equally long, without
-    dropout, and the ranks are similar."""
-    start, length = spans[0].first, spans[0].after - spans[0].first
+    """Whether batched products can and should compute all spans at once: there are several, they
+    are adjacent, equally long and without dropout, and padding all ranks to the largest at most
+    doubles their sum."""
+    first_token, span_length = spans[0].first, spans[0].after - spans[0].first
     ranks = [span.rank for span in spans]
     return (
         len(spans) > 1
         and max(ranks) * len(ranks) <= 2 * sum(ranks)
         and all(
-            span.first == start + i * length
-            and span.after == span.first + length
+            span.first == first_token + i * span_length
+            and span.after == span.first + span_length
             and not span.dropout
             for i, span in enumerate(spans)
         )
@@ -129,32 +142,40 @@ def can_batch(spans: Sequence[Span]) -> bool:
 
 
 class _Linears(Function):
-    """``tensors``: B of each layer, then W of each layer, then the bias of each layer. For spans
-    that ``can_batch``, ``downs`` is [spans · layers, r, in] and each B [spans, out, r]. Else there
-    is one layer, with ``downs`` [R, in] and B [R, out], joined along the ranks of all spans."""
+    """Linear layers that read the same x, with one adapter for each span of tokens.
+
+    Args of ``forward``:
+        joined_A: the A of all spans: [spans · layers, r, in] if ``can_batch(spans)`` is true. Else
+            there is one layer, and joined_A is [R, in], joined along the ranks of all spans.
+        tensors: B of each layer, then W of each layer, then the bias of each layer. B is
+            [spans, out, r] if ``can_batch(spans)``, else Bᵀ [R, out].
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, spans: tuple[Span, ...], x: Tensor, downs: Tensor, *tensors: Any
+        ctx: Any, spans: tuple[Span, ...], x: Tensor, joined_A: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        ups, weights, biases = split_equally(tensors, 3)
+        B_by_layer, weights, biases = split_equally(tensors, 3)
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
-        changes = [tokens.new_empty(len(tokens), weight.shape[0]) for weight in weights]
+        low_rank_outputs = [tokens.new_empty(len(tokens), weight.shape[0]) for weight in weights]
         if spans[-1].after - spans[0].first < tokens.shape[0]:
-            for change in changes:
-                change[: spans[0].first] = 0
-                change[spans[-1].after :] = 0
-        products: Any = _Batched if downs.ndim == 3 else _OneByOne
-        h = products.forward(spans, tokens, downs, ups, changes)
+            for low_rank_output in low_rank_outputs:
+                low_rank_output[: spans[0].first] = 0
+                low_rank_output[spans[-1].after :] = 0
+        method: Any = _Batched if joined_A.ndim == 3 else _OneByOne
+        h = method.forward(spans, tokens, joined_A, B_by_layer, low_rank_outputs)
         ys = [
-            fused.add_product(change, tokens, *weight_and_bias)
-            for change, *weight_and_bias in zip(changes, weights, biases, strict=True)
+            fused.add_product(low_rank_output, tokens, *weight_and_bias)
+            for low_rank_output, *weight_and_bias in zip(
+                low_rank_outputs, weights, biases, strict=True
+            )
         ]
-        ctx.spans, ctx.shape, ctx.products = spans, x.shape, products
+        ctx.spans, ctx.shape, ctx.method = spans, x.shape, method
         *saved, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
-        ctx.save_for_backward(*saved, downs, *ups, *weights, *h)
-        # `.data` is no view for autograd, as in ``fused.py``
+        ctx.save_for_backward(*saved, joined_A, *B_by_layer, *weights, *h)
+        # Autograd forbids in-place changes of a view that a custom function returns, and does not
+        # treat `.data` as a view.
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     @staticmethod
@@ -163,29 +184,37 @@ class _Linears(Function):
         return _gradients(ctx, dys)
 
 
-# As in ``fused.py``, this skips ``Function.apply``, whose Python calls serve the transforms of
-# ``torch.func``. Calls under a transform never reach this function.
+# ``apply`` of the C++ base class skips the dozen Python calls that ``Function.apply`` makes for the
+# transforms of ``torch.func``. Calls under a transform never reach this function (see
+# ``fused.applies``).
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
-#: the results of ``backward``: the gradient [T, in] of x through the low-rank products, and the
-#: gradients of A and B, in the shapes of ``downs`` and ``ups``
+#: the results of ``backward``: the gradient [T, in] of x through the low-rank products, the
+#: gradient of ``joined_A`` in its shape, and the gradient of each B in its shape
 _Gradients = tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]
 
 
 class _Batched:
-    """All spans together, by batched products: N spans of t tokens. h is computed as [N, r, t],
-    because products with the tokens as the last axis are faster, in float32 and in 16 bits."""
+    """The low-rank products of all spans together, as batched products for N spans of t tokens
+    each. h is computed as [N, r, t], because products with the tokens as the last axis are faster,
+    in float32 and in 16 bits."""
 
     @staticmethod
     def forward(
-        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, changes: Any
+        spans: Sequence[Span],
+        tokens: Tensor,
+        joined_A: Tensor,
+        B_by_layer: Any,
+        low_rank_outputs: Any,
     ) -> list[Tensor | None]:
-        x, count = _Batched.by_span(spans, tokens), len(spans)
-        h = torch.bmm(downs.view(count, -1, x.shape[2]), x.mT)  # [N, layers · r, t]
+        x, span_count = _Batched.by_span(spans, tokens), len(spans)
+        h = torch.bmm(joined_A.view(span_count, -1, x.shape[2]), x.mT)  # [N, layers · r, t]
         h *= _Batched.scales(spans, x)
-        for layer_h, up, change in zip(h.split(downs.shape[1], 1), ups, changes, strict=True):
-            torch.bmm(layer_h.mT, up.mT, out=_Batched.by_span(spans, change))
+        for layer_h, layer_B, low_rank_output in zip(
+            h.split(joined_A.shape[1], 1), B_by_layer, low_rank_outputs, strict=True
+        ):
+            torch.bmm(layer_h.mT, layer_B.mT, out=_Batched.by_span(spans, low_rank_output))
         return [h]
 
     @staticmethod
@@ -193,26 +222,28 @@ class _Batched:
         spans: Sequence[Span],
         tokens: Tensor,
         dys: Sequence[Tensor],
-        downs: Tensor,
-        ups: Any,
+        joined_A: Tensor,
+        B_by_layer: Any,
         h: list[Any],
-        needs: Any,
+        needs_gradient: Any,
     ) -> _Gradients:
-        need_x, need_downs, *need_ups = needs
-        x, count, rank = _Batched.by_span(spans, tokens), len(spans), downs.shape[1]
-        A, scales = downs.view(count, -1, x.shape[2]), _Batched.scales(spans, x)
+        need_x, need_A, *need_B_by_layer = needs_gradient
+        x, span_count, rank = _Batched.by_span(spans, tokens), len(spans), joined_A.shape[1]
+        A, scales = joined_A.view(span_count, -1, x.shape[2]), _Batched.scales(spans, x)
         dys = [_Batched.by_span(spans, dy) for dy in dys]
-        us = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
-        u = us[0] if len(us) == 1 else torch.cat(us, 1)
+        u_by_layer = [
+            torch.bmm(layer_B.mT, dy.mT) for layer_B, dy in zip(B_by_layer, dys, strict=True)
+        ]
+        u = u_by_layer[0] if len(u_by_layer) == 1 else torch.cat(u_by_layer, 1)
         u *= scales  # s · (dy B)ᵀ, [N, layers · r, t]
-        dB: list[Tensor | None] = [None] * len(ups)
-        if any(need_ups):
+        dB: list[Tensor | None] = [None] * len(B_by_layer)
+        if any(need_B_by_layer):
             all_h = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
             for i, (layer_h, dy, need) in enumerate(
-                zip(all_h.split(rank, 1), dys, need_ups, strict=True)
+                zip(all_h.split(rank, 1), dys, need_B_by_layer, strict=True)
             ):
                 dB[i] = torch.bmm(layer_h, dy).mT.contiguous() if need else None
-        dA = torch.bmm(u, x).view(downs.shape) if need_downs else None
+        dA = torch.bmm(u, x).view(joined_A.shape) if need_A else None
         dx = None
         if need_x:
             dx = (
@@ -225,12 +256,14 @@ class _Batched:
 
     @staticmethod
     def by_span(spans: Sequence[Span], x: Tensor) -> Tensor:
-        """View the rows [T, n] of all spans as [N, t, n]. Writing to the view writes to x."""
+        """A view [N, t, n] of the rows of x [T, n] that belong to the N spans, with t tokens each.
+        Writing to the view writes to x."""
         return x[spans[0].first : spans[-1].after].view(len(spans), -1, x.shape[1])
 
     @staticmethod
     def scales(spans: Sequence[Span], x: Tensor) -> Any:
-        """The scales of the spans: one number if they are equal, else a tensor [N, 1, 1]."""
+        """The scales of the N spans: one number if all are equal, else a tensor [N, 1, 1] with the
+        dtype and device of x."""
         scales = [span.scale for span in spans]
         return (
             scales[0]
@@ -240,21 +273,28 @@ class _Batched:
 
 
 class _OneByOne:
-    """One span after another."""
+    """The low-rank products of one layer, computed for one span after another."""
 
     @staticmethod
     def forward(
-        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, changes: Any
+        spans: Sequence[Span],
+        tokens: Tensor,
+        joined_A: Tensor,
+        B_by_layer: Any,
+        low_rank_outputs: Any,
     ) -> list[Tensor | None]:
         h: list[Tensor | None] = []
-        for i, (span, down, up) in enumerate(_OneByOne.with_factors(spans, downs, ups[0])):
+        for i, (span, span_A, transposed_B) in enumerate(
+            _OneByOne.with_factors(spans, joined_A, B_by_layer[0])
+        ):
             span_tokens = span.select(tokens)
-            span_h = fused.thin_product(down, span_tokens, span.drop_entries(span_tokens))  # [r, t]
+            # [r, t]
+            span_h = fused.thin_product(span_A, span_tokens, span.drop_entries(span_tokens))
             span_h *= span.strength
-            torch.mm(span_h.mT, up, out=span.select(changes[0]))
+            torch.mm(span_h.mT, transposed_B, out=span.select(low_rank_outputs[0]))
             h.append(span_h)
             if i + 1 < len(spans):
-                changes[0][span.after : spans[i + 1].first] = 0
+                low_rank_outputs[0][span.after : spans[i + 1].first] = 0
         return h
 
     @staticmethod
@@ -262,56 +302,67 @@ class _OneByOne:
         spans: Sequence[Span],
         tokens: Tensor,
         dys: Sequence[Tensor],
-        downs: Tensor,
-        ups: Any,
+        joined_A: Tensor,
+        B_by_layer: Any,
         h: list[Any],
-        needs: Any,
+        needs_gradient: Any,
     ) -> _Gradients:
-        need_x, need_A, need_B = needs
+        need_x, need_A, need_B = needs_gradient
         dx = torch.zeros_like(tokens) if need_x else None
         dA: list[Any] = []
         dB: list[Any] = []
-        for i, (span, down, up) in enumerate(_OneByOne.with_factors(spans, downs, ups[0])):
+        for i, (span, span_A, transposed_B) in enumerate(
+            _OneByOne.with_factors(spans, joined_A, B_by_layer[0])
+        ):
             span_tokens, span_dy = span.select(tokens), span.select(dys[0])
             dropped, span_h = span.drop_entries(span_tokens), h[i]
             if span_h is None:
-                span_h = fused.thin_product(down, span_tokens, dropped) * span.strength
+                span_h = fused.thin_product(span_A, span_tokens, dropped) * span.strength
             if need_B:
                 dB.append(torch.mm(span_h, span_dy))
-            u = fused.thin_product(up, span_dy)
+            u = fused.thin_product(transposed_B, span_dy)
             u *= span.strength  # s · (dy B)ᵀ, [r, t]
-            span_dx, gradient = fused.thin_gradients(u, down, span_tokens, dropped, need_x, need_A)
-            dA.append(gradient)
+            span_dx, span_dA = fused.thin_gradients(u, span_A, span_tokens, dropped, need_x, need_A)
+            dA.append(span_dA)
             if dx is not None:
                 span.select(dx).copy_(span_dx)
         return dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
 
     @staticmethod
-    def with_factors(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
-        """(span, A [r, in], Bᵀ [r, out]) of each span."""
+    def with_factors(spans: Sequence[Span], joined_A: Tensor, joined_transposed_B: Tensor) -> Any:
+        """An iterator over (span, A [r, in], Bᵀ [r, out]) of each span. ``joined_A`` [R, in] and
+        ``joined_transposed_B`` [R, out] hold the A and Bᵀ of all spans, joined along the rank."""
         ranks = [span.rank for span in spans]
-        return zip(spans, downs.split(ranks), ups.split(ranks), strict=True)
+        return zip(spans, joined_A.split(ranks), joined_transposed_B.split(ranks), strict=True)
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
-    count, spans, needs = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
-    first, second, third, downs, *saved_lists = ctx.saved_tensors
-    ups, weights, h = saved_lists[:count], saved_lists[count : 2 * count], saved_lists[2 * count :]
-    x = restore_input(SavedInput(first, second, third, ctx.gate), needs[0])
-    no_gradients = (None,) * (2 * count)
+    layer_count, spans, needs_gradient = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
+    x_or_factor, factor2, factor3, joined_A, *saved_tensors = ctx.saved_tensors
+    B_by_layer, weights, h = (
+        saved_tensors[:layer_count],
+        saved_tensors[layer_count : 2 * layer_count],
+        saved_tensors[2 * layer_count :],
+    )
+    x = restore_input(SavedInput(x_or_factor, factor2, factor3, ctx.gate), needs_gradient[0])
+    no_gradients = (None,) * (2 * layer_count)
     if torch.is_grad_enabled():
 
-        def definition(x: Tensor, downs: Tensor, *ups: Tensor) -> list[Tensor]:
-            return _definition(spans, x, downs, ups, weights)
+        def outputs_of(x: Tensor, joined_A: Tensor, *B_by_layer: Tensor) -> list[Tensor]:
+            return _differentiable_outputs(spans, x, joined_A, B_by_layer, weights)
 
-        dropout = max(span.dropout for span in spans)
+        max_dropout = max(span.dropout for span in spans)
         return (
             None,
-            *reference.gradients_of(definition, (x, downs, *ups), needs, dys, dropout),
+            *reference.gradients_of(
+                outputs_of, (x, joined_A, *B_by_layer), needs_gradient, dys, max_dropout
+            ),
             *no_gradients,
         )
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    dx, dA, dB = ctx.products.backward(spans, x.reshape(-1, x.shape[-1]), dys, downs, ups, h, needs)
+    dx, dA, dB = ctx.method.backward(
+        spans, x.reshape(-1, x.shape[-1]), dys, joined_A, B_by_layer, h, needs_gradient
+    )
     if dx is not None:
         for dy, weight in zip(dys, weights, strict=True):
             dx.addmm_(dy, weight)
@@ -319,30 +370,33 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     return None, dx, dA, *dB, *no_gradients
 
 
-def _definition(
+def _differentiable_outputs(
     spans: Sequence[Span],
     x: Tensor,
-    downs: Tensor,
-    ups: Sequence[Tensor],
+    joined_A: Tensor,
+    B_by_layer: Sequence[Tensor],
     weights: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The outputs of the layers by differentiable operations, without dropout. Biases are left out,
-    because only gradients of other tensors are computed from these outputs."""
-    tokens, layers = x.reshape(-1, x.shape[-1]), len(weights)
+    """The outputs of the layers by differentiable operations, without dropout, for a gradient of a
+    gradient. Biases are left out, because the gradients of x, A and B do not depend on them.
+
+    Args:
+        joined_A, B_by_layer: as ``joined_A`` and B in ``_Linears``."""
+    tokens, layer_count = x.reshape(-1, x.shape[-1]), len(weights)
     outputs = []
-    for layer, (weight, up) in enumerate(zip(weights, ups, strict=True)):
-        y, end = F.linear(tokens, weight), 0
-        if downs.ndim == 3:
-            factors: Any = zip(spans, downs[layer::layers], up, strict=True)
+    for layer, (weight, layer_B) in enumerate(zip(weights, B_by_layer, strict=True)):
+        y, previous_end = F.linear(tokens, weight), 0
+        if joined_A.ndim == 3:
+            factors: Any = zip(spans, joined_A[layer::layer_count], layer_B, strict=True)
         else:
-            triples = _OneByOne.with_factors(spans, downs, up)
-            factors = ((span, down, up.mT) for span, down, up in triples)
-        blocks = []
-        for span, down, span_up in factors:
+            spans_with_factors = _OneByOne.with_factors(spans, joined_A, layer_B)
+            factors = ((span, span_A, layer_B.mT) for span, span_A, layer_B in spans_with_factors)
+        output_blocks = []
+        for span, span_A, span_up in factors:
             changed_rows = reference.matmul_update(
-                span.select(tokens), down, span_up, span.scale, span.select(y)
+                span.select(tokens), span_A, span_up, span.scale, span.select(y)
             )
-            blocks += [y[end : span.first], changed_rows]
-            end = span.after
-        outputs.append(torch.cat([*blocks, y[end:]]).view(*x.shape[:-1], -1))
+            output_blocks += [y[previous_end : span.first], changed_rows]
+            previous_end = span.after
+        outputs.append(torch.cat([*output_blocks, y[previous_end:]]).view(*x.shape[:-1], -1))
     return outputs

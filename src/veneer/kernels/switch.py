@@ -1,25 +1,25 @@
-"""``VENEER_COMPILED``: an environment variable that turns off optimisations on a CPU. Torch's own
-operations are used in their place.
+"""``VENEER_COMPILED``: an environment variable that turns off optimisations on a CPU, so that
+torch's own operations are used instead.
 
     VENEER_COMPILED=0                no optimisation
-    VENEER_COMPILED=saved_inputs     this optimisation only
+    VENEER_COMPILED=saved_inputs     only the optimisation "saved_inputs"
     VENEER_COMPILED=1                all optimisations, the default
 
-mixed_rows       A compiled loop multiplies the tokens of a decoding step with the adapter of each
-                 row, over a base in bfloat16 or float32. Its sums are as exact as those of torch's
-                 operations, but not the same bits.
+mixed_rows       A compiled loop multiplies each row of a decoding step with its own adapter, over a
+                 base in bfloat16 or float32. The results are as exact as those of torch's
+                 operations, but not bitwise equal to them.
 round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
                  operations, in a quarter of their time.
 saved_inputs     Not compiled. It changes which tensors autograd's nodes save. In a training step
                  over a frozen Llama, a third of the bytes that autograd would save is recomputed in
                  backward instead, with the same bits.
 weight_first     Not compiled. For 2 to 64 rows that decode in float32, in the engine or in a bank,
-                 x Wᵀ is computed as (W xᵀ)ᵀ on CPUs of AMD, in 0.3 to 0.9 of the time. Its sums are
-                 as exact, but not the same bits.
+                 x Wᵀ is computed as (W xᵀ)ᵀ on CPUs of AMD, in 0.3 to 0.9 of the time. The results
+                 are as exact, but not bitwise equal.
 
 Compiled loops need numba (the extra ``fast``), which takes half a second and 100 MiB to load. It is
-loaded for the first batch with several adapters over such a base, and for the first large weight
-that is merged. The variable is read once, when veneer is imported.
+loaded at the first batch with several adapters over a base in bfloat16 or float32, and at the first
+merge of a large weight. The variable is read once, when veneer is imported.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ REMOVED = ("thin_matmul", "single_adapter_bf16", "bf16_dot", "expert_rows")
 
 
 def enabled_names(setting: str) -> frozenset[str]:
-    """The optimisations that a value of the variable turns on: "1" all of them, "0" none, else the
-    optimisations that it names, separated by commas. A name of an earlier release causes a
-    ``DeprecationWarning``.
+    """The names of the optimisations that ``setting``, a value of ``VENEER_COMPILED``, turns on:
+    all for "1" or an empty text, none for "0", else those that it lists, separated by commas.
+    Listed names of earlier releases are left out, with a ``DeprecationWarning``.
 
     Raises:
         ConfigError: an unknown name.
@@ -72,6 +72,7 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def is_on(name: str) -> bool:
-    """Whether the optimisation ``name``, one of ``NAMES``, is turned on and can run here."""
-    return name in ENABLED and (name not in LOOPS or has_numba())
+def is_on(optimisation: str) -> bool:
+    """Whether ``optimisation``, one of ``NAMES``, is turned on by ``VENEER_COMPILED`` and, if it is
+    a compiled loop, numba is installed."""
+    return optimisation in ENABLED and (optimisation not in LOOPS or has_numba())

@@ -2,9 +2,9 @@
 
 By default, torch splits each operation over its threads and waits for all of them. A chain of short
 operations on data that fits into one core's cache is faster if each chunk of data has one thread.
-So each worker thread sets torch's number of threads to 1. A new thread inherits the setting that
-any thread has made last, so the caller restores its own setting as soon as all workers have made
-theirs.
+So each worker thread calls ``torch.set_num_threads(1)``. A new thread inherits the number that any
+thread has set last. The caller therefore sets its own number again as soon as all workers have set
+theirs, so that threads that are started later do not inherit 1.
 """
 
 from __future__ import annotations
@@ -23,62 +23,68 @@ State = TypeVar("State")
 Result = TypeVar("Result")
 
 
-def threads_for(tensor: Tensor, limit: int) -> int:
-    """The number of threads for work on ``tensor``. On a CPU this is torch's number, at most
-    ``limit``, because each thread needs memory of its own and all share the memory's bandwidth. On
-    other devices it is 0, which means the calling thread, because one stream suffices."""
-    return min(torch.get_num_threads(), limit) if tensor.device.type == "cpu" else 0
+def threads_for(tensor: Tensor, max_threads: int) -> int:
+    """The number of worker threads for ``map_on_threads`` on the data of ``tensor``. On a CPU, it
+    is torch's number of threads, but at most ``max_threads``, because each thread needs buffers of
+    its own and all threads share the memory's bandwidth. On other devices it is 0: the calling
+    thread does all work, because it can keep the device busy alone."""
+    return min(torch.get_num_threads(), max_threads) if tensor.device.type == "cpu" else 0
 
 
 def map_on_threads(
     tasks: Sequence[Task],
-    new_state: Callable[[], State],
-    work: Callable[[Task, State], Result],
-    threads: int,
+    make_state: Callable[[], State],
+    run_task: Callable[[Task, State], Result],
+    thread_count: int,
 ) -> list[Result]:
-    """``[work(task, state) for task in tasks]``, in this order, on ``threads`` threads, without
-    autograd. The calling thread does the work if torch has a single thread or ``threads`` is 0.
+    """``[run_task(task, state) for task in tasks]``, in this order, without autograd.
 
-    ``new_state`` creates the state that one thread uses for all its tasks. The first exception ends
-    all threads and is raised.
+    Args:
+        make_state: creates the state, such as buffers, that one thread passes to all its tasks.
+        thread_count: the number of worker threads. The calling thread runs all tasks if it is 0, or
+            if torch has a single thread.
+
+    The first exception of a task is raised here, after all threads have ended.
     """
-    threads = min(threads, len(tasks))
-    if threads == 0 or torch.get_num_threads() == 1:
+    thread_count = min(thread_count, len(tasks))
+    if thread_count == 0 or torch.get_num_threads() == 1:
         with torch.no_grad():
-            thread_state = new_state()
-            return [work(task, thread_state) for task in tasks]
-    results: dict[int, Result] = {}
-    task_indices, stop = itertools.count(), threading.Event()
-    all_ready = threading.Barrier(threads + 1)
-    is_inference, thread_setting = torch.is_inference_mode_enabled(), torch.get_num_threads()
+            thread_state = make_state()
+            return [run_task(task, thread_state) for task in tasks]
+    results_by_index: dict[int, Result] = {}
+    task_indices, stop_event = itertools.count(), threading.Event()
+    ready_barrier = threading.Barrier(thread_count + 1)
+    is_inference, torch_thread_count = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
     def run_worker() -> None:
-        # the first call of torch in a thread inherits the last setting, so set it only afterwards
+        # The first call of torch in a new thread overwrites the number of threads by the number
+        # that any thread has set last, so a first call is made before the number is set.
         torch.get_num_threads()
         torch.set_num_threads(1)
-        all_ready.wait()
+        ready_barrier.wait()
         with torch.inference_mode(is_inference), torch.no_grad():
-            thread_state = new_state()
-            for index in task_indices:  # threads share it; `next` of a counter is atomic
-                if index >= len(tasks) or stop.is_set():
+            thread_state = make_state()
+            for index in task_indices:  # shared by all threads: `next` of a counter is atomic
+                if index >= len(tasks) or stop_event.is_set():
                     return
-                results[index] = work(tasks[index], thread_state)
+                results_by_index[index] = run_task(tasks[index], thread_state)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(thread_count) as pool:
         try:
-            workers = [pool.submit(run_worker) for _ in range(threads)]
-            all_ready.wait()
+            workers = [pool.submit(run_worker) for _ in range(thread_count)]
+            ready_barrier.wait()
         except BaseException:
-            # no more threads in the system, or an interrupt: release the workers that wait
-            all_ready.abort()
-            pool.shutdown()  # before torch's setting is restored, because the last setting counts
+            # The system has no more threads, or the user interrupts. Release the workers that wait
+            # at the barrier, which would wait for ever.
+            ready_barrier.abort()
+            pool.shutdown()  # first, so that no worker sets torch's number of threads after us
             raise
         finally:
-            torch.set_num_threads(thread_setting)
+            torch.set_num_threads(torch_thread_count)
         try:
             for worker in as_completed(workers):
                 worker.result()
         except BaseException:
-            stop.set()
+            stop_event.set()
             raise
-    return [results[index] for index in range(len(tasks))]
+    return [results_by_index[index] for index in range(len(tasks))]

@@ -1,7 +1,7 @@
 """The interface of a layer kind, which alone knows how a class of layers uses its weights.
 
-    y = op(x; W) + bias        update(x) = op(x; ΔW)
-    ΔW: [g, out, in], folded into the shape of the weight; g is the number of matrices in it, such
+    y = op(x; W) + bias        update(x) = op(x; ΔW)        op: the layer's operation
+    ΔW: [g, out, in], folded into the shape of the weight W; g is the number of matrices in W, such
     as groups of a convolution or experts, and 1 for a linear layer
 
 A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how ΔW is
@@ -14,7 +14,7 @@ path. How to add a kind: CONTRIBUTING.md.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ from veneer.registry import Registry
 
 
 class Dims(NamedTuple):
-    """The size of a change: ``groups`` matrices [out, in], each a product of [out, rank] and [rank,
-    in]."""
+    """The size of ΔW, the low-rank change of a weight: ``groups`` matrices [out, in], each a
+    product of [out, rank] and [rank, in]."""
 
     groups: int
     out: int
@@ -40,8 +40,9 @@ class Dims(NamedTuple):
 
 
 class Layer(ABC):
-    """One kind of layer, without state. Subclasses are abstract or final. The registry holds one
-    instance of each final subclass."""
+    """One kind of layers: how modules of certain classes use their weights. It has no state: all
+    methods get the module. Subclasses are abstract or final. ``LAYERS`` holds one instance of each
+    final subclass."""
 
     name: str
     #: the weight's name in a module with one weight
@@ -50,14 +51,15 @@ class Layer(ABC):
     out_axis: int = 0
     #: keys of A and B in a PEFT file, after the module's path
     file_keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    #: whether dropout is applied to the inputs; False if these are indices, because dropout then
-    #: drops the update of whole tokens
+    #: whether dropout is applied to the inputs; False if the inputs are indices: dropout then sets
+    #: the update of whole tokens to zero instead
     drops_input: bool = True
     #: whether the targets "all-linear", "attention" and "mlp" include this kind
     linear: bool = False
     #: whether forward is y = x Wᵀ + bias and nothing else (with Wᵀ stored if ``out_axis`` is 1)
     product: bool = False
-    #: whether the layer has one input [*, in] and computes each vector of it independently
+    #: whether the layer has one input, and computes each of its vectors (for an embedding: each of
+    #: its indices) independently of the others
     by_position: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,50 +67,52 @@ class Layer(ABC):
 
     @abstractmethod
     def types(self) -> tuple[type[nn.Module], ...]:
-        """The module classes of this kind. Subclasses of these are of this kind too."""
+        """The module classes of this kind. Modules of subclasses are of this kind too."""
 
     @abstractmethod
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
-        """Small modules of this kind, each with an input (a tensor, or a tuple of arguments): one
-        for every option that changes the arithmetic."""
+        """Small modules for the tests, each with an input of its forward (a tensor, or a tuple of
+        arguments): one for every option of this kind that changes the arithmetic."""
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        """The names of the weights that can have a low-rank change."""
+        """The names of the module's parameters that can have a low-rank change."""
         return (self.weight,)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        """The names of the vectors that are trained at their full shape if the module is a
-        target."""
+        """The names of the module's parameters that are trained at their full shape if the module
+        is a target, because a low-rank change of a vector would not be smaller."""
         return ()
 
     def below(self, module: Any) -> tuple[str, ...]:
-        """The names of submodules whose weights this layer uses in its own computation. Targets
-        that match the layer include them."""
+        """The names of submodules whose weights the module's forward reads without calling them,
+        such as ``out_proj`` of ``nn.MultiheadAttention``. If the module is a target, these are
+        too."""
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        """The size of a change of a weight with this ``shape`` (the shape of the dense weight, in
+        """The size of ΔW for a weight with this ``shape`` (the shape of the dense weight, in
         whatever way it is stored). By default the weight is a matrix [out, in], or [in, out] if
         ``out_axis`` is 1."""
         return Dims(1, *(shape[::-1] if self.out_axis else shape))
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
-        """ΔW, given as [g, out, in], in the ``shape`` of the weight."""
+        """Rearrange ``delta``, which is ΔW as [g, out, in], to the ``shape`` of the weight."""
         return delta[0].mT if self.out_axis else delta.reshape(shape)
 
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
-        """A tensor of the weight's shape as [g, out, in]: the inverse of ``fold``."""
+        """Rearrange ``weight``, a tensor of the weight's shape, to [g, out, in]: the inverse of
+        ``fold``."""
         return weight.mT[None] if self.out_axis else weight.reshape(dims)
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
         """``values`` [g · out], one for each output, in a shape that broadcasts over a weight of
         ``shape``."""
-        axes = [1] * len(shape)
-        axes[self.out_axis] = -1
-        return values.reshape(axes)
+        sizes = [1] * len(shape)
+        sizes[self.out_axis] = -1
+        return values.reshape(sizes)
 
     def fan_in(self, dims: Dims) -> int:
-        """The number of inputs that reach a row of A at a time, for A's Kaiming initialisation."""
+        """The fan-in for A's Kaiming initialisation: how many inputs may be non-zero at a time."""
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:
@@ -125,22 +129,24 @@ class Layer(ABC):
         """The reason why this module cannot carry an adapter; None if it can."""
         return None
 
-    def _undefined(self, method: str) -> NotImplementedError:
-        problem = f"the layer kind {self.name!r}, whose class defines no {method}()"
+    def _missing_method_error(self, method_name: str) -> NotImplementedError:
+        problem = f"the layer kind {self.name!r}, whose class defines no {method_name}()"
         return NotImplementedError(
             sentence(problem, "one that its forward needs", f"define it in {type(self).__name__}")
         )
 
-    # The factored path: a kind that is linear in its one weight overrides `op` and `update`.
+    # The factored path computes op(x; W) + op(x; ΔW) without forming W + ΔW. A kind whose output is
+    # linear in its one weight overrides `op` and `update` for it.
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The forward of the class, with ``weight`` and ``bias`` in place of the module's."""
-        raise self._undefined("op")
+        """op(x; ``weight``) + ``bias``: the forward of the module's class, with these tensors in
+        place of the module's own."""
+        raise self._missing_method_error("op")
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        """``y + op(x; ΔW)``, or ``op(x; ΔW)`` if y is None, in the dtype of x. It is computed with
-        A and B, without forming ΔW."""
-        raise self._undefined("update")
+        """``y + op(x; ΔW)``, or ``op(x; ΔW)`` if y is None, in the dtype of x. ``low`` holds the
+        factors A and B of ΔW. The result is computed from them, without forming ΔW."""
+        raise self._missing_method_error("update")
 
     def fused(
         self,
@@ -149,17 +155,22 @@ class Layer(ABC):
         weight: Tensor,
         bias: Tensor | None,
         low: LowRank,
-        drops: float,
+        dropout: float,
     ) -> Tensor | None:
-        """``update(drop(x), low, op(x, weight, bias))`` as one function of ``kernels``, or None if
-        there is no such function for this call. ``drops`` is the probability of dropout. It is
-        called only if ``kernels.fused.applies(x, weight)`` or
-        ``kernels.device.applies_without_cast(x, weight)`` is True."""
+        """The result of ``update(dropout(x), low, op(x, weight, bias))``, computed by one fused
+        function of ``kernels``; None if there is no fused function for this call.
+
+        Args:
+            dropout: the probability with which each entry of x is dropped for the update.
+
+        This method is called only if ``kernels.fused.applies(x, weight)`` or
+        ``kernels.device.applies_without_cast(x, weight)`` is True.
+        """
         return None
 
     def factors(self, module: Any) -> bool:
         """Whether ``update`` equals ``op(x; ΔW)`` with the options of this module, gradients
-        included."""
+        included. If False, the module's own forward runs on W + ΔW instead."""
         return True
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
@@ -167,36 +178,46 @@ class Layer(ABC):
         y."""
         return values
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        """The vectors that ΔW multiplies in a call with these arguments, [g, tokens, in].
-        ``weight`` names a weight of the module, or of a submodule by its path."""
-        raise self._undefined("inputs")
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
+        """The vectors that ΔW multiplies in a call of the module with the positional arguments
+        ``args``, [g, tokens, in]. ``weight_name``: the name of the changed weight in the module, or
+        its path if it is in a submodule ("out_proj.weight")."""
+        raise self._missing_method_error("inputs")
 
-    # The materialised path runs the module's own forward on a view of it.
+    # If a kind has no factored path, the module's own forward runs on a view of the module: an
+    # object with the same class and attributes, but with W + ΔW in place of the weight.
 
     def bind(self, view: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
-        """Prepare a view of a module for its forward. ``values.get(name)`` is a changed weight. A
-        kind needs this if its forward does not read weights by their names on the module."""
+        """Prepare a view of a module (an object with the module's class and attributes) for its
+        forward on changed weights. ``values.get(name)``: the changed weight ``name``, or None if
+        it is not changed. A kind overrides this method if the module's forward reads weights in
+        another way than by their names on the module."""
 
-    # Rows of a batch that use different adapters.
+    # If the rows of a batch use different adapters, a layer is called once for each adapter.
+    # ``take`` selects the rows for one of these calls, and ``put`` joins the outputs.
 
     def take(
-        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+        self, module: Any, args: tuple, kwargs: dict, row_indices: Tensor, batch_size: int
     ) -> tuple[tuple, dict]:
-        """The arguments of a call, of which only ``rows`` of a batch of ``count`` rows remain.
+        """The arguments (args, kwargs) of a call of the module, reduced to some rows of the batch.
+        By default, a tensor whose first axis has ``batch_size`` entries holds the rows.
+
+        Args:
+            row_indices: the indices of the rows to keep, int64 [n].
+            batch_size: the number of rows in ``args`` and ``kwargs``.
 
         Raises:
-            LookupError: no argument has ``count`` rows.
+            LookupError: no argument has ``batch_size`` rows.
         """
         has_rows = False
 
         def select_rows(argument: Any) -> Any:
             nonlocal has_rows
             is_tensor = isinstance(argument, Tensor)
-            if not is_tensor or argument.dim() == 0 or argument.shape[0] != count:
+            if not is_tensor or argument.dim() == 0 or argument.shape[0] != batch_size:
                 return argument
             has_rows = True
-            return argument.index_select(0, rows.to(argument.device))
+            return argument.index_select(0, row_indices.to(argument.device))
 
         selected = pytree.tree_map(select_rows, (args, kwargs))
         if not has_rows:
@@ -205,14 +226,15 @@ class Layer(ABC):
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         """The ``outputs`` of several calls, joined to the output of the whole batch. ``order``: for
-        each row of the batch, its row in the joined outputs."""
+        each row of the batch, its index in the concatenated outputs."""
         return join_outputs(outputs, order, lambda _: 0)
 
-    # The layout of a PEFT file.
+    # The next three methods convert between Veneer's shapes and those in a PEFT file.
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a PEFT file. PEFT has no groups in these layers, so the g
-        matrices are concatenated along the first axis: A [g · r, in], B [g · out, r]."""
+        """LoRA's A and B, in the shapes of a PEFT file, for a weight with this ``shape``. By
+        default, the g matrices are concatenated along the first axis, because PEFT has no groups:
+        A [g · r, in], B [g · out, r]."""
         return low.A.flatten(0, 1), low.B.flatten(0, 1)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
@@ -222,41 +244,51 @@ class Layer(ABC):
     def unpack(
         self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
     ) -> tuple[Tensor, Tensor] | None:
-        """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if the shapes do not
-        fit this layer."""
+        """LoRA's A [g, r, in] and B [g, out, r], from A and B in the shapes of a PEFT file; None if
+        these shapes do not fit a weight with this ``shape``. The inverse of ``pack``."""
         groups, out, in_ = self.dims(module, shape)
         rank = B.shape[1] if B.dim() == 2 else 0
-        fits = A.shape == (groups * rank, in_) and B.shape == (groups * out, rank)
+        has_expected_shapes = A.shape == (groups * rank, in_) and B.shape == (groups * out, rank)
         return (
-            (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
+            (A.reshape(groups, rank, in_), B.reshape(groups, out, rank))
+            if has_expected_shapes and rank
+            else None
         )
 
 
-def join_outputs(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
+def join_outputs(outputs: list[Any], order: Tensor, axis_of: Callable[[int], int]) -> Any:
     """Concatenate the outputs of several calls (trees of the same structure), tensor by tensor, and
-    bring the rows into the given order. ``axis_of(i)`` is the axis of the i-th tensor that holds
-    the rows; ``order`` is as in ``Layer.put``."""
-    spec, leaves = pytree.tree_structure(outputs[0]), []
-    for position, tensors in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
+    sort the rows. Scalars, and values that are no tensors, are taken from the first output.
+
+    Args:
+        order: for each row of the result, its index in the concatenated outputs.
+        axis_of: takes the index of a tensor in a tree, and returns the axis along which this tensor
+            holds the rows.
+    """
+    structure, joined_leaves = pytree.tree_structure(outputs[0]), []
+    for tensor_index, tensors in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
         if not isinstance(tensors[0], Tensor) or tensors[0].dim() == 0:
-            leaves.append(tensors[0])
+            joined_leaves.append(tensors[0])
             continue
-        axis = axis_of(position)
-        leaves.append(torch.cat(tensors, axis).index_select(axis, order.to(tensors[0].device)))
-    return pytree.tree_unflatten(leaves, spec)
+        axis = axis_of(tensor_index)
+        joined_leaves.append(
+            torch.cat(tensors, axis).index_select(axis, order.to(tensors[0].device))
+        )
+    return pytree.tree_unflatten(joined_leaves, structure)
 
 
 LAYERS: Registry[Layer] = Registry("layer kind")
 
 
 def layer_named(name: str):
-    """The registered layer kind of this name. A pickled kind holds this call, so that unpickling
-    gives the registered instance."""
+    """The registered layer kind of this name. A kind is pickled as a call of this function
+    (``Layer.__reduce__``), so that unpickling gives the registered instance."""
     return LAYERS[name]
 
 
 def register(kind: type[Layer]) -> type[Layer]:
-    """Class decorator: register one instance. Kinds that are registered later take precedence."""
+    """Class decorator: register one instance of the class. If a module is of several kinds, the
+    kind that was registered last is used."""
     LAYERS.add(kind.name, kind())
     return kind
 
@@ -275,8 +307,9 @@ def parameter_path(path: str, name: str) -> str:
 
 
 def kind_of(module: Any) -> Layer | None:
-    """The kind of a module; None if the module has no parameters of its own. A user's kind takes
-    precedence over Veneer's, because it is registered later."""
+    """The kind of a module; None if the kind lists no parameter of the module that can be trained
+    (no ``weights`` and no ``vectors``). A user's kind takes precedence over Veneer's, because it is
+    registered later."""
     kind = next(
         (kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())),
         LAYERS[GENERAL_KIND_NAME],
@@ -285,18 +318,29 @@ def kind_of(module: Any) -> Layer | None:
 
 
 def kind_for(module: nn.Module, name: str) -> Any:
-    """The layer kind for one parameter of a module: the module's kind, or the general kind if the
-    module's kind does not list the parameter."""
+    """The layer kind for the parameter ``name`` of a module: the module's kind, or the general kind
+    if the ``weights`` of the module's kind do not include the parameter."""
     kind = kind_of(module)
     return kind if kind is not None and name in kind.weights(module) else LAYERS[GENERAL_KIND_NAME]
 
 
 def can_factor(
-    kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()
+    kind: Layer,
+    module: Any,
+    base_class: type[nn.Module],
+    trusted_classes: tuple[type[nn.Module], ...] = (),
 ) -> bool:
-    """Whether the factored path is correct for ``module``, whose class without adapters is
-    ``base``: the forward of ``base`` is that of a class of the kind, which ``kind.op`` computes, or
-    that of a class in ``trusted``."""
+    """Whether the factored path, op(x; W) + op(x; ΔW) without forming W + ΔW, is correct for
+    ``module``: its forward is that of a class of the kind, which ``kind.op`` computes, or that of a
+    class in ``trusted_classes``.
+
+    Args:
+        base_class: the class of ``module`` without adapters.
+        trusted_classes: classes whose forward computes the same as the kind's own class.
+    """
     if type(kind).update is Layer.update or not kind.factors(module):
         return False
-    return any(base.forward is stock.forward for stock in (*kind.types(), *trusted))
+    return any(
+        base_class.forward is known_class.forward
+        for known_class in (*kind.types(), *trusted_classes)
+    )

@@ -1,5 +1,5 @@
 """``nn.MultiheadAttention``: its in-projection, which is one weight [3E, E], or a weight each for
-queries, keys and values.
+queries, keys and values. E is ``embed_dim``.
 
 The out-projection is a linear layer among its submodules, and a target of its own. The forward of
 ``nn.MultiheadAttention`` reads the weight of the out-projection directly, without calling it
@@ -39,19 +39,23 @@ class Attention(Layer):
     def below(self, module: Any) -> tuple[str, ...]:
         return ("out_proj",)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        if weight == "out_proj.weight":
-            tensors = [self._heads(module, args)]
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
+        if weight_name == "out_proj.weight":
+            tensors = [self._out_proj_input(module, args)]
         else:
-            tensors = args[:3] if weight == self.weight else [args[_SEPARATE_WEIGHTS.index(weight)]]
+            tensors = (
+                args[:3]
+                if weight_name == self.weight
+                else [args[_SEPARATE_WEIGHTS.index(weight_name)]]
+            )
         return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in tensors], dim=1)
 
-    def _heads(self, module: Any, args: tuple) -> Tensor:
+    def _out_proj_input(self, module: Any, args: tuple) -> Tensor:
         """The input of the out-projection: the output of a view of the module, in which the
         out-projection is the identity."""
-        size, query = module.embed_dim, args[0]
+        embed_dim, query = module.embed_dim, args[0]
         identity: Any = nn.utils.skip_init(
-            nn.Linear, size, size, device=query.device, dtype=query.dtype
+            nn.Linear, embed_dim, embed_dim, device=query.device, dtype=query.dtype
         )
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
@@ -60,33 +64,37 @@ class Attention(Layer):
         return type(module).forward(view, *args)[0]
 
     def take(
-        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+        self, module: Any, args: tuple, kwargs: dict, row_indices: Tensor, batch_size: int
     ) -> tuple[tuple, dict]:
-        names = _FORWARD_ARGUMENTS
-        subclass_args = args[len(names) :]  # further arguments, which a subclass may have
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        axis = 0 if module.batch_first else 1
-        for name in names[:3]:
-            if arguments[name].dim() != 3 or arguments[name].shape[axis] != count:
+        argument_names = _FORWARD_ARGUMENTS
+        subclass_args = args[len(argument_names) :]  # further arguments, which a subclass may have
+        arguments = dict(zip(argument_names, args, strict=False)) | kwargs
+        batch_axis = 0 if module.batch_first else 1
+        for name in argument_names[:3]:
+            if arguments[name].dim() != 3 or arguments[name].shape[batch_axis] != batch_size:
                 raise LookupError
-            arguments[name] = arguments[name].index_select(axis, rows.to(arguments[name].device))
+            arguments[name] = arguments[name].index_select(
+                batch_axis, row_indices.to(arguments[name].device)
+            )
         padding_mask = arguments.get("key_padding_mask")
         if padding_mask is not None:
             arguments["key_padding_mask"] = padding_mask.index_select(
-                0, rows.to(padding_mask.device)
+                0, row_indices.to(padding_mask.device)
             )
         mask = arguments.get("attn_mask")
         if mask is not None and mask.dim() == 3:  # [batch · heads, target, source]
-            heads = torch.arange(module.num_heads, device=rows.device)
-            mask_rows = (rows[:, None] * module.num_heads + heads).reshape(-1)
+            head_indices = torch.arange(module.num_heads, device=row_indices.device)
+            mask_rows = (row_indices[:, None] * module.num_heads + head_indices).reshape(-1)
             arguments["attn_mask"] = mask.index_select(0, mask_rows.to(mask.device))
-        return (*(arguments[name] for name in names[: len(args)]), *subclass_args), {
+        return (*(arguments[name] for name in argument_names[: len(args)]), *subclass_args), {
             name: arguments[name] for name in kwargs
         }
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         return join_outputs(
-            outputs, order, lambda position: 1 if position == 0 and not module.batch_first else 0
+            outputs,
+            order,
+            lambda tensor_index: 1 if tensor_index == 0 and not module.batch_first else 0,
         )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:

@@ -25,10 +25,10 @@ class Bilinear(Layer):
         out, first_in, second_in = shape
         return Dims(1, out, first_in * second_in)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        first, second = args
-        return (first[..., :, None] * second[..., None, :]).reshape(
-            1, -1, first.shape[-1] * second.shape[-1]
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
+        first_input, second_input = args
+        return (first_input[..., :, None] * second_input[..., None, :]).reshape(
+            1, -1, first_input.shape[-1] * second_input.shape[-1]
         )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:

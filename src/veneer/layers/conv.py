@@ -3,11 +3,11 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
-g is the number of groups of the convolution, |k| the number of positions of the kernel. A
+g is the number of groups of the convolution, *k the sizes of its kernel, and |k| their product. A
 convolution is linear in its weight. So its update is the same convolution with A as the weight
 (g · r outputs in g groups, and the module's other options), followed by a 1 × 1 convolution with B.
-The change of a grouped weight has g groups too. PEFT's change of such a weight has an A that spans
-all groups, so PEFT cannot merge it.
+The change of a grouped weight has g groups too, so it can be merged. PEFT's change of a grouped
+weight has an A that spans all groups, so PEFT cannot merge it.
 
 In a PEFT file, A is [g·r, in/g, *k] and B is [out, r, 1, …]. This is PEFT's own layout if g = 1;
 PEFT has no layout for transposed convolutions.
@@ -31,41 +31,47 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 
 
 class _Convolution(Layer):
-    """The code that all convolutions share. ``spatial`` is the number of spatial axes."""
+    """The code that all convolutions share. ``spatial``: the number of spatial axes, 1 to 3.
+    ``module_class``: the class of modules that this kind is for."""
 
-    def __init__(self, name: str, spatial: int, cls: type[nn.Module]) -> None:
-        self.name, self.spatial, self._cls = name, spatial, cls
+    def __init__(self, name: str, spatial: int, module_class: type[nn.Module]) -> None:
+        self.name, self.spatial, self._module_class = name, spatial, module_class
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        return (self._cls,)
+        return (self._module_class,)
 
     @abstractmethod
     def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
-        """The layer's output with A [g, r, in/g · |k|] as its weight: [N, g · r, *spatial]."""
+        """The layer's output without bias if A [g, r, in/g · |k|] is its weight: [batch, g · r,
+        *sizes of the spatial axes]. |k| is the number of elements of the kernel."""
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         B = (low.B * low.scale).reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
-        change = _POINTWISE[self.spatial - 1](
+        output_change = _POINTWISE[self.spatial - 1](
             self.bottleneck(module, x, low.A), B, groups=module.groups
         )
-        return change if y is None else y + change
+        return output_change if y is None else y + output_change
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # ΔW multiplies the patch of x under the kernel at each output position. The convolution
-        # with the identity matrix as A returns these patches.
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
+        # ΔW multiplies the patch of x under the kernel at each output position. A convolution whose
+        # weight is the identity matrix returns these patches.
         x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
         patches = self.bottleneck(
             module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_)
         )
-        batched = patches if patches.dim() == self.spatial + 2 else patches[None]
+        batched_patches = patches if patches.dim() == self.spatial + 2 else patches[None]
         # [g, positions, in/g · |k|]
-        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
+        return batched_patches.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
 
-    def _example(self, size: int, *args: int, **options: Any) -> tuple[nn.Module, Tensor]:
-        return self._cls(*args, **options), randn(2, args[0], *[size] * self.spatial)
+    def _example(
+        self, input_size: int, *module_args: int, **options: Any
+    ) -> tuple[nn.Module, Tensor]:
+        return self._module_class(*module_args, **options), randn(
+            2, module_args[0], *[input_size] * self.spatial
+        )
 
 
 class Conv(_Convolution):
@@ -85,7 +91,7 @@ class Conv(_Convolution):
         weight: Tensor,
         bias: Tensor | None,
         low: LowRank,
-        drops: float,
+        dropout: float,
     ) -> Tensor | None:
         has_plain_options = module.groups == 1 and module.padding_mode == "zeros"
         is_supported = (
@@ -98,7 +104,7 @@ class Conv(_Convolution):
         if not is_supported or isinstance(module.padding, str):
             return None
         geometry = fused_conv.Geometry(module.stride, module.padding, module.dilation)
-        return fused_conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
+        return fused_conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], dropout)
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
         return low.A.reshape(-1, *shape[1:]), low.B.reshape(-1, low.rank, *[1] * self.spatial)

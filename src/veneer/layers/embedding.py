@@ -1,10 +1,10 @@
 """``nn.Embedding``, y = W[ids] with a weight [V, d], and ``nn.EmbeddingBag``, which computes sums,
-means or maxima of such rows. V is the size of the vocabulary.
+means or maxima of such rows. V is the size of the vocabulary, d the width of a row.
 
 An embedding is a linear map of one-hot inputs, with in = V and out = d: ΔW[id] = (B @ A)[:, id].
 So op(ids; ΔW) is a lookup in A, followed by a product with B. It also follows that
 
-- dropout drops the update of whole tokens;
+- dropout sets the update of whole tokens to zero, because indices cannot be dropped;
 - A's Kaiming fan-in is 1, not V, because one input is active at a time (with V the update would
   start √V times too small);
 - ΔW's column for ``padding_idx`` is zero, because that row of the weight never changes.
@@ -30,7 +30,7 @@ class _Lookup(Layer):
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
         """The weight in which every row with a norm above ``max_norm`` is scaled down to
-        ``max_norm``. Forward does this in place with each row that it reads."""
+        ``max_norm``. Forward scales each row that it reads in place in this way."""
         if module.max_norm is None:
             return weight
         norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)
@@ -45,7 +45,7 @@ class _Lookup(Layer):
         return module.padding_idx
 
     def bind(self, view: Any, values: Any) -> None:
-        view.sparse = False  # a sparse gradient cannot be a gradient of A and B
+        view.sparse = False  # autograd cannot pass a sparse gradient on to A and B
 
 
 @register
@@ -61,9 +61,9 @@ class Embedding(_Lookup):
         return F.embedding(x, weight, module.padding_idx, *options)
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        h = F.embedding(x, low.A[0].mT)  # [*, r]
-        change = F.linear(h, low.B[0] * low.scale)  # [*, d]
-        return change if y is None else y + change
+        hidden = F.embedding(x, low.A[0].mT)  # [*, r]
+        output_change = F.linear(hidden, low.B[0] * low.scale)  # [*, d]
+        return output_change if y is None else y + output_change
 
     def factors(self, module: Any) -> bool:
         # With scale_grad_by_freq, torch divides the gradient of each row by how often its index
@@ -71,7 +71,7 @@ class Embedding(_Lookup):
         # max_norm, y is not linear in the weight.
         return not module.scale_grad_by_freq and module.max_norm is None
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         return F.one_hot(args[0].reshape(1, -1), module.num_embeddings).to(module.weight.dtype)
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -90,54 +90,65 @@ class EmbeddingBag(_Lookup):
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.EmbeddingBag,)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The forward on the identity matrix gives each bag as the sum or mean of its one-hot rows.
-        # Maxima are not linear, so for these the one-hot rows themselves are returned.
-        ids, (offsets, weights) = args[0], (*args[1:], None, None)[:2]
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
+        # The forward with the identity matrix as weight returns the sum or mean of the one-hot
+        # vectors of each bag. A maximum is not linear in the weight, so in mode "max" the one-hot
+        # vectors of all indices are returned.
+        ids, (offsets, sample_weights) = args[0], (*args[1:], None, None)[:2]
         identity = torch.eye(
             module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device
         )
         if module.mode == "max":
             return identity[ids.reshape(1, -1)]
-        last, padding = module.include_last_offset, module.padding_idx
-        options = {"mode": module.mode, "include_last_offset": last, "padding_idx": padding}
-        return F.embedding_bag(ids, identity, offsets, per_sample_weights=weights, **options)[None]
+        includes_last, padding_idx = module.include_last_offset, module.padding_idx
+        options = {
+            "mode": module.mode,
+            "include_last_offset": includes_last,
+            "padding_idx": padding_idx,
+        }
+        return F.embedding_bag(
+            ids, identity, offsets, per_sample_weights=sample_weights, **options
+        )[None]
 
     def take(
-        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+        self, module: Any, args: tuple, kwargs: dict, row_indices: Tensor, batch_size: int
     ) -> tuple[tuple, dict]:
         arguments = (
             dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
         )
         ids, offsets = arguments["input"], arguments.get("offsets")
-        weights = arguments.get("per_sample_weights")
+        sample_weights = arguments.get("per_sample_weights")
         if offsets is None:
-            return super().take(module, args, kwargs, rows, count)
-        if len(offsets) - module.include_last_offset != count:
+            return super().take(module, args, kwargs, row_indices, batch_size)
+        if len(offsets) - module.include_last_offset != batch_size:
             raise LookupError
-        ends = (
+        bag_ends = (
             offsets[1:]
             if module.include_last_offset
             else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
         )
         bag_positions = [
-            torch.arange(int(offsets[row]), int(ends[row]), device=ids.device) for row in rows
+            torch.arange(int(offsets[row]), int(bag_ends[row]), device=ids.device)
+            for row in row_indices
         ]
-        lengths = torch.tensor([0, *map(len, bag_positions)], device=ids.device).cumsum(0)
+        new_bounds = torch.tensor([0, *map(len, bag_positions)], device=ids.device).cumsum(0)
         positions = torch.cat(bag_positions)
-        starts = lengths if module.include_last_offset else lengths[:-1]
+        new_offsets = new_bounds if module.include_last_offset else new_bounds[:-1]
         return (
             ids[positions],
-            starts.to(offsets.dtype),
-            None if weights is None else weights[positions],
+            new_offsets.to(offsets.dtype),
+            None if sample_weights is None else sample_weights[positions],
         ), {}
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         bags, offsets = torch.tensor([[0, 3, 3], [8, 1, 0]]), torch.tensor([0, 2])
-        flat, weights = torch.tensor([0, 3, 3, 8, 1]), torch.tensor([0.5, -1.0, 2.0, 1.5, 0.3])
+        flat_ids, sample_weights = (
+            torch.tensor([0, 3, 3, 8, 1]),
+            torch.tensor([0.5, -1.0, 2.0, 1.5, 0.3]),
+        )
         yield nn.EmbeddingBag(9, 5), bags
-        yield nn.EmbeddingBag(9, 5, mode="sum", padding_idx=3), (flat, offsets)
-        yield nn.EmbeddingBag(9, 5, mode="sum"), (flat, offsets, weights)
+        yield nn.EmbeddingBag(9, 5, mode="sum", padding_idx=3), (flat_ids, offsets)
+        yield nn.EmbeddingBag(9, 5, mode="sum"), (flat_ids, offsets, sample_weights)
         yield nn.EmbeddingBag(9, 5, mode="max"), bags
         yield nn.EmbeddingBag(9, 5, mode="sum", sparse=True), bags
         yield nn.EmbeddingBag(9, 5, max_norm=1.0), bags

@@ -21,8 +21,8 @@ from veneer.kernels import reference
 from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
-#: linear layers of other libraries that are no subclasses of ``nn.Linear``
-OTHER_LIBRARIES = (
+#: (module, class name) of linear layers of other libraries that are no subclasses of ``nn.Linear``
+OTHER_LINEAR_CLASSES = (
     ("hqq.core.quantize", "HQQLinear"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
     ("torch_geometric.nn.dense.linear", "Linear"),
@@ -37,7 +37,7 @@ class _Product(Layer):
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         return args[0].reshape(1, -1, args[0].shape[-1])
 
 
@@ -47,12 +47,12 @@ class Conv1D(_Product):
     out_axis = 1
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        module = sys.modules.get("transformers.pytorch_utils")
-        return (module.Conv1D,) if module else ()
+        pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+        return (pytorch_utils.Conv1D,) if pytorch_utils else ()
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        flat_x = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        y = flat_x @ weight if bias is None else torch.addmm(bias, flat_x, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -65,7 +65,10 @@ class Linear(_Product):
     name = "linear"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        classes = (getattr(sys.modules.get(module), name, None) for module, name in OTHER_LIBRARIES)
+        classes = (
+            getattr(sys.modules.get(module_name), class_name, None)
+            for module_name, class_name in OTHER_LINEAR_CLASSES
+        )
         return (nn.Linear, *(cls for cls in classes if cls is not None))
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,8 +20,11 @@ class Norm(Layer):
     name = "norm"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        batch, instance = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
-        return (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, batch, instance)
+        batch_norm, instance_norm = (
+            nn.modules.batchnorm._BatchNorm,
+            nn.modules.instancenorm._InstanceNorm,
+        )
+        return (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, batch_norm, instance_norm)
 
     def weights(self, module: Any) -> tuple[str, ...]:
         return ()

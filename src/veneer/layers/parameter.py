@@ -1,11 +1,12 @@
 """The general kind: any module with parameters that has no kind of its own, such as stacked
 experts, learned positions, or a layer of a user's model.
 
-    [out, in]        one change of this size; leading axes of size 1 are ignored
-    [E, out, in]     a stack of E matrices, each with its own change: g = E
+    weight [out, in]       one low-rank change of this size; leading axes of size 1 are ignored
+    weight [E, out, in]    a stack of E matrices, each with its own low-rank change
 
-The module's own forward runs on W + ΔW, so nothing needs to be known of the module. Vectors (norms,
-scales) are trained at their full shape. ``LoraConfig(bias=…)`` says whether biases are trained.
+The module's own forward runs on W + ΔW, the weight plus its low-rank change, so nothing needs to be
+known of how the module computes. Vectors (norms, scales) are trained at their full shape.
+``LoraConfig(bias=…)`` says whether biases are trained.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ class Experts(nn.Module):
     """A stack of linear layers, as in mixture-of-experts models, for the examples. x is [E, tokens,
     in]."""
 
-    def __init__(self, experts: int, out: int, in_: int) -> None:
+    def __init__(self, expert_count: int, out: int, in_: int) -> None:
         super().__init__()
-        self.proj = nn.Parameter(randn(experts, out, in_) / in_**0.5)
-        self.bias = nn.Parameter(randn(experts, out))
+        self.proj = nn.Parameter(randn(expert_count, out, in_) / in_**0.5)
+        self.bias = nn.Parameter(randn(expert_count, out))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.silu(torch.baddbmm(self.bias[:, None], x, self.proj.mT))
 
 
 class Positions(nn.Module):
-    """Learned positions [1, length, width] and a scale, for the examples."""
+    """A module for the examples: it adds learned positions [1, length, width] to its input and
+    multiplies the sum by a learned scale [width]."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
@@ -61,10 +63,10 @@ class Parameters(Layer):
         return ()  # ``kind_of`` uses this kind if no other kind matches
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for name, axes in _axis_counts(module).items() if axes > 1)
+        return tuple(name for name, axis_count in _axis_counts(module).items() if axis_count > 1)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for name, axes in _axis_counts(module).items() if axes <= 1)
+        return tuple(name for name, axis_count in _axis_counts(module).items() if axis_count <= 1)
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
         sizes = without_unit_axes(shape)
@@ -78,8 +80,8 @@ class Parameters(Layer):
         return values.reshape(*output_sizes, *[1] * (len(sizes) - len(output_sizes)))
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        # PEFT's A is [E·r, in] and its B [out, r·E], in which the expert varies fastest. For
-        # modules whose stack is transposed, in and out are swapped.
+        # PEFT's A is [E·r, in]. Its B is [out, r·E]; along the second axis, the index of the expert
+        # varies fastest. If the module's stack is [E, in, out], PEFT swaps in and out.
         low = low.T if is_transposed_stack(module, shape) else low
         return low.A.flatten(0, 1), low.B.permute(1, 2, 0).flatten(1)
 
@@ -102,14 +104,14 @@ class Parameters(Layer):
 
 
 def is_transposed_stack(module: Any, shape: torch.Size) -> bool:
-    """Whether a weight is a stack [E, in, out]. Experts of transformers tell it by their attribute
-    ``is_transposed``."""
+    """Whether a weight with this ``shape`` is a stack [E, in, out] instead of [E, out, in]: it has
+    three axes, and the module has the attribute ``is_transposed`` of transformers' experts."""
     return len(without_unit_axes(shape)) == 3 and bool(getattr(module, "is_transposed", False))
 
 
 def _axis_counts(module: Any) -> dict[str, int]:
-    """For each of a module's own parameters but the biases, by name: the number of its axes,
-    without leading axes of size 1."""
+    """{name: number of axes, without leading axes of size 1} of a module's own floating-point
+    parameters. Biases and lazy parameters are omitted."""
     return {
         name: len(without_unit_axes(parameter.shape))
         for name, parameter in module._parameters.items()

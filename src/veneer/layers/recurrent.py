@@ -36,8 +36,9 @@ class Recurrent(Layer):
     def bind(self, view: Any, values: Any) -> None:
         # A recurrent module passes the list ``_flat_weights`` of its parameters to its kernel, and
         # keeps a list of references to the same parameters. If the references match the parameters,
-        # forward does not make a new list. A new list would look like state that forward writes to
-        # the module.
+        # forward does not assign a new list. A new list in the view would be copied back to the
+        # module, because Veneer copies attributes that forward changes; the module would then
+        # compute with the adapted weights.
         weights = [
             values.get(name, view._parameters.get(name)) for name in view._flat_weights_names
         ]
@@ -48,43 +49,51 @@ class Recurrent(Layer):
         view.flatten_parameters()
 
     def take(
-        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+        self, module: Any, args: tuple, kwargs: dict, row_indices: Tensor, batch_size: int
     ) -> tuple[tuple, dict]:
         arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs
         x, states = arguments["input"], arguments.get("hx")
-        axis = 0 if module.batch_first else 1
+        batch_axis = 0 if module.batch_first else 1
         if isinstance(x, PackedSequence):
             padded, lengths = pad_packed_sequence(x)  # [time, batch, in]
-            if len(lengths) != count:
+            if len(lengths) != batch_size:
                 raise LookupError
-            # torch keeps the lengths on the CPU
-            x = _packed(padded.index_select(1, rows.to(padded.device)), lengths[rows.cpu()])
-        elif x.dim() != 3 or x.shape[axis] != count:
+            # the lengths are on the CPU, so the indices must be too
+            x = _pack(
+                padded.index_select(1, row_indices.to(padded.device)), lengths[row_indices.cpu()]
+            )
+        elif x.dim() != 3 or x.shape[batch_axis] != batch_size:
             raise LookupError
         else:
-            x = x.index_select(axis, rows.to(x.device))
+            x = x.index_select(batch_axis, row_indices.to(x.device))
         return (
             x,
             pytree.tree_map_only(
-                Tensor, lambda state: state.index_select(1, rows.to(state.device)), states
+                Tensor, lambda state: state.index_select(1, row_indices.to(state.device)), states
             ),
         ), {}
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         if isinstance(outputs[0][0], PackedSequence):
             sequences, states = zip(*outputs, strict=True)
-            padded, lengths = zip(*map(pad_packed_sequence, sequences), strict=True)
-            longest = max(len(y) for y in padded)
+            padded_outputs, lengths = zip(*map(pad_packed_sequence, sequences), strict=True)
+            longest = max(len(sequence) for sequence in padded_outputs)
             padded_batch = torch.cat(
-                [nn.functional.pad(y, (0, 0, 0, 0, 0, longest - len(y))) for y in padded], dim=1
+                [
+                    nn.functional.pad(sequence, (0, 0, 0, 0, 0, longest - len(sequence)))
+                    for sequence in padded_outputs
+                ],
+                dim=1,
             )
-            y = _packed(
+            sequence = _pack(
                 padded_batch.index_select(1, order.to(padded_batch.device)),
                 torch.cat(lengths)[order.cpu()],
             )
-            return y, join_outputs(list(states), order, lambda _: 1)
+            return sequence, join_outputs(list(states), order, lambda _: 1)
         return join_outputs(
-            outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1
+            outputs,
+            order,
+            lambda tensor_index: 0 if tensor_index == 0 and module.batch_first else 1,
         )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
@@ -100,9 +109,9 @@ class Recurrent(Layer):
         yield nn.GRU(5, 4), (pack_padded_sequence(x, torch.tensor([4, 2, 1])),)
 
 
-def _packed(padded: Tensor, lengths: Tensor) -> PackedSequence:
-    """Sequences [time, batch, width], packed as torch packs them. If they are not sorted by length,
-    the result contains the indices that sort them."""
+def _pack(padded: Tensor, lengths: Tensor) -> PackedSequence:
+    """Pack the padded sequences [time, batch, width]. If they are not sorted by length, the result
+    contains the indices that sort them."""
     return pack_padded_sequence(
         padded, lengths, enforce_sorted=bool((lengths[1:] <= lengths[:-1]).all())
     )
@@ -118,9 +127,9 @@ class RecurrentCell(Layer):
     def weights(self, module: Any) -> tuple[str, ...]:
         return ("weight_ih", "weight_hh")
 
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+    def inputs(self, module: Any, weight_name: str, args: tuple) -> Tensor:
         x, state = (*args, None)[:2]
-        if weight == "weight_hh":
+        if weight_name == "weight_hh":
             state = state[0] if isinstance(state, tuple) else state
             x = x.new_zeros(*x.shape[:-1], module.hidden_size) if state is None else state
         return x.reshape(1, -1, x.shape[-1])

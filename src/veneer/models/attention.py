@@ -3,7 +3,8 @@ kernel is slower.
 
 Products are faster on a CPU in training on short rows in bfloat16 (see
 ``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers.
-In each call, it uses products if they are faster, and transformers' own "sdpa" otherwise.
+The function uses products in calls for which they are faster, and transformers' own "sdpa" in all
+others.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["use_products"]
 
-#: arguments for several rows packed into one: the position at which each row begins, and the length
-#: of the longest row
+#: the arguments by which transformers describes several sequences that are packed into one row: the
+#: position at which each sequence begins, and the length of the longest
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "max_length_q")
-#: the name under which transformers knows Veneer's attention
+#: the name under which Veneer's attention function is registered with transformers
 PRODUCTS = "veneer_products"
 
 
@@ -88,7 +89,7 @@ def _attention_function() -> Callable[..., tuple[Any, None]]:
                 getattr(module, "is_causal", True) if is_causal is None else is_causal
             )
             bias = cpu_attention.bias_of(attention_mask, has_causal_mask, query, key)
-            output = cpu_attention.products(query, key, value, bias, scaling, dropout)
+            output = cpu_attention.attend_by_products(query, key, value, bias, scaling, dropout)
             return output.transpose(1, 2), None
         return sdpa_attention_forward(
             module,

@@ -1,7 +1,7 @@
 """Convert a GGUF file to a folder that transformers loads in seconds.
 
-A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks
-the model as quantised, so that it can be neither saved nor trained. The weights are therefore
+transformers reads a GGUF file slowly (25 s for 135 M parameters) and marks the model as quantised,
+so that it can be neither saved nor trained. Each file is therefore converted once: its weights are
 dequantised exactly to fp32, put into the architecture's class without quantisation, and stored
 under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where the model loads in 2 s.
 """
@@ -30,19 +30,31 @@ def cache_dir() -> Path:
 
 
 def convert_gguf(file: Path) -> Path:
-    """The folder with the converted model of a GGUF file, from the cache or converted now."""
+    """The folder with the converted model of a GGUF file. If the cache has no conversion of a file
+    with this path, size and modification time, the file is converted now.
+
+    Raises:
+        ConfigError: the package gguf is missing, or the file is damaged or of an architecture that
+            transformers cannot convert.
+    """
     file = file.resolve()
-    stat = file.stat()
-    key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache_dir() / "models" / f"{file.stem}-{key}"
-    if (target / "config.json").is_file():
-        return target
+    file_stat = file.stat()
+    file_key = hashlib.sha256(
+        f"{file}\0{file_stat.st_size}\0{file_stat.st_mtime_ns}".encode()
+    ).hexdigest()[:16]
+    converted_folder = cache_dir() / "models" / f"{file.stem}-{file_key}"
+    if (converted_folder / "config.json").is_file():
+        return converted_folder
     if find_spec("gguf") is None:
         raise ConfigError(
             f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install"
             " 'veneer[train]'."
         )
-    log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
+    log.info(
+        "Converting %s once (about half a minute for 100 MB); kept in %s",
+        file.name,
+        converted_folder,
+    )
     # keep transformers' progress bar out of log files
     progress_stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
@@ -51,14 +63,18 @@ def convert_gguf(file: Path) -> Path:
         raise ConfigError(str(error)) from error
     with quiet(), contextlib.redirect_stderr(progress_stream):
         model, tokenizer = _read_gguf(file)
-    with new_folder(target, overwrite=True, replaces=[EVERYTHING]) as folder, quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return target
+    with (
+        new_folder(converted_folder, overwrite=True, replaces=[EVERYTHING]) as new_model_folder,
+        quiet(),
+    ):
+        model.save_pretrained(new_model_folder)
+        tokenizer.save_pretrained(new_model_folder)
+    return converted_folder
 
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:
-    """(the model in its class without quantisation, in fp32; its tokenizer)."""
+    """(model, tokenizer) of a GGUF file. The model has the architecture's class without
+    quantisation, and weights in fp32. ``ConfigError``: the file cannot be read."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -4,8 +4,8 @@
     tokenizer, name)
     save_plain(model, tokenizer, folder)      ->  a folder that transformers loads without Veneer
 
-``locate.py`` finds the files of the name, ``gguf_conversion.py`` converts a GGUF file, and
-``messages.py`` explains errors of transformers.
+``locate.py`` finds the files of a base by its name, ``gguf_conversion.py`` converts a GGUF file,
+and ``messages.py`` explains errors of transformers.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ Precision = (
     Literal["auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
     | torch.dtype
 )
-#: turns the parameters of a model into DTensors, in place
+#: a function that takes a model and turns its parameters into DTensors, in place
 Spread = Callable[[Any], None]
 
-#: the names of transformers' device maps
+#: the names that transformers accepts as a device map besides devices
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
-#: patterns of files of weights that torch.save writes
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+#: patterns of the names of weight files that torch.save writes
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 #: types of models whose first token has the position ``pad_token_id + 1``, because padding tokens
 #: have the position ``pad_token_id`` (``create_position_ids_from_input_ids`` of transformers)
@@ -79,7 +79,7 @@ PADDED_POSITION_TYPES = frozenset(
 
 
 class Base(NamedTuple):
-    """A loaded base. ``name`` is the user's name of the base, which is recorded with an adapter."""
+    """A loaded base. ``name``: the user's name of the base, which is recorded with each adapter."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -123,7 +123,8 @@ def load_base(
             cannot be reached; transformers refuses the attention or the device map; ``device`` and
             ``device_map`` are both set; ``quantize`` is set for a quantised base, or without
             bitsandbytes.
-        ``WholeOnlyError``: with ``spread``, processes cannot read only their shares of the files.
+        WholeOnlyError: with ``spread``, the files cannot be read in shares, so that each process
+            would have to read all of them.
     """
     name = str(source)
     model = load_head(
@@ -152,10 +153,16 @@ def load_head(
     spread: Spread | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A model in eval mode. ``auto`` is the name of transformers' class for it, such as
-    "AutoModelForSequenceClassification". If the files lack a head's weights, they are initialised.
-    ``fields``: fields of the model's config, such as num_labels. The other arguments and the errors
-    are those of ``load_base``."""
+    """A model of any kind, in eval mode. If the files lack the weights of its head, these are
+    initialised.
+
+    Args:
+        auto: the name of the class of transformers that loads the model, such as
+            "AutoModelForSequenceClassification".
+        fields: fields of the model's config to set, such as num_labels.
+
+    The other arguments and the errors are those of ``load_base``.
+    """
     name, has_device_map = str(source), device_map is not None
     if has_device_map and device is not None:
         raise ConfigError(
@@ -167,13 +174,14 @@ def load_head(
         _require_device("device_map", device_map, DEVICE_MAPS)
     _require_attention(attention)
     location = find_base(name)
-    dtype, device = type_and_device(precision, device)
+    dtype, device = dtype_and_device(precision, device)
     model: Any = _load_model(
         name, location, auto, dtype, device, attention, quantize, device_map, spread, fields
     )
     if not has_device_map and quantize is None and spread is None:
         model = model.to(device)
-    # the speed of "products" was measured with causal masks only
+    # Only causal language models get "products" by default: with other masks, its speed has not
+    # been measured.
     is_causal = auto == "AutoModelForCausalLM"
     uses_sdpa = (
         is_causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
@@ -194,12 +202,13 @@ def load_head(
 def meta_base(
     source: str | Path, *, precision: Precision = "auto", device: str | None = None
 ) -> PreTrainedModel:
-    """The model that ``load_base`` would load, in its dtype, but on the meta device: its tensors
-    have shapes and no values. ``ConfigError``: as ``load_base``."""
+    """The model that ``load_base`` would load with this ``precision``, but on torch's meta device:
+    its tensors have shapes and dtypes, but no values. ``device``: is checked only.
+    ``ConfigError``: the base has no usable config, or this machine lacks the device."""
     from transformers import AutoModelForCausalLM
 
     name = str(source)
-    config, (dtype, _) = config_of(name), type_and_device(precision, device)
+    config, (dtype, _) = config_of(name), dtype_and_device(precision, device)
     with loading(name), torch.device("meta"):
         weight_dtype = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
         config = without_hub_kernel(config)
@@ -209,8 +218,8 @@ def meta_base(
 
 
 def _cached_folder(location: str) -> Path:
-    """The folder that ``from_pretrained`` has read for a location: the folder itself, or the hub
-    id's folder in the cache."""
+    """The local folder from which ``from_pretrained`` has loaded the base at ``location``: the
+    folder ``location`` itself, or, for a hub id, its folder in the hub's cache."""
     from transformers.utils.hub import cached_file
 
     return Path(str(cached_file(location, "config.json"))).parent
@@ -228,12 +237,16 @@ def _load_model(
     spread: Spread | None,
     fields: dict[str, Any],
 ) -> Any:
-    """The model as ``from_pretrained`` loads it.
+    """The model as ``from_pretrained`` loads it, or, with ``spread``, as ``load_shares`` does.
 
     Args:
         name: the user's name of the base, for errors.
         location: the folder or hub id for ``from_pretrained``.
+        auto_class: the name of the class of transformers that loads the model.
         dtype: a torch dtype, or "auto" for the dtype in the files.
+        fields: fields of the model's config to set.
+
+    The other arguments are those of ``load_base``.
     """
     import transformers
 
@@ -243,7 +256,8 @@ def _load_model(
     else:
         refuse_hub_kernel(config_of(name), name)
     if spread is None and hub_kernel(config := config_of(name, **fields)) not in (None, attention):
-        # the field `_attn_implementation` of a config.json takes precedence over the argument
+        # A kernel of the hub in the field `_attn_implementation` of config.json would take
+        # precedence over the argument, so the config is passed without it.
         options = {key: value for key, value in options.items() if key not in fields}
         options["config"] = without_hub_kernel(config)
     if quantize is not None:
@@ -282,10 +296,11 @@ def _load_model(
 
 
 def _refuse_pickles(location: str, name: str) -> None:
-    """Refuse a folder whose weights are all pickles. ``name``: the user's name of the base."""
+    """Raise a ``ConfigError`` if ``location`` is a folder with weights in pickles, which run code
+    when they are read, and none in safetensors. ``name``: the user's name of the base."""
     folder = Path(location)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
+        pickles = sorted(file.name for ending in PICKLE_PATTERNS for file in folder.glob(ending))
         if pickles:
             raise ConfigError(
                 f"{name}, whose weights are in {listing(pickles, 3)} alone: "
@@ -310,8 +325,8 @@ def _require_attention(attention: str) -> None:
 
 
 def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -> None:
-    """Refuse ``value``, given for ``option``, if it is no device of this machine.
-    ``extra_values``: values that are allowed besides devices."""
+    """Raise a ``ConfigError`` if ``value``, the user's value of the argument ``option``, is no
+    device of this machine. ``extra_values``: values to name in the error text as allowed, too."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device_types = [
         "cpu",
@@ -327,16 +342,17 @@ def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -
         else 1
     )
     if device is None or device.type not in device_types or (device.index or 0) >= device_count:
-        maps = f", or {listing(extra_values)}" if extra_values else ""
+        extra_text = f", or {listing(extra_values)}" if extra_values else ""
         raise ConfigError(
             f"{option}={value!r}",
-            f"a device of this machine ({' or '.join(device_types)}){maps}",
+            f"a device of this machine ({' or '.join(device_types)}){extra_text}",
             "choose one",
         )
 
 
 def _indexed_device(device: str) -> Any:
-    """The device with an index, which accelerate requires for a GPU."""
+    """The device with an index ("cuda:0" for "cuda"), which accelerate requires for a GPU. "cpu" is
+    returned unchanged."""
     torch_device = torch.device(device)
     if torch_device.type == "cpu" or torch_device.index is not None:
         return device
@@ -344,24 +360,26 @@ def _indexed_device(device: str) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``load_base`` would load. No weights are loaded, so data can be checked
-    first."""
+    """The tokenizer that ``load_base`` would load. No weights are loaded, so that data can be
+    checked before. ``ConfigError``: the base or its tokenizer is not found."""
     return tokenizer_at(find_base(str(source)), str(source))
 
 
 def context_length(source: str | Path) -> int | None:
-    """The maximum number of tokens of a row, by the base's config; None if the architecture has no
-    limit."""
+    """The maximum number of tokens of a sequence, by the config of a base; None if the architecture
+    has no limit. ``ConfigError``: the config cannot be read."""
     return context_length_of(config_of(source))
 
 
 def context_length_of(config: Any) -> int | None:
-    """The maximum number of tokens of a row, by a config; None if the architecture has no limit."""
+    """The maximum number of tokens of a sequence, by a config of transformers; None if the
+    architecture has no limit."""
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     if not length or length < 0:  # XLNet's -1 is no limit
         return None
-    # a table of position embeddings; ESM-2 has rotary ones
+    # In a table of positions, no token uses the entries up to that of padding. ESM-2 has rotary
+    # positions instead of a table.
     has_table = getattr(config, "position_embedding_type", None) != "rotary"
     if config.model_type in PADDED_POSITION_TYPES and has_table:
         return int(length) - ((config.pad_token_id or 0) + 1)
@@ -369,7 +387,8 @@ def context_length_of(config: Any) -> int | None:
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """The torch dtype in a base's config, or None. The errors are those of ``load_base``."""
+    """The dtype of the weights that a base's config states, or None. ``ConfigError``: the config
+    cannot be read."""
     return config_of(source).dtype
 
 
@@ -382,15 +401,17 @@ def pick_dtype(precision: Precision) -> torch.dtype:
 
 
 def _has_fast_bf16() -> bool:
-    """Whether the hardware multiplies bf16 natively; emulated products are slower than fp32."""
+    """Whether the GPU, or without one the CPU, has instructions that multiply bf16. Without them,
+    bf16 is emulated, which is slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
-    """(the dtype for ``from_pretrained``, the device). If ``device`` is None, it is the GPU if
-    there is one. ``ConfigError``: this machine lacks the device."""
+def dtype_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
+    """(the dtype for ``from_pretrained``: a torch dtype or "auto"; the device). If ``device`` is
+    None, it is the GPU if there is one, else the CPU. ``ConfigError``: this machine lacks the
+    device, or ``precision`` is unknown."""
     if device is not None:
         _require_device("device", device)
     dtype = "auto" if precision == "stored" else pick_dtype(precision)
@@ -398,14 +419,16 @@ def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]
 
 
 def best_device() -> str:
-    """The GPU if there is one (NVIDIA's, AMD's or Apple's), else the CPU."""
+    """The name of the device of the GPU ("cuda" for NVIDIA's and AMD's, "mps" for Apple's), or
+    "cpu" if there is none."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def tokenizer_at(location: str, name: str) -> Any:
-    """The tokenizer in a folder or at a hub id. ``name``: the user's name of the base."""
+    """The tokenizer in a folder or at a hub id. ``name``: the user's name of the base, for errors.
+    ``ConfigError``: there is no usable tokenizer."""
     from transformers import AutoTokenizer
 
     with loading(name):
@@ -431,16 +454,19 @@ def save_plain(
 ) -> Path:
     """Write model and tokenizer, atomically, as a folder that transformers loads without Veneer.
 
-    ``state_dict`` replaces the model's own tensors, for example by merged weights. Without it, the
-    adapter parameters of attached adapters are left out.
+    Args:
+        path: the folder to write.
+        overwrite: whether to replace the model in an existing folder.
+        state_dict: the tensors to write instead of the model's own, for example merged weights. If
+            None, the model's tensors are written without the parameters of attached adapters.
 
     Raises:
         OutputExistsError: ``path`` exists and ``overwrite`` is False, or ``path`` holds an adapter.
     """
     path = Path(path).expanduser()
     must_hold_no_adapter(path)
-    with new_folder(path, overwrite=overwrite, replaces=MODEL_FILES) as folder, quiet():
+    with new_folder(path, overwrite=overwrite, replaces=MODEL_FILES) as staging_folder, quiet():
         base_model: Any = without_adapters(model)
-        base_model.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
+        base_model.save_pretrained(staging_folder, state_dict=state_dict)
+        tokenizer.save_pretrained(staging_folder)
     return path

@@ -23,7 +23,7 @@ from veneer.models.gguf_conversion import convert_gguf
 from veneer.models.messages import explain_error, loading, log
 from veneer.models.remote_code import code_options
 
-#: weights in other formats than safetensors, for other libraries
+#: patterns of files that are not downloaded: weights in other formats than safetensors
 _OTHER_WEIGHTS = (
     "*.bin",
     "*.pt",
@@ -36,14 +36,14 @@ _OTHER_WEIGHTS = (
     "original/*",
     "onnx/*",
 )
-#: logs a message, each text only once. It tells the user why a call takes long: the hub client
-#: tries for most of a minute before it gives up
+#: logs a message, but the same text only once. The message tells the user why a call takes long:
+#: the hub client tries for most of a minute before it gives up
 _log_once = functools.cache(log.info)
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a base's files. Files of a hub id are downloaded, a GGUF file is converted.
-    Raises the errors of ``load_base``."""
+    """The local folder of a base's files. The files of a hub id are downloaded, a GGUF file is
+    converted. ``ConfigError``: there is no base of this name, or the hub cannot be reached."""
     location = find_base(str(source))
     if Path(location).is_dir():
         return Path(location)
@@ -56,7 +56,8 @@ def folder_of(source: str | Path) -> Path:
 
 
 def config_of(source: str | Path, **fields: Any) -> Any:
-    """The config of a base, as transformers reads it, with ``fields`` replaced."""
+    """The config of a base, as transformers reads it. ``fields``: values that replace those of the
+    config. ``ConfigError``: there is no base of this name, or its config cannot be read."""
     from transformers import AutoConfig
 
     location = find_base(str(source))
@@ -65,7 +66,9 @@ def config_of(source: str | Path, **fields: Any) -> Any:
 
 
 def find_base(name: str) -> str:
-    """The folder or hub id to pass to ``from_pretrained``. A GGUF file is converted first."""
+    """The folder or hub id to pass to ``from_pretrained`` for the base that the user calls
+    ``name``. A GGUF file is converted first. Whether the hub has a model of this id is not checked.
+    ``ConfigError``: ``name`` is a path or package without a base."""
     if name.startswith("package:"):
         return str(_resolve_folder(_package_folder(name.removeprefix("package:")), name))
     path = Path(name).expanduser()
@@ -83,8 +86,8 @@ def find_base(name: str) -> str:
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not looks_like_id:
         hint = f" (nor is there a folder {path.parent})"
         if path.parent.is_dir():
-            names = [entry.name for entry in path.parent.iterdir()]
-            similar_names = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+            neighbor_names = [entry.name for entry in path.parent.iterdir()]
+            similar_names = difflib.get_close_matches(path.name, neighbor_names, n=3, cutoff=0.5)
             hint = f" (near it there is {', '.join(similar_names)})" if similar_names else ""
         raise ConfigError(
             f"no base model at {name}{hint}",
@@ -95,19 +98,22 @@ def find_base(name: str) -> str:
     return name
 
 
-def _package_folder(name: str) -> Path:
-    spec = find_spec(name.replace("-", "_"))
-    if spec is None or spec.origin is None:
+def _package_folder(package_name: str) -> Path:
+    module_spec = find_spec(package_name.replace("-", "_"))
+    if module_spec is None or module_spec.origin is None:
         raise ConfigError(
-            f"no Python package {name!r}", "an installed one", f"pip install --no-deps {name}"
+            f"no Python package {package_name!r}",
+            "an installed one",
+            f"pip install --no-deps {package_name}",
         )
-    folder = Path(spec.origin).parent
+    folder = Path(module_spec.origin).parent
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 def _resolve_folder(path: Path, name: str) -> Path:
-    """The folder ``path`` if it holds a model of transformers, or the conversion of its only GGUF
-    file. ``name`` is the user's name of the base, for errors."""
+    """The folder ``path`` if it holds a model of transformers, or the folder with the conversion of
+    its only GGUF file. ``name``: the user's name of the base, for errors. ``ConfigError``: the
+    folder holds neither, or several GGUF files."""
     if (path / "config.json").is_file():
         return path
     gguf_files = sorted(path.glob("*.gguf"))
@@ -126,7 +132,7 @@ def _resolve_folder(path: Path, name: str) -> Path:
             "the folder of the model that it adapts",
         )
         raise ConfigError(problem, expected, f"`veneer inspect {name}` names its base")
-    file_names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    file_names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     problem, expected = (
         f"{name} is not a model folder; it holds {file_names}",
         "config.json with model.safetensors, or one ",

@@ -15,8 +15,9 @@ log = logging.getLogger("veneer.models")
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A block in which transformers reads the base that the user calls ``name``. Its output is
-    suppressed, and its exceptions become readable errors."""
+    """A block in which transformers reads the base that the user calls ``name``. Progress bars and
+    messages of transformers are suppressed, and its exceptions become readable errors
+    (``explain_error``)."""
     with quiet():
         try:
             yield
@@ -27,8 +28,9 @@ def loading(name: str) -> Iterator[None]:
 
 
 def explain_error(name: str, error: Exception) -> Exception:
-    """A readable error for an exception of transformers. An exception of an unknown kind is
-    returned unchanged."""
+    """A ``ConfigError`` with a readable text for an exception that transformers raised while it
+    read the base ``name``. An exception of an unknown kind is returned unchanged, as are errors of
+    the file system (no space, no permission), whose own text is clear."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
     if needs_remote_code(error):
@@ -44,8 +46,10 @@ def explain_error(name: str, error: Exception) -> Exception:
             "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be"
             " reached "
         )
-        do = "check the spelling and the network; for a private model log in with `hf auth login`"
-        return ConfigError(problem, f"{expected}from here", do)
+        remedy = (
+            "check the spelling and the network; for a private model log in with `hf auth login`"
+        )
+        return ConfigError(problem, f"{expected}from here", remedy)
     if (
         isinstance(error, (OSError, ValueError, KeyError, RecursionError))
         or type(error).__name__ == "SafetensorError"
@@ -59,14 +63,15 @@ def explain_error(name: str, error: Exception) -> Exception:
 
 
 def needs_remote_code(error: Exception) -> bool:
-    """Whether transformers refused to run code that lies beside a model."""
+    """Whether an error of transformers says that a model needs Python code from its folder, which
+    transformers runs only with ``trust_remote_code``."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A block in which transformers shows no progress bars and notes, and the hub client no retry
-    messages."""
+    """A block in which transformers shows no progress bars and logs only errors, and the hub client
+    logs no retries. The earlier settings are restored at its end."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,9 +1,11 @@
-"""Models of transformers without weights, and the parameter of each tensor in a checkpoint.
+"""Models of transformers without weights, and the parameters that each tensor in a checkpoint
+fills.
 
-    meta_model("folder")                   every module, name, shape and tie; weights take no memory
+    meta_model("folder")                   every module, name, shape and tied weight; the weights
+                                           take no memory
     countable_model("config.json", dtype)  a causal language model whose training step runs on the
-                                           meta device, for counting operations
-    map_checkpoint_names(model, names)     the name of a tensor in a file -> slices of parameters
+                                           meta device, so that its operations can be counted
+    map_checkpoint_names(model, names)     {name of a tensor in a file: slices of parameters}
 
 The tensors of a file may have other names than the model's parameters (a prefix), or hold several
 parameters (q, k and v as one tensor), or only a slice of a parameter (a tensor for each expert).
@@ -37,9 +39,10 @@ class ParamSlice(NamedTuple):
 
     Fields:
         path: the name of the parameter in the state dict.
-        index: the slice of the parameter along its first axes, such as one expert of a stack.
-        within: the slice of the checkpoint's tensor, if that holds several parameters, such as q, k
-            and v.
+        index: the slice of the parameter along its first axes, such as one expert of a stack; empty
+            for the whole parameter.
+        within: the slice of the checkpoint's tensor along its first axes, if the tensor holds
+            several parameters, such as q, k and v; empty for the whole tensor.
     """
 
     path: str
@@ -50,8 +53,8 @@ class ParamSlice(NamedTuple):
 def meta_model(
     folder: str | Path, architecture: str | None = None, labels: Sequence[str] | None = None
 ) -> PreTrainedModel:
-    """The model of a folder without its weights: every module, name, shape and tie, with zeros that
-    take no memory.
+    """The model of a folder with all modules, names, shapes and tied weights, but with zeros as
+    weights, which take no memory. It is in eval mode.
 
     Args:
         architecture: a class of transformers; if it is None or unknown, the class in the folder's
@@ -68,14 +71,14 @@ def meta_model(
         config = transformers.AutoConfig.from_pretrained(str(folder), **code_options())
         class_names = [architecture, *(getattr(config, "architectures", None) or ())]
         candidates = (getattr(transformers, name, None) for name in class_names if name)
-        # the name may come from an untrusted file, and transformers also has classes that are not
-        # models
-        models = (
+        # The name may come from an untrusted file and name any attribute of transformers, so only
+        # classes of models are accepted.
+        model_classes = (
             cls
             for cls in candidates
             if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
         )
-        model_class: Any = next(models, None)
+        model_class: Any = next(model_classes, None)
         if model_class is None:
             raise ConfigError(
                 f"a model {config.model_type!r} of class"
@@ -93,9 +96,9 @@ def meta_model(
 
 
 def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model on torch's meta device, in training mode. The operations of its steps
-    can be counted there: attention is flash attention and experts are grouped products, as on a
-    GPU.
+    """A causal language model on torch's meta device, in training mode, for counting the operations
+    of a training step. Attention is computed as flash attention and experts as grouped products, as
+    on a GPU, so that the counts are those of a GPU.
 
     Args:
         source: a ``source`` of ``load_base``, a ``config.json`` or its content, or a config of
@@ -127,7 +130,8 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
 
 
 def count_attention(model: Any) -> Any:
-    """The model, changed in place to use flash attention, which runs on the meta device."""
+    """Change a model in place to compute attention by ``_flash_attention``, which runs on the meta
+    device, and return it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(COUNTED_ATTENTION, _flash_attention)
@@ -138,7 +142,8 @@ def count_attention(model: Any) -> Any:
 
 
 def _config_of_fields(fields: Mapping[str, Any]) -> Any:
-    """The config of transformers for the fields of a config.json."""
+    """The config of transformers for the fields of a config.json. ``ConfigError``: transformers
+    does not know the model type, or the fields are not valid for it."""
     import transformers
 
     model_type = fields.get("model_type")
@@ -161,7 +166,8 @@ def _config_of_fields(fields: Mapping[str, Any]) -> Any:
 
 
 def _config_from_path(source: str) -> Any:
-    """The config of a base, or the config in a .json file."""
+    """The config in ``source`` if it ends in ".json"; else the config of the base ``source``.
+    ``ConfigError``: it cannot be read."""
     if Path(source).suffix != ".json":
         return config_of(source)
     try:
@@ -188,28 +194,36 @@ COUNTED_ATTENTION = "veneer_counted"
 def _flash_attention(
     module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
 ) -> Any:
-    """Flash attention that ignores the mask. query, key, value: [b, heads, s, d] for b rows of s
-    positions; keys and values may have fewer heads. Returns (output [b, s, heads, d], None)."""
+    """Attention by torch's operator for flash attention, so that the operations of a GPU are
+    counted. The mask is ignored: attention is causal if there are as many queries as keys.
+
+    Args:
+        query, key, value: [b, heads, s, d] for b rows of s tokens. Keys and values may have fewer
+            heads; values may be narrower.
+
+    Returns:
+        (output [b, s, heads, width of the values], None), as transformers expects.
+    """
     width = value.shape[-1]
-    # flash attention needs one width for all; DeepSeek's values are narrower
+    # flash attention needs query, key and value of one width; DeepSeek's values are narrower
     if width != query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
-    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
-    causal = query.shape[2] == key.shape[2]
-    out = attend(query, key, value, 0.0, causal, scale=scaling)[0][..., :width]
-    return out.transpose(1, 2).contiguous(), None
+    flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+    is_causal = query.shape[2] == key.shape[2]
+    output = flash_attention(query, key, value, 0.0, is_causal, scale=scaling)[0][..., :width]
+    return output.transpose(1, 2).contiguous(), None
 
 
 def materialize_meta(model: Any) -> Any:
-    """Replace tensors on the meta device by zeros on the CPU, in place. The zeros take no memory
-    until they are written to."""
+    """Replace the model's tensors on the meta device by zeros on the CPU, in place, and return the
+    model. The zeros take no memory until they are written to. Ties are preserved."""
     materialized: dict[Any, Any] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, meta_tensor in table.items():
                 if meta_tensor is None or not meta_tensor.is_meta:
                     continue
-                # tensors are hashed by identity, so ties are preserved
+                # a dict finds tensors by identity, so a tied tensor is replaced by one tensor
                 if meta_tensor not in materialized:
                     tensor = torch.from_numpy(numpy.zeros(meta_tensor.nbytes, numpy.uint8))
                     tensor = tensor.view(meta_tensor.dtype).view(meta_tensor.shape)
@@ -224,7 +238,8 @@ def materialize_meta(model: Any) -> Any:
 
 
 def without_meta(model: Any) -> Any:
-    """The model, or a copy after ``materialize_meta`` if it has tensors on the meta device."""
+    """The model itself if no tensor is on the meta device; else a copy in which
+    ``materialize_meta`` has replaced these tensors by zeros."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     has_meta_tensor = any(tensor.is_meta for tensor in tensors)
     return materialize_meta(copy.deepcopy(model)) if has_meta_tensor else model
@@ -235,10 +250,11 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pa
     which transformers renames, stacks, joins and splits tensors on loading.
 
     The result omits tensors for which the model has no parameter, and tensors that transformers
-    converts in another way. So the caller sees that parameters lack values."""
-    state = model.state_dict()
+    converts by rules that this function does not know. The caller must check whether all parameters
+    get values."""
+    state_dict = model.state_dict()
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
-        return {name: (ParamSlice(name),) for name in names if name in state}
+        return {name: (ParamSlice(name),) for name in names if name in state_dict}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -251,28 +267,39 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pa
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix, slices_by_tensor = model.base_model_prefix, {}
-    converted: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    tensors_to_convert: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for tensor_name in sorted(names, key=dot_natural_key):
-        path, pattern = rename_source_key(tensor_name, renamings, converters, prefix, state)
-        if path not in state and tensor_name in state:
-            path, pattern = rename_source_key(tensor_name, [], [], prefix, state)
-        if path not in state:
+        path, pattern = rename_source_key(tensor_name, renamings, converters, prefix, state_dict)
+        if path not in state_dict and tensor_name in state_dict:
+            path, pattern = rename_source_key(tensor_name, [], [], prefix, state_dict)
+        if path not in state_dict:
             continue
         if pattern is None:
             slices_by_tensor[tensor_name] = (ParamSlice(path),)
         else:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
-            converted.setdefault(path, (converter, []))[1].append((tensor_name, pattern))
-    for path, (converter, tensors) in converted.items():
-        slices_by_tensor |= _map_converted(path, converter, tensors, state)
+            tensors_to_convert.setdefault(path, (converter, []))[1].append((tensor_name, pattern))
+    for path, (converter, tensors) in tensors_to_convert.items():
+        slices_by_tensor |= _map_converted(path, converter, tensors, state_dict)
     return slices_by_tensor
 
 
 def _map_converted(
-    path: str, rule: Any, tensors: list[tuple[str, str]], state: Any
+    path: str, rule: Any, tensors: list[tuple[str, str]], state_dict: Any
 ) -> dict[str, tuple[ParamSlice, ...]]:
-    """The slices for one conversion rule of transformers, which stacks or joins several tensors, or
-    splits one tensor."""
+    """The result of ``map_checkpoint_names`` for tensors that one conversion rule of transformers
+    stacks or joins to a parameter, or splits into several.
+
+    Args:
+        path: the name of the parameter, or of the first one.
+        rule: a ``WeightConverter`` of transformers.
+        tensors: (name of a tensor, pattern of the rule that it matches).
+        state_dict: that of the model.
+
+    Returns:
+        {name of a tensor: slices of parameters}; empty if the rule is of an unknown form or tensors
+        are missing.
+    """
     operation_dims = {
         type(operation).__name__: getattr(operation, "dim", None) for operation in rule.operations
     }
@@ -281,9 +308,9 @@ def _map_converted(
             path.replace(rule.target_patterns[0], target_pattern)
             for target_pattern in rule.target_patterns
         ]
-        if any(target not in state for target in target_names):
+        if any(target not in state_dict for target in target_names):
             return {}
-        sizes = [state[target].shape[0] for target in target_names]
+        sizes = [state_dict[target].shape[0] for target in target_names]
         param_slices = (
             ParamSlice(target, (), (slice(end - size, end),))
             for target, size, end in zip(
@@ -302,7 +329,7 @@ def _map_converted(
         or operation_dims.get("Concatenate", int(is_stacked)) != int(is_stacked)
     ):
         return {}
-    shape, slices_by_tensor = state[path].shape, {}
+    shape, slices_by_tensor = state_dict[path].shape, {}
     patterns = [
         pattern
         for pattern in rule.source_patterns
@@ -315,8 +342,8 @@ def _map_converted(
         ]
         if len(names_of_pattern) != (shape[0] if is_stacked else 1):
             return {}
-        for position, tensor_name in enumerate(names_of_pattern):
-            index = (slice(position, position + 1),) if is_stacked else ()
+        for stack_index, tensor_name in enumerate(names_of_pattern):
+            index = (slice(stack_index, stack_index + 1),) if is_stacked else ()
             start = pattern_index * rows_per_pattern
             rows = (slice(start, start + rows_per_pattern),) if len(patterns) > 1 else ()
             slices_by_tensor[tensor_name] = (ParamSlice(path, index + rows),)

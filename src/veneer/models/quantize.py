@@ -5,17 +5,18 @@
     sources_of(base.model)                          {fingerprint of a packed weight: fingerprint of
                                                     the file's weight that it was made from}
 
-**The same base in another precision.** Fingerprints are hashes of values rounded to bfloat16, so
-the float32 and the bfloat16 files of a base have equal fingerprints. A base that is quantised on
-loading should also count as the same base. Its files are available then, so each packed weight is
-identified by the fingerprint of the file's weight. An adapter that was trained on nf4 is therefore
-verified against the 16-bit files (``veneer merge``), or against the same files packed as nf4 or
-int8.
+An adapter's record names its base by fingerprints of the weights. Fingerprints are hashes of values
+rounded to bfloat16, so the float32 and the bfloat16 files of a base have equal fingerprints. A base
+that is quantised on loading should also count as the same base. So each packed weight is identified
+by the fingerprint of the weight in the files from which it was made. An adapter that was trained on
+nf4 can therefore be verified against the 16-bit files (``veneer merge``), or against the same files
+packed as nf4 or int8.
 
-``sources_of`` looks a packed weight up by its own fingerprint. So a packed weight into which an
-adapter was merged is not mistaken for the file's. Rejected: a record with both fingerprints,
-because each reader would have to choose one; reading the weights as they pass through transformers'
-quantiser, because the quantiser has no interface for that.
+``sources_of`` maps the fingerprint of the packed weight itself to that of the file's weight. So a
+packed weight into which an adapter was merged is not mistaken for the file's. Two other designs
+were rejected: a record with both fingerprints, because each reader would have to choose one; and
+reading the weights as they pass through transformers' quantiser, because the quantiser has no
+interface for that.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ __all__ = ["Quantize", "quantization_in", "sources_of"]
 Quantize = Literal["nf4", "fp4", "int8"]
 
 #: how many weights of a 4-bit tensor share a scale
-BLOCK = 64
+WEIGHTS_PER_SCALE = 64
 #: the attribute of a model that holds the result of ``sources_of``
-_SOURCES = "veneer_quantized_from"
+_SOURCES_ATTRIBUTE = "veneer_quantized_from"
 
 
 def quantizer(kind: Quantize, dtype: Any) -> Any:
-    """The quantization_config for ``from_pretrained``. In 4 bits, blocks of 64 weights share a
-    scale, the scales are quantised too (QLoRA, arXiv:2305.14314), and products are in ``dtype``.
-    8 bits are LLM.int8() (arXiv:2208.07339).
+    """The ``quantization_config`` for ``from_pretrained``. With "nf4" and "fp4", blocks of 64
+    weights share a scale, the scales are quantised too (QLoRA, arXiv:2305.14314), and layers
+    compute in ``dtype``. "int8" is LLM.int8() (arXiv:2208.07339).
 
     Raises:
-        ConfigError: an unknown kind; bitsandbytes or accelerate is not installed.
+        ConfigError: ``kind`` is unknown, or bitsandbytes or accelerate is not installed.
     """
     if kind not in ("nf4", "fp4", "int8"):
         raise ConfigError(f"quantize={kind!r}", "nf4, fp4 or int8", "choose one, or leave it out")
@@ -74,35 +75,38 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
 
 
 def prevent_repacking(model: nn.Module) -> None:
-    """Keep 4-bit weights in their original layout. On a CPU with AVX512-BF16, bitsandbytes repacks
-    them in the first call in eval mode. That rounds their scales, which would change the base."""
+    """Make bitsandbytes keep 4-bit weights in their original layout. On a CPU with AVX512-BF16, it
+    would repack them in the first call in eval mode. Repacking rounds the scales of the weights, so
+    it would change the base."""
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in module.__dict__:
             module.__dict__["support_avx512bf16_for_cpu"] = False
 
 
 def copy_out_of_files(model: nn.Module) -> None:
-    """Copy each unpacked weight on the CPU out of the memory-mapped file. Otherwise the pages of
-    the file that were read for packing stay in memory, in addition to the packed weights."""
+    """Copy each weight on the CPU that is not quantised out of the memory-mapped file, in place. If
+    a weight refers to the file, the pages that were read for quantising stay in memory, in addition
+    to the packed weights."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
 def must_have_whole_blocks(model: nn.Module, name: str) -> None:
-    """Refuse 4-bit weights on a CPU if the length of their rows is no multiple of 64: bitsandbytes
-    (0.50) multiplies such rows with the scales of wrong blocks. ``name``: the base, for errors."""
+    """Raise a ``ConfigError`` for 4-bit weights on a CPU if the length of their rows is no multiple
+    of 64: bitsandbytes (0.50) multiplies rows of other lengths with the scales of wrong blocks.
+    ``name``: the user's name of the base, for errors."""
     misread_weights = [
         f"{path} ({module.in_features})"
         for path, module in model.named_modules()
         if hasattr(getattr(module, "weight", None), "quant_state")
         and module.weight.device.type == "cpu"
-        and int(module.in_features) % BLOCK  # pyright: ignore[reportArgumentType]
+        and int(module.in_features) % WEIGHTS_PER_SCALE  # pyright: ignore[reportArgumentType]
     ]
     if misread_weights:
         raise ConfigError(
             f"{name} in 4 bits on a CPU, where the rows of {listing(misread_weights, 2)} are no"
-            f" multiples of {BLOCK}",
+            f" multiples of {WEIGHTS_PER_SCALE}",
             "whole blocks, as bitsandbytes misreads others on a CPU",
             "take int8, or a GPU",
         )
@@ -113,19 +117,20 @@ def record_sources(model: nn.Module, folder: str | Path) -> None:
     the weight in the files at ``folder`` that it was made from. Reads the files once more, tensor
     by tensor.
 
-    A packed weight is identified by its own values if the files are not safetensors, if the model
-    has it in another layout (GPT-2), or if transformers lacks the model's class."""
+    A packed weight gets no entry, and is later identified by its own fingerprint, if the files are
+    not safetensors, if the model has the weight in another layout (GPT-2), or if transformers lacks
+    the model's class."""
     from veneer.models.base_weights import folder_weights, list_weights
     from veneer.models.meta import meta_model
 
     try:
-        files = folder_weights(meta_model(folder, type(model).__name__), folder)
+        file_weights = folder_weights(meta_model(folder, type(model).__name__), folder)
     except (CheckpointError, ConfigError):
         return
     fingerprints: dict[str, str] = {}
-    for entry in list_weights(Names(model)):
-        weight, storage = entry.weight, entry.storage
-        file_weight = files.find(entry.names)
+    for module_weight in list_weights(Names(model)):
+        weight, storage = module_weight.weight, module_weight.storage
+        file_weight = file_weights.find(module_weight.names)
         if (
             storage is None
             or storage.name == "plain"
@@ -133,25 +138,25 @@ def record_sources(model: nn.Module, folder: str | Path) -> None:
             or file_weight.shape != storage.shape(weight)
         ):
             continue
-        storage.prepare(entry.module)
-        dense = storage.decode(
+        storage.prepare(module_weight.module)
+        dense_weight = storage.decode(
             weight, storage.after_first_call(weight, storage.stored_tensors(weight))
         )
-        fingerprints[fingerprint(dense)] = file_weight.fingerprint()
-        storage.release(entry.module)
-    setattr(model, _SOURCES, fingerprints)
+        fingerprints[fingerprint(dense_weight)] = file_weight.fingerprint()
+        storage.release(module_weight.module)
+    setattr(model, _SOURCES_ATTRIBUTE, fingerprints)
 
 
 def sources_of(model: nn.Module) -> Mapping[str, str]:
     """{fingerprint of a packed weight: fingerprint of the file's weight that it was made from};
     empty for a model that ``load_base`` did not quantise."""
-    return model.__dict__.get(_SOURCES, {})
+    return model.__dict__.get(_SOURCES_ATTRIBUTE, {})
 
 
 def quantization_in(model: nn.Module) -> dict[str, Any] | None:
     """The quantisation of a model, as an adapter's record describes it: {"by": "bitsandbytes",
-    "as": "nf4"}, with "original": true if ``sources_of`` knows the files' weights. None if the
-    model is not quantised."""
+    "as": "nf4"}, with "original": True if ``sources_of`` is not empty, so that fingerprints in the
+    record can be those of the files' weights. None if the model is not quantised."""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None

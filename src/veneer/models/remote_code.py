@@ -1,5 +1,5 @@
-"""Code in a model's folder. transformers would run the code, or ask at the terminal whether it
-may. Here it runs only if the user has named a base whose code is trusted, and never for an adapter.
+"""Python code in a model's folder, which transformers would run or ask at the terminal to run. With
+Veneer it runs only if the user has named a base whose code is trusted, and never for an adapter.
 
     with trust_remote_code("owner/name"):
         base = load_base("owner/name")
@@ -29,21 +29,22 @@ _TRUSTED: ContextVar[frozenset[str]] = ContextVar("veneer_trusted_bases", defaul
 
 @contextmanager
 def trust_remote_code(base: str | Path | None, trusted: bool = True) -> Iterator[None]:
-    """A block in which code in the folder of ``base`` may run when the base is loaded by this name.
-    If ``base`` is None or not ``trusted``, the block changes nothing."""
-    names = {str(base)} if trusted and base is not None else set()
-    token = _TRUSTED.set(_TRUSTED.get() | names)
+    """A block in which Python code in the folder of ``base`` may run when the base is loaded by
+    this name. If ``base`` is None or ``trusted`` is False, the block changes nothing."""
+    trusted_names = {str(base)} if trusted and base is not None else set()
+    reset_token = _TRUSTED.set(_TRUSTED.get() | trusted_names)
     try:
         yield
     finally:
-        _TRUSTED.reset(token)
+        _TRUSTED.reset(reset_token)
 
 
 def with_trust_of_config(
     function: Callable[Concatenate[Any, P], R],
 ) -> Callable[Concatenate[Any, P], R]:
-    """Decorate a function so that it runs in a block of ``trust_remote_code``. The function's first
-    argument is the configuration of a run, with the fields ``base`` and ``trust_remote_code``."""
+    """Decorator: run the function in a block of ``trust_remote_code``. The function's first
+    argument must be the configuration of a run, whose field ``trust_remote_code`` says whether code
+    of its ``base`` may run."""
 
     @wraps(function)
     def call(config: Any, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -54,14 +55,15 @@ def with_trust_of_config(
 
 
 def code_options(base: str | Path | None = None) -> dict[str, Any]:
-    """The arguments that tell transformers whether code in the folder of ``base`` may run. None
-    stands for files that belong to no base: their code may not run."""
+    """The keyword arguments that tell transformers whether Python code in the folder of ``base``
+    may run: only within a block of ``trust_remote_code`` for this base. None is for files that
+    belong to no base, whose code may never run."""
     return {"trust_remote_code": base is not None and str(base) in _TRUSTED.get()}
 
 
 def hub_kernel(config: Any) -> str | None:
-    """The hub's attention kernel that a config of transformers, or one of its sub-configs, names;
-    None if there is none."""
+    """The attention kernel of the Hugging Face hub ("owner/name") that a config of transformers or
+    one of its sub-configs names; None if they name none."""
     from transformers import PreTrainedConfig
 
     implementation = getattr(config, "_attn_implementation", None)
@@ -75,8 +77,8 @@ def hub_kernel(config: Any) -> str | None:
 
 
 def refuse_hub_kernel(config: Any, base: str) -> None:
-    """Raise a ``ConfigError`` if the config names a kernel of the hub, which transformers would
-    fetch and run."""
+    """Raise a ``ConfigError`` if the config names an attention kernel of the hub, which
+    transformers would download and run. ``base``: the user's name of the base, for the error."""
     if (kernel := hub_kernel(config)) is not None:
         raise ConfigError(
             f"{base}, whose config names the attention {kernel!r}: code that would be fetched from"
@@ -88,8 +90,8 @@ def refuse_hub_kernel(config: Any, base: str) -> None:
 
 
 def without_hub_kernel(config: Any) -> Any:
-    """The config, changed in place to transformers' own attention instead of a kernel of the hub,
-    for models that compute nothing."""
+    """Replace an attention kernel of the hub that the config names by transformers' own attention,
+    in place, and return the config."""
     if hub_kernel(config) is not None:
         config._attn_implementation = "sdpa"
     return config

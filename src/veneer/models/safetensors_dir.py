@@ -4,8 +4,8 @@
     model-00001-of-00002.safetensors, …                 several files, and
     model.safetensors.index.json                        an index: the file of each tensor
 
-Tensors are read into newly allocated memory. If the files were mapped into memory, their pages
-would count as memory of the process.
+Tensors are read into newly allocated memory. The files are not mapped into memory, because their
+pages would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from veneer.fileio import tensors
 from veneer.fileio.untrusted import Entry, Header, location_problems, read_header, read_json
 from veneer.formats import peft
 
-#: the endings of the names of the files and of the index
+#: the endings of the names of weight files and of an index
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
-#: names in safetensors files of the dtypes that a model's weights may have
-_WEIGHTS = (
+#: the dtypes that a model's weights may have, by their names in safetensors files
+_WEIGHT_DTYPES = (
     "F64",
     "F32",
     "BF16",
@@ -49,9 +49,9 @@ _WEIGHTS = (
     "F8_E4M3",
     "F8_E5M2",
 )
-#: name in a safetensors file -> torch dtype, and the reverse
-DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: {name in a safetensors file: torch dtype}, and the reverse
+DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHT_DTYPES}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: patterns of a model's files, which are overwritten or removed if another model replaces the model
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -61,7 +61,8 @@ MODEL_FILES = (
 
 
 def must_hold_no_adapter(folder: Path) -> None:
-    """Raise ``OutputExistsError`` if a model is to be written to a folder with an adapter."""
+    """Raise ``OutputExistsError`` if ``folder``, to which a model is to be written, holds an
+    adapter: transformers would load both, and so apply the adapter to the written model."""
     if (folder / peft.CONFIG).exists():
         raise OutputExistsError(
             f"{folder}, which holds an adapter, for a whole model",
@@ -75,9 +76,9 @@ class Checkpoint:
     """A folder of safetensors files.
 
     Fields:
-        files: the header of each file, by its name.
-        index: the parsed index; None for a single file.
-        file_of: the name of the file of each tensor, in the order of files and offsets.
+        files: {name of a file: its header}.
+        index, index_name: the parsed index and the name of its file; None if there is no index.
+        file_of: {name of a tensor: name of its file}, in the order of files and offsets.
     """
 
     folder: Path
@@ -105,14 +106,14 @@ class Checkpoint:
         return self.files[self.file_of[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: there is no such
-        tensor. ``CheckpointError``: the file is shorter than its header claims."""
+        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: there is no
+        tensor of this name. ``CheckpointError``: the file is shorter than its header claims."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
-            first, last, _ = rows.indices(shape[0])
+            first_row, stop_row, _ = rows.indices(shape[0])
             row_size = size // shape[0] if shape[0] else 0
-            shape = (last - first, *shape[1:])
-            size, start = (last - first) * row_size, start + first * row_size
+            shape = (stop_row - first_row, *shape[1:])
+            size, start = (stop_row - first_row) * row_size, start + first_row * row_size
         with (self.folder / self.file_of[name]).open("rb") as stream:
             raw_bytes = tensors.read_bytes(stream, start, size)
         if raw_bytes is None:
@@ -128,53 +129,56 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open the checkpoint in a folder and check the headers of its files. No tensor is read.
 
     Raises:
-        CheckpointError: no safetensors file, several without an index, an index that does not match
-            the files or tensors, or a damaged file. The error lists every problem.
+        CheckpointError: the folder has no safetensors file, several without an index, an index that
+            does not match the files or tensors, or a damaged file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
-    refuse = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
+    raise_problems = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
     index, index_name = None, None
-    names = sorted(path.name for path in folder.iterdir())
-    index_names = [name for name in names if name.endswith(INDEX)]
-    file_names = [name for name in names if name.endswith(ENDING)]
+    entry_names = sorted(path.name for path in folder.iterdir())
+    index_names = [name for name in entry_names if name.endswith(INDEX)]
+    file_names = [name for name in entry_names if name.endswith(ENDING)]
     if len(index_names) > 1:
         raise CheckpointError(
             f"{listing(index_names)} in {folder}", "one index", "keep the files of one model"
         )
     if index_names:
         index_name = index_names[0]
-        refuse(location_problems(folder, index_names))
+        raise_problems(location_problems(folder, index_names))
         index = _call_reader(read_json, folder / index_name)
         file_names = _listed_files(folder / index_name, index)
     elif len(file_names) != 1:
         raise CheckpointError(_missing_index_problem(folder, file_names))
-    refuse(location_problems(folder, file_names))
-    missing = [name for name in file_names if not (folder / name).is_file()]
-    if missing:
+    raise_problems(location_problems(folder, file_names))
+    missing_files = [name for name in file_names if not (folder / name).is_file()]
+    if missing_files:
         raise CheckpointError(
-            f"no {listing(missing)} in {folder}",
+            f"no {listing(missing_files)} in {folder}",
             "the files that the index names",
             "get the whole model",
         )
     files = {name: _call_reader(read_header, folder / name) for name in file_names}
-    refuse(list(_problems(files, index)))
+    raise_problems(list(_problems(files, index)))
     file_of_tensor = {
-        tensor: file for file, header in files.items() for tensor in names_by_offset(header)
+        tensor_name: file_name
+        for file_name, header in files.items()
+        for tensor_name in names_by_offset(header)
     }
     return Checkpoint(folder, files, index, index_name, file_of_tensor)
 
 
 def names_by_offset(header: Header) -> list[str]:
-    """The names of a file's tensors, by their offsets in the file."""
+    """The names of a file's tensors, sorted by their offsets in the file."""
     return sorted(
         header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop)
     )
 
 
 def _call_reader(reader: Any, path: Path) -> Any:
-    """Call a function that reads a header or an index; its errors become ``CheckpointError``."""
+    """The result of ``reader(path)``, a function that reads a header or an index. An
+    ``AdapterError`` that it raises becomes a ``CheckpointError``."""
     try:
         return reader(path)
     except AdapterError as error:
@@ -182,7 +186,9 @@ def _call_reader(reader: Any, path: Path) -> Any:
 
 
 def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
-    """The file names in the index at ``path``; they must not lead out of the index's folder."""
+    """The names of the weight files in an index, sorted. ``path``: the path of the index, for
+    errors. ``CheckpointError``: there is no valid weight_map, or a name contains a folder, which
+    could lead out of the folder of the index."""
     weight_map = index.get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -202,21 +208,22 @@ def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> Iterator[str]:
-    """The problems of a checkpoint, as error texts: tensors that are missing, that are in several
-    files or not in the file that the index states, and dtypes that are not supported."""
+    """The problems of a checkpoint, as error texts: tensors that the index names and no file has,
+    tensors in several files or in another file than the index states, and dtypes that are not
+    supported."""
     file_of_tensor: dict[str, str] = {}
     weight_map = index["weight_map"] if index is not None else {}
-    for file, header in files.items():
+    for file_name, header in files.items():
         for tensor_name, entry in header.tensors.items():
             if tensor_name in file_of_tensor:
                 yield sentence(
-                    f"{tensor_name!r} in {file_of_tensor[tensor_name]} and in {file}",
+                    f"{tensor_name!r} in {file_of_tensor[tensor_name]} and in {file_name}",
                     "one of them",
                     "get the whole model again",
                 )
-            if index is not None and weight_map.get(tensor_name) != file:
+            if index is not None and weight_map.get(tensor_name) != file_name:
                 indexed_file = weight_map.get(tensor_name)
-                problem = f"{tensor_name!r} in {file}, where the index says {indexed_file!r}"
+                problem = f"{tensor_name!r} in {file_name}, where the index says {indexed_file!r}"
                 yield sentence(
                     problem, "an index of these files", "get the index and its shards together"
                 )
@@ -226,7 +233,7 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
                     listing(DTYPES),
                     "convert the model first",
                 )
-            file_of_tensor[tensor_name] = file
+            file_of_tensor[tensor_name] = file_name
     missing_names = sorted(weight_map.keys() - file_of_tensor.keys())
     if missing_names:
         yield sentence(
@@ -236,9 +243,9 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
         )
 
 
-def _missing_index_problem(folder: Path, names: list[str]) -> str:
-    if names:
-        problem = f"{len(names)} files ending in {ENDING} in {folder} and no index"
+def _missing_index_problem(folder: Path, file_names: list[str]) -> str:
+    if file_names:
+        problem = f"{len(file_names)} files ending in {ENDING} in {folder} and no index"
         return sentence(
             problem, f"one, or *{INDEX} beside them", "keep the files of one model there"
         )
@@ -248,7 +255,11 @@ def _missing_index_problem(folder: Path, names: list[str]) -> str:
     problem = f"no {ENDING} file in {folder}" + (
         f", but {listing(pickles, 3)}, which are pickles" if pickles else ""
     )
-    do = "save the model with save_pretrained of a current transformers, which writes safetensors"
+    remedy = (
+        "save the model with save_pretrained of a current transformers, which writes safetensors"
+    )
     return sentence(
-        problem, f"a model as {ENDING}", do if pickles else "name the folder that holds the weights"
+        problem,
+        f"a model as {ENDING}",
+        remedy if pickles else "name the folder that holds the weights",
     )

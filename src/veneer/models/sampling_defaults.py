@@ -1,5 +1,5 @@
-"""The sampling fields of a base's ``generation_config.json``: the defaults for requests without
-these fields."""
+"""The sampling fields of a base's ``generation_config.json``, which are the defaults for requests
+that do not set these fields."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from veneer.errors import ConfigError, raise_all, sentence
 
-FILE = "generation_config.json"
-#: fields that change which tokens are sampled, and the values with which they have no effect
+CONFIG_FILE = "generation_config.json"
+#: fields of the file that change which tokens are sampled: {name: the values with which the field
+#: has no effect}
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "min_p": (0,), "top_h": (1,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
     "num_beams": (1,), "penalty_alpha": (0,), "no_repeat_ngram_size": (0,),
@@ -21,8 +22,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
     "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
 }  # fmt: skip
-#: the fields of ``NEUTRAL_VALUES`` that only transformers' sampler supports; `veneer generate` uses
-#: another sampler
+#: the fields of ``NEUTRAL_VALUES`` that only transformers' sampler supports. They have no effect in
+#: `veneer generate`, which uses a sampler of its own
 TRANSFORMERS_ONLY = (
     "min_p",
     "top_h",
@@ -36,11 +37,13 @@ TRANSFORMERS_ONLY = (
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The sampling fields in the file; a missing field is None.
+    """The sampling fields in the file ``CONFIG_FILE`` of a base.
 
     Fields:
+        temperature, top_k, top_p, repetition_penalty: None if the file does not set the field. A
+            repetition penalty of 1, which has no effect, is None too.
         samples: whether the file enables sampling instead of greedy decoding.
-        further_fields: other fields that change which tokens are sampled.
+        further_fields: {name: value} of the fields in ``NEUTRAL_VALUES`` that have an effect.
     """
 
     temperature: float | None = None
@@ -61,24 +64,35 @@ class SamplingDefaults:
 
 
 def sampling_defaults(model: Any) -> SamplingDefaults:
-    """The sampling defaults of a model of transformers. ``ConfigError``: the file holds a value
-    that no sampler supports."""
+    """The sampling defaults of a model of transformers, from its ``generation_config``.
+    ``ConfigError``: it holds a value that is out of range, such as a negative temperature."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return SamplingDefaults()
     checks = {
-        "temperature": ("a number, 0 or more", lambda value: _finite(value) and value >= 0),
+        "temperature": (
+            "a number, 0 or more",
+            lambda value: _is_finite_number(value) and value >= 0,
+        ),
         "top_k": ("a whole number, 0 or more", lambda value: type(value) is int and value >= 0),
-        "top_p": ("a number above 0, at most 1", lambda value: _finite(value) and 0 < value <= 1),
-        "repetition_penalty": ("a number above 0", lambda value: _finite(value) and value > 0),
+        "top_p": (
+            "a number above 0, at most 1",
+            lambda value: _is_finite_number(value) and 0 < value <= 1,
+        ),
+        "repetition_penalty": (
+            "a number above 0",
+            lambda value: _is_finite_number(value) and value > 0,
+        ),
     }
     values = {name: value for name in checks if (value := getattr(config, name, None)) is not None}
     problems = [
-        sentence(f"{name} {value!r} in the base's {FILE}", checks[name][0], "correct the file")
+        sentence(
+            f"{name} {value!r} in the base's {CONFIG_FILE}", checks[name][0], "correct the file"
+        )
         for name, value in values.items()
         if not checks[name][1](value)
     ]
-    raise_all(ConfigError, f"The base's {FILE} was not taken", problems)
+    raise_all(ConfigError, f"The base's {CONFIG_FILE} was not taken", problems)
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
     return SamplingDefaults(
@@ -89,8 +103,8 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
 
 
 def changes_greedy_tokens(config: Any) -> bool:
-    """Whether a generation config changes which tokens greedy decoding chooses. Temperature, top_k
-    and top_p do not."""
+    """Whether a generation config of transformers sets a field that changes which tokens greedy
+    decoding chooses. ``temperature``, ``top_k`` and ``top_p`` are no such fields."""
     penalty = getattr(config, "repetition_penalty", None)
     return penalty not in (None, 1) or bool(_further_fields(config))
 
@@ -105,5 +119,5 @@ def _further_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

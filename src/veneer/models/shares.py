@@ -1,4 +1,5 @@
-"""Load a base so that each process reads only its own rows of the files.
+"""Load a base that is sharded over several processes, so that each process reads only its share
+(the rows of its shards) of the files.
 
     build_on_meta       transformers' model, with the files' tensors on the meta device
     spread              a function of the caller (such as ``fully_shard``) that turns parameters
@@ -8,12 +9,12 @@
 transformers builds the model. It gets the shapes of the files' tensors instead of their values. So
 it renames, casts, ties and checks tensors as usual, and initialises missing ones (a new head). Its
 conversion rules then tell which rows of which tensors form a shard, also for stacks of experts
-(``base_weights.checkpoint_weights``). ``WholeOnlyError``: a parameter is not formed by rows of
-tensors.
+(``base_weights.checkpoint_weights``). A ``WholeOnlyError`` is raised for a base with a parameter
+whose rows are not rows of the files' tensors.
 
-Rejected: transformers' own loading into DTensors (``DistributedConfig``). It maps complete files
-into memory. If it joins or splits tensors along the sharded axis, it may slice a tensor before or
-after that step, and does not report which.
+transformers' own loading into DTensors (``DistributedConfig``) is not used, because it maps
+complete files into memory. Besides, if it joins or splits tensors along the sharded axis, it may
+slice a tensor before or after that step, and does not report which.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
 
 class WholeOnlyError(ConfigError):
-    """A base whose files cannot be read by the rows of its parameters."""
+    """A base of which a process cannot read only its share: the rows of a parameter are not rows of
+    tensors in safetensors files."""
 
 
 class _MetaPlaceholder:
-    """A placeholder that transformers takes for a tensor of the files. When transformers reads its
-    values, it gets an empty tensor on the meta device."""
+    """An object that transformers takes for a tensor of a safetensors file. It has a shape. When
+    transformers reads its values (``[...]`` and ``to``), it gets a tensor on the meta device, so
+    that nothing is read from the file."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -59,17 +62,18 @@ def load_shares(
     fields: Mapping[str, Any],
     **options: Any,
 ) -> Any:
-    """Load the model of a folder as transformers' class ``auto_class``, frozen, with its parameters
-    sharded over the processes.
+    """Load the model of a folder, with its parameters frozen and sharded over the processes.
 
     Args:
+        auto_class: the name of the class of transformers that loads the model.
         spread: turns the parameters of a model into DTensors, in place.
-        fields: fields of the model's config.
+        device: the device of this process's shards.
+        fields: fields of the model's config to set.
         options: arguments of ``from_pretrained``.
 
     Raises:
-        WholeOnlyError: no safetensors, packed weights, or a parameter that is not formed by rows of
-            tensors.
+        WholeOnlyError: the folder has no usable safetensors, its weights are quantised, or the rows
+            of a parameter are not rows of the files' tensors.
     """
     try:
         checkpoint = open_checkpoint(folder)
@@ -85,12 +89,17 @@ def load_shares(
 def build_on_meta(
     checkpoint: Checkpoint, auto_class: str, fields: Mapping[str, Any], dtype: Any, **options: Any
 ) -> Any:
-    """The model with the files' tensors on the meta device. transformers has initialised all other
-    tensors."""
+    """The model in which all tensors of the checkpoint are on the meta device, without values.
+    transformers has initialised the parameters that the checkpoint lacks. ``WholeOnlyError``: the
+    weights are quantised. ``dtype``: a torch dtype, or "auto" for that in the files. The other
+    arguments are those of ``load_shares``."""
     import transformers
 
-    folder, code = checkpoint.folder, {"trust_remote_code": options.pop("trust_remote_code", False)}
-    config = transformers.AutoConfig.from_pretrained(folder, **code, **fields)
+    folder, code_arguments = (
+        checkpoint.folder,
+        {"trust_remote_code": options.pop("trust_remote_code", False)},
+    )
+    config = transformers.AutoConfig.from_pretrained(folder, **code_arguments, **fields)
     if getattr(config, "quantization_config", None) is not None:
         raise WholeOnlyError(
             f"{folder}, whose weights are quantised", "weights in 16 or 32 bits", "read all of it"
@@ -98,7 +107,7 @@ def build_on_meta(
     weight_dtype = _stored_dtype(checkpoint, config) if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         empty_model = getattr(transformers, auto_class).from_config(
-            without_hub_kernel(config), dtype=weight_dtype, **code
+            without_hub_kernel(config), dtype=weight_dtype, **code_arguments
         )
     placeholders: Any = {
         name: _MetaPlaceholder(checkpoint.shape(name)) for name in checkpoint.file_of
@@ -108,17 +117,20 @@ def build_on_meta(
         config=empty_model.config,
         state_dict=placeholders,
         dtype=weight_dtype,
-        **code,
+        **code_arguments,
         **options,
     )
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **code)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            folder, **code_arguments
+        )
     return model
 
 
 def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
-    """The dtype that transformers uses if ``dtype`` is "auto"."""
+    """The dtype that transformers chooses for ``dtype="auto"``: that in the config, else that of
+    the first floating-point tensor in the files."""
     float_dtypes = (
         dtype for dtype in map(checkpoint.dtype, checkpoint.file_of) if dtype.is_floating_point
     )
@@ -126,8 +138,8 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], Any]]:
-    """(name, (the dict of the module that holds the tensor, its key there), tensor) of all
-    parameters and buffers. A tied tensor is listed under each of its names."""
+    """Yield (name, (dict of the module that holds the tensor, key in this dict), tensor) for all
+    parameters and buffers. A tied tensor is yielded under each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
@@ -137,20 +149,29 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any]
 
 
 def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, BaseWeight]:
-    """The files' weight of each tensor on the meta device, by all names of the tensor.
+    """The weight in the files for each of the model's tensors on the meta device, by all names of
+    the tensor. Ties weights of the model in place.
 
-    transformers ties weights only if their values are equal, which it cannot tell on the meta
-    device if the files hold both. This function compares the files and ties equal weights."""
+    If the files hold both of two tied weights, transformers ties them only if their values are
+    equal, which it cannot tell on the meta device. This function compares the values in the files,
+    and ties the weights if they are equal.
+
+    Raises:
+        WholeOnlyError: a tensor on the meta device has no weight in the files.
+    """
     weights, _ = checkpoint_weights(model, checkpoint)
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        target_param, source_param = model.get_parameter(target), model.get_parameter(source)
+    for target_name, source_name in getattr(model, "all_tied_weights_keys", {}).items():
+        target_param, source_param = (
+            model.get_parameter(target_name),
+            model.get_parameter(source_name),
+        )
         if (
             target_param is not source_param
             and target_param.is_meta
             and source_param.is_meta
-            and _have_equal_values(weights.get(target), weights.get(source))
+            and _have_equal_values(weights.get(target_name), weights.get(source_name))
         ):
-            path, _, name = target.rpartition(".")
+            path, _, name = target_name.rpartition(".")
             setattr(model.get_submodule(path), name, source_param)
     meta_tensors = {name: tensor for name, _, tensor in _named_tensors(model) if tensor.is_meta}
     weights_by_id = {
@@ -168,33 +189,37 @@ def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, BaseWeight]:
     return {name: weights_by_id[id(tensor)] for name, tensor in meta_tensors.items()}
 
 
-def _have_equal_values(first: BaseWeight | None, second: BaseWeight | None) -> bool:
-    if first is None or second is None or first.shape != second.shape:
+def _have_equal_values(first_weight: BaseWeight | None, second_weight: BaseWeight | None) -> bool:
+    if first_weight is None or second_weight is None or first_weight.shape != second_weight.shape:
         return False
-    return all(torch.equal(a, b) for a, b in zip(first.blocks(), second.blocks(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(first_weight.blocks(), second_weight.blocks(), strict=True)
+    )
 
 
 def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: torch.device) -> None:
-    """Replace each tensor on the meta device by its values: for a DTensor, by the rows of this
-    process; for any other tensor, by all rows.
+    """Replace each tensor of the model on the meta device by its values on ``device``: for a
+    DTensor, those of this process's rows; for any other tensor, all of them. ``sources``: the
+    weight in the files for each name of a tensor.
 
-    A parameter is in memory twice while it is read, if ``device`` is not the CPU or its dtype
-    differs from the dtype in the files.
+    While a parameter is read, its values are in memory twice if ``device`` is not the CPU or the
+    dtype differs from that in the files.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
     loaded_tensors: dict[int, Any] = {}  # by the id of the tensor on the meta device
-    for name, (table, key), meta_tensor in _named_tensors(model):
+    for name, (tensors_by_key, key), meta_tensor in _named_tensors(model):
         if not meta_tensor.is_meta:
             continue
         if id(meta_tensor) not in loaded_tensors:
-            read = partial(_read_rows, sources[name], meta_tensor.dtype, device)
+            read_rows = partial(_read_rows, sources[name], meta_tensor.dtype, device)
             if is_sharded(meta_tensor):
                 shape, offset = local_part(
                     meta_tensor.shape, meta_tensor.device_mesh, meta_tensor.placements
                 )
-                local_rows = read(slice(offset[0], offset[0] + shape[0]))
+                local_rows = read_rows(slice(offset[0], offset[0] + shape[0]))
                 tensor = DTensor.from_local(
                     local_rows,
                     meta_tensor.device_mesh,
@@ -204,16 +229,16 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
                     stride=meta_tensor.stride(),
                 )
             else:
-                tensor = read(None)
+                tensor = read_rows(None)
             loaded_tensors[id(meta_tensor)] = (
                 nn.Parameter(tensor, meta_tensor.requires_grad)
                 if isinstance(meta_tensor, nn.Parameter)
                 else tensor
             )
-            # the attribute by which transformers marks tensors that it has read
-            # (``Names.fresh_parameters``)
+            # With this attribute, transformers marks tensors that it has read from files. Veneer
+            # takes parameters without it for newly initialised ones (``Names.fresh_parameters``).
             loaded_tensors[id(meta_tensor)]._is_hf_initialized = True
-        table[key] = loaded_tensors[id(meta_tensor)]
+        tensors_by_key[key] = loaded_tensors[id(meta_tensor)]
 
 
 def _read_rows(

@@ -1,11 +1,12 @@
-"""One base model behind HTTP, with as many adapters as the disk holds.
+"""The HTTP server. It serves one base model and many LoRA adapters, and loads an adapter from disk
+when a request needs it.
 
-    clients ── api.py ── engine.py ── bank ── model
-               schemas   scheduler            one batch, an adapter a row
-               access    slots
+    clients ── api.py ── engine.py ── bank (adapters in memory) ── model
+               schemas   scheduler                                 each row of a batch has
+               access    slots                                     its own adapters
                answers   sampling, text
 
-Routes know nothing of tensors, and the engine nothing of HTTP: they exchange the data classes of
+Routes do not handle tensors, and the engine does not handle HTTP: they exchange the data classes of
 ``requests.py``.
 """
 

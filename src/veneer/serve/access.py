@@ -1,19 +1,22 @@
 """Named API keys and their permissions. The server stores only the hash of a key.
 
-    [[keys]]                          a TOML file, one table a key
+    [[keys]]                          a TOML file with one table per key
     name = "alice"
     sha256 = "2c26b4…"                hash of the key that the client sends
-    adapters = ["french-*", "chat"]   patterns of the adapters it may use; none by default
-    base = true                       may use the base without an adapter; true by default
+    adapters = ["french-*", "chat"]   shell patterns of the adapter names that the key
+                                      may use; none by default
+    base = true                       may use the base model without an adapter; true by
+                                      default
     admin = false                     may load and unload adapters, read metrics; false by default
     train = false                     may use the training routes; false by default. They also give
-                                      the base's answers, through a run that has not trained yet
+                                      answers of the base, even with base = false: a client can
+                                      sample from a run that has not trained yet
     runs = 10                         most adapters in training at one time
     bytes = 1000000000                most bytes of all checkpoints of the key
     tokens = 1000000                  most tokens of training and sampling a day (UTC). By default,
                                       runs, bytes and tokens have no limit
 
-A key has 256 random bits, so its hash needs no salt: no search can find the key.
+A key has 256 random bits, so hashing guesses cannot find it, and the hash needs no salt.
 """
 
 from __future__ import annotations
@@ -65,18 +68,19 @@ class Key:
 
     @property
     def owner(self) -> str:
-        """The name under which the requests of the key are counted; "" for every client of a server
-        without keys."""
+        """The name under which limits and fair scheduling count the requests of this key: the
+        key's name, or "" for ``ANYONE``, the key of every client of a server without keys."""
         return self.name if self.sha256 else ""
 
     def may_use(self, names: Iterable[str]) -> bool:
-        """Whether the key may use all adapters in ``names``; if it is empty, whether the key may
-        use the base."""
+        """Whether the key may use all adapters in ``names``. Empty ``names`` stand for the base
+        model alone."""
         names = tuple(names)
         return all(map(self.sees, names)) if names else self.base
 
     def sees(self, name: str) -> bool:
-        """Whether the key has a pattern that matches an adapter name."""
+        """Whether a pattern of the key matches the adapter ``name``, so that the key may list and
+        use the adapter."""
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
@@ -86,7 +90,7 @@ ANYONE = Key("anyone", "", ("*",), base=True, admin=True, train=True)
 
 @dataclass(frozen=True)
 class Keyring:
-    """The keys of a server. Without keys, every client may do everything."""
+    """The keys of a server. If ``keys`` is None, every client may do everything."""
 
     keys: tuple[Key, ...] | None = None
 
@@ -96,39 +100,42 @@ class Keyring:
         return self.keys is None
 
     def find(self, authorization: str | None) -> Key | None:
-        """The key in the value of an Authorization header ("Bearer …"). None if the header is
-        missing or the key is unknown. Without keys, ``ANYONE``."""
+        """The entry of the key that the value of an Authorization header contains ("Bearer …").
+        None if there is no such header or the key is unknown; always ``ANYONE`` on a server
+        without keys."""
         if self.keys is None:
             return ANYONE
         scheme, _, sent_key = (authorization or "").partition(" ")
         sent_key = sent_key.strip()
         if scheme.lower() != "bearer" or not sent_key or len(sent_key) > MAX_KEY_CHARS:
             return None
-        digest = hash_of(sent_key)  # compare with every key, so that the duration reveals no match
+        digest = hash_of(sent_key)
+        # compare with all keys, so that the time it takes does not reveal whether one matches
         matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
         return matches[0] if matches else None
 
 
 def hash_of(key: str) -> str:
-    """The SHA-256 hash of a key, as 64 hexadecimal digits. The key file has only the hash."""
+    """The SHA-256 hash of a key, as 64 hexadecimal digits, which the key file has in place of
+    the key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_keys(path: str | Path) -> Keyring:
-    """Read the keys of a key file. ``ConfigError`` lists every invalid entry, and refuses a file
-    without keys."""
+    """Read the keys of a key file. ``ConfigError``: the file cannot be read, has no keys, or has
+    invalid entries, all of which the message lists."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
-        entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        document: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"a key file {path} that cannot be read ({error})",
             "a list of keys in TOML",
             "see `veneer keygen --help`",
         ) from error
-    tables = entries.get("keys") if entries.keys() <= {"keys"} else None
+    tables = document.get("keys") if document.keys() <= {"keys"} else None
     if not isinstance(tables, list) or not tables:
         raise ConfigError(
             f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"
@@ -165,11 +172,11 @@ class KeyWatch:
     If the file is invalid or was removed, the keys stay and an error is logged."""
 
     def __init__(self, holder: KeyHolder, path: Path) -> None:
-        self._holder, self._path, self._stop = holder, path, threading.Event()
+        self._holder, self._path, self._stop_event = holder, path, threading.Event()
         threading.Thread(target=self._watch, name="veneer-keys", daemon=True).start()
 
     def close(self) -> None:
-        self._stop.set()
+        self._stop_event.set()
 
     def reload(self) -> None:
         """Replace the keys by those in the file. An invalid file changes nothing and is logged."""
@@ -182,38 +189,44 @@ class KeyWatch:
 
     def _watch(self) -> None:
         previous_signature = None
-        while not self._stop.is_set():
-            signature = _file_signature(self._path)
-            if signature != previous_signature:
-                previous_signature = signature
+        while not self._stop_event.is_set():
+            file_signature = _file_signature(self._path)
+            if file_signature != previous_signature:
+                previous_signature = file_signature
                 self.reload()
-            self._stop.wait(WATCH_SECONDS)
+            self._stop_event.wait(WATCH_SECONDS)
 
 
 def _file_signature(path: Path) -> tuple[int, int, int] | None:
     """(inode, modification time, size) of a file, which change when the file is written or
     replaced; None if ``stat`` fails."""
     try:
-        status = path.stat()
+        file_stat = path.stat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return file_stat.st_ino, file_stat.st_mtime_ns, file_stat.st_size
 
 
 def _entry_problems(entry: Any) -> list[str]:
-    """Describe each problem of a [[keys]] table."""
+    """The error texts for the invalid fields of ``entry``, a [[keys]] table; empty if all fields
+    are valid."""
     if not isinstance(entry, dict):
         return [sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")]
-    unknown = sorted(entry.keys() - KEY_FIELDS)
+    unknown_fields = sorted(entry.keys() - KEY_FIELDS)
     name, sha256, patterns = entry.get("name"), entry.get("sha256"), entry.get("adapters", [])
     are_valid_patterns = isinstance(patterns, list) and all(
         isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
     )
     quotas = {field: entry.get(field, 0) for field in QUOTAS}
     flags = {field: entry.get(field, False) for field in ("base", "admin", "train")}
-    # whether a field is valid, and the error's texts if it is not: found, expected, what to do
+    # (whether a field is valid, and the error texts if it is not: found, expected, what to do)
     checks = [
-        (not unknown, f"fields {unknown}", ", ".join(KEY_FIELDS), "check the spelling"),
+        (
+            not unknown_fields,
+            f"fields {unknown_fields}",
+            ", ".join(KEY_FIELDS),
+            "check the spelling",
+        ),
         (
             isinstance(name, str) and _NAME_PATTERN.fullmatch(name),
             f"name {name!r}",
@@ -246,7 +259,7 @@ def _entry_problems(entry: Any) -> list[str]:
             for field, flag in flags.items()
         ),
     ]
-    return [sentence(*texts) for is_valid, *texts in checks if not is_valid]
+    return [sentence(*error_texts) for is_valid, *error_texts in checks if not is_valid]
 
 
 def generate(
@@ -258,7 +271,8 @@ def generate(
     train: bool = False,
 ) -> tuple[str, str]:
     """Generate a key. Returns the key, and its [[keys]] entry for the key file as TOML.
-    ``ConfigError``: the name or an adapter pattern is invalid."""
+    The arguments are fields of the entry (see ``Key``). ``ConfigError``: the name or an adapter
+    pattern is invalid."""
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     entry = {
         "name": name,

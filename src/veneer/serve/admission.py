@@ -1,16 +1,16 @@
-"""Take the next requests from the queue, as many as there are free rows and a few more, and load
-their adapters.
+"""Take requests from the queue and load their adapters. As many are taken as there are free rows
+of the KV cache, plus a few.
 
     queue  --Admission.admit-->  loading  →  loaded  --Batch.add-->  a row
 
 A request whose adapters are loaded has a lease on them, which keeps them in memory.
 
 While the adapters of a request are loading, no other request for the same adapters is admitted.
-Otherwise all of these would get leases at once, before others whose turn it is, and would occupy
-memory without having rows.
+Otherwise all requests for these adapters would get leases when the load ends. They would overtake
+requests that the scheduler puts before them, and would occupy memory without having rows.
 
 While a load waits for memory that leases occupy, only requests for the base alone are admitted.
-Otherwise new leases could follow one another for ever, and the load would never get its memory.
+Otherwise new leases could always replace those that end, and the load would never get its memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from veneer.errors import BankFullError
 from veneer.serve.request_state import RequestState
-from veneer.serve.requests import RequestError, cause_of
+from veneer.serve.requests import RequestError, error_kind_of
 from veneer.serve.scheduler import BlendKey, Scheduler
 
 log = logging.getLogger("veneer.serve")
@@ -38,11 +38,11 @@ class Admission:
     the methods.
 
     Args:
-        bank: the adapters; None serves the base alone.
+        bank: loads the adapters; None serves the base model alone.
         lock: guards the scheduler.
-        rows: the most requests that run at a time.
+        max_rows: the most requests that run at a time; each has a row of the KV cache.
         wake: is called as ``wake()``, from any thread, when adapters have been loaded.
-        end: is called as ``end(state, "error", message, cause)`` to end a request.
+        end: is called as ``end(state, "error", message, error_kind)`` to end a request.
     """
 
     def __init__(
@@ -50,32 +50,37 @@ class Admission:
         bank: Any,
         scheduler: Scheduler[RequestState],
         lock: AbstractContextManager[Any],
-        rows: int,
+        max_rows: int,
         wake: Callable[[], None],
         end: Callable[..., None],
     ) -> None:
         self.admitted: list[RequestState] = []  # their adapters are loading or loaded
-        self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
+        self._bank, self._scheduler, self._lock, self._max_rows = bank, scheduler, lock, max_rows
         self._wake, self._end = wake, end
-        # blends whose adapters found no memory; they are tried again when a lease is released
+        # blends (adapters with weights) that found no memory; requests for them are admitted again
+        # once a lease is released
         self._blends_without_memory: set[BlendKey] = set()
 
     @property
     def loaded(self) -> list[RequestState]:
         return [state for state in self.admitted if state.lease is not None]
 
-    def admit(self, running: int) -> None:
-        """Start to load the adapters of the next requests, and give leases to requests whose
-        adapters are loaded. ``running``: number of rows that are in use."""
+    def admit(self, running_count: int) -> None:
+        """Start to load the adapters of the next requests, and give requests whose adapters are
+        loaded their leases, which keep the adapters in memory. ``running_count``: number of rows
+        that are in use."""
         for state in [each for each in self.admitted if each.lease is None]:
-            self._take_loaded_lease(state, running)
+            self._take_loaded_lease(state, running_count)
         loading_blends = {state.blend_key for state in self.admitted if state.lease is None}
         while (
-            len(self.loaded) < self._rows - running + MAX_LOADED_AHEAD
-            and len(loading_blends) < self._rows
+            len(self.loaded) < self._max_rows - running_count + MAX_LOADED_AHEAD
+            and len(loading_blends) < self._max_rows
         ):
-            is_crowded = self._bank is not None and self._bank.crowded and (running or self.loaded)
+            is_crowded = (
+                self._bank is not None and self._bank.crowded and (running_count or self.loaded)
+            )
             with self._lock:
+                # if a load waits for memory, exclude all blends: only requests for the base remain
                 waiting_blends = (
                     {
                         state.blend_key
@@ -99,9 +104,9 @@ class Admission:
                     else self._bank.acquire(state.request.blend)
                 )
             except Exception as error:
-                self._refuse(state, error, running)
+                self._handle_load_error(state, error, running_count)
                 continue
-            self._take_loaded_lease(state, running)
+            self._take_loaded_lease(state, running_count)
             if state.lease_future is not None and state.lease is None:
                 loading_blends.add(state.blend_key)
                 state.lease_future.add_done_callback(lambda _: self._wake())
@@ -111,49 +116,54 @@ class Admission:
             self.admitted.remove(state)
 
     def put_back(self, state: RequestState) -> None:
-        """Put a request that lost its row (preempted) before all others. It keeps its lease."""
+        """Admit a request again, before all others, after it lost its row for lack of memory
+        (preemption). It has kept its lease."""
         self.admitted.insert(0, state)
 
     def release(self, state: RequestState) -> None:
-        """Release a request's lease, now or as soon as its adapters are loaded."""
+        """Release a request's lease: now, or once its adapters are loaded if they are loading.
+        Requests whose adapters found no memory may then be admitted again."""
         future, state.lease_future, state.lease = state.lease_future, None, None
         if future is None:
             return
 
-        def release(future: Any) -> None:
+        def release_loaded(future: Any) -> None:
             if not future.cancelled() and future.exception() is None:
                 future.result().release()
 
-        future.add_done_callback(release)  # called at once if the future is done
+        future.add_done_callback(release_loaded)  # runs at once if the future is done
         self._blends_without_memory.clear()
 
-    def _take_loaded_lease(self, state: RequestState, running: int) -> None:
+    def _take_loaded_lease(self, state: RequestState, running_count: int) -> None:
         if not state.lease_future.done():
             return
         if error := state.lease_future.exception():
-            self._refuse(state, error, running)
+            self._handle_load_error(state, error, running_count)
             return
         try:
             state.take_lease(state.lease_future.result())
         except RequestError as error:
-            self._refuse(state, error, running)
+            self._handle_load_error(state, error, running_count)
 
-    def _refuse(self, state: RequestState, error: BaseException, running: int) -> None:
-        """Handle a request whose adapters could not be loaded or blended. If leases of other
-        requests occupy the memory, queue it again; otherwise end it with the error."""
+    def _handle_load_error(
+        self, state: RequestState, error: BaseException, running_count: int
+    ) -> None:
+        """Handle a request whose adapters could not be loaded or combined. If memory is lacking and
+        other requests' leases occupy some, queue it again; otherwise end it with the error."""
         self.admitted.remove(state)
-        if (running or self.admitted) and isinstance(error, BankFullError):
+        if (running_count or self.admitted) and isinstance(error, BankFullError):
             self._blends_without_memory.add(state.blend_key)
             state.lease_future, state.has_left_queue = None, False
             with self._lock:
                 self._scheduler.push_back(state)
             return
         log.warning("request %s: its adapters cannot be had: %s", state.request.id, error)
-        self._end(state, "error", str(error), cause_of(error))
+        self._end(state, "error", str(error), error_kind_of(error))
 
 
 def _base_lease_future() -> Future[Any]:
-    # like a future of ``Bank.acquire`` that is done, with a lease on no adapter
+    # A server without a bank has nothing to load. This future stands in for ``Bank.acquire``'s: it
+    # is done, and its result is a lease on no adapter.
     future: Future[Any] = Future()
     future.set_result(SimpleNamespace(release=lambda: None))
     return future

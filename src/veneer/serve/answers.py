@@ -1,12 +1,12 @@
-"""Answers in the JSON of OpenAI's API, complete or as a stream of events, built from the pieces of
-answers that the engine delivers. ``/v1/messages`` and ``/v1/responses`` take the texts and tool
-calls of their answers from here, too (``AnswerWriter.deltas``).
+"""Write answers as the JSON of OpenAI's API, complete or as a stream of events, from the pieces
+(new text and tokens) that the engine delivers. ``/v1/messages`` and ``/v1/responses`` also take the
+texts and tool calls of their answers from here (``AnswerWriter.deltas``).
 
     engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
     ``AnswerWriter.complete`` or ``AnswerWriter.events``
 
 The queue needs no bound, since an answer has at most ``max_tokens`` pieces. When a client
-disconnects, the task that reads the pieces is cancelled or closed, and ``Answers`` cancels the
+disconnects, the task that reads the pieces is cancelled or closed, so ``Answers`` cancels the
 requests that still run.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from veneer.errors import sentence
 from veneer.serve.refusal import RETRY_AFTER, Refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD
-from veneer.serve.requests import Cause, Piece, Request, Token
+from veneer.serve.requests import ErrorKind, Piece, Request, Token
 from veneer.serve.schemas import ChatRequest, GenerationRequest, StreamOptions
 from veneer.serve.tools.choose import CallReading
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
@@ -34,7 +34,7 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 class Answers:
-    """The answers to several requests. If the engine refuses one of them, all are cancelled."""
+    """The answers to several engine requests. If one cannot be submitted, all are cancelled."""
 
     def __init__(
         self,
@@ -46,21 +46,21 @@ class Answers:
         """Submit the requests to ``engine``. Any thread may call this; the pieces of answers are
         read in ``loop``. ``on_tokens_used`` is called once with the number of tokens of all prompts
         and answers, when all have ended or are cancelled; never if submitting fails."""
-        self._loop, self._on_tokens_used, self._unfinished = loop, on_tokens_used, len(requests)
+        self._loop, self._on_tokens_used, self._open_count = loop, on_tokens_used, len(requests)
         self._token_count = sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._request_states: list[Any] = []
-        self._record = CURRENT_RECORD.get()
-        if self._record is not None:
-            # count a prompt once, although its n answers are n requests
+        self._log_record = CURRENT_RECORD.get()
+        if self._log_record is not None:
+            # count a prompt once, although n answers to it are n requests
             prompts = {id(request.prompt): request.prompt for request in requests}
-            prompt_tokens = sum(map(len, prompts.values()))
-            self._record.ask(requests[0].blend, prompt_tokens, requests[0].sampling)
+            prompt_token_count = sum(map(len, prompts.values()))
+            self._log_record.ask(requests[0].blend, prompt_token_count, requests[0].sampling)
         try:
             for index, request in enumerate(requests):
                 self._request_states.append(engine.submit(request, partial(self._deliver, index)))
         except BaseException:
-            self._on_tokens_used = self._record = None
+            self._on_tokens_used = self._log_record = None
             self.cancel()
             raise
 
@@ -70,28 +70,28 @@ class Answers:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
     async def pieces(self) -> Pieces:
-        """Yield (index of the request, piece) until all answers have ended. A caller that stops
-        early cancels the requests that still run."""
+        """Yield (index of the request, piece) until all answers have ended. If the caller closes
+        the generator before, the requests that still run are cancelled."""
         try:
-            while self._unfinished:
+            while self._open_count:
                 index, piece = await self._queue.get()
-                self._unfinished -= piece.finish is not None
+                self._open_count -= piece.finish is not None
                 self._token_count += len(piece.tokens)
-                if self._record is not None:
-                    self._record.add(piece, self._request_states[index])
+                if self._log_record is not None:
+                    self._log_record.add(piece, self._request_states[index])
                 yield index, piece
-                # reading a queue that has items does not suspend, so let other tasks run here
+                # ``get`` does not suspend if the queue has items, so let other tasks run here
                 await asyncio.sleep(0)
         finally:
             self.cancel()
 
     def cancel(self) -> None:
         """Cancel the requests that still run. The first call also reports the tokens so far."""
-        if self._unfinished:
+        if self._open_count:
             for request_state in self._request_states:
                 request_state.cancel()
-            if self._record is not None:
-                self._record.end("cancelled")
+            if self._log_record is not None:
+                self._log_record.end("cancelled")
         on_tokens_used, self._on_tokens_used = self._on_tokens_used, None
         if on_tokens_used is not None:
             on_tokens_used(self._token_count)
@@ -102,7 +102,7 @@ class AnswerWriter:
 
     Args:
         prompts: the token ids of each prompt, which has ``body.n`` answers.
-        echoed_texts: the text before each answer, for ``echo``; empty for no such texts.
+        echoed_texts: the text before each answer, if the client asks for ``echo``, else empty.
         shows_internal_errors: whether the client may read the messages of internal errors.
         reading: how tool calls are parsed from the answers; None if no tool may be called.
     """
@@ -126,7 +126,7 @@ class AnswerWriter:
         self.allows_one_call = isinstance(body, ChatRequest) and not body.parallel_tool_calls
         # whether the prompt's tokens are listed before the answer's, with log-probabilities
         self.echoes_logprobs = body.echo and has_logprobs and not self.is_chat
-        # building such a body may take seconds
+        # with log-probabilities, building the response body may take seconds
         self.is_large = has_logprobs or body.prompt_logprobs is not None
         self.stream_options = body.stream_options or StreamOptions()
         # the prompt's token ids for each answer; None if the client does not ask for them
@@ -147,21 +147,21 @@ class AnswerWriter:
 
         def build_body() -> dict[str, Any]:
             choices = [_choice(self, i, pieces) for i, pieces in enumerate(pieces_by_answer)]
-            generated = sum(len(piece.tokens) for pieces in pieces_by_answer for piece in pieces)
-            prompt = [token for piece in pieces_by_answer[0] for token in piece.prompt]
+            token_count = sum(len(piece.tokens) for pieces in pieces_by_answer for piece in pieces)
+            prompt_tokens = [token for piece in pieces_by_answer[0] for token in piece.prompt]
             cached = {i: pieces[-1].cached for i, pieces in enumerate(pieces_by_answer)}
-            usage = self.usage_counts(generated, cached)
-            return self.response_object(choices, usage=usage, **self.prompt_fields(prompt))
+            usage = self.usage_counts(token_count, cached)
+            return self.response_object(choices, usage=usage, **self.prompt_fields(prompt_tokens))
 
-        # in a thread: 16 answers of 2,000 tokens with 20 alternatives each take seconds
+        # in a thread, because 16 answers of 2,000 tokens with 20 alternatives each take seconds
         return await asyncio.to_thread(build_body) if self.is_large else build_body()
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-        """Yield the answers as server-sent events. ``first`` is the first of the ``pieces``, which
-        the caller has taken to find out whether it is an error. An answer that fails ends the
-        stream with an event {"error": …} and without [DONE]."""
-        generated = 0
-        offsets = [0 if self.echoes_logprobs else len(text) for text in self.echoed_texts]
+        """Yield the answers as server-sent events. ``first``: the first (index, piece), which the
+        caller has taken from ``pieces`` to check whether it is an error. An answer that fails ends
+        the stream with an event {"error": …} and without [DONE]."""
+        token_count = 0
+        text_offsets = [0 if self.echoes_logprobs else len(text) for text in self.echoed_texts]
         has_prompt_ids = [False] * self.answer_count  # whether a completion's prompt ids were sent
         indexed_piece: tuple[int, Piece] | None = first
         cached: dict[int, int] = {}
@@ -169,8 +169,8 @@ class AnswerWriter:
         async with aclosing(pieces):
             for index, echoed_text in enumerate(self.echoed_texts):
                 if self.is_chat:
-                    delta = {"delta": {"role": "assistant", "content": echoed_text}}
-                    yield _event(self, index, delta, usage=usage, **self.prompt_fields())
+                    content = {"delta": {"role": "assistant", "content": echoed_text}}
+                    yield _event(self, index, content, usage=usage, **self.prompt_fields())
                 elif echoed_text and not self.echoes_logprobs:
                     content = {"text": echoed_text, **self.token_id_fields(index, (), first=True)}
                     yield _event(self, index, content, usage=usage)
@@ -180,14 +180,14 @@ class AnswerWriter:
                 if refusal := failure(piece, self.shows_internal_errors):
                     yield _encode_event(refusal.body())
                     return
-                generated += len(piece.tokens)
+                token_count += len(piece.tokens)
                 cached[index] = piece.cached
-                usage = self._usage_so_far(generated, cached)
+                usage = self._usage_so_far(token_count, cached)
                 tokens, text = piece.tokens, piece.text
                 if self.echoes_logprobs and piece.prompt:
                     tokens, text = (*piece.prompt, *tokens), self.echoed_texts[index] + text
-                logprobs = _logprobs(self, tokens, offsets[index])
-                offsets[index] += sum(len(token.text) for token in tokens)
+                logprobs = _logprobs(self, tokens, text_offsets[index])
+                text_offsets[index] += sum(len(token.text) for token in tokens)
                 if self.is_chat:
                     for event in _chat_events(self, index, piece, logprobs, usage):
                         yield event
@@ -199,13 +199,13 @@ class AnswerWriter:
                     yield _event(self, index, content, logprobs, piece.finish, usage)
                 indexed_piece = await anext(pieces, None)
             if self.stream_options.include_usage:
-                usage = self.usage_counts(generated, cached)
+                usage = self.usage_counts(token_count, cached)
                 yield _encode_event(self.response_object([], chunk=True, usage=usage))
             yield b"data: [DONE]\n\n"
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
-        """The text and the parts of tool calls that ``piece`` adds to answer ``index``. With
-        ``parallel_tool_calls: false``, calls after the answer's first are dropped, as in vLLM."""
+        """The text and the parts of tool calls that ``piece`` adds to answer ``index``. Pass each
+        piece once, in order. With ``parallel_tool_calls: false``, only the first call is kept."""
         if not self.parsers:
             return [TextDelta(piece.text)] if piece.text else []
         parser = self.parsers[index]
@@ -225,27 +225,27 @@ class AnswerWriter:
     def token_id_fields(
         self, index: int, tokens: Sequence[Token], *, first: bool
     ) -> dict[str, Any]:
-        """The fields with the ids of an answer's tokens, if the client asks for ids. The ``first``
-        choice object of a completion also has the ids of its prompt; a chat has them beside the
-        choices (``prompt_fields``)."""
+        """The fields with the ids of an answer's tokens; none unless the client asks for ids. In
+        the ``first`` choice object of a completion's answer, the fields include the ids of its
+        prompt. A chat's response has these beside the choices (``prompt_fields``)."""
         if self.prompt_ids is None:
             return {}
-        prompt = {"prompt_token_ids": self.prompt_ids[index]} if first and not self.is_chat else {}
-        return {**prompt, "token_ids": [token.id for token in tokens]}
+        fields = {"prompt_token_ids": self.prompt_ids[index]} if first and not self.is_chat else {}
+        return {**fields, "token_ids": [token.id for token in tokens]}
 
     def prompt_fields(self, tokens: Sequence[Token] = ()) -> dict[str, Any]:
-        """The fields of a chat's response about its prompt. ``tokens``: the prompt's tokens with
-        log-probabilities."""
+        """The fields about the prompt in a chat's response; none for a completion. ``tokens``: the
+        prompt's tokens with log-probabilities."""
         if not self.is_chat:
             return {}
-        ids = {} if self.prompt_ids is None else {"prompt_token_ids": self.prompt_ids[0]}
-        return {**ids, **self.prompt_logprob_fields(tokens)}
+        id_field = {} if self.prompt_ids is None else {"prompt_token_ids": self.prompt_ids[0]}
+        return {**id_field, **self.prompt_logprob_fields(tokens)}
 
     def prompt_logprob_fields(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """The field ``prompt_logprobs`` in vLLM's format: for each token of the prompt a table by
-        token id, and None for the first token, which nothing predicts."""
-        count = self.body.prompt_logprobs
-        if count is None or not tokens:
+        """The field ``prompt_logprobs`` in vLLM's format: for each prompt token a table by token
+        id, and None for the first token, which no token precedes."""
+        alternative_count = self.body.prompt_logprobs
+        if alternative_count is None or not tokens:
             return {}
 
         def entry(text: str, logprob: float | None, rank: int | None) -> dict[str, Any]:
@@ -254,7 +254,7 @@ class AnswerWriter:
         tables: list[dict[str, Any] | None] = [None]
         for token in tokens[1:]:
             entries = {str(token.id): entry(token.text, token.logprob, token.rank)}
-            for rank, (id, text, logprob) in enumerate(token.top[:count], 1):
+            for rank, (id, text, logprob) in enumerate(token.top[:alternative_count], 1):
                 entries.setdefault(str(id), entry(text, logprob, rank))
             tables.append(entries)
         return {"prompt_logprobs": tables}
@@ -262,11 +262,11 @@ class AnswerWriter:
     def usage_counts(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any]:
         """The field ``usage``. ``generated``: the number of tokens of all answers. ``cached``: for
         each answer, how many tokens of its prompt were in the prefix cache. If a prompt has several
-        answers, the smallest number counts, because the first answer caches it for the others."""
+        answers, the smallest number counts: the first answer caches the prompt for the others."""
         cached_by_prompt: dict[int, int] = {}
-        for index, tokens in cached.items():
+        for index, count in cached.items():
             prompt_index = index // self.body.n
-            cached_by_prompt[prompt_index] = min(tokens, cached_by_prompt.get(prompt_index, tokens))
+            cached_by_prompt[prompt_index] = min(count, cached_by_prompt.get(prompt_index, count))
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
@@ -294,7 +294,7 @@ class AnswerWriter:
 
 
 def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
-    """The error response of an answer that failed, by its last piece; None if it did not fail."""
+    """The error response if the last ``piece`` of an answer reports a failure, else None."""
     match piece.finish:
         case "timeout":
             return timeout_refusal()
@@ -309,18 +309,18 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
             )
         case "error":
             reason = piece.error or "no reason given"
-            return refusal_of_cause(reason, piece.cause, shows_internal_errors)
+            return refusal_of_cause(reason, piece.error_kind, shows_internal_errors)
         case _:
             return None
 
 
-def refusal_of_cause(reason: str, cause: Cause | None, shows_internal_errors: bool) -> Refusal:
-    """The error response for a failure in the engine. If the same failure occurs before a request
-    is submitted, ``error_refusal`` answers it, with the same status."""
+def refusal_of_cause(reason: str, cause: ErrorKind | None, shows_internal_errors: bool) -> Refusal:
+    """The error response for a failure in the engine. Failures that occur before a request is
+    submitted are answered by ``error_refusal``, with the same status for the same failure."""
     match cause:
         case "bad_request":
             return Refusal(400, reason, param="response_format")
-        case "grammar_limit" | "no_token_left":  # ``reason`` tells the client what to change
+        case "grammar_limit" | "no_token_left":  # always shown: it says what to change
             return Refusal(400, reason, code=cause)
         case "out_of_memory":
             return Refusal(503, reason, code=cause, headers={RETRY_AFTER: "5"})
@@ -356,14 +356,14 @@ def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[s
     """The choice object of answer ``index``, from all of its pieces."""
     echoed_text, text = writer.echoed_texts[index], "".join(piece.text for piece in pieces)
     tokens = [token for piece in pieces for token in piece.tokens]
-    prompt = [token for piece in pieces for token in piece.prompt]
-    echoed_tokens = prompt if writer.echoes_logprobs else []
-    start = 0 if echoed_tokens else len(echoed_text)
-    logprobs = _logprobs(writer, [*echoed_tokens, *tokens], start)
+    prompt_tokens = [token for piece in pieces for token in piece.prompt]
+    echoed_tokens = prompt_tokens if writer.echoes_logprobs else []
+    text_offset = 0 if echoed_tokens else len(echoed_text)
+    logprobs = _logprobs(writer, [*echoed_tokens, *tokens], text_offset)
     content: dict[str, Any] = {"text": echoed_text + text}
     if writer.is_chat:
         content = {"message": {"role": "assistant", "content": echoed_text + text, "refusal": None}}
-    if writer.parsers:  # of chats only
+    if writer.parsers:  # only chats have any
         blocks = join_deltas(delta for piece in pieces for delta in writer.deltas(index, piece))
         content["message"] |= _message_fields(echoed_text, blocks)
     return {
@@ -372,7 +372,7 @@ def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[s
         "logprobs": logprobs,
         "finish_reason": writer.finish_reason(index, pieces[-1]),
         **writer.token_id_fields(index, tokens, first=True),
-        **({} if writer.is_chat else writer.prompt_logprob_fields(prompt)),
+        **({} if writer.is_chat else writer.prompt_logprob_fields(prompt_tokens)),
     }
 
 
@@ -392,7 +392,7 @@ def _message_fields(echoed_text: str, blocks: Sequence[str | Call]) -> dict[str,
 
 
 def _chat_delta(delta: Delta) -> dict[str, Any]:
-    """The field ``delta`` of a chunk of a chat's answer."""
+    """The field ``delta`` of a streamed chunk, for one parsed delta of a chat's answer."""
     if isinstance(delta, TextDelta):
         return {"content": delta.text}
     call: dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
@@ -406,10 +406,10 @@ def _chat_events(
     writer: AnswerWriter, index: int, piece: Piece, logprobs: Any, usage: Mapping[str, Any] | None
 ) -> Iterator[bytes]:
     """The events of one piece of a chat's answer. The first event has the piece's log-probabilities
-    and token ids, even if the text of these tokens is not certain yet and is sent later."""
+    and token ids, even if the text of these tokens is held back and sent later."""
     token_ids = writer.token_id_fields(index, piece.tokens, first=False)
     deltas = [_chat_delta(delta) for delta in writer.deltas(index, piece)]
-    # for tokens without a delta: a parser holds back their text, or they have none yet
+    # tokens whose text is held back get an event without text, for their log-probabilities
     empty_delta = {} if writer.parsers else {"content": ""}
     for delta in deltas or [empty_delta] * bool(piece.tokens):
         yield _event(writer, index, {"delta": delta, **token_ids}, logprobs, usage=usage)
@@ -419,13 +419,13 @@ def _chat_events(
         yield _event(writer, index, {"delta": {}}, finish_reason=finish_reason, usage=usage)
 
 
-def _logprobs(writer: AnswerWriter, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
+def _logprobs(writer: AnswerWriter, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
     if writer.alternative_count is None:
         return None
     return (
         {"content": chat_logprobs(tokens, writer.token_name), "refusal": None}
         if writer.is_chat
-        else text_logprobs(tokens, start, writer.alternative_count, writer.token_name)
+        else text_logprobs(tokens, offset, writer.alternative_count, writer.token_name)
     )
 
 
@@ -438,7 +438,7 @@ def _event(
     usage: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> bytes:
-    """The event of a chunk of answer ``index``. ``content``: the text or delta of its choice."""
+    """The event of a chunk of answer ``index``. ``content``: its text or delta, and token ids."""
     choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
     if writer.stream_options.include_usage:
         fields["usage"] = usage
@@ -456,11 +456,11 @@ TokenNamer = Callable[[int, str], str]
 
 
 def chat_logprobs(tokens: Sequence[Token], token_name: TokenNamer) -> list[dict[str, Any]]:
-    """Log-probabilities in the format of chats. ``token_name(id, text)`` shows a token."""
+    """Log-probabilities in the format of chats. ``token_name`` gives the shown text of a token."""
 
     def entry(id: int, text: str, logprob: float | None) -> dict[str, Any]:
-        token = {"token": token_name(id, text), "logprob": _json_logprob(logprob)}
-        return {**token, "bytes": list(text.encode())}
+        fields = {"token": token_name(id, text), "logprob": _json_logprob(logprob)}
+        return {**fields, "bytes": list(text.encode())}
 
     return [
         {
@@ -472,16 +472,16 @@ def chat_logprobs(tokens: Sequence[Token], token_name: TokenNamer) -> list[dict[
 
 
 def text_logprobs(
-    tokens: Sequence[Token], start: int, count: int, token_name: TokenNamer
+    tokens: Sequence[Token], offset: int, alternative_count: int, token_name: TokenNamer
 ) -> dict[str, Any]:
-    """Log-probabilities in the format of completions, with ``count`` alternatives for each token.
-    ``start``: the offset of the first token in the text, in characters."""
-    offsets = [*accumulate((len(token.text) for token in tokens), initial=start)][: len(tokens)]
+    """Log-probabilities in the format of completions, with ``alternative_count`` alternatives for
+    each token. ``offset``: where the first token begins in the text, in characters."""
+    offsets = [*accumulate((len(token.text) for token in tokens), initial=offset)][: len(tokens)]
     alternatives: list[dict[str, float] | None] = []
     for token in tokens:
         logprobs: dict[str, float] = {}
         # of two alternatives with equal text, keep the more likely one
-        for id, text, logprob in token.top[:count]:
+        for id, text, logprob in token.top[:alternative_count]:
             logprobs.setdefault(token_name(id, text), _json_logprob(logprob))
         alternatives.append(None if token.logprob is None else logprobs)
     return {
@@ -495,6 +495,6 @@ def text_logprobs(
 
 
 def _json_logprob(logprob: float | None) -> float:
-    """A log-probability for JSON, which has no infinity. A probability of 0 gives -9999, as in
-    OpenAI's API."""
+    """A log-probability for JSON, which has no infinity. None (unknown) and values below -9999,
+    such as that of probability 0, give -9999, as in OpenAI's API."""
     return -9999.0 if logprob is None or not logprob > -9999.0 else logprob

@@ -1,5 +1,5 @@
-"""The HTTP application: OpenAI's routes, vLLM's routes for adapters, and routes for operators.
-This file holds routes only. ``encoder_routes.py`` and ``tokenize.py`` hold more of them.
+"""The HTTP application: OpenAI's and Anthropic's routes, vLLM's routes for adapters, and routes for
+operators. ``encoder_routes.py`` and ``tokenize.py`` hold further routes.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
@@ -57,7 +57,7 @@ from veneer.serve.service import (
 from veneer.serve.submission import EventStream, submit
 from veneer.serve.tools.choose import CallReading, call_reading
 
-Tokens = list[tuple[int, ...]]
+TokenizedPrompts = list[tuple[int, ...]]
 
 #: routes for operators and the web page. A server in front of vLLM (``vllm_front.py``) has them too
 operations = APIRouter(route_class=Route)
@@ -67,8 +67,8 @@ CORE_ROUTERS = (operations, router, tokenize.router, encoder_routes.router)
 
 
 def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROUTERS) -> FastAPI:
-    """The application of a service, with the routes of ``core``, of ``routers``, and of the
-    service's extensions."""
+    """The FastAPI application of a service. Its routes are those of ``core`` (the server's own
+    routers), of ``routers``, and of the service's extensions."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     extension_routers = [
@@ -87,7 +87,8 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROU
 
 
 def _answer_invalid_body(request: Request, error: Any) -> Response:
-    """Answer an invalid body: name the field that is wrong and the reason, without its content."""
+    """Answer an invalid body with the name of the invalid field and the reason. The field's content
+    is not repeated."""
     return refusal.body_refusal(error.errors(), error.body).response(request.url.path)
 
 
@@ -102,7 +103,7 @@ def _answer_http_error(request: Request, error: Any) -> Response:
 
 def _answer_veneer_error(request: Request, error: Any) -> Response:
     service: Service = request.app.state.service
-    # the engine may have stopped while the prompt was read
+    # the engine may have stopped while the prompt was read: then answer as ``/ready`` does
     if isinstance(error, Busy) and not service.ready:
         error = service.unready_refusal()
     return refusal.error_refusal(error).response(request.url.path)
@@ -116,7 +117,8 @@ async def health() -> dict[str, str]:
 
 @operations.get("/ready")
 async def ready(service: CurrentService) -> Response:
-    """Whether the server takes requests, and the path prefixes of its extensions."""
+    """Answer with the path prefixes of the extensions if the server takes requests, otherwise with
+    status 503."""
     if not service.ready:
         raise service.unready_refusal()
     extensions = [extension.path_prefix for extension in service.extensions]
@@ -159,7 +161,7 @@ async def models(service: CurrentService, key: ApiKey) -> dict[str, Any]:
 
 @operations.get("/v1/models/{model:path}")
 async def model(model: str, service: CurrentService, key: ApiKey) -> dict[str, Any]:
-    """A model, with the prompt format that it was trained on."""
+    """A model, with the format in which clients should write prompts for it."""
     blend = await requested_adapters(service, key, model, None)
     name = next(iter(blend), None)
     folder = None if name is None else service.catalogue.folder_of(name)
@@ -174,12 +176,15 @@ async def adapters(service: CurrentService, key: ApiKey) -> list[dict[str, Any]]
     await asyncio.to_thread(service.catalogue.refresh)
     field_names = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
-    is_served = service.catalogue.known  # the bank also holds adapters in training
-    visible = sorted(
+    is_served = service.catalogue.known  # the bank also holds adapters in training: leave these out
+    visible_entries = sorted(
         (entry for entry in status if is_served(entry.name) and key.sees(entry.name)),
         key=lambda entry: entry.name,
     )
-    return [{field: getattr(entry, field) for field in field_names} for entry in visible]
+    return [
+        {field_name: getattr(entry, field_name) for field_name in field_names}
+        for entry in visible_entries
+    ]
 
 
 @operations.post("/v1/load_lora_adapter")
@@ -245,39 +250,41 @@ async def count_tokens(body: CountRequest, service: CurrentService, key: ApiKey)
 async def _answer_chat(
     request: Request,
     body: ChatRequest,
-    view: Callable[[AnswerWriter], Any] = lambda writer: writer,
+    make_view: Callable[[AnswerWriter], Any] = lambda writer: writer,
     call_prefix: str = "call",
     client_names: Mapping[str, str] | None = None,
 ) -> Response:
     """Answer a chat.
 
     Args:
-        view: makes a view that writes the answers in another API's format than Chat Completions.
+        make_view: makes from the writer an object that writes the answers in the format of the
+            client's API; the writer itself writes the format of Chat Completions.
         call_prefix: the ids of tool calls begin with it.
         client_names: for an error about a field of ``body``, the field's name in the client's API.
     """
     service: Service = request.app.state.service
     key: Key = request.state.key
     if body.forced_tool is not None or body.strict_tools:
-        # the schema that the answer follows then comes from the tools
+        # the tools then give the JSON schema of the answer, so an error about it is one of
+        # ``tools``
         client_names = {**(client_names or {}), "response_format": "tools"}
     try:
         blend = await _authorized_blend(service, key, body)
-        prompt, reading = await _read_chat(service, body, call_prefix)
+        prompt, call_parsing = await _read_chat(service, body, call_prefix)
         token_limit = body.token_limit()
         prompt = prompts.truncate_prompt(
             prompt, body.truncate_prompt_tokens, token_limit, service.length
         )
         max_tokens = prompts.answer_token_limit([prompt], token_limit, service.length, is_chat=True)
         echoed_texts = [body.messages[-1].text] * body.n if body.echo else []
-        writer = AnswerWriter(body, [prompt], echoed_texts, key.admin, reading)
+        writer = AnswerWriter(body, [prompt], echoed_texts, key.admin, call_parsing)
         return await _generate_response(
-            request, body, blend, [prompt], max_tokens, writer, view(writer)
+            request, body, blend, [prompt], max_tokens, writer, make_view(writer)
         )
     except Refusal as refused:
         refused.param = (client_names or {}).get(refused.param or "", refused.param)
         raise
-    except RequestError as error:  # the answer's schema cannot be compiled
+    except RequestError as error:  # the JSON schema of the answer cannot be compiled
         if body.forced_tool is None and not body.strict_tools:
             raise
         raise Refusal(400, str(error), param="tools") from error
@@ -305,7 +312,7 @@ async def _read_chat(
             return prompt, None
         schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
         prompts.check_schema({name: schemas[name] for name in body.strict_tools}, "tools")
-        reading = call_reading(
+        call_parsing = call_reading(
             schemas,
             body.forced_tool,
             service.tokenizer,
@@ -313,7 +320,7 @@ async def _read_chat(
             call_prefix,
             body.strict_tools,
         )
-        return prompt, reading
+        return prompt, call_parsing
 
     return await in_text_thread(service, prompts.chat_size(body.messages, tools), tokenize_chat)
 
@@ -324,7 +331,11 @@ async def completions(
 ) -> Response:
     """Continue prompts, as OpenAI's Completions API does."""
     blend = await _authorized_blend(service, key, body)
-    prompt_inputs, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
+    prompt_inputs, truncated_length, context_length = (
+        body.prompt,
+        body.truncate_prompt_tokens,
+        service.length,
+    )
     if len(prompt_inputs) * body.n > limits.ANSWERS:
         raise Refusal(
             400,
@@ -337,37 +348,42 @@ async def completions(
         service,
         prompt_inputs,
         "prompt",
-        prompts.max_prompt_tokens(length, truncate),
+        prompts.max_prompt_tokens(context_length, truncated_length),
         body.add_special_tokens,
     )
-    tokens = [
-        prompts.truncate_prompt(prompt, truncate, body.max_tokens, length)
+    cut_prompts = [
+        prompts.truncate_prompt(prompt, truncated_length, body.max_tokens, context_length)
         for prompt in uncut_prompts
     ]
-    max_tokens = prompts.answer_token_limit(tokens, body.max_tokens, length, is_chat=False)
+    max_tokens = prompts.answer_token_limit(
+        cut_prompts, body.max_tokens, context_length, is_chat=False
+    )
 
     def echo_texts() -> list[str]:
-        """The texts of the prompts, without what was truncated."""
+        """The text of each prompt, without what was truncated. A prompt that the client sent as
+        tokens is decoded."""
         return [
             text
-            if isinstance(text, str) and len(prompt) == len(uncut)
+            if isinstance(text, str) and len(prompt) == len(uncut_prompt)
             else service.tokenizer.decode(prompt)
-            for text, uncut, prompt in zip(prompt_inputs, uncut_prompts, tokens, strict=True)
+            for text, uncut_prompt, prompt in zip(
+                prompt_inputs, uncut_prompts, cut_prompts, strict=True
+            )
         ]
 
     echoed_texts: list[str] = []
     if body.echo:
-        echoed_texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts)
+        echoed_texts = await in_text_thread(service, sum(map(len, cut_prompts)), echo_texts)
     repeated_texts = [text for text in echoed_texts for _ in range(body.n)]
-    writer = AnswerWriter(body, tokens, repeated_texts, key.admin)
-    return await _generate_response(request, body, blend, tokens, max_tokens, writer, writer)
+    writer = AnswerWriter(body, cut_prompts, repeated_texts, key.admin)
+    return await _generate_response(request, body, blend, cut_prompts, max_tokens, writer, writer)
 
 
 async def _authorized_blend(
     service: Service, key: Key, body: GenerationRequest
 ) -> dict[str, float]:
     """The adapters that a generation request names, with their weights. ``Refusal``: the key may
-    not use them, the base generates no text, or the requested grammar is too large."""
+    not use them, the base is no causal language model, or the requested grammar is too large."""
     blend = await resolve_blend(service, key, body.model, body.adapters)
     if service.engine is None:
         raise Refusal(
@@ -386,28 +402,29 @@ async def _generate_response(
     request: Request,
     body: GenerationRequest,
     blend: dict[str, float],
-    tokens: Tokens,
+    tokenized_prompts: TokenizedPrompts,
     max_tokens: int,
     writer: AnswerWriter,
     view: Any,
 ) -> Response:
-    """Submit ``body.n`` requests for each prompt and answer with their results, as ``view`` writes
-    them. ``tokens``: the prompts; ``max_tokens``: the limit of each answer."""
+    """Submit ``body.n`` engine requests for each of the ``tokenized_prompts``, and answer with
+    their results in the format of ``view``. ``blend``: adapter weights by name. ``max_tokens``: the
+    most tokens of each answer."""
     service: Service = request.app.state.service
     key: Key = request.state.key
-    _check_prompt_logprobs(body, tokens)
+    _check_prompt_logprobs(body, tokenized_prompts)
     _check_min_tokens(body, max_tokens)
-    bad_words: list[tuple[int, ...]] = []
+    bad_word_tokens: list[tuple[int, ...]] = []
     if body.bad_words:
         char_count = sum(map(len, body.bad_words))
         tokenize_words = partial(prompts.word_tokens, service.tokenizer, body.bad_words)
-        bad_words = await in_text_thread(service, char_count, tokenize_words)
+        bad_word_tokens = await in_text_thread(service, char_count, tokenize_words)
     engine_requests = [
         EngineRequest(
             prompt,
             blend,
             replace(
-                body.sampling(max_tokens, answer_index, service.sampling, bad_words),
+                body.sampling(max_tokens, answer_index, service.sampling, bad_word_tokens),
                 **writer.sampling,
             ),
             service.timeout,
@@ -416,14 +433,16 @@ async def _generate_response(
             body.cache_salt,
             body.priority,
         )
-        for answer_index, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
+        for answer_index, prompt in enumerate(
+            prompt for prompt in tokenized_prompts for _ in range(body.n)
+        )
     ]
     answers = await submit(service, key, engine_requests)
     if not body.stream:
         try:
             content = await unless_disconnected(request, view.complete(answers))
         finally:
-            answers.cancel()  # also if ``complete`` was never started
+            answers.cancel()  # even if ``complete`` never started, since the client was gone
         return (
             await asyncio.to_thread(JSONResponse, content)
             if writer.is_large
@@ -431,14 +450,14 @@ async def _generate_response(
         )
     pieces = answers.pieces()
     try:
-        # wait for the first piece: an answer that fails before it starts gets an HTTP error status
-        first = await unless_disconnected(request, anext(pieces))
-        if refused := failure(first[1], writer.shows_internal_errors):
+        # an answer that fails at once gets an HTTP error status, so wait for the first piece
+        first_piece = await unless_disconnected(request, anext(pieces))
+        if refused := failure(first_piece[1], writer.shows_internal_errors):
             raise refused
     except BaseException:
         answers.cancel()
         raise
-    return EventStream(answers, view.events(first, pieces))
+    return EventStream(answers, view.events(first_piece, pieces))
 
 
 def _check_min_tokens(body: GenerationRequest, max_tokens: int) -> None:
@@ -453,12 +472,12 @@ def _check_min_tokens(body: GenerationRequest, max_tokens: int) -> None:
         )
 
 
-def _check_prompt_logprobs(body: GenerationRequest, tokens: Tokens) -> None:
+def _check_prompt_logprobs(body: GenerationRequest, tokenized_prompts: TokenizedPrompts) -> None:
     """Refuse a request for more log-probabilities of prompt tokens than one response may have."""
     alternative_count = body.prompt_alternative_count()
     if alternative_count is None:
         return
-    logprob_count = (1 + alternative_count) * body.n * sum(map(len, tokens))
+    logprob_count = (1 + alternative_count) * body.n * sum(map(len, tokenized_prompts))
     if logprob_count > limits.PROMPT_LOGPROBS:
         raise Refusal(
             400,

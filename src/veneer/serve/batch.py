@@ -1,8 +1,8 @@
-"""The requests that have a row of the KV cache. Choose the prompts of which a step of the engine
-computes tokens, and the requests that lose their rows (preemption) if memory runs out.
+"""The requests that have a row of the KV cache. In each step of the engine, ``Batch`` chooses which
+prompts are computed, and which requests lose their rows (preemption) if memory runs out.
 
-add → filling → (its prompt is computed) → running → remove
-             widen: no memory for a next token → the request that started last is preempted
+    add → filling (prefill) → its prompt is complete → running (decode) → remove
+        widen: no memory for a next token → the request that started last is preempted
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from veneer.serve.memory import Memory
-from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
+from veneer.serve.prefill_budget import MAX_TOKENS_TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT_TOKEN_COST, Scheduler, fit_budget
 
-#: Requests that arrive together are a burst. In a burst, running requests wait for the prompts of
-#: the others, but only while they have at most this many tokens. It is not 0, because the first
-#: ones to arrive may get tokens before the others are there.
+#: Requests that arrive together are a burst. In a burst, running requests wait until the prompts of
+#: the others are computed, but only while each has generated at most this many tokens. The number
+#: is not 0, because the first requests may get tokens before the others are submitted.
 BURST_TOKENS = 4
-#: seconds since its start for which a request waits for others, and seconds after the start of the
-#: first running request in which the others of its burst are submitted
+#: BURST_SECONDS: a running request waits for other prompts of its burst only so long after its
+#: start. ARRIVAL_SECONDS: the longest time between the start of the first running request and the
+#: submission of a request of the same burst.
 BURST_SECONDS, ARRIVAL_SECONDS = 15.0, 1.0
 
 
 class Batch:
-    """Requests with rows in ``memory``: ``filling`` (prefill) and ``running`` (decode). Only the
-    engine's thread calls the methods. ``lock`` guards the scheduler; ``notify(event, *values)``
-    calls the engine's observer."""
+    """Requests with rows in ``memory`` (the KV cache): ``filling`` (prefill) and ``running``
+    (decode). Only the engine's thread calls the methods. ``lock`` guards the scheduler;
+    ``notify(event, *values)`` calls the engine's observer."""
 
     def __init__(
         self,
@@ -57,25 +58,25 @@ class Batch:
 
     @property
     def max_shared_prompt_tokens(self) -> int:
-        """The most prompt tokens that are computed in one call with the running rows. There are
-        fewer if the requests use several adapters, because the bank groups the tokens of a call by
-        adapter and pads each group to the size of the largest."""
+        """The most prompt tokens that one forward call computes beside the next tokens of running
+        requests. The number is smaller if requests use several adapters, because the bank groups
+        the tokens of a call by adapter and pads each group to the size of the largest."""
         blends = {state.blend_key for state in (*self.filling, *self.running) if state.blend_key}
-        return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
+        return min(MAX_TOKENS_TOGETHER, 2 * MAX_TOKENS_TOGETHER // max(1, len(blends)))
 
     def add(self, state: RequestState) -> bool:
         """Give a request a row, and return whether there was memory for it. The request begins to
-        run at once if keys and values of all of its tokens were cached."""
+        decode at once if keys and values of all of its tokens were cached."""
         if not self.memory.start(state):
             return False
         if state.start_number < 0:
             state.start_number, state.cached = next(self._start_numbers), state.length
-            moment, blend = time.monotonic(), state.request.blend
-            state.started_at = moment
-            self._notify("started", blend, moment - state.submitted_at)
+            now, blend = time.monotonic(), state.request.blend
+            state.started_at = now
+            self._notify("started", blend, now - state.submitted_at)
             self._notify("looked_up", blend, len(state.ids), state.cached)
             with self._lock:
-                self._scheduler.began(moment)
+                self._scheduler.began(now)
         if state.length == len(state.ids):
             self._run(state)
         else:
@@ -90,97 +91,108 @@ class Batch:
                 states.remove(state)
 
     def choose_prompts(self) -> list[RequestState]:
-        """Choose the prompts of which this step computes tokens, as many as ``prefill_budget.py``
-        allows. ``prefill_end`` of each returned request is set to the index at which its tokens of
-        this step end. Requests of the API key and the adapter that were served least come first.
-        Prompts whose log-probabilities the client asks for (``is_scored``) have calls of their
-        own."""
+        """Choose the prompts of which this step computes tokens; the prefill budget sets the number
+        of tokens. ``prefill_end`` of each returned request is set to the index at which its tokens
+        of this step end. Requests of the API key and the adapter that were served the fewest tokens
+        come first. Prompts whose log-probabilities the client asks for (``is_scored``) need calls
+        of their own, so the result has either only such prompts or none."""
         if not self.filling:
             return []
         with self._lock:
-            order = self._scheduler.by_service(self.filling)
-        rows, budget = len(self.running), self._prefill_budget
-        if self.is_burst():  # compute the first prompt with prompts of similar length: less padding
-            size = len(order[0].ids) - order[0].length
-            rows, order = 0, sorted(order, key=lambda s: abs(len(s.ids) - s.length - size))
-        scored = order[0].is_scored
-        tokens = (
-            budget.scored_tokens(rows, len(order))
-            if scored
-            else budget.tokens(rows, len(order), self.max_shared_prompt_tokens)
+            candidates = self._scheduler.by_service(self.filling)
+        running_count, budget = len(self.running), self._prefill_budget
+        if self.is_burst():
+            # running requests wait, so plan as if none ran. Compute the first prompt with prompts
+            # of similar length, for less padding
+            first_length = len(candidates[0].ids) - candidates[0].length
+            running_count, candidates = (
+                0,
+                sorted(candidates, key=lambda s: abs(len(s.ids) - s.length - first_length)),
+            )
+        is_scored = candidates[0].is_scored
+        token_budget = (
+            budget.scored_tokens(running_count, len(candidates))
+            if is_scored
+            else budget.tokens(running_count, len(candidates), self.max_shared_prompt_tokens)
         )
-        if not tokens:
+        if not token_budget:
             return []
-        order = [state for state in order if state.is_scored == scored]
-        counts = [min(state.call_end(state.length) - state.length, tokens) for state in order]
-        chosen = fit_budget(counts, tokens)
-        for number in chosen:
-            order[number].prefill_end = order[number].length + counts[number]
-        states = [order[number] for number in chosen]
+        candidates = [state for state in candidates if state.is_scored == is_scored]
+        token_counts = [
+            min(state.call_end(state.length) - state.length, token_budget) for state in candidates
+        ]
+        chosen_indices = fit_budget(token_counts, token_budget)
+        for index in chosen_indices:
+            candidates[index].prefill_end = candidates[index].length + token_counts[index]
+        states = [candidates[index] for index in chosen_indices]
         unchosen = [state for state in self.filling if state not in states]
         self.filling = [*unchosen, *states]
         return states
 
     def is_burst(self) -> bool:
-        """Whether the prompts are computed before the next tokens of the running requests. Requests
-        that arrived together all end sooner if they decode in the same calls. So this is true if
-        some of the prompts arrived with the running requests, these have only their first tokens,
-        and no prompt needs more than one call. It is never true with a ``gap``, a fixed limit."""
+        """Whether the prompts are computed before the running requests decode further. Requests
+        that arrived together all end sooner if they decode in the same calls. So the result is true
+        if some of the prompts arrived with the running requests, each running request has at most
+        ``BURST_TOKENS`` tokens, and no prompt needs more than one call. It is false if the prefill
+        budget has a ``gap``, which limits the time that running requests wait for prompts."""
         budget = self._prefill_budget
         if not self.filling or budget.gap is not None:
             return False
-        latest = time.monotonic() - BURST_SECONDS
-        started = [state.started_at or 0.0 for state in self.running]
-        arrival = min(started, default=math.inf) + ARRIVAL_SECONDS
+        earliest_start = time.monotonic() - BURST_SECONDS
+        start_times = [state.started_at or 0.0 for state in self.running]
+        last_arrival = min(start_times, default=math.inf) + ARRIVAL_SECONDS
         return (
-            any(s.submitted_at <= arrival and s.limit > 1 for s in self.filling)
+            any(s.submitted_at <= last_arrival and s.limit > 1 for s in self.filling)
             and all(
                 len(s.ids) - s.length
                 <= (budget.max_scored_tokens if s.is_scored else budget.max_prompt_tokens)
                 for s in self.filling
             )
             and all(state.generated <= BURST_TOKENS for state in self.running)
-            and all(moment > latest for moment in started)
+            and all(start_time > earliest_start for start_time in start_times)
         )
 
     def note_filled(self, states: Sequence[RequestState], finite: Sequence[bool]) -> list[int]:
         """Record that tokens of these prompts were computed. Requests whose prompts are complete
-        begin to run; their indices are returned. Only keys and values of prompts whose logits are
-        ``finite`` are cached for other requests."""
-        complete: list[int] = []
-        for number, state in enumerate(states):
+        begin to decode; their indices in ``states`` are returned. ``finite``: whether the logits of
+        each prompt are finite. If not, its keys and values are not cached for other requests."""
+        complete_indices: list[int] = []
+        for index, state in enumerate(states):
             with self._lock:
                 self._scheduler.charge(
                     state, PROMPT_TOKEN_COST * (state.prefill_end - state.length)
                 )
             state.length = state.prefill_end
-            if finite[number]:
+            if finite[index]:
                 self.memory.save(state)
             if state.length == len(state.ids):
-                complete.append(number)
+                complete_indices.append(index)
                 self.filling.remove(state)
                 self._run(state)
-        return complete
+        return complete_indices
 
     def _run(self, state: RequestState) -> None:
-        """Let a request run: all of its tokens have keys and values in its row."""
+        """Let a request decode: its row now has the keys and values of all of its tokens."""
         self.running.append(state)
-        if not state.generated:
+        if not state.generated:  # its prompt was not counted yet
             self._notify("tokens", state.request.blend, state.length, 0)
 
     def sort_running(self) -> list[RequestState]:
-        """The running requests in the order of their rows."""
+        """Sort ``running`` by the positions of the rows in memory, and return a copy of it."""
         self.running.sort(key=lambda state: state.row.position if state.row else (0, 0))
         return list(self.running)
 
     def widen(self) -> Iterator[RequestState]:
-        """Make room for the next token of each running request. If memory runs out, preempt the
-        requests that started last, the latest first. Yield each of them at once, so that the caller
-        has put it back even if the next attempt raises an error."""
+        """Make room for the next token of each running request, as the caller iterates. If memory
+        runs out, free the row of the request that started last (preemption), as often as needed.
+        Yield each preempted request at once, so that the caller has queued it again before the next
+        attempt, which may raise an error."""
         for state in sorted(self.running, key=lambda state: state.start_number):
             while not self.memory.widen(state):
-                last = max([*self.filling, *self.running], key=lambda state: state.start_number)
-                self.remove(last)
-                last.length = 0
-                self._notify("preempted", last.request.blend)
-                yield last
+                preempted = max(
+                    [*self.filling, *self.running], key=lambda state: state.start_number
+                )
+                self.remove(preempted)
+                preempted.length = 0
+                self._notify("preempted", preempted.request.blend)
+                yield preempted

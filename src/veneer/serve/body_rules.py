@@ -1,5 +1,5 @@
-"""The rules of all request bodies. A field that the schema of a body does not have is refused by
-name, never ignored.
+"""The rules for all request bodies. A field that the schema of a body does not have is refused by
+name, unless it has no effect on the answer.
 
     null        means the same as an absent field everywhere, since OpenAI's clients send it
     HARMLESS    fields with no effect on the answer, such as the user's name: dropped
@@ -53,35 +53,40 @@ Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
 
 
 def _has_no_effect(name: str, value: Any) -> bool:
-    """Whether a field that the schema lacks has no effect with this value."""
+    """Whether the field ``name``, which the schema lacks, has no effect on the answer with this
+    value, so that it can be dropped."""
     if value is None or name in HARMLESS:
         return True
-    # compare the types too: True == 1
+    # True == 1 in Python, so also compare whether the values are booleans
     return any(
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-        for neutral in NEUTRAL.get(name, ())
+        value == neutral_value and isinstance(value, bool) == isinstance(neutral_value, bool)
+        for neutral_value in NEUTRAL.get(name, ())
     )
 
 
 def limit_unknown_fields(
     data: dict[str, Any],
     field_names: Container[str],
-    harmless: Callable[[str, Any], bool] = lambda name, value: False,
+    is_harmless: Callable[[str, Any], bool] = lambda name, value: False,
 ) -> dict[str, Any]:
-    """A copy of a JSON object for validation. It lacks the fields that are not in ``field_names``,
-    except for the first ``MAX_UNKNOWN`` that are not ``harmless``: validation reports an error for
-    each, and errors for thousands of fields would take seconds."""
-    unknown = (
+    """A copy of the JSON object ``data`` for validation. Of the fields that are not in
+    ``field_names``, it has only the first ``MAX_UNKNOWN`` for which ``is_harmless(name, value)`` is
+    false: validation reports an error for each of them, and errors for thousands of fields would
+    take seconds."""
+    unknown_names = (
         name
         for name, value in data.items()
-        if name not in field_names and not harmless(name, value)
+        if name not in field_names and not is_harmless(name, value)
     )
-    reported = {*islice(unknown, MAX_UNKNOWN)}
-    return {name: value for name, value in data.items() if name in field_names or name in reported}
+    reported_names = {*islice(unknown_names, MAX_UNKNOWN)}
+    return {
+        name: value for name, value in data.items() if name in field_names or name in reported_names
+    }
 
 
 class Strict(BaseModel):
-    """A schema that follows the rules of this module, for one JSON object of a body."""
+    """The base class of schemas, each for one JSON object of a request body. It applies the rules
+    of this module."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True

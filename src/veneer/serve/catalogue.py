@@ -1,6 +1,6 @@
-"""The adapters that a server serves: the adapters of a source (``store/catalogue.py``) with the
-changes made through the API. The catalogue registers them with the bank, which loads an adapter
-when it is first used.
+"""The adapters that a server serves: those of a source (a folder, a library or a remote address)
+with the changes made through the API. The catalogue registers them with the bank, which loads an
+adapter when it is first used.
 
     DIR/french/adapter_config.json     an adapter "french", served as long as the folder exists
     DIR/index.json                     or DIR is a library, whose entries are the adapters
@@ -38,8 +38,9 @@ MIN_INTERVAL, INTERVAL_RATIO, MAX_INTERVAL = 1.0, 10, 10.0
 
 
 class ServedNames:
-    """The adapter names that a source and its ``served.json`` define. Without an ``address`` there
-    are none."""
+    """The names of the served adapters: those of the source at ``address`` (a folder, a library or
+    a remote address), with the changes that its ``served.json`` records. None for ``address``: no
+    names."""
 
     def __init__(self, address: str | Path | None, base: str = "") -> None:
         """``base``: the model name of the base, which no adapter may have. ``ConfigError``: the
@@ -64,7 +65,7 @@ class ServedNames:
             name: location for name, location in locations.items() if name not in state.hidden
         }
         for name, path in state.names.items():
-            if name == self.base:  # the base had another name when this adapter was loaded
+            if name == self.base:  # recorded when the base had another name; now it means the base
                 continue
             try:
                 locations[name] = self.resolve_path(path)
@@ -82,8 +83,8 @@ class ServedNames:
         }
 
     def changeable_folder(self) -> Path:
-        """The adapter folder, whose names the API may change. ``Refusal``: the source is remote, or
-        there is none."""
+        """The folder of adapters, in whose ``served.json`` the API may record changes. ``Refusal``:
+        the source is remote, or there is none."""
         if isinstance(self.source, RemoteSource):
             raise Refusal(
                 400,
@@ -109,8 +110,8 @@ class ServedNames:
         source: Any = self.source
         if isinstance(source, LibrarySource):
             return source.resolve(path)
-        steps = path.split("/")
-        if not path.isprintable() or "\\" in path or not {"", ".", ".."}.isdisjoint(steps):
+        path_segments = path.split("/")
+        if not path.isprintable() or "\\" in path or not {"", ".", ".."}.isdisjoint(path_segments):
             raise Refusal(
                 400,
                 f"lora_path {path[:200]!r}",
@@ -131,7 +132,9 @@ class ServedNames:
             ) from error
 
     def relocate(self, location: Location) -> Location:
-        """The location of the same folder, with the version that its files have now."""
+        """``location`` with the version that its files have now, since the files of a folder may be
+        overwritten. A location in a library or the cache of a remote address is returned unchanged:
+        its files never change."""
         if isinstance(self.source, FolderSource):
             return self.source.locate(location.path)
         return location
@@ -147,28 +150,32 @@ class ServedNames:
         return self.state.names.get(name, path)
 
     def remember(self, name: str, location: Location, path: str | None, pin: bool | None) -> None:
-        """Record in ``served.json`` that a name is served. ``path``: the client's ``lora_path``;
-        ``pin``: whether the adapter is pinned from now on, None for no change."""
+        """Record in ``served.json`` that a name is served. ``path``: the client's ``lora_path``, or
+        None if it sent none; ``pin``: whether the adapter stays in memory (is pinned) from now on,
+        None for no change."""
         with lock_state(self.changeable_folder()) as state:
-            names, pinned = dict(state.names), state.pinned
+            paths_by_name, pinned_names = dict(state.names), state.pinned
             if self.list_source().get(name, Location(Path())).path == location.path:
-                names.pop(name, None)
+                paths_by_name.pop(name, None)
             elif path is not None:
-                names[name] = path
+                paths_by_name[name] = path
             if pin is not None:
-                pinned = pinned | {name} if pin else pinned - {name}
-            self._write(ServedState(names, pinned, state.hidden - {name}), state)
+                pinned_names = pinned_names | {name} if pin else pinned_names - {name}
+            self._write(ServedState(paths_by_name, pinned_names, state.hidden - {name}), state)
 
     def forget(self, name: str) -> None:
         """Record in ``served.json`` that a name is not served."""
         with lock_state(self.changeable_folder()) as state:
-            names = {key: path for key, path in state.names.items() if key != name}
-            hidden = state.hidden | ({name} if name in self.list_source() else frozenset())
-            pinned = state.pinned - {name}
-            self._write(replace(state, names=names, pinned=pinned, hidden=hidden), state)
+            paths_by_name = {key: path for key, path in state.names.items() if key != name}
+            hidden_names = state.hidden | ({name} if name in self.list_source() else frozenset())
+            pinned_names = state.pinned - {name}
+            self._write(
+                replace(state, names=paths_by_name, pinned=pinned_names, hidden=hidden_names), state
+            )
 
     def _write(self, state: ServedState, old_state: ServedState) -> None:
-        """Make ``state`` the content of ``served.json``. Its present content is ``old_state``."""
+        """Write ``state`` to ``served.json``, unless it equals ``old_state``, the present content
+        of the file."""
         if state != old_state:
             write_state(self.changeable_folder(), state)
         self.state = state
@@ -183,29 +190,34 @@ class Catalogue:
         self, address: str | Path | None, bank: Any, base: str = "", pin: Iterable[str] = ()
     ) -> None:
         """Register every adapter of ``address`` with the bank. Without an ``address`` there are no
-        adapters, and none can be loaded. ``pin``: names of adapters to pin, besides those that the
-        API pins. ``ConfigError``: there is no such folder, or ``served.json`` is damaged.
-        ``LibraryError``: the index of the library is damaged."""
+        adapters, and none can be loaded. ``base``: the model name of the base, which no adapter may
+        have. ``pin``: names of adapters to keep in memory, besides those that the API pins.
+        ``ConfigError``: there is no such folder, or ``served.json`` is damaged. ``LibraryError``:
+        the index of the library is damaged."""
         self.base, self._bank, self._always_pinned = base, bank, frozenset(pin)
         self._served_names = ServedNames(address, base)
         self._adapters = store_catalogue.Catalogue(self._served_names.list)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop_event = threading.Event()
         self._warnings: dict[str, str] = {}  # the last logged warning, by adapter name
         self._listed_at, self._applied_pins = -1e9, frozenset[str]()
         with self._lock:
             self._sync()
 
     def follow_pins(self) -> None:
-        """Load and pin the adapters that were pinned since the last call, by this server or by
-        another one that serves the folder. Unpin adapters that are pinned no more. An adapter that
-        cannot be loaded is logged; it does not stop the server."""
-        pinned = self._served_names.state.pinned | self._always_pinned
-        pinned, previous_pins = frozenset(filter(self.known, pinned)), self._applied_pins
-        self._applied_pins = pinned  # set first, so that a failure is not retried every second
-        for name in sorted(pinned ^ previous_pins):
+        """Pin the adapters that were recorded as pinned since the last call, by this server or by
+        another one that serves the folder: load them, and keep them in memory. Unpin adapters that
+        are no longer recorded. If an adapter cannot be loaded, a warning is logged."""
+        pinned_names = self._served_names.state.pinned | self._always_pinned
+        pinned_names, previous_names = (
+            frozenset(filter(self.known, pinned_names)),
+            self._applied_pins,
+        )
+        # set first, so that a failure is not retried every second
+        self._applied_pins = pinned_names
+        for name in sorted(pinned_names ^ previous_names):
             try:
-                if name in pinned:
+                if name in pinned_names:
                     self._bank.pin(name)
                 elif self.known(name):
                     self._bank.unpin(name)
@@ -219,26 +231,29 @@ class Catalogue:
             threading.Thread(target=self._watch_source, name="veneer-adapters", daemon=True).start()
 
     def close(self) -> None:
-        self._stop.set()
+        self._stop_event.set()
 
     def _watch_source(self) -> None:
         self._bank.throttle_loads()
-        duration = 0.0
-        while not self._stop.wait(min(max(MIN_INTERVAL, INTERVAL_RATIO * duration), MAX_INTERVAL)):
-            start = time.monotonic()
+        listing_seconds = 0.0
+        while not self._stop_event.wait(
+            min(max(MIN_INTERVAL, INTERVAL_RATIO * listing_seconds), MAX_INTERVAL)
+        ):
+            start_time = time.monotonic()
             try:
                 self.refresh(force=True)
                 self.follow_pins()
-            except Exception:  # without this thread the server would go on with old adapters
+            except Exception:  # if the thread ended, the server would go on with old adapters
                 log.exception("The adapter folder cannot be followed")
-            duration = time.monotonic() - start
+            listing_seconds = time.monotonic() - start_time
 
     def known(self, name: str) -> bool:
         """Whether a name is registered. Does not read the disk."""
         return name in self._adapters
 
     def folder_of(self, name: str) -> Path | None:
-        """The folder of a registered adapter. Does not read the disk."""
+        """The folder of a registered adapter; None if the name is unknown. Does not read the
+        disk."""
         location = self._adapters.resolve(name)
         return None if location is None else location.path
 
@@ -247,16 +262,18 @@ class Catalogue:
         return self._served_names.describe_path(name, self._adapters.resolve(name))
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
-        """Apply the changes of the source, and return all names. The source is listed at most once
-        a second, unless ``force``. If it cannot be read, the adapters stay as they were."""
+        """List the source, apply its changes, and return the names of all registered adapters. The
+        source is listed at most once a second, unless ``force``. If it cannot be read, the adapters
+        stay as they were."""
         is_due = force or time.monotonic() - self._listed_at >= MIN_INTERVAL
-        # while an adapter is being loaded, do not wait for the lock
+        # ``load`` may hold the lock for a long time: then skip the listing instead of waiting
         if self._served_names.source is not None and is_due and self._lock.acquire(blocking=False):
             try:
                 self._sync()
             except (OSError, VeneerError) as error:  # registered adapters stay served
                 log.warning("The adapter folder cannot be read: %s", error)
-                self._listed_at = time.monotonic()  # so that a failure is not retried sooner
+                # so that the next attempt waits as long as after a success
+                self._listed_at = time.monotonic()
             finally:
                 self._lock.release()
         return self._adapters.names
@@ -269,7 +286,8 @@ class Catalogue:
         Args:
             path: the adapter's path in the folder, or its name in the library. None: the source
                 has an adapter with this name.
-            inplace: replace the adapter of this name, which stays if the new one cannot be loaded.
+            inplace: replace the adapter that has this name. It stays if the new one cannot be
+                loaded.
             pin: whether to keep it in memory from now on; None for no change.
 
         Raises:
@@ -284,13 +302,13 @@ class Catalogue:
             self._sync()
             old_location = self._adapters.resolve(name)
             location = self._locate(name, path, old_location)
-            status = {entry.name: entry for entry in self._bank.status()}
-            resident = name in status and status[name].resident
+            status_by_name = {entry.name: entry for entry in self._bank.status()}
+            is_resident = name in status_by_name and status_by_name[name].resident
             has_new_path = old_location is None or location.path != old_location.path
             if (
                 old_location is not None
                 and not inplace
-                and (has_new_path or (resident and pin is None))
+                and (has_new_path or (is_resident and pin is None))
             ):
                 raise Refusal(
                     400,
@@ -300,18 +318,18 @@ class Catalogue:
                     code="already_loaded",
                     error_type="InvalidUserInput",
                 )
-            if has_new_path or inplace or not (resident or pin is False):
+            if has_new_path or inplace or not (is_resident or pin is False):
                 self._bank.add(location.path, name=name, replace=old_location is not None)
                 self._adapters.accept(name, location)
             else:
                 location = old_location or location
             try:
                 self._served_names.remember(name, location, path, pin)
-            except OSError:  # it is not recorded, so a restart would forget it: do not serve it
+            except OSError:  # a restart would forget an unrecorded adapter, so do not serve it
                 self._unregister(name)
                 if old_location is not None:
                     self._register(name, self._served_names.relocate(old_location))
-                    if status[name].pinned:
+                    if status_by_name[name].pinned:
                         self._bank.pin(name)
                 raise
             if pin is not None:
@@ -350,7 +368,9 @@ class Catalogue:
             )
 
     def _locate(self, name: str, path: str | None, old_location: Location | None) -> Location:
-        """The location of the adapter to load: at ``path``, or else the location of the name."""
+        """The location of the adapter that ``load`` loads: of ``path``, or if that is None, of
+        ``name`` as it is served (``old_location``) or as the source has it. ``Refusal``: there is
+        none."""
         if path is not None:
             return self._served_names.resolve_path(path)
         location = old_location or self._served_names.list_source().get(name)
@@ -365,12 +385,15 @@ class Catalogue:
         return self._served_names.relocate(location)
 
     def _unregister(self, name: str) -> None:
-        self._adapters.remove(name)  # first, because an observer of the removal calls `known`
+        # first, because ``bank.remove`` notifies an observer that asks whether the name is
+        # ``known``
+        self._adapters.remove(name)
         self._bank.remove(name)
         self._applied_pins -= {name}
 
     def _sync(self) -> None:
-        """List the source, and register, replace or remove what has changed."""
+        """List the source, and register, replace or remove the adapters that have changed since the
+        last time."""
         changes = self._adapters.refresh()
         for name in changes.removed:
             self._unregister(name)
@@ -381,15 +404,16 @@ class Catalogue:
         self._listed_at = time.monotonic()
 
     def _replace(self, name: str, location: Location) -> None:
-        """Replace the adapter of a name. The old adapter answers until the new one is in memory,
-        and calls that run finish with it. If the new one cannot be loaded, the old one stays."""
+        """Replace the adapter of a name by the one at ``location``. The old adapter answers until
+        the new one is in memory, and requests that use the old one finish with it. If the new one
+        cannot be loaded, the old one stays."""
         try:
             try:
                 status = self._bank.status()
-                resident = any(entry.resident for entry in status if entry.name == name)
-                add_to_bank = self._bank.add if resident else self._bank.register
+                is_resident = any(entry.resident for entry in status if entry.name == name)
+                add_to_bank = self._bank.add if is_resident else self._bank.register
                 add_to_bank(path=location.path, name=name, replace=True)
-            except BankFullError:  # memory has no room for both versions
+            except BankFullError:  # no room for both: drop the old one, load the new one on demand
                 self._bank.register(path=location.path, name=name, replace=True)
                 self._applied_pins -= {name}
         except (VeneerError, OSError) as error:
@@ -400,8 +424,8 @@ class Catalogue:
             log.info("Adapter %r was replaced by a new version", name)
 
     def _register(self, name: str, location: Location) -> None:
-        """Register a folder with the bank. If the bank refuses it, for instance because a file is
-        missing, skip it with a warning, which is logged once."""
+        """Register an adapter with the bank. If the bank refuses it, for instance because a file is
+        missing, skip it and log a warning, once for each adapter and reason."""
         try:
             self._bank.register(name, location.path)
         except (AdapterError, OSError) as error:
@@ -414,14 +438,14 @@ class Catalogue:
 
 
 def served_folders(address: str | Path) -> Mapping[str, Path]:
-    """The adapter folders that a server of this address would serve, by name. Raises the errors of
-    ``Catalogue``."""
+    """The adapter folders that a server of ``address`` would serve, by adapter name. Raises the
+    same errors as ``Catalogue``."""
     return {name: location.path for name, location in ServedNames(address).list().items()}
 
 
 @contextmanager
 def _refuse_disk_errors() -> Iterator[None]:
-    """Turn an ``OSError`` in the block into a ``Refusal``."""
+    """Turn an ``OSError`` in the block into a ``Refusal`` with status 503."""
     try:
         yield
     except OSError as error:

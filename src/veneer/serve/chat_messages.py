@@ -28,8 +28,8 @@ class FunctionCall(Strict):
 
 
 class ToolCall(Strict):
-    """A tool call in an earlier assistant message. A client that copies it from a stream also sends
-    its ``index``."""
+    """A tool call in an earlier assistant message. ``index`` is accepted and ignored, because a
+    client that copies the call from a streamed answer sends it."""
 
     id: Name
     type: Literal["function"] = "function"
@@ -37,7 +37,7 @@ class ToolCall(Strict):
     index: int | None = None
 
     def template_dict(self) -> dict[str, Any]:
-        """The dictionary that a chat template gets."""
+        """This call as the dictionary that the chat template of the tokenizer gets."""
         arguments = template_arguments(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}
@@ -51,14 +51,14 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A function that the model may call. The arguments of a call follow the function's schema if
-    it is ``strict``, or if the request forces a call."""
+    """A function that the model may call. The arguments of a call must follow the function's JSON
+    schema (``parameters``) if the function is ``strict``, or if the request forces a call."""
 
     type: Literal["function"]
     function: Function
 
     def template_dict(self) -> dict[str, Any]:
-        """The dictionary that a chat template gets."""
+        """This tool as the dictionary that the chat template of the tokenizer gets."""
         function = self.function
         parameters = function.parameters or {"type": "object", "properties": {}}
         description = {"name": function.name, "description": function.description}
@@ -92,7 +92,8 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def _add_empty_content(cls, data: Any) -> Any:
-        """Clients leave out the content of a message that only calls tools, or send null."""
+        """Set the content of a message with tool calls to "" if it is missing or null. Clients
+        leave out the content of a message that only calls tools, or send null."""
         if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
             return {**data, "content": ""}
         return data
@@ -117,7 +118,7 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one string, with the text parts joined."""
         return (
             self.content
             if isinstance(self.content, str)
@@ -125,7 +126,7 @@ class Message(Strict):
         )
 
     def template_dict(self) -> dict[str, Any]:
-        """The dictionary that a chat template gets."""
+        """This message as the dictionary that the chat template of the tokenizer gets."""
         extra_fields: dict[str, Any] = {"name": self.name} if self.name else {}
         if self.tool_calls:
             extra_fields["tool_calls"] = [call.template_dict() for call in self.tool_calls]
@@ -139,8 +140,9 @@ class Message(Strict):
 
 
 def check_history(messages: Sequence[Message], param: str) -> None:
-    """Check that each message with a tool's result names a call of an earlier message. Set the name
-    of the message to the called function's, which some templates need."""
+    """Check that each message with a tool's result names a call of an earlier message; otherwise
+    raise a validation error for the field ``param``. Also set the ``name`` of such a message to the
+    called function's, which some chat templates need."""
     function_names: dict[str, str] = {}
     for message in messages:
         function_names |= {call.id: call.function.name for call in message.tool_calls}
@@ -158,36 +160,36 @@ def check_history(messages: Sequence[Message], param: str) -> None:
 def check_tools(
     tools: Sequence[Tool], choice: str | NamedChoice | None, has_format: bool, param: str
 ) -> None:
-    """Refuse tools that have equal names, a ``choice`` that names no tool or requires one where
-    there is none, and tools beside a field that sets the format of the answer. ``has_format``:
-    whether the request has such a field, which is ``param``."""
-    names = [tool.function.name for tool in tools]
-    duplicate = next((name for name, count in Counter(names).items() if count > 1), None)
+    """Raise a validation error for tools that have equal names, for a ``choice`` that names no tool
+    or requires one where there is none, and for tools beside a field that sets the format of the
+    answer. ``param``: the name of that field; ``has_format``: whether the request has it."""
+    tool_names = [tool.function.name for tool in tools]
+    duplicate_name = next((name for name, count in Counter(tool_names).items() if count > 1), None)
     chosen_name = choice.function.name if isinstance(choice, NamedChoice) else ""
     raise_first_error(
         (
-            duplicate is not None,
-            f"two tools named {duplicate!r}",
+            duplicate_name is not None,
+            f"two tools named {duplicate_name!r}",
             "names that differ",
             "rename one",
             "tools",
         ),
         (
-            chosen_name and chosen_name not in names,
+            chosen_name and chosen_name not in tool_names,
             f"tool_choice {chosen_name[:80]!r}, which is no tool of the request",
             "a name in tools",
             "check the spelling",
             "tool_choice",
         ),
         (
-            choice == "required" and not names,
+            choice == "required" and not tool_names,
             "tool_choice 'required' without tools",
             "both",
             "add tools",
             "tool_choice",
         ),
         (
-            has_format and names and choice != "none",
+            has_format and tool_names and choice != "none",
             f"{param} beside tools that may be called",
             "one of them",
             'leave one out, or send tool_choice "none"',

@@ -1,9 +1,9 @@
-"""Cross-origin requests of browsers (CORS), from the origins that ``--cors`` names.
+"""Allow cross-origin requests of browsers (CORS) from the origins that ``--cors`` names.
 
 Before a page sends JSON or a key to another origin, its browser sends a preflight request, without
-a key, to ask whether it may. The browser lets the page read an answer only if the answer names the
-page's origin. Credentials of the browser (cookies, certificates) are never allowed: an API key is a
-header that the page sets.
+a key, to ask whether the page may do so. The browser lets the page read an answer only if the
+answer names the page's origin. Credentials of the browser (cookies, certificates) are never
+allowed: an API key is a header that the page sets.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ ALLOWED_METHODS = "GET, HEAD, POST, PUT, DELETE"
 EXPOSED_HEADERS = "x-request-id, retry-after"
 #: seconds for which a browser may cache the answer to a preflight
 CACHE_SECONDS = 600
-#: the header names that a preflight lists; clients add names such as x-stainless-…
+#: a valid list of header names in a preflight. Any names are allowed, because clients add names
+#: such as x-stainless-…
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(?: *, *[A-Za-z0-9-]{1,64}){0,63}")
 
 
 def origin_headers(origins: Collection[str], origin: str | None) -> list[tuple[bytes, bytes]]:
-    """The CORS headers of an answer to a request from ``origin``, where ``origins`` are allowed. If
-    no origin is allowed, there are no such headers."""
+    """The CORS headers of the response to a request from ``origin`` (None: no Origin header), on a
+    server that allows ``origins``. Empty if ``origins`` is empty."""
     if not origins:
         return []
     if ANY_ORIGIN in origins:
@@ -43,15 +44,16 @@ def origin_headers(origins: Collection[str], origin: str | None) -> list[tuple[b
 
 
 def is_preflight(method: str, headers: Any) -> bool:
-    """Whether a browser asks for permission before it sends a page's request."""
+    """Whether a request is a preflight, with which a browser asks for permission to send a page's
+    request."""
     return (
         method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
     )
 
 
 def preflight_response(origins: Collection[str], headers: Any) -> Response:
-    """The answer to a preflight, to which ``origin_headers`` are added later. ``Refusal``: the
-    origin is not allowed."""
+    """The response to a preflight. It lacks ``origin_headers``, which ``Guard`` adds to all
+    responses. ``Refusal``: the origin is not allowed."""
     origin = headers["origin"]
     if ANY_ORIGIN not in origins and origin not in origins:
         raise Refusal(

@@ -1,9 +1,9 @@
 """The page at ``/docs`` (``--docs``): the routes and bodies that ``/openapi.json`` describes, as
 HTML.
 
-The server writes the page itself, without a script. The usual viewers of OpenAPI are loaded from
-another host, which the page's content security policy forbids and which a server without a network
-cannot reach.
+The server writes the page itself, without a script. The usual viewers of OpenAPI (Swagger UI,
+ReDoc) are loaded from another host, which the page's content security policy forbids and which a
+server without a network cannot reach.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Schema = Mapping[str, Any]
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
-    text = await asyncio.to_thread(lambda: render(request.app.openapi()))
+    page_html = await asyncio.to_thread(lambda: render(request.app.openapi()))
     headers = {**page.HEADERS, "Cache-Control": "no-cache"}
-    return Response(text, media_type="text/html; charset=utf-8", headers=headers)
+    return Response(page_html, media_type="text/html; charset=utf-8", headers=headers)
 
 
-def render(description: Schema) -> str:
-    """The HTML page of an OpenAPI description."""
-    title = escape(description["info"]["title"])
+def render(openapi_description: Schema) -> str:
+    """The HTML page for an OpenAPI description (the content of ``/openapi.json``)."""
+    title = escape(openapi_description["info"]["title"])
     operations = [
         (method.upper(), path, operation)
-        for path, methods in description["paths"].items()
+        for path, methods in openapi_description["paths"].items()
         for method, operation in methods.items()
     ]
-    schemas = description.get("components", {}).get("schemas", {})
-    lines = [
+    schemas = openapi_description.get("components", {}).get("schemas", {})
+    html_lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}: the API</title>",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -50,13 +50,13 @@ def render(description: Schema) -> str:
         *(_schema_section(name, schema) for name, schema in sorted(schemas.items())),
         "</main></body></html>",
     ]
-    return "\n".join(lines)
+    return "\n".join(html_lines)
 
 
 def _operation_section(method: str, path: str, operation: Schema) -> str:
-    """The section of a route: its description, its parameters and the schema of its body."""
-    summary = operation.get("description") or operation.get("summary", "")
-    rows = [
+    """The HTML section of a route: its description, its parameters and the schema of its body."""
+    description = operation.get("description") or operation.get("summary", "")
+    parameter_rows = [
         (
             entry["name"],
             _type_of(entry.get("schema", {})),
@@ -64,41 +64,41 @@ def _operation_section(method: str, path: str, operation: Schema) -> str:
         )
         for entry in operation.get("parameters", ())
     ]
-    content = operation.get("requestBody", {}).get("content", {})
-    body = "".join(
-        f"<p>Body: {_type_of(media.get('schema', {}))}</p>" for media in content.values()
+    body_content = operation.get("requestBody", {}).get("content", {})
+    body_html = "".join(
+        f"<p>Body: {_type_of(media.get('schema', {}))}</p>" for media in body_content.values()
     )
-    heading = f"<h2><code>{method} {escape(path)}</code></h2>"
-    heading += f"<p>{escape(summary)}</p>" if summary else ""
-    return f'<section class="card">{heading}{_table(rows)}{body}</section>'
+    heading_html = f"<h2><code>{method} {escape(path)}</code></h2>"
+    heading_html += f"<p>{escape(description)}</p>" if description else ""
+    return f'<section class="card">{heading_html}{_table(parameter_rows)}{body_html}</section>'
 
 
 def _schema_section(name: str, schema: Schema) -> str:
-    """The section of a schema: a table of its fields; for a schema that is no object, its type."""
-    required = schema.get("required", ())
-    rows = [
-        (field, _type_of(entry), _field_note(entry, is_required=field in required))
+    """The HTML section of a schema: a table of its fields, or its type if it is not an object."""
+    required_fields = schema.get("required", ())
+    field_rows = [
+        (field, _type_of(entry), _field_note(entry, is_required=field in required_fields))
         for field, entry in schema.get("properties", {}).items()
     ]
-    content = _table(rows) if rows else f"<p>{_type_of(schema)}</p>"
-    summary = escape(schema.get("description", ""))
-    heading = f"<h2>{escape(name)}</h2><p>{summary}</p>"
-    return f'<section class="card" id="{escape(name)}">{heading}{content}</section>'
+    content_html = _table(field_rows) if field_rows else f"<p>{_type_of(schema)}</p>"
+    description_html = escape(schema.get("description", ""))
+    heading_html = f"<h2>{escape(name)}</h2><p>{description_html}</p>"
+    return f'<section class="card" id="{escape(name)}">{heading_html}{content_html}</section>'
 
 
 def _table(rows: list[tuple[str, str, str]]) -> str:
     """An HTML table. Each row is a name, a type in HTML, and a note."""
     if not rows:
         return ""
-    cells = (
+    rows_html = (
         f"<tr><td><code>{escape(name)}</code></td><td>{type_html}</td><td>{escape(note)}</td></tr>"
         for name, type_html, note in rows
     )
-    return f"<table>{''.join(cells)}</table>"
+    return f"<table>{''.join(rows_html)}</table>"
 
 
 def _field_note(schema: Schema, *, is_required: bool) -> str:
-    """Whether a field is required, or its default."""
+    """The note on a field in its table: "required", or the default, or "" if there is neither."""
     if is_required:
         return "required"
     return "" if schema.get("default") is None else f"default {schema['default']}"
@@ -123,7 +123,7 @@ def _type_of(schema: Schema) -> str:
 
 
 def _bounds(schema: Schema) -> str:
-    """The bounds that a schema sets, in words."""
+    """The bounds that a schema sets, as English text, such as ", at least 0"."""
     words_by_field = {
         "minimum": "at least",
         "exclusiveMinimum": "above",

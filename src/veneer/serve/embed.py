@@ -3,8 +3,9 @@ of its call.
 
     vector = pool(encoder(text)) over the tokens, scaled to length 1 if the model's files ask for it
 
-One thread computes. It fills a batch with one text at a time, each from the call that is next by
-``scheduler.py``. So a call of 256 texts delays a call of one text by at most one batch.
+One thread computes. It fills a batch with one text at a time, each from the call that the fair
+queue (``scheduler.py``) puts first. So a call of 256 texts delays a call of one text by at most one
+batch.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ def as_base64(vector: Tensor) -> str:
 
 @dataclass(eq=False)
 class _Call:
-    """A call for the embeddings of some texts. Times are in seconds of ``time.monotonic``."""
+    """A call of ``Embedder.submit``, for the embeddings of some texts. Times are in seconds of
+    ``time.monotonic``."""
 
-    texts: Sequence[tuple[int, ...]]  # token ids
+    tokenized_texts: Sequence[tuple[int, ...]]  # the token ids of each text
     blend: Mapping[str, float]
     deadline: float
     submitted_at: float
     owner: str = ""
-    token_types: Sequence[tuple[int, ...]] | None = None  # None: all 0
+    token_types: Sequence[tuple[int, ...]] | None = None  # of each text; None: all 0
     with_head: bool = False  # return the logits of the classifier's head instead of vectors
     priority: int = 0
     is_queued: bool = False
@@ -61,7 +63,8 @@ class _Call:
 
     def __post_init__(self) -> None:
         self.blend_key, self.counted_adapter = key_of(self.blend), counted_as(self.blend)
-        # for whom its waiting texts count: the API key, or without keys the adapter
+        # the account whose waiting texts are limited: that of the API key, or without keys, of the
+        # adapter
         self.account = (self.owner, "" if self.owner else self.counted_adapter)
 
 
@@ -70,10 +73,12 @@ class Embedder:
 
     Args:
         model: an encoder of transformers.
-        bank: the adapters.
-        observer: gets ``started``, ``tokens`` and ``finished`` for each call, as an engine's does.
+        bank: loads the adapters and applies them.
+        observer: its methods ``started``, ``tokens`` and ``finished`` are called for each call,
+            with the arguments that an observer of ``Engine`` gets.
         pad_id: the token id of padding.
-        pooling, normal: how token vectors become a text's vector (``encoders.pool``).
+        pooling, normal: how the vectors of a text's tokens become one vector ("mean", "cls" or
+            "max", see ``encoders.pool``), and whether it is scaled to length 1.
         rows, tokens: the most texts of a batch, and its most tokens with padding.
         queue: the most texts that may wait, of all calls together.
         label_count: the number of labels of the model's head, if it is a classifier.
@@ -97,10 +102,10 @@ class Embedder:
         self.pooling, self.normal = pooling, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
         self.label_count = label_count
-        parameters = inspect.signature(type(model).forward).parameters
-        self._reads_token_types = "token_type_ids" in parameters
+        forward_parameters = inspect.signature(type(model).forward).parameters
+        self._reads_token_types = "token_type_ids" in forward_parameters
         self.width = int(model.config.hidden_size)
-        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # ``queue`` bounds texts instead
+        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # calls have no limit, texts have
         # number of waiting texts, by ``_Call.account``
         self._waiting_by_account: Counter[tuple[str, str]] = Counter()
         self.running = self.waiting = 0  # ``running`` counts calls, ``waiting`` texts
@@ -111,7 +116,7 @@ class Embedder:
 
     def submit(
         self,
-        texts: Sequence[tuple[int, ...]],
+        tokenized_texts: Sequence[tuple[int, ...]],
         blend: Mapping[str, float],
         timeout: float,
         owner: str = "",
@@ -123,49 +128,51 @@ class Embedder:
         ``with_head`` of the classifier's logits [labels]. Cancelling the future drops the call.
 
         Args:
-            timeout: the call fails if it has texts in no batch after so many seconds.
-            token_types: a sequence for each text; None for 0 everywhere.
+            timeout: seconds after which the call fails if some of its texts are in no batch yet.
+            owner: the name of the client's API key; "" on a server without keys.
+            token_types: for each text, a token type for each token; None for 0 everywhere.
 
         Raises:
-            Busy: too many texts wait, in all or of the same API key (without keys: adapter).
+            Busy: too many texts wait, in all or of the same API key (without keys: adapter), or the
+                embedder is draining.
             SelectionError: an adapter is unknown.
         """
         submitted_at = time.monotonic()
         if (record := CURRENT_RECORD.get()) is not None:
-            record.ask(blend, sum(map(len, texts)))
+            record.ask(blend, sum(map(len, tokenized_texts)))
         deadline = submitted_at + timeout
-        call = _Call(texts, blend, deadline, submitted_at, owner, token_types, with_head)
+        call = _Call(tokenized_texts, blend, deadline, submitted_at, owner, token_types, with_head)
         with self._changed:
-            account_count = self._waiting_by_account[call.account]
-            free_count = self.queue - self.waiting
+            account_waiting = self._waiting_by_account[call.account]
+            free_places = self.queue - self.waiting
             is_crowded = self.waiting and (
-                len(texts) > free_count
+                len(tokenized_texts) > free_places
                 or (
-                    account_count
-                    and account_count + len(texts) > PLACES_PER_FREE_PLACE * free_count
+                    account_waiting
+                    and account_waiting + len(tokenized_texts) > PLACES_PER_FREE_PLACE * free_places
                 )
             )
             if self._refuses_calls or is_crowded:
                 account_kind = "key" if owner else "adapter"
                 message = sentence(
-                    f"{self.waiting} texts that wait, {account_count} of them of the same"
+                    f"{self.waiting} texts that wait, {account_waiting} of them of the same"
                     f" {account_kind}",
                     f"at most {self.queue}, with room for others",
                     "send it again later",
                 )
                 raise Busy(message, 1.0)
-            self.running, self.waiting = self.running + 1, self.waiting + len(texts)
-            self._waiting_by_account[call.account] += len(texts)
+            self.running, self.waiting = self.running + 1, self.waiting + len(tokenized_texts)
+            self._waiting_by_account[call.account] += len(tokenized_texts)
         try:
-            lease = self.bank.acquire(blend)
+            lease_future = self.bank.acquire(blend)
         except BaseException:
             self._end_call(call)
             raise
-        lease.add_done_callback(lambda lease: self._queue_loaded(call, lease))
+        lease_future.add_done_callback(lambda lease_future: self._queue_loaded(call, lease_future))
         return call.result
 
     def drain(self, seconds: float) -> None:
-        """Refuse new calls, and wait up to ``seconds`` until the others have ended."""
+        """Refuse new calls, and wait up to ``seconds`` until all earlier calls have ended."""
         with self._changed:
             self._refuses_calls = True
             self._changed.wait_for(lambda: not self.running, seconds)
@@ -177,10 +184,11 @@ class Embedder:
             self._changed.notify_all()
         self._thread.join(timeout=30)
 
-    def _queue_loaded(self, call: _Call, lease: Future[Any]) -> None:
-        """Put a call into the queue, once its adapter is in memory."""
+    def _queue_loaded(self, call: _Call, lease_future: Future[Any]) -> None:
+        """Put a call into the queue, once its adapter is in memory. If loading failed or the thread
+        has stopped, end the call with an error."""
         try:
-            call.lease = lease.result()
+            call.lease = lease_future.result()
         except BaseException as error:
             self._end_call(call, error)
             return
@@ -201,45 +209,49 @@ class Embedder:
                 batch = self._take_batch()
             if batch:
                 self._compute(batch)
-            del batch  # keep no reference to a call while the thread waits
+            del batch  # so that ended calls are freed while the thread waits
         for call in self._calls.waiting_requests():  # no call is added any more
             self._end_call(call, _stopping_refusal())
 
     def _take_batch(self) -> list[tuple[_Call, int]]:
-        """Take the texts of the next batch from the queue, as (call, index of the text)."""
+        """Take the texts of the next batch from the queue, as (call, index of the text). Calls that
+        were cancelled or whose deadline has passed are ended, unless they have texts in the
+        batch."""
         batch: list[tuple[_Call, int]] = []
         max_length = 0
         while (call := self._calls.take()) is not None:
-            in_batch = any(batch_call is call for batch_call, _ in batch)
-            if not in_batch and (call.result.cancelled() or time.monotonic() > call.deadline):
+            is_in_batch = any(batch_call is call for batch_call, _ in batch)
+            if not is_in_batch and (call.result.cancelled() or time.monotonic() > call.deadline):
                 refusal = Refusal(
                     504, "texts that took too long", "an answer in time", "send fewer at once"
                 )
                 self._end_call(call, refusal)
                 continue
-            length = max(max_length, len(call.texts[call.next_text]))
-            is_full = len(batch) == self.rows or length * (len(batch) + 1) > self.tokens
+            padded_length = max(max_length, len(call.tokenized_texts[call.next_text]))
+            is_full = len(batch) == self.rows or padded_length * (len(batch) + 1) > self.tokens
             if batch and (is_full or call.with_head != batch[0][0].with_head):
                 self._calls.push_back(call)
                 break
-            max_length = length
+            max_length = padded_length
             if not call.next_text:
                 self.observer.started(call.blend, time.monotonic() - call.submitted_at)
             batch.append((call, call.next_text))
-            self._calls.charge(call, len(call.texts[call.next_text]))
+            self._calls.charge(call, len(call.tokenized_texts[call.next_text]))
             call.next_text += 1
-            if call.next_text < len(call.texts):
+            if call.next_text < len(call.tokenized_texts):
                 self._calls.requeue(call)
         return batch
 
     def _compute(self, batch: list[tuple[_Call, int]]) -> None:
-        """Compute the vectors of a batch, and end the calls that have all of their vectors."""
-        calls, reason = [call for call, _ in batch], "the model's vectors are no finite numbers"
+        """Compute the vectors of a batch, and end the calls that now have all of their vectors. If
+        the computation fails or gives numbers that are not finite, end the calls affected with an
+        error."""
+        calls, error_text = [call for call, _ in batch], "the model's vectors are no finite numbers"
         try:
             vectors = self._outputs(batch)
         except Exception as error:
             log.exception("A batch of embeddings failed")
-            vectors, reason = (
+            vectors, error_text = (
                 torch.full((len(calls), 1), torch.nan),
                 f"{type(error).__name__}: {error}",
             )
@@ -248,31 +260,35 @@ class Embedder:
             call for call, is_finite in zip(calls, are_finite, strict=True) if not is_finite
         }
         for call in failed_calls:
-            self._end_call(call, Refusal(500, reason, code="engine_error"))
+            self._end_call(call, Refusal(500, error_text, code="engine_error"))
         for call, vector in zip(calls, vectors, strict=True):
             if call in failed_calls:
                 continue
             call.vectors.append(vector)
-            if len(call.vectors) == len(call.texts):
-                self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
+            if len(call.vectors) == len(call.tokenized_texts):
+                self.observer.tokens(call.blend, sum(map(len, call.tokenized_texts)), 0)
                 self._end_call(call)
 
     def _outputs(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """The embeddings [texts, width] of a batch, or a classifier's logits [texts, labels], on
         the CPU."""
-        texts, device = (
-            [torch.tensor(call.texts[index]) for call, index in batch],
+        id_tensors, device = (
+            [torch.tensor(call.tokenized_texts[index]) for call, index in batch],
             self.model.device,
         )
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad_id).to(device)
-        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        padded_ids = pad_sequence(id_tensors, batch_first=True, padding_value=self.pad_id).to(
+            device
+        )
+        mask = pad_sequence([torch.ones_like(ids) for ids in id_tensors], batch_first=True).to(
+            device
+        )
+        inputs = {"input_ids": padded_ids, "attention_mask": mask}
         if self._reads_token_types and any(call.token_types is not None for call, _ in batch):
             token_types = [
-                torch.zeros_like(text)
+                torch.zeros_like(ids)
                 if call.token_types is None
                 else torch.tensor(call.token_types[index])
-                for text, (call, index) in zip(texts, batch, strict=True)
+                for ids, (call, index) in zip(id_tensors, batch, strict=True)
             ]
             inputs["token_type_ids"] = pad_sequence(token_types, batch_first=True).to(device)
         with_head = batch[0][0].with_head
@@ -284,23 +300,24 @@ class Embedder:
             return pool(output.last_hidden_state, mask, self.pooling, self.normal).cpu()
 
     def _end_call(self, call: _Call, error: BaseException | None = None) -> None:
-        """Set the result or the error of a call, and release its adapter."""
+        """Release a call's adapter, and set the call's result or ``error``. Without an error and
+        with vectors missing, set neither: ``submit`` itself raises the error then."""
         if call.lease is not None:
             call.lease.release()
         with suppress(InvalidStateError):  # the client cancelled the call meanwhile
-            if error is None and len(call.vectors) == len(call.texts):
+            if error is None and len(call.vectors) == len(call.tokenized_texts):
                 call.result.set_result(call.vectors)
             elif error is not None:
                 call.result.set_exception(error)
-        reason = (
+        finish_reason = (
             "cancelled" if call.result.cancelled() else "error" if error is not None else "stop"
         )
-        self.observer.finished(call.blend, reason, time.monotonic() - call.submitted_at)
+        self.observer.finished(call.blend, finish_reason, time.monotonic() - call.submitted_at)
         with self._changed:
             if call.is_queued and not self._calls.remove(call):
                 self._calls.ended(call)
-            self.running, self.waiting = self.running - 1, self.waiting - len(call.texts)
-            self._waiting_by_account[call.account] -= len(call.texts)
+            self.running, self.waiting = self.running - 1, self.waiting - len(call.tokenized_texts)
+            self._waiting_by_account[call.account] -= len(call.tokenized_texts)
             self._waiting_by_account += Counter()  # drop accounts without waiting texts
             self._changed.notify_all()
 

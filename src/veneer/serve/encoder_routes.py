@@ -1,5 +1,5 @@
-"""Routes of encoders and classifiers: embed texts (OpenAI's), score pairs of texts and rank
-documents by their scores for a query (vLLM's and Jina's).
+"""Routes for encoders and classifiers. They embed texts (OpenAI's route), score pairs of texts, and
+rank documents by their scores for a query (vLLM's and Jina's routes).
 
     POST /v1/embeddings                     input → a vector for each text
     POST /score  /v1/score                  text_1, text_2 → a score for each pair
@@ -33,7 +33,7 @@ from veneer.serve.answers import refusal_of_cause
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.embed import Embedder, as_base64
 from veneer.serve.refusal import Refusal, value_error
-from veneer.serve.requests import cause_of
+from veneer.serve.requests import error_kind_of
 from veneer.serve.sampling_fields import Truncation
 from veneer.serve.schemas import Blend, EmbeddingRequest
 from veneer.serve.service import (
@@ -61,7 +61,8 @@ class PairRequest(Strict):
     use_activation: bool = True
 
 
-#: vLLM's other names for the fields with the first and the second texts of pairs
+#: other names that vLLM accepts for ``text_1`` and ``text_2``, the first and the second texts of
+#: pairs
 PAIR_NAMES = {
     "queries": "text_1",
     "data_1": "text_1",
@@ -72,7 +73,8 @@ PAIR_NAMES = {
 
 
 class ScoreRequest(PairRequest):
-    """``text_1`` and ``text_2`` may have other names (``PAIR_NAMES``)."""
+    """Pairs of texts to score. ``text_1`` has one text for all of ``text_2``, or as many. Both
+    fields may have other names (``PAIR_NAMES``)."""
 
     text_1: str | Texts
     text_2: str | Texts
@@ -80,12 +82,12 @@ class ScoreRequest(PairRequest):
     @model_validator(mode="before")
     @classmethod
     def _rename_fields(cls, data: Any) -> Any:
-        aliases = [name for name in PAIR_NAMES if isinstance(data, dict) and name in data]
-        for name in aliases:
+        sent_aliases = [name for name in PAIR_NAMES if isinstance(data, dict) and name in data]
+        for name in sent_aliases:
             field = PAIR_NAMES[name]
-            if field in data or [PAIR_NAMES[alias] for alias in aliases].count(field) > 1:
+            if field in data or [PAIR_NAMES[alias] for alias in sent_aliases].count(field) > 1:
                 raise value_error(f"{name} beside another name of it", "one", f"send {field}", name)
-        return {PAIR_NAMES.get(name, name): data[name] for name in data} if aliases else data
+        return {PAIR_NAMES.get(name, name): data[name] for name in data} if sent_aliases else data
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -114,7 +116,7 @@ class Document(Strict):
 
 
 class RerankRequest(PairRequest):
-    """``top_n``: the number of documents to return; 0: all."""
+    """A query and the documents to rank. ``top_n``: the number of documents to return; 0: all."""
 
     query: str
     documents: Annotated[
@@ -144,15 +146,15 @@ async def embeddings(
             "leave it out",
             param="dimensions",
         )
-    tokens = await read_texts(service, body.input, "input", service.length)
-    _check_lengths(tokens, service.length, "shorten it")
-    vectors = await _vectors_of(request, service, key, tokens, blend)
+    token_ids = await read_texts(service, body.input, "input", service.length)
+    _check_lengths(token_ids, service.length, "shorten it")
+    vectors = await _vectors_of(request, service, key, token_ids, blend)
     encode = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [
         {"object": "embedding", "index": i, "embedding": encode(vector)}
         for i, vector in enumerate(vectors)
     ]
-    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, tokens)))
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, token_ids)))
     return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
@@ -186,14 +188,14 @@ async def rerank(
     texts = body.texts()
     pairs = [(body.query, text) for text in texts]
     scores, token_count = await _score_pairs(request, service, key, body, pairs)
-    ranked = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or len(texts)]
+    ranked_indices = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or len(texts)]
     results = [
         {
             "index": i,
             **({"document": {"text": texts[i]}} if body.return_documents else {}),
             "relevance_score": scores[i],
         }
-        for i in ranked
+        for i in ranked_indices
     ]
     return JSONResponse(
         {
@@ -217,12 +219,12 @@ async def _score_pairs(
     embedder = _embedder_of(service)
     if embedder.label_count:
         sequences: list[tuple[str, ...]] = list(pairs)
-    else:  # encode a text that is in several pairs once
+    else:  # encode each text only once, even if several pairs have it
         sequences = [(text,) for text in dict.fromkeys(text for pair in pairs for text in pair)]
-    ids, token_types = await _tokenize(service, sequences, body.truncate_prompt_tokens)
+    token_ids, token_types = await _tokenize(service, sequences, body.truncate_prompt_tokens)
     options = {"token_types": token_types, "with_head": True} if embedder.label_count else {}
-    vectors = await _vectors_of(request, service, key, ids, blend, **options)
-    token_count = sum(map(len, ids))
+    vectors = await _vectors_of(request, service, key, token_ids, blend, **options)
+    token_count = sum(map(len, token_ids))
     if embedder.label_count:
         logits = torch.stack(vectors)[:, 0]
         applies_sigmoid = body.use_activation and _has_sigmoid(embedder.model.config)
@@ -234,44 +236,48 @@ async def _score_pairs(
 
 
 async def _tokenize(
-    service: Service, sequences: Sequence[tuple[str, ...]], truncate: int | None
+    service: Service, sequences: Sequence[tuple[str, ...]], truncated_length: int | None
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """The token ids and token types of texts, or of pairs of texts. ``Refusal``: one does not fit
-    into the context."""
-    readable_length = prompts.max_prompt_tokens(service.length, truncate)
+    """The token ids and token types of texts, or of pairs of texts. ``truncated_length``: the most
+    tokens to keep of each; -1: as many as the context has; None: refuse longer inputs. ``Refusal``:
+    an input does not fit into the context, or has no tokens."""
+    max_input_tokens = prompts.max_prompt_tokens(service.length, truncated_length)
     options: dict[str, Any] = {}
-    if truncate is not None:  # -1: to the context length
-        max_length = service.length if truncate < 1 else min(truncate, service.length)
+    if truncated_length is not None:  # -1: to the context length
+        max_length = (
+            service.length if truncated_length < 1 else min(truncated_length, service.length)
+        )
         options = {"truncation": True, "max_length": max_length}
-    ids: list[tuple[int, ...]] = []
+    token_ids: list[tuple[int, ...]] = []
     token_types: list[tuple[int, ...]] = []
 
     def tokenize_group(group: Sequence[tuple[str, ...]]) -> None:
         for texts in group:
             for text in texts:
-                prompts.check_fits(service.tokenizer, text, readable_length, "text_1")
+                prompts.check_fits(service.tokenizer, text, max_input_tokens, "text_1")
             encoded = service.tokenizer(*texts, return_token_type_ids=True, **options)
-            ids.append(tuple(encoded["input_ids"]))
+            token_ids.append(tuple(encoded["input_ids"]))
             token_types.append(tuple(encoded["token_type_ids"]))
 
     for group in prompts.group_texts(sequences, size_of=lambda texts: sum(map(len, texts))):
         char_count = sum(len(text) for texts in group for text in texts)
         await in_text_thread(service, char_count, lambda group=group: tokenize_group(group))
-    _check_lengths(ids, service.length, "shorten it, or send truncate_prompt_tokens = -1")
-    if not min(map(len, ids)):
+    _check_lengths(token_ids, service.length, "shorten it, or send truncate_prompt_tokens = -1")
+    if not min(map(len, token_ids)):
         raise Refusal(400, "a text without a token", "at least one", "send some text")
-    return ids, token_types
+    return token_ids, token_types
 
 
-def _check_lengths(ids: Sequence[Sequence[int]], length: int, do: str) -> None:
-    """``Refusal``: an input has more than ``length`` tokens. ``do``: what the client can do."""
-    longest = max(map(len, ids))
-    if longest > length:
+def _check_lengths(token_ids: Sequence[Sequence[int]], max_tokens: int, advice: str) -> None:
+    """``Refusal``: an input has more than ``max_tokens`` tokens. ``advice``: what the message tells
+    the client to do."""
+    longest_length = max(map(len, token_ids))
+    if longest_length > max_tokens:
         raise Refusal(
             400,
-            f"an input of {longest} tokens",
-            f"at most {length}",
-            do,
+            f"an input of {longest_length} tokens",
+            f"at most {max_tokens}",
+            advice,
             param="input",
             code="context_length_exceeded",
         )
@@ -295,28 +301,29 @@ async def _vectors_of(
     request: Request,
     service: Service,
     key: Key,
-    tokens: Sequence[tuple[int, ...]],
+    token_ids: Sequence[tuple[int, ...]],
     blend: dict[str, float],
     **options: Any,
 ) -> list[Tensor]:
-    """The result of ``Embedder.submit``: the vector of each text, or its logits, on the CPU.
-    ``options``: further arguments of ``submit``. ``Refusal``: the computation failed, or the client
-    disconnected."""
+    """The result of ``Embedder.submit`` for texts (``token_ids``): the vector of each text, or its
+    logits, on the CPU. ``options``: further arguments of ``submit``. ``Refusal``: the computation
+    failed, or the client disconnected."""
     embedder = _embedder_of(service)
     try:
-        computation = embedder.submit(tokens, blend, service.timeout, key.owner, **options)
-        return await unless_disconnected(request, asyncio.wrap_future(computation))
-    except (AdapterError, SelectionError, Refusal) as error:  # answered like errors of the engine
+        result_future = embedder.submit(token_ids, blend, service.timeout, key.owner, **options)
+        return await unless_disconnected(request, asyncio.wrap_future(result_future))
+    except (AdapterError, SelectionError, Refusal) as error:
+        # answer with the status that the same failure has in the engine
         if isinstance(error, Refusal) and error.code != "engine_error":
             raise
-        raise refusal_of_cause(str(error), cause_of(error), key.admin) from error
+        raise refusal_of_cause(str(error), error_kind_of(error), key.admin) from error
 
 
 def _has_sigmoid(config: Any) -> bool:
-    """Whether a classifier's logit becomes a score by a sigmoid. It does, unless the fields that
-    sentence-transformers writes to the config name the identity as activation."""
+    """Whether a classifier's score is the sigmoid of its logit. It is, unless the config's fields
+    of sentence-transformers name the identity as activation."""
     library_fields = getattr(config, "sentence_transformers", None) or {}
-    name = library_fields.get("activation_fn") or getattr(
+    activation_name = library_fields.get("activation_fn") or getattr(
         config, "sbert_ce_default_activation_function", None
     )
-    return not str(name).endswith("Identity")
+    return not str(activation_name).endswith("Identity")

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import listing, sentence
-from veneer.models.decode.forward import Forward, context, end_tokens
+from veneer.models.decode.forward import Forward, context_limit, end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.grammars import MatcherFactory
@@ -39,19 +39,19 @@ from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.processors import processors_of
 from veneer.serve.prompt_scores import scored_per_call, take_scores
 from veneer.serve.request_state import Deliver, RequestState, last_tokens_of
-from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
+from veneer.serve.requests import Busy, ErrorKind, Finish, Request, RequestError, error_kind_of
 from veneer.serve.sampling import NOT_FINITE, SampledToken, Sampler, sample
 from veneer.serve.scheduler import Scheduler
 from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds after which unused memory is returned to the system, and after which unused prefixes are
-#: dropped
+#: seconds after which unused memory is returned to the system, and after which cached prefixes that
+#: no request used are dropped
 IDLE_SECONDS, PREFIX_IDLE_SECONDS = 2.0, 300.0
 
-#: (requests of a call whose next tokens are sampled, their logits [requests, vocabulary]); the
-#: logits are None if there are no such requests
+#: the result of a forward call: the requests whose next tokens are sampled, and their logits
+#: [requests, vocabulary], or None if there are no such requests
 Computed = tuple[list[RequestState], Tensor | None]
 
 
@@ -63,7 +63,7 @@ class Engine:
             is open, its calls replace the model's attention. No other code may call the model in
             training mode.
         tokenizer: the model's tokenizer.
-        bank: the adapters; None serves the base alone.
+        bank: loads and applies the adapters; None serves the base alone.
         rows, queue: the most requests that run at a time, and the most that wait.
         length: the most tokens of a prompt and its answer together. The model's limit and
             ``cache_memory`` may reduce it.
@@ -73,8 +73,8 @@ class Engine:
             ones), first_token(blend, seconds), next_token(blend, seconds since the token before),
             tokens(blend, prompt tokens, generated ones), preempted(blend), finished(blend, reason,
             seconds).
-        model_lock: a context manager around each step: other code does not change the model's
-            layers meanwhile.
+        model_lock: a lock that the engine holds during each step, so that code that holds it can
+            change the model's layers.
         cache_memory: the most bytes of keys and values, of rows and cached prefixes together; None
             is half of the free memory.
         prefix_cache: whether requests reuse keys and values of common prefixes.
@@ -102,7 +102,7 @@ class Engine:
         prefix_cache: bool = True,
         gap: float | None = None,
     ) -> None:
-        max_context = context(model.config)
+        max_context = context_limit(model.config)
         self.length, self.rows = min(length, max_context or length), rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
         self._model_lock = nullcontext() if model_lock is None else model_lock
@@ -119,10 +119,10 @@ class Engine:
         eos = self._eos = end_tokens(model, tokenizer)
         self._matcher_factory = MatcherFactory(tokenizer, self._forward.logit_count, sorted(eos))
 
-        # guards the following attributes; notified when they change
+        # guards the attributes below; notified when they change
         self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
-        self._poked = self._draining = self._closing = False
+        self._is_woken = self._draining = self._closing = False
         self._open_count = 0  # number of requests that have not ended
         self._thread: threading.Thread | None = None
 
@@ -131,7 +131,7 @@ class Engine:
         scored = scored_per_call(prefill, self._forward.logit_count)
         self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill, scored), prefix_cache
         self._batch = self._new_batch()
-        self._requests_in_call: list[RequestState] = []  # the requests of the running call
+        self._requests_in_call: list[RequestState] = []  # requests of the current forward call
         self._stepped_since_trim = False  # whether a step ran since unused memory was last returned
 
     def start(self) -> None:
@@ -143,12 +143,12 @@ class Engine:
         thread calls ``deliver`` with each piece of the answer. ``deliver`` must return at once.
         Only the last piece has ``finish``. ``RequestError``: the prompt or a sampling setting is
         invalid. ``Busy``: the queue is full, or the engine is draining."""
-        sampling, size = request.sampling, len(request.prompt)
+        sampling, prompt_length = request.sampling, len(request.prompt)
         max_tokens = sampling.max_tokens
         is_only_scored = max_tokens == 0 and sampling.prompt_logprobs is not None
-        if not 0 < size <= self.length - (not is_only_scored):
+        if not 0 < prompt_length <= self.length - (not is_only_scored):
             raise RequestError(
-                f"a prompt of {size} tokens",
+                f"a prompt of {prompt_length} tokens",
                 f"1 to {self.length - 1}, and room for an answer",
                 "shorten it",
             )
@@ -160,7 +160,7 @@ class Engine:
             )
         if max_tokens < 1 and not is_only_scored:
             raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
-        limit = min(max_tokens, self.length - size)
+        answer_limit = min(max_tokens, self.length - prompt_length)
         grammar = sampling.schema if sampling.grammar is None else sampling.grammar
         sampler = Sampler(
             sampling,
@@ -168,9 +168,9 @@ class Engine:
             processors_of(
                 sampling, request.prompt, self._eos, self._forward.logit_count, self._forward.device
             ),
-            None if sampling.schema is None else self._matcher_factory.layout(limit),
+            None if sampling.schema is None else self._matcher_factory.layout(answer_limit),
         )
-        state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
+        state = RequestState(request, deliver, sampler, self._detokenizer, answer_limit, self._poke)
         with self._wake:
             if self._draining:
                 raise Busy(
@@ -182,8 +182,7 @@ class Engine:
         return state
 
     def drain(self, seconds: float) -> bool:
-        """Refuse new requests and wait up to ``seconds`` for the others; return whether all have
-        ended."""
+        """Refuse new requests, wait up to ``seconds`` for open ones; return whether all ended."""
         with self._wake:
             self._draining = True
             return self._wake.wait_for(lambda: not self._open_count, timeout=seconds)
@@ -196,7 +195,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         else:
-            self._abandon("cancelled")
+            self._end_all("cancelled")
         self._forward.close()
 
     @property
@@ -219,11 +218,11 @@ class Engine:
 
     def _poke(self) -> None:
         with self._wake:
-            self._poked = True
+            self._is_woken = True
             self._wake.notify_all()
 
     def step(self) -> None:
-        """One step of the loop. The thread of ``start`` repeats it."""
+        """Run one step of the loop. The thread of ``start`` repeats it while there is work."""
         self._stepped_since_trim, step_start = True, time.monotonic()
         for state in self._open_states():
             if state.cancelled or step_start >= state.deadline:
@@ -233,16 +232,16 @@ class Engine:
         self._start_requests()
         self._widen_rows()
         filling = self._batch.choose_prompts()
-        tokens = sum(state.prefill_end - state.length for state in filling)
+        token_count = sum(state.prefill_end - state.length for state in filling)
         is_scored, is_burst = bool(filling) and filling[0].is_scored, self._batch.is_burst()
-        fits_together = self._batch.running and 0 < tokens <= self._batch.max_shared_prompt_tokens
-        shares_call = fits_together and not (is_scored or is_burst)
-        if shares_call and self._compute_together(filling, tokens):
+        can_share = self._batch.running and 0 < token_count <= self._batch.max_shared_prompt_tokens
+        shares_call = can_share and not (is_scored or is_burst)
+        if shares_call and self._compute_together(filling, token_count):
             return
         if filling:
-            longest = max(state.prefill_end - state.length for state in filling)
+            longest_chunk = max(state.prefill_end - state.length for state in filling)
             seconds = self._compute(filling, self._fill)
-            self._prefill_budget.note_fill(len(filling) * longest, seconds, scored=is_scored)
+            self._prefill_budget.note_fill(len(filling) * longest_chunk, seconds, scored=is_scored)
             self._widen_rows()
         if self._batch.running and not self._batch.is_burst():
             running = self._batch.sort_running()
@@ -255,27 +254,28 @@ class Engine:
                 while self._wait_for_work():
                     self._step_or_restart()
             finish = "cancelled"
-        finally:  # even if the thread fails, so that no client waits for ever
+        finally:  # also after a failure of the thread, so that no client waits forever
             with self._wake:
                 self._draining = True
-            self._abandon(finish)
+            self._end_all(finish)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is something to do; False when the engine closes."""
+        """Sleep until a step has work, and free unused memory meanwhile. False if the engine
+        closes."""
         with self._wake:
-            while not (self._poked or self.running or self._admission.loaded):
+            while not (self._is_woken or self.running or self._admission.loaded):
                 deadline = min((state.deadline for state in self._open_states()), default=math.inf)
                 if deadline <= time.monotonic():
                     break
-                expiry = self._batch.memory.expires_in(PREFIX_IDLE_SECONDS)
-                trim_in = IDLE_SECONDS if self._stepped_since_trim else expiry
-                rest = threading.TIMEOUT_MAX if trim_in is None else trim_in
-                is_notified = self._wake.wait(min(deadline - time.monotonic(), rest))
-                if not is_notified and trim_in is not None:
+                expiry_seconds = self._batch.memory.expires_in(PREFIX_IDLE_SECONDS)
+                trim_seconds = IDLE_SECONDS if self._stepped_since_trim else expiry_seconds
+                max_sleep = threading.TIMEOUT_MAX if trim_seconds is None else trim_seconds
+                is_notified = self._wake.wait(min(deadline - time.monotonic(), max_sleep))
+                if not is_notified and trim_seconds is not None:
                     self._stepped_since_trim = False
                     self._batch.memory.trim(0, PREFIX_IDLE_SECONDS)
                     return_unused_memory()
-            self._poked = False
+            self._is_woken = False
             return not self._closing
 
     def _step_or_restart(self) -> None:
@@ -286,9 +286,9 @@ class Engine:
                 self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            computing = {*self._batch.filling, *self._batch.running, *self._requests_in_call}
+            states = {*self._batch.filling, *self._batch.running, *self._requests_in_call}
             self._batch = self._new_batch()
-            for state in computing:
+            for state in states:
                 state.row = None
                 self._end(state, "error", f"{type(error).__name__}: {error}")
 
@@ -300,7 +300,7 @@ class Engine:
 
     def _start_requests(self) -> None:
         """Give rows to requests whose adapters are loaded, while there are rows and memory. A
-        request that begins like one in prefill waits, to reuse the keys and values of that one."""
+        request with the same first tokens as one in prefill waits, to reuse its keys and values."""
         for state in self._admission.loaded:
             if self.running >= self.rows:
                 return
@@ -319,25 +319,25 @@ class Engine:
     def _compute(
         self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
     ) -> float:
-        """Run one call of the model for ``states`` and sample their next tokens; return the seconds
-        of both. A failure ends only these requests."""
+        """Run one forward call for ``states`` and sample their next tokens; return the seconds that
+        both took. If it fails, only these requests end."""
         self._requests_in_call, start = states, time.monotonic()
         try:
             with self._select_adapters([state.acting_lease for state in states]):
-                ready, logits = call(states)
+                sampled_states, logits = call(states)
         except Exception as error:
             self._end_failed(states, error)
         else:
             if logits is not None:
-                self._sample(ready, logits)
+                self._sample(sampled_states, logits)
         self._requests_in_call = []
         return time.monotonic() - start
 
     def _sample(self, states: list[RequestState], logits: Tensor) -> None:
         """Sample the next tokens of requests from logits [requests, vocabulary]."""
-        for state, row in zip(states, logits, strict=True):
-            if self._prefix_cache and state.prompt_logits is None:  # reused for an equal prompt
-                state.prompt_logits = row.clone()
+        for state, state_logits in zip(states, logits, strict=True):
+            if self._prefix_cache and state.prompt_logits is None:  # kept for equal prompts
+                state.prompt_logits = state_logits.clone()
         try:
             sampled_tokens = sample(logits, [state.sampler for state in states])
         except Exception as error:
@@ -347,16 +347,16 @@ class Engine:
             self._accept(state, sampled)
 
     def _end_failed(
-        self, states: list[RequestState], error: Exception, event: str = "a call failed"
+        self, states: list[RequestState], error: Exception, problem: str = "a call failed"
     ) -> None:
-        ids = listing(state.request.id for state in states)
-        log.error("%s; requests that end: %s", event, ids, exc_info=error)
+        ids_text = listing(state.request.id for state in states)
+        log.error("%s; requests that end: %s", problem, ids_text, exc_info=error)
         for state in states:
             self._end(state, "error", f"{type(error).__name__}: {error}")
 
-    def _compute_together(self, filling: list[RequestState], tokens: int) -> bool:
-        """One call for the running rows and ``tokens`` prompt tokens. Returns False if it failed.
-        No request has ended then: the caller makes separate calls, which show whose call fails."""
+    def _compute_together(self, filling: list[RequestState], token_count: int) -> bool:
+        """Run one forward call for the next tokens of running requests and for ``token_count``
+        tokens of prompts (``filling``). If it fails, return False without ending any request."""
         running, start = self._batch.sort_running(), time.monotonic()
         states = [*running, *filling]
         self._requests_in_call = states
@@ -374,11 +374,11 @@ class Engine:
             return False
         for state in running:
             state.length += 1
-        complete = [len(running) + number for number in self._batch.note_filled(filling, finite)]
-        chosen = [*range(len(running)), *complete]
-        logits = logits[chosen] if complete else logits[: len(running)]
-        self._sample([states[number] for number in chosen], logits)
-        self._prefill_budget.note_together(tokens, time.monotonic() - start)
+        filled_rows = [len(running) + index for index in self._batch.note_filled(filling, finite)]
+        sampled_indices = [*range(len(running)), *filled_rows]
+        logits = logits[sampled_indices] if filled_rows else logits[: len(running)]
+        self._sample([states[index] for index in sampled_indices], logits)
+        self._prefill_budget.note_together(token_count, time.monotonic() - start)
         self._requests_in_call = []
         return True
 
@@ -386,8 +386,8 @@ class Engine:
         return nullcontext() if self._bank is None else self._bank.rows(leases, invoked=True)
 
     def _fill(self, states: list[RequestState]) -> Computed:
-        """Compute prompts, or chunks of them. Requests whose prompts are complete begin to run, and
-        their next tokens are sampled."""
+        """Compute prompts, or chunks of them. Requests whose prompts are complete begin to decode;
+        they are returned with the logits from which their next tokens are sampled."""
         rows: list[Any] = [state.row for state in states]
         chunks = [state.ids[state.length : state.prefill_end] for state in states]
         starts, slots = [state.length for state in states], self._batch.memory.slots
@@ -398,22 +398,22 @@ class Engine:
         if scores:
             logits, finite = take_scores(scores, starts, list(map(len, chunks)), logits, finite)
         is_finite = finite.tolist()
-        complete = self._batch.note_filled(states, is_finite)
-        for number, state in enumerate(states if scores else ()):
-            if not is_finite[number]:
-                self._end(state, "error", NOT_FINITE.error, NOT_FINITE.cause)
-            elif number in complete:
+        complete_indices = self._batch.note_filled(states, is_finite)
+        for index, state in enumerate(states if scores else ()):
+            if not is_finite[index]:
+                self._end(state, "error", NOT_FINITE.error, NOT_FINITE.error_kind)
+            elif index in complete_indices:
                 state.send_prompt()
                 if not state.limit:  # the client asked only for the prompt's scores
                     self._end(state, "length")
-        complete = [number for number in complete if not states[number].done]
-        if len(complete) < len(states):
-            logits = logits[complete] if complete else None
-        return [states[number] for number in complete], logits
+        complete_indices = [index for index in complete_indices if not states[index].done]
+        if len(complete_indices) < len(states):
+            logits = logits[complete_indices] if complete_indices else None
+        return [states[index] for index in complete_indices], logits
 
     def _widen_rows(self) -> None:
-        """Make room for the next token of each running row. Requests that lose their rows for it
-        are computed again later."""
+        """Make room for the next token of each running request. Requests that lose their rows
+        (preemption) wait for new rows, in which they are computed again."""
         for state in self._batch.widen():
             self._admission.put_back(state)
 
@@ -425,20 +425,20 @@ class Engine:
 
     def _accept(self, state: RequestState, sampled: SampledToken) -> None:
         if sampled.token is None:
-            self._end(state, "error", sampled.error, sampled.cause)
+            self._end(state, "error", sampled.error, sampled.error_kind)
             return
-        before, state.sampled_at = state.sampled_at, time.monotonic()
-        event, since = (
-            ("next_token", before) if state.generated else ("first_token", state.submitted_at)
+        previous, state.sampled_at = state.sampled_at, time.monotonic()
+        event, start = (
+            ("next_token", previous) if state.generated else ("first_token", state.submitted_at)
         )
-        self._notify_observer(event, state.request.blend, state.sampled_at - since)
+        self._notify_observer(event, state.request.blend, state.sampled_at - start)
         with self._wake:
             self._scheduler.charge(state, 1)
         self._notify_observer("tokens", state.request.blend, 0, 1)
         try:
             finish = state.accept(sampled, self._eos)
-        except RequestError as error:  # a schema that exceeds the limits of its matcher
-            self._end(state, "error", str(error), cause_of(error))
+        except RequestError as error:  # the grammar needs more than the matcher's limits
+            self._end(state, "error", str(error), error_kind_of(error))
         except Exception as error:
             self._end_failed([state], error, "a token could not be taken")
         else:
@@ -450,10 +450,10 @@ class Engine:
         state: RequestState,
         finish: Finish,
         error: str | None = None,
-        cause: Cause | None = None,
+        error_kind: ErrorKind | None = None,
     ) -> None:
-        """End a request, whether it waits or runs: free its row, lease and place in the queue or
-        among the running ones, and deliver its last piece."""
+        """End a request, wherever it is: free its row, its lease on adapters and its place in the
+        queue, and deliver its last piece. Does nothing if the request has ended."""
         if state.done:
             return
         if state.generated and finish != "error":
@@ -464,8 +464,8 @@ class Engine:
         self._admission.release(state)
         with self._wake:
             (self._scheduler.ended if state.has_left_queue else self._scheduler.remove)(state)
-        # after the place is freed, so that a client with its last piece can use the place at once
-        state.end(finish, error, cause)
+        # only after the place is freed: a client may send its next request upon its last piece
+        state.end(finish, error, error_kind)
         with self._wake:
             self._open_count -= 1
             self._poke()  # another request may wait for its memory
@@ -473,8 +473,8 @@ class Engine:
             "finished", state.request.blend, finish, time.monotonic() - state.submitted_at
         )
 
-    @torch.inference_mode()  # the mode in which the memory of the rows was allocated
-    def _abandon(self, finish: Finish) -> None:
+    @torch.inference_mode()  # rows are inference tensors: change them only in this mode
+    def _end_all(self, finish: Finish) -> None:
         for state in self._open_states():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 

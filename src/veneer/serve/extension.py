@@ -1,7 +1,8 @@
 """The interface through which other packages add routes and models to a service.
 
 ``start(settings, keys, plugin)`` asks the plugin for its extension after the base is loaded. The
-core calls an extension only through the methods below, so that it need not import any extension.
+server calls an extension only through the methods below, so it need not import the package of any
+extension.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ class Extension(ABC):
 
     Attributes:
         routers: FastAPI routers with the extension's routes.
-        path_prefix: the beginning of the URL paths of its routes. They need a key, except under
-            ``public_paths``.
-        secret_path: the path segment after it is a secret, which the log masks.
+        path_prefix: the beginning of the URL paths of its routes. Requests for these paths need a
+            key, except for paths that begin with one of ``public_paths``.
+        secret_path: the beginning of paths whose next segment is a secret, which the log masks.
         key_prefix: a prefix that clients put before their key in the header X-API-Key; the server
             removes it.
         max_body: the most bytes of a request body for its routes, if the request has a valid key.

@@ -66,19 +66,19 @@ class Guard:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 self.service.metrics.responses.labels(str(record.status)).inc()
-                # a replica behind this server may have added headers of the same names
+                # drop headers of the same names, which a replica behind this server may have added
                 route_headers = [
                     pair for pair in message.get("headers", ()) if pair[0] not in added_names
                 ]
                 message = {**message, "headers": [*route_headers, *added_headers]}
             await send(message)
 
-        # pass the request id to the application, which may be a gateway to replicas
+        # pass the request id on: if the application is a gateway, it sends the id to its replicas
         client_headers = [
             pair for pair in scope["headers"] if pair[0].lower() != ID_HEADER.encode()
         ]
         scope["headers"] = [*client_headers, (ID_HEADER.encode(), record.request_id.encode())]
-        token = CURRENT_RECORD.set(record)
+        reset_token = CURRENT_RECORD.set(record)
         try:
             await self._check_and_run(scope, receive, reply)
         except Exception:
@@ -87,9 +87,9 @@ class Guard:
                     500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
                 )
                 await refusal.response(scope["path"])(scope, receive, reply)
-            raise  # uvicorn logs it
+            raise  # so that uvicorn logs it
         finally:
-            CURRENT_RECORD.reset(token)
+            CURRENT_RECORD.reset(reset_token)
             record.key = getattr(scope.get("state", {}).get("key"), "name", None)
             record.total_seconds = time.monotonic() - record.started
             self._report(record, path, headers)
@@ -97,8 +97,8 @@ class Guard:
     def _added_headers(
         self, path: str, request_id: str, origin: str | None
     ) -> list[tuple[bytes, bytes]]:
-        """The headers that are added to the answer to a request for ``path`` from a web page of
-        ``origin``; None if no page sent it."""
+        """The headers that are added to the response. ``path``: of the request; ``origin``: of the
+        web page that sent it, None if no page did."""
         cache_headers = [(b"cache-control", b"no-store")] if self._is_private(path) else []
         cors_headers = cors.origin_headers(self.service.cors, origin)
         id_header = (ID_HEADER.encode(), request_id.encode())
@@ -115,15 +115,16 @@ class Guard:
             self.service.tracer.send(record, headers)
 
     async def _check_and_run(self, scope: Any, receive: Any, send: Any) -> None:
-        """Check a request and run its route, or answer with a refusal."""
+        """Check a request and run its route, or answer it with a refusal."""
         headers = Headers(scope=scope)
-        prefixes = [extension.key_prefix for extension in self.service.extensions]
-        key = self.service.keys.find(credentials(headers, prefixes))
+        key_prefixes = [extension.key_prefix for extension in self.service.extensions]
+        key = self.service.keys.find(credentials(headers, key_prefixes))
         scope.setdefault("state", {})["key"] = key
         owner, body_bytes = None if key is None else key.owner, 0
 
         def reserve(byte_count: int) -> None:
-            """Count bytes of the body, which count until the request ends. ``Refusal``: no room."""
+            """Count more bytes of the body as held in memory, until the request ends. ``Refusal``:
+            there is no room for them."""
             nonlocal body_bytes
             self._check_room(owner, byte_count)
             self.body_bytes[owner] += byte_count
@@ -133,24 +134,24 @@ class Guard:
             try:
                 _check_headers(scope, headers)
                 if self.service.cors and cors.is_preflight(scope["method"], headers):
-                    answer = cors.preflight_response(self.service.cors, headers)
-                    await answer(scope, receive, send)
+                    response = cors.preflight_response(self.service.cors, headers)
+                    await response(scope, receive, send)
                     return
                 self._check_access(scope, headers, key)
                 extension = self._extension_at(scope["path"])
                 max_bytes = limits.BODY if key is None or extension is None else extension.max_body
                 body = await _read_body(headers, receive, max_bytes, reserve)
             except Refusal as refusal:
-                refusal.headers["connection"] = "close"  # the body was not read to its end
+                refusal.headers["connection"] = "close"  # since the rest of the body is unread
                 await refusal.response(scope["path"])(scope, receive, send)
                 return
             if body is None:
                 return
-            unread = iter([{"type": "http.request", "body": body, "more_body": False}])
+            unread_messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
             async def replay() -> Any:
                 """Replay the body that was read, then wait for the client to disconnect."""
-                return next(unread, None) or await receive()
+                return next(unread_messages, None) or await receive()
 
             await self.app(scope, replay, send)
         finally:
@@ -159,12 +160,13 @@ class Guard:
                 del self.body_bytes[owner]
 
     def _check_room(self, owner: str | None, byte_count: int) -> None:
-        """Check the room for ``byte_count`` more bytes of a request's body. ``Refusal``: with them,
-        all bodies together, or those of ``owner`` (``Key.owner``), would exceed their limit."""
-        room = limits.BODIES - self.body_bytes.total()
-        if owner != "":  # without keys, all clients share one limit
-            room = min(room, room - self.body_bytes[owner])
-        if byte_count > room:
+        """Check the room for ``byte_count`` more bytes of a request's body. ``owner``: the name of
+        the key; None without a valid key. ``Refusal``: with the bytes, all bodies together, or
+        those of the owner, would exceed their limit."""
+        free_bytes = limits.BODIES - self.body_bytes.total()
+        if owner != "":  # "" is every client of a server without keys: no limit of its own
+            free_bytes = min(free_bytes, free_bytes - self.body_bytes[owner])
+        if byte_count > free_bytes:
             raise Refusal(
                 429,
                 "more bodies at one time than this server holds",
@@ -175,8 +177,8 @@ class Guard:
             )
 
     def _check_access(self, scope: Any, headers: Headers, key: Any) -> None:
-        """Check whether a request may run. ``Refusal``: the Host header is wrong, the server
-        drains, or the path needs a key and the request has no valid one."""
+        """Check whether a request may run. ``key``: its valid key, or None. ``Refusal``: the Host
+        header is wrong, the server drains, or the path needs a key and there is none."""
         host = headers.get("host", "").lower()
         host_name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
@@ -218,8 +220,9 @@ class Guard:
 
 
 def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
-    """The key of a request, as the value of an Authorization header ("Bearer …"). Some clients send
-    the key in X-API-Key instead, with one of ``prefixes``, which is removed."""
+    """The key of a request, as the value of an Authorization header ("Bearer …"). A client may send
+    the key in X-API-Key instead, possibly after one of ``prefixes``, which are removed. None if the
+    request has neither header."""
     api_key = headers.get("x-api-key")
     for prefix in prefixes:
         api_key = api_key and api_key.removeprefix(prefix)
@@ -227,8 +230,8 @@ def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
 
 
 def _check_headers(scope: Any, headers: Headers) -> None:
-    """Check the headers. ``Refusal``: they are too long, or a proxy in front of this server may
-    have read the length of the body from another header than this server does."""
+    """Check the headers. ``Refusal``: they are too long, or they give the length of the body in a
+    way that a proxy in front of this server may have read differently."""
     if "transfer-encoding" in headers and (
         "content-length" in headers or scope["http_version"] == "1.0"
     ):

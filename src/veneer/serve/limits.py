@@ -1,5 +1,5 @@
-"""Limits on what a client may send, keep in the server's memory, or wait for. A limit that a single
-file uses may stand in that file.
+"""Limits on what a client may send, keep in the server's memory, or wait for. The comment above a
+constant says what it limits. A limit that only one file uses may be defined in that file.
 
 The limits here bound the cost of a request before it reaches the engine. In the engine, the context
 length and the length of the queue bound it.
@@ -12,8 +12,9 @@ HEADERS = 16 * 2**10
 #: bytes of a request body: several times those of a text that fills the longest context
 BODY = 2**20
 #: bytes of the bodies of all requests together. A body counts from its first byte until the request
-#: is answered. The requests of one key, or all requests without a key, may take at most half of the
-#: bytes that are free
+#: is answered. The bodies of one key, or of all requests without a valid key, may take at most half
+#: of the bytes that the other bodies leave free. A server without keys has only the limit on all
+#: bodies
 BODIES = 256 * 2**20
 #: bytes of a body that the event loop parses itself; larger bodies are parsed in a thread
 PARSED_INLINE = 16 * 2**10
@@ -23,9 +24,9 @@ HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: the most connections that are open at one time
 CONNECTIONS = 1024
 
-#: WAITING_CHARS: characters of texts that may wait for the tokenizer, of all clients together. If
-#: none wait, any text is accepted. SCHEMA_WAITING_CHARS: the characters that a schema counts as,
-#: because the tokenizer's thread compiles it
+#: WAITING_CHARS: characters of the texts that wait for the tokenizer, of all clients together. If
+#: no text waits, a text of any length is accepted. SCHEMA_WAITING_CHARS: a schema counts as this
+#: many characters, because it waits for the same thread, which compiles it
 WAITING_CHARS, SCHEMA_WAITING_CHARS = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256
@@ -45,7 +46,8 @@ ALTERNATIVES, PROMPT_LOGPROBS = 20, 2**19
 BIASES, STOP_TOKENS, ALLOWED_TOKENS = 1024, 64, 2**15
 #: words in bad_words, and characters of each
 BAD_WORDS, BAD_WORD = 64, 128
-#: with truncate_prompt_tokens, a prompt may have this many times the tokens of the context
+#: a prompt to which truncate_prompt_tokens applies may have this many times the tokens of the
+#: context
 TRUNCATED = 16
 #: bytes of chat_template_kwargs as JSON, and characters of a request_id
 TEMPLATE_KWARGS, REQUEST_ID = 4096, 128

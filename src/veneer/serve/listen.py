@@ -3,7 +3,7 @@
 first SIGTERM or Ctrl-C    /ready and new requests answer 503; running requests have ``grace``
                            seconds; then the process exits with status 0
 second                     the process exits at once, with status 128 + the signal's number
-SIGHUP                     the key file is read again; without a key file, as a first SIGTERM
+SIGHUP                     the key file is read again; without a key file, like a first SIGTERM
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from veneer.serve import limits
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds that connections may stay open once no request runs in the engine. A request that still
-#: waits then, such as a poll of a training run, is cut off
+#: seconds that connections may stay open after draining, when no request runs in the engine. A
+#: request that still waits then, such as a poll of a training run, is cut off
 CLOSE_SECONDS = 0.5
 #: the answer when too many connections are open
 _TOO_MANY_CONNECTIONS = (
@@ -62,7 +62,8 @@ class Connection(H11Protocol):
         self._wait_for_head()
 
     def pause_writing(self) -> None:
-        """Start the timeout for a client that reads more slowly than the server writes."""
+        """Start a timeout, after which the connection is aborted: the client reads more slowly than
+        the server writes."""
         super().pause_writing()
         self._stall_timer = self.loop.call_later(limits.STALL_SECONDS, self.transport.abort)
 
@@ -75,13 +76,14 @@ class Connection(H11Protocol):
         self.transport.abort()  # closing would wait for a client that does not read
 
     def _wait_for_head(self) -> None:
-        """Start the timeout when the server begins to wait for the headers of a request, and stop
-        it once they are complete. Further bytes of headers do not restart it."""
-        in_request = self.cycle is not None and not self.cycle.response_complete
-        if in_request and self._head_timer is not None:
+        """Start the timeout for the headers of a request when the server begins to wait for them,
+        and stop it once they are complete. Bytes that arrive in between do not restart it, so a
+        client cannot hold the connection by sending headers slowly."""
+        is_in_request = self.cycle is not None and not self.cycle.response_complete
+        if is_in_request and self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        elif not in_request and self._head_timer is None:
+        elif not is_in_request and self._head_timer is None:
             self._head_timer = self.loop.call_later(limits.HEAD_SECONDS, self._abort_idle)
 
     def _abort_idle(self) -> None:
@@ -122,7 +124,7 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             timeout_keep_alive=30,
         )
-        config.timeout_graceful_shutdown = CLOSE_SECONDS  # set here: uvicorn declares it as int
+        config.timeout_graceful_shutdown = CLOSE_SECONDS  # set here, as uvicorn declares it as int
         super().__init__(config)
         self._reload = reload
         self._drain, self._grace, self._on_started, self._draining = drain, grace, started, False
@@ -134,11 +136,12 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
-            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            hangup = getattr(signal, "SIGHUP", None)  # None on Windows, which has no SIGHUP
             if (
                 hangup is None
                 or threading.current_thread() is not threading.main_thread()
-                or (self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN)  # nohup
+                # under nohup, the signal is ignored, and must stay so
+                or (self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN)
             ):
                 yield
                 return
@@ -165,7 +168,7 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + self._grace
         try:
             self._drain(self._grace)
-            # an answer is complete only when the client has received all of it
+            # the engine is done, but parts of answers may not be sent yet: wait until they are
             while time.monotonic() < deadline and any(
                 map(_has_unsent_data, [*self.server_state.connections])
             ):
@@ -175,7 +178,7 @@ class Server(uvicorn.Server):
 
 
 def _has_unsent_data(connection: Any) -> bool:
-    """Whether a part of an answer has not been sent yet."""
+    """Whether bytes of an answer wait to be sent on a connection."""
     flow = connection.flow  # None while the connection is being made
     return flow is not None and (
         flow.write_paused or connection.transport.get_write_buffer_size() > 0
@@ -187,13 +190,13 @@ def bind(host: str, port: int) -> socket.socket:
     not belong to this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # the socket of the address "::" then accepts IPv4 connections, too
-        dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        # so that a socket bound to "::" accepts IPv4 connections, too
+        is_dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         listener = socket.create_server(
-            address, family=family, backlog=1024, dualstack_ipv6=dual_stack
+            address, family=family, backlog=1024, dualstack_ipv6=is_dual_stack
         )
-        # connections inherit this option. asyncio would set it only on a socket that was created
-        # with an explicit protocol (IPPROTO_TCP), which this one was not
+        # accepted connections inherit this option. asyncio would set it only on a socket that was
+        # created with an explicit protocol (IPPROTO_TCP), and this one was not
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
@@ -205,7 +208,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether ``host`` is "localhost" or a loopback address, so that only this machine can reach
+    it."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -33,22 +33,22 @@ from veneer.serve.request_state import RequestState
 
 log = logging.getLogger("veneer.serve")
 
-#: the most answer tokens that a new row has room for. With fewer, it would soon be copied to a
-#: longer row.
+#: a new row has room for its prompt and at most this many tokens of the answer. With less room, it
+#: would soon have to be copied to a longer row
 HEADROOM_TOKENS = 32
 
-#: the most rows of finished requests that stay. One attention call of a layer covers adjacent rows,
-#: so a row that stays between running rows may cost one more call a layer.
+#: the most rows that are kept after their requests have finished. One attention call of a layer
+#: covers adjacent rows, so a kept row between running rows may cost one more call per layer
 MAX_FINISHED_ROWS = 4
 
-#: the number of memory pages that is assumed if the system does not report it: 8 GiB
+#: the number of memory pages that is assumed if the system does not report it (8 GiB)
 ASSUMED_PAGES = 8 * 2**30 // mmap.PAGESIZE
 
 
 class FinishedRow(NamedTuple):
     """The row of a request that ended at time ``ended_at`` (``time.monotonic``). It holds the keys
-    and values of tokens ``ids``, which requests of ``namespace`` may reuse. The first
-    ``prompt_length`` of them are the prompt. ``prompt_logits`` [vocabulary]: of the prompt's last
+    and values of tokens ``ids``, of which the first ``prompt_length`` are the prompt. Requests of
+    ``namespace`` may reuse them. ``prompt_logits`` [vocabulary]: the logits of the last prompt
     token, if known."""
 
     row: Row
@@ -60,9 +60,10 @@ class FinishedRow(NamedTuple):
 
 
 class Memory:
-    """Rows of up to ``length`` tokens for at most ``rows`` requests at a time, and the cached
-    prefixes. Both together take at most ``limit`` bytes; None is no limit. ``forms``: the form of
-    each layer's keys and values. Without ``prefix_cache``, no request reuses keys and values.
+    """The KV cache: rows of up to ``length`` tokens for at most ``rows`` requests at a time, and
+    cached prefixes. Both together take at most ``limit`` bytes (None: no limit). ``forms``: the
+    shape and dtype of each layer's keys and values. Without ``prefix_cache``, no request reuses
+    keys and values of another.
 
     The rows of the requests that finished last stay in ``finished_rows``, the oldest first. A new
     request that begins with at least ``BLOCK`` tokens of such a row may take over the row, so that
@@ -90,54 +91,57 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        return self.budget.rows + self.budget.prefixes
+        return self.budget.row_bytes + self.budget.prefix_bytes
 
     def start(self, state: RequestState) -> bool:
         """Give a request a row that begins with the cached prefix of its tokens. If the row of a
         finished request holds all of them, the request also gets the logits of its last prompt
         token. Returns False if there is no memory for a row now."""
-        # this marks the blocks as used, so that the row evicts other blocks first
+        # finding the blocks marks them as used, so that making room for the row evicts others first
         blocks = self._cached_blocks(state)
-        size = len(state.ids) + min(state.limit - state.generated, HEADROOM_TOKENS)
-        if self._continue_finished_row(state, size, len(blocks) * BLOCK):
+        row_tokens = len(state.ids) + min(state.limit - state.generated, HEADROOM_TOKENS)
+        if self._continue_finished_row(state, row_tokens, len(blocks) * BLOCK):
             return True
-        row = self.slots.allocate(size)
+        row = self.slots.allocate(row_tokens)
         if row is None and self._release_finished_rows():
-            row = self.slots.allocate(size)
+            row = self.slots.allocate(row_tokens)
         if row is None:
             return False
         state.row = row
-        blocks = self._cached_blocks(state)
+        blocks = self._cached_blocks(state)  # again, since allocating may have evicted some
         self.slots.write_blocks(row, [block.data for block in blocks])
         state.length = len(blocks) * BLOCK
         return True
 
-    def _continue_finished_row(self, state: RequestState, size: int, cached: int) -> bool:
-        """Give a request the row of a finished request that holds the most of its first tokens.
-        The row must have as many columns as a new row for ``size`` tokens, and must hold at least
-        the ``cached`` tokens that blocks would give. Returns False if there is no such row."""
+    def _continue_finished_row(
+        self, state: RequestState, row_tokens: int, cached_tokens: int
+    ) -> bool:
+        """Give a request the row of a finished request that holds the most of its first tokens. The
+        row must have as many columns as a new row for ``row_tokens`` tokens. It must hold at least
+        one block, and at least the ``cached_tokens`` that cached blocks would give. Returns False
+        if there is no such row."""
         if state.is_scored:
             return False
-        columns = self.slots.columns_for(size)
-        shared, number = max(
+        columns = self.slots.columns_for(row_tokens)
+        shared_tokens, index = max(
             (
-                (_shared_tokens(finished_row, state), number)
-                for number, finished_row in enumerate(self.finished_rows)
+                (_shared_tokens(finished_row, state), index)
+                for index, finished_row in enumerate(self.finished_rows)
                 if finished_row.row.columns == columns
             ),
             default=(0, 0),
         )
-        if shared < max(cached, BLOCK):
+        if shared_tokens < max(cached_tokens, BLOCK):
             return False
-        finished_row = self.finished_rows.pop(number)
-        state.row, state.length = finished_row.row, shared
-        if shared == len(state.ids):
+        finished_row = self.finished_rows.pop(index)
+        state.row, state.length = finished_row.row, shared_tokens
+        if shared_tokens == len(state.ids):
             state.prompt_logits = finished_row.prompt_logits
         return True
 
     def finish(self, state: RequestState) -> None:
-        """Cache the computed tokens of a request that ends, and move its row to ``finished_rows``.
-        If these are more than ``MAX_FINISHED_ROWS``, release the oldest."""
+        """Cache the computed tokens of a request that ends, and keep its row in ``finished_rows``.
+        If there are more than ``MAX_FINISHED_ROWS``, release the oldest."""
         self.save(state)
         if self.prefixes is None or state.row is None:
             return
@@ -157,8 +161,8 @@ class Memory:
     def _release_finished_rows(
         self, is_released: Callable[[FinishedRow], bool] = lambda finished_row: True
     ) -> bool:
-        """Release the rows of finished requests for which ``is_released(row)`` is true, by default
-        all; return whether any was released."""
+        """Release those of ``finished_rows`` for which ``is_released`` is true, by default all;
+        return whether any was released."""
         finished_rows, self.finished_rows = self.finished_rows, []
         for finished_row in finished_rows:
             if is_released(finished_row):
@@ -168,20 +172,21 @@ class Memory:
         return len(self.finished_rows) < len(finished_rows)
 
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
-        """Whether a request in prefill (``filling``) will soon compute at least one more block of
-        this request's first tokens than is cached now. It is then better to wait for the block."""
+        """Whether a request in prefill (``filling``) will soon compute at least one more block
+        (``BLOCK`` tokens) of the first tokens of this request than is cached now. If so, waiting
+        for the block is better than computing it twice."""
         if self.prefixes is None or state.is_scored:
             return False
-        namespace, stop = _namespace_of(state), (len(self._cached_blocks(state)) + 1) * BLOCK
-        return stop < len(state.ids) and any(
-            each.length < stop <= len(each.ids)
-            and _namespace_of(each).shared_length(stop, namespace) == stop
-            and each.ids[:stop] == state.ids[:stop]
-            for each in filling
+        namespace, block_end = _namespace_of(state), (len(self._cached_blocks(state)) + 1) * BLOCK
+        return block_end < len(state.ids) and any(
+            other.length < block_end <= len(other.ids)
+            and _namespace_of(other).shared_length(block_end, namespace) == block_end
+            and other.ids[:block_end] == state.ids[:block_end]
+            for other in filling
         )
 
     def save(self, state: RequestState) -> None:
-        """Cache the keys and values of a request's computed tokens."""
+        """Cache the keys and values of a request's computed tokens for other requests."""
         row = state.row
         if self.prefixes is not None and row is not None:
             self.prefixes.add(
@@ -193,10 +198,10 @@ class Memory:
 
     def widen(self, state: RequestState) -> bool:
         """Make room for the next token in a request's row. Returns False if memory is lacking."""
-        row, size = state.row, state.length + 1
-        if row is None or self.slots.widen(row, size):
+        row, token_count = state.row, state.length + 1
+        if row is None or self.slots.widen(row, token_count):
             return True
-        return self._release_finished_rows() and self.slots.widen(row, size)
+        return self._release_finished_rows() and self.slots.widen(row, token_count)
 
     def release(self, state: RequestState) -> None:
         """Free a request's row, if it has one."""
@@ -205,11 +210,15 @@ class Memory:
             self.slots.release(row)
 
     def trim(self, idle_seconds: float, prefix_idle_seconds: float) -> None:
-        """Release rows of requests that finished ``prefix_idle_seconds`` ago, or whose adapter left
-        memory. Free memory that no row used for ``idle_seconds``, and prefixes that were unused for
-        ``prefix_idle_seconds``."""
-        latest = time.monotonic() - prefix_idle_seconds
-        self._release_finished_rows(lambda row: row.ended_at <= latest or row.namespace.is_gone)
+        """Release rows of requests that finished at least ``prefix_idle_seconds`` ago, or whose
+        adapters have left memory. Free the memory that no row used for ``idle_seconds``, and the
+        prefixes that no request used for ``prefix_idle_seconds``."""
+        latest_end = time.monotonic() - prefix_idle_seconds
+        self._release_finished_rows(
+            lambda finished_row: (
+                finished_row.ended_at <= latest_end or finished_row.namespace.is_gone
+            )
+        )
         self.slots.trim(idle_seconds)
         if self.prefixes is not None:
             self.prefixes.expire(prefix_idle_seconds)
@@ -217,7 +226,7 @@ class Memory:
     def expires_in(self, prefix_idle_seconds: float) -> float | None:
         """Seconds until a cached prefix or the row of a finished request has been unused for
         ``prefix_idle_seconds``; None if there is neither."""
-        last_uses = [row.ended_at for row in self.finished_rows]
+        last_uses = [finished_row.ended_at for finished_row in self.finished_rows]
         if self.prefixes is not None and self.prefixes.oldest_use is not None:
             last_uses.append(self.prefixes.oldest_use)
         if not last_uses:
@@ -225,20 +234,22 @@ class Memory:
         return max(0.0, min(last_uses) + prefix_idle_seconds - time.monotonic())
 
     def _cached_blocks(self, state: RequestState) -> list[Block]:
-        """The cached blocks of the first tokens of a request, which this marks as used."""
+        """The cached blocks of a request's first tokens; they are marked as used. Empty for a
+        prompt that is scored, since all of its logits must be computed."""
         if self.prefixes is None or state.is_scored:
             return []
         return self.prefixes.find(_namespace_of(state), state.ids)
 
 
 def _namespace_of(state: RequestState) -> Namespace:
-    """The namespace of a request whose adapters are loaded. Requests with the same adapters share
-    it if they have the same ``cache_salt``, or none and the same API key."""
+    """The namespace of a request whose adapters are loaded: only requests in the same namespace
+    reuse each other's keys and values. These are requests with the same adapters that have the same
+    ``cache_salt``, or none and the same API key."""
     if state.namespace is None:
         request = state.request
         salt = ("salt", request.cache_salt) if request.cache_salt else ("key", request.owner)
-        uses = getattr(state.lease, "uses", ())
-        state.namespace = Namespace(uses, salt, state.acts_from)
+        weighted_adapters = getattr(state.lease, "uses", ())
+        state.namespace = Namespace(weighted_adapters, salt, state.acts_from)
     return state.namespace
 
 
@@ -248,25 +259,28 @@ def _shared_tokens(finished_row: FinishedRow, state: RequestState) -> int:
     the same prompt and these logits are known. A preempted request (``generated`` > 0) continues
     within its answer, for which no logits are stored."""
     length, namespace = len(state.ids), _namespace_of(state)
-    pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
-    most = min(len(finished_row.ids), length)
-    equal = next((number for number, (old, new) in pairs if old != new), most)
-    shared = finished_row.namespace.shared_length(equal, namespace)
+    token_pairs = enumerate(zip(finished_row.ids, state.ids, strict=False))
+    max_length = min(len(finished_row.ids), length)
+    equal_length = next(
+        (index for index, (finished_token, token) in token_pairs if finished_token != token),
+        max_length,
+    )
+    shared_length = finished_row.namespace.shared_length(equal_length, namespace)
     has_same_prompt = not state.generated and finished_row.prompt_length == length
     is_known = has_same_prompt and finished_row.prompt_logits is not None
-    return shared if is_known else min(shared, length - 1)
+    return shared_length if is_known else min(shared_length, length - 1)
 
 
 def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
-    """The tokens of the longest row that ``limit`` bytes hold, at most ``length``. ``ConfigError``:
-    the bytes do not hold ``BLOCK`` tokens."""
-    token_bytes = sum(form.nbytes for form in forms) + max(
+    """The number of tokens of the longest row that ``limit`` bytes hold, at most ``length``.
+    ``ConfigError``: the bytes do not hold ``BLOCK`` tokens."""
+    token_bytes = sum(form.token_bytes for form in forms) + max(
         form.larger_tensor_bytes for form in forms
     )
     if token_bytes * -(-length // BLOCK) * BLOCK <= limit:
         return length
-    tokens = limit // token_bytes // BLOCK * BLOCK
-    if not tokens:
+    row_tokens = limit // token_bytes // BLOCK * BLOCK
+    if not row_tokens:
         raise ConfigError(
             f"{limit:,} bytes for keys and values",
             f"at least {token_bytes * BLOCK:,}, which {BLOCK} tokens take",
@@ -275,10 +289,10 @@ def max_row_tokens(forms: Sequence[LayerForm], limit: int, length: int) -> int:
     log.warning(
         "%s bytes for keys and values hold rows of %d tokens, not of %d: --cache-memory sets them",
         f"{limit:,}",
-        tokens,
+        row_tokens,
         length,
     )
-    return tokens
+    return row_tokens
 
 
 def free_bytes(device: torch.device) -> int:
@@ -287,16 +301,17 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not (meminfo := Path("/proc/meminfo")).is_file():
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else ASSUMED_PAGES
-        return pages * mmap.PAGESIZE // 2
-    free = _number_of("MemAvailable:", meminfo) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        cached = _number_of("inactive_file", group / "memory.stat")  # the system frees it on demand
-        used = int((group / "memory.current").read_text()) - cached
-        free = min(free, max(0, int(text) - used))
-    return free
+        page_count = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else ASSUMED_PAGES
+        return page_count * mmap.PAGESIZE // 2
+    available_bytes = _number_of("MemAvailable:", meminfo) * 1024
+    cgroup_folder = Path("/sys/fs/cgroup")
+    limit_file = cgroup_folder / "memory.max"
+    if limit_file.is_file() and (text := limit_file.read_text().strip()) != "max":
+        # the system frees unused file pages on demand
+        reclaimable_bytes = _number_of("inactive_file", cgroup_folder / "memory.stat")
+        used_bytes = int((cgroup_folder / "memory.current").read_text()) - reclaimable_bytes
+        available_bytes = min(available_bytes, max(0, int(text) - used_bytes))
+    return available_bytes
 
 
 def _number_of(name: str, file: Path) -> int:
@@ -307,6 +322,8 @@ def _number_of(name: str, file: Path) -> int:
 
 def return_unused_memory() -> None:
     """Make the C library return unused memory to the system, if it supports that (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    malloc_trim = (
+        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    )
+    if malloc_trim is not None:
+        malloc_trim(0)

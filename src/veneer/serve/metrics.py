@@ -1,5 +1,5 @@
-"""The metrics page that Prometheus reads at ``/metrics``. For each adapter it has requests, tokens,
-loads and memory; for the server as a whole it has times.
+"""The metrics page that Prometheus reads at ``/metrics``. It has requests, tokens, loads and memory
+for each adapter, and histograms of times for the server as a whole.
 
 The label of a series is the name of a registered adapter, "base", "blend" (a request with several
 adapters) or "unloaded" (an adapter that was removed meanwhile). So clients cannot create labels,
@@ -29,8 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 BASE, BLEND, UNLOADED, OVERFLOW = "base", "blend", "unloaded", "other"
-#: the label for the counts of removed series. The page does not show it, but includes the counts in
-#: sums over adapters.
+#: the label under which the counts of removed series are kept. The page does not show it, but
+#: includes the counts in sums over adapters.
 REMOVED = ""
 #: the most adapters that have a label of their own
 MAX_LABELLED = 64
@@ -67,11 +67,11 @@ class Metrics:
         self._labelled: set[str] = set()  # adapters with a label of their own
         self._request_counts: Counts[str] = Counts()  # by adapter, with or without a label
 
-        def counter(name: str, help_: str, *labels: str) -> Counter:
-            return Counter(name, help_, labels, registry=registry)
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(name, help_text, labels, registry=registry)
 
-        def histogram(name: str, help_: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, help_, registry=registry, buckets=buckets)
+        def histogram(name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, help_text, registry=registry, buckets=buckets)
 
         self.requests = counter(
             "veneer_requests", "Answers that ended, by outcome.", "adapter", "outcome"
@@ -117,9 +117,9 @@ class Metrics:
     def started(self, blend: Mapping[str, float], seconds: float) -> None:
         self.queue_seconds.observe(seconds)
 
-    def looked_up(self, blend: Mapping[str, float], tokens: int, cached: int) -> None:
-        self.prefix_queries.inc(tokens)
-        self.prefix_hits.inc(cached)
+    def looked_up(self, blend: Mapping[str, float], prompt_tokens: int, cached_tokens: int) -> None:
+        self.prefix_queries.inc(prompt_tokens)
+        self.prefix_hits.inc(cached_tokens)
 
     def preempted(self, blend: Mapping[str, float]) -> None:
         self.preemptions.inc()
@@ -131,11 +131,11 @@ class Metrics:
         """``seconds``: the time since the previous token of the same answer."""
         self.next_token_seconds.observe(seconds)
 
-    def tokens(self, blend: Mapping[str, float], prompt: int, generated: int) -> None:
-        if prompt:
-            self._count(self.prompt_tokens, blend, prompt)
-        if generated:
-            self._count(self.generated_tokens, blend, generated)
+    def tokens(self, blend: Mapping[str, float], prompt_count: int, generated_count: int) -> None:
+        if prompt_count:
+            self._count(self.prompt_tokens, blend, prompt_count)
+        if generated_count:
+            self._count(self.generated_tokens, blend, generated_count)
 
     def finished(self, blend: Mapping[str, float], reason: str, seconds: float) -> None:
         self.request_seconds.observe(seconds)
@@ -145,7 +145,7 @@ class Metrics:
 
     def event(self, kind: str, name: str, seconds: float) -> None:
         """Count an event of the bank (``Bank.on_event``). ``kind``: "load", "evict", "fail" or
-        "remove"; ``name``: of the adapter."""
+        "remove"; ``name``: the adapter's; ``seconds``: the duration of a load."""
         if kind in self.events:
             self._count(self.events[kind], {name: 1.0}, 1)
         if kind == "load":
@@ -162,7 +162,9 @@ class Metrics:
             counter.labels(self.label(blend), *labels).inc(amount)
 
     def label(self, blend: Mapping[str, float]) -> str:
-        """The label under which a blend is counted."""
+        """The label under which a request is counted; ``blend`` has its adapter weights by name. A
+        registered adapter without a label of its own gets one here, unless ``max_labelled``
+        adapters have one."""
         if len(blend) != 1:
             return BLEND if blend else BASE
         (name,) = blend
@@ -185,9 +187,9 @@ class Metrics:
             self._request_counts[name] += 1
             if name in self._labelled or len(self._labelled) < self._max_labelled:
                 return
-            counts = self._request_counts
-            least_requested = min(self._labelled, key=counts.__getitem__)
-            if counts[name] >= TAKEOVER_FACTOR * max(1, counts[least_requested]):
+            request_counts = self._request_counts
+            least_requested = min(self._labelled, key=request_counts.__getitem__)
+            if request_counts[name] >= TAKEOVER_FACTOR * max(1, request_counts[least_requested]):
                 self._remove_series(least_requested)
                 self._labelled.add(name)
 
@@ -203,7 +205,8 @@ class Metrics:
             counter.remove_by_labels({"adapter": label})
 
     def watch(self, engine: Any, bank: Any) -> None:
-        """Add gauges, which read the engine and the bank whenever the page is requested."""
+        """Add gauges to the page. They read ``engine`` (or an embedder) and ``bank`` whenever the
+        page is requested."""
 
         def cache_bytes() -> int:  # an encoder has no cache
             return getattr(engine, "cache_bytes", 0)
@@ -214,7 +217,7 @@ class Metrics:
         def resident_sizes() -> list[int]:
             return [entry.bytes for entry in bank.status() if entry.resident]
 
-        for name, help_, read in (
+        for name, help_text, read_value in (
             ("veneer_running", "Answers that are being written.", lambda: engine.running),
             ("veneer_waiting", "Requests that wait.", lambda: engine.waiting),
             (
@@ -231,7 +234,7 @@ class Metrics:
             ("veneer_kv_cache_bytes", "Bytes of keys and values, with prefixes.", cache_bytes),
             ("veneer_kv_cache_usage_perc", "Their share of --cache-memory, 0 to 1.", cache_share),
         ):
-            Gauge(name, help_, registry=self.registry).set_function(read)
+            Gauge(name, help_text, registry=self.registry).set_function(read_value)
         self.registry.register(_ResidentBytes(self, bank))
 
     def page(self, *, adapters: bool = True) -> bytes:
@@ -241,35 +244,36 @@ class Metrics:
 
 
 class _ResidentBytes(Collector):
-    """The bytes of each adapter in memory. Adapters without a label of their own are added up."""
+    """Collects the bytes of each adapter in memory. Adapters without a label of their own are
+    counted together, as "other"."""
 
     def __init__(self, metrics: Metrics, bank: Any) -> None:
         self._metrics, self._bank = metrics, bank
 
     def collect(self) -> Iterator[Metric]:
-        sizes: Counts[str] = Counts()
+        bytes_by_label: Counts[str] = Counts()
         for entry in self._bank.status():
             if entry.resident:
-                sizes[self._metrics.label({entry.name: 1.0})] += entry.bytes
+                bytes_by_label[self._metrics.label({entry.name: 1.0})] += entry.bytes
         family = GaugeMetricFamily(
             "veneer_adapter_resident_bytes", "Bytes of an adapter in memory.", labels=["adapter"]
         )
-        for label, size in sizes.items():
-            family.add_metric([label], size)
+        for label, byte_count in bytes_by_label.items():
+            family.add_metric([label], byte_count)
         yield family
 
 
-def _shown_metrics(registry: CollectorRegistry, adapters: bool) -> Iterator[Metric]:
-    """The metrics of a registry as the page shows them. ``adapters=False``: sums over all adapters.
-    The creation times of series are left out: they would be a third of the page."""
+def _shown_metrics(registry: CollectorRegistry, by_adapter: bool) -> Iterator[Metric]:
+    """The metrics of a registry as the page shows them; sums over all adapters unless
+    ``by_adapter``. The creation times of series are left out: they would be a third of the page."""
     for metric in registry.collect():
         shown_metric = Metric(metric.name, metric.documentation, metric.type, metric.unit)
         sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for sample in metric.samples:
-            is_hidden = adapters and sample.labels.get("adapter") == REMOVED
+            is_hidden = by_adapter and sample.labels.get("adapter") == REMOVED
             if not is_hidden and not sample.name.endswith("_created"):
                 labels = tuple(
-                    label for label in sample.labels.items() if adapters or label[0] != "adapter"
+                    label for label in sample.labels.items() if by_adapter or label[0] != "adapter"
                 )
                 sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
         for (name, labels), value in sums.items():
@@ -278,14 +282,14 @@ def _shown_metrics(registry: CollectorRegistry, adapters: bool) -> Iterator[Metr
 
 
 def _label_of(name: str) -> str:
-    """The label of an adapter: its name, or "adapter:NAME" if the name is a label with another
-    meaning."""
+    """The label of an adapter: its name, or "adapter:NAME" if the name is one of the labels with
+    another meaning."""
     return f"adapter:{name}" if name in (BASE, BLEND, UNLOADED, OVERFLOW) else name
 
 
 def merge_pages(pages: Mapping[str, bytes]) -> bytes:
-    """Merge the metrics pages of servers, by server name. Each sample gets a label ``replica`` with
-    the name."""
+    """Merge the metrics pages of several servers. ``pages``: by server name, which each sample gets
+    as its label ``replica``."""
     families: dict[str, Metric] = {}
     for replica, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):

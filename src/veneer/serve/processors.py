@@ -1,12 +1,13 @@
-"""The logits processors that a request's fields ask for. They are applied before the temperature.
+"""The logits processors for a request's sampling fields. They change the logits before these are
+divided by the temperature.
 
     allowed_token_ids → bad_words → min_tokens → logit_bias → repetition → frequency, presence
 
-The order is vLLM's: a bias changes the logit that a penalty then scales. Each processor has the
-interface of transformers' logits processors, and is one of them where possible. It gets the ids
-[1, n] of the answer's n tokens so far, and scores [1, vocabulary] in float32. Each row of a batch
-is processed by itself, because processors depend on the row's own answer. A request without such
-fields has no processors.
+The order is that of vLLM, so that equal requests get equal logits: ``logit_bias`` is added before
+the repetition penalty scales the sum. Each processor has the interface of transformers' logits
+processors, and is one of them where possible. It gets the ids [1, n] of the answer's n tokens so
+far, and scores [1, vocabulary] in float32. Each row of a batch is processed by itself, because the
+result depends on the row's own answer. A request without these fields has no processors.
 """
 
 from __future__ import annotations
@@ -26,87 +27,101 @@ from transformers.generation.logits_process import (
 
 from veneer.serve.requests import RequestError, Sampling
 
+#: (ids [1, n] of the answer so far, scores [1, vocabulary]) → new scores
 Processor = Callable[[Any, Any], Tensor]
 
 
 class AllowedTokens(LogitsProcessor):
-    """Forbid all tokens except the allowed ones."""
+    """Sets the scores of all tokens except the allowed ids to −inf."""
 
-    def __init__(self, allowed: Collection[int]) -> None:
-        self._allowed = torch.tensor(sorted(allowed), dtype=torch.long, device="cpu")
+    def __init__(self, allowed_ids: Collection[int]) -> None:
+        self._allowed_ids = torch.tensor(sorted(allowed_ids), dtype=torch.long, device="cpu")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._allowed = self._allowed.to(scores.device)
-        allowed_scores = scores.index_select(-1, self._allowed)
-        return torch.full_like(scores, -torch.inf).index_copy(-1, self._allowed, allowed_scores)
+        self._allowed_ids = self._allowed_ids.to(scores.device)
+        allowed_scores = scores.index_select(-1, self._allowed_ids)
+        return torch.full_like(scores, -torch.inf).index_copy(-1, self._allowed_ids, allowed_scores)
 
 
 class PromptRepetitionPenalty(LogitsProcessor):
-    """transformers' repetition penalty, for the tokens of the prompt and the answer so far."""
+    """transformers' repetition penalty, applied to the tokens of the prompt and of the answer so
+    far. transformers' own processor would see only the answer, since the ids that it gets here do
+    not include the prompt."""
 
-    def __init__(self, penalty: float, prompt: Sequence[int]) -> None:
-        self._processor = RepetitionPenaltyLogitsProcessor(float(penalty))
-        self._prompt = torch.tensor([sorted(set(prompt))])  # a repeated token is penalised once
+    def __init__(self, penalty: float, prompt_ids: Sequence[int]) -> None:
+        self._penalty = RepetitionPenaltyLogitsProcessor(float(penalty))
+        # each token once, because the penalty does not depend on its count
+        self._prompt_ids = torch.tensor([sorted(set(prompt_ids))])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._prompt = self._prompt.to(scores.device)
-        return self._processor(torch.cat([self._prompt, input_ids], 1), scores)  # pyright: ignore
+        self._prompt_ids = self._prompt_ids.to(scores.device)
+        return self._penalty(torch.cat([self._prompt_ids, input_ids], 1), scores)  # pyright: ignore
 
 
 class CountPenalties(LogitsProcessor):
-    """OpenAI's frequency and presence penalties: logit −= frequency · count + presence, for each
-    token of the answer so far."""
+    """OpenAI's frequency and presence penalties. The logit of each token that occurs in the answer
+    so far is reduced by frequency · (its number of occurrences) + presence."""
 
-    def __init__(self, frequency: float, presence: float) -> None:
-        self._frequency, self._presence = frequency, presence
+    def __init__(self, frequency_penalty: float, presence_penalty: float) -> None:
+        self._frequency_penalty, self._presence_penalty = frequency_penalty, presence_penalty
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         tokens, counts = input_ids[0].unique(return_counts=True)
-        penalties = self._frequency * counts.to(scores.dtype) + self._presence
+        penalties = self._frequency_penalty * counts.to(scores.dtype) + self._presence_penalty
         return scores.index_add(-1, tokens, -penalties[None])
 
 
 def processors_of(
     sampling: Sampling,
-    prompt: Sequence[int],
+    prompt_ids: Sequence[int],
     end_tokens: Iterable[int],
-    vocabulary: int,
+    vocabulary_size: int,
     device: torch.device,
 ) -> list[Processor]:
-    """The processors of a request, in order. ``end_tokens``: ids of the tokens that end a text;
-    ``vocabulary``: the number of logits. ``RequestError``: a field has a token id that the model
-    does not have."""
-    _check_tokens(sampling, vocabulary)
+    """The processors of a request, in the order in which they are applied.
+
+    Args:
+        prompt_ids: the token ids of the prompt.
+        end_tokens: ids of the tokens that end a text, which ``min_tokens`` forbids at first.
+        vocabulary_size: the number of logits.
+
+    Raises:
+        RequestError: a field contains a token id that the model does not have.
+    """
+    _check_tokens(sampling, vocabulary_size)
     processors: list[Processor] = []
     if sampling.allowed_tokens is not None:
         processors.append(AllowedTokens(sampling.allowed_tokens))
     if sampling.bad_words:
         processors.append(NoBadWordsLogitsProcessor([list(word) for word in sampling.bad_words]))
-    if sampling.min_tokens and (banned := sorted({*end_tokens, *sampling.stop_tokens})):
+    if sampling.min_tokens and (banned_tokens := sorted({*end_tokens, *sampling.stop_tokens})):
         processors.append(
-            MinNewTokensLengthLogitsProcessor(0, sampling.min_tokens, banned, device=str(device))
+            MinNewTokensLengthLogitsProcessor(
+                0, sampling.min_tokens, banned_tokens, device=str(device)
+            )
         )
     if sampling.logit_bias:
-        pairs = [[[token], float(bias)] for token, bias in sampling.logit_bias.items()]
-        processors.append(SequenceBiasLogitsProcessor(pairs))
+        bias_pairs = [[[token], float(bias)] for token, bias in sampling.logit_bias.items()]
+        processors.append(SequenceBiasLogitsProcessor(bias_pairs))
     if sampling.repetition_penalty != 1:
-        processors.append(PromptRepetitionPenalty(sampling.repetition_penalty, prompt))
+        processors.append(PromptRepetitionPenalty(sampling.repetition_penalty, prompt_ids))
     if sampling.frequency_penalty or sampling.presence_penalty:
         processors.append(CountPenalties(sampling.frequency_penalty, sampling.presence_penalty))
     return processors
 
 
-def _check_tokens(sampling: Sampling, vocabulary: int) -> None:
-    """``RequestError``: a token id is not below ``vocabulary``."""
-    fields = {
+def _check_tokens(sampling: Sampling, vocabulary_size: int) -> None:
+    """Check the token ids in the fields of a request. ``RequestError``: one of them is not below
+    ``vocabulary_size``."""
+    tokens_by_field = {
         "logit_bias": sampling.logit_bias,
         "allowed_token_ids": sampling.allowed_tokens or (),
         "bad_words": {token for word in sampling.bad_words for token in word},
     }
-    for name, tokens in fields.items():
-        if tokens and max(tokens) >= vocabulary:
+    for name, tokens in tokens_by_field.items():
+        if tokens and max(tokens) >= vocabulary_size:
             raise RequestError(
                 f"token {max(tokens)} in {name}",
-                f"ids from 0 to {vocabulary - 1}",
+                f"ids from 0 to {vocabulary_size - 1}",
                 "leave that word out" if name == "bad_words" else "use its tokenizer",
             )

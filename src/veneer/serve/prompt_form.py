@@ -1,12 +1,11 @@
-"""The prompt format that a model of the API reports to clients, such as the web page: chat or
-completion, and perhaps a system prompt and an example of a prompt.
-
-An adapter's record holds the mode that the adapter was trained for; with ``veneer train
---record-example``, it also holds the two texts.
+"""The prompt format that the server reports to clients for each model, such as for the web page:
+chat or completion, and if known a system prompt and an example of a prompt.
 
     {"mode": "chat" | "completion", "system": text | null, "example": text | null}
 
-For the base, and for a folder without a record, the base's chat template decides the mode.
+Training writes the mode into the adapter's record (the JSON file beside its weights), and with
+``veneer train --record-example`` also the system prompt and an example. For the base, and for an
+adapter without a record, the mode is "chat" if the base has a chat template.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ from veneer.fileio.untrusted import read_json
 
 log = logging.getLogger("veneer.serve")
 
-#: a recorded system prompt or example with more characters is left out
+#: a recorded system prompt or example with more characters is not reported
 MAX_CHARS = 8192
 
 
 def prompt_form(folder: Path | None, tokenizer: Any) -> dict[str, Any]:
-    """The prompt format for the adapter in ``folder``, or for the base if it is None."""
+    """The prompt format, as in the module docstring, for the adapter in ``folder``, or for the base
+    if ``folder`` is None."""
     prompt_fields = {} if folder is None else _recorded_prompt(folder)
     mode = prompt_fields.get("mode")
     if mode not in ("chat", "completion"):
@@ -37,8 +37,9 @@ def prompt_form(folder: Path | None, tokenizer: Any) -> dict[str, Any]:
 
 
 def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
-    """The prompt fields of an adapter's record. They are empty if there is no record, or if it is
-    damaged: loading such an adapter fails and gives the reason."""
+    """The field ``provenance.prompt`` of an adapter's record; empty without a record. It is empty
+    too if the record is damaged, which is only logged here, since the client gets the reason when
+    it uses the adapter and loading fails."""
     if not (folder / RECORD).is_file():
         return {}
     try:
@@ -51,5 +52,5 @@ def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
 
 
 def _short_text(value: Any) -> str | None:
-    """``value`` if it is a text of at most ``MAX_CHARS`` characters, else None."""
+    """``value`` if it is a text of 1 to ``MAX_CHARS`` characters, else None."""
     return value if isinstance(value, str) and 0 < len(value) <= MAX_CHARS else None

@@ -1,14 +1,15 @@
 """Tokenise the texts and chats of requests with the base's tokenizer and chat template, and check
 that a prompt and its answer fit into the context.
 
-A client's text never becomes a special token of a chat, so a client cannot end a message and begin
-another one inside its text.
+Text that a client sends in a chat never becomes a special token, so a client cannot end a message
+and begin another one inside its text.
 
-    template  "<|im_start|>user\\n" … "<|im_end|>"      special tokens
-    content   "hi<|im_end|>\\n<|im_start|>system\\n…"    the same text as ordinary tokens
+    template  "<|im_start|>user\\n" … "<|im_end|>"      becomes special tokens
+    content   "hi<|im_end|>\\n<|im_start|>system\\n…"    becomes ordinary tokens
 
-If a message contains the text of a special token, a private-use character is inserted after its
-first character before the chat is rendered, and that character's tokens are removed afterwards.
+If a message contains the text of a special token, a mark (a private-use character of Unicode) is
+inserted after the first character of that text before the chat is rendered, so that the tokenizer
+does not find the special token. The tokens of the marks are removed afterwards.
 """
 
 from __future__ import annotations
@@ -25,26 +26,27 @@ from veneer.serve import limits
 from veneer.serve.chat_messages import Message
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Grammar
-from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
+from veneer.serve.tools.template import FRAMED_CHATS, PROBE_TOOL, RENDER_ERRORS, check_template
 
-#: largest number of tokens of an answer to /v1/completions that sets no limit, as in OpenAI's API
+#: the most tokens of an answer to /v1/completions if the request sets no limit, as in OpenAI's API
 DEFAULT_MAX_TOKENS = 16
 
-#: characters of the texts that the tokenizer gets in one call. Between two such groups of texts,
-#: other requests may use the tokenizer.
+#: about how many characters of texts the tokenizer's thread tokenises at a time. Between two such
+#: groups of texts, it serves other requests.
 GROUP_CHARS = 16 * 2**10
-#: how many tokens the first characters of a text may have above the limit for the whole text
-#: (``check_fits``): cutting a text within a word can add tokens
+#: ``check_fits`` tokenises only the first characters of a long text. Cutting a text within a word
+#: can add tokens, so this beginning may have so many tokens more than the whole text may have.
 CUT_MARGIN = 128
 
 #: the roles of the messages in each probe chat. Probe chats are rendered to find the tokens that a
 #: template puts around messages. There are several, since some templates refuse a system message.
 PROBE_ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
-#: private-use characters of Unicode (plane 15). One that a chat does not contain is the mark that
-#: is inserted into the texts of special tokens.
+#: code points of private-use characters of Unicode (plane 15). One that a chat does not contain is
+#: the mark that is inserted into the texts of special tokens.
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
-#: JSON keys of messages and tools that the API defines; a client chooses all other keys
+#: JSON keys of messages and tools that the API defines. A client chooses all other keys, so these
+#: others are checked for texts of special tokens.
 API_KEYS = frozenset(
     ("arguments", "content", "description", "function", "id", "name", "parameters", "tool_call_id",
      "tool_calls", "type")
@@ -54,24 +56,29 @@ Chat = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 
-#: default arguments of the chat template
+#: the arguments that the chat template gets if a request has none
 DEFAULT_ARGUMENTS: Mapping[str, Any] = {"add_generation_prompt": True}
-#: arguments of the chat template that have a field of their own in the request
+#: arguments of the chat template that are fields of the request themselves, not entries of its
+#: field ``chat_template_kwargs``
 FIELD_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
 
 
 def chat_tokens(
     tokenizer: Any,
     messages: Sequence[Message],
-    length: int,
+    max_tokens: int,
     tools: Tools = (),
     arguments: Mapping[str, Any] = DEFAULT_ARGUMENTS,
     *,
     add_special_tokens: bool = False,
 ) -> tuple[int, ...]:
-    """The tokens of a chat in the base's chat template. Only the template adds special tokens,
-    unless ``add_special_tokens`` lets the tokenizer add its own. ``length``: the limit in tokens
-    that ``check_fits`` applies. ``arguments``: what the template gets besides messages and tools.
+    """The token ids of a chat, rendered by the base's chat template.
+
+    Args:
+        max_tokens: a far longer chat is refused before all of it is tokenised (``check_fits``).
+        tools: the definitions of the tools that the template shows, as JSON values.
+        arguments: the template's variables besides messages and tools.
+        add_special_tokens: whether the tokenizer adds special tokens to those of the template.
 
     Raises:
         Refusal: the base has no template; its template refuses the chat, leaves out its tools or
@@ -89,7 +96,7 @@ def chat_tokens(
         )
 
     check_template(
-        tokenizer, tools=bool(tools), calls=any(message.tool_calls for message in messages)
+        tokenizer, has_tools=bool(tools), has_calls=any(message.tool_calls for message in messages)
     )
 
     def render(chat: Chat, tools: Tools, arguments: Mapping[str, Any] = arguments) -> str:
@@ -97,7 +104,7 @@ def chat_tokens(
             return tokenizer.apply_chat_template(
                 list(chat), tools=list(tools) or None, tokenize=False, **arguments
             )
-        except ERRORS as error:
+        except RENDER_ERRORS as error:
             raise Refusal(
                 400,
                 f"messages that the template refuses ({error})",
@@ -108,43 +115,44 @@ def chat_tokens(
             ) from error
 
     message_dicts = [message.template_dict() for message in messages]
-    special_texts, normalized = _special_tokens(
+    special_texts, is_normalized = _special_tokens(
         tokenizer, lambda chat, tools: render(chat, tools, DEFAULT_ARGUMENTS)
     )
     _check_arguments(tokenizer, arguments, special_texts.values())
-    text = render(message_dicts, tools)
-    check_fits(tokenizer, text, length, "messages")
+    chat_text = render(message_dicts, tools)
+    check_fits(tokenizer, chat_text, max_tokens, "messages")
     values = [value for entry in message_dicts for name, value in entry.items() if name != "role"]
     client_texts = _texts([values, tools])
     joined_texts = "\0".join(client_texts)
-    if normalized or any(token in joined_texts for token in special_texts.values()):
+    if is_normalized or any(token in joined_texts for token in special_texts.values()):
         ids = _tokenize_marked(
             tokenizer, message_dicts, tools, client_texts, render, special_texts, add_special_tokens
         )
     else:
-        ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        ids = tokenizer(chat_text, add_special_tokens=add_special_tokens)["input_ids"]
     return _require_tokens(ids, tokenizer, "messages")
 
 
 def _check_arguments(
     tokenizer: Any, arguments: Mapping[str, Any], special_texts: Collection[str]
 ) -> None:
-    """Refuse ``chat_template_kwargs`` that are arguments of the tokenizer itself, that the template
-    does not read (unless null or false), that are lists or objects, or that contain the text of a
-    special token."""
+    """Check the client's ``chat_template_kwargs`` among ``arguments``. ``Refusal``: one of them has
+    the name of an argument of ``apply_chat_template`` itself; the template does not contain its
+    name (null and false are accepted even then); it is a list or an object; or it contains the
+    text of a special token."""
     client_arguments = {
         name: value for name, value in arguments.items() if name not in FIELD_ARGUMENTS
     }
     if not client_arguments:
         return
-    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    reserved_names = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
     template, variables = str(tokenizer.chat_template), "variables of the base's chat template"
     for name, value in client_arguments.items():
         is_off = value is None or value is False
         is_read = is_off or re.search(rf"\b{re.escape(name)}\b", template)
         is_special = isinstance(value, str) and any(token in value for token in special_texts)
         rules = (
-            (name in reserved, "which is not the template's", variables),
+            (name in reserved_names, "which is not the template's", variables),
             (not is_read, "which the template does not read", variables),
             (
                 isinstance(value, list | dict),
@@ -160,7 +168,7 @@ def _check_arguments(
 
 
 def _texts(value: Any) -> list[str]:
-    """Every text in a JSON value, including keys that the client chose."""
+    """Every text in a JSON value, including the keys that are not in ``API_KEYS``."""
     texts: list[str] = []
 
     def collect(text: str) -> str:
@@ -172,8 +180,8 @@ def _texts(value: Any) -> list[str]:
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a JSON value in which ``change`` was applied to every text, including keys that the
-    client chose."""
+    """A copy of a JSON value in which every text is replaced by ``change(text)``, including the
+    keys that are not in ``API_KEYS``."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -187,7 +195,7 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def chat_size(messages: Sequence[Message], tools: Tools) -> int:
-    """About how many characters of a chat the tokenizer has to read."""
+    """About how many characters a chat has: an estimate of the time that tokenising it takes."""
     calls = (call for message in messages for call in message.tool_calls)
     text_lengths = (len(message.text) for message in messages)
     return (
@@ -197,38 +205,39 @@ def chat_size(messages: Sequence[Message], tools: Tools) -> int:
     )
 
 
-#: results of ``_special_tokens`` by tokenizer, each with the chat template that it is for
+#: by tokenizer: its chat template, and the result of ``_special_tokens`` for that template
 _TOKEN_CACHE: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
 
 
 def _special_tokens(
     tokenizer: Any, render: Callable[[Chat, Tools], str]
 ) -> tuple[dict[int, str], bool]:
-    """The tokens that no text of a client may become, as {token id: text}: the tokenizer's special
-    tokens, and added tokens that the template puts around messages. Second result: whether the
+    """The tokens that a client's text must not become, as {token id: text}: the tokenizer's special
+    tokens, and added tokens that the chat template puts around messages. Second result: whether the
     tokenizer normalises a text before it searches for one of them. It then also finds the token in
-    similar texts, such as one in upper case."""
+    similar texts, such as one in upper case, so comparing exact texts does not suffice. The results
+    are cached. ``render``: renders a chat with tools; raises ``Refusal`` if it cannot."""
     template = str(tokenizer.chat_template)
-    cached = _TOKEN_CACHE.get(tokenizer)
-    if cached is None or cached[0] != template:
+    cached_entry = _TOKEN_CACHE.get(tokenizer)
+    if cached_entry is None or cached_entry[0] != template:
         framing_ids: set[int] = set()
         chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBE_ROLES]
-        for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
+        for probe_chat, tools in (*chats, *((chat, [PROBE_TOOL]) for chat in FRAMED_CHATS)):
             with suppress(Refusal):  # some templates refuse such a chat
-                text = render(probe, tools)
+                text = render(probe_chat, tools)
                 framing_ids.update(tokenizer(text, add_special_tokens=False)["input_ids"])
-        added = tokenizer.added_tokens_decoder.items()
+        added_tokens = tokenizer.added_tokens_decoder.items()
         special_tokens = {
             id: token
-            for id, token in added
+            for id, token in added_tokens
             if (token.special or id in framing_ids) and token.content.strip()
         }
-        texts = {id: token.content for id, token in special_tokens.items()}
-        cached = _TOKEN_CACHE[tokenizer] = (
+        special_texts = {id: token.content for id, token in special_tokens.items()}
+        cached_entry = _TOKEN_CACHE[tokenizer] = (
             template,
-            (texts, any(token.normalized for token in special_tokens.values())),
+            (special_texts, any(token.normalized for token in special_tokens.values())),
         )
-    return cached[1]
+    return cached_entry[1]
 
 
 def _tokenize_marked(
@@ -240,19 +249,26 @@ def _tokenize_marked(
     special_texts: Mapping[int, str],
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """The token ids of a chat whose ``client_texts`` contain texts of special tokens. A mark inside
-    each such text makes the tokenizer read it as ordinary text; the mark's tokens are dropped."""
-    short_tokens = [token for token in special_texts.values() if len(token) == 1]
-    if any(token in value for token in short_tokens for value in client_texts):
-        # a mark cannot split a text of one character
+    """The token ids of a chat in which ``client_texts``, the texts that the client chose, may
+    contain texts of special tokens. Before the chat is rendered, a mark (a character that the chat
+    does not contain) is inserted into each text of a special token, so that the tokenizer reads it
+    as ordinary text. The tokens of the marks are left out of the result.
+
+    Raises:
+        Refusal: a special token has a text of one character; the tokenizer does not give the
+            positions of tokens; or a marked text became a special token, since it normalises texts.
+    """
+    one_char_texts = [token for token in special_texts.values() if len(token) == 1]
+    if any(token in value for token in one_char_texts for value in client_texts):
+        # a mark cannot be inserted into a text of one character
         raise _special_token_refusal("text that is none")
     if not tokenizer.is_fast:
         raise _special_token_refusal("a tokenizer that says where in the text its tokens are")
     used_chars = {*"".join(client_texts), *str(tokenizer.chat_template)}
     mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in used_chars)
-    texts = "|".join(map(re.escape, sorted(set(special_texts.values()), key=len, reverse=True)))
-    # the lookahead also finds occurrences that overlap
-    start_pattern = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)
+    options = "|".join(map(re.escape, sorted(set(special_texts.values()), key=len, reverse=True)))
+    # a lookahead, because it also finds occurrences that overlap
+    start_pattern = re.compile(rf"(?=(?:{options}))(.)", re.DOTALL)
 
     def insert_marks(text: str) -> str:
         return start_pattern.sub(rf"\1{mark}", text)
@@ -264,16 +280,16 @@ def _tokenize_marked(
         }
         for message in chat
     ]
-    text = render(marked_chat, _map_texts(tools, insert_marks))
-    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    marked = render(marked_chat, _map_texts(tools, insert_marks))
+    encoded = tokenizer(marked, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids = []
-    for id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        span = text[start:end]
+    for id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        span = marked[start:end]
         if span == mark:
             continue
-        # the unknown token stands for any text that the tokenizer lacks
+        # the unknown token is allowed: ordinary text that the vocabulary lacks becomes this token
         is_special = id in special_texts and id != tokenizer.unk_token_id
-        is_added = add_special_tokens and start == end  # the tokenizer puts it around the text
+        is_added = add_special_tokens and start == end  # not from the text, but added around it
         if is_special and not is_added and span.strip() != special_texts[id].strip():
             raise _special_token_refusal("text that is none and does not look like one")
         ids.append(id)
@@ -294,45 +310,52 @@ def _special_token_refusal(expected: str) -> Refusal:
 def prompt_tokens(
     tokenizer: Any,
     prompt: str | Sequence[int],
-    vocabulary: int,
-    length: int,
+    vocabulary_size: int,
+    max_tokens: int,
     param: str = "prompt",
     *,
     add_special_tokens: bool = True,
 ) -> tuple[int, ...]:
-    """The token ids of a prompt. Token ids are only checked; a text is tokenised. In a text, the
-    written form of a special token becomes that token. ``add_special_tokens``: whether the
-    tokenizer puts special tokens around a text. ``length``: the limit in tokens that ``check_fits``
-    applies to a text. ``param``: the body's field that has the prompt, for errors. ``Refusal``: a
-    token id that the base lacks, or a text that has no tokens or far too many."""
+    """The token ids of ``prompt``. Token ids are only checked; a text is tokenised. Unlike in a
+    chat, the text of a special token becomes that token.
+
+    Args:
+        vocabulary_size: the number of token ids of the base.
+        max_tokens: a far longer text is refused before all of it is tokenised (``check_fits``).
+        param: the name of the prompt's field in the request body, for errors.
+        add_special_tokens: whether the tokenizer puts special tokens around a text.
+
+    Raises:
+        Refusal: the base lacks a token id, or a text has no tokens or far too many.
+    """
     if isinstance(prompt, str):
-        check_fits(tokenizer, prompt, length, param)
+        check_fits(tokenizer, prompt, max_tokens, param)
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
         return _require_tokens(ids, tokenizer, param)
-    if max(prompt) >= vocabulary:
+    if max(prompt) >= vocabulary_size:
         raise Refusal(
             400,
             f"token {max(prompt)}",
-            f"tokens below {vocabulary}",
+            f"tokens below {vocabulary_size}",
             "check the tokenizer",
             param=param,
         )
     return tuple(prompt)
 
 
-def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
-    """Refuse a text that is far longer than ``length`` tokens. Only its beginning is tokenised,
-    because tokenising takes a second for one or two MB, while all other requests wait. ``param``:
-    the body's field that has the text, for the error."""
-    prefix_length = max(GROUP_CHARS, 8 * length)
+def check_fits(tokenizer: Any, text: str, max_tokens: int, param: str) -> None:
+    """``Refusal``: ``text`` is far longer than ``max_tokens`` tokens. Only its first characters are
+    tokenised to find out, because other requests wait meanwhile, and one or two MB take a second.
+    ``param``: the name of the text's field in the request body, for the error."""
+    prefix_length = max(GROUP_CHARS, 8 * max_tokens)
     while prefix_length < len(text):
-        count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
-        if count > length + CUT_MARGIN:
+        token_count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
+        if token_count > max_tokens + CUT_MARGIN:
             raise Refusal(
                 400,
                 f"a text of {len(text):,} characters, of which the first {prefix_length:,} are"
-                f" {count:,} tokens",
-                f"at most {length:,} tokens",
+                f" {token_count:,} tokens",
+                f"at most {max_tokens:,} tokens",
                 "shorten it",
                 param=param,
                 code="context_length_exceeded",
@@ -343,43 +366,48 @@ def check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
 def group_texts(
     texts: Sequence[Any], size_of: Callable[[Any], int] = len
 ) -> Iterator[Sequence[Any]]:
-    """Divide texts, or lists of token ids, into groups of about ``GROUP_CHARS`` characters. A text
-    that is longer is a group by itself."""
-    start = size = 0
+    """Divide ``texts`` into consecutive groups of at most ``GROUP_CHARS`` characters. A longer text
+    is a group by itself. ``size_of``: the number of characters of an element of ``texts``; for a
+    list of token ids, its number of ids serves as well."""
+    group_start = group_chars = 0
     for end, text in enumerate(texts):
-        if size and size + size_of(text) > GROUP_CHARS:
-            yield texts[start:end]
-            start, size = end, 0
-        size += size_of(text)
-    yield texts[start:]
+        if group_chars and group_chars + size_of(text) > GROUP_CHARS:
+            yield texts[group_start:end]
+            group_start, group_chars = end, 0
+        group_chars += size_of(text)
+    yield texts[group_start:]
 
 
 def _require_tokens(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
-    """The tokens of a prompt; if it is empty, the beginning-of-text token. ``Refusal``: the prompt
-    is empty and there is no such token."""
-    bos_token: Any = getattr(tokenizer, "bos_token_id", None)
-    if not tokens and bos_token is None:
+    """``tokens`` unless they are empty; then the tokenizer's beginning-of-text token alone.
+    ``Refusal``: they are empty and the tokenizer has no beginning-of-text token. ``param``: the
+    name of the prompt's field in the request body, for the error."""
+    bos_id: Any = getattr(tokenizer, "bos_token_id", None)
+    if not tokens and bos_id is None:
         raise Refusal(
             400, "a prompt without a token", "at least one", "send some text", param=param
         )
-    return tuple(tokens) or (bos_token,)
+    return tuple(tokens) or (bos_id,)
 
 
 def answer_token_limit(
-    prompts: Sequence[tuple[int, ...]], token_limit: int | None, length: int, *, is_chat: bool
+    prompts: Sequence[tuple[int, ...]],
+    token_limit: int | None,
+    context_length: int,
+    *,
+    is_chat: bool,
 ) -> int:
-    """The largest number of tokens of each answer: the client's ``token_limit``; without one, the
-    tokens that the longest prompt leaves of the context, but at most ``DEFAULT_MAX_TOKENS`` unless
-    ``is_chat``. ``length``: the context length in tokens. ``Refusal``: the context does not hold
-    prompt and answer."""
-    longest = max(map(len, prompts))
-    remaining_tokens = length - longest
-    needed_tokens = 1 if token_limit is None else token_limit  # 0: only score the prompt
+    """The most tokens of each answer: ``token_limit``, the client's limit; if that is None, the
+    number of tokens that the longest prompt leaves of the context, but for a completion at most
+    ``DEFAULT_MAX_TOKENS``. ``Refusal``: the longest prompt and its answer exceed the context."""
+    longest_prompt = max(map(len, prompts))
+    remaining_tokens = context_length - longest_prompt
+    needed_tokens = 1 if token_limit is None else token_limit  # 0 asks only for the prompt's scores
     if needed_tokens > remaining_tokens:
         raise Refusal(
             400,
-            f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}",
-            f"at most {length} tokens together",
+            f"a prompt of {longest_prompt} tokens and an answer of {token_limit or 'at least 1'}",
+            f"at most {context_length} tokens together",
             "shorten the prompt, or ask for fewer",
             param="messages" if is_chat else "prompt",
             code="context_length_exceeded",
@@ -389,35 +417,36 @@ def answer_token_limit(
     return remaining_tokens if is_chat else min(DEFAULT_MAX_TOKENS, remaining_tokens)
 
 
-def max_prompt_tokens(length: int, truncate: int | None) -> int:
-    """How many tokens a prompt may have before ``truncate_prompt`` shortens it to ``truncate``
-    tokens. ``length``: the context length in tokens."""
-    return length if truncate is None else length * limits.TRUNCATED
+def max_prompt_tokens(context_length: int, truncate_to: int | None) -> int:
+    """How many tokens a prompt may have before it is truncated: the context length without
+    truncation (``truncate_to`` None), and a multiple of it with truncation
+    (``truncate_prompt``)."""
+    return context_length if truncate_to is None else context_length * limits.TRUNCATED
 
 
 def truncate_prompt(
-    prompt: tuple[int, ...], truncate: int | None, token_limit: int | None, length: int
+    prompt: tuple[int, ...], truncate_to: int | None, token_limit: int | None, context_length: int
 ) -> tuple[int, ...]:
-    """The last ``truncate`` tokens of a prompt; -1 keeps as many as leave room for an answer of
-    ``token_limit`` tokens, and None keeps all. ``token_limit`` None stands for
-    ``DEFAULT_MAX_TOKENS``. ``length``: the context length in tokens. ``Refusal``: ``truncate``
-    exceeds it."""
-    if truncate is None:
+    """The last ``truncate_to`` tokens of a prompt; None keeps all tokens, and -1 as many as leave
+    room in the context for an answer of ``token_limit`` tokens (None: ``DEFAULT_MAX_TOKENS``).
+    ``Refusal``: ``truncate_to`` exceeds the context length."""
+    if truncate_to is None:
         return prompt
-    if truncate > length:
+    if truncate_to > context_length:
         raise Refusal(
             400,
-            f"truncate_prompt_tokens {truncate}",
-            f"at most {length}, the context",
+            f"truncate_prompt_tokens {truncate_to}",
+            f"at most {context_length}, the context",
             "ask for fewer",
             param="truncate_prompt_tokens",
         )
-    free_tokens = length - (DEFAULT_MAX_TOKENS if token_limit is None else token_limit)
-    return prompt[-(truncate if truncate > 0 else max(1, free_tokens)) :]
+    free_tokens = context_length - (DEFAULT_MAX_TOKENS if token_limit is None else token_limit)
+    return prompt[-(truncate_to if truncate_to > 0 else max(1, free_tokens)) :]
 
 
 def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
-    """The token sequences that spell each word, at the beginning of a text or after a space."""
+    """The distinct token sequences that spell the words: for each word, its tokens at the beginning
+    of a text, and those after a space, which many tokenizers make a part of the word's token."""
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
         at_start, after_space = (
@@ -425,7 +454,7 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
             for text in (word, f" {word.lstrip()}")
         )
         sequences[at_start] = None
-        if after_space[1:] != at_start:  # otherwise ``at_start`` also matches the end of this one
+        if after_space[1:] != at_start:  # otherwise ``at_start`` matches here too
             sequences[after_space] = None
     return [sequence for sequence in sequences if sequence]
 
@@ -433,8 +462,8 @@ def word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
 def check_grammar(
     schema: Mapping[str, Any] | None, grammar: Grammar | None, schema_param: str
 ) -> None:
-    """Refuse a JSON schema, which is in the field ``schema_param``, or another grammar that would
-    take too long to compile."""
+    """``Refusal``: the JSON schema or the grammar that the answer must follow is too large to be
+    compiled in a short time. ``schema_param``: the name of the schema's field, for the error."""
     if grammar is not None and len(grammar.text) > limits.SCHEMA:
         raise Refusal(
             400,
@@ -447,14 +476,16 @@ def check_grammar(
 
 
 def check_schema(schema: Mapping[str, Any] | None, param: str) -> None:
-    """Refuse a JSON schema, which is in the field ``param``, that would take too long to
-    compile."""
-    size = len(json.dumps(schema))
-    if size > limits.SCHEMA or _nesting_depth(schema) > limits.SCHEMA_DEPTH:
-        depth_text = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
+    """``Refusal``: the JSON schema is too large or nested too deeply to be compiled quickly.
+    ``param``: the name of the schema's field in the request body, for the error."""
+    byte_count = len(json.dumps(schema))
+    if byte_count > limits.SCHEMA or _nesting_depth(schema) > limits.SCHEMA_DEPTH:
+        depth_text = (
+            "" if byte_count > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
+        )
         raise Refusal(
             400,
-            f"a schema of {size:,} bytes{depth_text}",
+            f"a schema of {byte_count:,} bytes{depth_text}",
             f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels",
             "simplify it",
             param=param,
@@ -462,7 +493,7 @@ def check_schema(schema: Mapping[str, Any] | None, param: str) -> None:
 
 
 def _nesting_depth(value: Any) -> int:
-    """How deep the lists and objects of a JSON value are nested."""
+    """The number of levels of nested lists and objects in a JSON value; 0 for a scalar."""
     children = (
         value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     )

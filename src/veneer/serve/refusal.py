@@ -3,9 +3,9 @@
     {"error": {"message": …, "type": "invalid_request_error", "param": "model" | null, "code":
     "model_not_found"}}
 
-A ``Refusal`` can be raised anywhere; one handler turns it into a response. Library errors that a
-client can cause have an HTTP status of their own here. All other errors are bugs: their status is
-500, and their message is not sent.
+A ``Refusal`` can be raised anywhere; one exception handler turns it into a response. The errors of
+the Veneer library (``VeneerError``) that a client can cause get an HTTP status here as well. All
+other errors are bugs: their status is 500, and their message is not sent to the client.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from veneer.errors import (
 )
 from veneer.serve.requests import Busy
 
+#: error types of OpenAI's API by HTTP status; ``Refusal.__init__`` chooses those of other statuses
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-#: the route of Anthropic's API, and the error types of that API by HTTP status
+#: the route of Anthropic's API
 MESSAGES_PATH = "/v1/messages"
+#: the error types of Anthropic's API by HTTP status
 MESSAGES_ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
@@ -39,16 +41,20 @@ MESSAGES_ERROR_TYPES = {
 }  # fmt: skip
 #: the route of OpenAI's Responses API
 RESPONSES_PATH = "/v1/responses"
+#: the name of the response header that says after how many seconds a client may try again
 RETRY_AFTER = "Retry-After"
-#: the type of the pydantic errors that ``value_error`` makes; the client gets their messages as
-#: they are
+#: the type of the pydantic errors that ``value_error`` makes. ``body_refusal`` sends their messages
+#: to the client unchanged.
 CUSTOM_ERROR_TYPE = "bad_value"
-#: pydantic's types of errors that only say that a value has another JSON type
+#: the types of pydantic's errors for a value of another JSON type than expected, such as a number
+#: in place of a text
 WRONG_JSON_TYPE = {
     "string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "model_type",
     "model_attributes_type", "int_parsing",
 }  # fmt: skip
-_EXPECTED = re.compile(
+#: finds what pydantic expects in its message: "at most 16 items" in "List should have at most 16
+#: items after validation, not 17"
+_EXPECTATION = re.compile(
     r"(?:Input|List|String|Dictionary) should (?:be|have) (.*?)(?: after validation, not \d+)?"
 )
 
@@ -57,7 +63,8 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
     """An error response, with an HTTP status of 400 or above.
 
     Args:
-        words: the message, or its parts (``VeneerError``).
+        texts: the message, or three texts that become one: what was found, what was expected, and
+            what the client can do (``VeneerError``).
         param, code, error_type: the fields ``param``, ``code`` and ``type`` of the error's JSON.
         headers: headers of the response.
     """
@@ -65,13 +72,13 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
     def __init__(
         self,
         status: int,
-        *words: str,
+        *texts: str,
         param: str | None = None,
         code: str | None = None,
         error_type: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(*words)
+        super().__init__(*texts)
         self.status, self.param, self.code = status, param, code
         self.error_type = error_type or ERROR_TYPES.get(
             status, "server_error" if status >= 500 else "invalid_request_error"
@@ -91,34 +98,37 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
 
     def messages_body(self) -> dict[str, Any]:
         """The body in the format of Anthropic's API."""
-        default = "api_error" if self.status >= 500 else "invalid_request_error"
-        error_type = MESSAGES_ERROR_TYPES.get(self.status, default)
+        default_type = "api_error" if self.status >= 500 else "invalid_request_error"
+        error_type = MESSAGES_ERROR_TYPES.get(self.status, default_type)
         return {"type": "error", "error": {"type": error_type, "message": str(self)}}
 
     def response(self, path: str = "") -> JSONResponse:
-        """The response to a request for ``path``, in the format of that route's API."""
+        """The HTTP response to a request for the URL path ``path``: in the format of Anthropic's
+        API if the path belongs to that API, otherwise in the format of OpenAI's."""
         body = self.messages_body() if path.startswith(MESSAGES_PATH) else self.body()
         return JSONResponse(body, self.status, self.headers)
 
-    def error_event(self, path: str, number: int) -> bytes:
-        """The event that ends the stream of an answer that failed, in the format of the API of the
-        route ``path``. ``number``: how many events came before it."""
-        name, content = "event: error\n", self.messages_body()
+    def error_event(self, path: str, event_count: int) -> bytes:
+        """The server-sent event that ends the stream of an answer that failed after its response
+        had begun, in the format of the API of the route ``path``. ``event_count``: how many events
+        were sent before it."""
+        event_line, content = "event: error\n", self.messages_body()
         if path.startswith(RESPONSES_PATH):
             content = {
                 "type": "error",
                 "code": "server_error",
                 "message": str(self),
                 "param": self.param,
-                "sequence_number": number,
+                "sequence_number": event_count,
             }
         elif not path.startswith(MESSAGES_PATH):
-            name, content = "", self.body()
-        return f"{name}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+            event_line, content = "", self.body()
+        return f"{event_line}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
 def timeout_refusal() -> Refusal:
-    """The refusal of an answer that did not end in time."""
+    """The refusal for an answer that did not end within the time limit. Its header tells OpenAI's
+    clients not to retry, since the request would take as long again."""
     return Refusal(
         504,
         "an answer that took too long",
@@ -130,8 +140,8 @@ def timeout_refusal() -> Refusal:
 
 
 def no_such_model(name: str) -> Refusal:
-    """The refusal of a model that does not exist, and of one that the key may not use: a client
-    cannot tell them apart."""
+    """The refusal for a model that does not exist, and also for one that the API key may not use,
+    so that a client cannot find out which models exist."""
     short_name = name if len(name) <= 120 else f"{name[:120]}…"
     return Refusal(
         404,
@@ -143,7 +153,7 @@ def no_such_model(name: str) -> Refusal:
 
 
 def draining_refusal() -> Refusal:
-    """The refusal of a server that shuts down."""
+    """The refusal for a request that arrives while the server shuts down."""
     return Refusal(
         503,
         "a server that is shutting down",
@@ -155,7 +165,8 @@ def draining_refusal() -> Refusal:
 
 
 def error_refusal(error: VeneerError) -> Refusal:
-    """The refusal that answers an error of the library."""
+    """The refusal for an error that the library raised while it worked on a request. Errors that
+    have no case of their own get status 400."""
     match error:
         case Refusal():
             return error
@@ -175,40 +186,48 @@ def error_refusal(error: VeneerError) -> Refusal:
 def value_error(
     problem: str, expected: str, do: str, param: str | None = None
 ) -> PydanticCustomError:
-    """An error for a pydantic validator to raise, with the texts of ``errors.sentence``. ``param``:
-    the field at fault, if the validator checks several fields."""
+    """An error for a pydantic validator to raise. Its message says what was found (``problem``),
+    what was expected, and what the client can do (``do``), as ``errors.sentence`` puts them.
+    ``param``: the name of the invalid field, if the validator checks several fields."""
     return PydanticCustomError(
         CUSTOM_ERROR_TYPE, "{words}", {"words": sentence(problem, expected, do), "param": param}
     )
 
 
 def raise_first_error(*rules: tuple[object, *tuple[str, ...]]) -> None:
-    """Raise the error of the first rule that is broken. Each rule: whether it is broken, and the
-    arguments of ``value_error``."""
+    """Raise the error of the first broken rule, if any. Each rule is a tuple: whether it is broken,
+    then the arguments of ``value_error`` for its error."""
     for is_broken, *texts in rules:
         if is_broken:
             raise value_error(*texts)
 
 
 def describe_value(value: Any) -> str:
-    """Describe a JSON value by its type and size, without the text in it."""
+    """Describe a JSON value by its type and size for an error message, without repeating a text of
+    the client."""
     match value:
         case None | True | False:
             return json.dumps(value)
         case int() | float():
             return f"the number {value}" if abs(value) < 2**63 else "a number that is too large"
         case str() | list():
-            noun = "a text of {:,} character" if isinstance(value, str) else "a list of {:,} item"
-            return noun.format(len(value)) + "s" * (len(value) != 1)
+            noun_format = (
+                "a text of {:,} character" if isinstance(value, str) else "a list of {:,} item"
+            )
+            return noun_format.format(len(value)) + "s" * (len(value) != 1)
         case _:
             return "an object"
 
 
 def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """The refusal of a body in which pydantic found errors. It never repeats the body. pydantic
-    lists an error for each type that a field allows, such as a text or a list of texts. Of the
-    errors for the first invalid field, the one for the closest type is reported: for a list of 17
-    stop strings "at most 16 entries", not "not a text"."""
+    """The refusal for a request body in which pydantic found ``errors``. It never contains texts of
+    the body.
+
+    If a field allows several types, such as a text or a list of texts, pydantic lists an error for
+    each of them. Of the errors for the first invalid field, the one whose path leads deepest into
+    the body is reported, and of equal ones one that is not about the JSON type. So the error for 17
+    stop strings is "at most 16 entries", not "not a text".
+    """
     first_error = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (
@@ -231,9 +250,9 @@ def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     elif first_error["type"] == "missing":
         message = sentence(f"no field {dotted_path!r}", "one", "add it")
     else:
-        reason = first_error["msg"].removeprefix("Value error, ")
-        match = _EXPECTED.fullmatch(reason)
-        expected = (match[1] if match else reason)[:300]
+        pydantic_message = first_error["msg"].removeprefix("Value error, ")
+        expectation_match = _EXPECTATION.fullmatch(pydantic_message)
+        expected = (expectation_match[1] if expectation_match else pydantic_message)[:300]
         message = sentence(
             f"{describe_value(first_error.get('input'))} in {dotted_path or 'the body'}",
             expected,
@@ -243,15 +262,16 @@ def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
 
 
 def _body_path(loc: Sequence[str | int], body: Any) -> list[str]:
-    """The path of an invalid field in the body. pydantic's ``loc`` also names the types that it
-    tried; these are left out."""
+    """The path of an invalid field in the body: keys of objects and indices in lists, as texts.
+    ``loc`` is the path in pydantic's error. It also contains the names of the types that pydantic
+    tried; these are not in the body, so they are left out."""
     path: list[str] = []
     value: Any = body
     for step in loc[1:] if loc[:1] == ("body",) else loc:
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if is_index or (isinstance(value, dict) and step in value):
             value = value[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        elif not (isinstance(value, dict) and step == loc[-1]):  # a type, not a missing field
-            continue
+        elif not (isinstance(value, dict) and step == loc[-1]):
+            continue  # the name of a type, not a missing field
         path.append(str(step))
     return path

@@ -1,10 +1,11 @@
-"""The server's log: one line for each request, as text or as JSON. Each line begins with a time.
+"""The server's log: one line for each HTTP request, as text or as JSON, with the time at which it
+was written.
 
     ``Guard`` puts a ``RequestRecord`` into a context variable ──▶ ``Answers`` or ``Embedder`` adds
-    tokens and times ──▶ ``Guard`` logs one line, and sends one span (``tracing.py``)
+    tokens and times ──▶ ``Guard`` logs one line, and sends one OpenTelemetry span (``tracing.py``)
 
-A record has names, numbers and times. It never has a prompt, an answer or a header, and of an API
-key only the name.
+A record contains names, numbers and times. For privacy, it never contains a prompt, an answer, a
+header or an API key; it contains only the key's name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import escape_controls
 
+if TYPE_CHECKING:
+    from veneer.serve.request_state import RequestState
+    from veneer.serve.requests import Piece, Sampling
+
 FORMATS = ("text", "json")
 ID_HEADER = "x-request-id"
-#: request ids that a client may send: printable, and short enough for the log
+#: request ids that are accepted from clients: ASCII characters without spaces, short enough for the
+#: log
 _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def request_id_of(client_ids: Sequence[str]) -> str:
-    """The id of a request: the id in the client's header if there is one valid id, or a new id."""
+    """The id of a request: the client's, if ``client_ids`` (all values of the header
+    ``x-request-id``) is exactly one valid id; otherwise a new random id."""
     is_valid = len(client_ids) == 1 and _VALID_ID.fullmatch(client_ids[0])
     return client_ids[0] if is_valid else uuid.uuid4().hex
 
@@ -39,13 +46,16 @@ class RequestRecord:
     """The log record of one HTTP request. Only the event loop changes it.
 
     Fields:
-        path: the URL path, without secrets.
+        path: the URL path, in which secret segments are masked.
         key: the name of the client's API key.
-        status: the HTTP status of the answer; 0 before it begins.
-        blend: the adapters that answered, with their weights; None if no model was needed.
-        sampling: the sampling settings of the first answer (``requests.Sampling``).
+        status: the HTTP status of the response; 0 before it begins.
+        blend: weights by name of the adapters that answer the request, empty for the base alone;
+            None if the request needs no model.
+        sampling: the sampling settings of its first answer.
+        cached_tokens: number of prompt tokens whose keys and values were in the prefix cache.
         queue_seconds: the longest time that one of its answers waited for a row of the batch.
         first_token_seconds: the time from its arrival to the first token of any of its answers.
+        started: its arrival, by ``time.monotonic``.
     """
 
     request_id: str
@@ -54,7 +64,7 @@ class RequestRecord:
     key: str | None = None
     status: int = 0
     blend: Mapping[str, float] | None = None
-    sampling: Any = None
+    sampling: Sampling | None = None
     finish_reasons: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -65,13 +75,17 @@ class RequestRecord:
     started: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)  # nanoseconds since 1970
 
-    def ask(self, blend: Mapping[str, float], prompt_tokens: int, sampling: Any = None) -> None:
-        """Record that the model will answer the request with the adapters of ``blend``."""
+    def ask(
+        self, blend: Mapping[str, float], prompt_tokens: int, sampling: Sampling | None = None
+    ) -> None:
+        """Record that the model will answer the request with the adapters of ``blend`` (weights by
+        name), and count the tokens of its prompts."""
         self.blend, self.sampling = blend, sampling
         self.prompt_tokens += prompt_tokens
 
-    def add(self, piece: Any, request_state: Any) -> None:
-        """Record a piece of an answer. ``request_state``: the result of ``Engine.submit``."""
+    def add(self, piece: Piece, request_state: RequestState) -> None:
+        """Record a piece of an answer. ``request_state``: the state of the answer's request, which
+        ``Engine.submit`` returned."""
         self.generated_tokens += len(piece.tokens)
         if piece.tokens and self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.started
@@ -83,14 +97,14 @@ class RequestRecord:
                 self.queue_seconds = max(wait_seconds, self.queue_seconds or 0.0)
 
     def end(self, reason: str) -> None:
-        """Record why an answer ended. A reason that several answers share is listed once."""
+        """Record the reason why an answer ended, unless another answer ended for that reason."""
         if reason not in self.finish_reasons:
             self.finish_reasons.append(reason)
 
     @property
     def adapter(self) -> str | None:
-        """The name of the blend in the log, such as "base", "french" or "french*0.7+german*0.3";
-        None if no model was needed."""
+        """The adapters that answered, as a text for the log: "base", "french" or
+        "french*0.7+german*0.3"; None if no model was needed."""
         if self.blend is None:
             return None
         if len(self.blend) > 1:
@@ -98,7 +112,8 @@ class RequestRecord:
         return next(iter(self.blend), "base")
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a JSON line, which are the same for every request."""
+        """The fields of the request's line in a JSON log. Every request has all of these fields;
+        those that do not apply to it are None or 0."""
         return {
             "request_id": self.request_id,
             "key": self.key,
@@ -116,12 +131,13 @@ class RequestRecord:
         }
 
     def line(self) -> str:
-        """The record as text, without the fields that do not apply to the request."""
-        words = [self.key or "-", self.method, self.path, str(self.status or "gone")]
-        words += [f"{self.total_seconds:.3f}s", f"id={self.request_id}"]
+        """The request's line in a text log, without its time and level. Fields that do not apply to
+        the request are left out."""
+        line_parts = [self.key or "-", self.method, self.path, str(self.status or "gone")]
+        line_parts += [f"{self.total_seconds:.3f}s", f"id={self.request_id}"]
         if self.blend is not None:
             reasons = ",".join(self.finish_reasons) or "-"
-            words += [
+            line_parts += [
                 f"adapter={self.adapter}",
                 f"finish={reasons}",
                 f"prompt={self.prompt_tokens}",
@@ -129,11 +145,12 @@ class RequestRecord:
                 f"generated={self.generated_tokens}",
             ]
         for name, seconds in (("queue", self.queue_seconds), ("first", self.first_token_seconds)):
-            words += [] if seconds is None else [f"{name}={_milliseconds(seconds):g}ms"]
-        return " ".join(words)
+            line_parts += [] if seconds is None else [f"{name}={_milliseconds(seconds):g}ms"]
+        return " ".join(line_parts)
 
 
-#: the record of the request that the current task, or a thread that works for the task, answers
+#: the record of the HTTP request that the current asyncio task answers; threads that work for the
+#: task get a copy of its context and so see the same record
 CURRENT_RECORD: ContextVar[RequestRecord | None] = ContextVar("veneer_request", default=None)
 
 
@@ -142,18 +159,19 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def formatter_of(log_format: str) -> logging.Formatter:
-    """The formatter for a value of ``--log-format``."""
+    """The formatter for ``log_format``, the value of ``--log-format``: "json" or "text"."""
     return JsonFormatter() if log_format == "json" else TextFormatter()
 
 
 def _timestamp(record: logging.LogRecord) -> str:
-    """The time of a log line in UTC, to the millisecond."""
-    moment = datetime.fromtimestamp(record.created, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """The time of a log line, in UTC with milliseconds: "2026-03-01T12:00:00.123Z"."""
+    utc_time = datetime.fromtimestamp(record.created, UTC)
+    return utc_time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class TextFormatter(logging.Formatter):
-    """Text lines: 2026-03-01T12:00:00.123Z INFO alice POST /v1/completions 200 0.482s id=…"""
+    """Formats log records as text. The line of a request is, for example: 2026-03-01T12:00:00.123Z
+    INFO alice POST /v1/completions 200 0.482s id=…"""
 
     def format(self, record: logging.LogRecord) -> str:
         line = f"{_timestamp(record)} {record.levelname} {record.getMessage()}"
@@ -163,7 +181,8 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """JSON lines. The line of a request has the fields of its record, and no message."""
+    """Formats log records as JSON, one object on each line. The line of a request has the fields of
+    its ``RequestRecord`` in place of a message."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {

@@ -1,4 +1,5 @@
-"""The data classes that the API and the engine exchange, and the errors of submitting a request."""
+"""The data classes that the HTTP API and the engine exchange, and the errors that the engine raises
+for a request."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from typing import Any, Literal
 
 from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerError
 
-#: why an answer ended: "stop" at a stop string or an end token, "length" at its token limit,
-#: "cancelled" by the client, "timeout" after ``Request.timeout``, or "error" by a failure
+#: why an answer ended: "stop" at a stop string, at an end token or when its grammar was complete,
+#: "length" at its token limit, "cancelled" by ``RequestState.cancel``, "timeout" after
+#: ``Request.timeout``, or "error" because of a failure
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
-#: the causes of failures for which the server itself is not at fault
-Cause = Literal[
+#: the kinds of failures that are not faults of the server itself
+ErrorKind = Literal[
     "bad_adapter",
     "model_not_found",
     "out_of_memory",
@@ -25,9 +27,10 @@ Cause = Literal[
 
 @dataclass(frozen=True)
 class Grammar:
-    """A constraint on the answer that is no JSON schema. ``text`` by ``kind``: for "regex" the
-    expression, for "choice" a JSON list of the allowed answers, for "grammar" a grammar in GBNF or
-    Lark, and for "lark" a grammar that the server wrote itself."""
+    """A constraint that the whole answer must match, other than a JSON schema. The content of
+    ``text`` depends on ``kind``: for "regex", the regular expression; for "choice", a JSON list of
+    the allowed answers; for "grammar", the client's grammar in GBNF or Lark; for "lark", a grammar
+    that the server made itself."""
 
     kind: Literal["regex", "choice", "grammar", "lark"]
     text: str
@@ -37,33 +40,41 @@ class Grammar:
 class Sampling:
     """How the tokens of an answer are sampled, and what is returned with them."""
 
-    # the most tokens of the answer, unless the context is full before. 0: only score the prompt
+    # the most tokens of the answer, which also ends when the context is full. 0: compute only the
+    # log-probabilities of the prompt
     max_tokens: int
     temperature: float = 1.0  # divides the logits; 0 always takes the most likely token
-    top_p: float = 1.0  # sample from the smallest set of tokens with this probability, after top_k
+    # sample from the fewest most likely tokens whose probabilities add up to this, after top_k
+    top_p: float = 1.0
     top_k: int = 0  # sample from the k most likely tokens; 0: from all tokens
-    # equal seeds give equal tokens, unless rounding errors decide a draw; None: a random seed
+    # equal seeds give equal tokens, except where a rounding difference between batches of other
+    # sizes changes which token is drawn; None: a random seed
     seed: int | None = None
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
-    #: number of alternatives returned with each sampled token; None: return no log-probabilities.
-    #: Log-probabilities are the model's, before temperature, top_k, top_p and schema
+    #: number of most likely tokens returned with each sampled token; None: return no
+    #: log-probabilities. They are computed from the model's logits, before these are changed by
+    #: any field of ``Sampling``
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None  # a JSON schema that the answer must follow
-    ignore_eos: bool = False  # an end-of-text token does not end the answer
+    ignore_eos: bool = False  # if true, an end-of-text token does not end the answer
     stop_tokens: frozenset[int] = frozenset()  # tokens that end the answer and are its last token
-    grammar: Grammar | None = None  # a constraint that is no JSON schema
-    # number of alternatives returned with each token of the prompt; None: do not score it
+    grammar: Grammar | None = None  # another constraint than a JSON schema
+    # number of most likely tokens returned with each token of the prompt; None: do not compute the
+    # log-probabilities of the prompt
     prompt_logprobs: int | None = None
-    min_p: float = 0.0  # drop tokens below this fraction of the largest probability
-    presence_penalty: float = 0.0  # subtracted from the logits of tokens of the answer so far
-    frequency_penalty: float = 0.0  # subtracted for each occurrence of the token in the answer
-    # divides the positive logits, and multiplies the negative ones, of tokens in prompt and answer
+    min_p: float = 0.0  # drop tokens less likely than this fraction of the largest probability
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the answer so far
+    # subtracted from a token's logit for each occurrence of the token in the answer so far
+    frequency_penalty: float = 0.0
+    # divides the positive logits, and multiplies the negative ones, of tokens that occur in the
+    # prompt or in the answer so far
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits, by token id
-    min_tokens: int = 0  # before so many tokens, only a complete grammar ends the answer
+    min_tokens: int = 0  # until then, only a complete grammar ends the answer
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the answer must not contain
     allowed_tokens: frozenset[int] | None = None  # ids that may be sampled; None: all
-    #: texts, by token id, of special tokens that the answer's text shows; it leaves out all others
+    #: the special tokens that become part of the answer's text, as {token id: text}; the text
+    #: leaves out all other special tokens
     shown_special_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -76,21 +87,26 @@ class Request:
     sampling: Sampling
     timeout: float  # seconds from submission to the last token
     id: str  # identifies the request in logs
-    #: the name of the client's API key, "" without keys. Rows of the batch are shared fairly among
-    #: owners, before adapters
+    #: the name of the client's API key; "" on a server without keys. The scheduler gives each owner
+    #: an equal share of the tokens, and divides an owner's share equally among adapters
     owner: str = ""
-    #: requests of different keys with the same salt share cached prefixes; None: only requests of
-    #: the same key share them
+    #: requests with the same salt share cached prefixes, even if their API keys differ; None: only
+    #: requests with the same API key share them
     cache_salt: str | None = None
-    priority: int = 0  # lower runs first, among the owner's requests for the same adapter
+    priority: int = 0  # of the owner's requests for the same adapter, the lowest runs first
 
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled token, or a token of the prompt. ``logprob`` and ``top`` are set if the request
-    asks for log-probabilities; ``top`` has (id, text, log-probability) of the most likely tokens,
-    best first. The first token of a prompt has neither, since no token precedes it. ``rank``: a
-    prompt token's rank among all tokens at its position, from 1."""
+    """A sampled token, or a token of the prompt.
+
+    Fields:
+        logprob: its log-probability, if the request asks for log-probabilities. None for the first
+            token of a prompt, since no token precedes it.
+        top: (id, text, log-probability) of the most likely tokens at its position, the most likely
+            first; empty where ``logprob`` is None.
+        rank: for a token of the prompt, 1 + the number of more likely tokens at its position.
+    """
 
     id: int
     text: str
@@ -103,15 +119,17 @@ class Token:
 class Piece:
     """The text and tokens by which an answer grew since the previous piece.
 
-    The texts of all pieces together are the answer's text, without a stop string; their tokens are
-    all generated tokens. A token whose text is not certain yet, such as half a character, comes
-    with an empty text. Only the last piece has ``finish``.
+    The texts of all pieces together are the answer's text, without a stop string that ended it.
+    Their tokens are all generated tokens. If the text of a token depends on the next tokens, as for
+    half a character, a piece has the token and a later piece its text.
 
     Attributes:
+        finish: why the answer ended, in the last piece; None in all others.
         error: the message, if ``finish`` is "error".
-        cause: the cause of the error, if known.
+        error_kind: the kind of the error; None if the server itself is at fault.
         cached: number of prompt tokens that were in the prefix cache.
-        prompt: the tokens of the prompt, in one piece, if ``Sampling.prompt_logprobs`` is set.
+        prompt: all tokens of the prompt, in one of the pieces, if ``Sampling.prompt_logprobs`` is
+            set; empty in all others.
         stop: the stop string that ended the answer.
     """
 
@@ -119,31 +137,34 @@ class Piece:
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     error: str | None = None
-    cause: Cause | None = None
+    error_kind: ErrorKind | None = None
     cached: int = 0
     prompt: tuple[Token, ...] = ()
     stop: str | None = None
 
 
 class RequestError(VeneerError, ValueError):
-    """The request itself makes an answer impossible: its prompt does not fit, or its schema is not
-    understood."""
+    """The request cannot be answered because of its own content: for example, its prompt exceeds
+    the context, or its JSON schema is invalid."""
 
 
 class GrammarLimitError(RequestError):
-    """The request's schema or grammar exceeds the limits of llguidance's matchers."""
+    """The request's schema or grammar exceeds the limits of llguidance, the library that computes
+    which tokens match it."""
 
 
 class Busy(VeneerError, RuntimeError):  # noqa: N818
-    """The queue is full, or the engine is draining. ``retry_after``: seconds until the queue may
-    have room."""
+    """The queue is full, or the engine is shutting down and takes no more requests.
+    ``retry_after``: the seconds after which the client may try again."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-CAUSES: dict[type[VeneerError], Cause] = {
+#: the kinds of failures by error class. Subclasses stand before their base class, since the first
+#: class that fits is taken.
+ERROR_KINDS: dict[type[VeneerError], ErrorKind] = {
     AdapterError: "bad_adapter",  # the adapter cannot be loaded
     SelectionError: "model_not_found",  # the adapter was unloaded meanwhile
     BankFullError: "out_of_memory",
@@ -152,8 +173,13 @@ CAUSES: dict[type[VeneerError], Cause] = {
 }
 
 
-def cause_of(error: BaseException) -> Cause | None:
-    """The cause of a failure; None if the server itself is at fault."""
+def error_kind_of(error: BaseException) -> ErrorKind | None:
+    """The kind of a failure; None if the server itself is at fault."""
     return next(
-        (cause for error_class, cause in CAUSES.items() if isinstance(error, error_class)), None
+        (
+            error_kind
+            for error_class, error_kind in ERROR_KINDS.items()
+            if isinstance(error, error_class)
+        ),
+        None,
     )

@@ -1,7 +1,7 @@
-"""The fields of request bodies that control sampling, the form of the answer and the chat template,
-under the names that vLLM gives them. Some of them are also OpenAI's.
+"""The pydantic fields of request bodies that control sampling, the form of the answer and the chat
+template. They have the names of vLLM's API; some of them are also in OpenAI's.
 
-``schemas.py`` has the schemas of the bodies, which inherit these fields.
+The classes of whole request bodies in ``schemas.py`` inherit these fields.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from veneer.serve import limits
 from veneer.serve.refusal import value_error
 from veneer.serve.requests import Grammar
 
-#: the most fields of ``structured_outputs`` that are validated
-MAX_FIELDS = 16
+#: the most entries of ``structured_outputs``; an object with more is refused before it is validated
+MAX_STRUCTURED_FIELDS = 16
 
-#: vLLM's older names for fields of ``structured_outputs``, with the field of each
+#: vLLM's older names of fields, with the field of ``structured_outputs`` that replaced each:
+#: {"guided_json": "json", …}
 GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")}
 
 
-def limit_entries(most: int, content: str, do: str = "leave some out") -> BeforeValidator:
-    """A validator that refuses an object with more than ``most`` entries, before the entries are
-    validated. ``content``, ``do``: for the error, what the entries are and what the client can
-    do."""
+def limit_entries(max_entries: int, entry_noun: str, do: str = "leave some out") -> BeforeValidator:
+    """A pydantic validator that refuses an object with more than ``max_entries`` entries. It runs
+    before the entries are validated, so that a huge object costs no time. For the error's text,
+    ``entry_noun`` says what the entries are, and ``do`` what the client can do."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > most:
-            raise value_error(f"{len(value):,} {content}", f"at most {most:,}", do)
+        if isinstance(value, dict) and len(value) > max_entries:
+            raise value_error(f"{len(value):,} {entry_noun}", f"at most {max_entries:,}", do)
         return value
 
     return BeforeValidator(check)
 
 
 def _limit_template_arguments(value: Any) -> Any:
-    """Refuse ``chat_template_kwargs`` that are too large."""
+    """Refuse ``chat_template_kwargs`` of more than ``limits.TEMPLATE_KWARGS`` bytes of JSON."""
     byte_count = len(json.dumps(value)) if isinstance(value, dict) else 0
     if byte_count > limits.TEMPLATE_KWARGS:
         raise value_error(
@@ -87,9 +88,10 @@ GrammarText = Annotated[str, Field(min_length=1, max_length=limits.GRAMMAR)]
 
 
 class TemplateFields(BaseModel):
-    """The fields that become arguments of the chat template, besides messages and tools."""
+    """The fields that become arguments of the chat template; messages and tools are fields of the
+    classes that inherit these."""
 
-    add_generation_prompt: bool | None = None  # None: true unless ``continue_final_message``
+    add_generation_prompt: bool | None = None  # None: not ``continue_final_message``
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_limit_template_arguments)] = {}
 
@@ -105,7 +107,7 @@ class TemplateFields(BaseModel):
         return self
 
     def template_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ``apply_chat_template``."""
+        """The keyword arguments for the tokenizer's ``apply_chat_template``."""
         adds_prompt = not self.continue_final_message and self.add_generation_prompt is not False
         return {
             **self.chat_template_kwargs,
@@ -115,7 +117,9 @@ class TemplateFields(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's field ``structured_outputs``: constraints on the answer. A request has only one."""
+    """vLLM's field ``structured_outputs``: a constraint that the answer must match. Exactly one of
+    ``json``, ``json_object``, ``regex``, ``choice`` and ``grammar`` must be set. vLLM's other
+    fields are accepted only with values that have no effect."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
@@ -168,7 +172,7 @@ class StructuredOutputs(BaseModel):
         return self
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow."""
+        """The JSON schema that the answer must follow; None if the constraint is a ``Grammar``."""
         return {"type": "object"} if self.json_object else self.json_  # pyright: ignore
 
     def grammar_of_answer(self) -> Grammar | None:
@@ -180,7 +184,7 @@ class StructuredOutputs(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """vLLM's sampling fields. With its default value, no field has an effect."""
+    """vLLM's sampling fields. A field that keeps its default value has no effect."""
 
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
@@ -203,7 +207,7 @@ class SamplingFields(BaseModel):
     ) = None
     structured_outputs: Annotated[
         StructuredOutputs | None,
-        limit_entries(MAX_FIELDS, "fields in structured_outputs", "send one form"),
+        limit_entries(MAX_STRUCTURED_FIELDS, "fields in structured_outputs", "send one form"),
     ] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     truncate_prompt_tokens: Truncation | None = None
@@ -222,7 +226,8 @@ class SamplingFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename_guided(cls, data: Any) -> Any:
-        """Turn a field with an older name (``GUIDED``) into a field of ``structured_outputs``."""
+        """Turn a field with one of vLLM's older names (``GUIDED``) into a field of
+        ``structured_outputs``. A body may have only one of them."""
         sent_names = [
             name for name in GUIDED if isinstance(data, dict) and data.get(name) is not None
         ]
@@ -240,8 +245,9 @@ class SamplingFields(BaseModel):
         }
 
     def sampling_options(self, bad_words: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        """These fields as fields of ``Sampling``. ``bad_words``: token sequences of the words."""
-        allowed = self.allowed_token_ids
+        """The values of these fields as keyword arguments of ``requests.Sampling``. ``bad_words``:
+        the token sequences of the words in the field ``bad_words``."""
+        allowed_ids = self.allowed_token_ids
         return {
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
@@ -252,11 +258,11 @@ class SamplingFields(BaseModel):
             "stop_tokens": frozenset(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
             "bad_words": tuple(bad_words),
-            "allowed_tokens": None if allowed is None else frozenset(allowed),
+            "allowed_tokens": None if allowed_ids is None else frozenset(allowed_ids),
             "grammar": self.grammar_of_answer(),
         }
 
     def grammar_of_answer(self) -> Grammar | None:
-        """The constraint on the answer, if it is no JSON schema."""
-        outputs = self.structured_outputs
-        return None if outputs is None else outputs.grammar_of_answer()
+        """The constraint on the answer; None without a constraint, or if it is a JSON schema."""
+        structured_outputs = self.structured_outputs
+        return None if structured_outputs is None else structured_outputs.grammar_of_answer()

@@ -1,13 +1,14 @@
-"""Choose the next request of the queue, and refuse requests if the queue is full (429). The API key
-that was served least comes first; within the key, the adapter that was served least; and within the
-adapter, requests come in the order of arrival.
+"""The fair queue of requests: choose the request that starts next, and refuse requests if the queue
+is full (HTTP status 429).
 
-    key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
+    API key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
 
-This is start-time fair queueing (Goyal, Vin and Cheng 1996), measured in tokens;
-``docs/decisions/serve.md`` has the rules and the reasons. A server without keys counts as one key.
-The queue is bounded: each key may have at most three times as many requests in it as there are free
-places, and each adapter of a key three times as many as the key has places left.
+The next request is of the key that was served the fewest tokens, and among the requests of this key
+of the adapter that was served the fewest. This is start-time fair queueing (Goyal, Vin and Cheng
+1996), measured in tokens; ``docs/decisions/serve.md`` has the rules and the reasons. On a server
+without keys, all requests belong to one key. To keep one client from filling the queue, each key
+may have at most three times as many requests in it as the queue has free places, and each adapter
+of a key at most three times as many as the key may still add.
 """
 
 from __future__ import annotations
@@ -19,27 +20,31 @@ from typing import Generic, Protocol, TypeVar
 
 from veneer.serve.requests import Busy
 
-#: a blend as a hashable value: its sorted (adapter name, weight) pairs (``key_of``)
+#: a blend (a weighted sum of adapters) as a hashable value: its (adapter name, weight) pairs,
+#: sorted by name (``key_of``)
 BlendKey = tuple[tuple[str, float], ...]
 
-#: places in the queue that an adapter or a key may take for each free place
+#: how many places of the queue the requests of a key, or of an adapter of a key, may take for each
+#: place that is free
 PLACES_PER_FREE_PLACE = 3
 
-#: the cost of a prompt token, as a fraction of a generated token's: one call computes many of them
+#: how much a prompt token counts in comparison to a generated token. It costs less, because one
+#: forward call computes many prompt tokens.
 PROMPT_TOKEN_COST = 0.25
 
-#: the most idle adapters or keys whose counts are remembered: more than a server has adapters
+#: the most names of adapters or keys without requests whose counts are remembered. It is larger
+#: than the number of adapters of a server.
 MAX_IDLE_COUNTS = 4096
 
 
 def key_of(blend: Mapping[str, float]) -> BlendKey:
-    """A blend as a hashable value; () for the base."""
+    """A blend, given as weights by adapter name, as a hashable value; () for the base."""
     return tuple(sorted(blend.items()))
 
 
 def counted_as(blend: Mapping[str, float]) -> str:
-    """The adapter that the tokens of a blend count for: the adapter whose weight has the largest
-    magnitude, or "" for the base."""
+    """The name of the adapter for which the tokens of a blend are counted: the one whose weight has
+    the largest magnitude, or "" for the base."""
     return min(
         (name for name in blend if blend[name]),
         key=lambda name: (-abs(blend[name]), name),
@@ -48,25 +53,28 @@ def counted_as(blend: Mapping[str, float]) -> str:
 
 
 class Waiting(Protocol):
-    """The fields of a request that the scheduler reads."""
+    """A request in the queue: the attributes that the scheduler reads."""
 
-    blend_key: BlendKey  # identifies the request's blend (``key_of``)
-    counted_adapter: str  # the adapter that its tokens count for (``counted_as``)
+    blend_key: BlendKey  # the request's blend as a hashable value (``key_of``)
+    counted_adapter: str  # the adapter for which its tokens are counted (``counted_as``)
     owner: str  # the name of the client's API key; "" on a server without keys
-    priority: int  # lower runs first, among requests of the same owner and adapter
+    priority: int  # of the same owner and adapter, the lowest runs first
 
 
 RequestT = TypeVar("RequestT", bound=Waiting)
 
 
 class Shares:
-    """Counts the tokens served to each of several competitors (keys, or adapters), by name. A name
-    is busy while it has requests that wait or run, from ``enter`` until ``leave``."""
+    """Counts the tokens that were served to each of several competitors (keys, or adapters of one
+    key), by name. A name is busy while it has requests that wait or run: after ``enter``, until
+    ``leave`` was called as often. A name has its turn when one of its requests is chosen. Virtual
+    time is the largest count of any name at its turn."""
 
     def __init__(self) -> None:
-        self.virtual_time = 0.0  # the largest count, in tokens, of a name at its turn
+        self.virtual_time = 0.0  # in tokens
         self._served_tokens: dict[str, float] = {}
-        # number of the last turn, by name: of equal counts, the name with the older turn is first
+        # the number of the last turn, by name; of names with equal counts, the one whose last turn
+        # is longest ago comes first
         self._last_turn: dict[str, int] = {}
         self._request_counts: Counter[str] = Counter()
         self._turn_numbers = itertools.count()
@@ -76,76 +84,80 @@ class Shares:
 
     def enter(self, name: str) -> None:
         """Count one more request of ``name``. If the name was idle, its count of tokens is raised
-        to virtual time, so that it gets no credit for the time in which it had no requests."""
+        to virtual time, so that it has no advantage from the time in which it had no requests."""
         if not self._request_counts[name]:
             self._served_tokens[name] = max(self._served_tokens.get(name, 0.0), self.virtual_time)
             self._last_turn.setdefault(name, next(self._turn_numbers))
         self._request_counts[name] += 1
 
     def leave(self, name: str) -> None:
-        """Count one request of ``name`` less."""
+        """Count one request of ``name`` less. Without requests, the name is idle, and its count of
+        tokens may be dropped."""
         self._request_counts[name] -= 1
         if not self._request_counts[name]:
             del self._request_counts[name]
-            self._forget()
+            self._drop_idle_counts()
 
     def least(self, names: Iterable[str]) -> str:
-        """The name that was served the fewest tokens, among busy ``names``."""
+        """Of ``names``, which must all be busy, the one that was served the fewest tokens."""
         return min(names, key=lambda name: (self._served_tokens[name], self._last_turn[name]))
 
     def count_of(self, name: str) -> float:
-        """The count of a busy name: the tokens served to it, raised to virtual time whenever it
-        became busy."""
+        """The count of tokens of a busy name: the tokens served to it; but whenever it became busy,
+        a count below virtual time was raised to virtual time."""
         return self._served_tokens[name]
 
     def turn(self, name: str) -> None:
-        """Give ``name`` its turn, and advance virtual time to its count."""
+        """Record that a request of ``name`` was chosen, and advance virtual time to the name's
+        count."""
         self.virtual_time = max(self.virtual_time, self._served_tokens[name])
         self._last_turn[name] = next(self._turn_numbers)
 
     def charge(self, name: str, tokens: float) -> None:
-        """Count tokens that were computed for ``name``."""
+        """Add ``tokens`` that were computed for the busy ``name`` to its count."""
         self._served_tokens[name] += tokens
 
-    def _forget(self) -> None:
-        """Drop the counts of idle names that virtual time has passed, since such a name would
-        start at the current virtual time anyway. If more than ``MAX_IDLE_COUNTS`` idle names
-        remain, drop the smallest counts too."""
-        idle = [name for name in self._served_tokens if name not in self._request_counts]
-        expired = [
+    def _drop_idle_counts(self) -> None:
+        """Drop the counts of idle names that are not above virtual time, since ``enter`` would
+        raise them to it in any case. If no name is busy, drop all counts. If more than
+        ``MAX_IDLE_COUNTS`` idle names remain, drop those with the smallest counts as well."""
+        idle_names = [name for name in self._served_tokens if name not in self._request_counts]
+        dropped_names = [
             name
-            for name in idle
+            for name in idle_names
             if not self._request_counts or self._served_tokens[name] <= self.virtual_time
         ]
-        if len(idle) - len(expired) > MAX_IDLE_COUNTS:
-            by_count = sorted(idle, key=self._served_tokens.__getitem__)
-            expired = by_count[: len(idle) - MAX_IDLE_COUNTS]
-        for name in expired:
+        if len(idle_names) - len(dropped_names) > MAX_IDLE_COUNTS:
+            names_by_count = sorted(idle_names, key=self._served_tokens.__getitem__)
+            dropped_names = names_by_count[: len(idle_names) - MAX_IDLE_COUNTS]
+        for name in dropped_names:
             del self._served_tokens[name], self._last_turn[name]
 
 
 class Scheduler(Generic[RequestT]):
-    """The queue, with room for ``capacity`` requests. It is not thread-safe: callers need a lock of
-    their own."""
+    """The queue, with places for ``capacity`` requests. It is not thread-safe: callers must hold a
+    lock of their own. The key and the adapter of a request are busy from ``add`` until
+    ``ended``."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.waiting = capacity, 0
-        # waiting requests in order, by owner and counted adapter; no queue is empty
+        # the waiting requests in order, by owner and then by counted adapter; an empty queue is
+        # deleted
         self._queues: dict[str, dict[str, deque[RequestT]]] = {}
         self._owner_shares = Shares()
-        # for each busy owner, the counts of its adapters
+        # by owner with requests: the counts of its adapters
         self._adapter_shares: dict[str, Shares] = {}
-        # times in seconds at which the last requests left the queue
+        # when the last 33 requests left the queue, in seconds
         self._start_times: deque[float] = deque(maxlen=33)
 
     def add(self, request: RequestT) -> None:
-        """Put a request at the end of its adapter's queue, but before requests with a higher
-        ``priority`` number. ``Busy``: the queue has no place for it."""
+        """Put a request at the end of the queue of its owner and adapter, but before requests with
+        a higher ``priority`` number. ``Busy``: the queue has no place for it."""
         owner_queues = self._queues.get(request.owner, {})
         owner_waiting = sum(map(len, owner_queues.values()))
         adapter_waiting = len(owner_queues.get(request.counted_adapter, ()))
         free_count = float(self.capacity - self.waiting)
-        if request.owner:  # the places that the bound leaves for the key
+        if request.owner:  # how many requests the key may still add
             free_count = (PLACES_PER_FREE_PLACE * free_count - owner_waiting) / (
                 1 + PLACES_PER_FREE_PLACE
             )
@@ -164,39 +176,43 @@ class Scheduler(Generic[RequestT]):
         self._owner_shares.enter(request.owner)
         self._adapter_shares.setdefault(request.owner, Shares()).enter(request.counted_adapter)
         queue = self._count_in_queue(request)
-        position = sum(entry.priority <= request.priority for entry in queue)
-        queue.insert(position, request)
+        queue_position = sum(entry.priority <= request.priority for entry in queue)
+        queue.insert(queue_position, request)
 
     def push_back(self, request: RequestT) -> None:
-        """Put a request that ``take`` has returned back to the front of its queue."""
+        """Put a request that ``take`` has returned back to the front of the queue of its owner and
+        adapter, for example because there is no memory for it."""
         self._count_in_queue(request).appendleft(request)
 
     def requeue(self, request: RequestT) -> None:
-        """Put a request that ``take`` has returned, and that has more work, at its queue's end."""
+        """Put a request that ``take`` has returned at the end of the queue of its owner and
+        adapter, because a part of its work is done and more is left."""
         self._count_in_queue(request).append(request)
 
     def take(self, excluded: Collection[BlendKey] = ()) -> RequestT | None:
-        """Remove and return the next request whose blend is not in ``excluded``. Call ``ended``
-        when the request has ended."""
-        # by owner and counted adapter, the next request
-        candidates: dict[str, dict[str, RequestT]] = {}
+        """Choose the next request by the counts of its owner and adapter, among those whose blend
+        is not in ``excluded``. Remove it from the queue and return it; None if there is none. The
+        caller must call ``ended`` when the request has ended."""
+        # the next request of each owner and counted adapter
+        next_requests: dict[str, dict[str, RequestT]] = {}
         for owner, owner_queues in self._queues.items():
             for adapter, queue in owner_queues.items():
-                allowed = (entry for entry in queue if entry.blend_key not in excluded)
-                if (request := next(allowed, None)) is not None:
-                    candidates.setdefault(owner, {})[adapter] = request
-        if not candidates:
+                eligible_requests = (entry for entry in queue if entry.blend_key not in excluded)
+                if (request := next(eligible_requests, None)) is not None:
+                    next_requests.setdefault(owner, {})[adapter] = request
+        if not next_requests:
             return None
-        owner = self._owner_shares.least(candidates)
+        owner = self._owner_shares.least(next_requests)
         adapter_shares = self._adapter_shares[owner]
-        adapter = adapter_shares.least(candidates[owner])
+        adapter = adapter_shares.least(next_requests[owner])
         self._owner_shares.turn(owner)
         adapter_shares.turn(adapter)
-        self._remove_from_queue(candidates[owner][adapter])
-        return candidates[owner][adapter]
+        self._remove_from_queue(next_requests[owner][adapter])
+        return next_requests[owner][adapter]
 
     def remove(self, request: RequestT) -> bool:
-        """Remove a waiting request; returns whether it was waiting."""
+        """Remove a request that ended while it waited. Returns False, and does nothing, if it does
+        not wait."""
         if request not in self._queues.get(request.owner, {}).get(request.counted_adapter, ()):
             return False
         self._remove_from_queue(request)
@@ -212,8 +228,8 @@ class Scheduler(Generic[RequestT]):
         ]
 
     def by_service(self, requests: Iterable[RequestT]) -> list[RequestT]:
-        """Sort running requests by the tokens served to their key, then to their adapter, with the
-        fewest first. Requests with equal counts stay in order."""
+        """Sort running requests by the count of tokens of their key, and for the same key by that
+        of their adapter, the smallest first. Requests with equal counts stay in order."""
         return sorted(
             requests,
             key=lambda request: (
@@ -223,24 +239,27 @@ class Scheduler(Generic[RequestT]):
         )
 
     def charge(self, request: RequestT, tokens: float) -> None:
-        """Count tokens that were computed for a running request, for its key and its adapter."""
+        """Add ``tokens`` that were computed for a running request to the counts of its key and its
+        adapter."""
         self._owner_shares.charge(request.owner, tokens)
         self._adapter_shares[request.owner].charge(request.counted_adapter, tokens)
 
-    def began(self, time: float) -> None:
-        """Record the time, in seconds, at which a request left the queue for good."""
-        self._start_times.append(time)
+    def began(self, started_at: float) -> None:
+        """Record when (``started_at``, in seconds) a request began to run, and so will not be put
+        back into the queue. ``retry_after`` needs these times."""
+        self._start_times.append(started_at)
 
     def ended(self, request: RequestT) -> None:
-        """Record that a request has ended, so that its key or its adapter may be idle now."""
+        """Record that a request has ended. If it was the last one of its key or of its adapter,
+        that is idle from now on."""
         self._owner_shares.leave(request.owner)
         self._adapter_shares[request.owner].leave(request.counted_adapter)
         if not len(self._adapter_shares[request.owner]):
             del self._adapter_shares[request.owner]
 
     def retry_after(self) -> float:
-        """Seconds after which a client may try again, between 1 and 60: half of the queue has begun
-        by then, at the recent rate."""
+        """The seconds, from 1 to 60, after which a refused client may try again: the time until
+        half of the waiting requests have begun, at the rate of the last 33 starts."""
         if len(self._start_times) < 2:
             return 1.0
         duration = self._start_times[-1] - self._start_times[0]
@@ -248,7 +267,8 @@ class Scheduler(Generic[RequestT]):
         return min(60.0, max(1.0, seconds_per_start * self.waiting / 2))
 
     def _count_in_queue(self, request: RequestT) -> deque[RequestT]:
-        """Return the queue to which the caller adds a request, and count the request."""
+        """Count a request as waiting, and return the queue of its owner and adapter, to which the
+        caller must add it."""
         self.waiting += 1
         return self._queues.setdefault(request.owner, {}).setdefault(
             request.counted_adapter, deque()
@@ -265,17 +285,23 @@ class Scheduler(Generic[RequestT]):
 
 
 def fit_budget(lengths: list[int], budget: int) -> list[int]:
-    """Choose the prompts that the next forward call computes; returns their indices. ``lengths``:
-    tokens of each prompt. All are padded to the longest. The first prompt is always chosen. Others
-    join while rows × longest stays within ``budget`` tokens and at most a quarter of that is
-    padding."""
-    chosen: list[int] = []
-    longest = token_count = 0
+    """Choose the prompts that the next forward call computes together. All are padded to the
+    longest of them. The first prompt is always chosen. Each further prompt is chosen if the call
+    then has at most ``budget`` tokens with padding, of which at most a quarter is padding.
+
+    Args:
+        lengths: the number of tokens of each prompt, in the order of preference.
+
+    Returns:
+        The indices of the chosen prompts in ``lengths``.
+    """
+    chosen_indices: list[int] = []
+    longest_chosen = token_count = 0
     for index, length in enumerate(lengths):
-        padded_length = max(longest, length)
-        padded_count = padded_length * (len(chosen) + 1)
-        is_dense = (token_count + length) * 4 >= padded_count * 3
-        if not chosen or (padded_count <= budget and is_dense):
-            chosen.append(index)
-            longest, token_count = padded_length, token_count + length
-    return chosen
+        padded_length = max(longest_chosen, length)
+        padded_total = padded_length * (len(chosen_indices) + 1)
+        has_little_padding = (token_count + length) * 4 >= padded_total * 3
+        if not chosen_indices or (padded_total <= budget and has_little_padding):
+            chosen_indices.append(index)
+            longest_chosen, token_count = padded_length, token_count + length
+    return chosen_indices

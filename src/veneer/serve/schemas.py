@@ -1,5 +1,5 @@
-"""The schemas of the bodies of completions, chats and embeddings: their fields, with types and
-bounds. They follow the rules of ``body_rules.py``."""
+"""The pydantic models of the request bodies of completions, chats, embeddings, and of loading and
+unloading adapters: their fields, with types and bounds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 
 def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
-    """A validator of the JSON type of ``prompt`` or ``input``, which may be any of four. Its errors
-    name all four."""
+    """A pydantic validator for ``field``, "prompt" or "input", which may be a text, a list of
+    texts, a list of token ids or a list of such lists, with at most ``max_inputs`` texts or lists.
+    It runs before pydantic's own validation, whose errors would name only one of the four types."""
     expected = (
         f"a text, a list of 1 to {max_inputs} texts, a list of token ids, or a list of 1 to"
         f" {max_inputs} such lists"
@@ -45,14 +46,18 @@ def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
             raise value_error(f"{describe_value(value)} in {field}", expected, "send one of them")
         element_types = {type(element) for element in value}
         if len(element_types) > 1 or not element_types <= type_nouns.keys():
-            nouns = sorted({type_nouns.get(kind, "something else") for kind in element_types})
+            found_nouns = sorted(
+                {type_nouns.get(element_type, "something else") for element_type in element_types}
+            )
             raise value_error(
-                f"a list of {' and '.join(nouns)} in {field}", expected, "send items of one kind"
+                f"a list of {' and '.join(found_nouns)} in {field}",
+                expected,
+                "send items of one kind",
             )
         if element_types != {int} and len(value) > max_inputs:
-            noun = "texts" if element_types == {str} else "lists of tokens"
+            inputs_noun = "texts" if element_types == {str} else "lists of tokens"
             raise value_error(
-                f"{len(value):,} {noun} in {field}",
+                f"{len(value):,} {inputs_noun} in {field}",
                 f"at most {max_inputs}",
                 "send several requests",
             )
@@ -62,12 +67,13 @@ def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
 
 
 def _as_list(value: Any) -> Any:
-    """The inputs as a list. A single text or a single list of token ids becomes a list of one."""
+    """The inputs as a list: a text or a list of token ids becomes a list with this one element."""
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
 def _check_stops(value: Any) -> Any:
-    """Refuse a ``stop`` that is neither a text nor a short list of texts."""
+    """Refuse a value of ``stop`` that is neither a text nor a list of at most ``limits.STOPS``
+    texts."""
     is_short_list = isinstance(value, list) and len(value) <= limits.STOPS
     is_text_list = is_short_list and all(isinstance(stop, str) for stop in value)
     if not (isinstance(value, str) or is_text_list):
@@ -93,13 +99,13 @@ Blend = Annotated[
 
 
 def _first_set(*values: T | None) -> T:
-    """The first value that is not None."""
+    """The first value that is not None; one must not be None."""
     return next(value for value in values if value is not None)
 
 
 class StreamOptions(Strict):
-    """OpenAI's stream options, and vLLM's ``continuous_usage_stats``, which adds the usage so far
-    to each chunk."""
+    """OpenAI's stream options, and vLLM's ``continuous_usage_stats``, with which each chunk of the
+    stream contains the numbers of tokens so far."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -140,8 +146,8 @@ Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator
 
 
 class GenerationRequest(Strict, SamplingFields, ABC):
-    """The fields that chats and completions share. ``adapters``, ``top_k`` and
-    ``cache_salt`` are additions to OpenAI's API."""
+    """The fields that chats and completions share. ``adapters``, a blend (weights by adapter name),
+    is Veneer's own field; ``top_k`` and ``cache_salt`` are vLLM's."""
 
     model: Name
     adapters: Blend | None = None
@@ -208,9 +214,15 @@ class GenerationRequest(Strict, SamplingFields, ABC):
         defaults: SamplingDefaults,
         bad_words: Sequence[tuple[int, ...]] = (),
     ) -> Sampling:
-        """The sampling settings of answer ``answer_index``. Each answer of a request has a seed of
-        its own. ``defaults``: the base's defaults for fields that the client leaves out.
-        ``bad_words``: the token sequences of the words in that field."""
+        """The sampling settings of one answer.
+
+        Args:
+            max_tokens: the most tokens of the answer.
+            answer_index: the answer's index among the ``n`` answers to a prompt. Each index has a
+                seed of its own, made from the field ``seed``.
+            defaults: the base's values for fields that the client leaves out.
+            bad_words: the token sequences of the words in the field ``bad_words``.
+        """
         return Sampling(
             max_tokens,
             temperature=_first_set(self.temperature, defaults.temperature, 1.0),
@@ -226,24 +238,24 @@ class GenerationRequest(Strict, SamplingFields, ABC):
 
     @abstractmethod
     def alternative_count(self) -> int | None:
-        """The number of alternatives to return with each token of the answer. None: return no
+        """How many most likely tokens to return with each token of the answer; None: return no
         log-probabilities."""
 
     def token_limit(self) -> int | None:
-        """The client's limit on the tokens of an answer; None without a limit."""
+        """The most tokens of an answer, as the client asks; None if it sets no limit."""
         return self.max_tokens
 
     def prompt_alternative_count(self) -> int | None:
-        """The number of alternatives to return with each token of the prompt. None: do not score
-        the prompt."""
+        """How many most likely tokens to return with each token of the prompt; None: return no
+        log-probabilities of the prompt."""
         return self.prompt_logprobs
 
     def schema_param(self) -> str:
-        """The field that holds the JSON schema that the answer must follow."""
+        """The name of the field with the JSON schema that the answer must follow, for errors."""
         return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow."""
+        """The JSON schema that the answer must follow; None if the client sends none."""
         if self.structured_outputs is not None:
             return self.structured_outputs.schema_of_answer()
         if isinstance(self.response_format, SchemaFormat):
@@ -299,19 +311,21 @@ class ChatRequest(GenerationRequest, TemplateFields):
 
     @property
     def forced_tool(self) -> str | None:
-        """The name of the tool that the answer must call; "": any tool; None: no call is forced."""
+        """The name of the tool that the answer must call; "" if it must call any one of the tools;
+        None if it may be a text."""
         if isinstance(self.tool_choice, NamedChoice):
             return self.tool_choice.function.name
         return "" if self.tool_choice == "required" else None
 
     def callable_tools(self) -> list[Tool]:
-        """The tools that the answer may call."""
+        """The tools that the answer may call; empty if ``tool_choice`` is "none"."""
         return [] if self.tool_choice == "none" else self.tools
 
     @property
     def strict_tools(self) -> list[str]:
-        """The names of tools whose calls must follow their schemas although no call is forced;
-        empty if a call is forced."""
+        """The names of the tools with ``strict``: if the answer calls one, its arguments must match
+        the tool's schema. Empty if a call is forced, since ``schema_of_answer`` then applies to
+        the whole answer."""
         functions = [tool.function for tool in self.callable_tools()]
         is_forced = self.forced_tool is not None
         return [function.name for function in functions if function.strict and not is_forced]
@@ -320,7 +334,8 @@ class ChatRequest(GenerationRequest, TemplateFields):
         return super().schema_param() if self.forced_tool is None else "tools"
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow."""
+        """The JSON schema that the answer must follow: of the calls if a tool call is forced; None
+        if the client asks for no schema."""
         if self.forced_tool is None:
             return super().schema_of_answer()
         schemas = [(tool.function.name, tool.function.parameters) for tool in self.tools]
@@ -353,9 +368,9 @@ class CompletionRequest(GenerationRequest):
     def prompt_alternative_count(self) -> int | None:
         echo_count = self.logprobs if self.echo else None
         if echo_count is None and self.echo and self.max_tokens == 0:
-            echo_count = 0  # such a request computes nothing but the scores of the prompt
-        counts = [count for count in (self.prompt_logprobs, echo_count) if count is not None]
-        return max(counts, default=None)
+            echo_count = 0  # with no answer, only the prompt's scores are computed
+        asked_counts = [count for count in (self.prompt_logprobs, echo_count) if count is not None]
+        return max(asked_counts, default=None)
 
 
 class EmbeddingRequest(Strict):
@@ -374,8 +389,9 @@ class EmbeddingRequest(Strict):
 
 
 class LoadRequest(Strict):
-    """vLLM's fields, and ``pin``: whether the adapter stays in memory; None for no change.
-    ``lora_path`` may be left out if the name is served already."""
+    """The body of a request to load an adapter: vLLM's fields, and ``pin``. ``lora_path`` may be
+    left out if the name is served already. ``pin``: whether the adapter stays in memory, None for
+    no change. ``load_inplace``: whether an adapter of this name is replaced."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None

@@ -1,10 +1,11 @@
-"""Read and write ``served.json`` in a folder of adapters. It records the changes made through the
-API, so that they outlast a restart of the server.
+"""Read and write ``served.json`` in the folder of adapters that a server serves. This file records
+the changes that clients made through the API, so that they outlast a restart of the server.
 
     {"format": 1, "names": {"fr": {"path": "runs/7/adapter"}}, "pinned": [], "hidden": []}
 
-``names``: adapters that the API added, with their paths. ``pinned``: adapters that stay in memory.
-``hidden``: adapters of the folder that the API removed.
+``names``: the adapters that clients added, with their paths. ``pinned``: the names of adapters that
+stay in memory. ``hidden``: the names of adapters in the folder that clients removed; their files
+remain, but they are not served.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ MAX_STATE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class ServedState:
-    """The content of ``served.json``: ``names`` has adapter paths by name."""
+    """The content of ``served.json``. ``names``: the paths, by name, of adapters that clients
+    added. ``pinned``: the names of adapters that stay in memory. ``hidden``: the names of adapters
+    in the folder that clients removed."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     pinned: frozenset[str] = frozenset()
@@ -39,16 +42,16 @@ class ServedState:
 
 
 def read_state(folder: Path) -> ServedState:
-    """Read ``served.json``; without such a file the state is empty. ``ConfigError``: the file is
-    damaged."""
-    file = folder / STATE_FILE
+    """Read ``served.json`` in ``folder``. Without this file, the result is empty. ``ConfigError``:
+    the file is damaged, too large or no regular file."""
+    state_path = folder / STATE_FILE
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        file_status = state_path.stat()
+        if not stat.S_ISREG(file_status.st_mode):  # reading a pipe or device may never end
             raise ValueError("no regular file")
-        if status.st_size > MAX_STATE_BYTES:
+        if file_status.st_size > MAX_STATE_BYTES:
             raise ValueError(f"more than {MAX_STATE_BYTES:,} bytes")
-        content = parse(file.read_bytes())
+        content = parse(state_path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
         names = {name: entry["path"] for name, entry in content["names"].items()}
@@ -63,22 +66,28 @@ def read_state(folder: Path) -> ServedState:
         return ServedState()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"{file}, which is damaged ({error})", "what the server wrote", "mend or delete it"
+            f"{state_path}, which is damaged ({error})",
+            "what the server wrote",
+            "mend or delete it",
         ) from error
 
 
 def write_state(folder: Path, state: ServedState) -> None:
-    names = {name: {"path": path} for name, path in sorted(state.names.items())}
-    lists = {"pinned": sorted(state.pinned), "hidden": sorted(state.hidden)}
-    text = json.dumps({"format": FORMAT, "names": names, **lists}, indent=1) + "\n"
+    entries = {name: {"path": path} for name, path in sorted(state.names.items())}
+    name_lists = {"pinned": sorted(state.pinned), "hidden": sorted(state.hidden)}
+    text = json.dumps({"format": FORMAT, "names": entries, **name_lists}, indent=1) + "\n"
     write_whole(folder / STATE_FILE, text)
 
 
 @contextmanager
 def lock_state(folder: Path) -> Iterator[ServedState]:
-    """Yield the content of ``served.json`` in the folder, which no other server changes within this
-    block. The folder itself is locked, because a read-only mount cannot have a lock file."""
-    import fcntl  # here, so that a system without fcntl can serve, though not change adapters
+    """Lock ``folder`` and yield the content of its ``served.json``. Other servers that change the
+    file wait until the ``with`` block ends. If the file system has no locks, this logs a warning
+    and goes on. The lock is on the folder itself, because a read-only mount cannot have a lock
+    file."""
+    # imported here, so that a system without fcntl, such as Windows, can still serve adapters; only
+    # changes through the API fail there
+    import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -91,7 +100,8 @@ def lock_state(folder: Path) -> Iterator[ServedState]:
             )
         yield read_state(folder)
     finally:
-        # closing is not enough: a process forked meanwhile also has the descriptor, and so the lock
+        # unlock explicitly: if a process was forked meanwhile, it has a copy of the descriptor, and
+        # closing the descriptor here would leave the folder locked
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -1,5 +1,5 @@
-"""The state that all routes share (``Service``), and the parameters that FastAPI passes to routes:
-the service and the request's key."""
+"""The state that all HTTP routes share (``Service``), the class of the routes (``Route``), and the
+parameters that FastAPI passes to the functions of routes: the service and the request's API key."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """A base with its adapters, and what serves them to clients."""
+    """A base model with its adapters, and everything that is needed to serve them to clients."""
 
     base: str  # the model name of the base in the API
-    source: str  # where the base is: a folder, file, package or hub id
+    source: str  # the base as the operator named it: a folder, file, package or hub id
     tokenizer: Any
-    bank: Any
-    catalogue: Catalogue
-    keys: Keyring
+    bank: Any  # the loaded adapters: a ``Bank``, or ``VllmAdapters``
+    catalogue: Catalogue  # the names of adapters that clients may use
+    keys: Keyring  # the API keys
     metrics: Metrics
     length: int  # context length: the most tokens of a prompt and its answer together
-    vocabulary: int  # number of token ids of the base
-    engine: Any = None  # answers completions; None for an encoder
-    embedder: Embedder | None = None  # answers embeddings; None for a causal model
+    vocabulary: int  # the number of token ids of the base
+    engine: Any = None  # generates text: an ``Engine`` or ``VllmProcess``; None for an encoder
+    embedder: Embedder | None = None  # computes embeddings; None for a causal model
     extensions: list[Extension] = field(default_factory=list)
-    # values of sampling fields that a request leaves out
+    # the base's values for sampling fields that a request leaves out
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    tool_call_parser: str | None = None  # name of a parser; None: detect it from the template
+    tool_call_parser: str | None = None  # name of a parser; None: by the chat template
     timeout: float = 600.0  # seconds that an answer may take
-    dtype: str = "float32"  # of the base's weights, by torch's name
+    dtype: str = "float32"  # torch's name for the dtype of the base's weights
     hosts: tuple[str, ...] | None = None  # host names accepted in the Host header; None: all
-    cors: tuple[str, ...] = ()  # origins of web pages that may send requests
+    cors: tuple[str, ...] = ()  # origins whose web pages may send requests (CORS)
     docs: bool = False  # whether /docs is served
-    tracer: Tracer | None = None
-    key_watch: KeyWatch | None = None
-    draining: bool = False
+    tracer: Tracer | None = None  # sends an OpenTelemetry span for each request
+    key_watch: KeyWatch | None = None  # reads the file of API keys again when it changes
+    draining: bool = False  # whether the server is shutting down, so that it takes no new requests
     waiting_chars: int = 0  # characters that wait for the tokenizer; only the event loop changes it
     started: int = field(default_factory=lambda: int(time.time()))  # in seconds since 1970
     text_executor: ThreadPoolExecutor = field(  # runs the tokenizer
@@ -79,20 +79,21 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether the service takes requests."""
+        """Whether the service takes requests: it is not draining, and its engine and all of its
+        extensions run."""
         engine_ready = self.engine is None or self.engine.ready
         extensions_ready = all(extension.ready for extension in self.extensions)
         return not self.draining and engine_ready and extensions_ready
 
     def extension_of(self, model: str) -> Extension | None:
-        """The extension that resolves a model name; None if the name belongs to no extension."""
-        matches = (
+        """The extension whose ``model_prefix`` the name ``model`` begins with, or None."""
+        matching_extensions = (
             extension for extension in self.extensions if model.startswith(extension.model_prefix)
         )
-        return next(matches, None)
+        return next(matching_extensions, None)
 
     def unready_refusal(self) -> Refusal:
-        """The refusal of a request while the service is not ready."""
+        """The refusal for a request that arrives while the service is not ``ready``."""
         if self.draining:
             return refusal.draining_refusal()
         return Refusal(
@@ -104,7 +105,8 @@ class Service:
         )
 
     def drain(self, seconds: float) -> None:
-        """Refuse new requests and wait up to ``seconds`` for the running ones."""
+        """Refuse new requests from now on, and wait up to ``seconds`` until the running ones have
+        ended."""
         self.draining = True
         for extension in self.extensions:
             extension.drain()
@@ -121,45 +123,54 @@ class Service:
             worker.close()
         self.text_executor.shutdown(wait=False, cancel_futures=True)
         self.body_executor.shutdown(wait=False, cancel_futures=True)
-        # wait for a load that runs, since it may still be recorded
+        # wait for a running load of an adapter, so that the change is recorded in served.json
         self.admin_executor.shutdown(cancel_futures=True)
         if self.tracer is not None:
             self.tracer.close()
 
 
-async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
-    """The result of ``read(body)``. For a large body, ``read`` runs in a thread, since it may take
-    seconds and would block the event loop."""
+async def beside_loop(service: Service, body: bytes, read_body: Callable[[bytes], T]) -> T:
+    """The result of ``read_body(body)``. For a large body, it runs in a thread, because it may
+    take seconds and would block the event loop meanwhile."""
     if len(body) <= limits.PARSED_INLINE:
-        return read(body)
-    return await asyncio.get_running_loop().run_in_executor(service.body_executor, read, body)
+        return read_body(body)
+    return await asyncio.get_running_loop().run_in_executor(service.body_executor, read_body, body)
 
 
 def _parse_json(body: bytes) -> Any:
     try:
         return parse(body)
     except ValueError as error:
-        # FastAPI would turn any other exception into its own answer
+        # an HTTPException, because FastAPI replaces any other error while it reads the body by a
+        # response of its own
         raise HTTPException(
             400, sentence(f"no JSON ({error})", "a JSON object", "check the body")
         ) from error
 
 
 class _StrictRequest(Request):
-    """A request whose JSON is parsed strictly: no duplicate keys, no NaN, no half of a surrogate
-    pair, and a bounded depth."""
+    """A request whose JSON body is refused if it has duplicate keys, NaN, half of a surrogate pair,
+    or too many levels."""
 
-    _content: Any = None
+    _validated_body: Any = None
 
     async def json(self) -> Any:
-        return _parse_json(await self.body()) if self._content is None else self._content
+        return (
+            _parse_json(await self.body()) if self._validated_body is None else self._validated_body
+        )
 
     async def parse_large_body(self, model: Any) -> None:
-        """Parse and validate a large body in a thread. ``json`` then returns the instance of
-        ``model``, which FastAPI does not validate again."""
+        """If the body is large, parse it and validate it in a thread, so that the event loop is not
+        blocked. ``json`` then returns an instance of the pydantic class ``model``, which FastAPI
+        accepts without validating it again. A small body is left to ``json``.
+
+        Raises:
+            HTTPException: the body is no JSON.
+            RequestValidationError: it does not fit ``model``.
+        """
         body = await self.body()
         if len(body) > limits.PARSED_INLINE and "json" in self.headers.get("content-type", ""):
-            self._content = await beside_loop(
+            self._validated_body = await beside_loop(
                 self.app.state.service, body, partial(_parse_model, model)
             )
 
@@ -173,11 +184,13 @@ def _parse_model(model: Any, body: bytes) -> Any:
 
 
 class Route(APIRoute):
-    """A route that parses bodies strictly, large ones in a thread, and answers HEAD like GET."""
+    """A route that refuses ambiguous JSON (``_StrictRequest``), parses large bodies in a thread,
+    and answers HEAD requests as GET requests."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        # OpenAPI shows the first sentence of the function's docstring, not the function's name
+        # in the OpenAPI page, use the first sentence of the function's docstring as the summary, in
+        # place of the function's name
         sentences = " ".join(self.description.split()).split(". ")
         self.summary = self.summary or sentences[0].removesuffix(".") or None
 
@@ -200,11 +213,13 @@ class Route(APIRoute):
     async def respond(
         self, handle: Callable[[Request], Awaitable[Response]], request: Request
     ) -> Response:
-        """Call ``handle``. A subclass can override this to answer its errors in another way."""
+        """Call ``handle(request)``. A subclass can override this to turn the errors of ``handle``
+        into responses of another format."""
         return await handle(request)
 
-    # RFC 9110, 9.1: a server answers HEAD where it answers GET; uvicorn omits the body. HEAD is not
-    # in `methods`, since OpenAPI would then list a second operation with the same id.
+    # By RFC 9110, section 9.1, a server must answer HEAD where it answers GET; uvicorn omits the
+    # body. HEAD is matched here and not listed in `methods`, because OpenAPI would then show a
+    # second operation with the same id.
 
     def matches(self, scope: Any) -> Any:
         return super().matches({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope)
@@ -216,7 +231,8 @@ class Route(APIRoute):
             await super().handle(scope, receive, send)
 
 
-# These dependencies are async: FastAPI would run others in a thread, which costs time.
+# The following FastAPI dependencies are async although they await nothing, because FastAPI would
+# run other functions in a thread, which costs time.
 
 
 async def _service(request: Request) -> Service:
@@ -242,7 +258,8 @@ async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
     return key
 
 
-#: types of routes' parameters: the service, the request's key, and a key that must be an admin's
+#: parameter types with which a route's function gets the service, the request's API key (refused
+#: without one: 401), and the request's API key if it is an admin key (otherwise refused: 403)
 CurrentService = Annotated[Service, Depends(_service)]
 ApiKey = Annotated[Key, Depends(_key)]
 AdminKey = Annotated[Key, Depends(_admin)]
@@ -251,9 +268,16 @@ AdminKey = Annotated[Key, Depends(_admin)]
 async def requested_adapters(
     service: Service, key: Key, model: str, blend: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a request names: {name: weight}, and {} for the base. ``Refusal``: a name
-    does not exist or the key may not use it (404, with the same message in both cases), or
-    ``blend`` is given and ``model`` is not the base (400)."""
+    """The adapters that a request names, as {name: weight}; {} for the base.
+
+    Args:
+        model: the model name in the request: the base's, an adapter's, or "base:adapter".
+        blend: the field ``adapters`` of the request; None if it has none.
+
+    Raises:
+        Refusal: a name does not exist or the key may not use it (404, with the same message in
+            both cases), or the request has ``blend`` and ``model`` is not the base (400).
+    """
     if blend is None:
         blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
     elif model != service.base:
@@ -264,7 +288,8 @@ async def requested_adapters(
             "name the base, and each adapter in adapters",
             param="adapters",
         )
-    # a blend whose weights are all zero is the base
+    # a blend whose weights are all zero is computed by the base alone, so the key must be allowed
+    # to use the base
     if not key.may_use(blend) or not (any(blend.values()) or key.base):
         raise refusal.no_such_model(next(iter(blend)) if len(blend) == 1 else model)
     if not all(map(service.catalogue.known, blend)):
@@ -278,9 +303,10 @@ async def requested_adapters(
 async def resolve_blend(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None
 ) -> dict[str, float]:
-    """The weights of the adapters that a request names, by name. If ``model`` is a name of an
-    extension, the extension says which adapters it stands for. ``Refusal``: there are no such
-    adapters, or the key may not use them."""
+    """The adapters that a request names, as {name: weight}; {} for the base. If ``model`` begins
+    with the prefix of an extension, the extension decides which adapters ``model`` stands for.
+    ``adapters``: the field of this name in the request, or None. ``Refusal``: the adapters do not
+    exist, or the key may not use them."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         return await extension.resolve_model(key, model)
@@ -290,8 +316,8 @@ async def resolve_blend(
 async def check_model(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None = None
 ) -> None:
-    """Check that the adapters that a request names exist and that the key may use them, without
-    loading them. ``Refusal``: otherwise."""
+    """Check the adapters that a request names, without loading them. ``Refusal``: they do not
+    exist, or the key may not use them. The arguments are those of ``resolve_blend``."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         extension.check_model(key, model)
@@ -299,12 +325,18 @@ async def check_model(
         await requested_adapters(service, key, model, adapters)
 
 
-def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run ``work``, which uses the tokenizer, in the one thread for such work: a tokenizer of
-    transformers has state, so two threads must not use it at once. ``size``: the characters of its
-    texts. A large text takes a second, so the characters that wait are bounded: a short text must
-    not wait behind forty large ones. ``Busy``: too many characters wait already."""
-    if service.waiting_chars and service.waiting_chars + size > limits.WAITING_CHARS:
+def in_text_thread(service: Service, char_count: int, work: Callable[[], T]) -> asyncio.Future[T]:
+    """Run ``work`` in the one thread that uses the tokenizer, and return a future of its result. A
+    tokenizer of transformers has state, so two threads must not use it at once.
+
+    Args:
+        char_count: about how many characters ``work`` reads. Large texts take a second each, so the
+            sum of the characters that wait is limited, lest a short text wait for many large ones.
+
+    Raises:
+        Busy: too many characters wait already.
+    """
+    if service.waiting_chars and service.waiting_chars + char_count > limits.WAITING_CHARS:
         raise Busy(
             sentence(
                 f"{service.waiting_chars:,} characters that wait to be read",
@@ -315,14 +347,17 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
         )
 
     def release(_: Any) -> None:
-        service.waiting_chars -= size
+        service.waiting_chars -= char_count
 
-    service.waiting_chars += size
-    # ``work`` sees the request's context variables (``request_log.CURRENT_RECORD``)
-    run = copy_context().run
-    running = asyncio.get_running_loop().run_in_executor(service.text_executor, run, work)
-    running.add_done_callback(release)
-    return running
+    service.waiting_chars += char_count
+    # run in a copy of the context, so that ``work`` sees the context variables of the request, such
+    # as ``request_log.CURRENT_RECORD``
+    run_in_context = copy_context().run
+    work_future = asyncio.get_running_loop().run_in_executor(
+        service.text_executor, run_in_context, work
+    )
+    work_future.add_done_callback(release)
+    return work_future
 
 
 async def read_texts(
@@ -332,10 +367,19 @@ async def read_texts(
     max_prompt_tokens: int,
     add_special_tokens: bool = True,
 ) -> list[tuple[int, ...]]:
-    """Tokenise texts of at most ``max_prompt_tokens`` tokens each; lists of token ids are only
-    checked. The tokenizer takes a group of texts at a time, so that other requests are not held up.
-    ``param``: the body's field that has the texts, for errors."""
-    tokens: list[tuple[int, ...]] = []
+    """The token ids of each of ``texts``. An element may also be a list of token ids, which is only
+    checked. The texts are tokenised in small groups, so that other requests can use the tokenizer
+    between two groups.
+
+    Args:
+        param: the name of the texts' field in the request body, for errors.
+        max_prompt_tokens: a text that is far longer is refused (``prompts.check_fits``).
+        add_special_tokens: whether the tokenizer puts special tokens around each text.
+
+    Raises:
+        Refusal, Busy: those of ``prompts.prompt_tokens`` and ``in_text_thread``.
+    """
+    token_lists: list[tuple[int, ...]] = []
 
     def tokenize_text(text: Any) -> tuple[int, ...]:
         return prompts.prompt_tokens(
@@ -347,25 +391,31 @@ async def read_texts(
             add_special_tokens=add_special_tokens,
         )
 
-    for group in prompts.group_texts(texts):
-        tokens += await in_text_thread(
-            service, sum(map(len, group)), lambda texts=group: list(map(tokenize_text, texts))
+    for text_group in prompts.group_texts(texts):
+        token_lists += await in_text_thread(
+            service,
+            sum(map(len, text_group)),
+            lambda texts=text_group: list(map(tokenize_text, texts)),
         )
-    return tokens
+    return token_lists
 
 
-async def await_or_undo(work: asyncio.Future[T], undo: Callable[[T], object]) -> T:
-    """Await ``work``. If the caller is cancelled, ``work`` goes on, and ``undo`` is called with its
-    result when it has ended."""
+async def await_or_undo(work_future: asyncio.Future[T], undo: Callable[[T], object]) -> T:
+    """Await ``work_future``, whose work cannot be cancelled. If the awaiting task is cancelled, the
+    work goes on, and when it has ended without an error, ``undo`` is called with its result, for
+    example to release it."""
     try:
-        return await asyncio.shield(work)
+        return await asyncio.shield(work_future)
     except asyncio.CancelledError:
-        work.add_done_callback(lambda done: done.exception() or undo(done.result()))
+        work_future.add_done_callback(
+            lambda ended_future: ended_future.exception() or undo(ended_future.result())
+        )
         raise
 
 
 async def unless_disconnected(request: Request, work: Any) -> Any:
-    """Await ``work``. ``Refusal``: the client disconnected first, and ``work`` was cancelled."""
+    """Await ``work`` (an awaitable) and return its result. If the client of ``request`` disconnects
+    first, ``work`` is cancelled. ``Refusal``: the client disconnected."""
 
     async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,5 +1,7 @@
-"""The options of `veneer serve` as values; ``cli/serve.py`` defines the flags. Importing this file
-loads no model library.
+"""The options of `veneer serve` as one data class, and functions that parse and check their values.
+``cli/serve.py`` defines the command-line flags.
+
+Importing this file loads neither torch nor transformers, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from veneer.errors import ConfigError, listing, raise_all, sentence
 from veneer.serve.request_log import FORMATS
 
-#: bytes by unit
+#: bytes by unit of size, in lower case and without the final "b"
 _BYTE_UNITS = {
     "": 1,
     "k": 10**3,
@@ -25,21 +27,22 @@ _BYTE_UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
-#: the values of ``--precision`` by torch's name of the dtype
+#: torch's names of dtypes, each with the value of ``--precision`` for that dtype
 _PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISIONS = ("auto", "stored", *_PRECISION_OF_DTYPE.values())
-#: an origin as browsers send it: scheme, host and perhaps port
+#: an origin as browsers send it in the header Origin: scheme, host and perhaps port
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
-#: defaults: requests that run at one time and tokens of a request (Veneer's own engine only),
-#: requests that wait, and texts that wait for an encoder
+#: default values. ROWS: requests that run at one time. LENGTH: tokens of a prompt and its answer
+#: (these two only with Veneer's own engine). QUEUE: requests that wait. TEXT_QUEUE: texts that wait
+#: for an encoder.
 ROWS, LENGTH, QUEUE, TEXT_QUEUE = 16, 2048, 256, 1024
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the options of `veneer serve` with the same names."""
+    """The values of the options of `veneer serve`. Each field has the name of its option."""
 
     base: str
     name: str  # the base's model name for clients
@@ -52,30 +55,37 @@ class Settings:
     #: the most requests, or texts of an encoder, that wait; None: ``QUEUE``, or ``TEXT_QUEUE``
     queue: int | None = None
     timeout: float = 600.0  # seconds that an answer may take
-    precision: Any = "stored"
-    quantize: Any = None
-    device: str | None = None
-    device_map: str | None = None
-    attention: str = "auto"
-    #: the most bytes of the KV cache; None: half of the memory that is free
+    precision: Any = "stored"  # dtype of the base's weights (``_PRECISIONS``)
+    quantize: Any = None  # how to quantise the base when it is loaded; None: not
+    device: str | None = None  # where the base runs, by torch's name; None: chosen automatically
+    device_map: str | None = None  # how transformers divides the base among devices; None: not
+    attention: str = "auto"  # which implementation of attention the base uses
+    #: the most bytes of the KV cache; None: half of the memory that is free after loading the base
     cache_memory: int | None = None
-    prefix_cache: bool = True  # whether requests share the KV cache of equal beginnings
-    #: seconds of prompt computation between two tokens of a running answer; None: in proportion to
-    #: the time of a decoding step (``prefill_budget.py``)
+    #: whether requests reuse the keys and values of earlier prompts that begin with the same tokens
+    prefix_cache: bool = True
+    #: the seconds for which prompts may delay the next token of a running answer; None: in
+    #: proportion to the duration of a decode call (``prefill_budget.py``)
     gap: float | None = None
-    tool_call_parser: str | None = None  # of serve/tools; None: chosen by the chat template
+    tool_call_parser: str | None = None  # a parser in serve/tools; None: by the chat template
     trust_remote_code: bool = False  # whether Python files in the base's folder may run
     log_format: str = "text"  # or "json"
-    cors: tuple[str, ...] = ()  # origins of web pages that may send requests
+    cors: tuple[str, ...] = ()  # origins whose web pages may send requests (CORS)
     docs: bool = False  # whether a page at /docs describes the API
     otlp_endpoint: str | None = None  # the OpenTelemetry collector that gets traces
 
 
 def settings_of(base: str, **options: Any) -> Settings:
-    """Make ``Settings`` from options as a user writes them on a command line or in a file:
-    ``memory`` and ``cache_memory`` such as "2GiB", ``gap`` such as "150ms", ``precision`` also as
-    torch's name of a dtype, ``pin`` and ``cors`` as one text or several. ``ConfigError``: an option
-    has an invalid value."""
+    """Make ``Settings`` from options as a user writes them on a command line or in a file.
+
+    Args:
+        options: fields of ``Settings``, of which some may have other forms: ``memory`` and
+            ``cache_memory`` such as "2GiB", ``gap`` such as "150ms", ``precision`` as torch's name
+            of a dtype, and ``pin`` and ``cors`` as one text or several.
+
+    Raises:
+        ConfigError: an option has an invalid value.
+    """
     precision = options.get("precision", Settings.precision)
     options["precision"] = precision = _PRECISION_OF_DTYPE.get(precision, precision)
     if precision not in _PRECISIONS:
@@ -106,13 +116,14 @@ def settings_of(base: str, **options: Any) -> Settings:
 
 
 def _as_texts(value: Any) -> tuple[str, ...]:
-    """The texts of an option that is one text, several, or None."""
+    """The value of an option (one text, several texts, or None for no text) as a tuple of texts."""
     value = value or ()
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
-    """The distinct ``origins``. ``ConfigError``: no browser would send one of them as it is."""
+    """``origins`` without duplicates. ``ConfigError``: one of them is neither "*" nor an origin in
+    the form in which browsers send it, so it would never match."""
     origins = tuple(dict.fromkeys(origins))
     problems = [
         sentence(
@@ -127,9 +138,11 @@ def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
     return origins
 
 
-def must_have_keys_for_any_origin(settings: Settings, open_to_all: bool) -> None:
-    """``ConfigError``: the server accepts requests of every web page, and needs no keys."""
-    if open_to_all and "*" in settings.cors:
+def must_have_keys_for_any_origin(settings: Settings, needs_no_keys: bool) -> None:
+    """``ConfigError``: the server would accept requests from every web page (``--cors '*'``) and
+    need no API keys, so that any page in a user's browser could use it. ``needs_no_keys``: whether
+    the server needs no keys."""
+    if needs_no_keys and "*" in settings.cors:
         raise ConfigError(
             "--cors '*' without keys",
             "keys, or origins by name",
@@ -138,35 +151,45 @@ def must_have_keys_for_any_origin(settings: Settings, open_to_all: bool) -> None
 
 
 def bytes_in(value: str | int | None, flag: str = "--memory") -> int | None:
-    """Parse a number of bytes such as "2GiB" or "500MB". ``flag``: the option with this value, for
-    errors."""
+    """Parse a number of bytes such as "2GiB" or "500MB"; None stays None. ``flag``: the
+    command-line flag of the value, for the error. ``ConfigError``: the value is no positive number
+    of bytes."""
     if value is None:
         return None
     text = str(value)
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    count = int(float(match[1]) * _BYTE_UNITS[match[2]]) if match and match[2] in _BYTE_UNITS else 0
-    if count < 1:
+    size_match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    byte_count = (
+        int(float(size_match[1]) * _BYTE_UNITS[size_match[2]])
+        if size_match and size_match[2] in _BYTE_UNITS
+        else 0
+    )
+    if byte_count < 1:
         raise ConfigError(
             f"{flag} {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"
         )
-    return count
+    return byte_count
 
 
 def seconds_in(value: str | float | None) -> float | None:
-    """Parse a duration such as "150ms" or "0.2s"; returns seconds."""
+    """Parse the value of ``--gap``, a duration such as "150ms" or "0.2s", and return it in seconds;
+    None stays None. ``ConfigError``: the value is no positive duration."""
     if value is None:
         return None
     text = str(value)
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*", text.lower())
-    seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
+    duration_match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*", text.lower())
+    seconds = (
+        float(duration_match[1]) / (1000 if duration_match[2] == "ms" else 1)
+        if duration_match
+        else 0.0
+    )
     if seconds <= 0:
         raise ConfigError(f"--gap {text!r}", "a duration", "write, for instance, 150ms or 0.2s")
     return seconds
 
 
 def default_name(base: str) -> str:
-    """The default model name of a base: the last component of its path, the name of its package, or
-    its hub id."""
+    """The default name of a base for clients: for a folder, its name; for a GGUF file, its name
+    without the suffix; for a package, the package's name; otherwise ``base``, a hub id."""
     if base.startswith("package:"):
         return base.removeprefix("package:")
     path = Path(base).expanduser()
@@ -176,7 +199,8 @@ def default_name(base: str) -> str:
 
 
 def used_flags(options: dict[str, Any]) -> list[str]:
-    """The flags of options that a user has set: with another value than None or "auto"."""
+    """The command-line flags of those ``options`` (values by name) that a user has set: their value
+    is neither None nor "auto"."""
     return [
         f"--{name.replace('_', '-')}"
         for name, value in options.items()

@@ -1,4 +1,5 @@
-"""Start a service from a base and adapters, for `veneer serve` and the replicas of a cluster."""
+"""Load a base model and start the service for it and its adapters, for `veneer serve` and for each
+replica of a cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from veneer.bank import Bank
 from veneer.errors import ConfigError, listing, nearest
 from veneer.kernels import batched, onednn
 from veneer.models.remote_code import with_trust_of_config
-from veneer.models.sampling_defaults import FILE, sampling_defaults
+from veneer.models.sampling_defaults import CONFIG_FILE, sampling_defaults
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue, served_folders
 from veneer.serve.embed import Embedder
@@ -38,17 +39,18 @@ log = logging.getLogger("veneer.serve")
 
 
 def prepare_process() -> None:
-    """Set up the process in which a model will run."""
+    """Set up the process in which a model will run. Call it before the model computes anything."""
     onednn.limit_kernel_caches(onednn.SERVING)
-    # threads that load adapters or answer HTTP give the GIL to the engine's thread after 0.1 ms,
-    # not after Python's default of 5 ms
+    # the interval after which a thread that loads adapters or answers HTTP must hand the GIL to the
+    # engine's thread: 0.1 ms, because Python's default of 5 ms would slow down each step
     sys.setswitchinterval(1e-4)
 
 
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
-    """Load the base and start its engine; ``plugin`` may extend the service. ``Service.close``
-    stops everything."""
+    """Load the base and start its engine, or its embedder if it is an encoder. ``Service.close``
+    stops everything. ``plugin``: adds an extension to the service. ``ConfigError``: the settings
+    contradict each other or do not fit the base."""
     must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
     _check_adapters_exist(settings)
@@ -58,7 +60,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     model, tokenizer = loaded_base.model, loaded_base.tokenizer
     sampling = sampling_defaults(model)
     if ignored_fields := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
-        log.warning("Not applied here, of the base's %s: %s", FILE, ignored_fields)
+        log.warning("Not applied here, of the base's %s: %s", CONFIG_FILE, ignored_fields)
     base_length = models.context_length(settings.base) if is_causal else loaded_base.length
     asked_length = settings.length or LENGTH
     length = min(asked_length, base_length or asked_length)
@@ -110,14 +112,15 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
 
 
 def _check_adapters_exist(settings: Settings) -> None:
-    """Check the adapter folder and the pinned names before the base is loaded, which takes long.
-    Adapters of a remote address are not checked, since that would download them."""
+    """Check the adapter folder and the names in ``--pin`` early, because loading the base, which
+    comes next, takes long. If ``--adapters`` is a remote address, nothing is checked, since that
+    would download the adapters. ``ConfigError``: there is no adapter of a pinned name."""
     if settings.adapters is not None and is_remote(settings.adapters):
         return
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)
-    if unknown := [name for name in settings.pin if name not in adapters]:
+    if unknown_pins := [name for name in settings.pin if name not in adapters]:
         raise ConfigError(
-            f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], adapters)}",
+            f"--pin, and no adapter named {unknown_pins[0]!r}{nearest(unknown_pins[0], adapters)}",
             f"one of {listing(adapters, 8)}" if adapters else "an adapter",
             "check --pin and --adapters",
         )
@@ -136,17 +139,19 @@ def _load_causal(settings: Settings) -> Any:
 
 def _start_engine(
     settings: Settings,
-    base: Any,
+    loaded_base: Any,
     bank: Bank,
     rows: int,
     length: int,
     metrics: Metrics,
     model_lock: Any,
 ) -> Engine:
-    """``model_lock``: a context manager around each step of the engine, or None."""
+    """Create and start the engine. ``model_lock``: a context manager
+    that the engine enters for each step, so that an extension does not change the model meanwhile;
+    or None."""
     engine = Engine(
-        base.model,
-        base.tokenizer,
+        loaded_base.model,
+        loaded_base.tokenizer,
         bank,
         rows=rows,
         length=length,

@@ -1,5 +1,5 @@
-"""Submit requests to the engine, and stream events to a client. When the client disconnects, the
-requests of its stream are cancelled."""
+"""Submit the engine requests of an HTTP request, and stream the events of their answers to the
+client. When the client disconnects, the requests are cancelled."""
 
 from __future__ import annotations
 
@@ -16,38 +16,47 @@ from veneer.serve.service import Service, await_or_undo, in_text_thread
 
 
 async def submit(service: Service, key: Key, engine_requests: list[EngineRequest]) -> Answers:
-    """Submit requests, all with the same blend. If the blend belongs to an extension, the tokens
-    count against the quota of the key."""
-    loop, charge = asyncio.get_running_loop(), None
+    """Submit requests, which must all have the same blend, to the engine. If an adapter of the
+    blend belongs to an extension, the most tokens that the requests can use are first reserved from
+    the quota of the key; after the answers, those that were used are charged.
+
+    Raises:
+        Refusal: the quota does not suffice.
+        Busy: the queue has no place, or too many texts wait for the tokenizer's thread.
+        RequestError: the engine cannot answer a request, for example because of its schema.
+    """
+    loop, charge_tokens = asyncio.get_running_loop(), None
     extension = next(filter(None, map(service.extension_of, engine_requests[0].blend)), None)
     if extension is not None:
         token_count = sum(
             len(request.prompt) + request.sampling.max_tokens for request in engine_requests
         )
-        charge = await extension.reserve_tokens(key, token_count)
+        charge_tokens = await extension.reserve_tokens(key, token_count)
 
     def submit_all() -> Answers:
         try:
-            return Answers(service.engine, engine_requests, loop, charge)
+            return Answers(service.engine, engine_requests, loop, charge_tokens)
         except BaseException:
-            if charge is not None:
-                charge(0)
+            if charge_tokens is not None:
+                charge_tokens(0)
             raise
 
     if engine_requests[0].sampling.schema is None and engine_requests[0].sampling.grammar is None:
         return submit_all()
     try:
-        # submitting compiles the schema with the tokenizer, so do it in the tokenizer's thread
+        # submitting compiles the schema or grammar with the tokenizer, which only the tokenizer's
+        # thread may use
         submission = in_text_thread(service, limits.SCHEMA_WAITING_CHARS, submit_all)
         return await await_or_undo(submission, Answers.cancel)
     except Exception:
-        if charge is not None:
-            charge(0)  # a second call, after that of ``submit_all``, has no effect
+        if charge_tokens is not None:
+            charge_tokens(0)  # has no effect if ``submit_all`` called it before
         raise
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. Its answers are cancelled when the client disconnects."""
+    """A response of server-sent events. When it ends, also because the client disconnected, the
+    answers that have not ended are cancelled."""
 
     def __init__(self, answers: Answers, content: Any) -> None:
         super().__init__(
@@ -59,4 +68,4 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answers.cancel()  # also if the iterator was never started
+            self._answers.cancel()  # even if the client left before the first event

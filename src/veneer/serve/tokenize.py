@@ -1,4 +1,4 @@
-"""vLLM's routes for the base's tokenizer and for the version of the server.
+"""Routes of vLLM's API: to use the base's tokenizer, and to ask for the version of the server.
 
 POST /tokenize     a text, or a chat in the base's chat template → its token ids
 POST /detokenize   token ids → their text
@@ -32,13 +32,15 @@ from veneer.serve.service import (
 
 router = APIRouter(route_class=Route)
 
-#: fields that are only allowed together with ``messages``
+#: fields of ``TokenizeRequest`` that are only allowed together with ``messages``
 CHAT_FIELDS = {"tools", "continue_final_message", "chat_template_kwargs"}
 
 
 class TokenizeRequest(Strict, TemplateFields):
-    """Either a ``prompt`` or ``messages``, with the ``tools`` that the chat template shows. By
-    default, special tokens are added to a prompt, but not to messages, whose template adds them."""
+    """The body of a request to /tokenize: either a ``prompt``, or ``messages`` with perhaps the
+    ``tools`` that the chat template shows. ``add_special_tokens``: whether the tokenizer adds its
+    special tokens; None means yes for a prompt and no for messages, since the chat template adds
+    them there."""
 
     model: Name | None = None
     prompt: str | None = None
@@ -84,8 +86,8 @@ async def tokenize(body: TokenizeRequest, service: CurrentService, key: ApiKey) 
         if body.messages is None:
             text = body.prompt or ""
             prompts.check_fits(tokenizer, text, max_tokens, "prompt")
-            adds_special = body.add_special_tokens is not False
-            ids = list(tokenizer(text, add_special_tokens=adds_special)["input_ids"])
+            adds_special_tokens = body.add_special_tokens is not False
+            ids = list(tokenizer(text, add_special_tokens=adds_special_tokens)["input_ids"])
         else:
             ids = list(
                 prompts.chat_tokens(
@@ -125,7 +127,7 @@ async def detokenize(
             param="tokens",
         )
     tokenizer = service.tokenizer
-    # token ids are only checked
+    # this does not tokenise, but checks that the base has these token ids
     ids = prompts.prompt_tokens(tokenizer, body.tokens, service.vocabulary, max_tokens, "tokens")
     return {"prompt": await in_text_thread(service, len(ids), lambda: tokenizer.decode(ids))}
 
@@ -142,7 +144,8 @@ def _version() -> str:
 
 
 async def _check_model(service: Service, key: Key, model: str | None) -> None:
-    """``Refusal``: the key may not use the model. The tokens are the same for all models, since
-    adapters have the base's tokenizer."""
+    """Check the model that a request names, if any. ``Refusal``: it does not exist, or the key may
+    not use it. Otherwise the model does not matter, since all adapters have the base's
+    tokenizer."""
     if model is not None:
         await check_model(service, key, model)

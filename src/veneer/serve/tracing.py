@@ -1,10 +1,11 @@
-"""Send a span of OpenTelemetry for each request to the collector that ``--otlp-endpoint`` names.
+"""Send an OpenTelemetry span for each request to the collector at the address ``--otlp-endpoint``.
 
     RequestRecord ──▶ span "chat french", with the gen_ai attributes ──▶ OTLP over HTTP
 
-A span is made from the record of a request that has ended. So it holds no prompt and no answer, and
-does not slow the request down. A ``traceparent`` header makes it a child of the client's span. The
-OpenTelemetry library is optional (``veneer[tracing]``).
+A span is made from the log record of a request (``RequestRecord``) after the request has ended. The
+record has no prompt and no answer, so the span has none either, and the request does not wait for
+it. If the client sends a ``traceparent`` header, the span is a child of the client's span. The
+OpenTelemetry library is an optional dependency (``veneer[tracing]``).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from urllib.parse import urlsplit
 from veneer.errors import ConfigError
 from veneer.serve.request_log import RequestRecord
 
-#: the path to which spans are sent if the endpoint has no path
+#: the URL path to which spans are sent if the address ``--otlp-endpoint`` has no path
 DEFAULT_PATH = "/v1/traces"
-#: the name of an operation in OpenTelemetry's gen_ai conventions, by its path below /v1/
+#: the value of ``gen_ai.operation.name`` in OpenTelemetry's semantic conventions, by the route's
+#: path after /v1/
 OPERATIONS = {
     "chat/completions": "chat",
     "responses": "chat",
@@ -27,16 +29,21 @@ OPERATIONS = {
     "completions": "text_completion",
     "embeddings": "embeddings",
 }
-#: seconds that the server waits, when it ends, for spans to be sent
+#: the most seconds for which the server, when it ends, waits until the last spans are sent
 FLUSH_SECONDS = 0.5
 
 
 class Tracer:
-    """Sends a span for each request record. ``base``: the base's model name. ``exporter``: an
-    exporter of OpenTelemetry's SDK. ``processor``: makes the exporter's span processor, by default
-    one that sends spans in batches."""
+    """Sends a span for each request record.
 
-    def __init__(self, base: str, exporter: Any, processor: Any = None) -> None:
+    Args:
+        base: the base's model name for clients.
+        exporter: a span exporter of OpenTelemetry's SDK, which sends spans to the collector.
+        processor_class: the class of OpenTelemetry's SDK that passes spans to the exporter; None:
+            ``BatchSpanProcessor``, which does it in batches in a thread.
+    """
+
+    def __init__(self, base: str, exporter: Any, processor_class: Any = None) -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -45,12 +52,13 @@ class Tracer:
         self._base = base
         resource = Resource.create({"service.name": "veneer"})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor((processor or BatchSpanProcessor)(exporter))
+        self._provider.add_span_processor((processor_class or BatchSpanProcessor)(exporter))
         self._tracer = self._provider.get_tracer("veneer.serve")
         self._propagator = TraceContextTextMapPropagator()
 
     def send(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
-        """Make and send the span of a request that has ended. ``headers``: of the request."""
+        """Send the span of a request that has ended. ``headers``: the request's headers, by names
+        in lower case."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         parent_context = self._propagator.extract({"traceparent": headers.get("traceparent", "")})
@@ -100,8 +108,8 @@ class Tracer:
         return {name: value for name, value in attributes.items() if value is not None}
 
     def close(self) -> None:
-        """Send the remaining spans. If the collector does not answer, this gives up after
-        ``FLUSH_SECONDS``."""
+        """Send the remaining spans. If they are not sent after ``FLUSH_SECONDS``, because the
+        collector does not answer, they are lost."""
         shutdown_thread = threading.Thread(
             target=self._provider.shutdown, name="veneer-traces", daemon=True
         )
@@ -110,12 +118,13 @@ class Tracer:
 
 
 def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
-    """A tracer that sends to the collector at ``endpoint``; None without an endpoint.
-    ``ConfigError``: the endpoint is no address, or the library is missing."""
+    """A tracer that sends spans to the collector at the URL ``endpoint``; None without an endpoint.
+    ``base``: the base's model name for clients. ``ConfigError``: the endpoint is no HTTP address,
+    or OpenTelemetry's library is not installed."""
     if endpoint is None:
         return None
-    address = urlsplit(endpoint)
-    if address.scheme not in ("http", "https") or not address.netloc:
+    parsed_endpoint = urlsplit(endpoint)
+    if parsed_endpoint.scheme not in ("http", "https") or not parsed_endpoint.netloc:
         raise ConfigError(
             f"--otlp-endpoint {endpoint!r}",
             "the address of an OTLP collector over HTTP",
@@ -129,5 +138,5 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
             "OpenTelemetry's SDK and its exporter",
             "pip install 'veneer[tracing]', or leave the endpoint out",
         ) from error
-    url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH
+    url = endpoint if parsed_endpoint.path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH
     return Tracer(base, trace_exporter.OTLPSpanExporter(endpoint=url))

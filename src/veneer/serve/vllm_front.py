@@ -1,12 +1,13 @@
 """A server that starts a vLLM process and forwards requests to it. vLLM computes the answers; this
-server does everything else: keys, verified adapters, blends, budgets and the log.
+server does everything else: API keys, verified adapters, blends, the fair queue and the log.
 
-    ``Guard`` checks the request and its key ──▶ the body names a model, and perhaps a blend
-          ──▶ the request waits for its turn at the ``Gate`` ──▶ ``VllmAdapters`` loads the blend
-          ──▶ vLLM gets the body, with vLLM's name of the blend
-          ──▶ the client gets vLLM's answer, with the client's name of the blend
+    ``Guard`` checks the request and its key ──▶ the body names a model, and perhaps a blend (a
+          weighted sum of adapters)
+          ──▶ the request waits in the queue (``Gate``) ──▶ ``VllmAdapters`` loads the blend
+          ──▶ vLLM gets the body, with the name under which vLLM has loaded the blend
+          ──▶ the client gets vLLM's answer, with the model name that the client sent
 
-Except the model and the blend, all fields of bodies, answers and errors are vLLM's.
+All fields of bodies, answers and errors are vLLM's, except ``model`` and ``adapters`` (the blend).
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ from veneer.serve.vllm_process import Ticket, VllmProcess
 
 log = logging.getLogger("veneer.serve")
 
-#: requests that are sent to vLLM at one time without ``--rows``: vLLM's own default
+#: the most requests that are sent to vLLM at one time if ``--rows`` is not set: vLLM's own default
 DEFAULT_ROWS = 256
-#: routes that are forwarded to vLLM; their bodies name a model
+#: the routes that are forwarded to vLLM. Their bodies must have the field ``model``.
 FORWARDED_PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -78,11 +79,13 @@ FORWARDED_PATHS = (
     "/v1/rerank",
     "/v2/rerank",
 )
-#: forwarded routes whose bodies need not name a model
+#: the forwarded routes whose bodies may lack the field ``model``
 MODEL_OPTIONAL = ("/tokenize", "/detokenize")
-#: fields with which a client could reach data that vLLM stores for another key
+#: fields that make vLLM store data of a request or use stored data. They are refused, because a
+#: client could reach the data of another API key with them.
 STORAGE_FIELDS = ("previous_response_id", "conversation", "background")
-#: routes with the field ``cache_salt``, which keeps the cached prefixes of keys apart
+#: the routes whose bodies have the field ``cache_salt``: vLLM shares cached prefixes only among
+#: requests with the same salt
 SALTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 router = APIRouter(route_class=Route)
@@ -90,7 +93,8 @@ _BLEND = TypeAdapter[dict[str, float]](Blend)
 
 
 def create(service: Service, *routers: Any) -> FastAPI:
-    """The application of a service that ``start`` returned."""
+    """The FastAPI application of a service that ``start`` returned. ``routers``: further routers to
+    include."""
     return api.create(service, *routers, core=(router, api.operations))
 
 
@@ -98,30 +102,31 @@ def create(service: Service, *routers: Any) -> FastAPI:
 async def metrics(service: CurrentService, key: AdminKey, adapters: bool = True) -> Response:
     """Metrics of this server and its vLLM for Prometheus; ``adapters=0``: sums of this server."""
     service.metrics.ready.set(service.ready)
-    page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
+    metrics_text = await asyncio.to_thread(service.metrics.page, adapters=adapters)
     if adapters and service.ready:
-        page += await asyncio.to_thread(service.engine.read, "/metrics")
-    return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+        metrics_text += await asyncio.to_thread(service.engine.read, "/metrics")
+    return PlainTextResponse(metrics_text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def forward(request: Request, service: CurrentService, key: ApiKey) -> Response:
-    """Forward a request to vLLM. The body has vLLM's fields, and ``adapters``, a blend."""
+    """Forward a request to vLLM. The body has vLLM's fields, and may have ``adapters``, a blend."""
     path = request.url.path
-    # without this check, a page of another origin could send a body as plain text: for that type,
-    # browsers do not ask the server first
+    # Without this check, a web page of another origin could send a body as plain text, because
+    # browsers do not ask the server for its permission (CORS preflight) before they send this type.
     if "json" not in request.headers.get("content-type", ""):
         raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
     body = await beside_loop(service, await request.body(), lambda body: _read_body(body, path))
     model, blend = body.get("model"), body.pop("adapters", None)
-    if model is None:  # a route of the tokenizer, which is the same for the base and all adapters
+    if model is None:  # /tokenize and the like: all adapters have the base's tokenizer
         model, blend = service.base, {}
     else:
         blend = await requested_adapters(service, key, model, blend)
     if not service.ready:
         raise service.unready_refusal()
     if path in SALTED_PATHS and key.owner and not body.get("cache_salt"):
-        # with a salt for each key, vLLM's prefix cache shares nothing between keys
-        secret_and_owner = f"{service.engine.secret}\0{key.owner}"
+        # a salt for each API key, so that a client cannot find out from the time of an answer
+        # whether a client with another key sent the same prompt
+        secret_and_owner = f"{service.engine.salt_secret}\0{key.owner}"
         body["cache_salt"] = hashlib.sha256(secret_and_owner.encode()).hexdigest()
     priority = body.get("priority")
     ticket = Ticket(
@@ -137,7 +142,9 @@ for _path in FORWARDED_PATHS:
 
 
 def _read_body(content: bytes, path: str) -> dict[str, Any]:
-    """Parse a body, and check its model and blend. ``Refusal``: one of them is invalid."""
+    """Parse the body of a request for the route ``path``, and check its model and blend.
+    ``Refusal``: it is no JSON object, one of them is invalid, or it has one of
+    ``STORAGE_FIELDS``."""
     try:
         body: Any = parse(content)
     except ValueError as error:
@@ -164,7 +171,8 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
 
 
 class ForwardedStream(StreamingResponse):
-    """A stream of vLLM's events. It ends ``call`` even if the client reads no event."""
+    """A response that streams vLLM's events. When it ends, also because the client disconnected, it
+    ends ``call`` and closes vLLM's response, even if ``events`` was never started."""
 
     def __init__(
         self,
@@ -186,8 +194,17 @@ class ForwardedStream(StreamingResponse):
 
 @dataclass
 class Call:
-    """One request to vLLM, from its wait for a turn to its end. ``model``: the model name in the
-    client's body. ``ticket``: for the ``Gate``. ``arrived_at``: by ``time.monotonic``."""
+    """One request to vLLM, from its wait in the queue to its end.
+
+    Fields:
+        blend: the weights by adapter name; empty for the base.
+        model: the model name that the client sent.
+        body: the request body for vLLM; its ``model`` is replaced when it is sent.
+        ticket: represents the request in the queue (``Gate``).
+        arrived_at: when the request arrived, by ``time.monotonic``.
+        lease: keeps the blend loaded in vLLM until it is released.
+        has_ended: whether ``end`` was called.
+    """
 
     service: Service
     blend: dict[str, float]
@@ -202,14 +219,14 @@ class Call:
     has_ended: bool = False
 
     async def answer(self) -> Response:
-        """Wait for the request's turn, load its blend, and return vLLM's answer.
+        """Wait until the request may be sent to vLLM, load its blend, and return vLLM's answer.
 
         Raises:
             Busy: the queue has no place for the request.
-            Refusal: the time limit is over, or vLLM's process has ended.
-            VeneerError: an error of ``VllmAdapters.acquire``.
+            Refusal: the time limit is exceeded (504), or vLLM has ended (503).
+            VeneerError: the blend cannot be loaded (``VllmAdapters.acquire``).
         """
-        engine, observer = self.service.engine, self.service.metrics
+        engine, service_metrics = self.service.engine, self.service.metrics
         record = CURRENT_RECORD.get()
         if record is not None:
             record.ask(self.blend, 0)
@@ -218,10 +235,10 @@ class Call:
             async with asyncio.timeout_at(deadline):
                 await engine.gate.enter(self.ticket)
         except TimeoutError as error:
-            observer.finished(self.blend, "timeout", time.monotonic() - self.arrived_at)
+            service_metrics.finished(self.blend, "timeout", time.monotonic() - self.arrived_at)
             raise timeout_refusal() from error
         wait_seconds = time.monotonic() - self.arrived_at
-        observer.started(self.blend, wait_seconds)
+        service_metrics.started(self.blend, wait_seconds)
         if record is not None:
             record.queue_seconds = wait_seconds
         try:
@@ -242,8 +259,10 @@ class Call:
             raise
 
     async def _load_blend(self) -> Lease:
-        loading = asyncio.ensure_future(asyncio.to_thread(self.service.bank.acquire, self.blend))
-        return await await_or_undo(loading, Lease.release)
+        load_future = asyncio.ensure_future(
+            asyncio.to_thread(self.service.bank.acquire, self.blend)
+        )
+        return await await_or_undo(load_future, Lease.release)
 
     async def _send(self) -> httpx.Response:
         record = CURRENT_RECORD.get()
@@ -255,7 +274,9 @@ class Call:
         return await self.service.engine.send("POST", self.path, content, headers)
 
     async def _relay(self, response: httpx.Response, deadline: float) -> Response:
-        """Return vLLM's answer to the client, with the client's name of the model."""
+        """Turn vLLM's ``response`` into the response for the client, in which vLLM's model name is
+        replaced by the one that the client sent. A stream ends at the latest at ``deadline``, in
+        seconds of the event loop's clock."""
         media_type = response.headers.get("content-type", "application/json")
         if media_type.startswith("text/event-stream"):
             events = self._forward_events(response, deadline)
@@ -271,17 +292,18 @@ class Call:
     async def _forward_events(
         self, response: httpx.Response, deadline: float
     ) -> AsyncIterator[bytes]:
-        """Yield vLLM's events line by line. Only a line feed ends a line: vLLM writes other
-        separators, such as U+2028, into its JSON as they are."""
-        outcome, refusal, rest, event_count = "cancelled", None, b"", 0
+        """Yield the lines of vLLM's events, and if vLLM fails or ``deadline`` passes, an event with
+        the error. Lines are divided at line feeds only, because vLLM's JSON may contain other line
+        separators, such as U+2028, within a text."""
+        outcome, refusal, partial_line, event_count = "cancelled", None, b"", 0
         chunks = response.aiter_bytes()
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
                     chunk = await anext(chunks, None)
-                *lines, rest = (rest + (chunk or b"")).split(b"\n")
-                if chunk is None and rest:
-                    lines, rest = [*lines, rest], b""
+                *lines, partial_line = (partial_line + (chunk or b"")).split(b"\n")
+                if chunk is None and partial_line:
+                    lines, partial_line = [*lines, partial_line], b""
                 for line in lines:
                     self._count_event(line)
                     event_count += line.startswith(b"data: ")
@@ -299,13 +321,15 @@ class Call:
             yield refusal.error_event(self.path, event_count)
 
     def _rename_model(self, content: bytes) -> bytes:
-        """Replace vLLM's name of the model by the client's."""
+        """Replace the name under which vLLM has loaded the blend by the model name that the client
+        sent."""
         if self.lease.name is None:
             return content
         return content.replace(self.lease.name.encode(), json.dumps(self.model)[1:-1].encode())
 
     def _count_usage(self, content: bytes) -> None:
-        """Take the numbers of tokens from the field ``usage`` of a complete answer."""
+        """Read the numbers of tokens from the field ``usage`` of a complete answer. If ``content``
+        is no JSON object, do nothing."""
         try:
             usage = json.loads(content).get("usage") or {}
         except (ValueError, AttributeError):
@@ -314,8 +338,8 @@ class Call:
         self.generated_tokens = usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
     def _count_event(self, line: bytes) -> None:
-        """Count one token for a line of a stream that has data: vLLM sends about one event a
-        token."""
+        """Count one generated token if a line of the stream is an event with data, because vLLM
+        sends about one event for each token. The first one is recorded as the first token."""
         if not line.startswith(b"data: {"):
             return
         record = CURRENT_RECORD.get()
@@ -327,16 +351,17 @@ class Call:
         self.generated_tokens += 1
 
     def end(self, outcome: str) -> None:
-        """Release the call's lease and its place in vLLM (``Gate.leave``), and record its end. If
-        it has ended before, do nothing. ``outcome``: the reason, for metrics and the log."""
+        """Release the call's lease, let the next request of the queue go to vLLM, and record the
+        call in metrics and the log, with ``outcome`` as the reason of its end. A second call of
+        this method does nothing."""
         if self.has_ended:
             return
         self.has_ended = True
-        observer, record = self.service.metrics, CURRENT_RECORD.get()
+        service_metrics, record = self.service.metrics, CURRENT_RECORD.get()
         self.lease.release()
         self.service.engine.gate.leave(self.ticket, self.generated_tokens or 1)
-        observer.tokens(self.blend, self.prompt_tokens, self.generated_tokens)
-        observer.finished(self.blend, outcome, time.monotonic() - self.arrived_at)
+        service_metrics.tokens(self.blend, self.prompt_tokens, self.generated_tokens)
+        service_metrics.finished(self.blend, outcome, time.monotonic() - self.arrived_at)
         if record is not None:
             record.prompt_tokens = self.prompt_tokens
             record.generated_tokens = self.generated_tokens
@@ -358,33 +383,41 @@ def engine_lost_refusal() -> Refusal:
 def start(
     settings: Settings, keys: Keyring, on_exit: Callable[[int], None] = lambda status: None
 ) -> Service:
-    """Start vLLM and the service before it. ``Service.close`` stops both. ``on_exit`` is called if
-    vLLM ends by itself."""
+    """Start vLLM, wait until it has loaded the base, and create the service that forwards requests
+    to it. ``Service.close`` stops vLLM.
+
+    Args:
+        on_exit: called with vLLM's exit status, in a thread, if vLLM ends without ``close``.
+
+    Raises:
+        ConfigError: the settings contradict each other, or vLLM is not installed or does not start.
+        AdapterError: vLLM cannot load some of the adapters.
+    """
     must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
     program = vllm.program()
-    folders = {} if settings.adapters is None else served_folders(settings.adapters)
-    rank = vllm.largest_rank(folders)
+    adapter_folders = {} if settings.adapters is None else served_folders(settings.adapters)
+    rank = vllm.largest_rank(adapter_folders)
     base = str(folder_of(settings.base))
     tokenizer = load_tokenizer(base)
     tracer = open_tracer(settings.otlp_endpoint, settings.name)
-    folder = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
-    socket = Path(folder.name) / "socket"
-    command_line = _command_line(settings, base, socket, rank, tokenizer)
+    temp_dir = tempfile.TemporaryDirectory(prefix="veneer-vllm-")
+    socket_path = Path(temp_dir.name) / "socket"
+    command_line = _command_line(settings, base, socket_path, rank, tokenizer)
     engine = VllmProcess(
         [program, *command_line[1:]],
-        socket,
+        socket_path,
         settings.rows or DEFAULT_ROWS,
         settings.queue or QUEUE,
         settings.timeout,
         on_exit,
-        folder,
+        temp_dir,
     )
     try:
         engine.start()
         verify_base = os.environ.get("VENEER_VERIFY_BASE", "1") != "0"
         bank = VllmAdapters(
-            engine.post, base, Path(folder.name), rank, settings.memory, verify_base=verify_base
+            engine.post, base, Path(temp_dir.name), rank, settings.memory, verify_base=verify_base
         )
         catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
         metrics = Metrics(catalogue.known)
@@ -418,11 +451,11 @@ def start(
 
 
 def _command_line(
-    settings: Settings, base: str, socket: Path, rank: int, tokenizer: Any
+    settings: Settings, base: str, socket_path: Path, rank: int, tokenizer: Any
 ) -> list[str]:
     return vllm.command(
         base,
-        socket,
+        socket_path,
         rank,
         name=settings.name,
         length=settings.length,
@@ -434,8 +467,9 @@ def _command_line(
 
 
 def _dtype(settings: Settings, base: str) -> str | None:
-    """The dtype for vLLM's command line; None: vLLM's default. With the precision "stored", the
-    base's dtype is given, since vLLM's "auto" would use bfloat16 for a base in float32."""
+    """The value of vLLM's ``--dtype``; None: leave it out. With the precision "stored", it is the
+    dtype of the base's files, because vLLM's default would convert a base in float32 to
+    bfloat16."""
     precision = settings.precision
     if precision == "auto":
         return None

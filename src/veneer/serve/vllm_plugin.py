@@ -1,13 +1,15 @@
-"""A plug-in that vLLM finds by the entry point ``vllm.general_plugins``. It gives vLLM the verified
-adapters of a library, by name.
+"""A plug-in for vLLM, which vLLM finds by the entry point ``vllm.general_plugins``. With it, a vLLM
+server that the user starts serves the adapters of a Veneer library by name, and verifies them.
 
     VENEER_LIBRARY        the path or address of the library (``vllm_resolver.py``); without it, the
                           plug-in does nothing
-    VENEER_VERIFY_BASE=0  do not compare the base with the adapters' records: for a quantised base
+    VENEER_VERIFY_BASE=0  do not compare the base with the hashes in the adapters' records, for
+                          example because the base is quantised
 
 With VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, vLLM asks a ``LoRAResolver`` for each model name that it
-does not know. vLLM loads plug-ins in every process that it starts, but asks in only one of them, so
-all other imports happen at the first question.
+does not know. vLLM loads plug-ins in every process that it starts, but asks the resolver in only
+one of them, so Veneer's other modules are imported only when the resolver is asked for the first
+time.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veneer.serve.vllm_resolver import Adapters
 
-#: a child of vLLM's logger, whose handler prints the messages
+#: a child of vLLM's logger, so that vLLM's handler prints the messages
 log = logging.getLogger("vllm.veneer")
 
 
 def register() -> None:
-    """Register the resolver with vLLM, if ``VENEER_LIBRARY`` is set."""
+    """Register the resolver with vLLM if ``VENEER_LIBRARY`` is set. vLLM calls this when it loads
+    the plug-in."""
     library_address = os.environ.get("VENEER_LIBRARY")
     if not library_address:
         return
@@ -36,8 +39,8 @@ def register() -> None:
     verify_base = os.environ.get("VENEER_VERIFY_BASE", "1") != "0"
 
     class VeneerResolver(LoRAResolver):
-        """Finds the adapter of a model name. None for a name that is not served: vLLM then answers
-        404, as for any unknown name."""
+        """Finds the adapter of a model name for vLLM. If there is none, or it cannot be verified,
+        ``resolve_lora`` returns None, and vLLM answers 404, as for any unknown name."""
 
         adapters: Adapters | None = None
         lock = threading.Lock()
@@ -52,7 +55,7 @@ def register() -> None:
             from veneer.errors import VeneerError
             from veneer.serve.vllm_resolver import Adapters
 
-            with self.lock:  # all threads share one instance, which caches the base's fingerprints
+            with self.lock:  # one instance for all threads: it caches hashes of the base
                 self.adapters = self.adapters or Adapters(library_address, verify_base=verify_base)
             try:
                 return self.adapters.find(base, name)

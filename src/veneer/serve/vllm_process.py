@@ -1,7 +1,10 @@
-"""A vLLM process that this server starts, watches and stops. It listens at a Unix socket in a
-folder that only this user may enter, so clients reach it only through this server.
+"""A vLLM process that this server starts, watches and stops (``VllmProcess``), and the queue of
+requests before it (``Gate``).
 
     start → loading → ready → (vLLM ends by itself: ``ready`` is false, and ``on_exit`` is called)
+
+vLLM listens at a Unix socket in a folder that only the user of this process may enter, so clients
+reach vLLM only through this server.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ from veneer.serve.scheduler import BlendKey, Scheduler
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds between two checks whether vLLM is ready, and seconds that vLLM has to end after SIGTERM
-#: before it is killed
+#: POLL_SECONDS: the time between two checks whether vLLM is ready. STOP_SECONDS: the time after
+#: SIGTERM in which vLLM must end before it is killed.
 POLL_SECONDS, STOP_SECONDS = 0.2, 20.0
-#: variables of vLLM's environment; the first one enables the routes that load adapters
+#: environment variables for vLLM. The first one enables vLLM's routes that load adapters; the
+#: second one keeps vLLM from sending usage statistics to its makers.
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-#: on Linux, a Python program that asks for SIGTERM when its parent, this process, ends in any way
-#: (PR_SET_PDEATHSIG), and then replaces itself with the command of its arguments
+#: Python code that starts vLLM on Linux. It asks the kernel to send it SIGTERM when its parent,
+#: this process, ends in any way (PR_SET_PDEATHSIG), and then replaces itself by the command in its
+#: arguments, so that vLLM never outlives this server.
 RUN_UNTIL_PARENT_ENDS = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 )
@@ -45,45 +50,52 @@ class VllmProcess:
 
     Args:
         command_line: vLLM's command line.
-        address: the path of the socket at which vLLM listens.
+        socket_path: the path of the Unix socket at which vLLM listens.
         rows: the most requests that are sent to vLLM at one time.
         queue: the most requests that wait.
         timeout: seconds that an answer may take.
-        on_exit: called in a thread, with the exit status, if vLLM ends by itself.
-        folder: a temporary folder, removed when vLLM ends.
+        on_exit: called in a thread, with the exit status, if vLLM ends without ``close``.
+        folder: a temporary folder, with the socket and copies of adapters, that is removed when
+            vLLM ends.
     """
 
     def __init__(
         self,
         command_line: Sequence[str],
-        address: Path,
+        socket_path: Path,
         rows: int,
         queue: int,
         timeout: float,
         on_exit: Callable[[int], None],
         folder: TemporaryDirectory[str],
     ) -> None:
-        self._command_line, self._socket = command_line, address
+        self._command_line, self._socket_path = command_line, socket_path
         self._on_exit, self._timeout = on_exit, timeout
-        self.gate, self._folder, self.secret = Gate(rows, queue), folder, secrets.token_hex(16)
+        self.gate, self._folder, self.salt_secret = Gate(rows, queue), folder, secrets.token_hex(16)
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._sync_client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(address)), base_url="http://vllm", timeout=timeout
+            transport=httpx.HTTPTransport(uds=str(socket_path)),
+            base_url="http://vllm",
+            timeout=timeout,
         )
         self._async_client: httpx.AsyncClient | None = None
         self.ready = False
 
     def start(self) -> None:
-        """Start vLLM, and wait until it answers. ``ConfigError``: vLLM ended before that."""
-        wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
+        """Start vLLM, and wait until it has loaded the base and answers. ``ConfigError``: vLLM
+        ended before."""
+        wrapper_command = (
+            [sys.executable, "-c", RUN_UNTIL_PARENT_ENDS] if sys.platform == "linux" else []
+        )
         self._process = subprocess.Popen(
-            [*wrapper, *self._command_line],
-            # without a library, Veneer's plug-in in vLLM does nothing (``vllm_plugin.py``)
+            [*wrapper_command, *self._command_line],
+            # VENEER_LIBRARY is empty, so that Veneer's plug-in in vLLM does nothing: this server
+            # loads the adapters itself
             env={**os.environ, **ENVIRONMENT, "VENEER_LIBRARY": ""},
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
-            start_new_session=True,  # Ctrl-C must not reach vLLM: running requests end first
+            start_new_session=True,  # so that Ctrl-C ends vLLM only after its requests
         )
         try:
             while not self._is_healthy():
@@ -102,8 +114,9 @@ class VllmProcess:
 
     def _is_healthy(self) -> bool:
         try:
-            with socket.socket(socket.AF_UNIX) as probe:  # httpx would leave a refused socket open
-                probe.connect(str(self._socket))
+            # first without httpx, which would leave a refused socket open
+            with socket.socket(socket.AF_UNIX) as test_socket:
+                test_socket.connect(str(self._socket_path))
         except OSError:
             return False
         try:
@@ -112,7 +125,8 @@ class VllmProcess:
             return False
 
     def _watch(self) -> None:
-        """Wait until vLLM ends, and report an end that this server did not ask for."""
+        """Wait until vLLM ends. If ``close`` was not called before, log an error, remove the folder
+        and call ``on_exit``. Runs in a thread of its own."""
         assert self._process is not None
         exit_status = self._process.wait()
         self.ready = False
@@ -130,34 +144,38 @@ class VllmProcess:
         return self.gate.waiting
 
     def post(self, path: str, body: Any) -> tuple[int, str]:
-        """Send a POST request of this server itself, from any thread. Returns the status and text
-        of the answer. ``OSError``: vLLM does not answer."""
+        """Send a POST request that is not a client's, such as to load an adapter, with ``body`` as
+        JSON. Any thread may call this. Returns the HTTP status and the text of the answer.
+        ``OSError``: vLLM does not answer."""
         try:
-            answer = self._sync_client.post(path, json=body)
-        except (httpx.HTTPError, RuntimeError) as error:  # the client may have been closed
+            response = self._sync_client.post(path, json=body)
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client is closed
             raise OSError(f"vLLM does not answer ({type(error).__name__})") from error
-        return answer.status_code, answer.text
+        return response.status_code, response.text
 
     def read(self, path: str) -> bytes:
-        """The content of vLLM's answer to GET ``path``; empty if vLLM does not answer with 200."""
+        """The content of vLLM's answer to GET ``path``; empty if vLLM does not answer, or answers
+        with another status than 200."""
         try:
-            answer = self._sync_client.get(path)
+            response = self._sync_client.get(path)
         except httpx.HTTPError:
             return b""
-        return answer.content if answer.status_code == 200 else b""
+        return response.content if response.status_code == 200 else b""
 
     def model_card(self) -> dict[str, Any]:
-        """vLLM's description of the base, from its /v1/models."""
+        """The entry of the base in vLLM's answer to GET /v1/models."""
         return json.loads(self.read("/v1/models"))["data"][0]
 
     async def send(self, method: str, path: str, body: bytes, headers: Any) -> httpx.Response:
-        """Forward a client's request. Returns the answer, whose body is not read yet; the caller
-        must close it."""
+        """Forward a client's request to vLLM. Returns the answer as soon as its headers have
+        arrived; the caller must read its body and close it. ``httpx.TransportError``: vLLM does
+        not answer."""
         if self._async_client is None:
-            # one connection for each request: at a Unix socket this is cheap, and leaves none open
+            # a new connection for each request, which is cheap at a Unix socket, so that no idle
+            # connections stay open
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             self._async_client = httpx.AsyncClient(
-                transport=httpx.AsyncHTTPTransport(uds=str(self._socket), limits=limits),
+                transport=httpx.AsyncHTTPTransport(uds=str(self._socket_path), limits=limits),
                 base_url="http://vllm",
                 timeout=httpx.Timeout(self._timeout, connect=5),
             )
@@ -165,7 +183,7 @@ class VllmProcess:
         return await self._async_client.send(request, stream=True)
 
     def drain(self, seconds: float) -> None:
-        """Wait up to ``seconds`` until no request runs or waits."""
+        """Wait until no request runs or waits, but at most ``seconds``."""
         deadline = time.monotonic() + seconds
         while (self.running or self.waiting) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -185,8 +203,8 @@ class VllmProcess:
 
 
 class Ticket:
-    """A request that waits for its turn or was sent to vLLM, with the fields that the scheduler
-    reads (``scheduler.Waiting``)."""
+    """A request that waits in the queue or was sent to vLLM, with the attributes that the scheduler
+    reads (``scheduler.Waiting``). ``admitted``: a future that is done when it may be sent."""
 
     def __init__(
         self, owner: str, counted_adapter: str, blend_key: BlendKey, priority: int
@@ -197,12 +215,13 @@ class Ticket:
 
 
 class Gate:
-    """Lets at most ``rows`` requests of all clients be in vLLM at one time, while at most ``queue``
-    others wait. As in Veneer's engine, the next one is of the least served key and adapter
-    (``scheduler.py``). Only the event loop may call the methods."""
+    """The queue of requests before vLLM. At most ``rows`` requests are in vLLM at one time, and at
+    most ``queue`` others wait. The next request to be sent is of the API key that was served the
+    fewest tokens, and of its least served adapter (``scheduler.py``). Only the event loop may call
+    the methods."""
 
     def __init__(self, rows: int, queue: int) -> None:
-        self._rows, self._scheduler = rows, Scheduler[Ticket](queue)
+        self._max_running, self._scheduler = rows, Scheduler[Ticket](queue)
         self.running = 0
 
     @property
@@ -210,7 +229,8 @@ class Gate:
         return self._scheduler.waiting
 
     async def enter(self, ticket: Ticket) -> None:
-        """Wait until the request may be sent. ``Busy``: the queue has no place for it."""
+        """Wait until the request may be sent to vLLM. If the caller is cancelled while it waits,
+        the request leaves the queue. ``Busy``: the queue has no place for it."""
         self._scheduler.add(ticket)
         self._admit()
         try:
@@ -221,15 +241,16 @@ class Gate:
             raise
 
     def leave(self, ticket: Ticket, tokens: float) -> None:
-        """Record that the request has ended, and count its ``tokens`` for its key and adapter."""
+        """Record that a request that was sent has ended, count its ``tokens`` for its key and
+        adapter, and let the next request be sent."""
         self._scheduler.charge(ticket, tokens)
         self._scheduler.ended(ticket)
         self.running -= 1
         self._admit()
 
     def _admit(self) -> None:
-        """Let the next requests go to vLLM, as long as there are free rows."""
-        while self.running < self._rows and (ticket := self._scheduler.take()) is not None:
+        """Let waiting requests be sent to vLLM until ``rows`` of them run."""
+        while self.running < self._max_running and (ticket := self._scheduler.take()) is not None:
             self.running += 1
             self._scheduler.began(time.monotonic())
             if not ticket.admitted.done():

@@ -1,18 +1,19 @@
 """A catalogue of adapters by name, and the sources that it lists: a folder, a library or a remote
 place.
 
-    FolderSource(DIR)        DIR/french/adapter_config.json is the adapter "french"
-    LibrarySource(library)   the names of a library
-    RemoteSource(PLACE)      PLACE/french, pulled into the cache
+    FolderSource(DIR)        the adapter in the folder DIR/french has the name "french"
+        LibrarySource(library)   adapters have their names in the library RemoteSource(PLACE)
+        the adapter at PLACE/french has the name "french"; it is pulled into the
+                             cache
 
     source.list()            {name: Location} at this moment; ``OSError`` or ``VeneerError`` if the
                              source cannot be read
     source.resolve(name)     the Location of one name; ``VeneerError`` if there is no such adapter
     source.address           identifies the source in messages
-    Catalogue.refresh()      names that were added, removed or changed since the last call
+    Catalogue.refresh()      how the source differs from the adapters that the caller has accepted
 
-The server, the resolver for vLLM and `veneer chat` find adapters here. A catalogue knows the folder
-of each name. The ``Bank`` knows which adapters are in memory.
+The server, the resolver for vLLM and `veneer chat` find adapters here. A catalogue only knows the
+folder of each adapter; the server's ``Bank`` loads adapters and knows which are in memory.
 """
 
 from __future__ import annotations
@@ -29,20 +30,27 @@ from typing import Any, NamedTuple
 from veneer.errors import ConfigError, LibraryError, RemoteError, VeneerError
 from veneer.formats import peft
 from veneer.store.library import INDEX, NAME, OBJECTS, Library
-from veneer.store.remote import LATEST, file_system, is_remote, parse_address, pull, store_errors
+from veneer.store.remote import (
+    LATEST_FILE,
+    file_system,
+    is_remote,
+    parse_address,
+    pull,
+    store_errors,
+)
 
 
 class Location(NamedTuple):
-    """The folder of an adapter. ``version`` changes when the files in the folder change; it is ()
-    for a folder whose files never change."""
+    """The folder of an adapter. ``version`` differs if the files in the folder have changed; it is
+    () for a folder whose files never change."""
 
     path: Path
     version: Hashable = ()
 
 
 class FolderSource:
-    """The adapters in the subfolders of a folder. ``resolve`` takes any relative path below the
-    folder."""
+    """The adapters in the subfolders of ``folder``, an absolute path without symbolic links.
+    ``list`` finds only direct subfolders; ``resolve`` takes any relative path below ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.address = folder, str(folder)
@@ -64,7 +72,8 @@ class FolderSource:
 
     def resolve(self, name: str) -> Location:
         path = resolve_within(self.folder, name)
-        # a path outside of the folder is treated as absent
+        # report a path outside of the folder like one that does not exist, so that a client cannot
+        # find out which paths exist
         if path is None or not is_adapter(path):
             raise LibraryError(
                 f"no adapter at {name[:200]!r} in the adapter folder",
@@ -74,31 +83,36 @@ class FolderSource:
         return self.locate(path)
 
     def locate(self, path: Path) -> Location:
-        """The location of a folder that may be overwritten. Its version is made of the inodes,
-        modification times and sizes of its files."""
+        """The location of an adapter folder whose files may be overwritten. Its version consists of
+        the inode, modification time and size of each file; it is () if a file cannot be read."""
         with suppress(OSError):
-            stats = [(path / file).stat() for file in (peft.CONFIG, peft.TENSORS)]
-            return Location(path, tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in stats))
+            file_stats = [(path / file_name).stat() for file_name in (peft.CONFIG, peft.TENSORS)]
+            return Location(
+                path, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in file_stats)
+            )
         return Location(path)
 
 
 class LibrarySource:
-    """The adapters of a library. A library never changes the files of an adapter, so if a name gets
-    another adapter, its path changes."""
+    """The adapters of a library. A library never changes the files in an adapter's folder: if a
+    name is given to another adapter, its folder changes. So a location needs no version."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.address = library, str(library.folder)
 
     def list(self) -> dict[str, Location]:
-        objects = self.library.folder / OBJECTS
-        return {entry.name: Location(objects / entry.object) for entry in self.library.list()}
+        objects_folder = self.library.folder / OBJECTS
+        return {
+            entry.name: Location(objects_folder / entry.object) for entry in self.library.list()
+        }
 
     def resolve(self, name: str) -> Location:
         return Location(self.library.get(name))
 
     def pull(self, name: str, version: str = "", *, cache: Path | None = None) -> Path:
-        """Copy an adapter to the cache, where changes of the library do not affect it.
-        ``LibraryError``: there is no such name, or its adapter's hash is no longer ``version``."""
+        """Copy an adapter to the cache, where changes of the library do not affect it, and return
+        its folder there. ``version``: the hash that the adapter's files must have; "" accepts any.
+        Raises ``LibraryError`` if the library has no such name, or its adapter has another hash."""
         path = self.library.pull(name, cache=cache)
         if version not in ("", path.name):
             raise LibraryError(
@@ -110,8 +124,9 @@ class LibrarySource:
 
 
 class RemoteSource:
-    """The adapters at a remote place, fetched into the cache. A place on the Hugging Face hub
-    cannot be listed, because each adapter there is a repository."""
+    """The adapters at a remote place, which are fetched into the cache. ``list`` raises
+    ``RemoteError`` for a place on the Hugging Face hub: each adapter there is a repository of its
+    own, so there is no folder to list."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -126,14 +141,14 @@ class RemoteSource:
         return Location(self.pull(name))
 
     def pull(self, name: str, version: str = "", *, cache: Path | None = None) -> Path:
-        """The adapter's folder in the cache. ``version``: the part behind the "@" in the address
-        that ``push`` returned."""
+        """Fetch an adapter and return its folder in the cache. ``version``: the revision, which is
+        the part behind the "@" in the address that ``push`` returned; "" takes the newest."""
         return pull(f"{self.address}/{name}", revision=version or None, cache=cache)
 
 
 def open_source(address: str | Path) -> FolderSource | LibrarySource | RemoteSource:
-    """The source at an address: a remote place, a library, or a folder of adapter folders.
-    ``ConfigError``: the address is a local path without a folder."""
+    """The source for an address, which is a remote place, the folder of a library, or a folder of
+    adapter folders. Raises ``ConfigError`` if it is a local path at which there is no folder."""
     if is_remote(str(address)):
         return RemoteSource(str(address))
     folder = Path(address).expanduser().resolve()
@@ -148,7 +163,9 @@ def open_source(address: str | Path) -> FolderSource | LibrarySource | RemoteSou
 
 @dataclass(frozen=True)
 class Changes:
-    """The differences between a source and the accepted locations, by the name of the adapter."""
+    """How a source differs from the locations that a ``Catalogue`` has accepted. ``removed``: names
+    that the source no longer has; ``added``: names without an accepted location; ``changed``: names
+    with another location than the accepted one."""
 
     removed: Sequence[str]
     added: Mapping[str, Location]
@@ -156,17 +173,22 @@ class Changes:
 
 
 class Catalogue:
-    """The accepted adapters of a source, by name. One thread at a time may change the catalogue;
-    any thread may ask for a name.
+    """The adapters that the caller has accepted from a source, by name. One thread at a time may
+    change the catalogue; any thread may look up a name.
 
-    ``refresh`` reports changes of the source and applies none. Its caller tries to load a new or
-    changed adapter, then calls ``accept`` or ``reject``; for a removed one, it calls ``remove``.
+    ``refresh`` reports how the source differs and changes no accepted adapter. The caller then
+    tries to load a new or changed adapter, and calls ``accept`` or ``reject``; for a removed one,
+    it calls ``remove``.
+
+    Args:
+        list_locations: returns the locations that the source has now, by name.
     """
 
     def __init__(self, list_locations: Callable[[], Mapping[str, Location]]) -> None:
         self._list_locations = list_locations
         self._locations: dict[str, Location] = {}
-        self._unconfirmed: dict[str, Location] = {}  # changed since the previous ``refresh``
+        # by name, the locations in the last ``refresh`` that differed from the accepted ones
+        self._previous_candidates: dict[str, Location] = {}
         self._rejected: dict[str, Location] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -177,51 +199,56 @@ class Catalogue:
         return tuple(sorted(self._locations))
 
     def resolve(self, name: str) -> Location | None:
-        """The accepted location of a name."""
+        """The accepted location of a name; None if there is none."""
         return self._locations.get(name)
 
     def refresh(self) -> Changes:
-        """Compare the source with the accepted locations. If the files in a folder change, the
-        adapter is reported as changed only when two calls in a row find the same files, because one
-        call may find files that are half written. A rejected location is not reported as changed
-        again."""
+        """Compare the source with the accepted locations. If the files in an accepted folder have
+        changed, they may be half written, so the adapter is reported as changed only when two calls
+        in a row find the same version. A changed location that was rejected is not reported again.
+        Raises what ``list_locations`` raises."""
         locations = self._list_locations()
         removed = sorted(self._locations.keys() - locations.keys())
-        added, changed, unconfirmed = {}, {}, {}
+        added, changed, candidates = {}, {}, {}
         for name, location in locations.items():
-            current = self._locations.get(name)
-            if current is None:
+            accepted = self._locations.get(name)
+            if accepted is None:
                 added[name] = location
-            elif location not in (current, self._rejected.get(name)):
-                unconfirmed[name] = location
-                if location.path != current.path or self._unconfirmed.get(name) == location:
+            elif location not in (accepted, self._rejected.get(name)):
+                candidates[name] = location
+                if (
+                    location.path != accepted.path
+                    or self._previous_candidates.get(name) == location
+                ):
                     changed[name] = location
-        self._unconfirmed = unconfirmed
+        self._previous_candidates = candidates
         return Changes(removed, added, changed)
 
     def accept(self, name: str, location: Location) -> None:
-        """Let the name stand for this location from now on."""
+        """Let ``location`` be the location of the name from now on."""
         self._locations[name] = location
 
     def reject(self, name: str, location: Location) -> None:
-        """Keep the accepted location of the name, because the files at ``location`` cannot be
-        loaded."""
+        """Record that the files at ``location`` cannot be loaded. The name keeps the location that
+        was accepted before, if any."""
         self._rejected[name] = location
 
     def remove(self, name: str) -> None:
+        """Forget the accepted location of a name. Raises ``KeyError`` if there is none."""
         del self._locations[name]
 
 
-def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
-    """Parse texts NAME=ADAPTER or ADAPTER into {name: adapter}. Without NAME, the name is the last
-    part of the path, in which characters other than letters, digits, "_" and "-" become "-".
-    ``ConfigError``: two adapters have the same name."""
+def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
+    """Parse arguments of the form NAME=ADAPTER or ADAPTER into {name: adapter}, where ADAPTER is a
+    path or an address. Without NAME, the name is the last part of the path, in which each character
+    other than a letter, a digit, "_" or "-" is replaced by "-". An existing path, or a text with
+    "/" before its "=", is an ADAPTER. Raises ``ConfigError`` if two adapters have the same name."""
     adapter_by_name: dict[str, str] = {}
-    for text in adapters:
-        name, separator, adapter = text.partition("=")
-        if not separator or "/" in name or Path(text).exists():
-            adapter, stem = text, Path(text.rpartition(":")[2]).name
-            name = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem) or "adapter"
+    for argument in arguments:
+        name, equals_sign, adapter = argument.partition("=")
+        if not equals_sign or "/" in name or Path(argument).exists():
+            adapter, last_part = argument, Path(argument.rpartition(":")[2]).name
+            name = "".join(c if c.isalnum() or c in "_-" else "-" for c in last_part) or "adapter"
         if name in adapter_by_name:
             raise ConfigError(
                 f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})",
@@ -233,11 +260,11 @@ def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
 
 
 def resolve_within(folder: Path, relative_path: str) -> Path | None:
-    """The path below ``folder`` with all symbolic links resolved; None if it does not exist or
-    leads out of ``folder``."""
+    """``folder / relative_path`` with all symbolic links resolved; None if it does not exist or is
+    not below ``folder``, which must be an absolute path without symbolic links."""
     try:
         path = (folder / relative_path).resolve(strict=True)
-    # the path does not exist, the name is too long, or links form a loop
+    # the path does not exist, a name in it is invalid or too long, or links form a loop
     except (OSError, ValueError, RuntimeError):
         return None
     return path if path.is_relative_to(folder) and path != folder else None
@@ -253,22 +280,29 @@ def is_adapter(path: Path) -> bool:
 
 log = logging.getLogger("veneer.store")
 
-#: the most adapters to fetch at the same time
-MAX_FETCHES = 8
+#: the most adapters that a ``Mirror`` fetches at the same time
+MAX_PARALLEL_FETCHES = 8
 
 
 class Mirror:
-    """The adapters at a remote place such as s3://bucket/adapters, fetched into local folders. One
-    thread at a time calls ``sync``, which lists the place, fetches new adapters and returns
-    {name: folder}.
+    """A local copy of the adapters at a remote place such as s3://bucket/adapters. ``sync`` lists
+    the place, fetches new and changed adapters and returns {name: folder}. Only one thread at a
+    time may call it.
 
         PLACE/french/latest        written by ``veneer push ADAPTER PLACE/french``: the newest hash
         PLACE/french/<hash>/…      the files of that hash
         PLACE/german/…             or the files of an adapter alone, copied there without push
 
     The folders belong to the cache of ``pull``. They are verified, named by the hash of their files
-    and never changed, so a changed adapter gets another folder. Changes are detected by listing the
-    place; unchanged adapters are not read again.
+    and never changed, so a changed adapter gets another folder. Changes are detected in a listing
+    of the place (``list_stamps``), so the files of unchanged adapters are not read again.
+
+    Args:
+        address: the address of a place in a file system of fsspec.
+        cache: the folder of the cache; None takes the default of ``pull``.
+
+    Raises:
+        RemoteError: the address is a local path, or on the Hugging Face hub.
     """
 
     def __init__(self, address: str, cache: Path | None = None) -> None:
@@ -280,18 +314,21 @@ class Mirror:
                 "pull what you need into a folder",
             )
         self._folders: dict[str, Path] = {}
-        #: by name, the stamp (``list_stamps``) that an adapter had when it was fetched
+        #: for each adapter's name, the stamp that it had when it was fetched. (A stamp is a text
+        #: that changes whenever the files at the place change.)
         self._fetched_stamps: dict[str, str] = {}
-        self._previous_stamps: dict[str, str] | None = None  # stamps in the previous listing
-        self._warnings: dict[str, str] = {}
+        #: for each adapter's name, its stamp in the previous listing; None before the first listing
+        self._previous_stamps: dict[str, str] | None = None
+        self._logged_warnings: dict[str, str] = {}  # the last warning, by adapter name
 
     @property
     def address(self) -> str:
         return self._address.url
 
     def sync(self) -> Mapping[str, Path]:
-        """Fetch the adapters that are new or changed at the place, and return the folders of all by
-        name. If one cannot be fetched, a warning is logged, and its previous folder stays.
+        """Fetch the adapters that are new or changed at the place. Return the folders of all
+        adapters, by name. If an adapter cannot be fetched, a warning is logged, and its previous
+        folder, if any, stays.
 
         Raises:
             RemoteError: the place cannot be read.
@@ -300,27 +337,28 @@ class Mirror:
             listing = self._list_place()
         for name in self._folders.keys() - listing.keys():
             del self._folders[name]
-        # files that were copied without push count as complete if two listings in a row show the
-        # same stamp; in the first listing, all files count as complete
+        # an adapter that was copied without push may still be incomplete, so fetch it only when two
+        # listings in a row show the same stamp; but in the first listing, fetch it at once, so that
+        # a server starts with all adapters
         stamps = {name: stamp for name, (stamp, _) in listing.items()}
-        previous = stamps if self._previous_stamps is None else self._previous_stamps
-        new_names = [
+        previous_stamps = stamps if self._previous_stamps is None else self._previous_stamps
+        names_to_fetch = [
             name
             for name, (stamp, is_pushed) in listing.items()
             if stamp != self._fetched_stamps.get(name)
-            and (is_pushed or stamp == previous.get(name))
+            and (is_pushed or stamp == previous_stamps.get(name))
         ]
         self._previous_stamps = stamps
-        with ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="veneer-mirror") as pool:
+        with ThreadPoolExecutor(MAX_PARALLEL_FETCHES, thread_name_prefix="veneer-mirror") as pool:
             for name, folder_or_error in zip(
-                new_names, pool.map(self._fetch, new_names), strict=True
+                names_to_fetch, pool.map(self._fetch, names_to_fetch), strict=True
             ):
                 if isinstance(folder_or_error, Path):
                     self._folders[name], self._fetched_stamps[name] = folder_or_error, stamps[name]
-                    self._warnings.pop(name, None)
-                # log each error once; the next call tries again
-                elif self._warnings.get(name) != str(folder_or_error):
-                    self._warnings[name] = str(folder_or_error)
+                    self._logged_warnings.pop(name, None)
+                # log an error only if it is a new one; the next call tries again
+                elif self._logged_warnings.get(name) != str(folder_or_error):
+                    self._logged_warnings[name] = str(folder_or_error)
                     log.warning("Not served: %s: %s", name, folder_or_error)
         self._fetched_stamps = {
             name: stamp for name, stamp in self._fetched_stamps.items() if name in listing
@@ -328,47 +366,66 @@ class Mirror:
         return dict(self._folders)
 
     def _list_place(self) -> dict[str, tuple[str, bool]]:
-        """``list_stamps`` of the place. Because ``find`` of fsspec leaves out folders that it
-        cannot read, folders that seem to be gone are listed once more by ``ls``, which raises the
-        error."""
-        system, root = file_system(self._address)
-        files = system.find(root, detail=True)
-        stamps = list_stamps(root, files)
+        """{name: (stamp, whether it was pushed)} of the adapters at the place (``list_stamps``).
+        ``find`` of fsspec leaves out folders that it cannot read. So that these do not count as
+        removed, folders of known adapters that it does not list are listed once more by ``ls``,
+        which raises the error."""
+        filesystem, root_path = file_system(self._address)
+        details_by_path = filesystem.find(root_path, detail=True)
+        stamps = list_stamps(root_path, details_by_path)
         missing_names = self._folders.keys() - stamps.keys()
-        folders = [*(() if files else (root,)), *(f"{root}/{name}" for name in missing_names)]
-        for folder in folders:
+        folders_to_list = [
+            *(() if details_by_path else (root_path,)),
+            *(f"{root_path}/{name}" for name in missing_names),
+        ]
+        for folder in folders_to_list:
             try:
-                entries = system.ls(folder, detail=True)
+                entries = filesystem.ls(folder, detail=True)
             except FileNotFoundError:
-                # the disk of a local place may be unmounted; an object store has no empty folders
-                if folder == root and self._folders and getattr(system, "local_file", False):
+                # a local place without its folder may be an unmounted disk, so keep its adapters;
+                # an object store has no empty folders, so there the adapters are gone
+                if (
+                    folder == root_path
+                    and self._folders
+                    and getattr(filesystem, "local_file", False)
+                ):
                     raise
                 continue
-            files |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
-        return list_stamps(root, files) if folders else stamps
+            details_by_path |= {
+                entry["name"]: entry for entry in entries if entry["type"] != "directory"
+            }
+        return list_stamps(root_path, details_by_path) if folders_to_list else stamps
 
     def _fetch(self, name: str) -> Path | Exception:
+        """The folder of an adapter in the cache, or the error that prevents fetching it."""
         try:
             return pull(f"{self.address}/{name}", cache=self._cache)
         except (VeneerError, OSError) as error:
             return error
 
 
-def list_stamps(root: str, files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, bool]]:
-    """For each adapter of a listing: (a stamp, which changes when the adapter changes; whether the
-    adapter was pushed, rather than copied as files). ``files``: fsspec's details of each file below
-    ``root``, by path."""
+def list_stamps(
+    root_path: str, files: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[str, bool]]:
+    """Find the adapters in a listing of the files below a folder. Return {name: (stamp,
+    is_pushed)}: a text that changes whenever the adapter's files change, and whether the adapter
+    was written by ``push`` rather than copied there as files.
+
+    Args:
+        root_path: the path of the folder.
+        files: fsspec's details (size, modification time, …) of each file, by path.
+    """
     files_by_adapter: dict[str, dict[str, str]] = {}
-    for path, details in files.items():
-        components = PurePosixPath(path).relative_to(root).parts
+    for path, file_details in files.items():
+        components = PurePosixPath(path).relative_to(root_path).parts
         if len(components) == 2 and NAME.fullmatch(components[0]):
             files_by_adapter.setdefault(components[0], {})[components[1]] = repr(
-                sorted((key, repr(details[key])) for key in details)
+                sorted((key, repr(file_details[key])) for key in file_details)
             )
-    adapters = {}
-    for name, files_of_name in sorted(files_by_adapter.items()):
-        if LATEST in files_of_name:
-            adapters[name] = files_of_name[LATEST], True
-        elif peft.CONFIG in files_of_name and peft.TENSORS in files_of_name:
-            adapters[name] = repr(sorted(files_of_name.items())), False
-    return adapters
+    stamps = {}
+    for name, file_stamps in sorted(files_by_adapter.items()):
+        if LATEST_FILE in file_stamps:
+            stamps[name] = file_stamps[LATEST_FILE], True
+        elif peft.CONFIG in file_stamps and peft.TENSORS in file_stamps:
+            stamps[name] = repr(sorted(file_stamps.items())), False
+    return stamps

@@ -6,17 +6,17 @@
     objects/<hash>/         an adapter folder, named by the hash of its files; never changed
     lock                    held by a process while it changes the library (filelock)
 
-Each entry of the index gives a name to an object: an adapter folder under the hash of its files. A
-change takes the lock, reads the index, moves a complete object into place, and replaces the index
-by a rename. So after a crash, the index is the old one or the new one, and all its objects are
-complete. Readers take no lock.
+An adapter folder in objects/ is called an object. Each entry of the index gives a name to an
+object. A change takes the lock, reads the index, moves a complete object into place, and replaces
+the index by a rename. So after a crash, the index is the old one or the new one, and all its
+objects are complete. Therefore readers need no lock.
 
-A writer holds the lock during its whole change. So a process that holds the lock knows that any
+A writer holds the lock during its whole change, so a process that gets the lock knows that any
 temporary folder in objects/ was left by a writer that died. (A temporary folder beside objects/ may
 belong to a running server, which writes its served.json there without this lock.) ``gc`` deletes an
-object after a grace period without a name, which begins when its last name is removed (``remove``
-sets the folder's modification time). A path from ``get`` stays valid for at least this period.
-Windows is not supported, because renames of folders must be atomic.
+object that has had no name for a grace period. The period begins when the last name is removed: its
+beginning is the folder's modification time. A path from ``get`` stays valid at least for the
+period. Windows is not supported, because renames of folders must be atomic.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ from veneer.store.remote import ensure_cached, is_remote, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
 
-#: names of the files and folders of a library (see the top of this file)
+#: names of the index, of its copy, of the lock file, and of the folder of adapter folders (objects)
 INDEX, COPY, LOCK, OBJECTS = "index.json", "index.copy.json", "lock", "objects"
-FORMAT = 1
-#: seconds for which an object without a name is kept, the grace period
+INDEX_FORMAT = 1
+#: the grace period, in seconds: ``gc`` keeps an object without a name for this time
 GRACE_SECONDS = 3600.0
-#: the beginning of the address of an adapter in the default library
-SCHEME = "library:"
+#: the beginning of a text that names an adapter in the default library, "library:NAME"
+LIBRARY_SCHEME = "library:"
 #: the pattern of adapter names, in a library and on a server
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-#: errors of ``_parse`` for a missing or damaged index
+#: the errors that ``_parse_index`` raises for a missing or damaged index
 _READ_ERRORS = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError)
 
 
@@ -76,9 +76,9 @@ class Entry:
 
     Fields:
         object: the hash of the adapter's files.
-        added: when the adapter was added, as text in UTC.
-        size: bytes of its files.
-        base: the name of its base, as the adapter records it, or None.
+        added: when the adapter was added: UTC, in ISO 8601.
+        size: bytes of the adapter's files.
+        base: the name of the adapter's base, as the adapter records it; None if it records none.
     """
 
     name: str
@@ -93,8 +93,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Collected:
-    """The result of ``gc``. ``objects``: hashes of the deleted objects; ``leftovers``: how many
-    temporary folders of writers that died were deleted; ``freed``: bytes of all deleted files."""
+    """What ``gc`` has deleted. ``objects``: hashes of the deleted adapter folders; ``leftovers``:
+    the number of deleted temporary folders; ``freed``: bytes of all deleted files."""
 
     objects: tuple[str, ...]
     leftovers: int
@@ -104,7 +104,7 @@ class Collected:
 @dataclass(frozen=True)
 class Rebuilt:
     """The result of ``rebuild``. ``kept``: names that are still in the index; ``recovered``: new
-    names, of objects that had none; ``lost``: removed names, and hashes of unreadable objects."""
+    names, of adapters that had none; ``lost``: removed names, and hashes of unreadable adapters."""
 
     kept: tuple[str, ...]
     recovered: tuple[str, ...]
@@ -113,8 +113,8 @@ class Rebuilt:
 
 @dataclass(frozen=True, init=False)
 class Library:
-    """The adapters in a folder, which the first ``add`` creates. Readers take no lock; one writer
-    at a time changes the library."""
+    """The adapters in a folder, which the first ``add`` creates. Readers take no lock. A writer
+    waits until it is the only writer."""
 
     folder: Path
 
@@ -122,12 +122,13 @@ class Library:
         object.__setattr__(self, "folder", Path(folder).expanduser())
 
     def entry(self, name: str) -> Entry:
-        """The entry of a name. ``LibraryError``: there is no such name."""
+        """The entry of a name. Raises ``LibraryError`` if there is no such name."""
         return self._entry_of(self._read_entries(), name)
 
     def get(self, name: str) -> Path:
-        """The adapter folder of a name. Do not change its files, which belong to the library. They
-        stay for at least the grace period after the name is removed."""
+        """The adapter folder of a name. Its files belong to the library, so do not change them.
+        They stay for at least the grace period of ``gc`` after the name is removed. Raises
+        ``LibraryError`` if there is no such name or folder."""
         path = self._object_folder(self.entry(name).object)
         if not path.is_dir():
             raise LibraryError(
@@ -142,7 +143,7 @@ class Library:
         the library may have deleted it. Do not change the copy: later calls return it again.
 
         Args:
-            cache: the folder of the cache, as in ``store.remote.pull``.
+            cache: the folder of the cache; None takes the default of ``store.remote.pull``.
 
         Raises:
             AdapterError: the files differ from those that were added. The cache is unchanged.
@@ -155,8 +156,8 @@ class Library:
         )
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
-        """The entries, sorted by name. ``tag``: list only entries with this tag; ``base``: list
-        only entries with this ``Entry.base``."""
+        """The entries, sorted by name. ``tag``: only entries with this tag; ``base``: only entries
+        whose adapter records this name of its base."""
         return tuple(
             entry
             for _, entry in sorted(self._read_entries().items())
@@ -166,10 +167,10 @@ class Library:
     def add(
         self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False
     ) -> Entry:
-        """Verify an adapter folder, and copy it into the library under a name.
+        """Verify the adapter folder ``path``, and copy it into the library under a name.
 
         Only files that belong to an adapter are copied. ``overwrite`` replaces the adapter of the
-        name, and its tags too, because they need not apply to the new adapter.
+        name. It replaces its tags too, because they need not apply to the new adapter.
 
         Raises:
             AdapterError: the folder is no intact adapter.
@@ -194,8 +195,8 @@ class Library:
         return entry
 
     def remove(self, name: str) -> Entry:
-        """Remove a name from the library, and return its entry. ``gc`` deletes the adapter's files
-        later, unless another name stands for them."""
+        """Remove a name, and return its entry. ``gc`` deletes the adapter's files after the grace
+        period, unless they have another name. Raises ``LibraryError`` if there is no such name."""
         with self._edit_entries() as entries:
             entry = self._entry_of(entries, name)
             self._restart_grace_period(entry.object)
@@ -203,7 +204,7 @@ class Library:
         return entry
 
     def tag(self, name: str, *tags: str, remove: Iterable[str] = ()) -> Entry:
-        """Add the given tags to a name, remove the tags ``remove``, and return the new entry.
+        """Add ``tags`` to a name, remove the tags in ``remove`` from it, and return the new entry.
 
         Raises:
             LibraryError: no such name, an invalid tag, or a tag to remove that the name does not
@@ -215,61 +216,60 @@ class Library:
         _check_names(name, (*tags, *remove))
         with self._edit_entries() as entries:
             entry = self._entry_of(entries, name)
-            if absent := [tag for tag in remove if tag not in entry.tags]:
-                absent_tags = listing(map(repr, absent))
+            if missing_tags := [tag for tag in remove if tag not in entry.tags]:
+                missing_text = listing(map(repr, missing_tags))
                 raise LibraryError(
-                    f"no tag {absent_tags} at {name!r}, which has {listing(entry.tags)}",
+                    f"no tag {missing_text} at {name!r}, which has {listing(entry.tags)}",
                     "tags that it has",
                     "check the spelling",
                 )
-            remaining = tuple(
+            remaining_tags = tuple(
                 tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove
             )
-            entries[name] = replace(entry, tags=remaining)
+            entries[name] = replace(entry, tags=remaining_tags)
         return entries[name]
 
     def gc(self, *, grace: float = GRACE_SECONDS) -> Collected:
-        """Delete the objects that have had no name for ``grace`` seconds, and the temporary folders
-        of killed writers."""
+        """Delete the adapter folders that have had no name for ``grace`` seconds, and the temporary
+        folders that killed writers left."""
         with self._hold_lock():
-            # this raises for a damaged index, so that nothing is deleted
-            used_hashes = {entry.object for entry in self._read_entries().values()}
-            objects = self.folder / OBJECTS
+            # this raises if the index is damaged, so that no object is deleted by mistake
+            named_hashes = {entry.object for entry in self._read_entries().values()}
+            objects_folder = self.folder / OBJECTS
             leftovers = [
                 *self.folder.glob(".*.tmp"),
-                *objects.glob(".*.tmp"),
-                *objects.glob(".*.replaced"),
+                *objects_folder.glob(".*.tmp"),
+                *objects_folder.glob(".*.replaced"),
             ]
-            sizes = {path: _size(path) for path in leftovers}
-            # leftovers first, because they may hold files of a partly deleted object; ``sweep``
-            # keeps the temporary folders of running processes
+            leftover_sizes = {path: _byte_count(path) for path in leftovers}
+            # leftovers first: one may have a name that the rename below needs, left by a killed
+            # ``gc``. ``recover_all`` keeps the temporary folders of running processes.
             recover_all(self.folder)
-            recover_all(objects)
+            recover_all(objects_folder)
             for path in leftovers:
-                if path.parent == objects or not path.is_dir():
+                if path.parent == objects_folder or not path.is_dir():
                     remove(path)
-            deleted = [path for path in leftovers if not os.path.lexists(path)]
-            freed = sum(sizes[path] for path in deleted)
-            unused = [
-                path for path in sorted(self._object_folders()) if path.name not in used_hashes
+            deleted_paths = [path for path in leftovers if not os.path.lexists(path)]
+            freed_bytes = sum(leftover_sizes[path] for path in deleted_paths)
+            unnamed = [
+                path for path in sorted(self._object_folders()) if path.name not in named_hashes
             ]
-            expired = [path for path in unused if time.time() - path.stat().st_mtime >= grace]
+            expired = [path for path in unnamed if time.time() - path.stat().st_mtime >= grace]
             for path in expired:
-                renamed = path.with_name(f".{path.name}.tmp")
-                # rename first: an incomplete object must never have the name of its hash
-                path.rename(renamed)
-                freed += _size(renamed)
-                remove(renamed)
-        return Collected(tuple(path.name for path in expired), len(deleted), freed)
+                renamed_folder = path.with_name(f".{path.name}.tmp")
+                # rename first, so that an incomplete folder never has the name of its hash
+                path.rename(renamed_folder)
+                freed_bytes += _byte_count(renamed_folder)
+                remove(renamed_folder)
+        return Collected(tuple(path.name for path in expired), len(deleted_paths), freed_bytes)
 
     def rebuild(self) -> Rebuilt:
-        """Rebuild a damaged index from its copy and from the objects, which are verified.
+        """Rebuild a damaged index from its copy and from the adapter folders, which are verified.
 
-        If the index can be read, names whose object is missing or altered are removed from it.
-        Otherwise the copy is used, which lacks at most one change. Objects that the copy does not
-        list get the name "recovered-…" and the tag "recovered". Files of removed names stay for the
-        grace period.
-        """
+        If the index can be read, only names whose adapter folder is missing or altered are removed.
+        Otherwise the copy is used, which may lack the last change. An adapter folder that it does
+        not list gets the name "recovered-…" and the tag "recovered". Folders without a name stay
+        for the grace period."""
         with self._hold_lock():
             entries, index_is_readable = self._read_index_or_copy()
             intact_hashes = {
@@ -278,7 +278,7 @@ class Library:
             intact_entries = {
                 name: entry for name, entry in entries.items() if entry.object in intact_hashes
             }
-            lost, recovered = sorted(entries.keys() - intact_entries.keys()), {}
+            lost, recovered_entries = sorted(entries.keys() - intact_entries.keys()), {}
             unlisted_hashes = intact_hashes - {entry.object for entry in intact_entries.values()}
             for object_hash in () if index_is_readable else sorted(unlisted_hashes):
                 name = (
@@ -287,13 +287,13 @@ class Library:
                     else f"recovered-{object_hash}"
                 )
                 try:
-                    recovered[name] = _read_entry(
+                    recovered_entries[name] = _read_entry(
                         self._object_folder(object_hash), name, object_hash, ("recovered",)
                     )
-                # this installation may lack the adapter's variant, so keep the files for a while
+                # this installation may not know the adapter's variant, so keep its files for now
                 except AdapterError:
                     lost.append(object_hash)
-            rebuilt_entries = {**intact_entries, **recovered}
+            rebuilt_entries = {**intact_entries, **recovered_entries}
             unnamed_hashes = (
                 {path.name for path in self._object_folders()}
                 if not index_is_readable
@@ -302,9 +302,9 @@ class Library:
             for object_hash in unnamed_hashes - {
                 entry.object for entry in rebuilt_entries.values()
             }:
-                self._restart_grace_period(object_hash)  # the user may need the files
+                self._restart_grace_period(object_hash)  # the user may still need the files
             self._write_entries(rebuilt_entries)
-        return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered), tuple(lost))
+        return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered_entries), tuple(lost))
 
     def _object_folder(self, object_hash: str) -> Path:
         return self.folder / OBJECTS / object_hash
@@ -318,11 +318,11 @@ class Library:
         )
 
     def _store_object(self, path: Path, object_hash: str) -> None:
-        """Copy an adapter's files into its object's folder, unless they are there and intact."""
-        target = self._object_folder(object_hash)
-        if target.is_dir() and has_content(target, object_hash):
+        """Copy an adapter's files into the folder for their hash, unless that folder is intact."""
+        object_folder = self._object_folder(object_hash)
+        if object_folder.is_dir() and has_content(object_folder, object_hash):
             return
-        with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
+        with new_folder(object_folder, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
             copy_files(path, folder)
             if not has_content(folder, object_hash):
                 raise AdapterError(
@@ -332,26 +332,26 @@ class Library:
                 )
 
     def _restart_grace_period(self, object_hash: str) -> None:
-        """Restart the grace period of an object, before one of its names is removed."""
+        """Restart the time for which ``gc`` keeps an adapter folder without a name."""
         if self._object_folder(object_hash).is_dir():
             os.utime(self._object_folder(object_hash))
 
     @contextmanager
     def _hold_lock(self, *, create: bool = False) -> Iterator[None]:
-        """Hold the writer's lock. The library's folder is created only with ``create``, so that a
-        mistyped path creates no library."""
+        """Hold the writer's lock. Without ``create``, a missing library raises ``LibraryError``, so
+        that a mistyped path creates no library."""
         if not create and not (self.folder / OBJECTS).is_dir():
             raise LibraryError(
                 f"no library in {self.folder}",
                 "a folder with adapters",
                 "check the path, or add one",
             )
-        import filelock  # imported here because it takes a tenth of a second
+        import filelock  # imported here, because the import takes a tenth of a second
 
         lock = filelock.FileLock(self.folder / LOCK)
-        # type checkers would otherwise take every lock for a ``SoftFileLock``
-        soft: type = filelock.SoftFileLock
-        if isinstance(lock, soft):  # a killed writer would leave this kind of lock behind
+        # annotated as ``type``, because type checkers would take every lock for a ``SoftFileLock``
+        soft_lock: type = filelock.SoftFileLock
+        if isinstance(lock, soft_lock):  # a killed writer would leave such a lock behind
             raise LibraryError(
                 "a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders"
             )
@@ -361,8 +361,8 @@ class Library:
 
     @contextmanager
     def _edit_entries(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
-        """The entries of the index by name, which the block may change. They are written if the
-        block ends without an error."""
+        """Hold the lock and yield {name: entry} of the index, which the block may change. If the
+        block ends without an error, the entries are written to the index."""
         with self._hold_lock(create=create):
             entries = self._read_entries()
             if not (self.folder / INDEX).exists():
@@ -374,33 +374,33 @@ class Library:
 
     def _write_entries(self, entries: dict[str, Entry]) -> None:
         content = {
-            "format": FORMAT,
+            "format": INDEX_FORMAT,
             "names": {name: asdict(entry) for name, entry in sorted(entries.items())},
         }
         text = json.dumps(content, indent=1) + "\n"
-        write_whole(self.folder / INDEX, text)  # this completes the change
+        write_whole(self.folder / INDEX, text)  # from here on, readers see the change
         write_whole(self.folder / COPY, text)
 
     def _read_entries(self) -> dict[str, Entry]:
         index = self.folder / INDEX
-        # test in this order, because another process may meanwhile write to an empty library, the
-        # index before the first object
+        # in an empty library, a writer writes the index before the first object, so if an object is
+        # found here, the index can be read below
         if not index.exists() and not (self.folder / COPY).exists() and not self._object_folders():
             return {}
         try:
-            return _parse(index)
+            return _parse_index(index)
         except _READ_ERRORS as error:
-            state = (
+            flaw = (
                 "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             )
-            problem, do = f"an index {index} that {state}", f"run {self._rebuild_command()}"
-            raise LibraryError(problem, "the index of a library", do) from error
+            problem, remedy = f"an index {index} that {flaw}", f"run {self._rebuild_command()}"
+            raise LibraryError(problem, "the index of a library", remedy) from error
 
     def _read_index_or_copy(self) -> tuple[dict[str, Entry], bool]:
-        """(the entries of the index, True), or (the entries of its copy, False), or ({}, False)."""
-        for file in (INDEX, COPY):
+        """(the index's entries, True); if it is damaged, (its copy's entries or {}, False)."""
+        for file_name in (INDEX, COPY):
             with suppress(*_READ_ERRORS):
-                return _parse(self.folder / file), file == INDEX
+                return _parse_index(self.folder / file_name), file_name == INDEX
         return {}, False
 
     def _entry_of(self, entries: dict[str, Entry], name: str) -> Entry:
@@ -416,21 +416,21 @@ class Library:
         return f"`veneer gc --rebuild --library {self.folder}`"
 
 
-def _parse(file: Path) -> dict[str, Entry]:
+def _parse_index(file: Path) -> dict[str, Entry]:
     content = json.loads(file.read_text(encoding="utf-8"))
-    if content["format"] != FORMAT:
+    if content["format"] != INDEX_FORMAT:
         raise LibraryError(
-            f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer"
+            f"format {content['format']!r} in {file}", str(INDEX_FORMAT), "install a newer Veneer"
         )
-    names = {}
-    for name, fields in content["names"].items():
-        entry = Entry(**{**fields, "tags": tuple(fields["tags"])})
+    entries = {}
+    for name, entry_fields in content["names"].items():
+        entry = Entry(**{**entry_fields, "tags": tuple(entry_fields["tags"])})
         texts = entry.added, entry.variant, entry.base or "", *entry.tags
         has_valid_types = (
             all(isinstance(text, str) for text in texts)
             and type(entry.size) is type(entry.rank) is int
         )
-        # paths in an untrusted index must not lead out of the folder
+        # an untrusted index must not contain names or hashes that are paths out of the folder
         if (
             not has_valid_types
             or entry.name != name
@@ -438,63 +438,63 @@ def _parse(file: Path) -> dict[str, Entry]:
             or not _HASH.fullmatch(entry.object)
         ):
             raise ValueError(f"the entry of {name!r} is none")
-        names[name] = entry
-    return names
+        entries[name] = entry
+    return entries
 
 
 def _read_entry(path: Path, name: str, object_hash: str, tags: tuple[str, ...]) -> Entry:
-    saved = read(path)
-    base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get(
+    adapter = read(path)
+    base: Any = adapter.metadata.get("base", {}).get("name") or adapter.peft_config.get(
         "base_model_name_or_path"
     )
     size = sum((path / file).stat().st_size for file in adapter_file_names(path))
     added = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(
-        name, object_hash, tags, added, size, base, saved.config.variant, saved.config.rank
+        name, object_hash, tags, added, size, base, adapter.config.variant, adapter.config.rank
     )
 
 
 def _check_names(name: str, tags: Iterable[str]) -> None:
     expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
-    wrong = [f"name {name!r}"] if not NAME.fullmatch(name) else []
-    wrong += [f"tag {tag!r}" for tag in tags if not NAME.fullmatch(tag)]
-    problems = [sentence(problem, expected, "choose another") for problem in wrong]
+    invalid_names = [f"name {name!r}"] if not NAME.fullmatch(name) else []
+    invalid_names += [f"tag {tag!r}" for tag in tags if not NAME.fullmatch(tag)]
+    problems = [sentence(problem, expected, "choose another") for problem in invalid_names]
     raise_all(LibraryError, f"The library cannot take {name!r}", problems)
 
 
-def _size(path: Path) -> int:
-    """Size in bytes of a file, or of all files of a folder. Files that another process removes
-    meanwhile do not count."""
+def _byte_count(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder. A file that another process removes
+    meanwhile does not count."""
     files = (
         [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
         if path.is_dir()
         else [path]
     )
-    size = 0
+    byte_count = 0
     for file in files:
         with suppress(FileNotFoundError):
-            size += file.stat().st_size
-    return size
+            byte_count += file.stat().st_size
+    return byte_count
 
 
 def default_folder() -> Path:
     """The folder of the default library: ``$VENEER_LIBRARY``, or ``veneer/adapters`` in
     ``$XDG_DATA_HOME`` or ``~/.local/share``."""
     data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    setting = os.environ.get("VENEER_LIBRARY")
-    if setting and is_remote(setting):
+    location = os.environ.get("VENEER_LIBRARY")
+    if location and is_remote(location):
         raise LibraryError(
-            f"VENEER_LIBRARY is {setting}, a remote library, which only vLLM's plug-in reads",
+            f"VENEER_LIBRARY is {location}, a remote library, which only vLLM's plug-in reads",
             "a folder",
             "unset it here, or name a folder with --library",
         )
-    return Path(setting or Path(data_home) / "veneer" / "adapters").expanduser()
+    return Path(location or Path(data_home) / "veneer" / "adapters").expanduser()
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:
-    """The adapter folder for the ADAPTER argument of a command: the name ``library:NAME`` in the
-    ``library`` (None: the default one), a remote place, from which it is pulled, or a path."""
-    text = str(adapter)
-    if text.startswith(SCHEME):
-        return (library or Library(default_folder())).get(text.removeprefix(SCHEME))
-    return pull(text) if is_remote(text) else Path(adapter)
+    """The adapter folder for the argument ADAPTER of a command: "library:NAME" in ``library``
+    (None: the default library), a remote address, from which it is pulled, or a path."""
+    address = str(adapter)
+    if address.startswith(LIBRARY_SCHEME):
+        return (library or Library(default_folder())).get(address.removeprefix(LIBRARY_SCHEME))
+    return pull(address) if is_remote(address) else Path(adapter)

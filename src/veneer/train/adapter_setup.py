@@ -1,10 +1,11 @@
-"""The adapter of a run: a new adapter as the configuration says, the adapter that the run trains
-further, or the adapter of a checkpoint.
+"""Attach the adapter that a run trains: a new one from the configuration, an earlier adapter that
+the run trains further, or the adapter in the checkpoint from which the run resumes.
 
-Some variants compute their initial values from calibration data, which are the first rows of the
-training data. EVA and CorDA use the inputs of each layer, LoRA-GA the gradient of each weight. Each
-row is a separate batch, so that the inputs contain no padding. The gradients are of the model's own
-loss, a mean over the labels of the row.
+Some variants compute the initial values of A and B from calibration data: EVA and CorDA from the
+inputs of each adapted layer, LoRA-GA from the gradient of each adapted weight. The calibration data
+are the first rows of the training data. Each row is a batch of its own, so that no padding
+influences the values. The gradients are those of the loss that the model's own forward returns: the
+mean cross-entropy of the row's labels.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from veneer.train.tasks import Task
 from veneer.train.tasks._base import move_batch
 from veneer.variants import VARIANTS
 
-#: number of rows of calibration data
+#: maximal number of rows of calibration data (see the top of this file)
 CALIBRATION_ROWS = 64
 
 
@@ -39,10 +40,17 @@ def attach_adapter(
     trained_token_ids: tuple[int, ...],
     resume_point: ResumePoint = None,
 ) -> Any:
-    """Attach the adapter of the resume point, the adapter that the run trains further, or a new
-    adapter. ``trained_token_ids``: ids of the tokens to train. Returns the adapter's handle."""
+    """Attach the adapter of a run to its base, and return the adapter's handle. The adapter is the
+    one in the checkpoint of ``resume_point``, else the one that the run trains further, else new.
+    For a new adapter, torch's global seed is set to the seed of the configuration.
+
+    Args:
+        prepared: the run's data, for adapters whose initial values depend on them.
+        trained_token_ids: ids of the tokens whose embedding rows the adapter trains. If the base
+            has too few embedding rows for them, it first gets one for each token of the tokenizer.
+    """
     config = task.config
-    ids_by_path = vocabulary.add_embedding_rows(
+    token_ids_by_path = vocabulary.add_embedding_rows(
         model, task.processor, trained_token_ids, config.seed
     )
     if resume_point is not None:
@@ -57,7 +65,7 @@ def attach_adapter(
         lora_config(
             config,
             model,
-            ids_by_path,
+            token_ids_by_path,
             vocabulary.invocation_ids(config, task.processor, prepared.train),
         ),
         name=TRAINED_ADAPTER,
@@ -68,12 +76,18 @@ def attach_adapter(
 def lora_config(
     config: TrainConfig,
     model: Any,
-    ids_by_path: Mapping[str, tuple[int, ...]],
+    token_ids_by_path: Mapping[str, tuple[int, ...]],
     invocation_ids: tuple[int, ...] = (),
 ) -> LoraConfig:
-    """The configuration of a run's new adapter. ``ids_by_path``: ids of the tokens to train, by the
-    path of the embedding or head; ``invocation_ids``: ids of the tokens that invoke the adapter."""
-    dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
+    """The configuration of a run's new adapter.
+
+    Args:
+        token_ids_by_path: the ids of the tokens to train, by the module path of the embedding or
+            output head whose rows train.
+        invocation_ids: the ids of the tokens from which on the adapter acts (aLoRA); () for an
+            adapter that acts on every token.
+    """
+    dtype_name = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     return LoraConfig(
         rank=config.rank,
         alpha=config.alpha,
@@ -84,15 +98,21 @@ def lora_config(
         train_also=[*config.train_also, *_new_heads(model, config)],
         bias=config.bias,
         variant=config.variant,
-        dtype=dtype,
-        trainable_tokens=ids_by_path,
+        dtype=dtype_name,
+        trainable_tokens=token_ids_by_path,
         invocation_tokens=invocation_ids,
     )
 
 
 def invoked_example(handle: Any, example: dict[str, Any]) -> dict[str, Any]:
-    """An example (``Task.example``) of one row, followed by the adapter's invocation tokens if it
-    has any. Without these tokens the adapter would not act."""
+    """Append the adapter's invocation tokens, if it has any, to the input_ids of an example. Such
+    an adapter acts only from these tokens on (aLoRA), so without them it would not act on the
+    example. The new attention_mask is 1 everywhere.
+
+    Args:
+        example: keyword arguments of the model for one row (``Task.example``), with input_ids
+            [1, s]. It is not changed.
+    """
     invocation_tokens = handle.config.invocation_tokens
     if not invocation_tokens:
         return example
@@ -102,13 +122,15 @@ def invoked_example(handle: Any, example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
-    """The paths of the modules of a task's head that the base's files lack, which are trained in
-    full. [] for the target "all-linear", which includes them already."""
+    """The sorted paths of the modules of the model's head whose weights the base's files lack, such
+    as a new classifier. These weights are random, so the run trains them in full. Modules that the
+    configuration already lists in ``train_also`` are left out. [] for the target "all-linear",
+    which includes such modules."""
     if "all-linear" in pattern_list(config.targets):
         return []
-    names = Names(model)
+    model_index = Names(model)
     return sorted(
-        {path for path, _ in fresh_head(names, names.fresh_parameters().values())}
+        {path for path, _ in fresh_head(model_index, model_index.fresh_parameters().values())}
         - {*config.train_also}
     )
 
@@ -117,14 +139,17 @@ def calibration_arguments(task: Task, rows: Rows, model: Any) -> dict[str, Any]:
     """The arguments of ``attach`` that the run's variant needs from the data: ``{"batches": …}``,
     or {} if it needs none. Other arguments, such as LoftQ's original weights, are left to the
     caller. Raises ``ConfigError`` if the variant needs gradients and the task is not sft, because
-    the loss of the other tasks is not the model's own."""
+    ``attach`` takes the gradients of the loss that the model's forward returns, and only sft trains
+    with that loss."""
     variant = task.config.variant
-    needs = VARIANTS[variant].needs & {"inputs", "gradient"}
-    if not needs:
+    needed_data = VARIANTS[variant].needs & {"inputs", "gradient"}
+    if not needed_data:
         return {}
     if task.name == "sft":
-        return {"batches": list(_calibration_batches(rows, model.device, "gradient" in needs))}
-    if "gradient" in needs:
+        return {
+            "batches": list(_calibration_batches(rows, model.device, "gradient" in needed_data))
+        }
+    if "gradient" in needed_data:
         raise ConfigError(
             f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own",
             "task sft",
@@ -137,10 +162,13 @@ def calibration_arguments(task: Task, rows: Rows, model: Any) -> dict[str, Any]:
 def _calibration_batches(
     rows: Rows, device: torch.device, with_labels: bool
 ) -> Iterator[dict[str, Any]]:
-    """The first ``CALIBRATION_ROWS`` rows that have a label, in the order of the data, as keyword
-    arguments of the model."""
+    """The first ``CALIBRATION_ROWS`` rows that have a label, in the order of the data, each as the
+    keyword arguments of the model for a batch of one row. ``with_labels``: whether to include the
+    labels, which only variants that start from gradients need."""
     labelled_rows = (
-        row for row, count in zip(rows.rows, rows.head_token_counts, strict=True) if count
+        row
+        for row, label_count in zip(rows.rows, rows.head_token_counts, strict=True)
+        if label_count
     )
     for row in islice(labelled_rows, CALIBRATION_ROWS):
         ids = torch.tensor([row["input_ids"]], device=device)

@@ -34,10 +34,11 @@ LORA_PAPER = "Hu et al. 2021, LoRA, arXiv:2106.09685"
 
 #: the smallest and the largest rank that is advised
 RANK_LIMITS = 4, 512
-#: by model family with a published fit, the exponent p with which the rate falls with the hidden
-#: size; and the rate for all other families
+#: the exponent p of the learning rate 10 · 5e-5 · (2000 / hidden size)^p, by model family with a
+#: published fit; and the learning rate for all other families
 WIDTH_EXPONENTS, DEFAULT_RATE = {"llama": 0.781, "qwen": 0.0775}, 2e-4
-#: the maximal number of steps of a short run; the factor of its rate; the maximal steps of a trial
+#: the maximal number of steps of a run that counts as short; the factor by which such a run's
+#: learning rate is raised; the maximal number of steps of each run of `try_out`
 SHORT_RUN_STEPS, SHORT_RUN_FACTOR, TRIAL_STEPS = 100, 1.5, 48
 
 
@@ -51,7 +52,7 @@ class Advice(NamedTuple):
     source: str
 
 
-#: the settings that depend neither on the data nor on the base
+#: the advice that depends neither on the data nor on the base
 FIXED_ADVICE = (
     Advice(
         "alpha",
@@ -77,7 +78,8 @@ FIXED_ADVICE = (
 @with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     """Return (advice for the data and base of `config`, the prepared data). Reads no weights.
-    Raises the errors that `fit` raises for the data or the base."""
+    Raises `ConfigError` for a task other than sft, and the errors that `fit` raises for the data or
+    the base."""
     if config.task != "sft":
         raise ConfigError(
             f"task {config.task}, of whose rows nobody knows how much they teach",
@@ -88,27 +90,27 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     task.read_data()
     task.open_base()
     prepared = task.prepare()
-    trained_tokens = prepared.train.head_token_count
+    label_count = prepared.train.head_token_count
     parameters_per_rank, hidden_size, model_type = _read_base_sizes(config)
     advice = [
-        _advise_rank(trained_tokens, parameters_per_rank),
+        _advise_rank(label_count, parameters_per_rank),
         _advise_rate(hidden_size, model_type, prepared.steps),
         *FIXED_ADVICE,
     ]
     return advice, prepared
 
 
-def _advise_rank(trained_tokens: int, parameters_per_rank: int) -> Advice:
-    low, high = RANK_LIMITS
-    needed_rank = 2 ** math.ceil(math.log2(max(trained_tokens / parameters_per_rank, 1)))
-    rank = min(max(needed_rank, low), high)
+def _advise_rank(label_count: int, parameters_per_rank: int) -> Advice:
+    lowest_rank, highest_rank = RANK_LIMITS
+    needed_rank = 2 ** math.ceil(math.log2(max(label_count / parameters_per_rank, 1)))
+    rank = min(max(needed_rank, lowest_rank), highest_rank)
     reason = (
-        f"{trained_tokens:,} tokens are learnt, and a rank has {parameters_per_rank:,} numbers:"
+        f"{label_count:,} tokens are learnt, and a rank has {parameters_per_rank:,} numbers:"
         f" {rank * parameters_per_rank:,} "
     )
     reason += (
         "are at least as many"
-        if needed_rank <= high
+        if needed_rank <= highest_rank
         else "are fewer, so training everything may learn more"
     )
     return Advice("rank", rank, reason, LORA_PRIMER)
@@ -134,8 +136,8 @@ def _advise_rate(hidden_size: int, model_type: str, steps: int) -> Advice:
 
 
 def _read_base_sizes(config: TrainConfig) -> tuple[int, int, str]:
-    """(number of parameters of an adapter of rank 1 on all linear layers, hidden size, model type)
-    of a base, from the base's config."""
+    """(number of parameters of an adapter of rank 1 on all linear layers, hidden size, model type
+    such as "llama") of the base, computed from its config alone, without weights."""
     import torch
 
     from veneer.config import LoraConfig
@@ -165,15 +167,25 @@ def _values_by_setting(advice: Sequence[Advice]) -> dict[str, Any]:
 def try_out(
     config: TrainConfig, advice: Sequence[Advice], steps: int, folder: Path, **options: Any
 ) -> list[Advice] | None:
-    """Improve the advised rate and rank by a sweep in `folder` of at most `TRIAL_STEPS` steps, over
-    1/3, 1 and 3 times the advised rate and over the advised rank and a quarter of it. Returns None
-    if the sweep was interrupted; a checkpoint then holds its state. ``options``: arguments of
-    `sweep`."""
+    """Improve the advised learning rate and rank by a sweep: train short runs with 1/3, 1 and 3
+    times the advised rate, each with the advised rank and with a quarter of it, and replace the
+    advice by the settings of the best run.
+
+    Args:
+        steps: the number of steps of the full run. The runs of the sweep take no more than that,
+            and at most `TRIAL_STEPS`.
+        folder: the output folder of the sweep.
+        options: further arguments of `sweep`.
+
+    Returns:
+        The improved advice; None if the sweep was interrupted. Its checkpoint in `folder` then
+        holds its state.
+    """
     from veneer.train.sweep.sweep_run import sweep
     from veneer.train.sweep.sweep_settings import make_sweep
 
-    values = _values_by_setting(advice)
-    rate, rank = values["learning_rate"], values["rank"]
+    advised_values = _values_by_setting(advice)
+    rate, rank = advised_values["learning_rate"], advised_values["rank"]
     axes = {
         "learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
         "rank": list(dict.fromkeys([max(1, rank // 4), rank])),
@@ -185,20 +197,25 @@ def try_out(
     result = sweep(trial_config, make_sweep({"axes": axes}), **options)
     if result.interrupted:
         return None
-    facts = result.facts
-    best = next(
-        candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
+    sweep_facts = result.facts
+    best_candidate = next(
+        candidate
+        for candidate in sweep_facts["candidates"]
+        if candidate["name"] == sweep_facts["best"]
     )
-    reason = f"best of {len(facts['candidates'])} after {steps} steps, loss {best['loss']:.4f}"
+    reason = (
+        f"best of {len(sweep_facts['candidates'])} after {steps} steps,"
+        f" loss {best_candidate['loss']:.4f}"
+    )
     return [
         (
             Advice(
                 entry.setting,
-                best["changes"][entry.setting],
+                best_candidate["changes"][entry.setting],
                 f"{reason}; advised was {entry.value:g}",
                 str(folder),
             )
-            if entry.setting in best["changes"]
+            if entry.setting in best_candidate["changes"]
             else entry
         )
         for entry in advice
@@ -209,11 +226,12 @@ def as_yaml(config: TrainConfig, advice: Sequence[Advice]) -> str:
     """The YAML configuration of a run with the advised settings, and the reasons as comments."""
     import yaml
 
-    default, advised_values = TrainConfig.defaults(), _values_by_setting(advice)
+    default_values, advised_values = TrainConfig.defaults(), _values_by_setting(advice)
     settings = {
         name: value
         for name, value in config.content().items()
-        if name not in advised_values and (name not in default or value != default[name])
+        if name not in advised_values
+        and (name not in default_values or value != default_values[name])
     }
     lines = [yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()]
     for setting, value, reason, source in advice:

@@ -18,7 +18,7 @@ from veneer.models.load import best_device
 from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 
-#: transformers' names of schedules, where they differ
+#: transformers' name of a schedule, by its name in the configuration; other names are equal
 SCHEDULES = {"constant": "constant_with_warmup"}
 
 
@@ -28,7 +28,8 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     CPU."""
     is_on_cpu = "cpu" in (config.device_map, config.device or best_device())
     _check_settings(config, is_on_cpu)
-    # With early stopping each checkpoint needs an evaluation: one interval sets the other.
+    # Early stopping keeps the checkpoint with the lowest evaluation loss, so each checkpoint needs
+    # an evaluation: if only one of the two intervals is set, the other gets the same value.
     early_stopping = config.early_stopping
     eval_every = (
         config.eval_every
@@ -69,11 +70,13 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         eval_steps=eval_every,
         prediction_loss_only=True,
         save_steps=save_every,
-        save_total_limit=max(config.keep_checkpoints, 2 if early_stopping else 1),  # best + newest
-        load_best_model_at_end=bool(early_stopping),  # the checkpoint with the lowest loss
+        # early stopping needs the newest checkpoint and the one with the lowest evaluation loss,
+        # which is loaded at the end
+        save_total_limit=max(config.keep_checkpoints, 2 if early_stopping else 1),
+        load_best_model_at_end=bool(early_stopping),
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # the filter would hide a nan from `StopOnNan`
+        logging_nan_inf_filter=False,  # a filter would hide a nan from `StopOnNan`
         report_to=config.trackers or "none",
         activation_checkpointing=config.activation_checkpointing,
         gradient_checkpointing=None,  # pyright: ignore[reportArgumentType]
@@ -88,7 +91,8 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
 
 def _check_settings(config: TrainConfig, is_on_cpu: bool) -> None:
     """Raise `ConfigError` for an unknown optimiser or tracker, and for offloading activations on a
-    CPU. transformers would refuse the first two later, with a traceback."""
+    CPU. transformers would refuse an unknown optimiser or tracker too, but later and with a
+    traceback."""
     if config.offload_activations and is_on_cpu:
         raise ConfigError(
             "offload_activations, and a run on the processor, whose activations are in main memory"
@@ -97,12 +101,12 @@ def _check_settings(config: TrainConfig, is_on_cpu: bool) -> None:
             "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
             " batch_size",
         )
-    optimisers = [str(name.value) for name in OptimizerNames]
-    if config.optimiser not in optimisers:
+    optimiser_names = [str(member.value) for member in OptimizerNames]
+    if config.optimiser not in optimiser_names:
         raise ConfigError(
-            f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}",
+            f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimiser_names)}",
             "one that transformers knows",
-            f"choose for example {listing(optimisers, 4)}",
+            f"choose for example {listing(optimiser_names, 4)}",
         )
     for tracker in config.trackers:
         if tracker not in (installed_trackers := get_available_reporting_integrations()):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from veneer.train.tasks import Task
 
 
-#: the warning if, in the first step of a run, all answers to each prompt get equal rewards
+#: the warning of the task grpo if, in the first step of a run, all answers to each prompt get equal
+#: rewards
 EQUAL_REWARDS_WARNING = (
     "step {step:>5}  Every answer to a prompt got the same reward ({reward:.3f}), so that this step"
     " taught nothing. If later steps show ± 0.000 too, nothing is trained: see what the reward"
@@ -34,13 +35,17 @@ EQUAL_REWARDS_WARNING = (
 
 
 class LossLog(TrainerCallback):
-    """Writes one JSON line per step to output/log.jsonl: step, loss, grad_norm, learning_rate,
-    epoch, tokens, seconds and the measures of the task; and one per evaluation, with eval_loss and
-    eval_ before the measures. `previous_lines`: the last lines of the log of a resumed run, whose
-    `seconds` the new lines continue."""
+    """Appends one JSON line per step to output/log.jsonl: step, loss, grad_norm, learning_rate,
+    epoch, tokens and seconds of the run so far, and the measures of the task; and one line per
+    evaluation, with eval_loss and each measure under its name with the prefix eval_.
+
+    Args:
+        previous_lines: if the run is resumed, the last lines of its log; the `seconds` of the new
+            lines continue from the last of them. [] for a new run.
+    """
 
     def __init__(self, output: Path, previous_lines: list[dict[str, Any]], task: Task) -> None:
-        self.path, self.measures = output / LOG, task.measures
+        self.path, self.measure_names = output / LOG, task.measures
         self.seconds_before = float(previous_lines[-1]["seconds"]) if previous_lines else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,14 +56,21 @@ class LossLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        logged_names = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", *self.measures}
-        logged_names |= {f"eval_{name}" for name in self.measures}
+        logged_names = {
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "epoch",
+            "eval_loss",
+            *self.measure_names,
+        }
+        logged_names |= {f"eval_{name}" for name in self.measure_names}
         line: dict[str, Any] = {
             "step": state.global_step,
             **{name: logs[name] for name in logs if name in logged_names},
         }
         if not line.keys() & {"loss", "eval_loss"}:
-            return  # transformers' summary at the end of a run
+            return  # this is transformers' summary at the end of a run, not the log of a step
         if "num_tokens" in logs:
             line["tokens"] = int(logs["num_tokens"])
         line["seconds"] = round(time.perf_counter() - self.start_time, 3)
@@ -91,6 +103,8 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         requested: whether a signal arrived in this process, or `stop_order` returned True.
+            (`stop_order` is called after each step, so that a program without signals, such as a
+            service, can end the run.)
         stopped: whether the run ends after this step.
         single_process: whether the run has one process. Several processes must all end after the
             same step, so the trainer then sets `stopped` in all of them together.
@@ -108,20 +122,20 @@ class StopOnSignal(TrainerCallback):
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python allows signal handlers in the main thread only
+        # Python allows signal handlers in the main thread only; a run in another thread gets none
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {
-                number: signal.signal(number, self._handle_signal)
-                for number in (signal.SIGINT, signal.SIGTERM)
+                signal_number: signal.signal(signal_number, self._handle_signal)
+                for signal_number in (signal.SIGINT, signal.SIGTERM)
             }
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self._previous_handlers.items():
+            signal.signal(signal_number, handler)
 
-    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+    def _handle_signal(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.requested and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
             say(self.console, "Stopping after this step … (Ctrl-C to stop at once)")
@@ -139,13 +153,14 @@ class ProgressBar(TrainerCallback):
     else as a line every ten seconds. `start_step`: the step that the run resumes from, or 0."""
 
     def __init__(self, console: Console, start_step: int, task: Task) -> None:
-        self.formatters = {
+        self.measure_formatters = {
             f"eval_{name}": measure_formatter(name, task.loss_unit) for name in task.measures
         }
         self.console, self.start_step = console, start_step
         self.bar: Progress | None = None
-        self.bar_task: Any = None
-        # (seconds, tokens, step) of the last 50 steps
+        self.bar_task_id: Any = None
+        # (time in seconds, number of tokens since the start of the run, step) at the end of each of
+        # the last 51 steps, so that the speed is a mean over 50 steps
         self.recent_steps: deque[tuple[float, int, int]] = deque(maxlen=51)
         self.last_print_time = 0.0
 
@@ -162,7 +177,7 @@ class ProgressBar(TrainerCallback):
                 expand=True,
                 refresh_per_second=4,
             )
-            self.bar_task = self.bar.add_task(
+            self.bar_task_id = self.bar.add_task(
                 "", total=state.max_steps, completed=state.global_step, text="first step …"
             )
             self.bar.start()
@@ -175,33 +190,38 @@ class ProgressBar(TrainerCallback):
             return
         step, now = state.global_step, time.perf_counter()
         if "eval_loss" in logs:
-            measures = "".join(
+            measures_text = "".join(
                 f", {format_measure(logs[name])}"
-                for name, format_measure in self.formatters.items()
+                for name, format_measure in self.measure_formatters.items()
                 if name in logs
             )
-            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{measures}")
+            say(
+                self.console,
+                f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{measures_text}",
+            )
         if "loss" not in logs:
             return
         self.recent_steps.append((now, int(logs.get("num_tokens", 0)), step))
-        text = f"loss {logs['loss']:.4f}{_format_reward(logs)}{self._format_speed(state.max_steps)}"
+        progress_text = (
+            f"loss {logs['loss']:.4f}{_format_reward(logs)}{self._format_speed(state.max_steps)}"
+        )
         if step == self.start_step + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(
             1.0, abs(logs.get("reward", 0.0))
         ):
             say(self.console, EQUAL_REWARDS_WARNING.format(step=step, reward=logs["reward"]))
         if self.bar is not None:
-            self.bar.update(self.bar_task, completed=step, text=text)
+            self.bar.update(self.bar_task_id, completed=step, text=progress_text)
         elif step in (self.start_step + 1, state.max_steps) or now - self.last_print_time > 10:
             self.last_print_time = now
-            say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
+            say(self.console, f"step {step:>5}/{state.max_steps}  {progress_text}")
 
     def _format_speed(self, total_steps: int) -> str:
-        first_time, first_tokens, first_step = self.recent_steps[0]
-        last_time, tokens, step = self.recent_steps[-1]
+        first_time, first_token_count, first_step = self.recent_steps[0]
+        last_time, last_token_count, step = self.recent_steps[-1]
         if step == first_step or last_time <= first_time:
             return ""
         remaining_seconds = (total_steps - step) * (last_time - first_time) / (step - first_step)
-        tokens_per_second = (tokens - first_tokens) / (last_time - first_time)
+        tokens_per_second = (last_token_count - first_token_count) / (last_time - first_time)
         return f"  {tokens_per_second:,.0f} tokens/s  {format_duration(remaining_seconds)} left"
 
     def close(self) -> None:
@@ -212,8 +232,8 @@ class ProgressBar(TrainerCallback):
 
 
 def _format_reward(logs: dict[str, Any]) -> str:
-    """The mean reward of a step ± the standard deviation of the rewards of a prompt's answers, as
-    text; "" if the log entry has no rewards."""
+    """The rewards of a step as text: their mean, then ± the standard deviation among the answers to
+    one prompt, averaged over the prompts. "" if the log entry has no rewards."""
     if "reward_spread" not in logs:
         return ""
     return f"  reward {logs['reward']:.3f} ± {logs['reward_spread']:.3f}"
@@ -226,7 +246,8 @@ def say(console: Console, text: str) -> None:
 
 
 def measure_formatter(name: str, loss_unit: str) -> Callable[[float], str]:
-    """A function that formats the value of a measure. ``loss_unit``: as in `Task.loss_unit`."""
+    """A function that formats the value of the measure with this name. ``loss_unit``: what the loss
+    is a mean over, such as "token" or "pair" (`Task.loss_unit`)."""
     if name == "accuracy":
         return lambda value: f"{value:.1%} of {loss_unit}s right"
     return lambda value: f"{name} {value:.4f}"

@@ -16,18 +16,18 @@ import torch
 from veneer.context import evaluation_mode
 from veneer.errors import ConfigError
 
-#: number of tokens of a test row, and of the leading tokens that both test rows share
+#: number of tokens of each of the two test rows, and number of leading tokens that they share
 ROW_TOKENS, SHARED_TOKENS = 8, 5
 
 
 @torch.no_grad()
-def must_not_see_later_tokens(model: Any, name: str) -> None:
+def must_not_see_later_tokens(model: Any, base_name: str) -> None:
     """Raise a ConfigError if the logits of a position depend on later tokens.
 
     Args:
         model: a model of transformers. It is called with input_ids and attention_mask
             [2, ROW_TOKENS] in evaluation mode; each module keeps its mode.
-        name: the name of the base, for the error.
+        base_name: the name of the base, for the error.
     """
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(ROW_TOKENS) * 7 + 3).remainder(vocab_size).repeat(2, 1)
@@ -38,12 +38,13 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
             :, :SHARED_TOKENS
         ]
     first_logits, second_logits = logits.double()
-    # In one batch, equal inputs give equal logits, up to the order of sums on a GPU.
+    # In one batch, the logits of equal inputs differ at most by the rounding of sums, whose order
+    # may vary on a GPU. So a larger difference comes from the later tokens.
     tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
     if (first_logits - second_logits).norm() > tolerance * first_logits.norm():
         raise ConfigError(
-            f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
-            " after them",
+            f"{base_name}, a {type(model).__name__} whose predictions change with the tokens that"
+            " come after them",
             "a causal language model, which cannot see its labels",
             "choose a causal base; to train another kind of model, call veneer.attach on it in"
             " Python",

@@ -28,6 +28,7 @@ from veneer.fileio.locks import hold_lock
 from veneer.fileio.temporary import recover_all, remove
 from veneer.train.processes import Processes
 
+#: names of files and folders of a run (see the top of this file)
 ADAPTER, STATE, RUN, LOG, METRICS = (
     "adapter",
     "trainer_state.json",
@@ -35,6 +36,7 @@ ADAPTER, STATE, RUN, LOG, METRICS = (
     "log.jsonl",
     "metrics.json",
 )
+#: the status in run.json of a run whose files are being removed; the name of the lock file
 CLEARED, LOCK = "cleared", ".run.lock"
 
 
@@ -49,13 +51,16 @@ def newest(output: Path) -> tuple[Path, int] | None:
         for path in output.glob("checkpoint-*")
         if path.is_dir()
     }
-    checkpoints = [(path, int(step)) for path, step in step_texts.items() if step.isdecimal()]
+    checkpoints = [
+        (path, int(step_text)) for path, step_text in step_texts.items() if step_text.isdecimal()
+    ]
     return max(checkpoints, key=lambda checkpoint: checkpoint[1], default=None)
 
 
 def clear(output: Path, *names: str) -> None:
-    """Remove an earlier run's checkpoints and the files with these names. The status in run.json
-    changes to "cleared" first, so that a run whose removal was interrupted is not resumed."""
+    """Remove an earlier run's checkpoints, and the files and folders of `output` with these names.
+    The status in run.json changes to "cleared" first, so that a run whose removal was interrupted
+    is not resumed."""
     if (record := read_json(output / RUN)) is not None:
         write_json(output / RUN, {**record, "status": CLEARED})
     for path in (*(output / name for name in names), *output.glob("checkpoint-*")):
@@ -64,35 +69,37 @@ def clear(output: Path, *names: str) -> None:
 
 @contextmanager
 def only_writer(output: Path, processes: Processes) -> Iterator[None]:
-    """A block in which no other run writes to `output`. At the beginning, incomplete files of
-    killed runs are removed; at the end, an empty `output` is removed. Raises `OutputExistsError` if
-    another process writes its run there."""
+    """A block in which no other run writes to `output`. At the beginning, the temporary folders of
+    killed runs are removed; at the end, `output` is removed if it is empty. Raises
+    `OutputExistsError` if another process writes its run there."""
 
-    def make_refusal(holder: str) -> OutputExistsError:
+    def make_refusal(holder_text: str) -> OutputExistsError:
         return OutputExistsError(
-            f"{holder}, which writes its run to {output}",
+            f"{holder_text}, which writes its run to {output}",
             "one run for an output folder",
             "wait for it, or choose another output",
         )
 
     def hold_output_lock() -> None:
-        if not output.is_file():  # `can_resume` refuses a file
-            stack.enter_context(hold_lock(output / LOCK, make_refusal))
-        if (output / RUN).exists():  # leave folders of other programs alone
+        if not output.is_file():  # a file holds no lock; `can_resume` refuses it later
+            exit_stack.enter_context(hold_lock(output / LOCK, make_refusal))
+        if (output / RUN).exists():  # otherwise temporary files are another program's
             recover_all(output)
 
     try:
-        with ExitStack() as stack:
+        with ExitStack() as exit_stack:
             processes.run_on_first(hold_output_lock)
             yield
     finally:
-        with suppress(OSError):  # another run may have begun there since, or removed it
+        # the removal fails if another run has written there or removed the folder meanwhile
+        with suppress(OSError):
             if processes.is_first and output.is_dir() and not any(output.iterdir()):
                 output.rmdir()  # the run could not begin and wrote nothing
 
 
 def has_foreign_files(output: Path) -> bool:
-    """Whether the folder holds anything but the lock of this run and incomplete run records."""
+    """Whether the folder `output` holds anything but the lock of this run and temporary folders of
+    run.json, which a killed run may leave. False if there is no such folder."""
     return output.is_dir() and not all(
         file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir()
     )
@@ -102,24 +109,26 @@ def write(
     output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes
 ) -> None:
     """Write the folder checkpoint-`step`: every process calls `fill` on a temporary folder, which
-    gets its final name once all processes are done. If one process fails, the folder is removed and
-    all raise. A failed write raises `OSError`, whichever library reported it."""
-    target = path_of(output, step)
+    gets its final name once all processes are done. If one process fails, the temporary folder is
+    removed and all processes raise. A failed write raises `OSError`, whichever library reported
+    it."""
+    checkpoint_folder = path_of(output, step)
 
-    with ExitStack() as stack:
-        writer = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
-        folder = Path(processes.run_on_first(lambda: str(stack.enter_context(writer))))
+    with ExitStack() as exit_stack:
+        writer = new_folder(checkpoint_folder, overwrite=True, replaces=[STATE, EVERYTHING])
+        staging_folder = Path(processes.run_on_first(lambda: str(exit_stack.enter_context(writer))))
         try:
-            # `disk_errors` does not enclose `joint_work`, whose errors of communication between
-            # processes have nothing to do with the disk
-            with processes.joint_work(), disk_errors(target):
-                fill(folder)
+            # `disk_errors` is the inner of the two, because errors of communication between
+            # processes, which `joint_work` raises, have nothing to do with the disk
+            with processes.joint_work(), disk_errors(checkpoint_folder):
+                fill(staging_folder)
             with processes.joint_work():
-                stack.close()
+                exit_stack.close()  # in the first process, this gives the folder its final name
         except BaseException:
-            # the first process removed the folder, but this one may have created it again since
+            # the first process has removed the folder, but a write of this process may have created
+            # it again since
             if not processes.is_first:
-                shutil.rmtree(folder.parent, ignore_errors=True)
+                shutil.rmtree(staging_folder.parent, ignore_errors=True)
             raise
 
 
@@ -133,7 +142,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """The lines of the log, without a last line that is incomplete after a power cut."""
+    """The lines of the log; [] if there is none. A last line that is incomplete, for example after
+    a power cut, is left out."""
     log_text = (output / LOG).read_text(encoding="utf-8") if (output / LOG).is_file() else ""
     return [json.loads(line) for line in log_text.split("\n") if line.endswith("}")]
 

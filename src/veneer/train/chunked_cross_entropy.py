@@ -2,9 +2,10 @@
 
     for each chunk:  logits [1, c, v]  →  Σ -log p,  ∂/∂rows [c, h],  ∂/∂(the head's parameters)
 
-c: rows of a chunk; v: size of the vocabulary; h: features of a hidden state. The sum over the
-chunks is a scalar with precomputed gradients, so neither the logits nor the graph of the head stay
-in memory.
+A row is the hidden state of one position that has a label, or the logits of that position. c: rows
+of a chunk; v: size of the vocabulary; h: features of a hidden state. The sum over the chunks is a
+scalar with precomputed gradients, so neither the logits nor the autograd graph of the output head
+stay in memory.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.precision import at_least_float32
 
-#: the least probability in a float32 softmax whose logarithm is accurate enough
+#: the least float32 probability whose logarithm is accurate enough; log p of a smaller one, which
+#: may have been rounded to 0, is computed from the logits
 MIN_EXACT_P = 1e-30
 
 
 class ChunkedCrossEntropy:
-    """Sums over the chunks: the loss, its gradients, and the number of correct predictions.
+    """Accumulates over the chunks: the loss, its gradients, and the number of correct predictions.
 
     Args:
         first_logits: logits [1, c, v] of the largest chunk. The sums and the buffers get their
@@ -32,21 +34,27 @@ class ChunkedCrossEntropy:
 
     def __init__(self, first_logits: Tensor, accuracy: bool) -> None:
         self.accuracy = accuracy
-        self.total = first_logits.new_zeros((), dtype=at_least_float32(first_logits.dtype))
-        self.correct = first_logits.new_zeros((), dtype=torch.long)
+        self.total_loss = first_logits.new_zeros((), dtype=at_least_float32(first_logits.dtype))
+        self.correct_count = first_logits.new_zeros((), dtype=torch.long)
         self.log_p: list[Tensor] = []  # log p of each label, [c, 1] per chunk
-        self.is_correct: list[Tensor] = []  # of each label, [c] per chunk
-        self.row_gradients: list[Tensor] = []  # [c, h] per chunk
-        self.parameter_gradients: dict[Tensor, Tensor] = {}  # by parameter of the head
-        # one buffer serves all chunks, because to allocate a buffer for each would take longer than
-        # to compute the exponentials
-        self.softmax = first_logits.new_empty(first_logits.shape[-2:], dtype=self.total.dtype)
+        self.is_correct: list[Tensor] = []  # whether each label is the likeliest, [c] per chunk
+        self.row_gradients: list[Tensor] = []  # of the loss by the rows, [c, h] per chunk
+        self.parameter_gradients: dict[Tensor, Tensor] = {}  # of the loss, by parameter of the head
+        # The buffers, for the softmax and for a float32 copy of 16-bit logits, serve all chunks: to
+        # allocate them for each chunk would take longer than to compute the exponentials.
+        self.softmax = first_logits.new_empty(first_logits.shape[-2:], dtype=self.total_loss.dtype)
         self.float_buffer = (
             None if first_logits.dtype == self.softmax.dtype else torch.empty_like(self.softmax)
         )
 
-    def add(self, leaf: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a chunk: its rows as a leaf tensor [c, h], their logits [1, c, v] and labels [c]."""
+    def add(self, leaf_rows: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a chunk. If its logits require a gradient, the chunk's loss is differentiated here.
+
+        Args:
+            leaf_rows: the rows [c, h] as a leaf of the autograd graph of the logits (`make_leaf`).
+            logits: [1, c, v].
+            labels: token ids [c].
+        """
         labels = labels.to(logits.device)[:, None]
         float_logits = logits.detach()[0]
         if self.float_buffer is not None:
@@ -55,23 +63,27 @@ class ChunkedCrossEntropy:
         p, log_p = _softmax_into(float_logits, labels, softmax)
         if self.accuracy:
             is_correct = (softmax.argmax(dim=-1, keepdim=True) == labels).squeeze(1)
-            self.correct += is_correct.sum()
+            self.correct_count += is_correct.sum()
             self.is_correct.append(is_correct)
-        self.total -= log_p.sum()
+        self.total_loss -= log_p.sum()
         self.log_p.append(log_p)
         if not logits.requires_grad:
             return
-        gradient = softmax.scatter_(1, labels, p - 1)  # softmax(logits) - onehot(labels)
-        parameters = [parameter for parameter in _leaf_tensors(logits) if parameter is not leaf]
-        inputs = [leaf, *parameters] if leaf.requires_grad else parameters
+        logit_gradient = softmax.scatter_(1, labels, p - 1)  # softmax(logits) - onehot(labels)
+        parameters = [
+            parameter for parameter in _leaf_tensors(logits) if parameter is not leaf_rows
+        ]
+        inputs = [leaf_rows, *parameters] if leaf_rows.requires_grad else parameters
         with torch.autocast(logits.device.type, enabled=False):
-            gradients = list(torch.autograd.grad(logits, inputs, gradient.to(logits.dtype)[None]))
-        if leaf.requires_grad:
+            gradients = list(
+                torch.autograd.grad(logits, inputs, logit_gradient.to(logits.dtype)[None])
+            )
+        if leaf_rows.requires_grad:
             self.row_gradients.append(gradients.pop(0))
         for parameter, chunk_gradient in zip(parameters, gradients, strict=True):
             if parameter in self.parameter_gradients:
                 self.parameter_gradients[parameter] += chunk_gradient
-            else:  # The sum is in float32, and is rounded to 16 bits once, after the last chunk.
+            else:  # the sum is in float32, so that it is rounded once, after the last chunk
                 self.parameter_gradients[parameter] = chunk_gradient.to(
                     at_least_float32(chunk_gradient.dtype)
                 )
@@ -85,12 +97,13 @@ class ChunkedCrossEntropy:
             for parameter, gradient in self.parameter_gradients.items()
         }
         if not gradients:
-            return self.total
-        return _PrecomputedGradients.apply(self.total, list(gradients.values()), *gradients)  # pyright: ignore[reportReturnType]
+            return self.total_loss
+        return _PrecomputedGradients.apply(self.total_loss, list(gradients.values()), *gradients)  # pyright: ignore[reportReturnType]
 
     def label_losses(self, rows: Tensor) -> Tensor:
         """The loss of each of n labels, [n], as a differentiable function of the rows [n, h].
-        Raises `NotImplementedError` if the head has parameters that train."""
+        Raises `NotImplementedError` if the head has parameters that train, because their gradients
+        are known only for the sum of the losses."""
         if self.parameter_gradients:
             raise NotImplementedError(
                 sentence(
@@ -127,7 +140,9 @@ class _PrecomputedRowGradients(torch.autograd.Function):
 
 
 def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # autograd would treat the precomputed gradients as constants
+    # Only create_graph=True enables gradients in a backward. The second derivative would be wrong,
+    # because autograd would treat the precomputed gradients as constants.
+    if torch.is_grad_enabled():
         raise NotImplementedError(
             sentence(
                 "create_graph=True through token_loss, which keeps no graph of the head",
@@ -138,12 +153,13 @@ def _refuse_second_derivative() -> None:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """A scalar whose backward uses precomputed gradients, one for each input."""
+    """The scalar `total_loss` as a function of `inputs`. Backward uses the precomputed `gradients`
+    of the scalar, one for each input."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, total_loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        return total.clone()
+        return total_loss.clone()
 
     @staticmethod
     def backward(ctx: Any, output_gradient: Tensor) -> Any:
@@ -162,7 +178,8 @@ class _PrecomputedGradients(torch.autograd.Function):
 def _softmax_into(logits: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Fill ``out`` with the softmax of logits [c, v]. Returns (p, log p) of the labels, [c, 1]
     each."""
-    if not logits.is_cpu:  # a test for small probabilities would wait for the device
+    # on a GPU, log p comes from the logits, since a test for small p would make the host wait
+    if not logits.is_cpu:
         torch.sub(logits, logits.logsumexp(dim=-1, keepdim=True), out=out)
         log_p = out.gather(1, labels)
         out.exp_()
@@ -179,19 +196,19 @@ def _softmax_into(logits: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, 
 
 
 def make_leaf(rows: Tensor) -> Tensor:
-    """The rows as a leaf of a new autograd graph. It requires a gradient if the rows do."""
+    """The rows as a leaf of a new autograd graph. The leaf requires a gradient if the rows do."""
     return rows.detach().requires_grad_(rows.requires_grad)
 
 
 def _leaf_tensors(output: Tensor) -> list[Tensor]:
-    """The leaf tensors of the autograd graph of ``output``."""
-    leaves, visited, pending = [], set(), [output.grad_fn]
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in visited:
+    """The leaf tensors that require a gradient in the autograd graph of ``output``."""
+    leaves, visited_nodes, pending_nodes = [], set(), [output.grad_fn]
+    while pending_nodes:
+        node: Any = pending_nodes.pop()
+        if node is None or node in visited_nodes:
             continue
-        visited.add(node)
-        if hasattr(node, "variable"):  # the graph ends in a leaf
+        visited_nodes.add(node)
+        if hasattr(node, "variable"):  # the node accumulates the gradient of a leaf
             leaves.append(node.variable)
-        pending += [next_node for next_node, _ in node.next_functions]
+        pending_nodes += [next_node for next_node, _ in node.next_functions]
     return leaves

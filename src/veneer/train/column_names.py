@@ -64,54 +64,73 @@ PROMPT_DATA_SETS = (
 )
 
 
-def find_likely_column(field: str, names: Sequence[str]) -> str | None:
-    """The column among ``names`` that is usual for a field, or else has a name similar to the
-    field's; None if there is none."""
-    by_lower_name = {name.lower(): name for name in reversed(names)}
-    for usual in USUAL_NAMES.get(field, (field,)):
-        if usual in by_lower_name:
-            return by_lower_name[usual]
+def find_likely_column(field: str, columns: Sequence[str]) -> str | None:
+    """The column among ``columns`` that has the most usual name for a field, in upper or lower
+    case; else a column whose name is similar to the field's; else None."""
+    by_lower_name = {column.lower(): column for column in reversed(columns)}
+    for usual_name in USUAL_NAMES.get(field, (field,)):
+        if usual_name in by_lower_name:
+            return by_lower_name[usual_name]
     close_names = difflib.get_close_matches(field, by_lower_name, 1, 0.75)
     return by_lower_name[close_names[0]] if close_names else None
 
 
 def advise_columns(
-    names: Sequence[str], first_row: Mapping[str, Any], prompt: str | None, completion: str | None
+    columns: Sequence[str],
+    first_row: Mapping[str, Any],
+    named_prompt: str | None,
+    named_completion: str | None,
 ) -> str:
-    """Advice for a data set whose columns fit no shape of rows of the task sft.
+    """Advice to the user, as a sentence with the flags to use, if the columns of a data set fit no
+    form of rows of the task sft: a chat, a prompt with a completion, or a text.
 
     Args:
-        first_row: the first row of the data.
-        prompt, completion: the columns that the user has already named, if any.
+        columns: the names of the columns of the data.
+        first_row: the first row of the data, by the names of the columns.
+        named_prompt, named_completion: the columns that the user has named by flags; None for a
+            flag that was not given.
     """
-    chats = [name for name in names if _is_chat(first_row.get(name))]
-    if prompt is None and completion is None and (chats or find_likely_column("messages", names)):
-        chat = chats[0] if chats else find_likely_column("messages", names)
-        return f"name the column of the chats: --messages-column {chat}."
-    for data_set, prompt_column, context, completion_column in PROMPT_DATA_SETS:
-        if prompt is None and completion is None and {prompt_column, completion_column} <= {*names}:
+    chat_columns = [column for column in columns if _is_chat(first_row.get(column))]
+    if (
+        named_prompt is None
+        and named_completion is None
+        and (chat_columns or find_likely_column("messages", columns))
+    ):
+        chat_column = chat_columns[0] if chat_columns else find_likely_column("messages", columns)
+        return f"name the column of the chats: --messages-column {chat_column}."
+    for data_set, prompt_column, context_column, completion_column in PROMPT_DATA_SETS:
+        if (
+            named_prompt is None
+            and named_completion is None
+            and {prompt_column, completion_column} <= {*columns}
+        ):
             flags = f"--prompt-column {prompt_column} --completion-column {completion_column}"
-            if context not in names:
+            if context_column not in columns:
                 return f"name these columns of {data_set}: {flags}."
             return (
-                f"these are the columns of {data_set}, whose `{context}` belongs to the prompt"
-                " where it holds something: write both into one column `prompt`, and"
-                f" `{completion_column}` into `completion`; {flags} would leave `{context}` out."
+                f"these are the columns of {data_set}, whose `{context_column}` belongs to the"
+                " prompt where it holds something: write both into one column `prompt`, and"
+                f" `{completion_column}` into `completion`; {flags} would leave `{context_column}`"
+                " out."
             )
-    prompt_column = prompt or find_likely_column(
-        "prompt", [name for name in names if name != completion]
+    prompt_column = named_prompt or find_likely_column(
+        "prompt", [column for column in columns if column != named_completion]
     )
-    completion_column = completion or find_likely_column(
-        "completion", [name for name in names if name not in (prompt_column, prompt)]
+    completion_column = named_completion or find_likely_column(
+        "completion", [column for column in columns if column not in (prompt_column, named_prompt)]
     )
     if prompt_column is not None and completion_column is not None:
-        guess = "" if prompt and completion else " (by their names: check that they mean it)"
+        guess_note = (
+            ""
+            if named_prompt and named_completion
+            else " (by their names: check that they mean it)"
+        )
         return (
             f"rename the columns, or name them: --prompt-column {prompt_column} --completion-column"
-            f" {completion_column}{guess}."
+            f" {completion_column}{guess_note}."
         )
-    if len(names) == 1:
-        return f"if it is plain text, name it: --text-column {names[0]}."
+    if len(columns) == 1:
+        return f"if it is plain text, name it: --text-column {columns[0]}."
     named_flag = (
         f"--prompt-column {prompt_column} "
         if prompt_column
@@ -126,8 +145,8 @@ def advise_columns(
         if completion_column
         else "prompt and which the completion"
     )
-    candidates = listing(
-        (repr(name) for name in names if name not in (prompt_column, completion_column)), 8
+    candidate_text = listing(
+        (repr(column) for column in columns if column not in (prompt_column, completion_column)), 8
     )
     flags = named_flag or "--prompt-column COLUMN "
     flags += (
@@ -136,13 +155,14 @@ def advise_columns(
         else "--completion-column COLUMN"
     )
     return (
-        f"it is not clear which of {candidates} is the {unclear_fields}: name them: {flags} (or"
+        f"it is not clear which of {candidate_text} is the {unclear_fields}: name them: {flags} (or"
         " --text-column, --messages-column)."
     )
 
 
 def _is_chat(value: Any) -> bool:
-    """Whether a value is a list of chat messages."""
+    """Whether a value is a list of chat messages: a nonempty list of objects with "role" and
+    "content", or with "from" and "value" (the names of ShareGPT)."""
     is_list_of_objects = (
         isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
     )

@@ -1,4 +1,4 @@
-"""Comma-separated texts, by which a flag or a YAML file gives a list."""
+"""Split comma-separated texts, the form in which a flag or a YAML file may give a list."""
 
 from __future__ import annotations
 

@@ -37,11 +37,12 @@ FREE_ON_RESUME = frozenset(
         "offload_activations", "parallel", "shard_size", "record_example",
     }
 )  # fmt: skip
-#: fields with a list, which a flag gives as one text with commas
+#: fields whose value is a list; a flag gives it as one comma-separated text
 LIST_FIELDS = ("targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers",
                "layers", "reward")  # fmt: skip
 
-#: by setting that earlier versions lacked, the value by which they computed; defaults are left out
+#: by setting that earlier versions lacked, the value that reproduces what they computed; settings
+#: whose default reproduces it are left out
 IMPLIED_SETTINGS = {"group_by_length": True}
 
 # Fields that cannot be set together with `adapter`, because the adapter's files define them.
@@ -54,15 +55,15 @@ SFT_FIELDS = (
     "messages_column", "prompt_column", "completion_column", "text_column", "completion_only",
     "packing", "cache_lower", "offload_activations",
 )  # fmt: skip
-#: tasks whose rows are sequences of a causal language model, in which an invocation can be found
+#: tasks that support `invocation`: each row is a sequence of tokens of a causal language model
 INVOKED_TASKS = ("sft", "dpo", "orpo", "kto", "grpo")
 
 
-def _field_factory(title: str) -> Any:
-    """A function that defines a field, which `veneer train --help` shows under ``title``."""
+def _field_factory(panel_title: str) -> Any:
+    """A function that defines a field of the panel ``panel_title`` of `veneer train --help`."""
 
     def field(default: Any, help: str, **limits: Any) -> Any:
-        return Field(default, description=help, json_schema_extra={"panel": title}, **limits)
+        return Field(default, description=help, json_schema_extra={"panel": panel_title}, **limits)
 
     return field
 
@@ -296,14 +297,14 @@ class TrainConfig(BaseModel):
     @field_validator("columns", mode="before")
     @classmethod
     def _parse_columns(cls, value: Any) -> Any:
-        """Parse the text of the flag: pairs `field=column`, separated by commas."""
+        """Parse the text of the flag --columns: pairs `field=column`, separated by commas."""
         if not isinstance(value, str):
             return value
         pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
         if not all(field and column for field, _, column in pairs):
             raise ValueError("expected PART=COLUMN, several of them with commas between")
-        names = [field for field, _, _ in pairs]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
+        fields = [field for field, _, _ in pairs]
+        if repeated := next((field for field in fields if fields.count(field) > 1), None):
             raise ValueError(f"{repeated!r} twice; expected one column for each part")
         return {field: column for field, _, column in pairs}
 
@@ -311,7 +312,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
         """Split a comma-separated text, which is how a flag gives a list. A single value becomes a
-        list of one element, except for `targets`."""
+        list of one element; for `targets`, a list of one element becomes that element."""
         if isinstance(value, str) and "," in value:
             value = split_commas(value)
         if info.field_name == "targets":
@@ -326,10 +327,10 @@ class TrainConfig(BaseModel):
     @field_validator("task")
     @classmethod
     def _check_task(cls, value: str) -> str:
-        names = task_names()
-        if value not in names:
+        tasks = task_names()
+        if value not in tasks:
             raise ValueError(
-                f"no such task{nearest(value, names)}; expected one of {', '.join(names)}"
+                f"no such task{nearest(value, tasks)}; expected one of {', '.join(tasks)}"
             )
         return value
 
@@ -393,13 +394,13 @@ class TrainConfig(BaseModel):
                 raise ValueError(description)
         return self
 
-    def _list_changed(self, fields: tuple[str, ...]) -> str:
-        """The names of those of the `fields` that do not have their default values."""
+    def _list_changed(self, field_names: tuple[str, ...]) -> str:
+        """The names in `field_names` whose fields differ from their defaults, joined by commas."""
         defaults = self.defaults()
-        return ", ".join(name for name in fields if getattr(self, name) != defaults[name])
+        return ", ".join(name for name in field_names if getattr(self, name) != defaults[name])
 
     def content(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """All fields by name, with their values as JSON values."""
         return self.model_dump(mode="json")
 
     @classmethod
@@ -412,11 +413,8 @@ class TrainConfig(BaseModel):
 
 def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
     """Read a configuration: the YAML file at `path`, overridden by the `changes` that are not None.
-
-    Raises:
-        ConfigError: the file cannot be read or parsed, or has unknown fields or wrong values, which
-            are all reported at once.
-    """
+    Raises `ConfigError` if the file cannot be read or parsed, or if fields are unknown or have
+    wrong values; all such fields are reported at once."""
     overrides = {name: value for name, value in changes.items() if value is not None}
     if path is None:
         return make_config(overrides)
@@ -424,7 +422,8 @@ def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
 
 
 def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainConfig:
-    """`TrainConfig(**fields)`, with all validation errors in one readable `ConfigError`."""
+    """Create `TrainConfig(**fields)`. Raises one `ConfigError` that lists all validation errors and
+    names `source`, which says where the fields come from."""
     try:
         return TrainConfig(**fields)
     except ValidationError as error:
@@ -483,7 +482,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _describe_problem(problem: Any) -> str:
-    """One line of text for a validation error of pydantic."""
+    """One line of text for `problem`, an entry of `errors()` of pydantic's `ValidationError`."""
     name = ".".join(str(key) for key in problem["loc"][:1])
     error_type, rejected = problem["type"], problem["input"]
     if error_type == "extra_forbidden":

@@ -75,22 +75,35 @@ class Records:
 
 
 def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
-    """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the
-    hub. Raises `DataError` for a missing, unreadable or empty source, for a line that is not JSON,
-    for missing columns and for values of a wrong type. The error names the line, or the columns of
-    the source and the one with the nearest name."""
+    """Read and check every row of `source`, for the task sft.
+
+    Args:
+        source: a file (see `READERS`) or the id of a data set on the hub.
+        columns: the columns that the user has named; all others are found by their usual names.
+        split: the split of a data set on the hub.
+
+    Raises:
+        DataError: a missing, unreadable or empty source, a line that is not JSON, a missing column
+            or a value of a wrong type. The error names the line, or the columns of the source and
+            the one with the nearest name.
+    """
     located_rows, digest = raw_rows(source, split)
     return _build_records(located_rows, columns or Columns(), str(source), digest)
 
 
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
-    """Read the rows of a source without checking or renaming their columns.
+    """Read the rows of a source (a file or a data set on the hub) without checking or renaming
+    their columns.
+
+    Args:
+        split: the split of a data set on the hub.
 
     Returns:
-        ([(location, row)], sha256 as in `Records`), at least one row. Each row is a dict.
+        ([(location, row)], the SHA-256 of the file's bytes or of the hub data set's rows). There is
+        at least one row, and each row is a dict. A location is a text such as "line 12".
 
     Raises:
-        DataError: as `read`, except for missing columns and wrong values.
+        DataError: the source is missing, unreadable or empty, or holds a row that is not an object.
     """
     if is_local(source):
         located_rows, digest = read_file(Path(source).expanduser())
@@ -131,17 +144,21 @@ def select_fields(
     fields that the first row has. Values are not changed.
 
     Args:
+        located_rows: [(location, row)] as from `raw_rows`; a row is a dict by column.
+        source: the file or data set, for errors and for `Records.source`.
         digest: the hash of the source, for `Records.sha256`.
+        required, optional: names of fields.
         column_names: by field, the name of its column if it is not the field's name.
 
     Raises:
-        DataError: `column_names` has an unknown field, a column is missing (with the nearest name),
-            or a row lacks a column of the first row.
+        DataError: `column_names` has an unknown field, a column is missing (the error names the
+            nearest column), or a row has no value in one of the columns that are read.
     """
-    column_names, names = column_names or {}, list(located_rows[0][1])
-    if unknown := [field for field in column_names if field not in (*required, *optional)]:
+    column_names, data_columns = column_names or {}, list(located_rows[0][1])
+    if unknown_fields := [field for field in column_names if field not in (*required, *optional)]:
         raise DataError(
-            f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*required, *optional])}",
+            f"columns names the part {unknown_fields[0]!r}"
+            f"{nearest(unknown_fields[0], [*required, *optional])}",
             f"one of {', '.join([*required, *optional])}",
             "correct it",
         )
@@ -149,23 +166,28 @@ def select_fields(
     column_by_field |= {
         field: column_names.get(field, field)
         for field in optional
-        if field in column_names or field in names
+        if field in column_names or field in data_columns
     }
-    if missing_columns := [column for column in column_by_field.values() if column not in names]:
+    if missing_columns := [
+        column for column in column_by_field.values() if column not in data_columns
+    ]:
         problem = (
-            f"{source} has no column {missing_columns[0]!r}{nearest(missing_columns[0], names)};"
-            f" it has {list_names(names)}"
+            f"{source} has no column {missing_columns[0]!r}"
+            f"{nearest(missing_columns[0], data_columns)}; it has {list_names(data_columns)}"
         )
-        unused_names = [name for name in names if name not in column_by_field.values()]
-        pairs = [
-            f"{field}={find_likely_column(field, unused_names) or 'COLUMN'}"
+        unused_columns = [
+            column for column in data_columns if column not in column_by_field.values()
+        ]
+        flag_pairs = [
+            f"{field}={find_likely_column(field, unused_columns) or 'COLUMN'}"
             for field, column in column_by_field.items()
             if column in missing_columns
         ]
         raise DataError(
             problem,
             f"the columns {list_names(column_by_field.values())}",
-            f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}",
+            "rename it, or name the columns that play these parts: --columns"
+            f" {','.join(flag_pairs)}",
         )
     for location, row in located_rows:
         if missing_columns := [
@@ -180,54 +202,65 @@ def select_fields(
     rows = [
         {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
     ]
-    unused = tuple(name for name in names if name not in column_by_field.values())
+    unused_columns = tuple(
+        column for column in data_columns if column not in column_by_field.values()
+    )
     return Records(
-        "columns", rows, [location for location, _ in located_rows], source, digest, unused
+        "columns", rows, [location for location, _ in located_rows], source, digest, unused_columns
     )
 
 
-def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
-    """The rows of a hub data set and their hash. The name "owner/name:config" selects a
-    configuration of the data set."""
+def _read_hub(data_set_id: str, split: str) -> tuple[list[tuple[str, Any]], str]:
+    """([(location, row)], hash of the rows) of a hub data set. An id of the form
+    "owner/name:config" selects a configuration of the data set. Raises `DataError` if the data set
+    cannot be loaded."""
     from datasets import load_dataset
 
-    identifier, _, config = name.partition(":")
-    log.info("Asking the hub for the data set %s …", name)
+    repository_id, _, config_name = data_set_id.partition(":")
+    log.info("Asking the hub for the data set %s …", data_set_id)
     try:
         with quiet():
-            dataset = load_dataset(identifier, config or None, split=split)
+            dataset = load_dataset(repository_id, config_name or None, split=split)
     # `datasets` raises about twenty unrelated error types here; for the user, all mean "no data"
     except Exception as error:
         raise DataError(
-            f"No data at {name!r}: there is no such file here, and the hub says:"
+            f"No data at {data_set_id!r}: there is no such file here, and the hub says:"
             f" {first_line(error)}\nExpected a file ({', '.join(READERS)}) or the id of a data set"
             " on the Hugging Face hub.\nDo: check the path or the id; for a private data set log"
             " in with `hf auth login`."
         ) from error
-    rows = [(f"row {number}", row) for number, row in enumerate(dataset, 1)]
+    located_rows = [(f"row {number}", row) for number, row in enumerate(dataset, 1)]
     digest = hashlib.sha256(
-        json.dumps([row for _, row in rows], sort_keys=True, default=_describe_value).encode()
+        json.dumps(
+            [row for _, row in located_rows], sort_keys=True, default=_describe_value
+        ).encode()
     ).hexdigest()
-    return rows, digest
+    return located_rows, digest
 
 
 def _describe_value(value: Any) -> Any:
-    """Convert a value that JSON cannot hold, for the hash of a data set. The text of an image or an
-    array does not tell its contents, so its mode, dtype, size, shape and a hash of its bytes are
-    returned; for any other value, its text."""
+    """Convert a value that JSON cannot hold, for the hash of a data set. `str` of an image or an
+    array does not show all of its contents, so the result is a list of its mode, dtype, size,
+    shape, and a hash of its bytes. For any other value, the result is its `str`."""
     if not hasattr(value, "tobytes"):
         return str(value)
-    form = [str(getattr(value, name, None)) for name in ("mode", "dtype", "size", "shape")]
-    return [*form, hashlib.sha256(value.tobytes()).hexdigest()]
+    form_texts = [str(getattr(value, name, None)) for name in ("mode", "dtype", "size", "shape")]
+    return [*form_texts, hashlib.sha256(value.tobytes()).hexdigest()]
 
 
 def _build_records(
     located_rows: list[tuple[str, Any]], columns: Columns, source: str, digest: str
 ) -> Records:
-    """The records of the task sft. The first row decides which columns are read; every row must
-    have these columns."""
-    names = list(located_rows[0][1])
-    kind, column_by_field = detect_columns(names, located_rows[0][1], columns, source)
+    """The records of the task sft. The first row decides which columns are read. Raises `DataError`
+    if a row lacks one of these columns or has a value of a wrong type there.
+
+    Args:
+        located_rows: [(location, row)], at least one; a row is a dict by column.
+        columns: the columns that the user has named.
+        digest: the hash of the source, for `Records.sha256`.
+    """
+    data_columns = list(located_rows[0][1])
+    kind, column_by_field = detect_columns(data_columns, located_rows[0][1], columns, source)
     rows = []
     for location, row in located_rows:
         for column in column_by_field.values():
@@ -244,8 +277,10 @@ def _build_records(
             checked_row[TOOLS] = parse_tools(row[TOOLS], f"{source}, {location}")
         rows.append(checked_row)
     used_columns = {*column_by_field.values(), *(TOOLS for row in rows if TOOLS in row)}
-    unused = tuple(name for name in names if name not in used_columns)
-    return Records(kind, rows, [location for location, _ in located_rows], source, digest, unused)
+    unused_columns = tuple(column for column in data_columns if column not in used_columns)
+    return Records(
+        kind, rows, [location for location, _ in located_rows], source, digest, unused_columns
+    )
 
 
 #: name of the folder of the demo data, which `make demo` writes
@@ -254,7 +289,7 @@ DEMO_FOLDER = ".demo"
 
 def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
     """Read a data file: ([(location, row)], sha256 of its bytes). Raises `DataError` for a path
-    that does not exist, is a folder, has no known suffix, or cannot be read."""
+    that does not exist, is a folder, has no known suffix, or cannot be read or parsed."""
     suffix, folder = path.suffix.lower(), path.parent
     if not path.exists():
         folder_note = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
@@ -268,11 +303,11 @@ def read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         )
     if path.is_dir():
         data_files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
-        file_list = (
+        file_list_text = (
             f": it holds {', '.join(data_files[:8])}" if data_files else " (it holds no data file)"
         )
         raise DataError(
-            f"{path} is a folder; expected one data file.\nDo: name the file{file_list}."
+            f"{path} is a folder; expected one data file.\nDo: name the file{file_list_text}."
         )
     if suffix not in READERS:
         raise DataError(
@@ -317,9 +352,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_json(text: str, location: str) -> Any:
-    """Parse a JSON text. Raises `JSONDecodeError` for invalid JSON, and `DataError` for valid JSON
-    with too deep nesting, with too long integers, or with lone surrogates, which no tokenizer can
-    encode."""
+    """Parse a JSON text. Raises `JSONDecodeError` for invalid JSON. Raises `DataError`, which names
+    the `location`, for valid JSON with too deep nesting, with too long integers, or with lone
+    surrogates, which no tokenizer can encode."""
     try:
         value = json.loads(text)
         if "\\ud" in text or "\\uD" in text:
@@ -372,16 +407,16 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
         )
         try:
-            names = next(reader, [])
-            _check_unique_columns(names, path)
+            column_names = next(reader, [])
+            _check_unique_columns(column_names, path)
             for row in filter(None, reader):
-                if len(row) != len(names):
+                if len(row) != len(column_names):
                     raise DataError(
                         f"{path}, line {reader.line_num} has {len(row)} fields; expected"
-                        f" {len(names)}, as in the header.\nDo: quote fields that hold commas or"
-                        " line breaks."
+                        f" {len(column_names)}, as in the header.\nDo: quote fields that hold"
+                        " commas or line breaks."
                     )
-                yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
+                yield f"line {reader.line_num}", dict(zip(column_names, row, strict=True))
         except csv.Error as error:
             raise DataError(
                 f"{path}, line {reader.line_num} is not CSV: {error}.\nDo: fix the quoting."
@@ -402,12 +437,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
 
 
-def _check_unique_columns(names: Sequence[str], path: Path) -> None:
-    """Raise `DataError` for two columns of the same name: a row as a dict would hold only the
-    last."""
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+def _check_unique_columns(column_names: Sequence[str], path: Path) -> None:
+    """Raise `DataError` if two columns have the same name, because a row is a dict by column name
+    and would hold only the last of them."""
+    if repeated_names := [
+        name for name in dict.fromkeys(column_names) if column_names.count(name) > 1
+    ]:
         raise DataError(
-            f"{path} has the column {repeated[0]!r} {names.count(repeated[0])} times",
+            f"{path} has the column {repeated_names[0]!r}"
+            f" {column_names.count(repeated_names[0])} times",
             "columns of different names",
             "rename or remove one of them",
         )

@@ -1,9 +1,10 @@
 """`veneer train --find-rate`: a learning rate for a run, from a short range test on its data.
 
-    rate_k = low · (high / low)^(k / steps)        for step k, with the run's optimiser
+    rate_k = lowest · (highest / lowest)^(k / (steps - 1))        for step k = 0, 1, …
 
-The loss falls at first, faster as the rate grows, and rises once the rate is too high. At the
-lowest smoothed loss, steps begin to be too long. The suggested rate is a tenth of the rate there.
+Every step uses the run's optimiser. The loss falls at first, faster as the rate grows, and rises
+once the rate is too high. At the lowest smoothed loss, the rate begins to be too high, so a tenth
+of the rate of that step is suggested.
 The test is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks",
 arXiv:1506.01186. It writes no files and discards the trained adapter.
 """
@@ -34,7 +35,7 @@ LOWEST_RATE, HIGHEST_RATE, STEPS = 1e-6, 1.0, 80
 #: the test ends when the smoothed loss reaches this multiple of its lowest value, but not before a
 #: third of the steps
 STOP_FACTOR = 1.5
-#: decay of the running mean of the losses
+#: decay of the exponential moving average of the losses
 MEAN_DECAY = 0.8
 
 
@@ -52,17 +53,19 @@ class RateSweep:
 
     @property
     def smoothed_losses(self) -> tuple[float, ...]:
-        """The bias-corrected running mean of the losses."""
+        """The exponential moving average of the losses after each step, with Adam's bias
+        correction."""
         means, mean = [], 0.0
-        for count, loss in enumerate(self.losses, 1):
+        for step_count, loss in enumerate(self.losses, 1):
             mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss
-            means.append(mean / (1 - MEAN_DECAY**count))  # corrects the bias of the initial zero
+            # the division corrects the bias of the mean's initial value 0
+            means.append(mean / (1 - MEAN_DECAY**step_count))
         return tuple(means)
 
     @property
     def suggested_rate(self) -> float:
-        """The suggested learning rate, rounded to one digit. Raises ``TrainingError`` if the loss
-        never falls."""
+        """The suggested learning rate: a tenth of the rate at the lowest smoothed loss, rounded to
+        one digit. Raises ``TrainingError`` if the smoothed loss falls by less than 0.5 %."""
         smoothed_losses = self.smoothed_losses
         best_index = min(range(len(smoothed_losses)), key=smoothed_losses.__getitem__)
         if best_index == 0 or smoothed_losses[best_index] > 0.995 * smoothed_losses[0]:
@@ -76,23 +79,26 @@ class RateSweep:
         return float(f"{round(rate / power_of_ten) * power_of_ten:.0e}")
 
     def lines(self, count: int = 16) -> list[str]:
-        """A printable table of about `count` rates with their smoothed losses, as bars."""
+        """The lines of a table of about `count` steps: the rate, and the smoothed loss as a number
+        and as a bar. A header comes first."""
         smoothed_losses = self.smoothed_losses
-        low, high = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
+        min_loss, first_loss = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
         shown_indices = sorted(
             {round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)}
         )
         lines = ["     rate     loss"]
-        for k in shown_indices:
-            bar_share = min(max((smoothed_losses[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
+        for step in shown_indices:
+            bar_share = min(
+                max((smoothed_losses[step] - min_loss) / ((first_loss - min_loss) or 1.0), 0.0), 1.2
+            )
             bar = "█" * (1 + round(28 * bar_share))
-            lines.append(f"{self.rates[k]:9.1e} {smoothed_losses[k]:8.4f}  {bar}")
+            lines.append(f"{self.rates[step]:9.1e} {smoothed_losses[step]:8.4f}  {bar}")
         return lines
 
 
 class _SweepCallback(TrainerCallback):
-    """Sets the rate of each step and records its loss. Stops the run at a loss that is not finite,
-    and when the smoothed loss is far above its lowest value (`STOP_FACTOR`)."""
+    """Sets the learning rate of each step and records its loss. Stops the run at a loss that is not
+    finite, and when the smoothed loss is far above its lowest value (`STOP_FACTOR`)."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -130,6 +136,7 @@ class _SweepCallback(TrainerCallback):
 @with_trust_of_config
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
     """Train on the data of ``config`` with one step for each rate. Ignores the output folder.
+    Prints one line to ``console``, by default stderr.
 
     Raises:
         ConfigError: the task is grpo, whose loss does not measure progress.
@@ -144,16 +151,18 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         )
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
-    token_ids, prepared = prepare_data(task)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = arguments_of(config, Path(folder), prepared)
+    trained_token_ids, prepared = prepare_data(task)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        arguments = arguments_of(config, Path(temporary_folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
         arguments.eval_strategy = arguments.save_strategy = IntervalStrategy.NO
         arguments.lr_scheduler_type = SchedulerType.CONSTANT
         arguments.load_best_model_at_end = False
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
-        base, handle, hidden_state_cache = load_model(task, task.load, prepared, token_ids, None)
+        base, handle, hidden_state_cache = load_model(
+            task, task.load, prepared, trained_token_ids, None
+        )
         callback = _SweepCallback()
         trainer = make_trainer(
             task,

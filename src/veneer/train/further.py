@@ -31,7 +31,8 @@ class InitialAdapter(NamedTuple):
     Fields:
         folder: its adapter folder.
         hash: the hash of its files.
-        task: its record of the task that trained it; empty if it has none.
+        task: the record of the task that trained the adapter, from the adapter's metadata; empty if
+            there is none.
     """
 
     folder: Path
@@ -40,35 +41,41 @@ class InitialAdapter(NamedTuple):
 
 
 def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
-    """Read the adapter that a run trains further. ``adapter``: its folder or its place
-    (``TrainConfig.adapter``); None for a run that trains a new adapter. Raises ``AdapterError`` for
-    a damaged or missing adapter, and ``ConfigError`` for one that trains tokens, since the base's
-    embeddings may lack rows for these tokens."""
+    """Read the adapter that a run trains further. ``adapter``: its folder, library:NAME, or a
+    remote address such as s3://… (``TrainConfig.adapter``). Returns None for None, which stands for
+    a run that trains a new adapter. Raises ``AdapterError`` for a damaged or missing adapter, and
+    ``ConfigError`` for one that trains tokens, since the base's embeddings may lack rows for these
+    tokens."""
     if adapter is None:
         return None
     folder = resolve(adapter)
-    files = read(folder)
-    if files.tokens:
+    adapter_files = read(folder)
+    if adapter_files.tokens:
         raise ConfigError(
             f"adapter {adapter}, which trains tokens",
             "changes of weights alone",
             "merge it (`veneer merge`), and train on the merged base",
         )
-    task = files.metadata.get("provenance", {}).get("task")
-    return InitialAdapter(folder, content_hash(folder), task if isinstance(task, dict) else {})
+    task_record = adapter_files.metadata.get("provenance", {}).get("task")
+    return InitialAdapter(
+        folder, content_hash(folder), task_record if isinstance(task_record, dict) else {}
+    )
 
 
 def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
-    """Attach an adapter to train it further. Raises ``ConfigError`` if the base has a new head of
-    random weights that the adapter does not train, and else the errors of ``veneer.load``."""
-    names = Names(model)
-    new_head_parameters = fresh_head(names, names.fresh_parameters().values())
+    """Attach an adapter to train it further. Raises ``ConfigError``, and attaches nothing, if the
+    base has a new head of random weights that the adapter does not train. Other errors are those of
+    ``veneer.load``."""
+    model_index = Names(model)
+    new_head_parameters = fresh_head(model_index, model_index.fresh_parameters().values())
     handle = load(model, initial_adapter.folder, name=TRAINED_ADAPTER, trainable=True)
-    layers = handle.layers
+    adapted_layers = handle.layers
     untrained_paths = [
         path
-        for path, name in new_head_parameters
-        if path not in layers or name not in (*layers[path].changes, *layers[path].full._parameters)
+        for path, parameter_name in new_head_parameters
+        if path not in adapted_layers
+        or parameter_name
+        not in (*adapted_layers[path].changes, *adapted_layers[path].full._parameters)
     ]
     if untrained_paths:
         handle.detach()

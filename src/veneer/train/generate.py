@@ -12,8 +12,9 @@ Answers are computed in one of two ways:
                 the left, and all wait for the longest answer
 
 The engine is used for the models that it can call, unless `rollouts` is "generate". Stop strings,
-callbacks and the penalties of a base need transformers' own generate. Both draw the same random
-numbers, so in float32 they give the same tokens.
+callbacks, and the penalties in a base's generation_config.json, such as repetition_penalty, need
+transformers' own generate. Both ways draw the same random numbers, so in float32 they give the same
+tokens.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def generate(
         encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)
     ]
     stop = [*stop, *_base_stop_strings(model)]
-    answers = continuations(
+    answer_ids = continuations(
         model,
         tokenizer,
         prompt_ids,
@@ -98,7 +99,7 @@ def generate(
         should_stop=should_stop,
         penalties=True,
     )
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
     for stop_string in stop:
         texts = [text.split(stop_string, 1)[0] for text in texts]
     return texts
@@ -126,9 +127,10 @@ def continuations(
 
     Args:
         prompt_ids: the token ids of each prompt.
-        penalties: apply the penalties of the base's generation_config.json. Without them the tokens
-            are samples of the model's distribution, which a policy loss requires.
-        rollouts: how the answers are computed.
+        penalties: whether to apply the penalties of the base's generation_config.json, such as
+            repetition_penalty. Without them the tokens are samples of the model's distribution,
+            which a policy loss requires.
+        rollouts: how the answers are computed (see the top of this file).
 
     Other arguments and errors are those of ``generate``."""
     from veneer.models.decode.forward import end_tokens as find_end_tokens
@@ -137,7 +139,7 @@ def continuations(
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
     sampling = _Sampling(temperature, top_p, top_k, seed)
-    needs_streaming = bool(stop) or say is not None or should_stop is not None
+    has_stops_or_callbacks = bool(stop) or say is not None or should_stop is not None
     has_penalties = penalties and changes_greedy_tokens(model.generation_config)
     end_tokens = find_end_tokens(model, tokenizer)
     with evaluation_mode(model):
@@ -145,21 +147,28 @@ def continuations(
             rollouts == "engine"
             and prompt_ids
             and max_new_tokens > 0
-            and not (needs_streaming or has_penalties)
+            and not (has_stops_or_callbacks or has_penalties)
         ):
             answers = _answer_by_engine(
                 model, prompt_ids, max_new_tokens, batch_size, sampling, end_tokens
             )
             if answers is not None:
                 return answers
-        options = {
+        generation_options = {
             "max_new_tokens": max_new_tokens,
             "stop_strings": list(stop) or None,
             "eos_token_id": sorted(end_tokens) or None,
         }
         stream_options = _stream_options(say, should_stop, tokenizer)
         return _answer_by_generate(
-            model, tokenizer, prompt_ids, options, stream_options, sampling, batch_size, penalties
+            model,
+            tokenizer,
+            prompt_ids,
+            generation_options,
+            stream_options,
+            sampling,
+            batch_size,
+            penalties,
         )
 
 
@@ -177,8 +186,8 @@ def _answer_by_engine(
     sampling: _Sampling,
     end_tokens: frozenset[int],
 ) -> list[list[int]] | None:
-    """The answers, computed by the engine with ``slot_count`` answers at a time. None if the engine
-    cannot call the model; the log then says why."""
+    """The token ids of each answer, computed by the engine with ``slot_count`` answers at a time.
+    None if the engine cannot call the model; the log then says why."""
     from veneer.models.decode.continuations import Continuations, open_forward
 
     try:
@@ -206,66 +215,88 @@ def _answer_by_generate(
     model: Any,
     tokenizer: Any,
     prompt_ids: Sequence[list[int]],
-    limits: dict[str, Any],
+    generation_options: dict[str, Any],
     stream_options: dict[str, Any],
     sampling: _Sampling,
     batch_size: int,
     penalties: bool,
 ) -> list[list[int]]:
-    """The answers, computed by transformers' own generate."""
+    """The token ids of each answer, computed by transformers' own generate in batches of
+    ``batch_size``.
+
+    Args:
+        generation_options: fields of the ``GenerationConfig``: max_new_tokens, stop_strings and
+            eos_token_id.
+        stream_options: further arguments of transformers' ``generate``, from ``_stream_options``.
+        penalties: whether to apply the penalties of the base's generation_config.json. If not, the
+            model's generation config is replaced during the call.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    row_order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
-    end_tokens = limits["eos_token_id"] or ()
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(
-        **limits,
-        pad_token_id=pad,
+    prompt_order = sorted(
+        range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]), reverse=True
+    )
+    end_tokens = generation_options["eos_token_id"] or ()
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    generation_config = GenerationConfig(
+        **generation_options,
+        pad_token_id=pad_id,
         use_cache=True,
         do_sample=False,
         num_beams=1,
     )
-    options = {
-        "generation_config": config,
-        **({"tokenizer": tokenizer} if limits["stop_strings"] else {}),
+    call_options = {
+        "generation_config": generation_config,
+        **({"tokenizer": tokenizer} if generation_options["stop_strings"] else {}),
         **stream_options,
     }
     answers: list[list[int]] = [[] for _ in prompt_ids]
     base_config = model.generation_config
     try:
-        if not penalties:  # transformers fills unset fields of `config` from the model's config
+        # transformers fills unset fields of `generation_config` from the model's own, so an empty
+        # one keeps the base's penalties out
+        if not penalties:
             model.generation_config = GenerationConfig()
-        for start in range(0, len(row_order), batch_size):
-            rows = row_order[start : start + batch_size]
-            width = len(prompt_ids[rows[0]])
-            inputs = _pad_left([prompt_ids[row] for row in rows], width, pad or 0, model.device)
+        for start in range(0, len(prompt_order), batch_size):
+            batch_indices = prompt_order[start : start + batch_size]
+            width = len(prompt_ids[batch_indices[0]])
+            inputs = _pad_left(
+                [prompt_ids[index] for index in batch_indices], width, pad_id or 0, model.device
+            )
             if sampling.temperature > 0:
-                options["logits_processor"] = LogitsProcessorList(sampling.processors(rows))
-            new_tokens = model.generate(**inputs, **options)[:, width:].tolist()
-            for row, tokens in zip(rows, new_tokens, strict=True):
-                lengths = (n for n, token in enumerate(tokens, 1) if token in end_tokens)
-                answers[row] = tokens[: next(lengths, None)]
+                call_options["logits_processor"] = LogitsProcessorList(
+                    sampling.processors(batch_indices)
+                )
+            new_tokens = model.generate(**inputs, **call_options)[:, width:].tolist()
+            for index, token_ids in zip(batch_indices, new_tokens, strict=True):
+                end_lengths = (n for n, token in enumerate(token_ids, 1) if token in end_tokens)
+                answers[index] = token_ids[: next(end_lengths, None)]
     finally:
         model.generation_config = base_config
     return answers
 
 
 def _pad_left(
-    prompts: Sequence[list[int]], width: int, pad: int, device: Any
+    prompt_ids: Sequence[list[int]], width: int, pad_id: int, device: Any
 ) -> dict[str, torch.Tensor]:
-    """The input_ids and attention_mask of b prompts, [b, width], padded on the left."""
-    padding_counts = [width - len(prompt) for prompt in prompts]
-    ids = [[pad] * count + prompt for count, prompt in zip(padding_counts, prompts, strict=True)]
-    mask = [[0] * count + [1] * (width - count) for count in padding_counts]
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    """The input_ids and attention_mask, [b, width] each, of b prompts of at most ``width`` tokens,
+    padded on the left with the token ``pad_id``."""
+    padding_counts = [width - len(ids) for ids in prompt_ids]
+    padded_ids = [
+        [pad_id] * padding_count + ids
+        for padding_count, ids in zip(padding_counts, prompt_ids, strict=True)
+    ]
+    mask = [[0] * padding_count + [1] * (width - padding_count) for padding_count in padding_counts]
+    inputs = {"input_ids": padded_ids, "attention_mask": mask}
     return {name: torch.tensor(value, device=device) for name, value in inputs.items()}
 
 
 class _Sampling:
     """Samples the tokens of answers by temperature, top-k and top-p. Each answer has its own random
-    generator, whose noise is added to the scores before the argmax (Gumbel-max sampling).
-    transformers' own sampling uses one generator for a batch, so that the answer to a prompt would
-    depend on the other prompts. With temperature 0, the most likely token is taken."""
+    generator, whose noise is added to the scores before the argmax (Gumbel-max sampling), so that
+    the answer to a prompt does not depend on the other prompts. (transformers' own sampling uses
+    one generator for the whole batch.) With temperature 0, the most likely token is taken, and
+    ``seed`` may be None."""
 
     def __init__(self, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -290,7 +321,8 @@ class _Sampling:
         return scores.argmax(-1).tolist()
 
     def processors(self, answer_indices: Sequence[int]) -> list[Any]:
-        """Logits processors of transformers after which the greedy choice is a random sample."""
+        """Logits processors of transformers that turn the greedy choice into a random sample.
+        ``answer_indices``: for each row of the batch, the index of its answer among all answers."""
         from transformers import LogitsProcessor
 
         sampling = self
@@ -302,7 +334,7 @@ class _Sampling:
         return [*self._warpers, PerturbScores()]
 
     def _perturb(self, scores: Tensor, answer_indices: Sequence[int]) -> Tensor:
-        """Add the noise of each answer's generator to its scores."""
+        """Add the noise of each answer's generator to its row of the scores [n, vocabulary]."""
         assert self._seed is not None
         for index in answer_indices:
             if index not in self._generators:
@@ -314,17 +346,21 @@ class _Sampling:
 def _check_context(model: Any, prompt_length: int, max_new_tokens: int) -> None:
     """Raise `DataError` if a prompt of ``prompt_length`` tokens and the new tokens together exceed
     the model's context."""
-    context = context_tokens(model)
-    if context is not None and prompt_length and prompt_length + max_new_tokens > context:
+    context_length = context_tokens(model)
+    if (
+        context_length is not None
+        and prompt_length
+        and prompt_length + max_new_tokens > context_length
+    ):
         raise DataError(
             f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones",
-            f"at most {context:,} together, the model's context",
+            f"at most {context_length:,} together, the model's context",
             "shorten the prompt, or ask for fewer new tokens",
         )
 
 
 def context_tokens(model: Any) -> int | None:
-    """The maximal number of tokens of a row by a model's config, or None."""
+    """The context length of a model in tokens, as its config states it; None if it states none."""
     return context_length_of(model.config)
 
 
@@ -359,8 +395,9 @@ def _stream_options(
 
 def encode(prompt: Prompt, tokenizer: Any, location: str = "the prompt") -> list[int]:
     """The token ids of a prompt. A chat is encoded by the tokenizer's chat template and ends with
-    the header of the answer. Raises `DataError` for an empty prompt, for a chat if the tokenizer
-    has no template, and with ``location`` for a chat that the template refuses."""
+    the header that begins the assistant's turn. Raises `DataError` for an empty prompt, for a chat
+    if the tokenizer has no template, and for a chat that the template refuses; only the last error
+    names the ``location`` of the prompt."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

@@ -4,8 +4,9 @@ once for each row of the data.
     row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  cached hidden states [s, h]
     batch of rows         →  cached states, zero-padded        →  blocks k …, the head
 
-s: tokens of a row; h: features of a hidden state. Each row is computed alone, without padding, so
-that a resumed run ends with the same bits.
+k: number of frozen lower blocks; s: tokens of a row; h: features of a hidden state. Each row is
+computed alone, without padding, so that its cached states do not depend on the batch that first
+contained it, and a resumed run ends with the same bits.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ IGNORED_INPUTS = {
     "labels", "num_items_in_batch", "use_cache", "logits_to_keep", "return_dict", "seq_idx",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 }  # fmt: skip
+#: the remedy that the errors of this file name
 REMEDY = "leave out cache_lower"
 
 
@@ -49,19 +51,21 @@ class HiddenStateCache:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        #: the frozen lower blocks; the number of all blocks of the model
         self.blocks, self.block_count = _frozen_blocks(model)
         #: hidden states [s, h] by the hash of a row's inputs, in main memory
         self.states: dict[bytes, Tensor] = {}
-        #: the further elements of the tuple that a block returns after its hidden states; None if a
-        #: block returns no tuple
+        #: if a block returns a tuple, its elements after the hidden states, as the last lower block
+        #: returned them; None if a block returns the hidden states alone
         self.extra_outputs: tuple[Any, ...] | None = None
 
     @contextmanager
     def use_for(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """A context in which the model's forward on a batch reads the hidden states from the cache.
-        Rows that the cache lacks are computed first.
+        """A context in which the model's forward on a batch takes the output of the lower blocks
+        from the cache. Rows that the cache lacks are computed first.
 
         Args:
+            model: the model, possibly inside a wrapper such as DDP.
             inputs: the model's keyword arguments: input_ids [b, s] of b rows, with an
                 attention_mask (padding on the right), with the position_ids of packed rows, or
                 with neither.
@@ -70,51 +74,59 @@ class HiddenStateCache:
             ConfigError: there are other inputs, or padding on the left; or the upper blocks depend
                 on more than the hidden states, which is tested on the first row.
         """
-        hidden = []
+        hidden_by_row = []
         for row in _split_rows(inputs):
-            content = b"".join(
+            row_bytes = b"".join(
                 name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
             )
-            key, is_first_row = hashlib.blake2b(content, digest_size=16).digest(), not self.states
-            if key not in self.states:
-                self.states[key] = self._compute_states(unwrap(model), row)
+            row_hash, is_first_row = (
+                hashlib.blake2b(row_bytes, digest_size=16).digest(),
+                not self.states,
+            )
+            if row_hash not in self.states:
+                self.states[row_hash] = self._compute_states(unwrap(model), row)
             if is_first_row:
-                self._test_cached_states(unwrap(model), row, self.states[key])
-            hidden.append(self.states[key])
-        batch = pad_sequence(hidden, batch_first=True).to(inputs["input_ids"].device)
-        padding_columns = inputs["input_ids"].shape[1] - batch.shape[1]
-        with self._replace_blocks(nn.functional.pad(batch, (0, 0, 0, padding_columns))):
+                self._test_cached_states(unwrap(model), row, self.states[row_hash])
+            hidden_by_row.append(self.states[row_hash])
+        hidden_batch = pad_sequence(hidden_by_row, batch_first=True).to(inputs["input_ids"].device)
+        padding_columns = inputs["input_ids"].shape[1] - hidden_batch.shape[1]
+        with self._replace_blocks(nn.functional.pad(hidden_batch, (0, 0, 0, padding_columns))):
             yield
 
     @torch.no_grad()
     def _compute_states(self, model: nn.Module, row: dict[str, Tensor]) -> Tensor:
-        """The hidden states [s, h] of a row after the lower blocks, on the CPU."""
-        states: list[Tensor] = []
+        """The hidden states [s, h] of a row after the lower blocks, on the CPU. Also sets
+        ``extra_outputs``. Raises ``ConfigError`` if the model's forward does not run the blocks."""
+        captured_states: list[Tensor] = []
 
         def capture(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, tuple):
                 self.extra_outputs = output[1:]
                 output = output[0]
-            states.append(output[0].cpu())
+            captured_states.append(output[0].cpu())
             raise _StopForward
 
         hook = self.blocks[-1].register_forward_hook(capture)
         try:
             model(**row, use_cache=False)
         except _StopForward:
-            return states[0]
+            return captured_states[0]
         finally:
             hook.remove()
         raise ConfigError("a forward that does not run the model's blocks", "one that does", REMEDY)
 
     @contextmanager
-    def _replace_blocks(self, hidden: Tensor) -> Iterator[None]:
-        """A context in which the last lower block returns ``hidden``, and each other lower block
-        returns its input."""
+    def _replace_blocks(self, hidden_states: Tensor) -> Iterator[None]:
+        """A context in which the last lower block returns ``hidden_states`` [b, s, h],
+        and each other lower block returns its input, so that none of them computes anything."""
 
         def forward_of_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = (
-                hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
+                hidden_states
+                if block is self.blocks[-1]
+                else args[0]
+                if args
+                else kwargs["hidden_states"]
             )
             return output if self.extra_outputs is None else (output, *self.extra_outputs)
 
@@ -130,17 +142,21 @@ class HiddenStateCache:
                     block.forward = forward
 
     @torch.no_grad()
-    def _test_cached_states(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
-        """Raise ``ConfigError`` unless the model computes the same logits from the hidden states as
-        from the row."""
+    def _test_cached_states(
+        self, model: nn.Module, row: dict[str, Tensor], hidden_states: Tensor
+    ) -> None:
+        """Raise ``ConfigError`` and empty the cache unless the model computes the same logits from
+        the cached hidden states [s, h] of a row as from the row itself."""
         with evaluation_mode(model):
-            reference = model(**row, use_cache=False).logits
+            reference_logits = model(**row, use_cache=False).logits
             # Lower blocks may keep a state in the model. This forward on a different row replaces
             # the state, so that the next forward shows whether upper blocks read it.
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
-            with self._replace_blocks(hidden.to(reference.device)[None]):
-                logits = model(**row, use_cache=False).logits
-        if not torch.allclose(logits, reference, rtol=0, atol=1e-3 * float(reference.abs().max())):
+            with self._replace_blocks(hidden_states.to(reference_logits.device)[None]):
+                cached_logits = model(**row, use_cache=False).logits
+        if not torch.allclose(
+            cached_logits, reference_logits, rtol=0, atol=1e-3 * float(reference_logits.abs().max())
+        ):
             self.states.clear()
             raise ConfigError(
                 "blocks above that read more of the lower ones than their hidden states",
@@ -154,7 +170,7 @@ class _StopForward(Exception):  # noqa: N818 (control flow, not an error)
 
 
 def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
-    """(the blocks below the lowest one with a trained parameter, number of all blocks). Raises
+    """(the blocks below the lowest block with a trained parameter, number of all blocks). Raises
     ``ConfigError`` as ``HiddenStateCache`` does."""
     requirement = "everything that trains to lie in the upper blocks"
     trained_names = [
@@ -181,16 +197,16 @@ def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
             dropout_rates += [
                 value for name, value in config_fields if name.endswith(("dropout", "_pdrop"))
             ]
-            if any(isinstance(p, float | int) and p > 0 for p in dropout_rates):
+            if any(isinstance(rate, float | int) and rate > 0 for rate in dropout_rates):
                 raise ConfigError(
                     "a base with dropout, which draws anew each time",
                     "dropout of 0 in the base's configuration",
                     REMEDY,
                 )
             return list(stack[:lowest_index]), len(stack)
-    longest_stack = max(stacks, key=lambda path: len(stacks[path]), default="")
+    longest_stack_path = max(stacks, key=lambda path: len(stacks[path]), default="")
     outside_name = next(
-        (name for name in trained_names if not name.startswith(f"{longest_stack}.")),
+        (name for name in trained_names if not name.startswith(f"{longest_stack_path}.")),
         "nothing that trains",
     )
     raise ConfigError(
@@ -199,12 +215,16 @@ def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
 
 
 def _split_rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """The inputs of each row, [1, s] for its s tokens, without its padding."""
-    unsupported = (
+    """The inputs of each row that its hidden states depend on, by name: [1, s] for its s tokens,
+    without its padding. Raises ``ConfigError`` for inputs that are not supported and for padding on
+    the left."""
+    unsupported_names = (
         {name for name, value in inputs.items() if value is not None} - KEY_INPUTS - IGNORED_INPUTS
     )
-    if unsupported:
-        raise ConfigError(f"inputs {sorted(unsupported)}", f"only {sorted(KEY_INPUTS)}", REMEDY)
+    if unsupported_names:
+        raise ConfigError(
+            f"inputs {sorted(unsupported_names)}", f"only {sorted(KEY_INPUTS)}", REMEDY
+        )
     mask = inputs.get("attention_mask")
     rows = []
     for row_index in range(len(inputs["input_ids"])):

@@ -11,8 +11,8 @@ is differentiated as soon as its loss is computed:
     for each chunk of c rows: logits [c, v] → Σ -log p, ∂/∂rows, ∂/∂(head parameters)
 
 `head_split` finds the head of a model whose forward can be split into body and head. For any other
-model, logits are computed at once for all positions t at which any row has a label; such positions
-are called columns.
+model, logits are computed at once for all positions t whose next token has a label in any row; such
+positions are called columns.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def token_loss(
 
     Works on any causal language model of `transformers`. At most `chunk` rows of logits are in
     memory at a time if the model's forward is a body followed by a head that computes each row
-    independently. For any other model, the logits of all columns with a label are in memory. The
-    same holds for a model inside DDP, FSDP or `torch.compile`, and if the rows have different
-    adapters that change the head. The total has dtype float32, or float64 for float64 logits, and
-    can be differentiated once.
+    independently. Otherwise, the logits of all positions whose next token has a label in any row
+    are in memory at once. This is also the case for a model inside DDP, FSDP or `torch.compile`,
+    and if the rows of the batch have different adapters that change the head. The total has dtype
+    float32, or float64 for float64 logits, and can be differentiated once.
 
     Args:
         inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
@@ -127,8 +127,8 @@ def token_loss(
         return _loss_in_chunks(model, body_path, model_inputs, labels, accuracy, chunk, count)
     columns = _labelled_columns(labels)
     if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
-        # A list of ints indexes hidden states on any device; a tensor would have to be on the
-        # device of the last block, if the model is spread over several.
+        # If the model is spread over several devices, a tensor of indices would have to be on the
+        # device of the last block. A list of ints indexes hidden states on any device.
         is_spread = len({parameter.device for parameter in model.parameters()}) > 1
         model_inputs["logits_to_keep"] = columns.tolist() if is_spread else columns
     return _loss_of_columns(model, model(**model_inputs), columns, labels, accuracy)
@@ -152,8 +152,8 @@ def causal_loss(
         loss.backward()
     """
     result = token_loss(model, inputs, chunk=chunk)
-    items = result.items if num_items_in_batch is None else num_items_in_batch
-    loss = result.total / torch.as_tensor(items, device=result.total.device).clamp(min=1)
+    label_count = result.items if num_items_in_batch is None else num_items_in_batch
+    loss = result.total / torch.as_tensor(label_count, device=result.total.device).clamp(min=1)
     return loss if result.extra is None else loss + result.extra.to(loss.device)
 
 
@@ -165,12 +165,18 @@ def label_losses(
     chunk: int = MAX_LOGIT_ROWS,
 ) -> LabelLosses:
     """The loss of each label, instead of the sum that `token_loss` returns, for a loss that weights
-    the labels differently. Arguments are those of `token_loss`. The losses can be differentiated
-    once.
+    the labels differently. The losses can be differentiated once.
+
+    Args:
+        inputs: the model's keyword arguments, with `labels` [rows, tokens], not shifted, and -100
+            where the loss does not count.
+        accuracy: whether to find out which labels are the most likely token.
+        chunk: the maximal number of rows of logits at a time, if the model's forward can be split
+            into body and head.
 
     Raises:
-        ConfigError: the model adds a load-balancing loss over all rows, whose gradients would be
-            missing.
+        ConfigError: gradients are enabled, and the model adds a load-balancing loss over all rows,
+            whose gradients would be missing.
     """
     labels: Tensor = inputs["labels"]
     model_inputs = {
@@ -186,11 +192,12 @@ def label_losses(
             "losses of each row",
             "set it to False, or train the adapters one by one",
         )
-    target = labels[:, 1:]
-    has_label, body_path = target != IGNORED, find_body(model)
+    shifted_labels = labels[:, 1:]
+    has_label, body_path = shifted_labels != IGNORED, find_body(model)
     counts, outputs = has_label.sum(1), None
-    # In chunks, the gradients of the head's parameters are summed over the labels, so that a weight
-    # for each label could not be applied to them.
+    # A forward in chunks sums the gradients of the head's parameters over the labels, so a weight
+    # for each label could not be applied to them. Therefore no chunks are used if the adapter
+    # changes the head.
     adapter_changes_head = (
         torch.is_grad_enabled() and body_path is not None and changes_head(model, body_path)
     )
@@ -204,7 +211,7 @@ def label_losses(
             )
     logits = (model(**model_inputs) if outputs is None else outputs).logits[:, :-1][has_label]
     float_logits = logits.to(at_least_float32(logits.dtype))
-    target_ids = target[has_label].to(float_logits.device)
+    target_ids = shifted_labels[has_label].to(float_logits.device)
     losses = functional.cross_entropy(float_logits, target_ids, reduction="none")
     return LabelLosses(
         losses, counts, float_logits.argmax(dim=-1) == target_ids if accuracy else None
@@ -218,29 +225,31 @@ def log_probabilities(
     without a label. Can be differentiated as often as the model.
 
     If the model's forward can be split into body and head, only hidden states with a label reach
-    the head. The logits, divided by `temperature`, are kept for backward, because a preference loss
-    knows the weight of each label only once it has the log p of all labels.
+    the head. All their logits are kept for backward, because a preference loss knows the weight of
+    each label only once it has the log p of all labels.
 
     Args:
-        inputs: as for `token_loss`.
+        inputs: the model's keyword arguments, with `labels` [b, s], not shifted, and -100 at
+            tokens that are no labels.
+        temperature: the divisor of the logits before the softmax.
     """
     labels: Tensor = inputs["labels"]
     model_inputs = {
         "use_cache": False,
         **{name: value for name, value in inputs.items() if name != "labels"},
     }
-    target = labels[:, 1:]
-    has_label = target != IGNORED
+    shifted_labels = labels[:, 1:]
+    has_label = shifted_labels != IGNORED
     # [n, v], in the order of has_label.nonzero()
     logits = _labelled_logits(model, model_inputs, labels)
-    target_ids = target[has_label].to(logits.device)
+    target_ids = shifted_labels[has_label].to(logits.device)
     float_logits = logits.to(at_least_float32(logits.dtype)) / temperature
     log_p = -functional.cross_entropy(float_logits, target_ids, reduction="none")
     return log_p.new_zeros(has_label.shape).masked_scatter(has_label.to(log_p.device), log_p)
 
 
 def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """The logits [n, v] of the positions whose next token has a label."""
+    """The logits [n, v] of the n positions whose next token has a label, for `labels` [b, s]."""
     has_label = functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
     body_path, is_split = find_body(model), False
     if body_path is None:
@@ -263,8 +272,8 @@ def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -
 
 
 def _labelled_columns(labels: Tensor) -> Tensor:
-    """The indices [c] of the c columns whose next token has a label in any row; column 0 if there
-    is none."""
+    """The indices [c] of the c columns of `labels` [b, s] (positions) at which the next token has a
+    label in any row; column 0 if there is none."""
     columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
     # Without labels, the loss must still depend on the parameters, because a distributed backward
     # waits for every rank.
@@ -274,33 +283,35 @@ def _labelled_columns(labels: Tensor) -> Tensor:
 def _loss_of_columns(
     model: nn.Module, outputs: Any, columns: Tensor, labels: Tensor, accuracy: bool
 ) -> TokenLoss:
-    """The loss of a model that cannot be split, from the logits of `columns`. The logits in
-    `outputs` are those of `columns` or of all columns."""
+    """The loss of a model that cannot be split into body and head, from its `outputs`. Their logits
+    are [b, c, v], of the c `columns` (positions whose next token has a label in any row), or
+    [b, s, v], of all positions."""
     logits = outputs.logits
     if logits.shape[1] != len(columns):
         logits = logits[:, columns.to(logits.device)]
-    target = labels[:, 1:][:, columns]  # [b, c]: labels of the logits [b, c, v]
-    labelled_positions = (target != IGNORED).flatten().nonzero().squeeze(1)  # [n]
-    target_ids = target.flatten()[labelled_positions].to(logits.device)  # [n]
+    column_labels = labels[:, 1:][:, columns]  # [b, c]: labels of the logits [b, c, v]
+    labelled_positions = (column_labels != IGNORED).flatten().nonzero().squeeze(1)  # [n]
+    target_ids = column_labels.flatten()[labelled_positions].to(logits.device)  # [n]
     label_logits = logits.flatten(0, 1)[labelled_positions.to(logits.device)]  # [n, v]
     label_logits = label_logits.to(at_least_float32(label_logits.dtype))
-    total = (
+    total_loss = (
         functional.cross_entropy(label_logits, target_ids, reduction="sum")
         if len(target_ids)
         else label_logits.sum() * 0.0
     )
-    correct = (
+    correct_count = (
         (label_logits.detach().argmax(dim=-1) == target_ids).sum()
         if accuracy
         else torch.zeros_like(target_ids.sum())
     )
-    items = torch.full_like(correct, len(target_ids))
-    return TokenLoss(total, items, correct, _balancing_loss(model, outputs))
+    label_count = torch.full_like(correct_count, len(target_ids))
+    return TokenLoss(total_loss, label_count, correct_count, _balancing_loss(model, outputs))
 
 
 def _balancing_loss(model: nn.Module, outputs: Any) -> Tensor | None:
-    """The weighted load-balancing loss that a mixture-of-experts model returns if its config has
-    `output_router_logits`."""
+    """The load-balancing loss that a mixture-of-experts model returns if its config has
+    `output_router_logits`, times the config's `router_aux_loss_coef`; None if the model returns
+    none."""
     balancing_loss = getattr(outputs, "aux_loss", None)
     if not isinstance(balancing_loss, Tensor):
         return None
@@ -312,11 +323,12 @@ class _ChunkedForward(NamedTuple):
     """The result of `_forward_in_chunks`.
 
     Fields:
-        rows: hidden states [n, h] of the n positions with a label; None if the model could not be
-            split.
+        rows: hidden states [n, h] of the n positions with a label, or of one position if there are
+            no labels; None if the model could not be split.
         sums: the losses and gradients of the chunks of rows; None if there are no chunks.
-        outputs: the model's output if it is still needed, else None.
-        balancing_loss: the load-balancing loss of the model, or None.
+        outputs: the model's output; None if there were chunks, whose `sums` replace it.
+        balancing_loss: the weighted load-balancing loss of the model (`_balancing_loss`); None if
+            the model returns none or could not be split.
     """
 
     rows: Tensor | None
@@ -334,19 +346,25 @@ def _loss_in_chunks(
     chunk: int,
     count: int | None,
 ) -> TokenLoss:
-    forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
-    rows, sums, outputs, balancing_loss = forward
-    if rows is None:  # no hidden state for each token, or a head that computes across rows
+    chunked_forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
+    rows, sums, outputs, balancing_loss = chunked_forward
+    if rows is None:  # the model could not be split
         return _loss_of_columns(model, outputs, _labelled_columns(labels), labels, accuracy)
-    items = (labels[:, 1:] != IGNORED).sum()
+    label_count = (labels[:, 1:] != IGNORED).sum()
     if sums is None:
         logits = outputs.logits
-        items = items.to(logits.device)
+        label_count = label_count.to(logits.device)
         return TokenLoss(
-            logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, balancing_loss
+            logits.to(at_least_float32(logits.dtype)).sum() * 0.0,
+            label_count,
+            label_count,
+            balancing_loss,
         )
     return TokenLoss(
-        sums.differentiable_total(rows), items.to(sums.total.device), sums.correct, balancing_loss
+        sums.differentiable_total(rows),
+        label_count.to(sums.total_loss.device),
+        sums.correct_count,
+        balancing_loss,
     )
 
 
@@ -359,15 +377,17 @@ def _forward_in_chunks(
     chunk: int,
     count: int | None,
 ) -> _ChunkedForward:
-    """Run the body once and the head on `chunk` labelled rows at a time."""
+    """Run the body once, and the head on `chunk` labelled rows at a time, whose loss is
+    differentiated at once. Arguments are those of `token_loss`; `inputs` are without labels."""
     # [b, s]: the next token at each position
-    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    has_label = targets != IGNORED
+    next_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    has_label = next_labels != IGNORED
+    # `nonzero` makes the host wait for the GPU; a known count of labels makes it unnecessary
     if count is None or labels.is_cpu:
         positions = has_label.flatten().nonzero().squeeze(1)  # [n]
     else:
         positions = has_label.flatten().byte().argsort(descending=True, stable=True)[:count]
-    target_ids = targets.flatten().index_select(0, positions)  # [n]
+    target_ids = next_labels.flatten().index_select(0, positions)  # [n]
     body, head = model.get_submodule(".".join(body_path)), Head(model, body_path, inputs)
     rows: Tensor | None = None
     first_chunk = torch.empty(0)
@@ -382,7 +402,8 @@ def _forward_in_chunks(
         if hidden_rows is None:
             return output
         if len(positions) == 0:
-            # without labels, the loss must still depend on the parameters (`_labelled_columns`)
+            # Without labels, the loss must still depend on the parameters, because a distributed
+            # backward waits for every rank.
             rows = first_chunk = hidden_rows[:1]
         else:
             rows = hidden_rows.index_select(0, positions.to(hidden_rows.device))  # [n, h]

@@ -8,8 +8,9 @@ parameters, as a separate loop would compute them. The caller also provides each
 schedule, clipping, accumulation and order of the data. The step engine (``veneer/engine``) computes
 the passes.
 
-For a causal language model, this file has a forward of its own. It computes −log p of the labels
-without holding all logits at once, and runs share the output head in it too.
+For the losses of causal language models (``causal_loss``, ``LabelLoss``), this file has a forward
+of its own. It computes −log p of the labels without holding all logits at once, and runs share the
+output head in it too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from veneer.errors import ConfigError, DataError, TargetError, VeneerError, rais
 from veneer.handle import Handle, attach, load
 from veneer.train.loss import LabelLosses, causal_loss, label_losses
 
-#: a loss function: (the output for a run's rows, the run's target) -> scalar
+#: a loss function: (the model's output for a run's rows, the target of the run's batch) -> scalar
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -55,7 +56,8 @@ def train_many(
 
     Args:
         model: any module that computes each row of a batch independently of the others.
-        configs: by the run's name; a path is an adapter folder whose training continues.
+        configs: by the run's name, the configuration of a new adapter, or the path of an adapter
+            folder whose training continues.
         seeds: the seed of the initial values and the dropout of a run; one for all runs, or a seed
             by name. A run computes the same numbers as a separate loop after
             ``torch.manual_seed(seed)`` and ``veneer.attach``.
@@ -119,25 +121,41 @@ class Runs(Mapping[str, Handle]):
     def add(
         self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start_options: Any
     ) -> Handle:
-        """Add another run. ``start_options``: the arguments ``batches``, ``loss`` and ``original``
-        of ``veneer.attach``."""
+        """Add another run and return the handle of its adapter.
+
+        Args:
+            config: the configuration of a new adapter, or the path of an adapter whose training
+                continues.
+            seed: the seed of the run's initial values and of its dropout.
+            start_options: for a new adapter, the arguments ``batches``, ``loss`` and ``original``
+                of ``veneer.attach``.
+
+        Raises ``ConfigError`` if ``start_options`` are given with a path.
+        """
+        if start_options and not isinstance(config, LoraConfig):
+            raise ConfigError(
+                f"{', '.join(start_options)} for run {name!r}, which continues {str(config)!r}",
+                "arguments of a new adapter, with a LoraConfig",
+                "leave them out, or pass a LoraConfig",
+            )
         stream = self.engine.new_stream(seed)
         with stream:
             if isinstance(config, LoraConfig):
                 handle = attach(self.model, config, name, **start_options)
             else:
-                handle = load(self.model, config, name=name, trainable=True, **start_options)
+                handle = load(self.model, config, name=name, trainable=True)
         self._handles[name] = handle
         self.engine.add(name, handle.parameters(), stream)
         return handle
 
     def stream(self, name: str) -> RandomStream:
-        """The random numbers of a run: a context in which torch's default generators are the run's
-        own. ``states``: the states of these generators."""
+        """The random numbers of a run: a context in which torch's default generators continue the
+        run's own sequence. Its attribute ``states`` holds the state of the run's generator on each
+        device."""
         return self.engine.adapters[name].stream
 
     def restart(self, name: str, seed: int) -> None:
-        """Restart a run's random numbers, as ``torch.manual_seed(seed)`` does."""
+        """Restart the sequence of a run's random numbers, as after ``torch.manual_seed(seed)``."""
         self.stream(name).restart(seed)
 
     def remove(self, name: str) -> None:
@@ -191,33 +209,35 @@ class Runs(Mapping[str, Handle]):
         """Convert the arguments of ``backward`` to requests of the engine. Raises ``DataError`` and
         ``ConfigError`` as ``backward`` does."""
         weights = weights or {}
-        unknown = [name for name in (*batches, *weights) if name not in self]
-        if unknown:
+        unknown_names = [name for name in (*batches, *weights) if name not in self]
+        if unknown_names:
             raise DataError(
-                f"a batch or weight for {unknown[0]!r}",
+                f"a batch or weight for {unknown_names[0]!r}",
                 f"one of {', '.join(self) or 'no run'}",
                 "add the run first",
             )
-        losses: dict[str, Any] = {
+        loss_by_run: dict[str, Any] = {
             name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches
         }
-        for name, function in losses.items():
+        for name, function in loss_by_run.items():
             if not callable(function):
                 raise ConfigError(
                     f"no loss for adapter {name!r}",
                     "(output, target) -> scalar for each batch",
                     "pass one for all, or one by name",
                 )
-        mean_loss_names = {name for name, function in losses.items() if function is causal_loss}
-        forward = partial(_causal_forward, mean_loss_names)
+        mean_loss_names = {
+            name for name, function in loss_by_run.items() if function is causal_loss
+        }
+        causal_forward = partial(_causal_forward, mean_loss_names)
         forward_names = mean_loss_names | {
-            name for name, function in losses.items() if isinstance(function, LabelLoss)
+            name for name, function in loss_by_run.items() if isinstance(function, LabelLoss)
         }
         return {
             name: PassRequest(
                 self.engine.read_batch(name, batch),
-                loss=_mean if name in mean_loss_names else losses[name],
-                forward=forward if name in forward_names else None,
+                loss=_mean if name in mean_loss_names else loss_by_run[name],
+                forward=causal_forward if name in forward_names else None,
                 weight=weights.get(name, 1.0),
             )
             for name, batch in batches.items()
@@ -230,17 +250,21 @@ class Runs(Mapping[str, Handle]):
         without gradients.
 
         Args:
-            batches: by run, in the form of ``backward`` for a causal language model.
+            batches: by run, in one of the forms that ``backward`` takes, with the labels [rows,
+                tokens] of a causal language model as the target.
+            accuracy: whether to find out which labels are the most likely token.
 
         Raises:
             DataError: a batch has an unsupported form.
-            SelectionError: the model computes across rows of a batch.
+            SelectionError: the model computes across rows of a batch, so runs cannot share a
+                forward.
         """
         return self._forward(batches, partial(_label_losses, accuracy=accuracy))
 
     def outputs(self, batches: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's output for the batches of some runs, in shared forwards without gradients.
-        Arguments and errors are those of ``label_losses``; the model may be any model."""
+        """By run, the output of the model, which may be any model, for the run's batch, computed in
+        shared forwards without gradients. ``batches``: as in ``backward``; targets are ignored.
+        Errors are those of ``label_losses``."""
         return self._forward(batches, None)
 
     def _forward(self, batches: Mapping[str, Any], forward: Any) -> dict[str, Any]:
@@ -248,19 +272,23 @@ class Runs(Mapping[str, Handle]):
             name: PassRequest(self.engine.read_batch(name, batch), forward=forward)
             for name, batch in batches.items()
         }
-        values = self.engine.forward(requests).values
-        return {name: values[name] for name in batches}
+        outputs = self.engine.forward(requests).values
+        return {name: outputs[name] for name in batches}
 
 
 def _causal_forward(
     mean_loss_names: set[str], model: nn.Module, batches: Mapping[str, AdapterBatch]
 ) -> dict[str, Tensor]:
-    """By run, −log p of its n labels, [n]. If the only run is in ``mean_loss_names``, their mean
-    instead, which ``causal_loss`` computes with less memory."""
+    """By run, −log p of its n labels, [n], from one forward of all batches. If there is only one
+    run, and it is in ``mean_loss_names`` (the runs whose loss is the mean over the labels), the
+    value is the mean instead, which ``causal_loss`` computes with less memory."""
     if len(batches) == 1 and not mean_loss_names.isdisjoint(batches):
         ((name, batch),) = batches.items()
         return {name: causal_loss(model, {**_keyword_inputs(name, batch), "labels": batch.target})}
-    return {name: rows.losses for name, rows in _label_losses(model, batches).items()}
+    return {
+        name: label_losses_of_run.losses
+        for name, label_losses_of_run in _label_losses(model, batches).items()
+    }
 
 
 def _label_losses(
@@ -272,12 +300,18 @@ def _label_losses(
     ]
     _, inputs = join_batches(batches_without_labels)
     labels = torch.cat([batch.target for batch in batches.values()])
-    joined = label_losses(model, {**inputs, "labels": labels}, accuracy=accuracy)
-    counts = joined.counts.split([batch.row_count for batch in batches.values()])
-    label_counts = [int(row_counts.sum()) for row_counts in counts]
-    is_correct = [None] * len(counts) if joined.right is None else joined.right.split(label_counts)
-    run_values = zip(joined.losses.split(label_counts), counts, is_correct, strict=True)
-    return {name: LabelLosses(*values) for name, values in zip(batches, run_values, strict=True)}
+    joined_losses = label_losses(model, {**inputs, "labels": labels}, accuracy=accuracy)
+    row_label_counts = joined_losses.counts.split([batch.row_count for batch in batches.values()])
+    label_counts = [int(counts_of_run.sum()) for counts_of_run in row_label_counts]
+    is_correct = (
+        [None] * len(row_label_counts)
+        if joined_losses.right is None
+        else joined_losses.right.split(label_counts)
+    )
+    fields_by_run = zip(
+        joined_losses.losses.split(label_counts), row_label_counts, is_correct, strict=True
+    )
+    return {name: LabelLosses(*fields) for name, fields in zip(batches, fields_by_run, strict=True)}
 
 
 def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
@@ -293,5 +327,6 @@ def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
 
 
 def _mean(losses: Tensor, target: Any) -> Tensor:
-    """The mean of the losses of labels. A scalar is already a mean and is returned unchanged."""
+    """The mean of the losses [n] of labels. A scalar is already the mean, which ``_causal_forward``
+    computes for a single run, and is returned unchanged. ``target`` is not used."""
     return losses if not losses.dim() else losses.sum() / max(len(losses), 1)

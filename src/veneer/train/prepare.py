@@ -1,4 +1,4 @@
-"""The data sets of a run, ready for the trainer, and the number of steps."""
+"""Read, check, split and encode the data of a run, and count its steps."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 
 #: default maximal length of an example in tokens, if the model's context is longer
 DEFAULT_MAX_LENGTH = 2048
-#: maximal number of characters of a sample prompt that is a text
+#: maximal number of characters of a text that `sample_prompt` returns
 MAX_PROMPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class Rows(Dataset[dict[str, Any]]):
-    """The rows of a data set, each an input of the task's `collate`.
+    """The encoded rows of a data set. `Task.collate` joins several of them to a batch.
 
     Fields:
-        lengths: by row, the number of tokens that the model computes for it, of all its texts and
-            answers; 0 for images. For grouping rows of similar length, and for estimates.
-        record_indices: by row, the index of its record in the data.
-        head_token_counts: by row, the number of its tokens that reach the output head; [] if the
-            task does not count them.
-        dropped, truncated: number of records that were dropped or cut, because they were too long.
+        rows: by row, its tensors or lists by name, such as "input_ids" and "labels".
+        lengths: by row, the number of tokens that the model computes for it, in all its texts and
+            answers together; 0 for images. They serve to group rows of similar length and to
+            estimate memory.
+        record_indices: by row, the index of the record of the data from which it was encoded.
+        head_token_counts: by row, the number of its tokens whose hidden states pass through the
+            output head; [] if the task does not count them.
+        dropped, truncated: number of records that were dropped or cut because they were too long.
     """
 
     rows: list[dict[str, Any]]
@@ -52,7 +54,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     @property
     def head_token_count(self) -> int:
-        """The number of tokens that reach the output head."""
+        """The number of tokens of all rows whose hidden states pass through the output head."""
         return sum(self.head_token_counts)
 
 
@@ -61,12 +63,15 @@ class Prepared:
     """The data of a run, ready for the trainer, and the number of steps.
 
     Fields:
-        train, evaluation: the rows.
-        train_set, eval_set: the same rows as the trainer's data sets, packed if the run packs.
+        train, evaluation: the encoded rows to train and to evaluate on; `evaluation` is None if the
+            run does not evaluate.
+        train_set, eval_set: the same rows in the type of data set that the trainer takes, packed
+            (several examples in one row) if the run packs.
         max_length: maximal number of tokens of a row.
         steps: number of optimiser steps of the run.
-        hashes: hashes of what a resumed run must find unchanged, by name: the sources "train" and
-            "eval", the initial "adapter", and the files of reward functions by their paths.
+        hashes: hashes of the inputs that must not have changed when a run is resumed, by name:
+            the data ("train", "eval"), the adapter that the run trains further ("adapter"), and
+            the files of reward functions, by their paths.
         unused: columns of the data that the task does not read.
         prompt: a sample prompt from the data, a text or a chat; None if no prompt is short enough.
     """
@@ -83,78 +88,98 @@ class Prepared:
 
 
 def max_length(config: TrainConfig) -> int:
-    """The maximal length of a run's examples in tokens. Errors are those of `check_length`."""
+    """The maximal number of tokens of an example of a run. Raises the errors of `check_length`."""
     return check_length(config.max_length, models.context_length(config.base), config.base)
 
 
-def check_length(length: int | None, context: int | None, base: str) -> int:
-    """The maximal length of an example in tokens: `length`, or by default the context of the base,
-    at most `DEFAULT_MAX_LENGTH`. Raises `ConfigError` if it exceeds the context."""
-    length = length or min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if context is not None and length > context:
+def check_length(length: int | None, context_length: int | None, base: str) -> int:
+    """The maximal number of tokens of an example: `length`, or if it is None, the smaller of
+    `DEFAULT_MAX_LENGTH` and the base's context length.
+
+    Args:
+        context_length: the number of positions that the base supports; None if it has no limit.
+        base: the name of the base, for the error.
+
+    Raises:
+        ConfigError: `length` exceeds `context_length`.
+    """
+    length = length or min(context_length or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if context_length is not None and length > context_length:
         raise ConfigError(
-            f"max_length {length:,}", f"at most {context:,}, the context of {base}", "lower it"
+            f"max_length {length:,}",
+            f"at most {context_length:,}, the context of {base}",
+            "lower it",
         )
     return length
 
 
 def prepare(
     config: TrainConfig,
-    read: Callable[[str, str], data.Records],
-    encode: Callable[[data.Records], Rows],
-    length: int,
+    read_records: Callable[[str, str], data.Records],
+    encode_records: Callable[[data.Records], Rows],
+    length_limit: int,
     make_dataset: Callable[[Rows, int], Any] | None = None,
 ) -> Prepared:
-    """Read, check, split and encode the data of `config`, and count the steps.
+    """Read, check, split and encode the data of `config`, and count the steps. Raises the errors of
+    `read_records` and `encode_records`, and `ConfigError` if `eval_fraction` leaves no row to train
+    on.
 
     Args:
-        read: (source, split) -> records.
-        encode: records -> examples.
-        length: the maximal number of tokens of a row.
-        make_dataset: (examples, length) -> the trainer's data set; by default the examples.
+        read_records: reads the records of (source, split), a file or data set and its split.
+        encode_records: turns records into rows.
+        length_limit: the maximal number of tokens of a row.
+        make_dataset: turns (rows, `length_limit`) into the data set that the trainer takes; by
+            default the rows are this data set.
     """
-    rows = read(config.data, config.split)
-    held_out_records = read(config.eval_data, "train") if config.eval_data is not None else None
+    train_records = read_records(config.data, config.split)
+    held_out_records = (
+        read_records(config.eval_data, "train") if config.eval_data is not None else None
+    )
     if config.eval_fraction:
-        rows, held_out_records = split(
-            rows,
+        train_records, held_out_records = split(
+            train_records,
             config.eval_fraction,
             config.seed if config.eval_seed is None else config.eval_seed,
         )
-    records = (
-        {"train": rows} if held_out_records is None else {"train": rows, "eval": held_out_records}
+    records_by_split = (
+        {"train": train_records}
+        if held_out_records is None
+        else {"train": train_records, "eval": held_out_records}
     )
-    examples = {name: encode(split_records) for name, split_records in records.items()}
-    sets = {
-        name: encoded if make_dataset is None else make_dataset(encoded, length)
-        for name, encoded in examples.items()
+    rows_by_split = {
+        name: encode_records(split_records) for name, split_records in records_by_split.items()
+    }
+    datasets_by_split = {
+        name: encoded_rows if make_dataset is None else make_dataset(encoded_rows, length_limit)
+        for name, encoded_rows in rows_by_split.items()
     }
     process_count = int(os.environ.get("WORLD_SIZE", "1"))
     steps = config.max_steps or math.ceil(
-        config.epochs * steps_an_epoch(config, len(sets["train"]), process_count)
+        config.epochs * steps_an_epoch(config, len(datasets_by_split["train"]), process_count)
     )
-    hashes = {name: split_records.sha256 for name, split_records in records.items()}
-    prompt = sample_prompt([rows.rows[i] for i in examples["train"].record_indices])
+    hashes = {name: split_records.sha256 for name, split_records in records_by_split.items()}
+    prompt = sample_prompt([train_records.rows[i] for i in rows_by_split["train"].record_indices])
     return Prepared(
-        train=examples["train"],
-        evaluation=examples.get("eval"),
-        train_set=sets["train"],
-        eval_set=sets.get("eval"),
-        max_length=length,
+        train=rows_by_split["train"],
+        evaluation=rows_by_split.get("eval"),
+        train_set=datasets_by_split["train"],
+        eval_set=datasets_by_split.get("eval"),
+        max_length=length_limit,
         steps=steps,
         hashes=hashes,
-        unused=rows.unused,
+        unused=train_records.unused,
         prompt=prompt,
     )
 
 
-def steps_an_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
-    return math.ceil(math.ceil(rows / (config.batch_size * processes)) / config.grad_accum)
+def steps_an_epoch(config: TrainConfig, row_count: int, process_count: int = 1) -> int:
+    return math.ceil(math.ceil(row_count / (config.batch_size * process_count)) / config.grad_accum)
 
 
 def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
-    """A sample prompt: the chat of the first row, if it has one. Else the printable prompt with the
-    fewest lines, and among these the shortest; None if no prompt is printable."""
+    """A prompt from the data that shows how to use the adapter: the chat of the first row if it has
+    one, else the text prompt with the fewest lines, and among equals the shortest. None if no text
+    prompt is printable, not blank and at most `MAX_PROMPT_CHARACTERS` long."""
     prompts = [_prompt_of_row(row) for row in rows]
     if isinstance(prompts[0], list):
         return prompts[0]
@@ -170,7 +195,8 @@ def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
 
 
 def _prompt_of_row(row: dict[str, Any]) -> Any:
-    """The prompt or chat of a row. For a row that has only a text, the first five words of it."""
+    """The prompt or chat of a row. For a row that has neither, the first five words of its text or
+    of its chosen answer (or the answer itself, if it is a chat); None if it has no text."""
     for column in ("messages", "prompt"):
         if column in row:
             return row[column]
@@ -178,25 +204,27 @@ def _prompt_of_row(row: dict[str, Any]) -> Any:
     return " ".join(text.split(maxsplit=5)[:5]) if isinstance(text, str) else text
 
 
-def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:
-    """Split rows into (training rows, held-out rows), each in the original order. A random
-    `fraction` of the rows, at least one row, is held out; equal seeds give equal splits."""
-    count = max(1, round(len(rows) * fraction))
-    if count >= len(rows):
+def split(records: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:
+    """Split records into (training records, held-out records), each in the original order. A random
+    `fraction` of the records, at least one, is held out; equal seeds give equal splits. Raises
+    `ConfigError` if no record would be left to train on."""
+    held_out_count = max(1, round(len(records) * fraction))
+    if held_out_count >= len(records):
         raise ConfigError(
-            f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on",
+            f"eval_fraction {fraction} of {len(records)} examples leaves none to train on",
             "at least one",
             "lower it",
         )
-    held_out_indices = set(random.Random(seed).sample(range(len(rows)), count))
-    return rows.select([i for i in range(len(rows)) if i not in held_out_indices]), rows.select(
-        sorted(held_out_indices)
-    )
+    held_out_indices = set(random.Random(seed).sample(range(len(records)), held_out_count))
+    return records.select(
+        [i for i in range(len(records)) if i not in held_out_indices]
+    ), records.select(sorted(held_out_indices))
 
 
 def pack(dataset: Any, max_length: int) -> Any:
-    """Pack several examples into each row of at most `max_length` tokens. The column seq_lengths
-    holds the lengths of a row's examples."""
+    """Pack a data set of `datasets` by trl's best-fit decreasing: each row of the result holds
+    several examples, at most `max_length` tokens in all. Its column seq_lengths holds the lengths
+    of the examples in a row, so that attention can keep them apart. No progress bar is printed."""
     from datasets.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
@@ -204,10 +232,10 @@ def pack(dataset: Any, max_length: int) -> Any:
     )
     from trl.data_utils import pack_dataset
 
-    was_enabled = is_progress_bar_enabled()
+    was_progress_bar_enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:
         return pack_dataset(dataset, max_length, "bfd")
     finally:
-        if was_enabled:
+        if was_progress_bar_enabled:
             enable_progress_bar()

@@ -5,8 +5,8 @@
     files       only the first process writes and prints
 
 Every process reads the data and the base, and attaches the adapter. All processes run the same
-stages, and each stage has one outcome: all processes complete it, or all raise the error of the
-process that failed (`distributed.Ranks`).
+stages (`Processes.joint_work`, `run_on_first`), and each stage ends in the same way in all of them:
+all processes complete it, or all raise the error of the process that failed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from veneer.train.config import TrainConfig
 if TYPE_CHECKING:
     from veneer.distributed import Ranks
 
-#: seconds that a process waits for other processes, which may read the base from a slower disk
+#: seconds that a process waits for the others. It is long because they may read the base from a
+#: slower disk.
 PATIENCE = 3600.0
-#: key in the launcher's store; its value is the output folder of the run that has finished
-FINISHED = "veneer/finished"
-#: by `parallel`, the settings that a base divided over processes does not support, and the reasons
+#: Key in the key-value store of torchrun, which outlives the processes that torchrun restarts. Its
+#: value is the output folder of a run that has finished, so that restarted processes do not run it
+#: again.
+FINISHED_RUN_KEY = "veneer/finished"
+#: For each value of `parallel` that divides the base over processes: by the name of a setting that
+#: it does not support, the reason, for the error. The names are those in `check_divided_settings`.
 UNSUPPORTED_SETTINGS = {
     "fsdp": {
         "quantize": "packed weights are not spread",
@@ -56,13 +60,15 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """The processes of one run.
+    """The processes of one run, as seen by one of them.
 
     Attributes:
         ranks: the group of processes; None for a run in one process.
         computes_all_rows: whether each process computes all rows of a batch with a shard of the
             base (tensor parallelism). Otherwise each computes its share of the rows.
-        is_first: whether this process writes and prints.
+        parent_pid: the process id of the launcher.
+        count, rank: the number of processes, and the rank of this one.
+        is_first: whether this is the process that writes files and prints.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
@@ -73,17 +79,18 @@ class Processes:
 
     @property
     def share_count(self) -> int:
-        """The number of shares into which the rows of a step are divided."""
+        """The number of shares into which the rows of a step are divided: 1 if each process
+        computes all rows, else the number of processes."""
         return 1 if self.computes_all_rows else self.count
 
     @property
     def share_index(self) -> int:
-        """The index of this process's share."""
+        """The index, from 0, of the share of a step's rows that this process computes."""
         return 0 if self.computes_all_rows else self.rank
 
     def must_have_parent(self) -> None:
-        """Raise `TrainingError` if the launcher of this process is gone. Else a new launcher could
-        start other processes, which would write to the same output."""
+        """Raise `TrainingError` if the launcher of this process has died. If this process went on,
+        it would write to the same output as the processes of a new launcher."""
         if self.ranks is not None and os.getppid() != self.parent_pid:
             raise TrainingError(
                 "the launcher of this process is gone",
@@ -92,31 +99,41 @@ class Processes:
             )
 
     def joint_work(self, subject: str = "") -> AbstractContextManager[Callable[..., None]]:
-        """Run the block in every process, as `Ranks.joint_work` does: it succeeds in all, or raises
-        in all. In a run of one process, the yielded function `compare` does nothing."""
+        """A context whose block every process runs: it succeeds in all of them, or an error in one
+        of them is raised in all.
+
+        Yields a function `compare(summary, *result)`, where `summary(*result)` is a short text. If
+        the block calls it, an error is raised unless all processes have the same text. In a run of
+        one process it does nothing.
+
+        Args:
+            subject: the name of the compared result, for this error.
+        """
         if self.ranks is None:
             return nullcontext(lambda summary, *result: None)
         return self.ranks.joint_work(subject)
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the first process, as `Ranks.run_on_first` does, and return its result,
-        which must be a JSON value, in every process."""
+        """Run `work` in the first process only, and return its result, which must be a JSON value,
+        in every process. Every process must call this method; an error is raised in all."""
         return work() if self.ranks is None else self.ranks.run_on_first(work)
 
 
 def join() -> Processes:
-    """Join the processes that a launcher started. Without a launcher, return this process alone.
+    """Connect this process to the others that its launcher started (torch's process group). Without
+    a launcher, or with WORLD_SIZE 1, return a `Processes` of this process alone.
 
     Raises:
         ConfigError: the environment sets a WORLD_SIZE, but not the other variables of a launcher.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        # with LOCAL_RANK set, accelerate would wrap the model of a single process in DDP
+        # removed because accelerate takes LOCAL_RANK for a distributed run and would wrap the model
+        # of this single process in DDP
         os.environ.pop("LOCAL_RANK", None)
         return Processes()
-    if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
+    if missing_variables := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
         raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}",
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing_variables)}",
             "what torchrun sets",
             "start the run with torchrun, or unset WORLD_SIZE",
         )
@@ -128,7 +145,7 @@ def join() -> Processes:
 
     if not dist.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():  # nccl for tensors on GPUs
+        if torch.cuda.is_available():  # nccl communicates tensors on GPUs
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)
@@ -141,40 +158,48 @@ def join() -> Processes:
 
 
 def fresh_store(store: Any, rank: int, process_count: int, patience: float = PATIENCE) -> Any:
-    """Create an empty namespace of `store` for the processes of this start. torchrun's store
-    outlives the processes that it restarts and keeps their entries, so torch 2.13 would connect to
-    their old addresses.
+    """Return a view of `store`, torchrun's key-value store, that has no entries yet. All processes
+    that torchrun starts together must call this function, and all get the same view. It is needed
+    because the store outlives the processes that torchrun restarts and keeps their addresses, to
+    which torch 2.13 would connect.
 
-    Each machine counts restarts separately, so the first process names the namespace with a random
-    token. Every other process writes its own token under that name. It accepts the name once the
-    first process has published a list there that contains this token. The list under a name from an
-    earlier start never contains it.
+    The view is a `PrefixStore`, whose keys share a prefix, the namespace. A count of restarts
+    cannot name it, because each machine counts separately. So the first process publishes a random
+    token as the namespace. Each other process writes a random token of its own under this
+    namespace, and the first process answers with the list of all these tokens. A process accepts
+    the namespace once the list contains its own token. A namespace that an earlier start published
+    is thus never accepted, because its list has only earlier tokens.
+
+    Args:
+        patience: seconds to wait for the other processes.
 
     Raises:
-        TrainingError: some processes do not arrive in `patience` seconds.
+        TrainingError: some processes do not arrive in this time.
     """
     from torch._C._distributed_c10d import PrefixStore
 
     from veneer.distributed import wait_for_keys
 
-    token, deadline = uuid4().hex, time.monotonic() + patience
+    own_token, deadline = uuid4().hex, time.monotonic() + patience
     if rank == 0:
-        keys = [f"veneer/{token}/{peer}" for peer in range(1, process_count)]
-        store.set("veneer/start", token)
-        if missing := wait_for_keys(store, keys, patience):
+        token_keys = [f"veneer/{own_token}/{peer}" for peer in range(1, process_count)]
+        store.set("veneer/start", own_token)
+        if missing_keys := wait_for_keys(store, token_keys, patience):
             raise _timeout_error(
-                f"{len(missing)} of {len(keys)} other processes did not come", patience
+                f"{len(missing_keys)} of {len(token_keys)} other processes did not come", patience
             )
-        store.set(f"veneer/{token}/all", json.dumps([store.get(key).decode() for key in keys]))
-        return PrefixStore(token, store)
+        store.set(
+            f"veneer/{own_token}/all", json.dumps([store.get(key).decode() for key in token_keys])
+        )
+        return PrefixStore(own_token, store)
     while time.monotonic() < deadline:
         if store.check(["veneer/start"]):
-            name = store.get("veneer/start").decode()
-            store.set(f"veneer/{name}/{rank}", token)
-            if store.check([f"veneer/{name}/all"]) and token in json.loads(
-                store.get(f"veneer/{name}/all")
+            namespace = store.get("veneer/start").decode()
+            store.set(f"veneer/{namespace}/{rank}", own_token)
+            if store.check([f"veneer/{namespace}/all"]) and own_token in json.loads(
+                store.get(f"veneer/{namespace}/all")
             ):
-                return PrefixStore(name, store)
+                return PrefixStore(namespace, store)
         time.sleep(0.02)
     raise _timeout_error("the first process did not come", patience)
 
@@ -188,26 +213,28 @@ def _timeout_error(problem: str, patience: float) -> TrainingError:
 
 
 def leave(output: str) -> None:
-    """Leave the process group after a run that ended in all processes, and record `output` in the
-    launcher's store."""
+    """Destroy the process group after a run that ended in all processes. Before that, record the
+    output folder `output` as finished in the launcher's store (for `is_run_finished`), and wait for
+    all processes. Without a process group, do nothing."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         if dist.get_rank() == 0:
-            _launcher_store().set(FINISHED, output)
+            _launcher_store().set(FINISHED_RUN_KEY, output)
         dist.barrier()
         dist.destroy_process_group()
 
 
 def is_run_finished(output: str) -> bool:
-    """Whether processes of the same launcher have already finished the run in `output`. The
-    launcher restarts them all if one of them fails while it exits."""
+    """Whether processes of the same launcher have already finished the run in `output`. If one of
+    them fails while it exits, the launcher restarts all of them, and the run must not be repeated.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return False
     store = _launcher_store()
-    return store.check([FINISHED]) and store.get(FINISHED).decode() == output
+    return store.check([FINISHED_RUN_KEY]) and store.get(FINISHED_RUN_KEY).decode() == output
 
 
 def _launcher_store() -> Any:
@@ -219,42 +246,49 @@ def _launcher_store() -> Any:
     return store
 
 
-def share_config(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
-    """The configuration of each of several processes. A step of all of them together has the number
-    of examples that `config` gives (`split_step`).
+def share_config(config: TrainConfig, process_count: int, *, compares_rows: bool) -> TrainConfig:
+    """The configuration of each of `process_count` processes that share the examples of a step. Its
+    `batch_size` and `grad_accum` are chosen (`split_step`) so that a step of all processes together
+    has as many examples as a step of `config`.
 
     Args:
-        compares_rows: whether the loss compares the examples of a forward pass, so that their
-            number must not change.
+        compares_rows: whether the loss of an example depends on the other examples of its forward
+            pass, so that `batch_size` must not change.
 
     Raises:
-        ConfigError: the examples of a step cannot be divided evenly.
+        ConfigError: the examples of a step cannot be divided evenly, or only with another
+            `batch_size` although `compares_rows` is True; or `device_map` is set.
     """
-    if processes == 1:
+    if process_count == 1:
         return config
     if config.device_map is not None:
         raise ConfigError(
-            f"device_map over {processes} processes, each of which has a device",
+            f"device_map over {process_count} processes, each of which has a device",
             "one of the two",
             "leave out device_map, or run without torchrun",
         )
-    batch_size, passes = split_step(config.batch_size, config.grad_accum, processes)
+    batch_size, pass_count = split_step(config.batch_size, config.grad_accum, process_count)
     if compares_rows and batch_size != config.batch_size:
-        step = _describe_step(config.batch_size, config.grad_accum, processes)
+        problem = _describe_step(config.batch_size, config.grad_accum, process_count)
         raise ConfigError(
-            f"{step}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
+            f"{problem}: {batch_size} in a forward pass, whose rows the loss of task {config.task}"
             " compares",
             f"{config.batch_size} in a forward pass",
-            _division_advice(processes),
+            _division_advice(process_count),
         )
-    return config.model_copy(update={"batch_size": batch_size, "grad_accum": passes})
+    return config.model_copy(update={"batch_size": batch_size, "grad_accum": pass_count})
 
 
 def check_divided_settings(
     config: TrainConfig, process_count: int, needs_reference: bool = False
 ) -> None:
-    """Raise `ConfigError` for settings that do not work on a base that is sharded over (fsdp) or
-    cut between (tp) `process_count` processes. ``needs_reference``: as `Task.needs_reference`."""
+    """Raise `ConfigError` for settings that do not work if the base is divided over `process_count`
+    processes: sharded (`parallel` fsdp) or with matrices cut between them (tp). Also raise it for a
+    `shard_size` that does not divide the number of processes.
+
+    Args:
+        needs_reference: whether the loss compares the model with a reference policy.
+    """
     from veneer.models.locate import config_of
 
     settings_in_use = {
@@ -268,10 +302,10 @@ def check_divided_settings(
         "invocation": config.invocation is not None,
         "a preference from adapter": needs_reference and config.adapter is not None,
     }
-    for name, reason in UNSUPPORTED_SETTINGS[config.parallel].items():
-        if settings_in_use[name]:
+    for setting_name, reason in UNSUPPORTED_SETTINGS[config.parallel].items():
+        if settings_in_use[setting_name]:
             raise ConfigError(
-                f"parallel {config.parallel} with {name}: {reason}",
+                f"parallel {config.parallel} with {setting_name}: {reason}",
                 "one of them",
                 "set parallel to ddp, or leave the other out",
             )
@@ -283,16 +317,17 @@ def check_divided_settings(
         )
 
 
-def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:
-    """(examples per forward pass, forward passes) of a step in one of several processes that share
-    its examples: the fewest equal passes of at most `batch_size` examples. Raises `ConfigError` if
-    the examples cannot be divided evenly."""
-    share_size, remainder = divmod(batch_size * grad_accum, processes)
+def split_step(batch_size: int, grad_accum: int, process_count: int) -> tuple[int, int]:
+    """Divide the `batch_size` · `grad_accum` examples of a step among `process_count` processes.
+    Returns (examples per forward pass, forward passes per step) of each process: the fewest passes
+    of equal size with at most `batch_size` examples. Raises `ConfigError` if the processes cannot
+    get equally many examples."""
+    share_size, remainder = divmod(batch_size * grad_accum, process_count)
     if remainder:
         raise ConfigError(
-            _describe_step(batch_size, grad_accum, processes),
+            _describe_step(batch_size, grad_accum, process_count),
             "as many for each process",
-            _division_advice(processes),
+            _division_advice(process_count),
         )
     passes = next(
         passes
@@ -302,12 +337,12 @@ def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, i
     return share_size // passes, passes
 
 
-def _describe_step(batch_size: int, grad_accum: int, processes: int) -> str:
+def _describe_step(batch_size: int, grad_accum: int, process_count: int) -> str:
     return (
         f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a"
-        f" step, over {processes} processes"
+        f" step, over {process_count} processes"
     )
 
 
-def _division_advice(processes: int) -> str:
-    return f"set grad_accum to a multiple of {processes}, or start another number of processes"
+def _division_advice(process_count: int) -> str:
+    return f"set grad_accum to a multiple of {process_count}, or start another number of processes"

@@ -1,15 +1,15 @@
 """A run in several worker processes that Ray Train starts, and restarts when one of them dies.
 
-    driver                                     workers
+    driver (`veneer train`)                    workers
     launch(work, …)  ── work ─────────────▶    work(stop_requested), in torch.distributed
     prints           ◀─ lines ─────────────    stderr of the first worker
     Ctrl-C           ── stop_requested() ─▶    called after each step
 
 Workers run in the driver's working folder. Ray places the workers, connects them, and replaces all
 of them when one dies. Everything else works as under torchrun: Veneer writes the checkpoints to the
-output folder, which all workers can access, and new workers resume from the newest checkpoint. An
-error that would recur in new workers ends the run at once, and the driver raises the original
-error.
+output folder, which all workers must be able to access, and new workers resume from the newest
+checkpoint. An error that new workers would raise again ends the run at once, and the driver raises
+it.
 """
 
 from __future__ import annotations
@@ -45,22 +45,25 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from veneer.errors import ConfigError, TrainingError, VeneerError, listing
 from veneer.train.processes import PATIENCE
 
-#: seconds between two polls of the workers' lines
+#: seconds between two requests of the driver for the lines that the first worker has printed
 POLL_SECONDS = 0.2
 
+#: a function that a worker calls after each step to learn whether the user asked the run to stop
 StopRequested = Callable[[], bool]
+#: a function that prints a line
 Say = Callable[[str], Any]
-#: the function that each worker runs. Its argument is a function that returns whether the run shall
-#: stop. What it returns in the first worker is the result of the run.
+#: The function that each worker runs. Its argument is the `StopRequested` function. The value that
+#: it returns in the first worker is the result of the run.
 Work = Callable[[StopRequested], Any]
 
 
 class Channel:
-    """Communication between the driver and the workers: a Ray actor on the driver's node."""
+    """A Ray actor on the driver's node through which driver and workers communicate: printed lines
+    and the result go to the driver, the request to stop goes to the workers."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.stop, self.result = False, None
+        self.is_stop_requested, self.result = False, None
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -70,10 +73,10 @@ class Channel:
         return lines
 
     def request_stop(self) -> None:
-        self.stop = True
+        self.is_stop_requested = True
 
     def stop_requested(self) -> bool:
-        return self.stop
+        return self.is_stop_requested
 
     def set_result(self, result: Any) -> None:
         self.result = result
@@ -83,25 +86,27 @@ class Channel:
 
 
 def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | None = None) -> Any:
-    """Run `work` in several workers and return the result of the first one. Must be called in the
-    main thread.
+    """Run `work` in several workers and return the result of the first one. Starts Ray, or connects
+    to the cluster at RAY_ADDRESS, and shuts it down at the end. Must be called in the main thread,
+    because it handles signals.
 
     Args:
         work: an importable function, because the workers get it by its name.
         workers: the number of workers.
         max_restarts: how often all workers may restart because one died.
-        say: prints a line.
-        gpus: whether each worker gets a GPU; by default, if the cluster has any.
+        say: prints a line of the first worker's stderr, or a message of the driver.
+        gpus: whether each worker gets a GPU; None gives each one if the cluster has GPUs.
 
     Raises:
-        Exception: the error of a worker.
+        Exception: an error of a worker that new workers would raise again, or that came after the
+            last restart.
         TrainingError: workers died more than `max_restarts` times.
         ConfigError: there is no cluster at RAY_ADDRESS.
         KeyboardInterrupt: a second Ctrl-C.
     """
-    # these variables keep Ray from logging and repeating the printed lines
-    for name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):
-        os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
+    # without these variables, Ray would log the workers' lines and print them a second time
+    for variable_name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):
+        os.environ.setdefault(f"RAY_TRAIN_ENABLE_{variable_name}", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError as error:
@@ -113,23 +118,26 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
     try:
         uses_gpus = _use_gpus(workers, say, gpus)
         driver_node = ray.get_runtime_context().get_node_id()
-        on_driver = NodeAffinitySchedulingStrategy(driver_node, soft=False)
-        channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=on_driver).remote()
-        with tempfile.TemporaryDirectory() as folder:
+        driver_affinity = NodeAffinitySchedulingStrategy(driver_node, soft=False)
+        channel = (
+            ray.remote(Channel).options(num_cpus=0, scheduling_strategy=driver_affinity).remote()
+        )
+        with tempfile.TemporaryDirectory() as storage_folder:
             trainer = TorchTrainer(
-                _worker,
+                _run_worker,
                 train_loop_config={"work": work, "channel": channel, "folder": str(Path.cwd())},
                 torch_config=TorchConfig(
                     "cpu:gloo,cuda:nccl" if uses_gpus else "gloo", timeout_s=int(PATIENCE)
                 ),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=uses_gpus),
                 run_config=RunConfig(
-                    storage_path=folder,  # for checkpoints by Ray, which this run does not write
+                    storage_path=storage_folder,  # Ray requires one; it stays empty
                     failure_config=FailureConfig(max_failures=max_restarts),
                     callbacks=[WatchFailures(channel, workers)],
                 ),
             )
-            # in a separate thread, because Ray would kill the workers on Ctrl-C in this thread
+            # In another thread: in the main thread, `fit` would react to Ctrl-C by killing the
+            # workers before they can write a checkpoint.
             future = _run_in_thread(trainer.fit)
             with _stop_on_signal(channel, say):
                 while not future.done():
@@ -143,8 +151,8 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
 
 
 def _use_gpus(workers: int, say: Say, gpus: bool | None) -> bool:
-    """Return whether each worker gets a GPU. Prints which resources the cluster lacks for all
-    workers. ``gpus``: as in `launch`."""
+    """Return whether each worker gets a GPU: `gpus`, or if it is None, whether the cluster has any.
+    If the cluster has fewer CPUs or GPUs than workers, say so, since the workers then wait."""
     resources: dict[str, Any] = ray.cluster_resources()
     uses_gpus = resources.get("GPU", 0) > 0 if gpus is None else gpus
     for resource in ("CPU", "GPU") if uses_gpus else ("CPU",):
@@ -157,7 +165,7 @@ def _use_gpus(workers: int, say: Say, gpus: bool | None) -> bool:
 
 
 def _run_in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Run `work` in a daemon thread."""
+    """Run `work` in a daemon thread. The returned future gets its result or its error."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -177,11 +185,11 @@ def _print_lines(channel: Any, say: Say) -> None:
 
 @contextmanager
 def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
-    """A block in which Ctrl-C or SIGTERM ends the run after a step, with a checkpoint, and a second
-    signal ends it immediately."""
+    """A context in which Ctrl-C or SIGTERM asks the workers to stop after the current step, with a
+    checkpoint, and a second signal raises `KeyboardInterrupt`."""
     is_stop_requested = False
 
-    def handle_signal(number: int, frame: Any) -> None:
+    def handle_signal(signal_number: int, frame: Any) -> None:
         nonlocal is_stop_requested
         if is_stop_requested:
             raise KeyboardInterrupt
@@ -190,24 +198,27 @@ def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
         say("Stopping after this step … (again to stop at once)")
 
     previous_handlers = {
-        number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        signal_number: signal.signal(signal_number, handle_signal)
+        for signal_number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
 
 
 def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
-    """Raise the original error of a run that failed; do nothing for None."""
+    """Raise the worker's error that the `error` of `TorchTrainer.fit` holds, a `TrainingError` if
+    workers died without raising one, or else `error` itself. Do nothing if `error` is None."""
     if isinstance(error, ControllerError) and hasattr(error.controller_failure, "recurs"):
         raise error.controller_failure from None
     if not isinstance(error, WorkerGroupError):
         if error is not None:
             raise error
         return
-    # an error that a worker raised says more than the death of another worker
+    # an error that a worker itself raised (`_run_worker` sets its `recurs`) explains the failure
+    # better than the death of another worker
     for failure in error.worker_failures.values():
         if hasattr(failure, "recurs") and not getattr(failure, "reported_elsewhere", False):
             raise failure from None
@@ -221,29 +232,38 @@ def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
 
 
 class WatchFailures(UserCallback):
-    """A callback of Ray's controller. Without it, the controller would restart all workers after
-    any error."""
+    """A callback that Ray's controller calls when workers fail. It ends the run for an error that
+    new workers would raise again; without it, the controller would restart them after any error."""
 
-    def __init__(self, channel: Any, workers: int) -> None:
-        self.channel, self.workers = channel, workers
+    def __init__(self, channel: Any, worker_count: int) -> None:
+        self.channel, self.worker_count = channel, worker_count
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise an error that would recur in new workers, so that Ray ends the run. Print any other
-        failure."""
+        """Raise an error that new workers would raise again (`recurs`, set by `_run_worker`), so
+        that Ray ends the run. For any other failure, have the driver print what happened.
+
+        Args:
+            worker_exceptions: by rank, the error that a worker raised, or an error of Ray for a
+                worker that died; the latter has no attribute `recurs`.
+        """
         for error in worker_exceptions.values():
             if getattr(error, "recurs", False):
                 raise error
-        ranks = [rank for rank, error in worker_exceptions.items() if not hasattr(error, "recurs")]
-        if ranks:
-            problem = f"Worker {listing(map(str, sorted(ranks)))} of {self.workers} died"
+        dead_ranks = [
+            rank for rank, error in worker_exceptions.items() if not hasattr(error, "recurs")
+        ]
+        if dead_ranks:
+            problem = f"Worker {listing(map(str, sorted(dead_ranks)))} of {self.worker_count} died"
         else:
             rank, error = min(worker_exceptions.items())
-            problem = f"Worker {rank} of {self.workers} failed ({type(error).__name__}: {error})"
+            problem = (
+                f"Worker {rank} of {self.worker_count} failed ({type(error).__name__}: {error})"
+            )
         ray.get(self.channel.say.remote(f"{problem}. All start again, if any restart is left."))
 
 
 class _ChannelFile(io.TextIOBase):
-    """A text file whose lines the driver prints."""
+    """A text file that sends each complete line to the channel, from which the driver prints it."""
 
     def __init__(self, channel: Any) -> None:
         self.channel, self.unfinished_line = channel, ""
@@ -255,8 +275,15 @@ class _ChannelFile(io.TextIOBase):
         return len(text)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """The main function of each worker. ``config``: the work, the channel and the folder."""
+def _run_worker(config: dict[str, Any]) -> None:
+    """The main function of each worker: run the work in the driver's folder, and put the result of
+    the first worker into the channel. An error gets the attribute `recurs` (whether new workers
+    would raise it again), and is replaced by a `RuntimeError` if Ray could perhaps not pickle it.
+
+    Args:
+        config: {"work": the `Work`, "channel": the handle of the `Channel` actor, "folder": the
+            path of the driver's working folder}.
+    """
     is_first, channel = get_context().get_world_rank() == 0, config["channel"]
     try:
         try:
@@ -285,8 +312,9 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _would_recur(error: Exception) -> bool:
-    """Whether new workers would raise the same error. False for consequences of another worker's
-    death, and for torch's errors of a device or a connection."""
+    """Whether new workers would raise the same error, so that a restart is useless. False for the
+    consequences of another worker's failure, and for any `RuntimeError`, since torch raises it for
+    failures of a device or a connection."""
     if isinstance(error, VeneerError):
         return not (
             error.reported_elsewhere

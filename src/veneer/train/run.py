@@ -1,12 +1,12 @@
 """One training run from a configuration to an adapter folder.
 
     result = fit(TrainConfig(base="…", data="…", output="…"))
-    result.adapter     the folder to merge, to serve, to load
+    result.adapter     the adapter folder, which can be merged, served or loaded
 
-The cheapest checks come first: the output folder, the base's config, the data, the tokens, then the
-weights. A run that was stopped or killed resumes from its newest complete checkpoint when it is
-started again with the same configuration. Its losses are then bit for bit those of an uninterrupted
-run.
+The cheapest checks come first, so that mistakes show early: the output folder, the base's config,
+the data, the tokens, then the weights. A run that was stopped or killed resumes from its newest
+complete checkpoint when it is started again with the same configuration. Its losses are then bit
+for bit those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -70,16 +70,19 @@ from veneer.train.trainer import TaskTrainer
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run. Losses, seconds and tokens count from the first step of the run, also if
-    the run was resumed.
+    """The result of a run. Losses, steps, seconds and tokens include those before a resume.
 
     Fields:
         adapter: the adapter folder; after an interruption, the one in the newest checkpoint.
+        output: the output folder of the run.
         losses: the loss of each step (sft: nats per token).
         eval_losses: (step, loss) of each evaluation.
         tokens: number of tokens that the steps computed, without padding.
         metrics: the content of metrics.json; empty after an interruption.
-        checkpoint: the newest checkpoint, or None.
+        model, tokenizer, handle: the base with the adapter attached, its processor, and the
+            `Handle` of the adapter.
+        interrupted: whether the run was stopped before its last step.
+        checkpoint: the newest checkpoint folder, or None.
         prompt: a prompt from the data, a text or a chat; None if the base generates no text.
     """
 
@@ -107,7 +110,8 @@ def fit(
     quiet: bool = False,
     stop_order: Callable[[], bool] | None = None,
 ) -> Result:
-    """Train an adapter as `config` says and save it to `config.output / "adapter"`.
+    """Train an adapter as `config` says and save it to `config.output / "adapter"`. An unfinished
+    run with the same configuration in `config.output` is resumed.
 
     Args:
         callbacks: `transformers.TrainerCallback`s to call in addition.
@@ -123,6 +127,7 @@ def fit(
             loaded or is not a causal language model.
         DataError: the data cannot be read or used.
         TargetError, CheckError: the adapter does not fit the base.
+        TrainingError: a loss is not finite, or another process of the run is gone.
         OSError: the disk is full or not writable.
     """
     processes = join()
@@ -133,8 +138,8 @@ def fit(
         else Console(quiet=True)
     )
     output = config.output.expanduser()
-    trust = trust_remote_code(config.base, config.trust_remote_code)
-    with trust, checkpoint.only_writer(output, processes):
+    remote_code_trust = trust_remote_code(config.base, config.trust_remote_code)
+    with remote_code_trust, checkpoint.only_writer(output, processes):
         return _fit_locked(config, output, callbacks, console, stop_order, processes)
 
 
@@ -146,7 +151,8 @@ def _fit_locked(
     stop_order: Callable[[], bool] | None,
     processes: Processes,
 ) -> Result:
-    """The work of `fit`, while no other run can write to `output`."""
+    """Do the work of `fit`. The caller holds the lock of the folder `output`, so that no other run
+    writes there."""
     run_inputs = prepare_run(config, output, console, processes)
     task, token_ids, prepared, resume_point, arguments = run_inputs
     _use_one_gpu(config, arguments, console)
@@ -166,10 +172,10 @@ def _fit_locked(
             _check_gradients(task, base.model, prepared, handle)
     _divide_base(config, parallel, base.model, arguments.device, processes)
     log_lines = processes.run_on_first(lambda: open_output(config, output, prepared, resume_point))
-    stop = StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
-    bar = ProgressBar(console, resume_point[1] if resume_point else 0, task)
-    early_stop = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
-    log = LossLog(output, log_lines, task)
+    stopper = StopOnSignal(console, single_process=processes.count == 1, stop_order=stop_order)
+    progress_bar = ProgressBar(console, resume_point[1] if resume_point else 0, task)
+    early_stopping = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
+    loss_log = LossLog(output, log_lines, task)
     trainer = make_trainer(
         task,
         base.model,
@@ -178,20 +184,21 @@ def _fit_locked(
         train_dataset=prepared.train_set,
         eval_dataset=prepared.eval_set,
         processing_class=base.tokenizer,
-        callbacks=[log, StopOnNan(), stop, bar, *early_stop, *callbacks],
+        callbacks=[loss_log, StopOnNan(), stopper, progress_bar, *early_stopping, *callbacks],
         adapter=handle,
         base_name=config.base,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.processes, trainer.stop = processes, stop
+    trainer.processes, trainer.stop = processes, stopper
     trainer.group_by_length = config.group_by_length
     if processes.share_index:
-        # each process needs its own dropout and answers for its rows; numpy's seeds have 32 bits
+        # processes with different rows need different dropout masks and sampled answers; the seed
+        # is reduced because numpy accepts at most 32 bits
         set_seed(sample_seed(config.seed, processes.share_index) % 2**32)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in log_lines), default=0)
     with _replace_connection_errors(), processes.joint_work():
-        _run_trainer(trainer, task, resume_point, prepared, stop, bar, output)
-    is_interrupted = stop.stopped and trainer.state.global_step < prepared.steps
+        _run_trainer(trainer, task, resume_point, prepared, stopper, progress_bar, output)
+    is_interrupted = stopper.stopped and trainer.state.global_step < prepared.steps
     results = processes.run_on_first(lambda: read_results(output, interrupted=is_interrupted))
     result = _build_result(results, output, base, handle, interrupted=is_interrupted)
     if not result.interrupted:
@@ -203,7 +210,8 @@ def _fit_locked(
 def _divide_base(
     config: TrainConfig, parallel: str, model: Any, device: torch.device, processes: Processes
 ) -> None:
-    """Divide the base over the processes: by sharding (fsdp), or by cutting its matrices (tp)."""
+    """Divide the base over the processes as `parallel` says: "fsdp" shards it, "tp" cuts its
+    matrices, "ddp" leaves it undivided."""
     divide_functions = {
         "fsdp": partial(sharding.shard, shard_size=config.shard_size),
         "tp": cut_model,
@@ -214,8 +222,9 @@ def _divide_base(
 
 
 def _use_one_gpu(config: TrainConfig, arguments: TrainingArguments, console: Console) -> None:
-    """Train on one of several visible GPUs, and print how to use all of them. transformers would
-    otherwise copy the model to all of them in each step (`nn.DataParallel`), which trl refuses."""
+    """If several GPUs are visible to this process, make the trainer use one. transformers would
+    otherwise copy the model to all of them in each step (`nn.DataParallel`), and trl raises an
+    error for that. Also print how to train on all GPUs, unless `device_map` already uses them."""
     if (gpu_count := arguments.n_gpu) <= 1:
         return
     arguments._n_gpu = 1
@@ -234,8 +243,8 @@ def prepare_run(
     """Check and prepare everything that needs no weights. Writes nothing.
 
     Returns:
-        (the task with this process's share of a step, ids of the tokens to train, the data, the
-        checkpoint to resume from or None, the trainer's arguments).
+        (the task, whose configuration has this process's share of a step's examples; ids of the
+        tokens to train; the data; the checkpoint to resume from, or None; the trainer's arguments).
     """
     should_resume = processes.run_on_first(lambda: can_resume(config, output))
     with processes.joint_work():
@@ -256,21 +265,23 @@ def prepare_run(
 
 
 def _make_task(config: TrainConfig, processes: Processes) -> Task:
-    """Create the task, with this process's share of the examples of a step."""
-    task_class, options = TASKS[config.task], {}
+    """Create the task. Its configuration has this process's share of the examples of a step. If the
+    base will be divided over processes, the task loads it on the CPU."""
+    task_class, task_options = TASKS[config.task], {}
     config = share_config(config, processes.share_count, compares_rows=task_class.compares_rows)
     is_divided = config.parallel != "ddp" and processes.count > 1
     if is_divided:
         load_options = {name: getattr(config, name) for name in LOAD_OPTIONS}
-        options = {"load_options": {**load_options, "device": "cpu"}}
-    task = task_class(config, **options)
+        task_options = {"load_options": {**load_options, "device": "cpu"}}
+    task = task_class(config, **task_options)
     if is_divided:
         check_divided_settings(config, processes.count, task.needs_reference())
     return task
 
 
 def prepare_data(task: Task) -> tuple[tuple[int, ...], Prepared]:
-    """(ids of the tokens to train, data of the run)."""
+    """Read and encode the data of a run, and add the run's new tokens to the tokenizer. Returns
+    (ids of the tokens to train, the data)."""
     task.read_data()
     token_ids, prepared = vocabulary.add_tokens(task.config, task.open_base()), task.prepare()
     if task.initial_adapter is not None:
@@ -285,7 +296,8 @@ def _hash_data(token_ids: tuple[int, ...], prepared: Prepared) -> str:
 
 
 def _as_resume_point(folder_and_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
-    """Convert (checkpoint folder, step), which may come as JSON from another process."""
+    """Convert (checkpoint folder, step) to a `ResumePoint`. Another process sends the pair as JSON,
+    which makes it a list. None stays None."""
     return None if folder_and_step is None else (Path(folder_and_step[0]), folder_and_step[1])
 
 
@@ -296,8 +308,9 @@ def load_model(
     token_ids: tuple[int, ...],
     resume_point: ResumePoint,
 ) -> tuple[Base, Any, Any]:
-    """Load the base and attach the adapter. Returns (base, handle of the adapter, cache of hidden
-    states or None)."""
+    """Load the base and attach the adapter, that of the checkpoint `resume_point` if there is one.
+    ``token_ids``: ids of the tokens to train. Returns (base, handle of the adapter, cache of the
+    hidden states after the frozen lower blocks, or None without `cache_lower`)."""
     base = load_base()._replace(tokenizer=task.processor)
     handle = attach_adapter(task, base.model, prepared, token_ids, resume_point)
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
@@ -306,8 +319,8 @@ def load_model(
 def make_trainer(
     task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any
 ) -> Any:
-    """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
-    `TaskTrainer`."""
+    """The trainer of a task: for sft `AdapterTrainer`, which supports packing and offloading, and
+    else `TaskTrainer`. ``options``: further keyword arguments of the trainer."""
     if task.name == "sft":  # imported only here, because trl takes half a second to import
         from veneer.train.sft_trainer import AdapterTrainer
 
@@ -322,7 +335,7 @@ def _hash_parameter_counts(handle: Any) -> str:
 
 def _check_gradients(task: Task, model: Any, prepared: Prepared, handle: Any) -> None:
     """Check on a short example that the forward reaches every adapted layer and that each gets a
-    gradient. Restores the random state."""
+    gradient; raises `CheckError` otherwise. Restores the random state."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         check(model, invoked_example(handle, task.example(prepared, model.device)))
 
@@ -332,21 +345,22 @@ def _run_trainer(
     task: Task,
     resume_point: ResumePoint,
     prepared: Prepared,
-    stop: Any,
-    bar: Any,
+    stopper: StopOnSignal,
+    progress_bar: ProgressBar,
     output: Path,
 ) -> None:
-    """Train from the resume point to the last step, and explain errors of missing packages and of
-    the disk."""
+    """Train from the resume point to the last step, or until `stopper` ends the run. Raises
+    `ConfigError` if a package of an optimiser or tracker is not installed. Adds a note to an
+    `OSError` (a full disk) that says from which checkpoint the run can go on."""
     if resume_point is not None:
-        state = TrainerState.load_from_json(str(resume_point[0] / checkpoint.STATE))
-        if _has_no_steps_left(state, prepared.steps, task.config.early_stopping):
-            # the run was killed after its last step, so only its results are missing
-            trainer.state = state
+        trainer_state = TrainerState.load_from_json(str(resume_point[0] / checkpoint.STATE))
+        if _has_no_steps_left(trainer_state, prepared.steps, task.config.early_stopping):
+            # the run was killed before it wrote its results, so only these are missing
+            trainer.state = trainer_state
             trainer._load_best_model()
             return
     try:
-        with stop, as_reference(trainer.model, task.initial_adapter, task.needs_reference()):
+        with stopper, as_reference(trainer.model, task.initial_adapter, task.needs_reference()):
             trainer.train(
                 resume_from_checkpoint=str(resume_point[0]) if resume_point is not None else None
             )
@@ -364,28 +378,28 @@ def _run_trainer(
         error.add_note(note)
         raise
     finally:
-        bar.close()
+        progress_bar.close()
 
 
-def _has_no_steps_left(state: TrainerState, steps: int, early_stopping: int | None) -> bool:
-    """Whether no step follows the checkpoint of this state: it is the last of `steps`, or the last
-    `early_stopping` evaluations brought no gain."""
+def _has_no_steps_left(state: TrainerState, step_count: int, early_stopping: int | None) -> bool:
+    """Whether the run ends at the checkpoint with this state: at the last of `step_count` steps, or
+    (unless `early_stopping` is None) after `early_stopping` evaluations without a new best."""
     if early_stopping is not None:
         callback_states: Any = state.stateful_callbacks
         attributes = callback_states[EarlyStoppingCallback.__name__]["attributes"]
         if attributes["early_stopping_patience_counter"] >= early_stopping:
             return True
-    return state.global_step >= steps
+    return state.global_step >= step_count
 
 
 @contextmanager
 def _replace_connection_errors() -> Iterator[None]:
-    """A block whose connection errors become a `TrainingError` with advice. A lost connection means
-    that another process was killed, because a process that fails reports its error to the
-    others."""
+    """A context that turns the error of a lost connection into a `TrainingError` with advice. The
+    other process was then killed: one that raises an exception reports it to the others instead."""
     try:
         yield
-    # all surviving processes raise the error of the first one that lost its connection
+    # torch raises `RuntimeError` in the first process that loses its connection; the other
+    # processes get a copy of the error as `AdapterError` (`Ranks.joint_work`)
     except (RuntimeError, AdapterError) as error:
         if "losed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
@@ -403,14 +417,14 @@ def _build_result(
     results: dict[str, Any], output: Path, base: Base, handle: Any, interrupted: bool
 ) -> Result:
     checkpoint_path = results["checkpoint"]
-    paths = {
+    path_by_field = {
         "adapter": Path(results["adapter"]),
         "checkpoint": None if checkpoint_path is None else Path(checkpoint_path),
         "output": output,
     }
     evaluations = [(step, loss) for step, loss in results["eval_losses"]]
     return Result(
-        **{**results, **paths, "eval_losses": evaluations},
+        **{**results, **path_by_field, "eval_losses": evaluations},
         metrics={},
         model=base.model,
         tokenizer=base.tokenizer,
@@ -427,7 +441,8 @@ def _finish_run(
     console: Console,
     processes: Processes,
 ) -> Result:
-    """Write the adapter and metrics.json. The last write marks the run as finished."""
+    """Write the adapter and metrics.json, and mark the run as finished last, so that a run killed
+    before that is resumed. Returns `result` with its metrics and sample prompt."""
     metrics = processes.run_on_first(lambda: _collect_metrics(config, task, result))
     provenance = provenance_of(config, task, prepared, result.model, metrics)
 
@@ -470,11 +485,11 @@ def _collect_metrics(config: TrainConfig, task: Task, result: Result) -> dict[st
     }
     if evaluations := [loss for _, loss in result.eval_losses]:
         metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
-        lines = [
+        eval_lines = [
             line
             for line in checkpoint.read_log(result.output)
             if line.get("eval_loss") == metrics["eval_loss"]
         ]
         names = [f"eval_{name}" for name in task.measures]
-        metrics |= {name: lines[-1][name] for name in names if name in lines[-1]}
+        metrics |= {name: eval_lines[-1][name] for name in names if name in eval_lines[-1]}
     return metrics

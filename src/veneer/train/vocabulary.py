@@ -1,10 +1,10 @@
-"""Tokens that a run adds or trains. They are added to the tokenizer, the base's embeddings get rows
-for them, and the adapter trains these rows.
+"""Tokens that a run adds or trains. New tokens are added to the tokenizer, the base's embedding and
+head get rows for them, and the adapter trains the rows of the new and of other chosen tokens.
 
-An added token is ordinary text to the tokenizer, not a special token, so that clients may write it
-(``serve/prompts.py`` removes special tokens from texts). transformers initialises new rows near the
-mean of the other rows, at random. Here the run's seed decides these values, because a resumed run
-must begin with the same rows.
+A new token is ordinary text to the tokenizer, not a special token, so that clients of a server may
+write it (``serve/prompts.py`` removes special tokens from their texts). transformers initialises
+new rows at random, near the mean of the other rows. The run's seed determines these values, because
+a resumed run must begin with the same rows.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ from veneer.train.prepare import Rows
 
 
 def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Add the tokens of a configuration to its tokenizer, and return the ids of all tokens to train
-    in ascending order. Raises ``ConfigError`` for a token to train that the tokenizer lacks, and if
-    the task's processor is not a tokenizer."""
+    """Add ``config.add_tokens`` to the tokenizer, in place. Returns the ids of all tokens to train
+    (``add_tokens`` and ``trainable_tokens``) in ascending order; () if the run trains none.
+
+    Args:
+        tokenizer: the task's processor, which is an image processor in some tasks.
+
+    Raises:
+        ConfigError: the processor is not a tokenizer, a token to add is blank, or the tokenizer
+            lacks a token of ``trainable_tokens``.
+    """
     if not (config.add_tokens or config.trainable_tokens):
         return ()
     if not hasattr(tokenizer, "get_vocab"):
@@ -38,63 +45,76 @@ def add_tokens(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
             f"add_tokens with {blank_texts[0]!r}", "texts that are not blank", "leave it out"
         )
     tokenizer.add_tokens(config.add_tokens)
-    token_ids = tokenizer.get_vocab()
+    id_by_text = tokenizer.get_vocab()
     trained_texts = [*config.add_tokens, *config.trainable_tokens]
-    unknown_texts = [text for text in trained_texts if text not in token_ids]
+    unknown_texts = [text for text in trained_texts if text not in id_by_text]
     problems = [
         sentence(
             f"trainable_tokens {text!r}",
-            f"a token of the {len(token_ids):,} of {config.base}",
+            f"a token of the {len(id_by_text):,} of {config.base}",
             "use add_tokens",
         )
         for text in unknown_texts
     ]
     raise_all(ConfigError, "These tokens cannot be trained", problems)
-    return tuple(sorted({token_ids[text] for text in trained_texts}))
+    return tuple(sorted({id_by_text[text] for text in trained_texts}))
 
 
 def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int, ...]:
-    """The token ids of ``config.invocation``; none if there is no invocation. ``rows``: the rows of
-    the training data. They are searched for the invocation if they have ``input_ids``, which only
-    rows of the task sft have. Raises ``ConfigError`` if none of them contains the invocation,
-    because then nothing would train."""
+    """The token ids of ``config.invocation``, a text in the model's input at which the adapter
+    begins to act (activated LoRA); () if the run has no invocation.
+
+    Args:
+        rows: the training data. If its rows have ``input_ids``, as only those of the task sft do,
+            they are searched for the invocation.
+
+    Raises:
+        ConfigError: the invocation has no tokens, or no searched row contains it, so that nothing
+            would train.
+    """
     if config.invocation is None:
         return ()
-    ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
-    examples = [row["input_ids"] for row in rows.rows if "input_ids" in row]
-    if not ids or (examples and not any(map(partial(_contains_tokens, ids), examples))):
+    token_ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
+    id_rows = [row["input_ids"] for row in rows.rows if "input_ids" in row]
+    if not token_ids or (id_rows and not any(map(partial(_contains_tokens, token_ids), id_rows))):
         raise ConfigError(
-            f"invocation {config.invocation!r}, tokens {list(ids)}, in none of the rows",
+            f"invocation {config.invocation!r}, tokens {list(token_ids)}, in none of the rows",
             "rows that hold these tokens one after the other",
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
             " that no token joins with it, such as special tokens",
         )
-    return ids
+    return token_ids
 
 
-def _contains_tokens(ids: tuple[int, ...], row: list[int]) -> bool:
-    """Whether a row of token ids contains ``ids`` as consecutive tokens."""
+def _contains_tokens(searched_ids: tuple[int, ...], row_ids: list[int]) -> bool:
+    """Whether a row of token ids contains ``searched_ids`` as consecutive ids."""
     return any(
-        tuple(row[start : start + len(ids)]) == ids
-        for start, token in enumerate(row)
-        if token == ids[0]
+        tuple(row_ids[start : start + len(searched_ids)]) == searched_ids
+        for start, token in enumerate(row_ids)
+        if token == searched_ids[0]
     )
 
 
 def add_embedding_rows(
-    model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int
+    model: Any, tokenizer: Any, trained_ids: tuple[int, ...], seed: int
 ) -> dict[str, tuple[int, ...]]:
-    """Give the base's embeddings a row for each token of the tokenizer. Returns the value of
-    ``LoraConfig.trainable_tokens``: ``ids``, by the path of the embedding, and by the path of the
-    head if it is not tied to the embedding."""
-    if not ids:
+    """Give the base's embedding and head, in place, a row for each token of the tokenizer, if they
+    lack rows for ``trained_ids``. Returns the value of ``LoraConfig.trainable_tokens``:
+    {path of a module: ``trained_ids``} for the embedding, and for the head if it is not tied to the
+    embedding; {} if no tokens train.
+
+    Args:
+        trained_ids: ids of the tokens to train.
+        seed: determines the random values of new rows.
+    """
+    if not trained_ids:
         return {}
-    if len(model.get_input_embeddings().weight) <= max(ids):
+    if len(model.get_input_embeddings().weight) <= max(trained_ids):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    paths = {id(module): path for path, module in model.named_modules()}
+    path_by_id = {id(module): path for path, module in model.named_modules()}
     is_untied = head is not None and head.weight is not embedding.weight
     trained_modules = [embedding, head] if is_untied else [embedding]
-    return {paths[id(module)]: ids for module in trained_modules}
+    return {path_by_id[id(module)]: trained_ids for module in trained_modules}

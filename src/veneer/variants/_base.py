@@ -1,14 +1,15 @@
-"""The interface of a variant: which parameters an adapter has, their initial values, and how they
-become a low-rank change and a gain.
+"""The interface of a variant of LoRA: which parameters an adapter has, their initial values, and
+how they become a low-rank change ΔW and a gain.
 
     init(context) -> {"A": [g, r, in], "B": [g, out, r], …}
     resolve(parameters, scale, base) -> (LowRank, gain [g · out], or None for a gain of 1)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
-g is the number of matrices in the weight, 1 for a linear layer, and r the rank. op is the operation
-of the layer, such as x Wᵀ. A variant is an immutable object that knows neither layers nor storages.
-It can read the frozen weight as a dense [g, out, in], but it never writes the weight. How to add a
-variant: CONTRIBUTING.md.
+g is the number of matrices in the weight (1 for a linear layer, several for a stack of experts or a
+grouped convolution), and r the rank. op is the operation of the layer, such as x Wᵀ. A variant is
+an immutable object that does not depend on the kind of layer or the storage of the weight. It can
+read the frozen weight W as a dense [g, out, in], but it never writes it. CONTRIBUTING.md says how
+to add a variant.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-#: a function that returns a dense tensor [g, out, in], such as the frozen weight. The frozen weight
-#: is at least float32 in ``init``, and has its own dtype in ``resolve``
+#: a function that returns a dense tensor [g, out, in]. As ``base``, it returns the frozen weight:
+#: in at least float32 for ``init``, and in its own dtype for ``resolve``
 Base = Callable[[], Tensor]
 
-#: the parameters of an adapter by name
+#: the parameters of one adapter of one layer, by name
 Parameters = Mapping[str, Tensor]
 #: ΔW, and the gain [g · out] or None for a gain of 1
 Resolved = tuple[LowRank, Tensor | None]
 
-#: the fields of ``InitContext`` that ``Variant.needs`` may name: data that ``attach`` collects
+#: the names that ``Variant.needs`` may contain: fields of ``InitContext`` whose data ``attach``
+#: must collect first
 CALIBRATION = ("inputs", "gradient", "original")
 
 
@@ -43,11 +45,11 @@ def _missing() -> Tensor:
 
 @dataclass(frozen=True)
 class InitContext:
-    """The values from which a variant may initialise its parameters.
+    """The values from which a variant may initialise the parameters of one layer's adapter.
 
     Fields:
         groups, out, in_, rank: g, out, in and r in the shapes of A [g, r, in] and B [g, out, r].
-        fan_in: the number of inputs that reach a row of A, for Kaiming initialisation.
+        fan_in: the number of inputs of the layer that a row of A reads, for Kaiming initialisation.
         base: returns the frozen weight, [g, out, in].
         inputs: returns Σ xᵀx over the layer's inputs x in the calibration batches, [g, in, in],
             float64.
@@ -69,13 +71,13 @@ class InitContext:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train a low-rank change.
+    """A variant of LoRA: one way to parametrise and initialise the low-rank change of a weight.
 
     Fields:
         name: the name in ``LoraConfig(variant=…)``.
         paper: the publication, or another source.
         default_alpha: alpha if ``LoraConfig(alpha=None)``.
-        scale: a function (alpha, rank) -> the factor of B @ A.
+        scale: a function (alpha, rank) -> the number that multiplies B @ A.
         init: a function (context) -> the initial parameters, float32, on torch's default device.
         resolve: a function (parameters, scale, base) -> (LowRank, gain [g · out] or None for a gain
             of 1), differentiable in the parameters. The rank of the LowRank may differ from the
@@ -85,11 +87,11 @@ class Variant:
             files do not contain them.
         needs: the data of ``CALIBRATION`` that init uses; ``attach`` then requires ``batches=`` or
             ``original=``.
-        exact_start: whether the attached model equals its base before the first training step.
-        peft: the fields of ``adapter_config.json`` that mean this variant; None if PEFT cannot read
-            it in any form.
-        peft_keys: {name: key in PEFT's file, without the module's path} of the parameters besides A
-            and B that PEFT's files contain.
+        exact_start: whether a model with a new adapter computes the same as its base.
+        peft: the fields of PEFT's ``adapter_config.json`` that select this variant, with their
+            values; None if PEFT cannot load the variant.
+        peft_keys: for each parameter besides A and B that PEFT's adapter files contain, its name
+            here and its key there, without the path of the module.
     """
 
     name: str
@@ -113,19 +115,20 @@ VARIANTS: Registry[Variant] = Registry("variant")
 
 
 def variant_named(name: str):
-    """The registered variant of this name. A pickled variant holds this call, so that unpickling
-    gives the registered instance."""
+    """The registered variant of this name. A pickled ``Variant`` is stored as a call of this
+    function, so that unpickling gives the registered instance."""
     return VARIANTS[name]
 
 
-def register(variant: Variant, **changes: Any) -> Variant:
-    """Register ``variant``, or a copy of it in which ``changes`` replace some fields."""
-    variant = replace(variant, **changes) if changes else variant
+def register(variant: Variant, **field_changes: Any) -> Variant:
+    """Register ``variant`` under its name, or, if there are ``field_changes``, a copy of it in
+    which they replace fields. Returns the registered variant."""
+    variant = replace(variant, **field_changes) if field_changes else variant
     return VARIANTS.add(variant.name, variant)
 
 
 def kaiming_uniform(context: InitContext) -> Tensor:
-    """A [g, r, in], uniform in ±1/√fan_in: Kaiming initialisation with a = √5, as in ``nn.Linear``
-    (He et al. 2015, arXiv:1502.01852)."""
+    """A new A [g, r, in], float32, uniform in ±1/√fan_in: Kaiming initialisation with a = √5, as in
+    ``nn.Linear`` (He et al. 2015, arXiv:1502.01852)."""
     bound = 1 / math.sqrt(context.fan_in)
     return torch.empty(context.groups, context.rank, context.in_).uniform_(-bound, bound)

@@ -1,6 +1,6 @@
-"""Functions that several variants share: the largest and the smallest singular triplets of a
-matrix, and parameters for a variant that does not start at zero. A singular triplet is a singular
-value with its left and right singular vectors.
+"""Functions that several variants share: the largest and the smallest singular triplets of a matrix
+(singular values with their left and right singular vectors), and the parameters of variants whose
+initial B @ A is not zero.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 #: a matrix whose shorter side is at most this gets a full SVD. A full SVD takes a second for a side
 #: of 2,048, and a time that grows with the cube of the side
 FULL_SVD_MAX_SIDE = 1024
-#: extra directions and power iterations of the randomised SVD (Halko et al. 2009, arXiv:0909.4061)
+#: of the randomised SVD (Halko et al. 2009, arXiv:0909.4061): how many more random directions than
+#: wanted singular vectors, and how many power iterations
 EXTRA_DIRECTIONS, POWER_ITERATIONS = 16, 16
 
 
@@ -19,9 +20,9 @@ def principal_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
     """U [g, out, rank], S [g, rank] in descending order and Vᵀ [g, rank, in]: the largest singular
     triplets of ``matrix`` [g, out, in], in its dtype.
 
-    For a large matrix and a small rank, they are computed by the randomised method, with torch's
-    global random state. It is less exact, but an initialisation needs the right subspace, not the
-    last digit.
+    For a large matrix and a small rank, they are computed by a randomised SVD, which draws from
+    torch's global generator. It is less exact, but good enough for an initialisation, for which
+    only the spanned subspace must be nearly right.
     """
     if min(matrix.shape[-2:]) <= max(FULL_SVD_MAX_SIDE, 8 * rank):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -34,15 +35,14 @@ def principal_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
 def minor_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [g, out, rank], S [g, rank] in descending order and Vᵀ [g, rank, in]: the smallest of the
     min(out, in) singular triplets of ``matrix`` [g, out, in], in its dtype. They are always
-    computed by a full SVD, because no random projection finds the directions in which a matrix is
-    small."""
+    computed by a full SVD, because a randomised SVD finds only large singular values."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return U[..., -rank:], S[..., -rank:], Vh[..., -rank:, :]
 
 
 def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A = √S Vᵀ [g, rank, in] and B = U √S [g, out, rank] of the largest singular triplets: B @ A
-    is the best approximation of ``matrix`` with this rank."""
+    """A = √S Vᵀ [g, rank, in] and B = U √S [g, out, rank] from the ``rank`` largest singular
+    triplets U S Vᵀ of ``matrix`` [g, out, in]. B @ A is its best approximation of this rank."""
     return factors_from_triplets(*principal_triplets(matrix, rank))
 
 
@@ -60,6 +60,6 @@ def with_frozen_start(A: Tensor, B: Tensor) -> dict[str, Tensor]:
 
 
 def copy_float32(factor: Tensor) -> Tensor:
-    """A copy of ``factor`` in float32. It is a copy because a view would keep the larger tensor
-    alive."""
+    """A contiguous copy of ``factor`` in float32. It is copied even if it is float32 already,
+    because a view would keep the memory of a larger tensor in use."""
     return factor.to(torch.float32).clone(memory_format=torch.contiguous_format)

@@ -1,11 +1,11 @@
-"""AdaLoRA: ΔW = alpha / rank · B diag(E ⊙ mask) A, a singular value decomposition that is trained.
-Its least important triplets (a value in E with its row of A and column of B) are masked. Zhang et
-al. 2023, arXiv:2303.10512.
+"""AdaLoRA: ΔW = alpha / rank · B diag(E ⊙ mask) A, a trained singular value decomposition, whose
+least important triplets (a value of E with its row of A and column of B) are masked. Zhang et al.
+2023, arXiv:2303.10512.
 
-The paper calls B, E and A by P, Λ and Q. ``veneer.optim.RankBudget`` decides which triplets a layer
-keeps, by writing 0 or 1 into ``mask``; ``veneer.optim.regulariser`` keeps A and B near orthogonal.
-As in the paper, the gradient of E ignores the mask: the importance of a masked triplet is still
-measured, and the triplet may be unmasked.
+B, E and A are P, Λ and Q in the paper. ``veneer.optim.RankBudget`` decides which triplets a layer
+keeps, and writes 1 for these and 0 for others into ``mask``. ``veneer.optim.regulariser`` keeps A
+and B nearly orthogonal. As in the paper, the gradient of E is computed as if there were no mask, so
+that the importance of a masked triplet is still measured and the triplet may be unmasked later.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ INIT_STD = 0.02
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """Normal A [g, r, in] and B [g, out, r], E [g, r] of zeros, and a mask [g, r] of ones. E has a
-    gradient in the first step, A and B from the second step on."""
+    """Normal A [g, r, in] and B [g, out, r], E [g, r] of zeros, and a mask [g, r] of ones. In the
+    first training step, only E has a non-zero gradient, because E = 0 hides A and B."""
     return {
         "A": torch.empty(context.groups, context.rank, context.in_).normal_(std=INIT_STD),
         "B": torch.empty(context.groups, context.out, context.rank).normal_(std=INIT_STD),

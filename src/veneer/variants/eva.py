@@ -1,11 +1,10 @@
-"""EVA: ΔW = alpha / rank · B @ A, where the rows of A are the r directions in which the layer's
-inputs vary most: the right singular vectors of the inputs, which are the eigenvectors of Σ xᵀx.
-Paischer et al. 2024, arXiv:2410.07170.
+"""EVA: ΔW = alpha / rank · B @ A, where the rows of A start as the r leading right singular vectors
+of the layer's inputs x, which are the leading eigenvectors of Σ xᵀx. Paischer et al. 2024,
+arXiv:2410.07170.
 
-B starts at zero. A row of A has norm 1, while a row that is initialised by Kaiming's method has a
-norm of about 1 / √3. The paper's method may also give some layers a larger and others a smaller
-rank; here every layer has the rank that the config gives it. PEFT subtracts the mean of the inputs
-first; here it is not subtracted.
+B starts at zero. A row of A has norm 1, where LoRA's Kaiming initialisation gives about 1 / √3. The
+paper may also move ranks from some layers to others; here every layer keeps the rank that the
+config gives it. PEFT subtracts the mean of the inputs first; here it is not subtracted.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in] with orthonormal rows, and B [g, out, r] of zeros. B has a gradient in the first
-    step, A from the second step on."""
+    """A [g, r, in] with orthonormal rows, and B [g, out, r] of zeros. In the first training step,
+    only B has a non-zero gradient."""
     _, _, Vh = principal_triplets(context.inputs(), context.rank)
     A = copy_float32(Vh)
     return {"A": A, "B": A.new_zeros(context.groups, context.out, context.rank)}

@@ -4,11 +4,11 @@ base and adapter together start near the original weight. Li et al. 2023, arXiv:
     ΔW = B₀ A₀ + alpha / rank · (B A − B₀ A₀)
     A₀ = √S Vᵀ and B₀ = U √S, from the r largest singular values of original − base
 
-The paper quantises the base and approximates the error in turn, several times; here the base is
-quantised once, and the error is approximated once. ΔW starts as B₀ A₀ whatever the scale (alpha /
-rank) is, because the scale multiplies only what training changes. The paper has no scale: alpha
-defaults to 16, which is scale 1 at the default rank of 16, and then ΔW = B A has rank r. At other
-scales, the ``LowRank`` has rank 2r.
+A₀ and B₀ are the initial values of A and B. The paper alternates several times between quantising
+the base and approximating the error; here each is done once. ΔW starts as B₀ A₀ at every scale
+(alpha / rank), because the scale multiplies only what training changes. The paper has no scale.
+alpha defaults to 16, which is scale 1 at the default rank of 16; then ΔW = B A has rank r. At other
+scales, ΔW has rank up to 2r.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     A, B = parameters["A"], parameters["B"]
     if scale == 1:
         return LowRank(A, B, scale), None
-    # scale · (B A + (1 / scale − 1) · B₀ A₀)
+    # B₀ A₀ + scale · (B A − B₀ A₀) = scale · (B A + (1 / scale − 1) · B₀ A₀)
     A = torch.cat([A, parameters["A0"]], dim=1)
     return LowRank(A, torch.cat([B, (1 / scale - 1) * parameters["B0"]], dim=2), scale), None
 

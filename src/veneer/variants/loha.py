@@ -3,9 +3,10 @@ Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), ar
 
     ΔW[i, j] = scale · Σₖₗ B1[i, k] B2[i, l] · A1[k, j] A2[l, j]
 
-This is one ``LowRank`` of rank r². Its A is the Khatri–Rao product of A1 and A2, its B that of B1
-and B2. The four matrices start as in LyCORIS: B1 is normal with standard deviation 0.1, A1 and A2
-with standard deviation 1, and B2 is zero. alpha defaults to 1, also as in LyCORIS.
+ΔW is therefore one product B @ A of rank r². Each row of this A is the elementwise product of a row
+of A1 with a row of A2, and each column of B that of a column of B1 with a column of B2. The four
+matrices start as in LyCORIS: B1 is normal with standard deviation 0.1, A1 and A2 with standard
+deviation 1, and B2 is zero. alpha defaults to 1, also as in LyCORIS.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient in the first step, the others
-    from the second step on."""
+    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. In the first training step, only B2, which is zero,
+    has a non-zero gradient."""
     groups, out, in_, rank = context.groups, context.out, context.in_, context.rank
     return {
         "A1": torch.empty(groups, rank, in_).normal_(std=1),

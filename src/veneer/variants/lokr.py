@@ -4,11 +4,12 @@ one. Edalati et al. 2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), a
     out = l · k, in = m · n     C: [g, l, m]   B2: [g, k, q]   A2: [g, q, n]
     l ≤ k and m ≤ n: the two factors of out, and of in, that are closest to each other
 
-With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank
-min(l, m) · q. q is the rank, but at most min(k, n), because a larger q could express no more (at
-such ranks, LyCORIS trains one full matrix in place of B2 A2). C and A2 start Kaiming-uniform, so
-that their product is as large as LoRA's A. B2 starts at zero, as LoRA's B does (LyCORIS sets the
-other factor to zero). For a convolution, ``in`` counts the positions of the kernel too.
+With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2). ΔW is therefore one product
+B @ A of rank min(l, m) · q. q is the rank of the config, but at most min(k, n), because a larger q
+could express no more (at such ranks, LyCORIS trains one full matrix in place of B2 A2). C and A2
+start Kaiming-uniform, so that C ⊗ A2 has elements about as large as LoRA's A. B2 starts at zero, as
+LoRA's B does (in LyCORIS, another factor does). For a convolution, ``in`` is the number of input
+channels times that of kernel positions.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from veneer.variants.lora import LORA
 
 
 def closest_factors(length: int) -> tuple[int, int]:
-    """The (a, b) with a · b = ``length`` and a ≤ b that are closest to each other. For a prime,
-    this is (1, length)."""
+    """The integers (a, b) with a · b = ``length`` and a ≤ b whose difference is smallest. For a
+    prime, they are (1, length)."""
     small = next(a for a in range(math.isqrt(length), 0, -1) if length % a == 0)
     return small, length // small
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """C, A2 and B2. B2 has a gradient in the first step, C and A2 from the second step on."""
+    """C [g, l, m], A2 [g, q, n] and B2 [g, k, q] for out = l · k and in = m · n. In the first
+    training step, only B2, which is zero, has a non-zero gradient."""
     (l, k), (m, n) = closest_factors(context.out), closest_factors(context.in_)  # noqa: E741
     q = min(context.rank, k, n)
     return {
@@ -50,7 +52,8 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
 
 
 def _kron(x: Tensor, y: Tensor) -> Tensor:
-    """x [g, a, b] ⊗ y [g, c, d] = [g, a · c, b · d]. x may have one group for all groups of y."""
+    """The Kronecker product x ⊗ y, [g, a · c, b · d], of x [g, a, b] and y [g, c, d]. x may be
+    [1, a, b], for all groups of y."""
     return (x[:, :, None, :, None] * y[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
 
 

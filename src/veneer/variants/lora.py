@@ -1,6 +1,5 @@
 """LoRA: ΔW = alpha / rank · B @ A (Hu et al. 2021, arXiv:2106.09685). Most other variants are
-copies of ``LORA`` with some fields replaced, and keep its scale or default alpha if they do not
-replace them."""
+registered as copies of ``LORA`` in which some fields are replaced."""
 
 from __future__ import annotations
 
@@ -22,7 +21,8 @@ __all__ = ["LORA"]
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """Kaiming-uniform A, and B of zeros: the attached model equals its base before training."""
+    """Kaiming-uniform A [g, r, in], and B [g, out, r] of zeros, so that ΔW is zero before
+    training."""
     B = torch.zeros(context.groups, context.out, context.rank)
     return {"A": kaiming_uniform(context), "B": B}
 

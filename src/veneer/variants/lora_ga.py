@@ -1,6 +1,7 @@
-"""LoRA-GA: ΔW = alpha / √rank · (B A − B₀ A₀). The start A₀, B₀ is computed from the gradient G =
-U S Vᵀ of the loss with respect to W, so that the first training step of A and B changes W as a step
-of full fine-tuning would. Wang et al. 2024, arXiv:2407.05000, algorithm 1.
+"""LoRA-GA: ΔW = alpha / √rank · (B A − B₀ A₀). The initial values A₀ and B₀ are computed from the
+gradient G = U S Vᵀ of the loss with respect to W, so that the first training step of A and B
+changes W + ΔW nearly as a step of full fine-tuning changes W. Wang et al. 2024, arXiv:2407.05000,
+algorithm 1.
 
     A₀ = ⁴√out / √γ · V[:, :r]ᵀ        B₀ = ⁴√out / √γ · U[:, r:2r]        γ = 16
 
@@ -18,7 +19,7 @@ from veneer.variants._base import InitContext, register
 from veneer.variants._parts import principal_triplets, with_frozen_start
 from veneer.variants.pissa import PISSA
 
-#: γ of the paper's "stable scale": the smaller it is, the larger are A₀ and B₀
+#: γ, by which the paper sets the size of A₀ and B₀: they are proportional to 1 / √γ
 GAMMA = 16
 
 

@@ -2,8 +2,8 @@
 smallest singular values of W; only A is trained. Rüdiger and Raschka 2026, arXiv:2604.01694; PEFT's
 ``init_lora_weights="mica"``.
 
-A starts at zero, so that the attached model equals its base. The gradient of A, Bᵀ G with the
-gradient G of W, is not zero there. The initialisation takes a full SVD of each weight.
+A starts at zero, so that ΔW is zero before training. A learns from zero too, because its gradient
+is Bᵀ G, with the gradient G of W. The initialisation computes a full SVD of each weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from veneer.variants.lora import LORA
 
 
 def init(context: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in] of zeros, and a frozen B [g, out, r] with orthonormal columns."""
+    """A [g, r, in] of zeros, and B [g, out, r] with orthonormal columns, which is frozen."""
     U, _, _ = minor_triplets(context.base(), context.rank)
     B = copy_float32(U)
     return {"A": B.new_zeros(context.groups, context.rank, context.in_), "B": B}

@@ -1,9 +1,11 @@
-"""MiLoRA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀ = √S Vᵀ, B₀ = U √S consists of the r
-smallest singular values of W. Training leaves the largest ones unchanged, which hold most of what W
-knows. Wang et al. 2024, arXiv:2406.09044. alpha defaults to 16: scale 1 at the default rank.
+"""MiLoRA: ΔW = alpha / rank · (B A − B₀ A₀). The initial values A₀ = √S Vᵀ and B₀ = U √S consist of
+the r smallest singular values of W and their vectors, so that training changes mainly these, and
+hardly the largest ones, which hold most of what the model knows. Wang et al. 2024,
+arXiv:2406.09044.
 
-The initialisation takes a full SVD of each weight: seconds for a shorter side of 2,048, and 8 times
-as long for twice that side.
+alpha defaults to 16, which is scale 1 at the default rank of 16. The initialisation computes a full
+SVD of each weight. It takes seconds for a shorter side of 2,048, and 8 times as long for twice that
+side.
 """
 
 from __future__ import annotations

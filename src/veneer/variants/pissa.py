@@ -1,13 +1,13 @@
-"""PiSSA: ΔW = alpha / rank · (B A − B₀ A₀). The start A₀ = √S Vᵀ, B₀ = U √S consists of the r
-largest singular values of W. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16, which is the
-paper's scale of 1 at the default rank.
+"""PiSSA: ΔW = alpha / rank · (B A − B₀ A₀). The initial values A₀ = √S Vᵀ and B₀ = U √S consist of
+the r largest singular values of W and their vectors. Meng et al. 2024, arXiv:2404.02948. alpha
+defaults to 16, which gives the paper's scale of 1 at the default rank of 16.
 
     ΔW = scale · [B − B₀, B₀] @ [A ; A − A₀]        rank 2r, A₀ and B₀ frozen
 
-The paper subtracts B₀ A₀ from the base weight; here the base is not written, so A₀ and B₀ are kept
-and subtracted in ΔW. [B, −B₀] @ [A ; A₀] would be a difference of two large products, whose
-rounding error in 16 bits is as large as a small ΔW. In the form above, ΔW is exactly zero at the
-start.
+The paper subtracts B₀ A₀ from the base weight. Here the base weight is never changed, so A₀ and B₀
+are kept, and B₀ A₀ is subtracted in ΔW. [B, −B₀] @ [A ; A₀] would also give ΔW, but as a difference
+of two large products, whose rounding error in 16 bits is as large as a small ΔW. In the form above,
+ΔW is exactly zero before training.
 """
 
 from __future__ import annotations

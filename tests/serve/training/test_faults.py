@@ -306,7 +306,7 @@ def test_addresses_that_are_asked_for_at_once_are_all_good(it, client):
             tokens = list(pool.map(it.training.new_file_token, [folder] * 2000))
     finally:
         sys.setswitchinterval(interval)
-    assert all(token in it.training._files for token in tokens)
+    assert all(token in it.training._folders_by_token for token in tokens)
 
 
 # ----------------------------------------------------------------------------------------------

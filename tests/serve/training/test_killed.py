@@ -17,7 +17,7 @@ from tests.serve.training.conftest import Local
 from tests.support.training_client import Client, Run, datum
 
 from serve_cases import servers
-from veneer.serve.training.run_trainer import OPTIMIZER
+from veneer.serve.training.run_trainer import OPTIMIZER_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -124,7 +124,9 @@ def test_no_promised_step_is_lost_in_twenty_kills(base, tmp_path):
             assert isinstance(run, Run)
             assert len(losses) > KILLS
             local = Local(seed=number)
-            state = load_file(run_folder(tmp_path / "runs", run.save(f"last-{number}")) / OPTIMIZER)
+            state = load_file(
+                run_folder(tmp_path / "runs", run.save(f"last-{number}")) / OPTIMIZER_FILE
+            )
             counts = {float(value) for name, value in state.items() if name.startswith("step:")}
             assert counts == {len(losses)}  # not one step too few, nor too many
             for step, loss in enumerate(losses):  # roundings grow, as Adam divides by what is small

@@ -307,11 +307,11 @@ def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
         assert completed(url, now, "vnr-a").status_code == 404
         for stream in (False, True):
             assert completed(url, now, "vnr-b", stream=stream).status_code == 200
-        training_of(service).index_thread.submit(lambda: None).result()
+        training_of(service).index_executor.submit(lambda: None).result()
         assert training_of(service).store.tokens_today("b") == 2 * (len(TEXT) + 6)
         assert completed(url, now, "vnr-b", n=4).status_code == 403  # more than what is left
         assert completed(url, now, "vnr-b").status_code == 200
-        training_of(service).index_thread.submit(lambda: None).result()
+        training_of(service).index_executor.submit(lambda: None).result()
         refused = completed(url, now, "vnr-b")
         assert refused.status_code == 403
         assert "tokens of key 'b'" in refused.json()["error"]["message"]

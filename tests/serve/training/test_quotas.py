@@ -97,7 +97,7 @@ def test_no_pass_goes_past_the_tokens_of_its_key(base, tmp_path):
 
 def test_no_more_runs_begin_at_once_than_a_key_may_have(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path), keys=limited(runs=2))
-    disk = training_of(service).index_thread
+    disk = training_of(service).index_executor
     with listening(service) as (url, _):
         client = Client(url, "tml-vnr-a")
 

@@ -29,9 +29,9 @@ CONFIG = {"rank": 2, "targets": ["attention"]}
 @pytest.fixture(scope="module")
 def it(base, tmp_path_factory):
     """A server with four runs, of three steps each."""
-    script = files.FILES["page.js"]
+    script = files.FILE_CONTENTS["page.js"]
     assert script.count(b"EVERY = 2000") == 1
-    files.FILES["page.js"] = script.replace(b"EVERY = 2000", b"EVERY = 200")
+    files.FILE_CONTENTS["page.js"] = script.replace(b"EVERY = 2000", b"EVERY = 200")
     service = open_service(base, None, train=str(tmp_path_factory.mktemp("runs")))
     with listening(service, 1.0, files.router) as (url, _):
         client = Client(url)
@@ -46,7 +46,7 @@ def it(base, tmp_path_factory):
         yield SimpleNamespace(
             url=url, service=service, training=training_of(service), client=client, runs=runs
         )
-    files.FILES["page.js"] = script
+    files.FILE_CONTENTS["page.js"] = script
 
 
 def named(client, number, name):

@@ -959,5 +959,5 @@ def test_a_tied_head_is_said_not_to_train(tmp_path):
 
 
 def test_json_of_failures_is_the_clients(monkeypatch):
-    body = json.loads(worker_.failure(ValueError("x"), is_bug=True).body)
+    body = json.loads(worker_.failure_answer(ValueError("x"), is_bug=True).body)
     assert body == {"error": "ValueError: x", "category": "server"}

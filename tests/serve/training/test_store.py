@@ -11,7 +11,7 @@ import pytest
 
 from veneer.errors import ConfigError, SelectionError
 from veneer.serve.training.operations import adapter_folder, parse_current_run
-from veneer.serve.training.run_trainer import ADAPTER
+from veneer.serve.training.run_trainer import ADAPTER_FOLDER
 from veneer.serve.training.sqlite_index import Index
 from veneer.serve.training.store import INDEX, Checkpoint, Store
 
@@ -76,8 +76,8 @@ def test_checkpoints_are_adapters_by_name(store):
         adapter_folder(store, place.path)
     store.add_checkpoint(place, "", "{}")
     folder = store.folder_of(run)
-    assert adapter_folder(store, place.path) == folder / "weights" / "now" / ADAPTER
-    assert adapter_folder(store, f"tinker://{run}/now") == folder / "now" / ADAPTER
+    assert adapter_folder(store, place.path) == folder / "weights" / "now" / ADAPTER_FOLDER
+    assert adapter_folder(store, f"tinker://{run}/now") == folder / "now" / ADAPTER_FOLDER
     assert parse_current_run(f"tinker://{run}/now") == run
     assert parse_current_run(place.path) is None
 

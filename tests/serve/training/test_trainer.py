@@ -87,12 +87,14 @@ def test_each_loss_is_its_definition_in_a_batch_of_all(trainer, loss):
     passes = [Pass(name, [datum(draw, loss) for _ in range(4)], loss, settings) for name in CONFIGS]
     run_all(trainer, passes)
     for number, one in enumerate(passes):
-        total, logprobs, gradients = alone(CONFIGS[one.run], number, one.data, loss, settings)
+        total, logprobs, gradients = alone(
+            CONFIGS[one.adapter_name], number, one.data, loss, settings
+        )
         assert one.error is None
         assert one.loss_sum == pytest.approx(total, rel=1e-4, abs=1e-4)
         for own, expected in zip(one.logprobs, logprobs, strict=True):
             torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-5)
-        for own, expected in zip(trainer._parameters(one.run), gradients, strict=True):
+        for own, expected in zip(trainer._parameters(one.adapter_name), gradients, strict=True):
             torch.testing.assert_close(own.grad, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -283,7 +285,7 @@ def test_the_loss_of_a_batch_that_failed_behind_it_counts_once(trainer, monkeypa
     passes = run_all(trainer, [Pass(name, data[name], "cross_entropy") for name in "ab"])
     assert calls == [2, 1, 1]
     for number, one in enumerate(passes):
-        total, *_ = alone(CONFIGS[one.run], number, one.data, "cross_entropy", {})
+        total, *_ = alone(CONFIGS[one.adapter_name], number, one.data, "cross_entropy", {})
         assert one.error is None
         assert one.loss_sum == pytest.approx(total, rel=1e-4)
 

@@ -1,15 +1,14 @@
 """Prove on a live model that its output depends on every change of an adapter, as it should.
 
-There are three checks. The error names each layer that fails one:
+The error names each layer that fails one of three checks:
 
     reached     one pass in eval mode without gradients runs every adapted layer
     gradient    one pass in the model's mode gives every change a finite gradient that is not zero,
-                either before training or after all trained parameters were perturbed
-    equal       the gradients equal those of a plain model that reads W + ΔW wherever it read W
+                with the present parameters or after noise was added to the trained ones
+    equal       the gradients equal those of a model without adapters, whose weights are W + ΔW
 
-Rounding errors in a gradient can be large, such as in that of a key projection below a saturated
-softmax in float32. So if a gradient differs and the model can run in float64, it is compared again
-in float64.
+Rounding can change a float32 gradient a lot, such as that of a key projection below a saturated
+softmax. If gradients differ, they are therefore compared again in float64, if the model allows it.
 """
 
 from __future__ import annotations
@@ -42,14 +41,13 @@ from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of, parameter_path
 from veneer.precision import compute_device, double
 
-#: The largest relative error of a change's gradient against that of a plain model of W + ΔW, by the
-#: size of the weight's elements in bytes. If a layer's ΔW is not read, the error is about 1. Kinks
-#: of ReLUs and rounding errors stay below these limits.
+#: The largest relative error of a change's gradient that rounding, also at the kink of a ReLU, can
+#: explain, by the bytes of the weight's elements. If a layer does not read ΔW, the error is about 1
 TOLERANCE_BY_ELEMENT_SIZE = {8: 1e-3, 4: 0.1, 2: 0.5}
-#: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
-#: gradient of a key projection's bias.
+#: A gradient below this share of the largest one is zero up to rounding, as that of a key
+#: projection's bias. Its error is therefore taken relative to this share of the largest one.
 NOISE_SHARE = 1e-4
-#: in most error texts of ``_CheckedChange.problem``: what is expected, and what to do
+#: the default expectation and advice of ``_CheckedChange.error_text``
 EXPECTED_LAYER = "a layer that the output depends on"
 HOW_TO_REACH = "exclude it, or give an example that reaches it"
 
@@ -61,8 +59,8 @@ class CheckReport:
     Fields:
         adapter: the name of the adapter, or of the blend.
         weights: paths of the weights whose changes reach the output.
-        compared: the number of changes whose gradients were also compared with those of a plain
-            model of W + ΔW. Packed weights and adapters with invocation tokens are not compared.
+        compared: the number of changes whose gradients were also compared with those of a model of
+            W + ΔW; without packed weights, and 0 for an adapter with invocation tokens.
     """
 
     adapter: str
@@ -81,7 +79,7 @@ class _CheckedChange:
 
     Fields:
         path: the path of the weight or parameter.
-        ids: if one of these is in ``Context.reached_ids``, the change took part in a call.
+        ids: a call has used the change if ``Context.reached_ids`` holds one of these ``id``s.
         parameters: the adapter parameters of the change.
     """
 
@@ -90,11 +88,11 @@ class _CheckedChange:
     ids: frozenset[int]
     parameters: tuple[nn.Parameter, ...]
 
-    def problem(
-        self, description: str, expected: str = EXPECTED_LAYER, do: str = HOW_TO_REACH
+    def error_text(
+        self, description: str, expected: str = EXPECTED_LAYER, advice: str = HOW_TO_REACH
     ) -> str:
         subject = f"{self.path!r} ({base_class(self.module).__name__}) {description}"
-        return sentence(subject, expected, do)
+        return sentence(subject, expected, advice)
 
 
 def check(
@@ -110,13 +108,13 @@ def check(
         example: the inputs of a call: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments.
         name: the adapter; None stands for the default one, or the only one. Or a blend
-            {name: weight}, as ``use`` takes it. Then the changes of all its adapters are checked in
-            the blend, also of adapters that do not train. Comparing the gradients of a blend takes
-            as much memory as the weights that change.
+            {name: coefficient}, as ``veneer.use`` takes it: then all changes of its adapters are
+            checked in calls of the blend, also those that do not train. Comparing the gradients of
+            a blend takes as much memory as the weights that change.
 
     Raises:
         CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
-            of them with the reason.
+            of them with the reason. Or the check cannot run, as for a sharded model.
     """
     model = unwrap(model)
     model_adapters = need_adapters(model)
@@ -131,48 +129,50 @@ def check(
             "call veneer.unmerge(model) first",
         )
     modules = (module for _, module in walk(model))
-    do = "check the model in one process, before it is sharded"
-    if not within_joint_work() and (problem := spread_problem(modules, "a check", do)):
+    advice = "check the model in one process, before it is sharded"
+    if not within_joint_work() and (problem := spread_problem(modules, "a check", advice)):
         raise CheckError(problem)
     if isinstance(example, Mapping):
         call = partial(model, **example)
     else:
         call = partial(model, *example) if isinstance(example, tuple) else partial(model, example)
-    names = (
-        [key for key, weight in name.items() if weight]
+    adapter_names = (
+        [adapter_name for adapter_name, weight in name.items() if weight]
         if isinstance(name, Mapping)
         else [str(active.name)]
     )
-    if not names:
+    if not adapter_names:
         raise CheckError(
             "a blend in which no adapter has a weight",
             "at least one adapter to check",
             "give an adapter a weight that is not zero",
         )
-    checked = [change for adapter_name in names for change in _checked_changes(model, adapter_name)]
+    checked = [
+        change for adapter_name in adapter_names for change in _checked_changes(model, adapter_name)
+    ]
     trained = list(dict.fromkeys(p for change in checked for p in change.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        problems, compared = _prove_changes(call, active, names, checked, trained)
+        problems, compared = _prove_changes(call, active, adapter_names, checked, trained)
     raise_all(CheckError, f"The output does not see all of adapter {active.name!r}", problems)
     return CheckReport(str(active.name), tuple(change.path for change in checked), compared)
 
 
 def _use_selection(model: nn.Module, selection: ActiveAdapter) -> AbstractContextManager[None]:
-    """A context manager in which calls of the model use this selection."""
+    """A context manager in which calls of ``model`` use the adapters that ``selection`` holds."""
     return context.override({need_adapters(model).uid: selection})
 
 
 def _prove_changes(
     call: partial,
     active: ActiveAdapter,
-    names: list[str],
+    adapter_names: list[str],
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
 ) -> tuple[list[str], int]:
-    """(problems, the number of changes whose gradients were compared with those of W + ΔW).
-    ``names`` are the adapters that ``active`` selects, ``checked`` their changes, ``trained`` the
-    parameters of these changes."""
+    """(problems, the number of changes whose gradients were compared with those of a model with the
+    weights W + ΔW). ``call`` runs the model. ``active`` selects the adapters ``adapter_names``,
+    whose changes are ``checked``; ``trained`` are the parameters of these changes."""
     model: Any = call.func
     reached_ids: set[int] = set()
     with _preserve_state(model, trained), _use_selection(model, active):
@@ -184,25 +184,26 @@ def _prove_changes(
     for change in checked:
         gradients = [gradient_of[p] for p in change.parameters if gradient_of[p] is not None]
         if not change.ids & reached_ids:
-            problems.append(change.problem("is not reached in eval mode"))
+            problems.append(change.error_text("is not reached in eval mode"))
         elif not _any_nonzero(gradients):
             without_gradient.append(change)
         elif not all(gradient.isfinite().all() for gradient in gradients):
-            problems.append(change.problem("receives a gradient that is not finite"))
+            problems.append(change.error_text("receives a gradient that is not finite"))
     if without_gradient:
         problems += _missing_gradient_problems(call, active, without_gradient, trained)
-    packed_adapters = _packed_layers(model, names[0])
-    if len(names) > 1 and any(_packed_layers(model, adapter_name) != {} for adapter_name in names):
+    packed_adapters = _packed_layers(model, adapter_names[0])
+    if len(adapter_names) > 1 and any(_packed_layers(model, name) != {} for name in adapter_names):
         packed_adapters = None
-    # With invocation tokens, no weight defines the adapter: its change differs between tokens.
+    # An adapter with invocation tokens changes some tokens only, so no single weight W + ΔW
+    # computes its outputs, and there is nothing to compare with.
     if problems or packed_adapters is None or active.invocation_tokens:
         return problems, 0
-    packed_changes = {
+    packed_change_ids = {
         id(change)
         for layer_adapter in packed_adapters.values()
         for change in layer_adapter.changes.values()
     }
-    compared = [change for change in checked if not change.ids & packed_changes]
+    compared = [change for change in checked if not change.ids & packed_change_ids]
     problems = _gradient_problems(call, active, compared, trained, packed_adapters)
     tensors = (*model.parameters(), *model.buffers())
     is_narrow = all(
@@ -217,7 +218,7 @@ def _prove_changes(
                 call = partial(model, *args, **kwargs)
                 problems = _gradient_problems(call, active, compared, trained, packed_adapters)
         except RuntimeError as error:
-            # The forward casts to a fixed dtype, or memory is short. The first result is kept.
+            # forward casts to a fixed dtype, or memory is short: report the first problems
             problems[0] = (
                 f"{problems[0]} (In float64, which would tell rounding apart, it does not run:"
                 f" {error})"
@@ -232,8 +233,8 @@ def _any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
 def _missing_gradient_problems(
     call: partial, active: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
 ) -> Iterator[str]:
-    """An error text for each of the changes ``checked``, which had no gradient, unless a gradient
-    appears after the trained parameters have been perturbed."""
+    """An error text for each of the changes ``checked``, which had no gradient, unless it has one
+    after noise was added to all parameters ``trained``."""
 
     def have_gradients() -> list[bool]:
         gradients = _gradients(call, trained)
@@ -242,22 +243,22 @@ def _missing_gradient_problems(
     model: Any = call.func
     with _preserve_state(model, trained), _use_selection(model, active):
         _perturb(trained)
-        are_nonzero = have_gradients()
-        zeros = {} if all(are_nonzero) else dead_weights.zero_parameters(model, trained)
+        nonzero_flags = have_gradients()
+        zeros = {} if all(nonzero_flags) else dead_weights.zero_parameters(model, trained)
         blocking_names = (
             dead_weights.blocking_weights(zeros, have_gradients) if zeros else [() for _ in checked]
         )
-    for change, has_gradient, names in zip(checked, are_nonzero, blocking_names, strict=True):
-        if names and not has_gradient:
-            yield change.problem(
+    for change, has_gradient, blockers in zip(checked, nonzero_flags, blocking_names, strict=True):
+        if blockers and not has_gradient:
+            yield change.error_text(
                 "receives no gradient: every path from it to the output goes through weights that"
-                f" are exactly zero and do not train: {listing(map(repr, names))}",
+                f" are exactly zero and do not train: {listing(map(repr, blockers))}",
                 "a path that is not multiplied by zero",
                 "load the weights that belong there, train them too (targets=, train_also=), or"
                 " leave this layer out",
             )
         elif not has_gradient:
-            yield change.problem("receives no gradient")
+            yield change.error_text("receives no gradient")
 
 
 def _gradient_problems(
@@ -265,12 +266,13 @@ def _gradient_problems(
     active: ActiveAdapter,
     checked: list[_CheckedChange],
     trained: list[nn.Parameter],
-    packed_adapters,
+    packed_adapters: Mapping[int, LayerAdapter],
 ) -> list[str]:
-    """A problem for each change whose gradient differs from its gradient in a plain model that
-    reads W + ΔW. Both are computed in the present dtype of the model."""
+    """An error text for each change whose gradient differs from that of a model with the weights
+    W + ΔW, both in the model's present dtype. The layers of ``packed_adapters``, whose quantised
+    weights cannot be replaced, use their adapters in both."""
     model: Any = call.func
-    # cuDNN's RNNs have no backward in eval mode
+    # without cuDNN, whose RNNs have no backward in eval mode
     with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()
         _perturb(trained)
@@ -290,34 +292,33 @@ def _gradient_problems(
     norms = [full_gradient(defined_gradients, change).norm().item() for change in checked]
     largest_norm = max(norms, default=0.0)
     for change in checked:
-        expected = full_gradient(defined_gradients, change)
-        error = (full_gradient(adapter_gradients, change) - expected).norm().item() / max(
-            expected.norm().item(), NOISE_SHARE * largest_norm, 1e-30
-        )
+        expected_gradient = full_gradient(defined_gradients, change)
+        deviation = (
+            full_gradient(adapter_gradients, change) - expected_gradient
+        ).norm().item() / max(expected_gradient.norm().item(), NOISE_SHARE * largest_norm, 1e-30)
         parameters = change.module.parameters(recurse=False)
         element_size = min((p.element_size() for p in parameters), default=4)
-        if not error < TOLERANCE_BY_ELEMENT_SIZE.get(element_size, 0.5):
-            problem = f"has a different gradient than W + ΔW in its place ({error:.0%} off)"
-            readable = (
+        if not deviation < TOLERANCE_BY_ELEMENT_SIZE.get(element_size, 0.5):
+            problem = f"has a different gradient than W + ΔW in its place ({deviation:.0%} off)"
+            expected_weight = (
                 "a weight that is read through its layer's forward, or directly by a module"
                 " above it"
             )
-            do = "exclude it, because other code reads this weight without its layer"
-            problems.append(change.problem(problem, readable, do))
+            advice = "exclude it, because other code reads this weight without its layer"
+            problems.append(change.error_text(problem, expected_weight, advice))
     return problems
 
 
 def _to_float64(tensor: Tensor) -> Tensor:
-    """Prepare a tensor of the model, or of its arguments, for a run in float64. Floating-point
-    tensors are cast. Other tensors are only moved to the device of that run."""
+    """A tensor for a run in float64: cast if it is floating-point, on a device with float64."""
     return (
         double(tensor) if tensor.is_floating_point() else tensor.to(compute_device(tensor.device))
     )
 
 
-def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:
-    """The changes of an adapter, each listed once. A parameter that layers share is reached if one
-    of these layers is reached."""
+def _checked_changes(model: nn.Module, adapter_name: str) -> list[_CheckedChange]:
+    """The changes of an adapter, each listed once. A parameter that several layers share counts as
+    reached if one of these layers is reached."""
     checked = [
         _CheckedChange(
             parameter_path(path, weight),
@@ -325,32 +326,32 @@ def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:
             frozenset([id(change)]),
             tuple(change.parameters()),
         )
-        for path, module, weight, change in changes(model, name)
+        for path, module, weight, change in changes(model, adapter_name)
     ]
-    layers = list(adapters(model, name))
-    holders: dict[int, set[int]] = {}
+    layers = list(adapters(model, adapter_name))
+    holder_ids: dict[int, set[int]] = {}
     for _, _, layer_adapter in layers:
         for parameter in layer_adapter.full.parameters():
-            holders.setdefault(id(parameter), set()).add(id(layer_adapter))
+            holder_ids.setdefault(id(parameter), set()).add(id(layer_adapter))
     for path, module, layer_adapter in layers:
         for parameter_name, parameter in layer_adapter.full.named_parameters():
             checked.append(
                 _CheckedChange(
                     parameter_path(path, parameter_name),
                     module,
-                    frozenset(holders[id(parameter)]),
+                    frozenset(holder_ids[id(parameter)]),
                     (parameter,),
                 )
             )
-    unique = {change.parameters: change for change in reversed(checked) if change.parameters}
-    return [change for change in checked if unique.get(change.parameters) is change]
+    first_changes = {change.parameters: change for change in reversed(checked) if change.parameters}
+    return [change for change in checked if first_changes.get(change.parameters) is change]
 
 
 @contextmanager
 def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """A context manager that restores the modules' modes, the trained parameters and their
-    ``requires_grad``, and the buffers that a pass in training mode changes."""
-    modes = {module: module.training for module in model.modules()}
+    """A context manager in which the parameters ``trained`` require a gradient. Restores their
+    values and ``requires_grad``, the modules' modes, and the buffers that a pass changes."""
+    training_flags = {module: module.training for module in model.modules()}
     requires_grad_flags = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
     # No pass changes the frozen buffers of an adapter, or quantised weights that are buffers. They
@@ -359,7 +360,7 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
         module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
     )
     fixed_ids = {id(buffer) for module in fixed_modules for buffer in module.buffers()}
-    buffers = [
+    buffer_copies = [
         (buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed_ids
     ]
     try:
@@ -368,58 +369,57 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
         yield
     finally:
         reshard(model)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, is_training in training_flags.items():
+            module.training = is_training
         with torch.no_grad():
             for parameter, value, flag in zip(trained, values, requires_grad_flags, strict=True):
                 parameter.requires_grad_(flag)
                 parameter.copy_(value)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for buffer, buffer_copy in buffer_copies:
+                buffer.copy_(buffer_copy)
 
 
 def _perturb(trained: list[nn.Parameter]) -> None:
-    """Add noise to the trained parameters. Before training ΔW is zero, so without noise, code that
-    ignores the adapter would compute the right output."""
+    """Add noise to the trained parameters, in place. Before training ΔW is zero, so without noise,
+    code that ignores the adapter would compute the right output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trained:
-            size = double(parameter.detach()).square().mean().sqrt().item() or 1.0
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02 * size
+            root_mean_square = double(parameter.detach()).square().mean().sqrt().item() or 1.0
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02 * root_mean_square
             parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
-    """∂p/∂θ for each trained parameter θ, where p is a random projection of the model's outputs."""
+    """∂p/∂θ for each trained parameter θ, or None if p does not depend on θ. p is a random
+    projection of the outputs: their plain sum is constant after a softmax or a layer norm."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        # A random projection, because a plain sum is constant after a softmax or a layer norm and
-        # would have no gradient.
-        projected = (
+        projected_outputs = (
             (y.float() * torch.randn(y.shape).to(y.device)).sum().cpu()
             for y in _differentiable_tensors(call())
         )
-        total = sum(projected, torch.zeros(()))
-    if not total.requires_grad:
+        loss = sum(projected_outputs, torch.zeros(()))
+    if not loss.requires_grad:
         return dict.fromkeys(trained)
-    return dict(zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True))
+    return dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
 
 
-def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The layer adapters of packed (quantised) weights, in whose place W + ΔW cannot be put, by
-    ``LayerState.key``. None if such a weight is in a module that also has a plain weight, or if
-    another module reads it."""
+def _packed_layers(model: nn.Module, adapter_name: str) -> dict[int, LayerAdapter] | None:
+    """The layer adapters of packed (quantised) weights, which W + ΔW cannot replace, by
+    ``LayerState.key``. None if a module has both a packed and a plain weight, or if another module
+    reads a packed weight directly: then gradients cannot be compared."""
     packed_adapters: dict[int, LayerAdapter] = {}
     submodule_adapters: set[int] = set()
-    for _, module, layer_adapter in adapters(model, name):
-        are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
+    for _, module, layer_adapter in adapters(model, adapter_name):
+        plain_flags = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
         layer_state: Any = module._modules[LAYER_STATE_NAME]
         submodule_adapters.update(
             id(adapter) for adapter in layer_adapter.submodule_adapters.values()
         )
-        if are_plain == {False}:
+        if plain_flags == {False}:
             packed_adapters[layer_state.key] = layer_adapter
-        elif len(are_plain) == 2:
+        elif len(plain_flags) == 2:
             return None
     return None if submodule_adapters & set(map(id, packed_adapters.values())) else packed_adapters
 
@@ -428,12 +428,13 @@ def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | Non
 def _use_definition(
     model: nn.Module, active: ActiveAdapter, packed_adapters: Mapping[int, LayerAdapter]
 ) -> Iterator[None]:
-    """A context manager in which the model reads W + ΔW, differentiable, in place of every W. Each
-    weight is computed when it is read. Only the layers of ``packed_adapters`` use adapters."""
-    undo: list[tuple[dict, Any, Any]] = []
+    """A context manager in which the model's code reads gain ⊙ (W + ΔW), computed at each read and
+    differentiable, in place of each W that ``active`` changes. The layers of ``packed_adapters``,
+    whose quantised weights cannot be replaced, use their adapters; all other layers use none."""
+    saved_entries: list[tuple[dict, Any, Any]] = []
 
-    def replace(table: dict, key: Any, value: Any) -> None:
-        undo.append((table, key, table[key]))
+    def replace_entry(table: dict, key: Any, value: Any) -> None:
+        saved_entries.append((table, key, table[key]))
         table[key] = value
 
     packed_ids = set(map(id, packed_adapters.values()))
@@ -442,14 +443,14 @@ def _use_definition(
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, layer_adapter in active.usable_layer_adapters.items():
-            # A key (key of a layer, method) is skipped, as the layer's own key has an entry too.
+            # keys (layer key, method name) are skipped: the layer key itself has an entry too
             if key not in modules or id(layer_adapter) in packed_ids:
                 continue
             module = modules[key]
             replacements = layer_adapter.replacements(module)
             for name, value in replacements.items():
                 table = module._parameters if name in module._parameters else module._buffers
-                replace(table, name, value)
+                replace_entry(table, name, value)
             readers: dict[str, Any] = {
                 weight: partial(recomputed.read, change)
                 for weight, change in layer_adapter.changes.items()
@@ -460,37 +461,37 @@ def _use_definition(
                     weight: partial(_blend_weight, layer_adapter, module_view, weight)
                     for weight in readers
                 }
-            if weights_are_spread:  # FSDP2 stores gathered weights in place of ``replacements``
+            if weights_are_spread:  # FSDP2 would overwrite ``replacements`` by gathered weights
                 readers |= {
                     name: lambda _, value=value: value for name, value in replacements.items()
                 }
             parameters = ComputedParameters(module._parameters, readers, weights_are_spread)
-            replace(module.__dict__, "_parameters", parameters)
+            replace_entry(module.__dict__, "_parameters", parameters)
             kind = kind_of(module)
             if kind is not None and (replacements or readers):
                 attributes_before = dict(module.__dict__)
                 kind.bind(module, ParametersComputedOnce(parameters))
-                undo.extend(
+                saved_entries.extend(
                     (module.__dict__, name, attributes_before[name])
                     for name in attributes_before
                     if module.__dict__[name] is not attributes_before[name]
                 )
-        selection = ActiveAdapter(active.name, packed_adapters, active.merged_at_attach)
-        with _use_selection(model, selection), recomputed.recipe_hooks():
+        packed_selection = ActiveAdapter(active.name, packed_adapters, active.merged_at_attach)
+        with _use_selection(model, packed_selection), recomputed.recipe_hooks():
             yield
     finally:
         reshard(model)
-        for table, key, value in reversed(undo):
+        for table, key, value in reversed(saved_entries):
             table[key] = value
 
 
-def _blend_weight(blend: Blend, module: nn.Module, weight_name: str, _: Any) -> Tensor:
-    """A changed weight of a blend; a function for ``ComputedParameters.compute``."""
-    return blend.changed_weights(module, wide=False)[weight_name]
+def _blend_weight(blend: Blend, module_view: nn.Module, weight_name: str, _: Any) -> Tensor:
+    """The weight as a blend changes it. The last argument is the stored weight, not needed here."""
+    return blend.changed_weights(module_view, wide=False)[weight_name]
 
 
 def _differentiable_tensors(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor that requires a gradient in nested containers of outputs."""
+    """Yield each floating-point tensor with a graph in an output of nested dicts and sequences."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.requires_grad:
             yield output

@@ -34,7 +34,8 @@ COMPRESSED_FORWARD = "_original_forward_func"
 
 
 class Adapted:
-    """The mixin that ``adapted_class`` puts before a layer's class in the base classes.
+    """The first base class of each adapted class, before the layer's own class. It marks modules as
+    adapted and defines how they are pickled and printed.
 
     Fields:
         veneer_base: the layer's class before it was adapted.
@@ -66,20 +67,23 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
     @functools.wraps(base_cls.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Every layer of a decoding step runs this, so it uses subscripts instead of calls.
-        modules, calling_context = self._modules, context.current
+        children, calling_context = self._modules, context.current
         try:
-            layer_state = modules[LAYER_STATE_NAME]
+            layer_state = children[LAYER_STATE_NAME]
         except KeyError:  # another thread has detached since this method was looked up
             return base_cls.forward(self, *args, **kwargs)
         model_adapters, selection = layer_state.model_adapters, calling_context.selection
         uid = model_adapters.uid
-        active = selection[uid] if uid in selection else model_adapters.default  # noqa: SIM401
-        layer_adapters = active.layer_adapters
-        if layer_adapters is None or model_adapters.merged != active.merged_at_attach:
-            if layer_adapters is None or active.name != model_adapters.merged:
-                raise layer_state.selection_error(active)
+        active_adapter = (
+            selection[uid] if uid in selection else model_adapters.default  # noqa: SIM401
+        )
+        layer_adapters = active_adapter.layer_adapters
+        if layer_adapters is None or model_adapters.merged != active_adapter.merged_at_attach:
+            if layer_adapters is None or active_adapter.name != model_adapters.merged:
+                raise layer_state.selection_error(active_adapter)
             return base_forward(self, base_cls, *args, **kwargs)
-        # The adapter does not change this layer. Not by `try`, which torch.compile guards wrongly.
+        # The adapter does not change this layer. Not tested by `try`, whose result torch.compile
+        # does not guard correctly.
         if layer_state.key not in layer_adapters:
             return base_forward(self, base_cls, *args, **kwargs)
         layer_adapter = layer_adapters[layer_state.key]
@@ -100,8 +104,9 @@ def adapted_class(base_cls: type[nn.Module], method_names: tuple[str, ...]) -> t
 
 
 def _adapt_method(base_cls: type[nn.Module], name: str) -> Any:
-    """The adapted version of a method or property of ``base_cls`` that reads adapted weights. On a
-    view of a module it calls the method of ``base_cls``."""
+    """The adapted version of the method or property ``name`` of ``base_cls``, which reads adapted
+    weights. For an object that is not adapted (a view of a module, or a module that was detached
+    meanwhile) it calls the method of ``base_cls``."""
     method = method_of(base_cls, name)
 
     @functools.wraps(method)
@@ -110,14 +115,20 @@ def _adapt_method(base_cls: type[nn.Module], name: str) -> Any:
         if layer_state is None:
             return method(self, *args, **kwargs)
         model_adapters = layer_state.model_adapters
-        active = calling_context.selection.get(model_adapters.uid, model_adapters.default)
-        if active.layer_adapters is None or model_adapters.merged != active.merged_at_attach:
-            if active.layer_adapters is None or active.name != model_adapters.merged:
-                raise layer_state.selection_error(active)
+        active_adapter = calling_context.selection.get(model_adapters.uid, model_adapters.default)
+        if (
+            active_adapter.layer_adapters is None
+            or model_adapters.merged != active_adapter.merged_at_attach
+        ):
+            if (
+                active_adapter.layer_adapters is None
+                or active_adapter.name != model_adapters.merged
+            ):
+                raise layer_state.selection_error(active_adapter)
             return method(self, *args, **kwargs)
-        if (layer_state.key, name) not in active.layer_adapters:
+        if (layer_state.key, name) not in active_adapter.layer_adapters:
             return method(self, *args, **kwargs)
-        layer_adapter = active.layer_adapters[layer_state.key, name]
+        layer_adapter = active_adapter.layer_adapters[layer_state.key, name]
         if calling_context.reached_ids is not None:
             calling_context.reached_ids.update(layer_adapter.reached_ids(name))
         return layer_adapter.run(
@@ -138,21 +149,22 @@ def _rebuild(base_cls: type[nn.Module], method_names: tuple[str, ...] = ()) -> n
 
 
 def stop_answering_peft_names(module: nn.Module) -> bool:
-    """Undo ``answer_peft_names`` (``source/from_peft.py``), which replaces the class of a model.
-    Returns whether the class had been replaced."""
+    """Undo ``answer_peft_names`` (``source/from_peft.py``), which replaces the class of a model, so
+    that PEFT's method names raise helpful errors. Returns whether the class had been replaced."""
     original_cls = vars(type(module)).get("veneer_original_class")
     if original_cls is not None:
         module.__class__ = original_cls
     return original_cls is not None
 
 
-def adapt_methods(module: nn.Module, methods: Iterable[str]) -> None:
-    """Let these methods of an adapted module use the selected adapter, as its forward does."""
+def adapt_methods(module: nn.Module, method_names: Iterable[str]) -> None:
+    """Let these methods of an adapted module use the selected adapter, as its forward does. The
+    module gets another adapted class if its class does not do so yet."""
     stop_answering_peft_names(module)
     cls: Any = type(module)
-    if not {*methods} <= {*cls.veneer_methods}:
+    if not {*method_names} <= {*cls.veneer_methods}:
         module.__class__ = adapted_class(
-            cls.veneer_base, tuple(sorted({*cls.veneer_methods, *methods}))
+            cls.veneer_base, tuple(sorted({*cls.veneer_methods, *method_names}))
         )
 
 
@@ -173,15 +185,18 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     """Change the class of ``module`` to its adapted class, and add the layer state as a child.
-    Parameters and names stay the same."""
+    Parameters and names stay the same. Wrappers of the module's forward by accelerate and
+    compressed-tensors are changed so that they call the adapted forward."""
     stop_answering_peft_names(module)
-    wrapper = instance_forward(module)
-    layer_state.instance_forward = wrapper if wrapper is not type(module).forward else None
+    forward_wrapper = instance_forward(module)
+    layer_state.instance_forward = (
+        forward_wrapper if forward_wrapper is not type(module).forward else None
+    )
     set_child(module, LAYER_STATE_NAME, layer_state)
     module.__class__ = adapted_class(type(module), ())
     if COMPRESSED_FORWARD in module.__dict__:
         module.__dict__[COMPRESSED_FORWARD] = type(module).forward
-    elif wrapper is not None:
+    elif forward_wrapper is not None:
         del module.__dict__["forward"]
     if has_wrapped_forward(module):
         module.__dict__[ACCELERATE_FORWARD] = MethodType(type(module).forward, module)
@@ -210,18 +225,18 @@ def instance_forward(module: nn.Module) -> FunctionType | None:
     ``COMPRESSED_FORWARD``, inside of another wrapper that moves inputs to the module's device.
     """
     instance_attribute = module.__dict__.get("forward")
-    wrapper = module.__dict__.get(COMPRESSED_FORWARD)
+    forward_wrapper = module.__dict__.get(COMPRESSED_FORWARD)
     if (
-        wrapper is None
+        forward_wrapper is None
         and isinstance(instance_attribute, MethodType)
         and instance_attribute.__self__ is module
         and is_opaque(module)
     ):
-        wrapper = instance_attribute.__func__
-    wraps_base_forward = isinstance(wrapper, FunctionType) and inspect.unwrap(
-        wrapper
+        forward_wrapper = instance_attribute.__func__
+    wraps_base_forward = isinstance(forward_wrapper, FunctionType) and inspect.unwrap(
+        forward_wrapper
     ) is inspect.unwrap(base_class(module).forward)
-    return cast("FunctionType | None", wrapper if wraps_base_forward else None)
+    return cast("FunctionType | None", forward_wrapper if wraps_base_forward else None)
 
 
 def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
@@ -232,8 +247,8 @@ def base_forward(module: Any, base_cls: type[nn.Module], *args: Any, **kwargs: A
         return base_cls.forward(module, *args, **kwargs)
     forward = partial(base_cls.forward, module)
     if layer_state.instance_forward is not None:
-        # ``instance_forward`` calls the forward of its argument's class. Give it a copy with the
-        # base class: with the module itself, it would call the adapted forward.
+        # ``instance_forward`` calls the forward of its argument's class. Its argument is therefore
+        # a copy with the base class: for the module itself, it would call the adapted forward.
         base_module = object.__new__(base_cls)
         base_module.__dict__.update(module.__dict__)
         forward = partial(layer_state.instance_forward, base_module)
@@ -244,20 +259,23 @@ def restore_module(module: nn.Module) -> None:
     """Undo ``adapt_module``: restore the class and the attributes of a module."""
     stop_answering_peft_names(module)
     base_cls, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
-    wrapper = None if layer_state is None else layer_state.instance_forward
-    # Remove the layer state before the class changes: a module of its base class with a layer
-    # state counts as a view.
+    forward_wrapper = None if layer_state is None else layer_state.instance_forward
+    # Remove the layer state before the class changes: calls in other threads take a module of its
+    # base class with a layer state for a view.
     set_child(module, LAYER_STATE_NAME, None)
     is_wrapped = has_wrapped_forward(module)
-    # The first call of the model may have set this attribute after ``adapt_module``.
+    # Tested again, because the first call of the model may have set this attribute since
+    # ``adapt_module``.
     if COMPRESSED_FORWARD in module.__dict__:
-        module.__dict__[COMPRESSED_FORWARD] = base_cls.forward if wrapper is None else wrapper
-        wrapper = None
-    elif wrapper is not None and not is_wrapped:
-        module.__dict__["forward"] = MethodType(wrapper, module)
+        module.__dict__[COMPRESSED_FORWARD] = (
+            base_cls.forward if forward_wrapper is None else forward_wrapper
+        )
+        forward_wrapper = None
+    elif forward_wrapper is not None and not is_wrapped:
+        module.__dict__["forward"] = MethodType(forward_wrapper, module)
     if is_wrapped:
         module.__dict__[ACCELERATE_FORWARD] = MethodType(
-            base_cls.forward if wrapper is None else wrapper, module
+            base_cls.forward if forward_wrapper is None else forward_wrapper, module
         )
     module.__class__ = (
         base_cls if not is_parametrized(module) else _replace_adapted_base(type(module), base_cls)
@@ -265,8 +283,9 @@ def restore_module(module: nn.Module) -> None:
 
 
 def _replace_adapted_base(cls: Any, base_cls: Any) -> Any:
-    """A copy of ``cls`` that inherits from ``base_cls`` in place of the adapted class. torch makes
-    such a ``cls`` when a parametrisation is registered on an adapted module."""
+    """A copy of the class ``cls`` that inherits from ``base_cls`` in place of the adapted class. A
+    parametrisation that is registered on an adapted module makes torch derive ``cls`` from the
+    adapted class."""
     if not issubclass(cls, Adapted):
         return cls
     if "veneer_base" in vars(cls):
@@ -277,7 +296,7 @@ def _replace_adapted_base(cls: Any, base_cls: Any) -> Any:
     metaclass: Any = type(cls)
     return metaclass(
         cls.__name__,
-        tuple(_replace_adapted_base(parent, base_cls) for parent in cls.__bases__),
+        tuple(_replace_adapted_base(parent_cls, base_cls) for parent_cls in cls.__bases__),
         attributes,
     )
 
@@ -291,7 +310,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         children = [
             (f"{path}.{name}" if path else name, child)
-            for name, child in list(module._modules.items())  # another thread may attach
+            for name, child in list(module._modules.items())  # a copy: another thread may attach
             if not (child is None or isinstance(child, LayerState))
             and not (name == "parametrizations" and is_parametrized(module))
         ]
@@ -301,28 +320,35 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
     """Yield (path, module, layer state) for every adapted module once, under its first name, in the
     model's order."""
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     for path, module in walk(model):
         layer_state = state_of(module)
-        if layer_state is not None and id(module) not in visited:
-            visited.add(id(module))
+        if layer_state is not None and id(module) not in visited_ids:
+            visited_ids.add(id(module))
             yield path, module, layer_state
 
 
 @contextmanager
-def replaced_tensors(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
-    """A context manager that replaces tensors of modules. Each parameter or buffer whose ``id`` is
-    a key of ``values`` is replaced by the value of that key until the end of the context."""
-    tables: list[Any] = [
-        table for module in modules for table in (module._parameters, module._buffers)
+def replaced_tensors(
+    modules: Iterable[nn.Module], replacements: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """A context manager that replaces tensors of ``modules`` (not of their children). Each
+    parameter or buffer whose ``id`` is a key of ``replacements`` is replaced by the value of that
+    key until the end of the context."""
+    tensor_dicts: list[Any] = [
+        tensor_dict for module in modules for tensor_dict in (module._parameters, module._buffers)
     ]
-    saved_tables = [dict(table) for table in tables]
+    saved_dicts = [dict(tensor_dict) for tensor_dict in tensor_dicts]
     try:
-        for table in tables:
-            table.update(
-                {key: values[id(value)] for key, value in table.items() if id(value) in values}
+        for tensor_dict in tensor_dicts:
+            tensor_dict.update(
+                {
+                    key: replacements[id(value)]
+                    for key, value in tensor_dict.items()
+                    if id(value) in replacements
+                }
             )
         yield
     finally:
-        for table, saved in zip(tables, saved_tables, strict=True):
-            table.update(saved)
+        for tensor_dict, saved_dict in zip(tensor_dicts, saved_dicts, strict=True):
+            tensor_dict.update(saved_dict)

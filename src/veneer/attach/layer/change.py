@@ -3,7 +3,8 @@
 resolve(W)          ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
 changed_weight(W)   ->  gain ⊙ (W + ΔW), in the shape of W        ΔW = scale · B A
 
-g is the number of groups of a convolution or of matrices in a stack, r the rank.
+g is the number of groups of a convolution or of matrices in a stack (1 for a linear layer), r the
+rank. The gain is a factor for each output, as in DoRA.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
 
 
 def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
-    """The frozen weight of ``module`` that ``change`` applies to.
+    """The frozen weight ``name`` of ``module``, to which ``change`` (a ``Change``) applies: the
+    object that ``bases.weight_of`` returns.
 
     Raises:
         SelectionError: the weight is no longer stored as it was when the change was created.
@@ -76,6 +78,9 @@ class Change(nn.Module):
     """One adapter's change of one weight.
 
     Fields:
+        layer, variant, storage: the kind of the layer that has the weight, the LoRA variant, and
+            the way in which the weight is stored.
+        dims: the number g of matrices in the weight, and their outputs and inputs.
         rows: indices of the output rows that change; None if all of them change.
         frozen_input: index of the one input whose column of ΔW stays zero, such as a padding token;
             None if there is no such input.
@@ -132,15 +137,16 @@ class Change(nn.Module):
         return parameters
 
     def _all_parameters(self) -> dict[str, Any]:
-        """The parameters of ``adapter_parameters``, and the trained token rows."""
-        hook = self.__dict__.get("_hf_hook")
-        if hook is None or not any(
+        """The parameters of ``adapter_parameters`` and, if there are any, the trained token rows
+        (rows of an embedding or head that are trained in full)."""
+        offload_hook = self.__dict__.get("_hf_hook")
+        if offload_hook is None or not any(
             tensor.is_meta for tensor in {**self._parameters, **self._buffers}.values()
         ):
             return {**self._parameters, **self._buffers}
-        hook.pre_forward(self)
+        offload_hook.pre_forward(self)
         parameters = {**self._parameters, **self._buffers}
-        hook.post_forward(self, None)
+        offload_hook.post_forward(self, None)
         for tensor in parameters.values():
             if tensor.requires_grad:
                 tensor.register_hook(_refuse_gradient)
@@ -149,10 +155,11 @@ class Change(nn.Module):
     def resolve(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """(LowRank, gain) of the change of ``weight``, differentiable in the adapter parameters.
+        """(LowRank, gain) of the change of ``weight``, for which the changed weight is gain ⊙ (W +
+        ΔW). Differentiable in the adapter parameters.
         The gain has one factor for each output row, [g · out], or is None for a gain of 1.
         ``dtype`` is the dtype of both; None keeps that of the parameters."""
-        # Do not branch on the rank here: torch.compile would compile a graph for each rank.
+        # No test of the rank before this return: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
         low_and_gain = self.low_rank(weight, dtype) if self.rank else (None, None)
@@ -164,14 +171,16 @@ class Change(nn.Module):
     def low_rank(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` without the trained token rows."""
+        """The result of ``resolve`` for the variant's parameters alone, without the token rows that
+        are trained in full. The rank must not be 0."""
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {
                 name: precision.cast(tensor, dtype) for name, tensor in parameters.items()
             }
         if self.frozen_input is not None and "A" in parameters:
-            # Zero the column before the variant runs, because its gain may depend on ΔW.
+            # Zero the column of A for this input already here, because the variant may compute its
+            # gain from ΔW.
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
         low_rank, gain = self.variant.resolve(
             parameters, self.scale, self._weight_reader(weight, dtype)
@@ -189,8 +198,8 @@ class Change(nn.Module):
         return low_rank, gain
 
     def is_transposed_in(self, kind: Layer) -> bool:
-        """Whether layers of this kind hold the weight transposed, such as a linear head that is
-        tied to an embedding."""
+        """Whether layers of this kind hold the transpose of the weight as this change sees it. For
+        example, the change belongs to an embedding, and a linear head is tied to it."""
         return self.layer.out_axis != kind.out_axis
 
     def as_read_by(self, kind: Layer, low_rank: LowRank) -> LowRank:
@@ -200,16 +209,16 @@ class Change(nn.Module):
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
         """``resolve`` in float64, for a merge. In float64, a matrix has the same gain whether it is
-        computed alone or in a stack of matrices."""
+        computed alone or in a stack of matrices, so its merged values are the same too."""
         return self.resolve(weight, torch.float64)
 
     def _weight_reader(self, weight: Any, dtype: torch.dtype | None) -> Any:
-        """A function that returns W, for the variant. For a packed weight it has the attribute
-        ``pieces``, a function that yields W in blocks of rows."""
+        """A function that returns W, which the variant calls if it needs W. For a packed weight it
+        has the attribute ``pieces``, a function that yields W in blocks of rows."""
 
         def read_weight() -> Tensor:
-            """The rows of W that change, [g, out, in], in the dtype of W. If ``dtype`` is not None,
-            the tensor is on a device that supports arithmetic in ``dtype``."""
+            """The rows of the weight W that change, [g, out, in] for g matrices, in the dtype of W.
+            If ``dtype`` is not None, on a device that supports arithmetic in ``dtype``."""
             dense = self.storage.dense(weight)
             if dtype is not None:
                 dense = dense.to(precision.compute_device(dense.device, dtype))
@@ -223,15 +232,18 @@ class Change(nn.Module):
             )
         return read_weight
 
-    def _indices_on(self, device: torch.device, attribute: str) -> Tensor:
-        """The indices in ``rows`` or ``tokens``, on a device. Copies are cached."""
-        indices: Any = getattr(self, attribute)
+    def _indices_on(self, device: torch.device, attribute_name: str) -> Tensor:
+        """The indices in ``attribute_name``, "rows" or "tokens", on a device. The copy for the last
+        device is cached."""
+        indices: Any = getattr(self, attribute_name)
         if device == indices.device:
             return indices
-        copied = self._device_copies.get(attribute)
-        if copied is None or copied.device != device:
-            self._device_copies[attribute] = copied = indices.to(device, non_blocking=True)
-        return copied
+        indices_copy = self._device_copies.get(attribute_name)
+        if indices_copy is None or indices_copy.device != device:
+            self._device_copies[attribute_name] = indices_copy = indices.to(
+                device, non_blocking=True
+            )
+        return indices_copy
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_device_copies": {}}
@@ -245,8 +257,9 @@ class Change(nn.Module):
         with_dropout: bool = False,
     ) -> Tensor:
         """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low_rank``,
-        ``gain ⊙ W``. This is the definition of an adapter. In training mode ``with_dropout`` drops
-        whole input columns of ΔW, so that every row of the input has the same dropout mask."""
+        ``gain ⊙ W``. This formula defines an adapter; all other code computes the same. In training
+        mode ``with_dropout`` sets whole input columns of ΔW to zero, which is a dropout of the
+        input of ΔW with one mask for all rows."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low_rank is not None:
             delta = low_rank.delta(dtype)

@@ -3,7 +3,8 @@
 
 A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
 against W. Each tensor of the output is then cast to the dtype that it would have without an
-adapter. These dtypes may differ: a router returns float32 scores beside bfloat16 logits. Integers
+adapter. The tensors of one output may have different dtypes: a router returns float32 scores
+beside bfloat16 logits. Integers
 (token ids, masks) pass through unchanged.
 """
 
@@ -32,9 +33,9 @@ def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def cast_outputs(tree: Any, dtypes: Sequence[torch.dtype | None], default: torch.dtype) -> Any:
-    """Cast the i-th floating-point leaf of an output (a tree) to ``dtypes[i]``. It is cast to
-    ``default`` instead if ``dtypes[i]`` is None, or if the output has another number of leaves than
-    ``dtypes``."""
+    """Cast each floating-point leaf of an output (a pytree): the i-th leaf to ``dtypes[i]``, or to
+    ``default`` if that is None. If ``dtypes`` has another length than the output has leaves, all
+    are cast to ``default``."""
     leaves, spec = pytree.tree_flatten(tree)
     if len(dtypes) != len(leaves):
         dtypes = [default] * len(leaves)
@@ -50,7 +51,8 @@ def no_autocast(tensor: Tensor) -> Any:
 
 
 def output_dtype(x: Tensor, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the output that the layer without an adapter computes for the input ``x``."""
+    """The dtype of the output that the layer without an adapter computes for the input ``x``:
+    that of the weight for token ids, else that of autocast or of ``x``."""
     if not x.is_floating_point():
         return weight_dtype
     device = x.device.type

@@ -1,9 +1,9 @@
 """Products of inputs with a stack of matrices W + ΔW, such as the weights of experts, without
-forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``). This file implements its
-operations:
+forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``), called W in this table. This
+file implements its operations:
 
     F.linear(x, W[i])   x @ W[i]               one matrix: the fused kernel of linear layers
-    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the low-rank product, then x W added
+    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the base's product plus x B A
     bmm(x, W[ids])   bmm(W[ids], x)            one matrix per row; on a CPU, W[ids] is not gathered
     grouped_mm(x, W.mT, offs=…)                rows sorted by their matrix (``kernels/grouped.py``)
 
@@ -33,8 +33,8 @@ from veneer.lowrank import LowRank
 
 _C: Any = torch._C
 
-#: layers whose forward uses an operation that ``Unformed`` does not support. Their W + ΔW is formed
-#: in every call.
+#: layers whose forward has used an operation that raised ``CannotFormError``. They get no
+#: ``Unformed`` weights any more: their W + ΔW is formed in every call.
 LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 
 
@@ -45,12 +45,13 @@ LAYERS_THAT_FORM: weakref.WeakSet[LayerState] = weakref.WeakSet()
 def unformed_weights_of(
     layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, can_form: bool
 ) -> dict[str, Tensor] | None:
-    """``Unformed`` tensors for the changed weights of a module in this call, by name. None if W +
-    ΔW must be formed instead.
+    """``Unformed`` tensors (W + ΔW whose values are not computed) for the changed weights of a
+    module in this call, by name. None if W + ΔW must be formed instead.
 
     Args:
         inputs: the arguments of the call, (args, kwargs).
-        can_form: whether an operation may still form W + ΔW, in the dtype of the weight.
+        can_form: whether an operation that an ``Unformed`` does not support may form W + ΔW in the
+            dtype of the weight; else it raises ``CannotFormError``.
     """
     if not is_eager() or _C._get_tracing_state() is not None:
         return None
@@ -59,8 +60,8 @@ def unformed_weights_of(
     leaves = _tensor_arguments(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
         return None
-    changes = layer_adapter.stacks(module)
-    if not changes:
+    stacks_by_name = layer_adapter.stacks(module)
+    if not stacks_by_name:
         return None
     call_state: dict[int, Any] = {}
     call_input = next((leaf for leaf in leaves if is_float(leaf)), None)
@@ -68,7 +69,7 @@ def unformed_weights_of(
         name: make_unformed(
             Stack(weight, low_rank.A, low_rank.B, low_rank.scale, can_form, call_state, call_input)
         )
-        for name, (weight, low_rank) in changes.items()
+        for name, (weight, low_rank) in stacks_by_name.items()
     }
 
 
@@ -82,7 +83,7 @@ def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
 
 def is_stack(change: Change, weight: Any) -> bool:
     """Whether ``change`` changes a frozen stack [E, out, in] of matrices that is stored as a plain
-    parameter."""
+    parameter, so that an ``Unformed`` can stand for it."""
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 3
@@ -95,8 +96,8 @@ def is_stack(change: Change, weight: Any) -> bool:
 
 
 def drop_inputs(change: Change, low_rank: LowRank) -> LowRank:
-    """``low_rank``, a change of a stack, with dropout of whole input columns in training mode, as
-    ``Change.changed_weight`` applies it."""
+    """``low_rank``, the ΔW of a stack of matrices. In training mode, dropout sets whole input
+    columns of each ΔW to zero, as in ``Change.changed_weight``."""
     if not (change.training and change.dropout):
         return low_rank
     mask = F.dropout(
@@ -109,7 +110,7 @@ def drop_inputs(change: Change, low_rank: LowRank) -> LowRank:
 # indexing and views of a stack
 
 
-def _operation(*functions: Any) -> Callable[[Any], Any]:
+def _implements(*functions: Any) -> Callable[[Any], Any]:
     """A decorator that registers the implementation of these torch functions in ``OPERATIONS``.
     Functions that are None are skipped."""
 
@@ -122,7 +123,7 @@ def _operation(*functions: Any) -> Callable[[Any], Any]:
     return register
 
 
-@_operation(Tensor.__getitem__)
+@_implements(Tensor.__getitem__)
 def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if not isinstance(weight, Unformed) or weight.index is not None:
         return NotImplemented
@@ -148,7 +149,7 @@ def _select_matrix(weight: Unformed, index: int) -> Unformed:
     return weight.take_matrices(index % matrix_count)
 
 
-@_operation(torch.index_select, Tensor.index_select)
+@_implements(torch.index_select, Tensor.index_select)
 def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
     can_index = (
         isinstance(weight, Unformed)
@@ -159,7 +160,7 @@ def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
     return weight.take_matrices(index) if can_index else NotImplemented
 
 
-@_operation(torch.unbind, Tensor.unbind, Tensor.__iter__)
+@_implements(torch.unbind, Tensor.unbind, Tensor.__iter__)
 def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     if weight.index is not None or dim not in (0, -3):
         return NotImplemented
@@ -167,7 +168,7 @@ def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     return iter(matrices) if func is Tensor.__iter__ else matrices
 
 
-@_operation(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
+@_implements(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
 def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
     axes = {dim0 % weight.ndim, dim1 % weight.ndim}
     return (
@@ -177,7 +178,7 @@ def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
     )
 
 
-@_operation(torch.permute, Tensor.permute)
+@_implements(torch.permute, Tensor.permute)
 def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
     dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     axis_order, matrix_axes = [dim % weight.ndim for dim in dims], list(range(weight.ndim))
@@ -188,53 +189,55 @@ def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
     )
 
 
-@_operation(Tensor.mT.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+@_implements(Tensor.mT.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _mt(_: Any, weight: Unformed) -> Any:
     return weight.transpose_matrices()
 
 
-@_operation(Tensor.T.__get__, torch.t, Tensor.t)  # pyright: ignore[reportAttributeAccessIssue]
+@_implements(Tensor.T.__get__, torch.t, Tensor.t)  # pyright: ignore[reportAttributeAccessIssue]
 def _t(_: Any, weight: Unformed) -> Any:
     return weight.transpose_matrices() if weight.ndim == 2 else NotImplemented
 
 
-@_operation(Tensor.contiguous)
+@_implements(Tensor.contiguous)
 def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
     return NotImplemented if options else weight
 
 
-@_operation(Tensor.to)
+@_implements(Tensor.to)
 def _to(_: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(weight, Unformed) or kwargs.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
-    targets = [*args, kwargs.get("dtype"), kwargs.get("device")]
-    targets = [target for target in targets if target is not None]
-    if any(isinstance(target, Tensor | int) for target in targets):
+    dtypes_and_devices = [*args, kwargs.get("dtype"), kwargs.get("device")]
+    dtypes_and_devices = [
+        dtype_or_device for dtype_or_device in dtypes_and_devices if dtype_or_device is not None
+    ]
+    if any(isinstance(dtype_or_device, Tensor | int) for dtype_or_device in dtypes_and_devices):
         return NotImplemented
     is_unchanged = all(
         (
-            target == weight.dtype
-            if isinstance(target, torch.dtype)
-            else torch.device(target) == weight.device
+            dtype_or_device == weight.dtype
+            if isinstance(dtype_or_device, torch.dtype)
+            else torch.device(dtype_or_device) == weight.device
         )
-        for target in targets
+        for dtype_or_device in dtypes_and_devices
     )
     return weight if is_unchanged else NotImplemented
 
 
-@_operation(Tensor.data_ptr)
+@_implements(Tensor.data_ptr)
 def _data_ptr(_: Any, weight: Unformed) -> Any:
     return weight.stack.W.data_ptr() if weight.device.type == "cpu" else NotImplemented
 
 
-@_operation(torch.chunk, Tensor.chunk)
+@_implements(torch.chunk, Tensor.chunk)
 def _chunk(func: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
     return _split(func, weight, -(-weight.shape[dim] // chunks), dim)
 
 
-@_operation(torch.split, Tensor.split)
+@_implements(torch.split, Tensor.split)
 def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
-    """Split all matrices along their outputs or inputs."""
+    """Split all matrices along their outputs or inputs, into ``Unformed`` tensors."""
     dim %= weight.ndim
     if dim < weight.ndim - 2 or isinstance(weight.index, Tensor):
         return NotImplemented
@@ -242,7 +245,7 @@ def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
     sizes = split_size
     if isinstance(split_size, int):
         sizes = [min(split_size, length - start) for start in range(0, length, split_size)]
-    axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
+    axis = dim - weight.ndim + 3  # the axis of [E, out, in], if not transposed
     axis = 3 - axis if weight.is_transposed else axis
     slices, start = [], 0
     for size in sizes:
@@ -256,14 +259,14 @@ def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
 # products
 
 
-@_operation(F.linear, _C._nn.linear)
+@_implements(F.linear, _C._nn.linear)
 def _linear(_: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     if not _is_unformed(weight, 2) or _is_unformed(input):
         return NotImplemented
     return _matrix_product(input, weight, False, bias)
 
 
-@_operation(
+@_implements(
     torch.matmul,
     Tensor.matmul,
     Tensor.__matmul__,
@@ -296,15 +299,16 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
 
 
 def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
-    """The rows of x that each of the E matrices multiplies, [E, t, in] with t rows each. None if x
-    has another shape."""
+    """x as [E, t, in]: the t rows that each of the E matrices of ``weight`` multiplies. An x [t,
+    in] or [1, t, in] is expanded, so that all matrices multiply the same rows. None for an x of
+    another shape."""
     matrix_count = weight.shape[0]
     if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, matrix_count)):
         return None
     return x.expand(matrix_count, *x.shape[-2:])
 
 
-@_operation(torch.baddbmm, Tensor.baddbmm)
+@_implements(torch.baddbmm, Tensor.baddbmm)
 def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **options: Any) -> Any:
     if options or _is_unformed(input):
         return NotImplemented
@@ -312,7 +316,7 @@ def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **options: Any) -> An
     return y if y is NotImplemented else y + input.to(y.dtype)
 
 
-@_operation(torch.addmm, Tensor.addmm)
+@_implements(torch.addmm, Tensor.addmm)
 def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **options: Any) -> Any:
     if options or _is_unformed(input) or not _is_unformed(mat2, 2) or _is_unformed(mat1):
         return NotImplemented
@@ -323,7 +327,7 @@ def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **options: Any) -> Any:
     )
 
 
-@_operation(getattr(torch, "_grouped_mm", None))
+@_implements(getattr(torch, "_grouped_mm", None))
 def _grouped_mm(
     func: Any, input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -332,7 +336,7 @@ def _grouped_mm(
     return _grouped_product(input, weight, offs, lambda x, W, ends: func(x, W, offs=ends))
 
 
-@_operation("transformers::grouped_mm_fallback")
+@_implements("transformers::grouped_mm_fallback")
 def _transformers_grouped_mm(func: Any, input: Any, weight: Any, offs: Any) -> Any:
     return _grouped_product(input, weight, offs, func)
 
@@ -349,17 +353,21 @@ def _has_autocast(x: Tensor) -> bool:
 def _matrix_product(
     x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None
 ) -> Tensor:
-    """x Mᵀ + bias of one matrix M [out, in]; or, if ``transposed``, x M + bias of M [in, out]."""
+    """x Mᵀ + bias for the one matrix M = W + ΔW, [out, in], that ``weight`` stands for. If
+    ``transposed``, x M + bias, with M [in, out]."""
     W, A, B = weight.factors(transposed)
     scale = weight.stack.scale
     if x.dtype == W.dtype and x.ndim > 1 and not _has_autocast(x):
-        recorded = torch.is_grad_enabled() and (
+        needs_graph = torch.is_grad_enabled() and (
             x.requires_grad or A.requires_grad or B.requires_grad
         )
-        # A module of experts computes many such products, each for few rows.
-        if recorded and x.ndim == 2 and bias is None and x.is_cpu:
+        # A module of experts computes many such products, each for a few rows of its input. This
+        # kernel can save that input for backward, once for all products, instead of each x.
+        if needs_graph and x.ndim == 2 and bias is None and x.is_cpu:
             return grouped.linear(x, W, A, B, scale, None, weight.stack.call_input)
-        return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
+        return (fused.linear if needs_graph else fused.linear_without_graph)(
+            scale, x, W, bias, A, B
+        )
     y = F.linear(x, W, bias)
     low_rank = (
         LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
@@ -368,9 +376,9 @@ def _matrix_product(
 
 
 def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
-    """The batched product [S, t, out] of x [S, t, in] and the transposes of S matrices [S, out,
-    in]; or, if ``transposed``, of x and S matrices [S, in, out]. t is the number of rows for each
-    matrix."""
+    """The batched product [S, t, out] of x [S, t, in] and the transposes of the S matrices [S, out,
+    in] that ``weight`` stands for; or, if ``transposed``, of x and S matrices [S, in, out]. t is
+    the number of rows of x for each matrix."""
     stack = weight.stack
     if (
         isinstance(weight.index, Tensor)
@@ -394,29 +402,34 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
 
 def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
     """(order, inverse, segments) for ``ids``, the index of the matrix that each row uses: the order
-    that sorts the rows by matrix, the inverse of it, and the rows of each matrix in this order. All
-    stacks of a call share one result. ``order`` and ``inverse`` are None if the rows are sorted
-    already."""
-    entry = stack.call_state.get(id(ids))
-    if entry is None:
+    that sorts the rows by matrix, the inverse of that order, and the range of each matrix among the
+    sorted rows. ``order`` and ``inverse`` are None if the rows are sorted already. The result is
+    cached for all stacks of a call."""
+    cached_entry = stack.call_state.get(id(ids))
+    if cached_entry is None:
         matrix_count = len(stack.W)
         order, segments = grouped.sort_by_expert(
             [index + matrix_count if index < 0 else index for index in ids.tolist()], matrix_count
         )
         row_order = torch.tensor(order) if order != list(range(len(order))) else None
-        entry = stack.call_state[id(ids)] = (
-            ids,
+        cached_entry = stack.call_state[id(ids)] = (
+            ids,  # kept, so that no other tensor can get its ``id``
             (row_order, None if row_order is None else row_order.argsort(), segments),
         )
-    return entry[1]
+    return cached_entry[1]
 
 
 def _grouped_product(
     x: Any, weight: Any, row_ends: Any, base_product: Callable[..., Tensor]
 ) -> Any:
-    """The rows x [S, in], sorted by matrix, times the matrices [E, in, out]. ``row_ends`` [E] are
-    the indices in x at which the rows of each matrix end. ``base_product`` computes the product
-    with W."""
+    """The product [S, out] of the rows x [S, in], sorted by matrix, with the matrices [E, in, out].
+
+    Args:
+        row_ends: for each matrix the index in x after its last row, [E].
+        base_product: a function (x, W, row_ends) that computes the same product with W alone.
+
+    Returns ``NotImplemented`` for arguments that the kernels do not support.
+    """
     if (
         not _is_unformed(weight, 3)
         or weight.index is not None
@@ -429,11 +442,11 @@ def _grouped_product(
         return NotImplemented
     stack = weight.stack
     W, A, B = weight.factors(True)
-    with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product has none
+    with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product ignores it
         if not x.is_cpu:
             return grouped.linear_on_device(x, W, A, B, stack.scale, row_ends, base_product)
-        entry = stack.call_state.get(id(row_ends))
-        if entry is None:
+        cached_entry = stack.call_state.get(id(row_ends))
+        if cached_entry is None:
             segments = grouped.segments(row_ends.tolist(), len(x))
-            entry = stack.call_state[id(row_ends)] = row_ends, segments
-        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.call_input)
+            cached_entry = stack.call_state[id(row_ends)] = row_ends, segments
+        return grouped.linear(x, W, A, B, stack.scale, cached_entry[1], stack.call_input)

@@ -43,7 +43,7 @@ class FusedChange:
 
     @property
     def active_dropout(self) -> float:
-        """The dropout probability: 0 outside of training mode."""
+        """The dropout probability that applies now: 0 outside of training mode."""
         return self.change.dropout if self.change.training else 0.0
 
     def can_compute_early(self, module: nn.Module, x: Tensor) -> bool:
@@ -61,8 +61,8 @@ class FusedChange:
         return weight.mT if self.is_transposed else weight, bias
 
     def dependency_key(self, module: nn.Module) -> tuple[Any, ...]:
-        """A key of everything besides x that the layer's output depends on. Equal keys mean equal
-        outputs."""
+        """A key of everything besides x that the layer's output depends on. For one x, equal keys
+        mean equal outputs."""
         factors, parameters = self.change._parameters, module._parameters
         tensors = (
             parameters[self.weight],
@@ -74,19 +74,21 @@ class FusedChange:
 
 
 def tensor_versions(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
-    """The ``id`` and version of each tensor. They change when a tensor is replaced or written."""
+    """The ``id`` and version of each tensor that is not None. The ``id`` changes when a tensor is
+    replaced, the version when it is written in place."""
     return ((id(tensor), tensor._version) for tensor in tensors if tensor is not None)
 
 
 class PendingOutputs(threading.local):
-    """Outputs that the call of one layer has computed for other layers that read the same x.
+    """Outputs that the call of one layer has computed for layers that read the same x and are
+    called later.
 
-    Each thread holds the outputs for one x at a time. So if an exception leaves outputs behind,
-    they are dropped with the next x.
+    Each thread holds the outputs for one x at a time. Outputs that are never taken, because of an
+    exception, are dropped when outputs for another x are stored.
     """
 
     def __init__(self) -> None:
-        # (x, its version, outputs by key)
+        # (x, the version of x, the outputs for x by key)
         self._pending: tuple[Any, int, dict[Any, Any]] = None, 0, {}
 
     def put(self, x: Tensor, outputs: dict[Any, Any]) -> None:
@@ -145,29 +147,30 @@ def fused_outputs(
     scales = tuple(fused_change.change.scale for _, fused_change in members)
     if not on_cpu:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
-    tokens = x.numel() // x.shape[-1]
+    token_count = x.numel() // x.shape[-1]
     forms_weight = (
         not dropout
         and x.dtype.itemsize >= 4
-        and all(tokens > fused_change.max_factored_tokens for _, fused_change in members)
+        and all(token_count > fused_change.max_factored_tokens for _, fused_change in members)
     )
     settings = fused.Settings(scales, dropout, seed, forms_weight)
     return fused.linears(settings, x, weights, biases, A, B)
 
 
 class SharedInputLayers:
-    """Layers of one module that read the same input. The call of the first layer computes the
-    outputs of all of them; the calls of the other layers return these outputs.
+    """Layers of one module that read the same input, such as q_proj, k_proj and v_proj. The call
+    of the first layer computes the outputs of all of them (shares the outputs); the calls of the
+    other layers return these outputs.
 
-    All outputs come from one autograd node, so ``backward`` through one output frees what
-    ``backward`` through another one would need. This does no harm if x itself has a graph: without
-    sharing, the first ``backward`` would free the graph of x, and the second one would fail too. So
-    outputs are shared only if x has a graph. With dropout, the outputs are shared without a graph
-    too: all layers use one dropout mask, and checkpointing, which runs the layers without a graph
-    first, must draw the same masks in both runs.
+    Shared outputs come from one autograd node. A ``backward`` through one of them frees the tensors
+    that the node has saved, so a second ``backward``, through another output, fails. If x has a
+    graph, the second ``backward`` would fail without sharing too, because the first one has freed
+    the graph of x. Outputs are therefore shared only if x has a graph. With dropout they are shared
+    without a graph too: all layers use one dropout mask, and checkpointing, which runs the layers
+    without a graph first, must draw the same masks in both runs.
 
     ``members`` are (module, layer adapter) pairs in the order of their calls. An output is valid
-    only while all tensors that it was computed from are unchanged. Their identities and versions
+    only while the tensors that it was computed from are unchanged, so their identities and versions
     are compared when the output is taken.
     """
 
@@ -176,15 +179,15 @@ class SharedInputLayers:
 
     @staticmethod
     def can_share_outputs(fused_change: FusedChange, x: Tensor) -> bool:
-        """Whether the outputs for x can be computed together in the present gradient mode."""
+        """Whether the outputs for x may be shared (see the class) in the present gradient mode."""
         if torch.is_grad_enabled():
             return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
-        # an inference tensor has no version, by which a later write to it would be found
+        # not for an inference tensor: it has no version, so a later write to it would not be found
         return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:
-        """The output of ``module`` with its layer adapter for x [*, in]. ``can_share_outputs`` must
-        be True."""
+        """The output of ``module`` with its layer adapter for x [*, in]: one that an earlier call
+        has computed, or a new one. ``can_share_outputs`` must be True."""
         pending_output = _PENDING_OUTPUTS.take(x, id(layer_adapter))
         if pending_output is not None:
             y, dependency_key = pending_output
@@ -222,11 +225,12 @@ class SharedInputLayers:
         return y
 
     def seed(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
-        """The dropout seed of ``module`` for x, if its output is computed separately. As in
-        ``output``, all members that read this x get the same seed. Seeds of several adapters may be
-        pending at once, because each adapter may have rows of x."""
-        shared_input, version, seeds = getattr(_PENDING_SEEDS, "seeds", (None, 0, {}))
-        if shared_input is not x or version != x._version:
+        """The dropout seed of ``module`` for x, for a call that computes this output alone. The
+        first member draws a seed for all members, so that they use the same dropout mask as in
+        ``output``. Several adapters may each have seeds for later members at once, because each
+        adapter may have rows of x."""
+        seeded_x, version, seeds = getattr(_PENDING_SEEDS, "seeds", (None, 0, {}))
+        if seeded_x is not x or version != x._version:
             seeds = {}
         seed = seeds.pop(id(layer_adapter), None)
         if seed is None:
@@ -243,7 +247,8 @@ class SharedInputLayers:
 
 
 def shared_dropout_seed(module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
-    """The dropout seed for x of a layer adapter that has a ``FusedChange``."""
+    """The dropout seed for x of a layer adapter that has a ``FusedChange``. Layers that read the
+    same x get the same seed, unless x is an inference tensor, whose writes cannot be found."""
     shared_layers = layer_adapter.shared_input_layers
     return (
         new_seed()
@@ -252,4 +257,5 @@ def shared_dropout_seed(module: nn.Module, layer_adapter: Any, x: Tensor) -> int
     )
 
 
+#: what the first of several layers that read the same x has computed or drawn for the later ones
 _PENDING_OUTPUTS, _PENDING_SEEDS = PendingOutputs(), threading.local()

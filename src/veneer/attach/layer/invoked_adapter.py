@@ -31,9 +31,9 @@ class InvokedTokens:
 
     Fields:
         starts: for each row of the batch that uses the adapter, the column of ``input_ids`` from
-            which it acts. In a row without an invocation, this is ``width``.
+            which the adapter acts; ``width`` for a row without an invocation.
         width: the number of columns of ``input_ids``.
-        head_columns: the columns that the output head gets; None if it gets all of them.
+        head_columns: the columns for which the output head computes logits; None for all.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class InvokedTokens:
         self._indices_by_shape: dict[Any, Tensor | None] = {}
 
     def indices_in(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The indices of these tokens among all vectors of x [*, in], int64. None if they are all
-        of its tokens.
+        """The indices, among all vectors of x [*, in], of those on which the adapter acts, int64.
+        None if it acts on all of them.
 
         Raises:
             SelectionError: the shape of x does not show which vector belongs to which token.
@@ -64,8 +64,8 @@ class InvokedTokens:
         return self._indices_by_shape[key]
 
     def _mask_of(self, shape: torch.Size) -> Tensor | None:
-        """A boolean mask of this shape, which must be [rows, columns, …] or [rows · columns]. It is
-        True at the tokens that the adapter changes. None if the shape is another one."""
+        """A boolean mask of ``shape`` that is True at the tokens on which the adapter acts. None if
+        ``shape`` is neither [rows, columns, …] nor [rows · columns]."""
         columns = torch.arange(self.width, device="cpu")
         mask = columns >= torch.tensor(self.starts, device="cpu")[:, None]
         if len(shape) == 1 and shape.numel() == mask.numel():
@@ -79,8 +79,9 @@ class InvokedTokens:
 
 
 class InvokedAdapter:
-    """The ``LayerAdapter`` of one linear layer of the adapter ``name``, run only on the tokens from
-    the invocation on. It has the members of a ``LayerAdapter`` that a selection needs."""
+    """A wrapper of the ``LayerAdapter`` of a linear layer, which applies it only to the tokens from
+    the invocation on. ``name`` is the adapter's name. It has the members of a ``LayerAdapter`` that
+    the code for selections uses."""
 
     def __init__(self, layer_adapter: LayerAdapter, name: str) -> None:
         self.layer_adapter, self.name = layer_adapter, name
@@ -97,27 +98,27 @@ class InvokedAdapter:
                 the tokens.
         """
         invoked_call = call.context.invoked_calls.get(call.layer_state.model_adapters.uid)
-        tokens = None if invoked_call is None else invoked_call.tokens.get(self.name)
-        if tokens is None:
+        invoked_tokens = None if invoked_call is None else invoked_call.tokens.get(self.name)
+        if invoked_tokens is None:
             raise self._unknown_tokens_error(call.module)
-        indices = tokens.indices_in(call.module, call.x)
+        indices = invoked_tokens.indices_in(call.module, call.x)
         if indices is None:
             return self.layer_adapter.run(call)
         if not len(indices) and not torch.is_grad_enabled():
             return base_forward(call.module, call.base_cls, *call.args, **call.kwargs)
-        # In training also without such a token, so that backward gives a gradient of zero.
+        # With gradients also if there is no token, so that A and B get gradients of zero, not None.
         return self._run_at(indices, LinearCall(call, {}, False))
 
-    def _run_at(self, indices: Tensor, call: LinearCall) -> Tensor:
+    def _run_at(self, indices: Tensor, linear_call: LinearCall) -> Tensor:
         """The base's output, with the change added at the tokens ``indices``."""
-        kind: Any = call.layer_state.layer
+        kind: Any = linear_call.layer_state.layer
         change = self.layer_adapter.changes[kind.weight]
-        call.refuse_other_dtype(change)
-        low_rank, _ = change.resolve(frozen_weight(change, call.module, kind.weight))
-        y = call.base_output(change, with_bias=True)
-        x = call.x.reshape(-1, call.x.shape[-1])[indices]
+        linear_call.refuse_other_dtype(change)
+        low_rank, _ = change.resolve(frozen_weight(change, linear_call.module, kind.weight))
+        y = linear_call.base_output(change, with_bias=True)
+        x = linear_call.x.reshape(-1, linear_call.x.shape[-1])[indices]
         x = drop(x, change.dropout) if change.dropout and change.training else x
-        update = kind.update(call.module, x, low_rank.to(x.dtype), None)
+        update = kind.update(linear_call.module, x, low_rank.to(x.dtype), None)
         return y.reshape(-1, y.shape[-1]).index_add(0, indices, update.to(y.dtype)).view(y.shape)
 
     def _unknown_tokens_error(self, module: nn.Module) -> SelectionError:

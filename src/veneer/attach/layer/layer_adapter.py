@@ -1,4 +1,4 @@
-"""The changes of one adapter at one layer, and the choice of the arithmetic for a call.
+"""The changes of one adapter at one layer, and the choice of the form that computes a call.
 
 The structure of an adapted nn.Linear (its class is a subclass of nn.Linear: ``adapted_module.py``):
   .weight, .bias                      the Parameters of the base, unchanged
@@ -11,6 +11,8 @@ factored      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias     layers linea
 materialised  y = op(x; gain ⊙ (W + ΔW)) + bias                  the same layers, by the definition
 viewed        y = forward(x) of a view of the module, whose      every other module
               weights are gain ⊙ (W + ΔW)
+
+op is the layer's operation without its bias, drop is dropout, gain is a factor for each output.
 
 Rejected:
 - Wrapping the layer renames every parameter, and breaks ``isinstance`` and tied weights.
@@ -54,8 +56,8 @@ from veneer.variants import VARIANTS
 
 
 def _trains_both_factors(change: Change) -> bool:
-    """Whether a change is a product of two trained parameters A and B, as in LoRA. In MiCA, for
-    example, B is a buffer."""
+    """Whether a change is the product of two trained parameters A and B, as in LoRA. A
+    counterexample is MiCA, where B is a buffer."""
     return change.variant.resolve is VARIANTS["lora"].resolve and not change.variant.frozen
 
 
@@ -68,10 +70,11 @@ class LayerAdapter(nn.Module):
             tied weight is registered in one layer adapter only.
         full: a module whose parameters and buffers replace those of the layer in full, by name.
         submodule_adapters: the layer adapters of submodules whose weights this module's forward
-            reads directly, by the path of the submodule from this module.
-        submodule_adapters_by_method: the same for each other method that reads an adapted weight
-            of this module or of a submodule, by the name of the method.
-        has_gain: whether an earlier call found that a change of a stack of matrices has a gain.
+            reads without calling the submodule, by the path of the submodule from this module.
+        submodule_adapters_by_method: for each method besides forward that reads adapted weights of
+            this module or of a submodule, a mapping like ``submodule_adapters``; by method name.
+        has_gain: whether an earlier call found that a change of a stack of matrices has a gain (a
+            factor for each output).
         fused_change: the change as the fused kernel takes it; None if that kernel cannot compute
             this layer adapter.
         shared_input_layers: the layers that read the same input and are computed together; None if
@@ -94,8 +97,8 @@ class LayerAdapter(nn.Module):
 
     def keys(self, layer_state: LayerState) -> Iterator[Any]:
         """The keys under which ``ActiveAdapter.layer_adapters`` holds this layer adapter: the
-        layer's key for ``forward``, unless nothing changes there, and (key, method) for each other
-        method."""
+        layer's key if ``forward`` changes, and (key, method) for each other method that reads
+        adapted weights."""
         if (
             self.changes
             or self.submodule_adapters
@@ -108,14 +111,15 @@ class LayerAdapter(nn.Module):
             yield layer_state.key, method
 
     def set_fused_change(self, module: nn.Module, layer_state: LayerState) -> None:
-        """Set ``fused_change`` if this layer adapter is one product B A for all outputs, which the
-        fused kernel can compute. Call this once all changes are set."""
+        """Set ``fused_change`` if the fused kernel can compute this layer adapter: its only change
+        is a plain product B A for all outputs of a plain weight. To be called once all changes are
+        set."""
         changes, kind = tuple(self.changes.values()), cast(Layer, layer_state.layer)
-        is_one_change = len(changes) == 1 and not (
+        has_one_change = len(changes) == 1 and not (
             self.submodule_adapters or self.full._parameters or self.full._buffers
         )
         if (
-            is_one_change
+            has_one_change
             and _trains_both_factors(changes[0])
             and changes[0].rows is None
             and changes[0].tokens is None
@@ -127,15 +131,16 @@ class LayerAdapter(nn.Module):
             self.fused_change = make_fused_change(changes[0], module, kind)
 
     def reached_ids(self, method: str = "forward") -> Iterator[int]:
-        """The ``id`` of every layer adapter and change that takes part in a call of this layer, for
-        ``Context.reached_ids``."""
+        """The ``id`` of every layer adapter and change that a call of this layer's ``method`` uses,
+        for ``veneer.check``, which collects them in ``Context.reached_ids``."""
         yield id(self)
         yield from map(id, self.changes.values())
         for layer_adapter in self.adapters_read_by(method).values():
             yield from layer_adapter.reached_ids()
 
     def adapters_read_by(self, method: str) -> Mapping[ModulePath, LayerAdapter]:
-        """The layer adapters of modules below whose weights a method reads directly, by path."""
+        """The layer adapters of modules below whose weights ``method`` reads without calling the
+        module, by the path of the module."""
         return (
             self.submodule_adapters
             if method == "forward"
@@ -144,14 +149,15 @@ class LayerAdapter(nn.Module):
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of ``full`` that replace parameters and buffers of the module, by name. A
-        parameter is cast to the dtype of the one that it replaces."""
+        parameter is cast to the dtype of the one that it replaces. Raises a SelectionError if the
+        module no longer has a parameter that is to be replaced."""
         full_parameters, full_buffers = self.full._parameters, self.full._buffers
         if not full_parameters and not full_buffers:
             return {}
         module_tensors: dict[str, Any] = {**module._buffers, **module._parameters}
         for name in full_parameters.keys() - module_tensors.keys():
             raise changed_storage_error(module, name)
-        # a bias for a layer without a bias: its dtype is that of the layer's weight
+        # The adapter may train a bias for a layer without one. Its dtype is that of the weight.
         if "bias" in full_parameters and module_tensors["bias"] is None:
             module_tensors["bias"] = module_tensors["weight"]
         cast_parameters: dict[str, Any] = {
@@ -184,7 +190,7 @@ class LayerAdapter(nn.Module):
                     ):
                         return self.shared_input_layers.output(module, self, x)
                     shape, change = x.shape, fused_change.change
-                    tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
+                    token_count = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
                     if change.dropout and change.training:
                         seed = (
                             shared_dropout_seed(module, self, x)
@@ -192,25 +198,27 @@ class LayerAdapter(nn.Module):
                             else seed
                         )
                         return fused_outputs([(module, fused_change)], x, seed)[0]
-                    if tokens > fused_change.max_factored_tokens:
+                    if token_count > fused_change.max_factored_tokens:
                         return fused_outputs([(module, fused_change)], x)[0]
                     factors: Any = change._parameters
                     bias = None if fused_change.bias is None else parameters[fused_change.bias]
                     weight = weight.mT if fused_change.is_transposed else weight
-                    linear = fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
-                    return linear(change.scale, x, weight, bias, factors["A"], factors["B"])
+                    linear_kernel = (
+                        fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
+                    )
+                    return linear_kernel(change.scale, x, weight, bias, factors["A"], factors["B"])
                 if device.applies(x, weight):
                     return self._run_with_shared_input(module, fused_change, x, may_share, seed)
         except KeyError as error:
             if fused_change is None or error.args != (fused_change.bias,):
                 raise
             # The bias of this layer, or of a layer that is computed with it, is no longer a
-            # parameter. It may have been pruned.
+            # parameter (pruned, for example). ``_run_unfused`` reads it as an attribute.
         return self._run_unfused(call)
 
     def _run_unfused(self, call: Call) -> Any:
-        """The output of a call of forward that the fused kernel does not compute: in factored form,
-        in materialised form, or on a view."""
+        """The output of a call of forward, without the fused kernel of ``run``: in factored form,
+        in materialised form, or by the module's own forward on a view with changed weights."""
         module, layer_state = call.module, call.layer_state
         replacements = self.replacements(module)
         input_count = len(call.args) + len(call.kwargs)
@@ -238,9 +246,9 @@ class LayerAdapter(nn.Module):
         return run_factored(linear_call, change, low_rank, gain, dropout)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
-        """(W, ΔW) of every changed weight, by name. None unless each weight is a plain stack of
-        matrices and no change has a gain."""
-        if self.has_gain:  # cached, because finding the gain again would form W + ΔW
+        """(W, ΔW) of every changed weight, by name, with ΔW under dropout in training mode. None
+        unless each weight is a plain stack of matrices and no change has a gain."""
+        if self.has_gain:  # cached, because ``resolve`` forms W + ΔW for a gain
             return None
         weights = {
             name: frozen_weight(change, module, name) for name, change in self.changes.items()
@@ -250,7 +258,7 @@ class LayerAdapter(nn.Module):
         stacks = {}
         for name, change in self.changes.items():
             if _trains_both_factors(change) and change.rows is change.tokens is None:
-                parameters: Any = change._parameters  # faster than ``resolve`` in decoding
+                parameters: Any = change._parameters  # faster than ``resolve``
                 low_rank, gain = LowRank(parameters["A"], parameters["B"], change.scale), None
             else:
                 low_rank, gain = change.resolve(weights[name])
@@ -268,8 +276,9 @@ class LayerAdapter(nn.Module):
         may_share: bool,
         seed: int | None,
     ) -> Tensor:
-        """The output of a layer on a device other than the CPU. If ``may_share``, the fused kernel
-        also computes the layers that read the same x."""
+        """The output of a layer whose x is not on the CPU. If ``may_share``, the fused kernel may
+        compute the layers that read the same x too, and their dropout seed is the same. ``seed`` is
+        the dropout seed; None draws one."""
         shared_layers = self.shared_input_layers if may_share else None
         if shared_layers is not None and shared_layers.can_share_outputs(fused_change, x):
             return shared_layers.output(module, self, x)
@@ -279,7 +288,7 @@ class LayerAdapter(nn.Module):
 
     def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """``gain ⊙ (W + ΔW)`` of every changed weight, by name: in at least float32 if ``wide``,
-        else in the dtype of the weight."""
+        else in the dtype of the weight. In training mode ΔW has dropout of whole input columns."""
         changed_weights = {}
         for name, change in self.changes.items():
             weight = frozen_weight(change, module, name)

@@ -4,8 +4,9 @@ factored and the materialised form, with their dtypes, also under autocast.
 run_factored        y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias
 run_materialised    y = op(x; gain ⊙ (W + ΔW)) + bias                  the definition
 
-The factored form needs no memory for W + ΔW. The materialised form is used if the caller requests
-it, or if the change has a gain and the layer holds the weight transposed.
+op is the layer's operation without its bias, drop is dropout, gain is a factor for each output. The
+factored form needs no memory for W + ΔW. The materialised form is used if the caller requests it,
+or if the change has a gain and the layer holds the weight transposed.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from veneer.precision import at_least_float32
 
 
 def is_jagged(x: Any) -> bool:
-    """Whether the one input of a call is a nested tensor of jagged layout."""
+    """Whether x is a nested tensor of jagged layout, whose rows have different lengths."""
     return type(x) is not Tensor and isinstance(x, Tensor) and x.layout is torch.jagged
 
 
 def run_on_values(run: Callable[[Call], Any], call: Call) -> Any:
     """The output of a layer for a jagged nested tensor, if the layer computes each position
-    independently. ``run`` computes the output for the positions of all rows, as one plain tensor.
-    The output has the same offsets object as the input, by which torch recognises that their shapes
-    are equal."""
+    independently. ``run`` is called with the positions of all rows as one plain tensor. The output
+    gets the offsets object of the input, because torch takes the shapes of two jagged tensors for
+    equal only if they have the same object."""
     x = call.x
     y = run(call._replace(args=(x.values(),), kwargs={}))
     return torch.nested.nested_tensor_from_jagged(
@@ -56,7 +57,7 @@ class LinearCall(NamedTuple):
 
     Fields:
         replacements: the tensors that replace the module's parameters and buffers in full, by name.
-        adapts_methods: whether other methods of the module than forward are adapted too.
+        adapts_methods: whether methods of the module besides forward are adapted too.
     """
 
     call: Call
@@ -82,13 +83,13 @@ class LinearCall(NamedTuple):
     def bias(self, change: Change) -> Any:
         parameters = self.module._parameters
         is_parameter = "bias" in parameters and not change.storage.opaque
-        # a bias that is pruned or parametrised is computed when its attribute is read
+        # Read a pruned or parametrised bias as an attribute, by which torch computes it.
         bias = parameters["bias"] if is_parameter else getattr(self.module, "bias", None)
         return self.replacements.get("bias", bias)
 
     def refuse_other_dtype(self, change: Change) -> None:
-        """Run the layer without its adapter if its input has another dtype than its weight, so that
-        torch raises its own error."""
+        """Call the layer without its adapter if its input has another dtype than its plain weight
+        (without autocast), so that torch raises the error that it raises for the plain layer."""
         x, name = self.x, cast(Layer, self.layer_state.layer).weight
         weight = frozen_weight(change, self.module, name)
         if change.storage.name != "plain" or not isinstance(x, Tensor) or x.dtype == weight.dtype:
@@ -98,10 +99,11 @@ class LinearCall(NamedTuple):
                 base_forward(self.module, self.call.base_cls, *self.call.args, **self.call.kwargs)
 
     def base_output(self, change: Change, with_bias: bool) -> Tensor:
-        """op(x; W), with the bias if ``with_bias``."""
+        """op(x; W), the layer's operation without its adapter, with the bias if ``with_bias``."""
         module, kind, x = self.module, cast(Layer, self.layer_state.layer), self.x
         if with_bias and not self.replacements and not change.storage.computed:
-            # If other methods are adapted too, run on a view, whose methods are the base class's.
+            # If other methods are adapted too, run on a view, whose methods are the base class's:
+            # with those of the module, forward would add ΔW to this output.
             base_module = view(module, self.call.base_cls, {}) if self.adapts_methods else module
             return base_forward(
                 base_module, self.call.base_cls, *self.call.args, **self.call.kwargs
@@ -112,23 +114,30 @@ class LinearCall(NamedTuple):
 
 
 def run_factored(
-    call: LinearCall,
+    linear_call: LinearCall,
     change: Change,
     low_rank: LowRank,
     gain: Tensor | None,
     dropout: float,
     forms_weight: bool = False,
 ) -> Any:
-    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias.
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias, where op is the layer's operation.
 
     Args:
         low_rank: ΔW as the layer reads it (``Change.as_read_by``).
-        forms_weight: whether the fused kernel, if it computes this call without dropout, forms
-            W + ΔW.
+        gain: a factor for each output; None for 1.
+        dropout: the probability of dropout of the inputs of ΔW.
+        forms_weight: whether the fused kernel computes x (W + ΔW)ᵀ with W + ΔW formed, if it
+            computes this call at all and without dropout.
     """
-    module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
+    module, layer_state, x, weight = (
+        linear_call.module,
+        linear_call.layer_state,
+        linear_call.x,
+        linear_call.weight,
+    )
     kind: Any = layer_state.layer
-    bias = call.bias(change)
+    bias = linear_call.bias(change)
     if gain is None and layer_state.is_plain_product and fused.applies(x, weight):
         settings = fused.Settings(
             (low_rank.scale,), dropout, new_seed() if dropout else 0, forms_weight and not dropout
@@ -149,7 +158,7 @@ def run_factored(
         y = None if context.current.path else kind.fused(module, x, weight, bias, low_rank, dropout)
         if y is not None:
             return y
-    y = call.base_output(change, with_bias=gain is None)
+    y = linear_call.base_output(change, with_bias=gain is None)
     return add_update(kind, module, x, y, low_rank, gain, bias, dropout)
 
 
@@ -164,17 +173,17 @@ def _run_on_device(
     gain: Tensor | None,
     dropout: float,
 ) -> Tensor | None:
-    """The output of a matrix product on a device, or None if the device kernel does not support the
-    call.
+    """The output of a layer that is a matrix product, by the kernel for devices besides the CPU.
+    None if that kernel does not support the call, or has no advantage in it.
 
-    For a packed weight, the kernel is used only if there is a gain. It decodes the weight again in
+    For a packed weight, the kernel is used only if there is a gain: it decodes the weight again in
     backward instead of saving a dense copy. Without a gain, the product of the library that packed
     the weight saves no copy either, so that product is used.
     """
     if layer_state.is_plain_product:
         if not device.applies(x, weight):
             return None
-        matrix: Any = weight.mT if kind.out_axis == 1 else weight
+        matrix_or_reader: Any = weight.mT if kind.out_axis == 1 else weight
     else:
         storage = change.storage
         if (
@@ -184,12 +193,12 @@ def _run_on_device(
             or storage.device(weight) != x.device
         ):
             return None
-        matrix = partial(_read_dense, change, weight, kind.out_axis == 1)
+        matrix_or_reader = partial(_read_dense, change, weight, kind.out_axis == 1)
     seed = new_seed() if dropout else 0
     return device.linears(
         (low_rank.scale,),
         x,
-        (matrix,),
+        (matrix_or_reader,),
         (bias,),
         (low_rank.A,),
         (low_rank.B,),
@@ -200,8 +209,9 @@ def _run_on_device(
 
 
 def _read_dense(change: Change, weight: Any, is_transposed: bool, dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in] in a dtype. ``is_transposed``: the weight is stored as [in, out].
-    It is read in blocks of rows, because the storage may compute them in a wider dtype."""
+    """The dense weight, [out, in], in ``dtype``. ``is_transposed``: the weight is stored as [in,
+    out]. It is read in blocks of rows, because a storage may decode in a wider dtype, in which the
+    full weight would take more memory."""
     dense, first_row = None, 0
     for row_block in change.storage.pieces(weight, ROW_BLOCK_COUNT):
         if len(row_block) == (change.dims.in_ if is_transposed else change.dims.out):
@@ -223,8 +233,9 @@ def add_update(
     bias: Any,
     dropout: float,
 ) -> Tensor:
-    """The output in factored form, given y = op(x; W). If there is a gain, y must not contain the
-    bias: ``bias`` is added after the gain."""
+    """The output in factored form, gain ⊙ (y + op(drop(x); ΔW)) + bias, given y = op(x; W). Without
+    a gain, y contains the bias already and ``bias`` is ignored. With a gain, y must not contain the
+    bias; ``bias`` is added after the gain unless it is None."""
     low_rank = low_rank.to(x.dtype if x.is_floating_point() else y.dtype)
     if dropout and not kind.drops_input:
         y = y + kind.update(module, x, low_rank, None) * _token_mask(x, dropout, y.dtype)
@@ -246,11 +257,12 @@ def run_materialised(
     low_rank: LowRank,
     gain: Tensor | None,
 ) -> Tensor:
-    """y = op(x; gain ⊙ (W + ΔW)) + bias, with dropout on the inputs of ΔW."""
+    """y = op(x; gain ⊙ (W + ΔW)) + bias, where op is the layer's operation, with dropout on the
+    inputs of ΔW in training mode."""
     weight_dtype = change.storage.dtype(weight)
     dtype = at_least_float32(weight_dtype)
-    # A 16-bit layer runs in float32, because a 16-bit W + ΔW would lose a small ΔW. A layer with a
-    # packed weight and a 16-bit x runs in float32 too.
+    # A 16-bit layer runs in float32, because a 16-bit W + ΔW would lose a small ΔW. So does a layer
+    # with a packed weight of a wider dtype and a 16-bit x.
     has_narrow_input = (
         x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
     )
@@ -263,13 +275,13 @@ def run_materialised(
         if not dropout:
             y = kind.op(module, wide_x, changed_weight, bias)
         else:
-            scaled_base = change.changed_weight(weight, None, gain, dtype)
+            scaled_base_weight = change.changed_weight(weight, None, gain, dtype)
             dropped_x = drop(wide_x, dropout) if kind.drops_input else wide_x
             update = kind.op(module, dropped_x, changed_weight, bias) - kind.op(
-                module, dropped_x, scaled_base, bias
+                module, dropped_x, scaled_base_weight, bias
             )
             mask = 1 if kind.drops_input else _token_mask(wide_x, dropout, update.dtype)
-            y = kind.op(module, wide_x, scaled_base, bias) + update * mask
+            y = kind.op(module, wide_x, scaled_base_weight, bias) + update * mask
     return y.to(output_dtype(x, weight_dtype)) if runs_wide else y
 
 

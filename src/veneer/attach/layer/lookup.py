@@ -28,8 +28,8 @@ from veneer.errors import SelectionError, TargetError, listing, nearest, sentenc
 
 
 def adapters_of(model: nn.Module) -> ModelAdapters | None:
-    """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``, or
-    None."""
+    """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``; None if
+    nothing is attached."""
     return unwrap(model).__dict__.get(MODEL_ADAPTERS_NAME)
 
 
@@ -44,10 +44,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first"
         )
     while MODEL_ADAPTERS_NAME not in model.__dict__:
-        inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        if inner is None or len(model._modules) != 1:
+        inner_model = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner_model is None or len(model._modules) != 1:
             return model
-        model = inner
+        model = inner_model
     return model
 
 
@@ -57,9 +57,10 @@ def need_adapters(
     """The ``ModelAdapters`` of a model.
 
     Args:
-        name: an adapter that must exist; None requires no adapter of a name.
+        name: an adapter that must exist. None does not require a particular adapter.
         check_all_layers: whether to check all layers for adapters of another model object. If
-            False, they are checked only if an adapted layer has been copied in this process.
+            False, for speed, they are checked only while there is a copy of adapted layers that is
+            not known to belong to a copy of the full model (``COPIES_WITHOUT_ROOT``).
 
     Raises:
         SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
@@ -86,7 +87,7 @@ def need_adapters(
 
 def foreign_layers_problem(model: nn.Module) -> str | None:
     """An error text if layers of this model have adapters that were attached through another model
-    object; else None."""
+    object, such as a parent model or the source of a copied layer; else None."""
 
     def foreign_paths() -> list[str]:
         model_adapters = adapters_of(model)
@@ -96,15 +97,15 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
             if layer_state.model_adapters is not model_adapters
         ]
 
-    # checked again under the lock, because another thread may be attaching
+    # checked again under the lock, because another thread may be in the middle of an attach
     if not foreign_paths() or not (paths := one_thread_at_a_time(foreign_paths)()):
         return None
     problem = f"adapters attached through another model object at {listing(paths, 3)}"
-    do = (
+    advice = (
         "go through the model that they were attached to; if a layer was copied, take the copy out,"
         " and detach before "
     )
-    return sentence(problem, "one root for all adapters", f"{do}copying or attach after")
+    return sentence(problem, "one root for all adapters", f"{advice}copying or attach after")
 
 
 def name_or_default(model: nn.Module, name: str | None) -> str:
@@ -123,9 +124,9 @@ def name_or_default(model: nn.Module, name: str | None) -> str:
             "call veneer.attach or load first",
         )
     if name is None and len(model_adapters.configs) > 1:
-        names = ", ".join(model_adapters.configs)
+        names_text = ", ".join(model_adapters.configs)
         raise SelectionError(
-            f"{len(model_adapters.configs)} adapters ({names}) and no name",
+            f"{len(model_adapters.configs)} adapters ({names_text}) and no name",
             "a name",
             "pass the name of one adapter",
         )
@@ -139,20 +140,20 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
         method: the name of the calling method, for the text of the error.
 
     Raises:
-        SelectionError: the model has several adapters and none is selected; or the base, or an
-            adapter for each row, is selected.
+        SelectionError: the model has several adapters and none is selected; or the base, a blend,
+            or an adapter for each row is selected.
     """
     model_adapters = need_adapters(model)
-    active = context.current.selection.get(model_adapters.uid)
-    if active is None:
+    active_adapter = context.current.selection.get(model_adapters.uid)
+    if active_adapter is None:
         return name_or_default(model, None)
-    if active.name is None:
+    if active_adapter.name is None:
         raise SelectionError(
             "a selection of the base, or of an adapter for each row",
             "one adapter",
             f"call {method} inside `with veneer.use(model, name):`",
         )
-    return name_or_default(model, active.name)
+    return name_or_default(model, active_adapter.name)
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
@@ -171,8 +172,9 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
     for path, module, layer_state in layers:
         layer_adapter = layer_state.get(name)
         if layer_adapter is not None and _holds_parameters(layer_adapter):
-            for weight, change in layer_adapter.changes.items():
-                frozen_weight(change, module, weight)
+            # The calls below raise the error if a parameter is no longer there.
+            for weight_name, change in layer_adapter.changes.items():
+                frozen_weight(change, module, weight_name)
             layer_adapter.replacements(module)
             yield path, module, layer_adapter
 
@@ -203,8 +205,9 @@ def _require_layers_present(
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
-    """Yield (path, module, weight name, change) for each weight that the adapter changes at a low
-    rank, in the model's order. A tied weight is yielded once."""
+    """Yield (path, module, weight name, change) for each weight that has a low-rank change of the
+    adapter, in the model's order. A tied weight is yielded once. Raises the errors of
+    ``adapters``."""
     for path, module, layer_adapter in adapters(model, name):
-        for weight, change in layer_adapter.low._modules.items():
-            yield path, module, weight, change  # pyright: ignore[reportReturnType]
+        for weight_name, change in layer_adapter.low._modules.items():
+            yield path, module, weight_name, change  # pyright: ignore[reportReturnType]

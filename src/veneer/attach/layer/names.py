@@ -20,11 +20,11 @@ from veneer.precision import equal_values
 
 
 class Names:
-    """The modules of a model by path, without the modules that attaching has added.
+    """An index of the modules of a model by path, without the modules that attaching has added.
 
-    A module that the model holds in several places has several paths, which are its names here.
-    ``aliases`` maps the first name of each module to all of its names, ``canonical`` each name to
-    the first one.
+    A module that the model holds in several places has several paths, which are called its names.
+    ``modules`` maps the first name of each module to the module, ``aliases`` the first name to all
+    names, and ``canonical`` each name to the first name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,14 +43,14 @@ class Names:
     @cached_property
     def on_meta_device(self) -> bool:
         """Whether all parameters are on the meta device, to be loaded later. False for a model with
-        accelerate's hooks: its parameters on the meta device are offloaded."""
+        accelerate's hooks, whose parameters on the meta device are not missing but offloaded."""
         is_hooked = any("_hf_hook" in module.__dict__ for module in self.modules.values())
         return not is_hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
         """Yield ((path, name), parameter) for each parameter of the model, except for those that
-        are only a detail of how a weight is stored. A tied parameter is listed for each module that
-        holds it."""
+        only serve to store a packed weight, such as its scales. A tied parameter is listed for each
+        module that holds it. ``path`` is the first name of the module."""
         for path, module in self.modules.items():
             visible_parameters = {
                 name: parameter
@@ -68,13 +68,13 @@ class Names:
         return refs_by_id
 
     def holders_of(self, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
-        """(path, name) of every module that holds the parameter ``ref``, in the model's order.
-        ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
+        """(path, name) of the parameter at ``ref`` in every module that holds it, in the model's
+        order. ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
         return refs_by_id.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
 
     def split_ties(self, values: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-        """The tied parameters whose names have different values in ``values``, or of which only
-        some names have a value there. ``values`` is {path: {name: value}}."""
+        """The entries of ``values``, {path: {name: value}}, for tied parameters that these values
+        split: the holders of a parameter have different values, or only some of them have one."""
         split_refs: set[ParamRef] = set()
         for refs in self.refs_by_parameter_id().values():
             tied_values = [
@@ -93,15 +93,17 @@ class Names:
 
         transformers marks the parameters that it loads. If no parameter has a mark, it is unknown
         which were loaded, so the result is empty. Sharded parameters lose their marks when they are
-        moved, so sharded and unsharded parameters are judged separately.
+        moved, so this rule is applied to sharded and to unsharded parameters separately.
         """
         fresh_refs: dict[int, ParamRef] = {}
         parameters = [
             (is_sharded(parameter), ref, parameter) for ref, parameter in self.parameters()
         ]
-        marked_groups = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
-        for sharded, ref, parameter in parameters:
-            if sharded in marked_groups and not _was_loaded(parameter):
+        marked_groups = {
+            has_shards for has_shards, _, parameter in parameters if _was_loaded(parameter)
+        }
+        for has_shards, ref, parameter in parameters:
+            if has_shards in marked_groups and not _was_loaded(parameter):
                 fresh_refs.setdefault(id(parameter), ref)
         return fresh_refs
 
@@ -112,7 +114,8 @@ class Names:
         return [name for name, aliases in self.aliases.items() if any(map(is_match, aliases))]
 
     def parameters_matching(self, pattern: str) -> list[ParamRef]:
-        """The parameters whose path matches ``pattern``, in the model's order."""
+        """The parameters whose path, under any name of their module, matches ``pattern``, in the
+        model's order."""
         is_match = path_test(pattern)
         return [
             (path, name)
@@ -122,8 +125,9 @@ class Names:
         ]
 
     def adaptable_refs(self, path: str) -> list[ParamRef]:
-        """The parameters of a module that an adapter may change: its weights and vectors, and those
-        of the children whose weights its forward uses as part of its own computation."""
+        """The parameters that an adapter may change if the module at ``path`` is a target: its
+        weights and vectors, and those of the children whose weights its own computation uses, such
+        as the ``out_proj`` of ``nn.MultiheadAttention``."""
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
@@ -154,29 +158,33 @@ class Names:
             if candidates is None
             else [*candidates]
         )
-        if count := _count_of_regex(pattern, paths):
-            return f" (as a regular expression it matches {count} paths: write {'re:' + pattern!r})"
+        if match_count := _regex_match_count(pattern, paths):
+            return (
+                f" (as a regular expression it matches {match_count} paths: write"
+                f" {'re:' + pattern!r})"
+            )
         return nearest(pattern, [*(path.rpartition(".")[2] for path in paths), *paths])
 
     def last_components_text(self) -> str:
         """The distinct last components of the paths of modules that can be attached to, such as
         "q_proj", as a text for messages."""
-        names = (
+        last_components = (
             name.rpartition(".")[2] or "(the model itself)"
             for name, module in self.modules.items()
             if kind_of(module)
         )
-        return listing(dict.fromkeys(names), limit=12)
+        return listing(dict.fromkeys(last_components), limit=12)
 
 
 def _was_loaded(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
-    """The number of paths that a pattern without ``re:`` would match as a regular expression."""
+def _regex_match_count(pattern: str, paths: Iterable[str]) -> int:
+    """The number of paths that ``pattern``, which does not begin with ``re:``, would match as a
+    regular expression. 0 if it is not a valid one."""
     try:
-        expression = re.compile(pattern)
+        regex = re.compile(pattern)
     except re.error:
         return 0
-    return sum(expression.fullmatch(path) is not None for path in paths)
+    return sum(regex.fullmatch(path) is not None for path in paths)

@@ -15,8 +15,8 @@ from veneer.errors import NotQuantized, sentence, warn_caller
 
 
 class Qconfig:
-    """The attribute ``qconfig`` of adapted layers: an ordinary attribute that warns when it is
-    set."""
+    """A descriptor for the attribute ``qconfig`` of adapted layers. It behaves like an ordinary
+    attribute, but warns (``NotQuantized``) when it is set."""
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
@@ -37,13 +37,14 @@ class Qconfig:
             "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the"
             " exact class"
         )
-        do = (
+        advice = (
             "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a"
             " plain model"
         )
-        text = sentence(problem, "plain layers to quantise", do)
-        # typing_extensions: torch decorates its quantisation functions with ``deprecated`` from it
-        warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
+        warning_text = sentence(problem, "plain layers to quantise", advice)
+        # The warning names the first caller outside of these packages. typing_extensions is one of
+        # them because torch decorates its quantisation functions with its ``deprecated``.
+        warn_caller(warning_text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
 
     def __delete__(self, module: Any) -> None:
         del module.__dict__["qconfig"]

@@ -52,11 +52,12 @@ class ActiveAdapter:
     Fields:
         name: the name of the adapter; None for the base alone.
         layer_adapters: for each layer that changes, the object that computes its output, such as a
-            ``LayerAdapter``. The keys are ``LayerState.key``, or (key, method) for other methods
-            than forward. None if the call is an error: the model has several adapters and none was
-            selected, or the adapter has been detached.
+            ``LayerAdapter``. The keys are ``LayerState.key``, or (key, method) for methods
+            besides forward. None if the call is an error: the model has several adapters and none
+            was selected, or the adapter has been detached.
         merged_at_attach: the value of ``ModelAdapters.merged`` when this adapter was attached. The
-            adapter is a change of the weights of that time. None stands for the base's weights.
+            adapter's ΔW is valid only for the weights of that time. None stands for the base's
+            weights.
         random_stream: a context manager in which random numbers come from this adapter's own
             generators (``veneer/engine``), so that they do not depend on what else is in the batch.
             None uses torch's default generators.
@@ -86,7 +87,7 @@ class OutsideGenerator(ActiveAdapter):
     """The selection of a call that is made while a generator is suspended inside of a ``with
     veneer.use(…)`` block.
 
-    The caller may or may not expect the block to hold for that call, so the call is an error.
+    The caller may or may not expect the block to apply to that call, so the call raises an error.
     ``block_source`` is the source text of the block's context manager, for the error.
     """
 
@@ -99,15 +100,16 @@ class OutsideGenerator(ActiveAdapter):
             f"a call outside of a generator that is suspended inside of `with {self.block_source}:`"
         )
         expected = "a call inside of that block, or one that selects for itself"
-        do = (
+        advice = (
             "decorate the generator function instead (`@veneer.use(model, name)`: it then selects"
             " in its steps alone), or put this call into a `with veneer.use(model, name):` of its"
             " own; a generator whose block is to hold for its caller is a"
             " `contextlib.contextmanager`"
         )
-        return SelectionError(problem, expected, do)
+        return SelectionError(problem, expected, advice)
 
 
+#: the selection of the base alone
 BASE = ActiveAdapter(None, {})
 #: the selection of a call of a model that has several adapters and no default: the call is an error
 NONE_SELECTED = ActiveAdapter(None, None)
@@ -118,8 +120,8 @@ ADAPTER_CHANGE_LOCK = threading.RLock()
 
 
 def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of functions that change a model's adapters: the function holds
-    ``ADAPTER_CHANGE_LOCK``."""
+    """Decorator of functions that change a model's adapters: a call holds ``ADAPTER_CHANGE_LOCK``,
+    so that no two threads change adapters at once."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -138,7 +140,8 @@ def detached_error(name: str | None) -> SelectionError:
 
 
 #: joins two adapter names in ``ModelAdapters.merged`` if the second adapter was merged on top of
-#: the first, although it was attached before that one was merged. No adapter name contains it.
+#: the first, although it had been attached to weights without the first. No adapter name contains
+#: this text.
 MERGED_OVER = " + "
 
 
@@ -153,12 +156,14 @@ class ModelAdapters:
         default_name: the adapter that ``veneer.set_default`` set as the default; None if none was
             set.
         merge_order: the names of the merged adapters, in the order of the merges.
-        merged: a label for the present weights. None stands for the base's weights. After a merge,
-            it is the name of the merged adapter, if that was attached to the weights as they were
-            just before; else the label of those weights and the name, joined by ``MERGED_OVER``.
-        is_merging: whether a merge has begun and not ended. If so, only weights that have a backup
-            may have been overwritten.
-        root: a weak reference to the model. None for a copy until the copied model is used.
+        merged: a label for the present weights. None stands for the base's weights. A merge sets it
+            to the name of the merged adapter, if that adapter was attached to the weights as they
+            were just before the merge; else to the label of those weights and the name, joined by
+            ``MERGED_OVER``.
+        is_merging: whether a merge has begun and not ended. An error may have stopped it, but only
+            weights that have a backup may have been overwritten.
+        root: a weak reference to the model. None for a copy of this object until the copy of the
+            model is used.
         untied: the weights to tie again when the last adapter is detached
             (``weight_tying.Untied``).
         original_requires_grad: ``requires_grad`` of the base's parameters before the first attach,
@@ -189,18 +194,21 @@ class ModelAdapters:
     def set_adapters(
         self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]
     ) -> None:
-        """Replace the adapters and update the default selection. The default is the adapter that
-        was set as the default, if it is still attached, else the only adapter."""
+        """Replace the adapters and update ``default``. If the adapter that was set as the default
+        is no longer attached, no adapter is set as the default."""
         self.configs, self.selections = configs, selections
         if self.default_name not in configs:
             self.default_name = None
         self.set_merge_order(self.merge_order)
 
-    def set_merge_order(self, names: tuple[str, ...]) -> None:
-        """Set the merged adapters, in the order of the merges, and update the default selection."""
-        self.merge_order, self.merged = names, (None, *self._labels(names))[-1]
+    def set_merge_order(self, merged_names: tuple[str, ...]) -> None:
+        """Set the merged adapters, in the order of the merges, and update ``merged`` and
+        ``default``, the selection of calls that select none: the adapter that was set as the
+        default, else the only adapter."""
+        self.merge_order, self.merged = merged_names, (None, *self._merged_labels(merged_names))[-1]
         selections = self.selections
-        if self.has_unrelated_merges:  # no single adapter can run on these weights
+        if self.has_unrelated_merges:
+            # No single adapter belongs to these weights, so calls run them without one.
             self.default = ActiveAdapter(self.merged, {})
             return
         if self.default_name is not None:
@@ -210,15 +218,15 @@ class ModelAdapters:
         else:
             self.default = NONE_SELECTED if selections else BASE
 
-    def _labels(self, names: tuple[str, ...]) -> list[str]:
-        """The value of ``merged`` after each of the merges of these adapters."""
+    def _merged_labels(self, merged_names: tuple[str, ...]) -> list[str]:
+        """The value of ``merged`` after each merge, if these adapters are merged in this order."""
         labels: list[str] = []
-        for name in names:
+        for name in merged_names:
             label_before = labels[-1] if labels else None
-            attached_here = (
+            was_attached_to_these = (
                 label_before is None or self.selections[name].merged_at_attach == label_before
             )
-            labels.append(name if attached_here else f"{label_before}{MERGED_OVER}{name}")
+            labels.append(name if was_attached_to_these else f"{label_before}{MERGED_OVER}{name}")
         return labels
 
     @property
@@ -228,12 +236,15 @@ class ModelAdapters:
         return self.merged is not None and MERGED_OVER in self.merged
 
     def can_merge(self, name: str) -> bool:
-        """Whether an adapter was attached to the base's weights, or to the weights after one of the
-        merges in ``merge_order``."""
-        return self.selections[name].merged_at_attach in (None, *self._labels(self.merge_order))
+        """Whether the adapter ``name`` may be merged now: it was attached to the base's weights, or
+        to the weights after one of the merges in ``merge_order``."""
+        return self.selections[name].merged_at_attach in (
+            None,
+            *self._merged_labels(self.merge_order),
+        )
 
     def claim(self, root: nn.Module) -> None:
-        """Record that these are the adapters of the model ``root``."""
+        """Record that these are the adapters of the model ``root``, unless a model is known."""
         if self.root is None:
             self.root = weakref.ref(root)
             COPIES_WITHOUT_ROOT.discard(self)
@@ -251,16 +262,16 @@ class ModelAdapters:
         COPIES_WITHOUT_ROOT.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
-        copied = memo[id(self)] = object.__new__(ModelAdapters)
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        # the memo holds the copied root if the full model is being copied
+        adapters_copy = memo[id(self)] = object.__new__(ModelAdapters)
+        adapters_copy.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # if the full model is being copied, the memo holds its copy, which is the new root
         if self.root is not None and (root := memo.get(id(self.root()))) is not None:
-            copied.claim(root)
-        return copied
+            adapters_copy.claim(root)
+        return adapters_copy
 
 
-#: copies of ``ModelAdapters`` without a known root. Their layers were copied out of a model, and
-#: may now belong to another model or to the same one.
+#: copies of ``ModelAdapters`` whose model is not known yet. If layers were copied out of a model,
+#: their copy may be part of another model or of the same one, so lookups check all layers.
 COPIES_WITHOUT_ROOT: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 
 
@@ -275,19 +286,19 @@ class LayerState(nn.Module):
         supports_factored: whether the layer's output can be computed as op(x; W) + op(x; ΔW).
         is_plain_product: whether the layer is a matrix product with a plain weight, which the fused
             kernel computes.
-        is_stock_class: whether the layer's class is one that its kind lists. Determined once, when
-            the layer is adapted: torch.compile would recompile a call that determines it again
-            after each import.
+        is_stock_class: whether the layer's class is one that its kind lists, such as ``nn.Linear``.
+            Determined once, when the layer is adapted: if each call determined it, torch.compile
+            would recompile the call after each import of a module.
         view_attributes: attributes that a view of the module gets in place of the module's, such as
             a switch that turns a fused fast path off.
         bound_methods: the names of attributes of the module that hold its bound methods.
         instance_forward: a forward that was set on the module instance, which runs in place of the
             class's forward. None if there is none.
         opaque_storage: ``BASES["opaque"]`` for a module whose weight only its own forward can read,
-            or whose forward may cut the graph. Its ``call`` runs that forward and passes gradients
-            on to the input. None for every other module.
-        base_dtypes: the dtypes of the tensors in the output of the layer without adapters, by all
-            that they depend on, such as the dtypes of the arguments. ``views.py`` fills it.
+            or whose forward may have no derivative. The storage's method ``call`` runs that forward
+            and passes gradients on to the input. None for every other module.
+        base_dtypes: a cache of ``views.py``: the dtypes of the tensors in the output of the layer
+            without adapters, by everything that they depend on, such as the arguments' dtypes.
     """
 
     def __init__(
@@ -309,13 +320,14 @@ class LayerState(nn.Module):
         self.opaque_storage: Any = None
         self.base_dtypes: dict[Any, tuple[Any, ...]] = {}
 
-    def selection_error(self, active: ActiveAdapter) -> SelectionError:
-        """The error of a call whose selection cannot run: it selects no adapter where there are
-        several, a detached adapter, or another adapter than the merged one."""
+    def selection_error(self, active_adapter: ActiveAdapter) -> SelectionError:
+        """The error of a call whose selection cannot run: it selects none of several adapters, a
+        detached adapter, or an adapter whose ΔW does not belong to the present weights, because an
+        adapter was merged or unmerged since the attach."""
         merged = self.model_adapters.merged
-        if active.layer_adapters is None and active.name is not None:
-            return active.selection_error()
-        if active.layer_adapters is None:
+        if active_adapter.layer_adapters is None and active_adapter.name is not None:
+            return active_adapter.selection_error()
+        if active_adapter.layer_adapters is None:
             configs = self.model_adapters.configs
             return SelectionError(
                 f"{len(configs)} adapters ({', '.join(configs)}) and none selected",
@@ -324,21 +336,24 @@ class LayerState(nn.Module):
                 " veneer.set_default(model, name) once",
             )
         if merged is None:
-            base_name = active.merged_at_attach
+            base_name = active_adapter.merged_at_attach
             return SelectionError(
-                f"a call that selects {active.name!r}, attached while {base_name!r} was merged, "
-                "which it no longer is",
+                f"a call that selects {active_adapter.name!r}, attached while {base_name!r} was"
+                " merged, which it no longer is",
                 "the weights that it was attached to",
                 f"merge {base_name!r} again",
             )
-        problem = f"a call that selects {active.name!r} while {merged!r} is merged into the weights"
+        problem = (
+            f"a call that selects {active_adapter.name!r} while {merged!r} is merged into the"
+            " weights"
+        )
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
         if self.model_adapters.has_unrelated_merges:
             expected = "a call without a selection, which has all that is merged"
         return SelectionError(problem, expected, "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> Any:
-        """The ``LayerAdapter`` of the adapter ``name`` at this layer; None if it changes nothing
+        """The ``LayerAdapter`` of the adapter ``name`` at this layer; None if that adapter has none
         here."""
         return self._modules.get(name)
 
@@ -350,6 +365,7 @@ class Call(NamedTuple):
     ``run(call)`` computes the output of the call.
 
     Fields:
+        module, layer_state: the adapted module, and its ``LayerState``.
         base_cls: the class of the module before it was adapted.
         args, kwargs: the arguments of the call, without ``self``.
         context: the context of the call.

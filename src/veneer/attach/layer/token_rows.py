@@ -4,7 +4,8 @@
     W'[ids] = R                   for the n trained tokens, whatever else the adapter changes
     ΔW[ids] = R − W[ids]          a product of the one-hot rows of the tokens and R − W[ids], rank n
 
-    W: [V, d], V tokens in the vocabulary, d the width     R: [n, d]
+    W: [V, d], V tokens in the vocabulary, d the width     R: [n, d]     ids: the trained tokens
+    W': the weight with the adapter
 
 R starts as W[ids]. The adapter stores R, not the difference: if the base is loaded and its
 vocabulary grown again, the new rows of W have other random values, but a trained token must stay
@@ -23,12 +24,13 @@ from veneer.layers import Layer
 from veneer.lowrank import LowRank
 from veneer.precision import at_least_float32
 
-#: the name of R among the parameters of a ``Change``
+#: the name of the trained token rows R among the parameters of a ``Change``
 TOKEN_ROWS = "token_rows"
 
 
 def initial_rows(dense: Tensor, ids: Tensor) -> Tensor:
-    """The initial R, [n, d]: the rows ``ids`` of the base's weight ``dense``, [V, d]."""
+    """The initial values of the trained token rows, [n, d]: the rows ``ids`` of the base's weight
+    ``dense``, [V, d]."""
     return dense.detach().index_select(0, ids.to(dense.device))
 
 
@@ -40,18 +42,18 @@ def with_token_rows(
     dense: Tensor,
     layer: Layer,
 ) -> tuple[LowRank, Tensor | None]:
-    """The change of a weight ``dense`` [V, d] as (ΔW, gain), where the factors of ``gain`` multiply
-    dense + ΔW. It sets the rows ``ids`` to ``token_rows`` [n, d]; the other rows get ``low_rank``
-    and ``gain``. ``layer`` is the kind of the layer."""
+    """(ΔW, gain), so that gain ⊙ (W + ΔW) has the rows ``token_rows`` [n, d] at ``ids`` and is the
+    result of ``low_rank`` and ``gain`` elsewhere. W is ``dense``, [V, d]. ``layer`` is the kind of
+    the layer, whose ``out_axis`` is 1 for an embedding and 0 for a head."""
     dtype = at_least_float32(token_rows.dtype)
     rows, vocabulary_size = token_rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:
-        rows = rows / gain.to(dtype)  # because the gain will multiply every row
+        rows = rows / gain.to(dtype)  # the gain has a factor per column, for all rows
     elif gain is not None:
         gain = gain.index_fill(0, ids, 1)
-    difference = rows - dense.index_select(0, ids).to(dtype)
-    one_hot = difference.new_zeros(len(ids), vocabulary_size).scatter_(1, ids[:, None], 1)
-    A, B = (one_hot, difference.mT) if layer.out_axis == 1 else (difference, one_hot.mT)
+    row_difference = rows - dense.index_select(0, ids).to(dtype)
+    one_hot = row_difference.new_zeros(len(ids), vocabulary_size).scatter_(1, ids[:, None], 1)
+    A, B = (one_hot, row_difference.mT) if layer.out_axis == 1 else (row_difference, one_hot.mT)
     if low_rank is None:
         return LowRank(A[None], B[None], 1.0), gain
     if layer.out_axis == 1:

@@ -2,6 +2,7 @@
 on a view that holds such a tensor in place of its weight.
 
     W [E, m, n]     ΔW[e] = scale · B[e] A[e]           E matrices, such as the experts of a layer
+    A [E, r, n]     B [E, m, r]                         r: the rank
     W[i], W[ids], W.mT, W.chunk(2, 1)                   slices, whose values are not computed either
     x @ (W + ΔW)[i] = x W[i] + scale · (x B[i]) A[i]    linear, bmm, grouped_mm, …
 
@@ -48,7 +49,8 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 class CannotFormError(Exception):
-    """An operation needs W + ΔW in a call in which it must not be formed."""
+    """An operation needs the values of W + ΔW in a call in which they must not be formed, because
+    16 bits would lose a small ΔW; or it writes to W + ΔW in place."""
 
 
 @dataclass(eq=False)
@@ -58,8 +60,10 @@ class Stack:
     Fields:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
         can_form: whether W + ΔW may be formed in the dtype of W.
-        call_state: a cache for the stacks of one call. It holds how the rows are grouped by expert.
-        call_input: the input of the call. The inputs of the products may be rows of this tensor.
+        call_state: a cache that the stacks of one call share, by the ``id`` of an index tensor. It
+            holds how the rows are grouped by expert.
+        call_input: the input of the module's call. If the input of a product consists of rows of
+            this tensor, backward can save this tensor instead.
         unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
             recorded.
     """
@@ -78,8 +82,8 @@ class Stack:
         factors of the transposed matrices."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            # The backward of ``unbind`` creates one gradient of the stack's size for all matrices.
-            # The backward of a subscript would create one for each matrix.
+            # Unbind all matrices once: the backward of ``unbind`` creates one gradient of the
+            # stack's size for all of them, that of a subscript would create one for each matrix.
             if self.needs_gradient:
                 if not self.unbound:
                     self.unbound = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]
@@ -96,24 +100,25 @@ class Stack:
         return torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
 
     def slice_matrices(self, bounds: slice) -> Stack:
-        """The stack of a slice of the matrices."""
-        return self._with(self.W[bounds], self.A[bounds], self.B[bounds])
+        """A stack with only the matrices in ``bounds``."""
+        return self._with_factors(self.W[bounds], self.A[bounds], self.B[bounds])
 
     def narrow_matrices(self, axis: int, first: int, size: int) -> Stack:
-        """The stack with only some outputs (axis 1) or inputs (axis 2) of all matrices."""
+        """A stack with only some outputs (axis 1) or inputs (axis 2) of all matrices: ``size`` of
+        them from ``first`` on."""
         A, B = (
             (self.A, self.B.narrow(1, first, size))
             if axis == 1
             else (self.A.narrow(2, first, size), self.B)
         )
-        return self._with(self.W.narrow(axis, first, size), A, B)
+        return self._with_factors(self.W.narrow(axis, first, size), A, B)
 
-    def _with(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
+    def _with_factors(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
         return Stack(W, A, B, self.scale, self.can_form, self.call_state, self.call_input)
 
     def form_matrices(self, index: Index, is_transposed: bool) -> Tensor:
         """W + ΔW of the matrices ``index``, differentiable in A and B; transposed if
-        ``is_transposed``."""
+        ``is_transposed``. Raises a CannotFormError if ``can_form`` is False."""
         if not self.can_form:
             raise CannotFormError
         W, A, B = self.factors(index, False)
@@ -126,7 +131,8 @@ class Stack:
 
 
 class Unformed(Tensor):
-    """W + ΔW of a ``Stack``, or of some of its matrices. Created by ``make_unformed``.
+    """A tensor that stands for W + ΔW of a ``Stack``, or of some of its matrices. The values are
+    computed only if an operation needs them. ``make_unformed`` creates it.
 
     Fields:
         index: the selected matrices of ``stack``.
@@ -136,22 +142,23 @@ class Unformed(Tensor):
     stack: Stack
     index: Index
     is_transposed: bool
-    # Redefined here: the attributes of ``Tensor`` would pass through ``__torch_function__``.
+    # Redefined as properties below, because a read of an attribute of ``Tensor`` would go through
+    # ``__torch_function__``.
     shape: Any
     dtype: Any
     device: Any
     ndim: Any
 
     def form_values(self) -> Tensor:
-        """The values W + ΔW."""
+        """This tensor as an ordinary tensor with the values of W + ΔW."""
         return self.stack.form_matrices(self.index, self.is_transposed)
 
     def factors(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(W, A, B) of this tensor's matrices, or of their transposes."""
+        """(W, A, B) of this tensor's matrices, or of their transposes if ``transposed``."""
         return self.stack.factors(self.index, self.is_transposed != transposed)
 
     def take_matrices(self, index: Index) -> Unformed:
-        """The ``Unformed`` of one or some of the stack's matrices."""
+        """The ``Unformed`` of the matrices ``index`` of the stack."""
         return make_unformed(self.stack, index, self.is_transposed)
 
     def transpose_matrices(self) -> Unformed:
@@ -163,12 +170,12 @@ class Unformed(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        operation = OPERATIONS.get(func)
-        operation = operation or OPERATIONS.get(getattr(func, "_qualified_op_name", None))
-        result = NotImplemented if operation is None else operation(func, *args, **kwargs)
+        implementation = OPERATIONS.get(func)
+        implementation = implementation or OPERATIONS.get(getattr(func, "_qualified_op_name", None))
+        result = NotImplemented if implementation is None else implementation(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
-        if _writes(func, kwargs):
+        if _writes_in_place(func, kwargs):
             raise CannotFormError
         return func(*_form_all(args), **_form_all(kwargs))
 
@@ -184,30 +191,33 @@ def _form_all(tree: Any) -> Any:
     return pytree.tree_map_only(Unformed, Unformed.form_values, tree)
 
 
-def _writes(func: Any, kwargs: Any) -> bool:
-    """Whether a function writes into one of its arguments, judged by its name."""
+def _writes_in_place(func: Any, kwargs: Any) -> bool:
+    """Whether a torch function writes into one of its arguments, judged by its name and by the
+    argument ``out``."""
     name = getattr(func, "__name__", "")
-    is_special = name.startswith("__")
-    ends_in_place = name.endswith("_") and not is_special
-    return ends_in_place or name in WRITING or kwargs.get("out") is not None
+    is_dunder = name.startswith("__")
+    ends_in_place = name.endswith("_") and not is_dunder
+    return ends_in_place or name in WRITING_METHODS or kwargs.get("out") is not None
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 #: methods that write into a tensor although their names do not end with one underscore
-WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
+WRITING_METHODS = {"__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
 def make_unformed(stack: Stack, index: Index = None, is_transposed: bool = False) -> Unformed:
-    """An ``Unformed`` of the selected matrices, transposed if ``is_transposed``."""
+    """An ``Unformed`` of the matrices ``index``, transposed if ``is_transposed``. It has an
+    autograd node if gradients are recorded for A or B."""
     return (
-        _apply(stack, index, is_transposed, stack.A, stack.B)
+        _apply_node(stack, index, is_transposed, stack.A, stack.B)
         if stack.needs_gradient
-        else _create(stack, index, is_transposed)
+        else _create_unformed(stack, index, is_transposed)
     )
 
 
-def _create(stack: Stack, index: Index, is_transposed: bool) -> Unformed:
-    """An ``Unformed`` without a gradient."""
+def _create_unformed(stack: Stack, index: Index, is_transposed: bool) -> Unformed:
+    """An ``Unformed`` of the matrices ``index`` without an autograd node. It is a wrapper subclass:
+    torch gets its shape and strides, but allocates no memory."""
     W = stack.W
     shape, strides = W.shape, W.stride()
     if isinstance(index, int):
@@ -243,8 +253,9 @@ for _name in ("shape", "dtype", "device", "ndim"):
 
 
 class _UnformedNode(torch.autograd.Function):
-    """The autograd node that outputs an ``Unformed``. Each product in ``OPERATIONS`` creates
-    another node for its output."""
+    """The autograd node that outputs an ``Unformed``. If W + ΔW was formed, its backward turns the
+    gradient of W + ΔW into those of A and B. Products in ``OPERATIONS`` do not use it: each creates
+    a node of its own."""
 
     @staticmethod
     def forward(
@@ -252,28 +263,26 @@ class _UnformedNode(torch.autograd.Function):
     ) -> Unformed:
         ctx.scale, ctx.index, ctx.is_transposed = stack.scale, index, is_transposed
         ctx.save_for_backward(A, B)
-        return _create(stack, index, is_transposed)
+        return _create_unformed(stack, index, is_transposed)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dW: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         A, B = ctx.saved_tensors
         index = ctx.index
-        G = (gradient.mT if ctx.is_transposed else gradient).to(
-            at_least_float32(A.dtype)
-        ) * ctx.scale
+        scaled_dW = (dW.mT if ctx.is_transposed else dW).to(at_least_float32(A.dtype)) * ctx.scale
         if index is None:
             return (
                 None,
                 None,
                 None,
-                (B.to(G.dtype).mT @ G).to(A.dtype),
-                (G @ A.to(G.dtype).mT).to(B.dtype),
+                (B.to(scaled_dW.dtype).mT @ scaled_dW).to(A.dtype),
+                (scaled_dW @ A.to(scaled_dW.dtype).mT).to(B.dtype),
             )
         if isinstance(index, int):
-            G, index = G[None], torch.tensor([index], device=G.device)
-        selected_A = A.index_select(0, index).to(G.dtype)
-        selected_B = B.index_select(0, index).to(G.dtype)
-        dA, dB = selected_B.mT @ G, G @ selected_A.mT
+            scaled_dW, index = scaled_dW[None], torch.tensor([index], device=scaled_dW.device)
+        selected_A = A.index_select(0, index).to(scaled_dW.dtype)
+        selected_B = B.index_select(0, index).to(scaled_dW.dtype)
+        dA, dB = selected_B.mT @ scaled_dW, scaled_dW @ selected_A.mT
         gradients = (
             torch.zeros_like(factor).index_add(0, index, update.to(factor.dtype))
             for factor, update in ((A, dA), (B, dB))
@@ -281,9 +290,9 @@ class _UnformedNode(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-# Skips the Python code of ``apply`` that serves ``torch.func``, whose transforms never get here
-# (``kernels.is_eager``).
-_apply = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
+# The ``apply`` of the base class of ``Function``, which is faster. The method of ``Function`` only
+# adds support for ``torch.func``, under which no ``Unformed`` is made (``kernels.is_eager``).
+_apply_node = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
 
 
 _METADATA_ATTRIBUTES = (

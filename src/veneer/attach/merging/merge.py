@@ -1,11 +1,10 @@
-"""Fold an adapter into the weights of a live model.
-
-    W' = round(gain ⊙ (W + ΔW))      to the weight's dtype, once
+"""Fold an adapter into the weights of a live model: each weight W becomes gain ⊙ (W + ΔW), rounded
+once to the weight's dtype.
 
 Rounding to nearest would lose most of a small change of 16-bit or quantised weights. Such a weight
 is rounded so that the change survives in the directions that the adapter reads
-(``kernels/error_feedback.py``). A storage whose representable values are unknown rounds by its own
-rule.
+(``kernels/error_feedback.py``). If it is unknown which values the format of a quantised weight can
+represent (GGUF), the weight is rounded by the rule of its storage.
 
 Weights are merged one at a time: compute the new content, check it, copy the old bits, overwrite.
 The model counts as merged until the last weight is restored, so ``unmerge`` can finish an
@@ -52,8 +51,8 @@ def merge(
     rounding: str = "auto",
     inputs: Mapping[str, Tensor] | None = None,
 ) -> MergeReport:
-    """Write ``W + ΔW``, rounded once, into the weights of ``model``, in place. Parameters keep
-    their identity and their ties.
+    """Write gain ⊙ (W + ΔW), rounded once, into the weights of ``model``, in place. (The gain is a
+    factor for each output, as in DoRA.) Parameters keep their identity and their ties.
 
     While an adapter is merged, the model runs at the base's speed and computes the adapter's
     outputs. A call that selects anything else raises an error. An adapter that is attached or
@@ -79,8 +78,9 @@ def merge(
             ``max_norm`` are always rounded to nearest. GGUF weights are rounded by the rule of
             their storage.
         inputs: Σ xᵀx over the inputs x of a weight, [g, in, in], up to a common factor, by the path
-            of the weight. Faithful rounding then also keeps the outputs right in the directions in
-            which the inputs vary most.
+            of the weight. g is the number of matrices in the weight, 1 for a linear layer. Faithful
+            rounding then also keeps the outputs right in the directions in which the inputs vary
+            most.
 
     Returns:
         for each parameter the size of the change, the share of the change that survived rounding to
@@ -114,7 +114,8 @@ def merge(
         storage: Any = opaque_weights[0].storage
         paths = listing(weight.full_path for weight in opaque_weights)
         raise MergeError(
-            f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque_weights[0].target)}"
+            f"Nothing was merged of {name!r} ({paths})."
+            f" {storage.refusal(opaque_weights[0].weight_holder)}"
         )
     return _merge_all(model, model_adapters, name, keep, rounding, dict(inputs or {}))
 
@@ -127,12 +128,17 @@ def _merge_all(
     rounding: str,
     second_moments: dict[str, Tensor],
 ) -> MergeReport:
-    """Overwrite all weights, or leave all of them unchanged. ``second_moments`` is the argument
-    ``inputs`` of ``merge``."""
+    """Overwrite all weights that the adapter ``name`` changes, or, if an error is raised, leave all
+    of them as they were. ``second_moments`` is the argument ``inputs`` of ``merge``; this function
+    consumes the dict.
+
+    Raises:
+        MergeError: with every reason why a weight cannot be merged.
+    """
     is_over_others = model_adapters.selections[name].merged_at_attach != model_adapters.merged
-    origins = bits_before_merge(model, name) if is_over_others else {}
+    origin_by_id = bits_before_merge(model, name) if is_over_others else {}
     weights = [
-        replace(weight, origin=origins.get(id(weight.target)))
+        replace(weight, origin_tensors=origin_by_id.get(id(weight.weight_holder)))
         for weight in stored_weights(model, name)
     ]
     problems = [
@@ -142,18 +148,18 @@ def _merge_all(
     ]
     if is_over_others:
         problems += _missing_origin_problems(model, name, weights)
-    order_before = model_adapters.merge_order
+    merge_order_before = model_adapters.merge_order
     try:
-        drop_backups(weights)  # left over if an unmerge was interrupted at its end
+        drop_backups(weights)  # an unmerge that was interrupted at its end may have left some
         model_adapters.is_merging = True
-        model_adapters.set_merge_order((*order_before, name))
+        model_adapters.set_merge_order((*merge_order_before, name))
         reports = _write_all(weights, rounding, second_moments, keep, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         model_adapters.is_merging = False
     except BaseException:
-        if model_adapters.merge_order != order_before:
+        if model_adapters.merge_order != merge_order_before:
             restore(filter(has_backup, weights))
-            model_adapters.set_merge_order(order_before)
+            model_adapters.set_merge_order(merge_order_before)
         drop_backups(weights)
         model_adapters.is_merging = False
         raise
@@ -169,13 +175,14 @@ def _write_all(
     keep: bool,
     problems: list[str],
 ) -> list[LayerMerge]:
-    """Back up and overwrite each weight while there are no problems. After the first problem,
-    compute the remaining weights only to collect further problems. ``second_moments`` is the
-    argument ``inputs`` of ``merge``."""
+    """Back up and overwrite each weight while ``problems`` is empty. After the first problem,
+    compute the remaining weights only to add further problems. ``second_moments`` is the argument
+    ``inputs`` of ``merge``, from which each used entry is removed; the entries that remain are
+    problems. Returns a report for each low-rank or fully trained parameter."""
     reports: list[LayerMerge] = []
     for weight in weights:
         second_moment = (
-            second_moments.pop(weight.full_path, None) if weight.values is None else None
+            second_moments.pop(weight.full_path, None) if weight.full_values is None else None
         )
         with torch.no_grad():
             content = merged_content(weight, rounding, second_moment, problems)
@@ -195,9 +202,9 @@ def _write_all(
 
 
 def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
-    """An error text for each change of an adapter that cannot be written into a weight. Either it
-    changes the output of one module only, although other modules read the same weight directly; or
-    it is a bias for a layer that has none."""
+    """An error text for each change of an adapter that cannot be written into a weight. Either the
+    change applies to the output of one module only, as in PEFT, although other modules read the
+    same weight; or it is a bias for a layer that has none."""
     for path, _, weight, change in changes(model, name):
         if change.module_only:
             yield sentence(
@@ -212,29 +219,30 @@ def output_change_problems(model: nn.Module, name: str) -> Iterator[str]:
         for parameter_name in layer_adapter.full._parameters:
             if parameter_name in module._parameters and module._parameters[parameter_name] is None:
                 problem = f"a bias for {path!r}, which has none"
-                do = "keep the adapter beside the base"
-                yield sentence(problem, "a layer with a bias to merge it into", do)
+                advice = "keep the adapter beside the base"
+                yield sentence(problem, "a layer with a bias to merge it into", advice)
 
 
 def _missing_origin_problems(
     model: nn.Module, name: str, weights: Iterable[StoredWeight]
 ) -> Iterator[str]:
-    """An error text for each weight that cannot be merged on top of other adapters. Either the bits
-    that this adapter was attached to were not kept, or two adapters replace the same running
-    statistics."""
+    """An error text for each weight that cannot be merged on top of the adapters that were merged
+    since the adapter ``name`` was attached. Either the bits that the weight had at the attach are
+    needed and were not kept (``keep=False``), or both adapters replace the same running statistics,
+    whose changes cannot be added up."""
     ids_without_backup = without_backup(model, name)
     for weight in weights:
-        needs_origin = weight.values is not None or weight.keeper.tokens is not None
-        if id(weight.target) in ids_without_backup and (
+        needs_origin = weight.full_values is not None or weight.keeper.tokens is not None
+        if id(weight.weight_holder) in ids_without_backup and (
             needs_origin or weight.keeper.variant.peft_keys
         ):
             problem = f"{weight.full_path!r}, into which another was merged with keep=False"
             expected = f"the weight that {name!r} was attached to"
             yield sentence(problem, expected, "load the base again, and merge with keep=True")
         elif (
-            weight.origin is not None
-            and not isinstance(weight.target, nn.Parameter)
-            and weight.values is not None
+            weight.origin_tensors is not None
+            and not isinstance(weight.weight_holder, nn.Parameter)
+            and weight.full_values is not None
         ):
             problem = (
                 f"{weight.full_path!r}, statistics that {name!r} and a merged adapter have of"

@@ -12,13 +12,14 @@ class LayerMerge:
 
     Fields:
         path: the path of the parameter.
-        change: ‖ΔW‖ / ‖W‖, where ΔW includes the effect of a gain.
-        retention: the share of ΔW that survives in the rounded weight, ⟨ΔW, W' − W⟩ / ‖ΔW‖²; 1 is
-            ideal.
+        change: ‖ΔW‖ / ‖W‖ (Frobenius norms), where ΔW is the exact change of the weight, including
+            the effect of a gain.
+        retention: the share of ΔW that survives in the rounded weight W', ⟨ΔW, W' − W⟩ / ‖ΔW‖²; 1
+            is ideal.
         rounding: "nearest", "faithful" (see ``merge``), or "storage" (by the rule of the weight's
             storage).
-        nearest: the retention that rounding to nearest gives, or the storage's rule if ``rounding``
-            is "storage".
+        nearest: the retention that rounding to nearest would give. If ``rounding`` is "storage",
+            the same as ``retention``.
     """
 
     path: str
@@ -30,15 +31,16 @@ class LayerMerge:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The effect of merging the adapter ``adapter`` on all parameters. ``str(report)`` is a short
-    text."""
+    """The effect of a merge: the name of the merged adapter, and a ``LayerMerge`` for each changed
+    parameter. ``str(report)`` is a short text."""
 
     adapter: str
     layers: tuple[LayerMerge, ...]
 
     @property
     def retention(self) -> float:
-        """The smallest ``retention`` of a parameter; 1.0 if nothing changed."""
+        """The smallest share of a parameter's change that survived rounding; 1.0 if nothing
+        changed."""
         return min((layer.retention for layer in self.layers), default=1.0)
 
     @property
@@ -63,9 +65,9 @@ class MergeReport:
             "storage": "rounded as their storage does",
         }
         special_roundings = "".join(
-            f"; {rounding_counts[name]} {description}"
-            for name, description in descriptions.items()
-            if rounding_counts[name]
+            f"; {rounding_counts[rounding]} {description}"
+            for rounding, description in descriptions.items()
+            if rounding_counts[rounding]
         )
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the"

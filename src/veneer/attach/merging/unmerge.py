@@ -26,9 +26,9 @@ from veneer.errors import MergeError, listing
 def unmerge(model: nn.Module, name: str | None = None) -> None:
     """Restore the bits that the weights had before the last ``merge``.
 
-    If a call is interrupted (Ctrl-C, out of memory), the next call finishes the work. Adapters that
-    were attached while this adapter was merged stay attached. Calls with them raise an error until
-    it is merged again.
+    If ``unmerge`` is interrupted (Ctrl-C, out of memory), the next ``unmerge`` finishes the work.
+    Adapters that were attached while the unmerged adapter was merged stay attached, but calls of
+    the model with them raise an error until that adapter is merged again.
 
     Args:
         name: the merged adapter; None stands for the last one that was merged.
@@ -36,7 +36,7 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
     Raises:
         MergeError: nothing is merged; another adapter was merged on top of this one; the old
             weights were not kept; or a merged weight was edited since, so that restoring would
-            lose the edit. No weight was changed.
+            lose the edit; or the weights are spread over processes. No weight was changed.
     """
     model = unwrap(model)
     model_adapters = need_adapters(model)
@@ -57,7 +57,8 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
     require_unsharded(model, "an unmerge")
     weights = list(stored_weights(model, last_name))
     backed_up_weights = list(filter(has_backup, weights))
-    # after an interrupted merge, weights without a backup still have their old bits
+    # Each weight must have a backup, except after an interrupted merge: it did not reach the
+    # weights without a backup, so they still have their old bits.
     if len(backed_up_weights) < len(weights) and not model_adapters.is_merging:
         raise MergeError(
             f"{last_name!r}, merged with keep=False",
@@ -65,26 +66,30 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
             "load the base again",
         )
     restore(_require_unedited(backed_up_weights))
-    # from here on the backups are no longer needed, even if this call is interrupted
+    # All weights are restored. From here on, an interrupted call may lose backups.
     model_adapters.set_merge_order(model_adapters.merge_order[:-1])
     drop_backups(weights)
     model_adapters.is_merging = False
 
 
 def _require_unedited(weights: Iterable[StoredWeight]) -> list[StoredWeight]:
-    """The weights to restore. Raises a MergeError if one of them was edited since the merge."""
-    merged_weights, edited_weights = [], []
+    """``weights`` without those that have their old bits already, because an interrupted unmerge
+    has restored them. Raises a MergeError if one of ``weights`` was edited since the merge, which
+    the hashes of its stored tensors show."""
+    unedited_weights, edited_weights = [], []
     for weight in weights:
-        digests = digest_tensors(weight.stored_tensors())
+        present_digests = digest_tensors(weight.stored_tensors())
         merged_digests = weight.keeper.__dict__.get("digests", {}).get(weight.name)
-        if merged_digests is None or digests == merged_digests:
-            merged_weights.append(weight)
-        elif digests != (old_digests := digest_tensors(backup_of(weight))):
-            # an interrupted unmerge may have restored some of the stored tensors
+        if merged_digests is None or present_digests == merged_digests:
+            unedited_weights.append(weight)
+        elif present_digests != (old_digests := digest_tensors(backup_of(weight))):
+            # The weight has neither the merged nor the old bits. If each of its stored tensors has
+            # one or the other, an interrupted unmerge restored some of them: that is no edit.
             is_half_restored = all(
-                digests[key] in (old_digests.get(key), merged_digests.get(key)) for key in digests
+                present_digests[key] in (old_digests.get(key), merged_digests.get(key))
+                for key in present_digests
             )
-            (merged_weights if is_half_restored else edited_weights).append(weight)
+            (unedited_weights if is_half_restored else edited_weights).append(weight)
     if edited_weights:
         raise MergeError(
             "weights edited since the merge (also by .to(dtype)):"
@@ -92,14 +97,15 @@ def _require_unedited(weights: Iterable[StoredWeight]) -> list[StoredWeight]:
             "the merged weights",
             "undo the edit, or detach(model, keep_merged=True) to keep it",
         )
-    return merged_weights
+    return unedited_weights
 
 
 def require_unsharded(model: nn.Module, action: str) -> None:
-    """Raise a MergeError if the weights are spread over processes."""
-    do = (
+    """Raise a MergeError if the weights are spread over processes. ``action`` is the beginning of
+    the error text, such as "a merge"."""
+    advice = (
         "save the adapter, and merge it in one process, before the model is sharded or with `veneer"
         " merge`"
     )
-    if problem := spread_problem((module for _, module in walk(model)), action, do):
+    if problem := spread_problem((module for _, module in walk(model)), action, advice):
         raise MergeError(problem)

@@ -1,7 +1,7 @@
 """Plan an adapter: which weight gets which rank, which modules read it, and which parameters are
 trained in full.
 
-plan(model, config, name) -> Plans      changes nothing; collects every problem, then raises once
+plan(model, config, name) -> Plans      does not change the model; one error lists every problem
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class LowRankPlan:
     """The low-rank change of one weight.
 
     Fields:
-        path, weight: the path of the module that owns the weight, and the name of the parameter.
-        holders: (path, name) for every module that holds the parameter, the owner first.
-        weight_readers: the methods of other modules that read the weight directly.
+        path, weight: the path of the first module that holds the weight, and the weight's name.
+        layer, storage: the kind of that module, and the way in which the weight is stored.
+        dims: (groups, out, in) of the weight. ``groups`` is 1 for a linear layer.
+        holders: (path, name) of the weight in every module that holds it; several if tied.
+        weight_readers: the methods that read the weight without a call of the module with it.
         rows: the indices of the output rows to change; None for all of them.
-        tokens: the ids of the tokens whose rows of an embedding or head are trained in full. None
-            trains no such rows. If ``rank`` is 0, nothing else changes.
-        module_only: whether other modules read the unchanged weight, as in PEFT. Then
+        tokens: the ids of the tokens whose rows of an embedding or head are trained in full; None
+            for none. If ``rank`` is 0, nothing else changes.
+        module_only: whether such methods read the unchanged weight, as in PEFT. Then
             ``weight_readers`` is empty.
     """
 
@@ -67,8 +69,7 @@ class LowRankPlan:
 
     @property
     def start_dims(self) -> Dims:
-        """The dimensions of the change that is trained: those of the weight, or those of its
-        changed ``rows``."""
+        """(groups, out, in) of the trained change: those of the weight, or of its ``rows``."""
         return self.dims if self.rows is None else self.dims._replace(out=len(self.rows))
 
 
@@ -79,11 +80,11 @@ class Plans:
     Fields:
         low_rank_plans: the plans of the low-rank changes.
         full: the names of the parameters that are trained in full, by the path of their module.
-        full_modules: the paths of the modules that ``train_also`` matches. The adapter also has
-            copies of their buffers.
-        full_readers: the methods that read parameters of ``full`` directly, without a call of the
-            module that holds them.
-        split_ties: tied parameters for whose names the adapter has different values.
+        full_modules: the paths of the modules that ``config.train_also`` matches. The adapter also
+            has copies of their buffers, such as running statistics.
+        full_readers: the methods that read parameters of ``full`` without a call of the module that
+            holds them.
+        split_ties: (path, name) of tied parameters that get a value of their own at this name.
     """
 
     config: LoraConfig
@@ -106,38 +107,42 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     )
 
     planner = _Planner(model, config, problems)
-    names, targets, head = planner.names, *planner.targets()
+    model_index, targets, head_refs = planner.model_index, *planner.find_targets()
     specs = planner.specs(targets)
-    vectors = [ref for ref in (*head, *targets) if ref not in specs]
-    low_rank_plans = plan_low(names, planner.with_tokens(specs), problems)
-    full_params = planner.full(vectors, [weight_plan.path for weight_plan in low_rank_plans])
+    full_refs = [ref for ref in (*head_refs, *targets) if ref not in specs]
+    low_rank_plans = plan_low(model_index, planner.with_tokens(specs), problems)
+    full_params = planner.find_full_params(
+        full_refs, [weight_plan.path for weight_plan in low_rank_plans]
+    )
     plans = complete_plans(
-        names,
+        model_index,
         config,
         low_rank_plans,
         full_params,
         problems,
         full_modules=frozenset(planner.train_also_paths),
-        frozen=planner.frozen,
+        frozen_ids=planner.frozen_ids,
     )
-    for path, name in {ref for weight_plan in low_rank_plans for ref in weight_plan.holders}:
-        if name in full_params.get(path, ()):
+    for path, weight_name in {ref for weight_plan in low_rank_plans for ref in weight_plan.holders}:
+        if weight_name in full_params.get(path, ()):
             problem = (
-                f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+                f"{parameter_path(path, weight_name)!r} to be changed and, through a tie, trained"
+                " in full"
             )
             problems.append(
                 sentence(problem, "one of them", "leave one of the tied modules out of train_also")
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        # regular expressions, as a path may be empty, a word of WORDS or the end of another path
+        # the chosen paths, as regular expressions: as patterns, a path may be a word such as "all"
+        # or match the end of another path
         patterns = tuple(dict.fromkeys(f"re:{re.escape(path)}" for path, _ in targets))
         plans = replace(plans, config=replace(config, targets=patterns))
     return plans
 
 
 def complete_plans(
-    names: Names,
+    model_index: Names,
     config: LoraConfig,
     low_rank_plans: Sequence[LowRankPlan],
     full_params: Mapping[str, tuple[str, ...]],
@@ -145,60 +150,56 @@ def complete_plans(
     *,
     full_modules: frozenset[str] = frozenset(),
     split_ties: frozenset[ParamRef] = frozenset(),
-    frozen: Set[int] = frozenset(),
+    frozen_ids: Set[int] = frozenset(),
 ) -> Plans:
-    """The plans of an adapter with ``low_rank_plans`` (results of ``plan_low``). Reasons against
-    them are added to ``problems``.
-
-    Args:
-        full_params: as ``Plans.full``.
-        full_modules, split_ties: as in ``Plans``.
-        frozen: parameters that the user froze, by ``id``.
-    """
-    refusals.check_full(names, full_params, problems, frozen)
-    problems += overlaps(names, _changed_refs(low_rank_plans, full_params))
+    """The plans of an adapter with ``low_rank_plans`` (results of ``plan_low``) that trains
+    ``full_params``, {module path: parameter names}, in full. Reasons against them are added to
+    ``problems``. ``frozen_ids``: the ``id`` of parameters that the user froze. ``full_modules`` and
+    ``split_ties`` are described in ``Plans``."""
+    refusals.check_full(model_index, full_params, problems, frozen_ids)
+    problems += overlaps(model_index, _changed_refs(low_rank_plans, full_params))
     if config.invocation_tokens:
-        problems += refusals.invocation_problems(names, low_rank_plans, full_params)
-    readers = () if problems else _direct_readers(names, _changed_refs((), full_params))
+        problems += refusals.invocation_problems(model_index, low_rank_plans, full_params)
+    readers = () if problems else _direct_readers(model_index, _changed_refs((), full_params))
     return Plans(config, tuple(low_rank_plans), full_params, full_modules, readers, split_ties)
 
 
 def _not_a_config(config: Any) -> ConfigError:
     """The error of ``plan`` for a ``config`` that is not a ``LoraConfig``."""
     if not hasattr(config, "peft_type"):
-        do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
-        return ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
-    do = "pass veneer.LoraConfig.from_peft(config)"
+        advice = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
+        return ConfigError(f"config={config!r}", "a veneer.LoraConfig", advice)
+    advice = "pass veneer.LoraConfig.from_peft(config)"
     try:
-        do = f"{do}, which is {LoraConfig.from_peft(config)}"
+        advice = f"{advice}, which is {LoraConfig.from_peft(config)}"
     except ConfigError as error:
-        do = f"{do} once these are mended: {error}"
-    return ConfigError(f"a {type(config).__name__} of PEFT", "a veneer.LoraConfig", do)
+        advice = f"{advice} once these are mended: {error}"
+    return ConfigError(f"a {type(config).__name__} of PEFT", "a veneer.LoraConfig", advice)
 
 
 class _Planner:
     """The steps of ``plan``. Each step adds the problems that it finds to ``problems``.
 
     Fields:
-        frozen: parameters that the user froze, by ``id``.
+        frozen_ids: the ``id`` of each parameter that the user froze.
         words: the patterns of ``config.targets``, some of which may be words such as "all-linear".
         train_also_paths: the paths of the modules that ``config.train_also`` matches.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, problems: list[str]) -> None:
-        self.names, self.config, self.problems = Names(model), config, problems
-        self.frozen = refusals.frozen_on_purpose(self.names)
+        self.model_index, self.config, self.problems = Names(model), config, problems
+        self.frozen_ids = refusals.frozen_on_purpose(self.model_index)
         self.words = [] if callable(config.targets) else pattern_list(config.targets)
         self.train_also_paths: list[str] = []
 
-    def targets(self) -> tuple[list[ParamRef], list[ParamRef]]:
-        """(the targets of the config, the parameters of an untrained head, which are trained in
-        full)."""
-        names, config = self.names, self.config
-        targets, target_problems = targeting.target_refs(names, config)
+    def find_targets(self) -> tuple[list[ParamRef], list[ParamRef]]:
+        """((path, name) of each parameter that the config targets; those of a head that was not in
+        the checkpoint, which are trained in full). Sets ``train_also_paths``."""
+        model_index, config = self.model_index, self.config
+        targets, target_problems = targeting.target_refs(model_index, config)
         self.problems += target_problems
-        self.train_also_paths = targeting.expand(
-            names, config.train_also, "train_also", self.problems
+        self.train_also_paths = targeting.expand_patterns(
+            model_index, config.train_also, "train_also", self.problems
         )
         has_explicit_targets = callable(config.targets) or any(
             word not in WORDS for word in self.words
@@ -209,9 +210,9 @@ class _Planner:
         for path in paths_in_both:
             problem = f"{path!r} in targets and in train_also"
             self.problems.append(sentence(problem, "one of them", "leave it out of the other"))
-        head = [] if has_explicit_targets else self.untrained_head()
+        head_refs = [] if has_explicit_targets else self.untrained_head()
         targets = [
-            ref for ref in targets if ref[0] not in self.train_also_paths and ref not in head
+            ref for ref in targets if ref[0] not in self.train_also_paths and ref not in head_refs
         ]
         targets = self.attachable(targets) if "all" in self.words else targets
         for field_name, patterns in (
@@ -220,163 +221,165 @@ class _Planner:
             ("slices", config.slices),
         ):
             self.problems += targeting.unmatched_pattern_problems(
-                names, patterns, field_name, targets
+                model_index, patterns, field_name, targets
             )
-        return targets, head
+        return targets, head_refs
 
     def untrained_head(self) -> list[ParamRef]:
-        """With targets="all-linear", the parameters of a task head that were not in the checkpoint.
-        They are trained in full: they are random, and the adapter may be loaded on a model with
-        other random values, to which a ΔW would not belong."""
+        """With targets="all-linear", the parameters of a task head that were not in the checkpoint,
+        which are trained in full: a ΔW would not fit the random values of another model."""
         if "all-linear" not in self.words:
             return []
-        fresh_parameters = self.names.fresh_parameters()
-        excluded = targeting.excluded_refs(self.names, self.config, [])
-        trainable_refs = [ref for key, ref in fresh_parameters.items() if key not in self.frozen]
-        head = targeting.fresh_head(self.names, trainable_refs)
-        return [ref for ref in head if ref not in excluded]
+        fresh_parameters = self.model_index.fresh_parameters()
+        excluded_refs = targeting.excluded_refs(self.model_index, self.config, [])
+        trainable_refs = [
+            ref for param_id, ref in fresh_parameters.items() if param_id not in self.frozen_ids
+        ]
+        head_refs = targeting.fresh_head(self.model_index, trainable_refs)
+        return [ref for ref in head_refs if ref not in excluded_refs]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
-        """The targets that an adapter can change. With "all", the other targets are no error: a
-        warning names them."""
-        refs_by_id = self.names.refs_by_parameter_id()
+        """The ``targets`` that an adapter can change. A ``SkippedLayers`` warning names the others:
+        with targets="all" they are no error."""
+        refs_by_id = self.model_index.refs_by_parameter_id()
         modules_without_kind = {
-            path: module for path, module in self.names.modules.items() if kind_of(module) is None
+            p: module for p, module in self.model_index.modules.items() if kind_of(module) is None
         }
-        refused = {
+        problem_by_ref = {
             (path, ""): problem
             for path, module in modules_without_kind.items()
             if (problem := refusals.unreadable_problem(path, module))
         }
         for ref in targets:
-            reasons = list(refusals.refusals_of(self.names, ref, refs_by_id))
-            if not reasons and not is_matrix(self.names, ref):
-                refusals.check_full(self.names, {ref[0]: (ref[1],)}, reasons, self.frozen)
+            reasons = list(refusals.refusals_of(self.model_index, ref, refs_by_id))
+            if not reasons and not is_matrix(self.model_index, ref):
+                refusals.check_full(self.model_index, {ref[0]: (ref[1],)}, reasons, self.frozen_ids)
             if reasons:
-                refused[ref] = reasons[0]
-        if refused:
-            lines = "\n".join(f"  {reason}" for reason in refused.values())
+                problem_by_ref[ref] = reasons[0]
+        if problem_by_ref:
+            lines = "\n".join(f"  {reason}" for reason in problem_by_ref.values())
             warnings.warn(
-                f'targets="all" leaves out {len(refused)} weights\n{lines}',
+                f'targets="all" leaves out {len(problem_by_ref)} weights\n{lines}',
                 SkippedLayers,
                 stacklevel=5,
             )
-        return [ref for ref in targets if ref not in refused]
+        return [ref for ref in targets if ref not in problem_by_ref]
 
     def specs(self, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
-        """Rank, alpha and slices of each target that takes a low-rank change. A tied weight has the
-        same under each of its names."""
-        names, config = self.names, self.config
+        """Rank, alpha and slices of each target that is a matrix; other targets are trained in
+        full. A tied weight has the same settings under each of its names."""
+        model_index, config = self.model_index, self.config
         variant = VARIANTS[config.variant]
         alpha = variant.default_alpha if config.alpha is None else config.alpha
-        refs_by_id = names.refs_by_parameter_id()
+        refs_by_id = model_index.refs_by_parameter_id()
         specs: dict[ParamRef, TargetSpec] = {}
         for ref in targets:
-            if not is_matrix(names, ref):
+            if not is_matrix(model_index, ref):
                 continue
-            holders = names.holders_of(ref, refs_by_id)
-            rank = targeting.value_for(names, holders, config.ranks, None)
+            holders = model_index.holders_of(ref, refs_by_id)
+            rank = targeting.value_for(model_index, holders, config.ranks, None)
             specs[ref] = TargetSpec(
                 int(config.rank if rank is None else rank),
-                targeting.value_for(names, holders, config.alphas, alpha),
-                targeting.value_for(names, holders, config.slices, None),
-                # "all" lowers the rank to what each layer allows. A rank that the config sets for a
-                # layer by name must fit.
+                targeting.value_for(model_index, holders, config.alphas, alpha),
+                targeting.value_for(model_index, holders, config.slices, None),
+                # "all" lowers the rank to what each layer allows, but a rank that ``config.ranks``
+                # sets for a layer must fit
                 clamp="all" in self.words and rank is None,
             )
         return specs
 
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
-        """``specs`` with the trained tokens. A weight that is no target gets a spec of rank 0 for
-        its tokens."""
+        """``specs`` with the token ids of ``config.trainable_tokens``, whose rows are trained in
+        full. A weight with such rows that is no target gets a spec of rank 0."""
         ids_by_weight = token_targets.token_ids_by_weight(
-            self.names, self.config.trainable_tokens, self.problems
+            self.model_index, self.config.trainable_tokens, self.problems
         )
-        refs_by_id = self.names.refs_by_parameter_id() if ids_by_weight else {}
+        refs_by_id = self.model_index.refs_by_parameter_id() if ids_by_weight else {}
         specs_with_tokens = dict(specs)
         for ref, spec in specs.items() if ids_by_weight else ():
-            first_ref = self.names.holders_of(ref, refs_by_id)[0]
+            first_ref = self.model_index.holders_of(ref, refs_by_id)[0]
             specs_with_tokens[ref] = replace(spec, tokens=ids_by_weight.pop(first_ref, None))
             if specs_with_tokens[ref].tokens and self.config.dropout:
                 problem = (
                     f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of"
                     f" {first_ref[0]!r}"
                 )
-                do = "use dropout=0, or exclude it from the targets"
+                advice = "use dropout=0, or exclude it from the targets"
                 self.problems.append(
-                    sentence(problem, "one of them: trained rows are never dropped", do)
+                    sentence(problem, "one of them: trained rows are never dropped", advice)
                 )
         return specs_with_tokens | {
             first_ref: TargetSpec(0, 1.0, tokens=ids) for first_ref, ids in ids_by_weight.items()
         }
 
-    def full(
-        self, vectors: Sequence[ParamRef], low_rank_paths: Sequence[str]
+    def find_full_params(
+        self, full_refs: Sequence[ParamRef], low_rank_paths: Sequence[str]
     ) -> dict[str, tuple[str, ...]]:
-        """The parameters that are trained in full, {path: names}: those of ``train_also``, the
-        targets ``vectors``, which are no matrices, biases (of the modules ``low_rank_paths`` or of
-        all modules, as the config says), and all parameters that are tied to these."""
-        names, bias = self.names, self.config.bias
+        """{module path: names} of the parameters that are trained in full: those of ``train_also``,
+        the targets ``full_refs``, the biases that ``config.bias`` selects ("targets": those of the
+        modules ``low_rank_paths``), and all parameters that are tied to these."""
+        model_index, bias = self.model_index, self.config.bias
         full_params = {
-            path: [n for n, p in names.modules[path]._parameters.items() if p is not None]
+            path: [n for n, p in model_index.modules[path]._parameters.items() if p is not None]
             for path in self.train_also_paths
         }
-        excluded = {
+        excluded_refs = {
             *((path, "bias") for path in self.train_also_paths),
-            *targeting.excluded_refs(names, self.config, []),
+            *targeting.excluded_refs(model_index, self.config, []),
         }
-        bias_paths = [path for path in names.modules if (path, "bias") not in excluded]
+        bias_paths = [path for path in model_index.modules if (path, "bias") not in excluded_refs]
         candidates = {"none": (), "targets": low_rank_paths, "all": bias_paths}[bias]
         biases = [
             (path, "bias")
             for path in candidates
-            if names.modules[path]._parameters.get("bias") is not None
+            if model_index.modules[path]._parameters.get("bias") is not None
         ]
         if bias != "none" and not biases:
             problem = f"bias={bias!r} and no bias there"
             self.problems.append(sentence(problem, "at least one bias to train", 'use bias="none"'))
-        for path, name in (*vectors, *biases):
+        for path, name in (*full_refs, *biases):
             full_params.setdefault(path, []).append(name)
-        return with_ties(names, full_params)
+        return with_ties(model_index, full_params)
 
 
 def _changed_refs(
     low_rank_plans: Sequence[LowRankPlan], full_params: Mapping[str, Sequence[str]]
 ) -> list[ParamRef]:
-    """(path, name) of every parameter that an adapter changes or replaces. A tied parameter is
-    listed under each of its names."""
+    """(path, name) of every parameter that an adapter changes at a low rank or trains in full
+    (``full_params``, {module path: names}). A tied one is listed under each of its names."""
     full_refs = [(path, name) for path, parameters in full_params.items() for name in parameters]
     return [*(ref for weight_plan in low_rank_plans for ref in weight_plan.holders), *full_refs]
 
 
-def with_ties(names: Names, full_params: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def with_ties(
+    model_index: Names, full_params: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
     """``full_params``, {module path: parameter names}, with every other name of those parameters
     that are tied, because tied parameters are trained as one."""
-    refs_by_id = names.refs_by_parameter_id()
-    tied = {path: dict.fromkeys(parameters) for path, parameters in full_params.items()}
+    refs_by_id = model_index.refs_by_parameter_id()
+    names_by_path = {path: dict.fromkeys(parameters) for path, parameters in full_params.items()}
     for path, name in _changed_refs((), full_params):
         for holder_path, holder_name in refs_by_id.get(
-            id(names.modules[path]._parameters.get(name)), ()
+            id(model_index.modules[path]._parameters.get(name)), ()
         ):
-            tied.setdefault(holder_path, {})[holder_name] = None
-    return {path: tuple(parameters) for path, parameters in tied.items()}
+            names_by_path.setdefault(holder_path, {})[holder_name] = None
+    return {path: tuple(parameters) for path, parameters in names_by_path.items()}
 
 
-def _direct_readers(names: Names, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
-    """The methods that read some of these parameters directly, without a call of the modules that
-    hold them."""
+def _direct_readers(model_index: Names, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
+    """The methods that read some of these parameters without a call of the module with them."""
     return tuple(
         dict.fromkeys(
-            weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)
+            weight_reader for ref in refs for weight_reader in weight_readers(model_index, *ref)
         )
     )
 
 
-def is_matrix(names: Names, ref: ParamRef) -> bool:
-    """Whether a parameter can take a low-rank change. The layer kind of its module decides. If the
-    kind does not list the parameter, two of its axes must have more than one entry."""
+def is_matrix(model_index: Names, ref: ParamRef) -> bool:
+    """Whether a parameter can take a low-rank change, as the kind of its module says. A parameter
+    that the kind does not list must have two axes of more than one entry, and must be no bias."""
     path, name = ref
-    module = names.modules[path]
+    module = model_index.modules[path]
     kind = kind_of(module)
     if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
         return name in kind.weights(module)
@@ -385,7 +388,7 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The settings of the config for one weight.
+    """The settings of one weight: those of the config, or those that a file implies.
 
     Fields:
         rank: the rank of the change; 0 trains only the rows of ``tokens``.
@@ -404,32 +407,34 @@ class TargetSpec:
 
 
 def plan_low(
-    names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
+    model_index: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
 ) -> list[LowRankPlan]:
-    """A plan for each weight in ``specs``, with every module that holds or reads it. Reasons
-    against a plan are added to ``problems``."""
-    refs_by_id = names.refs_by_parameter_id()
-    plans: dict[ParamRef, LowRankPlan] = {}
+    """A plan for each weight in ``specs``; a tied weight gets one plan. If a weight cannot be
+    planned, the reasons are added to ``problems``."""
+    refs_by_id = model_index.refs_by_parameter_id()
+    plan_by_ref: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
-        refusals_of_ref = list(refusals.refusals_of(names, ref, refs_by_id))
+        refusals_of_ref = list(refusals.refusals_of(model_index, ref, refs_by_id))
         problems += refusals_of_ref
         weight_plan = (
             None
             if refusals_of_ref
-            else _low_rank_plan(names, names.holders_of(ref, refs_by_id), spec, problems)
+            else _low_rank_plan(
+                model_index, model_index.holders_of(ref, refs_by_id), spec, problems
+            )
         )
         if weight_plan is not None:
-            plans.setdefault(weight_plan.ref, weight_plan)
-    return list(plans.values())
+            plan_by_ref.setdefault(weight_plan.ref, weight_plan)
+    return list(plan_by_ref.values())
 
 
 def _low_rank_plan(
-    names: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]
+    model_index: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]
 ) -> LowRankPlan | None:
-    """The plan of one weight, which all ``refs`` name. None if it cannot be planned; then the
-    reason is added to ``problems``."""
+    """The plan of one weight. ``refs`` are the (path, name) of every module that holds it. None if
+    it cannot be planned; then the reason is added to ``problems``."""
     path, name = refs[0]
-    module = names.modules[path]
+    module = model_index.modules[path]
     layer, weight = kind_for(module, name), weight_of(module, name)
     storage: Any = storage_of(weight)
     description = f"{parameter_path(path, name)!r} ({base_class(module).__name__})"
@@ -448,7 +453,7 @@ def _low_rank_plan(
             return None
     if spec.tokens is not None:
         token_problems = list(
-            token_targets.token_problems(names, refs, spec.tokens, storage.shape(weight)[0])
+            token_targets.token_problems(model_index, refs, spec.tokens, storage.shape(weight)[0])
         )
         problems += token_problems
         if token_problems:
@@ -457,10 +462,10 @@ def _low_rank_plan(
     rank = min(spec.rank, max_rank) if spec.clamp else spec.rank
     if rank > max_rank:
         problem = f"rank {rank} for {description}, (groups, out, in) = {tuple(dims)}"
-        do = f"lower the rank, set ranks={{{path!r}: {max_rank}}} or exclude it"
-        problems.append(sentence(problem, f"at most {max_rank}, what its weight allows", do))
+        advice = f"lower the rank, set ranks={{{path!r}: {max_rank}}} or exclude it"
+        problems.append(sentence(problem, f"at most {max_rank}, what its weight allows", advice))
         return None
-    direct_readers = () if spec.module_only else _direct_readers(names, refs)
+    direct_readers = () if spec.module_only else _direct_readers(model_index, refs)
     return LowRankPlan(
         path,
         name,
@@ -478,8 +483,8 @@ def _low_rank_plan(
 
 
 def _changed_rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
-    """The output rows that ``slices`` select, in ascending order within each slice. None if the
-    slices do not fit the weight."""
+    """The indices of the output rows that ``slices`` (``TargetSpec.slices``) select. None if they
+    do not fit a weight of ``dims``: out of range, overlapping, empty, or several groups."""
     if all(isinstance(is_selected, bool) for is_selected in slices):
         slice_size, remainder = divmod(dims.out, len(slices))
         ranges = [

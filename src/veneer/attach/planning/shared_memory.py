@@ -1,9 +1,10 @@
 """Find distinct parameters that share memory: ``head.weight.data = emb.weight.data``, a transpose,
 a view.
 
-If an adapter changes one of two such parameters, the layer of the other one still computes with W.
-But a merge would write the memory, and so change both. Parameters that are views into one buffer
-but have no byte in common (FSDP's) do not share memory, nor do tensors without memory.
+If an adapter changes one of two parameters that share memory, the layer of the other one still
+computes with the unchanged weight. But a merge would overwrite the memory, and so change both
+layers. Such parameters are therefore refused. Parameters that are views into one buffer but have no
+byte in common, as FSDP's, do not count, nor do tensors without memory, as on the meta device.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ from veneer.bases import weight_of
 from veneer.errors import sentence
 from veneer.layers import ParamRef
 
-#: (device, first address, address after the last byte, index of the parameter in the model's order)
+#: the memory of one parameter: (device, first address, address after the last byte, index of the
+#: parameter in the model's order)
 _Span = tuple[str, int, int, int]
 
 
-def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
-    """A problem for each of the parameters ``refs`` that shares memory with another parameter of
-    the model, or in which several elements have the same memory."""
-    changed_ids = {id(weight_of(names.modules[path], name)) for path, name in refs}
+def overlaps(model_index: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
+    """An error text for each parameter in ``refs``, the (path, name) of the parameters that an
+    adapter changes, that shares memory with another parameter of the model, or in which several
+    elements have the same memory."""
+    changed_ids = {id(weight_of(model_index.modules[path], name)) for path, name in refs}
     parameters: list[tuple[str, Tensor]] = []
     spans: list[_Span] = []
-    visited: set[int] = set()
-    for ref, parameter in names.parameters():
-        if id(parameter) in visited or (address_range := _address_range(parameter)) is None:
+    visited_ids: set[int] = set()
+    for ref, parameter in model_index.parameters():
+        if id(parameter) in visited_ids or (address_range := _address_range(parameter)) is None:
             continue
-        visited.add(id(parameter))
+        visited_ids.add(id(parameter))
         full_path = ".".join(ref).lstrip(".")
         if id(parameter) in changed_ids and _overlaps_itself(parameter):
             yield sentence(
@@ -43,10 +46,10 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
             )
         spans.append((str(parameter.device), *address_range, len(parameters)))
         parameters.append((full_path, parameter))
-    for pair in _intersecting_pairs(sorted(spans)):
+    for index_pair in _intersecting_pairs(sorted(spans)):
         (first_path, first_weight), (second_path, second_weight) = (
-            parameters[min(pair)],
-            parameters[max(pair)],
+            parameters[min(index_pair)],
+            parameters[max(index_pair)],
         )
         if changed_ids & {id(first_weight), id(second_weight)} and _share_bytes(
             first_weight, second_weight
@@ -65,31 +68,34 @@ def _address_range(tensor: Tensor) -> tuple[int, int] | None:
     if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided:
         return None
     try:
-        start = tensor.data_ptr()
-    except RuntimeError:  # a tensor subclass that only wraps other tensors
+        start_address = tensor.data_ptr()
+    except RuntimeError:  # a tensor subclass that wraps other tensors and has no memory of its own
         return None
     return (
-        (start, start + _extent(tensor) * tensor.element_size())
-        if start and tensor.numel()
+        (start_address, start_address + _extent(tensor) * tensor.element_size())
+        if start_address and tensor.numel()
         else None
     )
 
 
 def _extent(tensor: Tensor) -> int:
-    """The number of elements in the memory from the tensor's first element to its last one."""
+    """The number of elements that fit into the memory from the tensor's first element to its last
+    one. It exceeds the number of elements if the strides leave gaps."""
     return 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
 def _intersecting_pairs(spans: list[_Span]) -> Iterator[tuple[int, int]]:
-    """Yield (index, index) for each two parameters whose address ranges intersect. ``spans`` are
-    sorted."""
+    """Yield the two parameter indices of each pair of parameters on one device whose address ranges
+    intersect. ``spans`` must be sorted."""
     open_spans: list[_Span] = []
     for span in spans:
         device, start, _, index = span
         open_spans = [
-            earlier for earlier in open_spans if earlier[0] == device and earlier[2] > start
+            earlier_span
+            for earlier_span in open_spans
+            if earlier_span[0] == device and earlier_span[2] > start
         ]
         for *_, earlier_index in open_spans:
             yield earlier_index, index
@@ -102,24 +108,28 @@ def _share_bytes(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
     first_address = min(a.data_ptr(), b.data_ptr())
-    end_address = max(t.data_ptr() + _extent(t) * t.element_size() for t in (a, b))
+    end_address = max(
+        tensor.data_ptr() + _extent(tensor) * tensor.element_size() for tensor in (a, b)
+    )
     byte_mask = torch.zeros(end_address - first_address, dtype=torch.bool, device="cpu")
     bytes_of_a, bytes_of_b = (
         byte_mask.as_strided(
-            (*t.shape, t.element_size()),
-            (*(stride * t.element_size() for stride in t.stride()), 1),
-            t.data_ptr() - first_address,
+            (*tensor.shape, tensor.element_size()),
+            (*(stride * tensor.element_size() for stride in tensor.stride()), 1),
+            tensor.data_ptr() - first_address,
         )
-        for t in (a, b)
+        for tensor in (a, b)
     )
     bytes_of_a.fill_(True)
     return bool(bytes_of_b.any())
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    # torch decides this for dense tensors, in any order of the axes
+    """Whether several elements of a tensor have the same memory."""
+    # torch's check is cheap and returns 0 (no overlap) for dense tensors, in any order of the axes.
+    # For all others, count the distinct places in memory that the elements have.
     if torch._debug_has_internal_overlap(tensor) == 0:  # pyright: ignore[reportPrivateImportUsage]
         return False
-    elements = torch.zeros(_extent(tensor), dtype=torch.bool, device="cpu")
-    elements.as_strided(tensor.shape, tensor.stride()).fill_(True)
-    return int(elements.sum()) < tensor.numel()
+    is_used = torch.zeros(_extent(tensor), dtype=torch.bool, device="cpu")
+    is_used.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(is_used.sum()) < tensor.numel()

@@ -1,9 +1,9 @@
-"""Find the weights that the targets of a config mean. Targets are patterns over paths, words such
-as "all-linear", and indices of blocks.
+"""Find the weights that the targets of a config select. Targets are patterns for module paths and
+words such as "all-linear"; ``exclude`` and ``layers`` (indices of repeated blocks) narrow them.
 
 A pattern selects modules. If it matches no module, it selects parameters by their own paths
-("experts.gate_up_proj"). A module with several names counts once, under its first name, and matches
-under each of its names.
+("experts.gate_up_proj"). A module that the model holds under several paths counts once, under the
+first of them, and matches under each of them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ WORDS = tuple(_WORD_MEANINGS)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
-    """(the parameters that a config targets, in the model's order; problems)."""
+def target_refs(model_index: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
+    """((path, name) of each parameter that a config targets, in the model's order; error texts for
+    targets, excludes and block indices that match nothing)."""
     problems: list[str] = []
-    selected_refs = _match_targets(names, config.targets, problems)
-    excluded = excluded_refs(names, config, problems)
+    selected_refs = _match_targets(model_index, config.targets, problems)
+    excluded = excluded_refs(model_index, config, problems)
     selected_refs = [ref for ref in selected_refs if ref not in excluded]
     if config.layers is not None:
-        block_count = _block_count(names)
+        block_count = _block_count(model_index)
         if bad_indices := [
             index for index in config.layers if not -block_count <= index < block_count
         ]:
@@ -53,163 +54,189 @@ def target_refs(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[
             )
         else:
             block_indices = {index % block_count for index in config.layers}
-            selected_refs = [ref for ref in selected_refs if _block(ref[0]) in block_indices]
-    if not selected_refs and not problems and config.targets != ():  # () trains token rows alone
+            selected_refs = [ref for ref in selected_refs if _block_index(ref[0]) in block_indices]
+    # with ``targets=()``, the adapter only trains the rows of ``trainable_tokens``: no problem
+    if not selected_refs and not problems and config.targets != ():
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
     return selected_refs, problems
 
 
-def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
-    """The parameters that ``config.exclude`` excludes. A pattern that matches modules excludes all
-    parameters of these modules and of the modules below them. Any other pattern excludes the
-    parameters whose own paths it matches."""
+def excluded_refs(model_index: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
+    """(path, name) of each parameter that ``config.exclude`` excludes. A pattern that matches
+    modules excludes all parameters of these modules and of the modules below them. Any other
+    pattern excludes the parameters whose own paths it matches. An error text for each pattern that
+    matches nothing is added to ``problems``."""
     excluded: set[ParamRef] = set()
     for pattern in config.exclude:
-        parameters = (
+        parameter_refs = (
             []
-            if pattern in WORDS or names.modules_matching(pattern)
-            else names.parameters_matching(pattern)
+            if pattern in WORDS or model_index.modules_matching(pattern)
+            else model_index.parameters_matching(pattern)
         )
-        if parameters:
-            excluded.update(parameters)
+        if parameter_refs:
+            excluded.update(parameter_refs)
             continue
-        for path in _modules(names, pattern, "exclude", problems):
-            for path_below in names.subtree_paths(path):
+        for path in _matching_modules(model_index, pattern, "exclude", problems):
+            for path_below in model_index.subtree_paths(path):
                 excluded.update(
-                    (path_below, name) for name in own_parameters(names.modules[path_below])
+                    (path_below, name) for name in own_parameters(model_index.modules[path_below])
                 )
     return excluded
 
 
 def value_for(
-    names: Names, refs: Sequence[ParamRef], values: Mapping[str, Any], default: Any
+    model_index: Names, refs: Sequence[ParamRef], value_by_pattern: Mapping[str, Any], default: Any
 ) -> Any:
-    """The value of the first pattern in ``values`` that matches one of ``refs``, which are all
-    names of one weight."""
+    """The value in ``values``, {pattern: value}, of the first pattern that matches one of ``refs``,
+    the (path, name) of every module that holds one weight; ``default`` if no pattern matches."""
     return next(
-        (value for pattern, value in values.items() if matches_any(names, pattern, refs)), default
+        (
+            value
+            for pattern, value in value_by_pattern.items()
+            if matches_any(model_index, pattern, refs)
+        ),
+        default,
     )
 
 
-def matches_any(names: Names, pattern: str, refs: Iterable[ParamRef]) -> bool:
-    """Whether ``pattern``, which is not a word of ``WORDS``, matches one of ``refs``: the module or
-    the parameter, under any name of the module."""
+def matches_any(model_index: Names, pattern: str, refs: Iterable[ParamRef]) -> bool:
+    """Whether ``pattern``, which is not a word of ``WORDS``, matches the path of the module or of
+    the parameter for one of ``refs``, under any path of the module."""
     is_match = path_test(pattern)
     return any(
         is_match(alias) or is_match(f"{alias}.{name}".lstrip("."))
         for path, name in refs
-        for alias in names.aliases[path]
+        for alias in model_index.aliases[path]
     )
 
 
 def unmatched_pattern_problems(
-    names: Names, patterns: Iterable[str], field: str, targets: list[ParamRef]
+    model_index: Names, patterns: Iterable[str], field_name: str, targeted_refs: list[ParamRef]
 ) -> list[str]:
-    """A problem for each pattern that matches none of the parameters ``targets`` under any of their
-    names. ``field`` is the name of the config's field with these patterns."""
+    """An error text for each pattern that matches none of the parameters ``targeted_refs`` under
+    any of their names. ``field_name`` is the config field that holds the patterns, such as
+    "ranks"."""
     patterns = tuple(patterns)
     if not patterns:
         return []
-    paths = dict.fromkeys(path for path, _ in targets)
-    refs_by_id = names.refs_by_parameter_id()
-    holders = [holder for ref in targets for holder in names.holders_of(ref, refs_by_id)]
+    paths = dict.fromkeys(path for path, _ in targeted_refs)
+    refs_by_id = model_index.refs_by_parameter_id()
+    holders = [
+        holder for ref in targeted_refs for holder in model_index.holders_of(ref, refs_by_id)
+    ]
     return [
         sentence(
-            f"{field} pattern {pattern!r} matches no target{names.suggest(pattern, paths)}",
+            f"{field_name} pattern {pattern!r} matches no"
+            f" target{model_index.suggest(pattern, paths)}",
             "a pattern that matches one",
             f"name one of {listing(paths)}",
         )
         for pattern in patterns
-        if not matches_any(names, pattern, holders)
+        if not matches_any(model_index, pattern, holders)
     ]
 
 
-def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
-    """The modules that the patterns match, and all modules below them, if they hold parameters
-    themselves. ``field`` is the name of the config's field with these patterns."""
+def expand_patterns(
+    model_index: Names, patterns: Iterable[str], field_name: str, problems: list[str]
+) -> list[str]:
+    """The paths of the modules that the patterns match and of all modules below them, without those
+    that hold no parameters themselves. Error texts for patterns without such a module are added to
+    ``problems``; they name the config field ``field_name``."""
     module_paths: dict[str, None] = {}
     for pattern in patterns:
-        matches = _modules(names, pattern, field, problems)
+        matching_paths = _matching_modules(model_index, pattern, field_name, problems)
         paths_below = [
             path
-            for path_above in matches
-            for path in names.subtree_paths(path_above)
-            if names.modules[path]._parameters
+            for path_above in matching_paths
+            for path in model_index.subtree_paths(path_above)
+            if model_index.modules[path]._parameters
         ]
-        if matches and not paths_below:
-            problem = f"{field} pattern {pattern!r} matches modules without parameters"
+        if matching_paths and not paths_below:
+            problem = f"{field_name} pattern {pattern!r} matches modules without parameters"
             problems.append(sentence(problem, "something to train", "remove it"))
         module_paths.update(dict.fromkeys(paths_below))
     return list(module_paths)
 
 
-def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:
-    """The modules that a word or a pattern matches. If there are none, the reason is added to
-    ``problems``."""
-    matches = _word_modules(names, pattern) if pattern in WORDS else names.modules_matching(pattern)
-    if not matches:
-        examples = listing(
-            dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12
+def _matching_modules(
+    model_index: Names, pattern: str, field_name: str, problems: list[str]
+) -> list[str]:
+    """The paths of the modules that ``pattern``, which may be a word of ``WORDS``, matches. If none
+    match, an error text that names the config field ``field_name`` is added to ``problems``."""
+    matching_paths = (
+        _word_modules(model_index, pattern)
+        if pattern in WORDS
+        else model_index.modules_matching(pattern)
+    )
+    if not matching_paths:
+        examples_text = listing(
+            dict.fromkeys(path.rpartition(".")[2] for path in model_index.modules if path), limit=12
         )
-        problem = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
+        problem = (
+            f"{field_name} pattern {pattern!r} matches no module{model_index.suggest(pattern)}"
+        )
         problems.append(
-            sentence(problem, f"a name of this model, such as {examples}", "correct or remove it")
+            sentence(
+                problem, f"a name of this model, such as {examples_text}", "correct or remove it"
+            )
         )
-    return matches
+    return matching_paths
 
 
-def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
-    """The parameters that the ``targets`` of a config select, in the model's order. Reasons against
-    a pattern are added to ``problems``."""
+def _match_targets(index: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
+    """(path, name) of each parameter that the ``targets`` of a config select, in the model's order.
+    An error text for each pattern that selects nothing is added to ``problems``."""
     if callable(targets):
         paths = [
-            name
-            for name, module in names.modules.items()
-            if kind_of(module) and targets(name, module)
+            path
+            for path, module in index.modules.items()
+            if kind_of(module) and targets(path, module)
         ]
         if not paths:
-            do = f"choose among {names.last_components_text()}"
-            problems.append(sentence("targets callable chose no module", "at least one", do))
-        return [ref for path in paths for ref in names.adaptable_refs(path)]
+            advice = f"choose among {index.last_components_text()}"
+            problems.append(sentence("targets callable chose no module", "at least one", advice))
+        return [ref for path in paths for ref in index.adaptable_refs(path)]
     selected_refs: set[ParamRef] = set()
     for pattern in pattern_list(targets):
         matches = (
-            _word_modules(names, pattern) if pattern in WORDS else names.modules_matching(pattern)
+            _word_modules(index, pattern) if pattern in WORDS else index.modules_matching(pattern)
         )
-        refs = [ref for path in matches for ref in names.adaptable_refs(path)]
+        refs = [ref for path in matches for ref in index.adaptable_refs(path)]
         if not matches and pattern not in WORDS:
-            refs = names.parameters_matching(pattern)
+            refs = index.parameters_matching(pattern)
         if not refs and matches:
-            types = listing({type(names.modules[path]).__name__ for path in matches})
+            types = listing({type(index.modules[path]).__name__ for path in matches})
             problem = (
                 f"targets pattern {pattern!r} matches {types}, without parameters of their own"
             )
-            do = f"name layers such as {names.last_components_text()}, or use {pattern + '.*'!r}"
-            reasons = [reason for path in matches if (reason := unreadable(names.modules[path]))]
+            advice = (
+                f"name layers such as {index.last_components_text()}, or use {pattern + '.*'!r}"
+            )
+            reasons = [reason for path in matches if (reason := unreadable(index.modules[path]))]
             if reasons:
                 reason, fix = reasons[0]
-                problem, do = f"{problem}, {reason}", f"{fix}, or leave them out"
-            problems.append(sentence(problem, "modules or parameters", do))
+                problem, advice = f"{problem}, {reason}", f"{fix}, or leave them out"
+            problems.append(sentence(problem, "modules or parameters", advice))
         elif not refs and pattern in WORDS:
             problem = (
                 f"targets {pattern!r} means {_WORD_MEANINGS[pattern]}, of which this model has"
-                f" none, but {_count_types(names)}"
+                f" none, but {_count_types(index)}"
             )
-            do = f'use targets="all", or name layers such as {names.last_components_text()}'
-            problems.append(sentence(problem, "at least one such layer", do))
+            advice = f'use targets="all", or name layers such as {index.last_components_text()}'
+            problems.append(sentence(problem, "at least one such layer", advice))
         elif not refs:
-            problem = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
+            problem = f"targets pattern {pattern!r} matches nothing{index.suggest(pattern)}"
             expected = (
-                f"a word ({', '.join(WORDS)}) or names such as {names.last_components_text()}"
+                f"a word ({', '.join(WORDS)}) or names such as {index.last_components_text()}"
             )
             problems.append(sentence(problem, expected, "correct it"))
         selected_refs.update(refs)
-    module_order = {path: index for index, path in enumerate(names.modules)}
+    module_order = {path: position for position, path in enumerate(index.modules)}
     order_in_module = {
-        ref: index
-        for path in names.modules
-        for index, ref in enumerate(names.adaptable_refs(path))
+        ref: position
+        for path in index.modules
+        for position, ref in enumerate(index.adaptable_refs(path))
         if ref[0] == path
     }
     last_index = len(order_in_module)
@@ -219,114 +246,147 @@ def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[
     )
 
 
-def _count_types(names: Names) -> str:
-    """The layers that can be attached to, by type: "2 Conv2d, 1 BatchNorm2d"."""
-    counts = Counter(
-        base_class(names.modules[path]).__name__
-        for path in _word_modules(names, "all")
-        if names.adaptable_refs(path)
+def _count_types(model_index: Names) -> str:
+    """How many layers of each class an adapter can be attached to, as a text for messages: "2
+    Conv2d, 1 BatchNorm2d"."""
+    count_by_class = Counter(
+        base_class(model_index.modules[path]).__name__
+        for path in _word_modules(model_index, "all")
+        if model_index.adaptable_refs(path)
     )
-    return listing(f"{count} {name}" for name, count in counts.most_common())
+    return listing(f"{count} {class_name}" for class_name, count in count_by_class.most_common())
 
 
-def layers_left_out(names: Names, config: LoraConfig) -> str:
-    """The layers with matrices that "all-linear" leaves out and the config does not mention, by
-    type: stacks of experts, convolutions, recurrent layers. Embeddings do not count. The result is
-    a text such as "2 Conv2d", and empty if the targets are not "all-linear"."""
+def layers_left_out(model_index: Names, config: LoraConfig) -> str:
+    """How many layers of each class "all-linear" leaves out although they multiply their inputs by
+    a matrix (stacks of experts, convolutions, recurrent layers, but not embeddings), as a text such
+    as "2 Conv2d". Layers that the config trains in full or excludes do not count. The text is empty
+    if the targets are not "all-linear"."""
     if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
-    excluded_weights = excluded_refs(names, config, [])
-    head = _output_head(names)
+    excluded_weights = excluded_refs(model_index, config, [])
+    output_head = _output_head(model_index)
     train_also_paths = {
-        path for pattern in config.train_also for path in names.modules_matching(pattern)
+        path for pattern in config.train_also for path in model_index.modules_matching(pattern)
     }
-    block_count = _block_count(names)
+    block_count = _block_count(model_index)
     block_indices = {index % block_count for index in config.layers or () if block_count}
-    counts: Counter[str] = Counter()
-    for path, module in names.modules.items():
+    count_by_class: Counter[str] = Counter()
+    for path, module in model_index.modules.items():
         kind: Any = kind_of(module)
-        if kind is None or kind.linear or module is head or path in train_also_paths:
+        if kind is None or kind.linear or module is output_head or path in train_also_paths:
             continue
-        if config.layers is not None and _block(path) not in block_indices:
+        if config.layers is not None and _block_index(path) not in block_indices:
             continue
-        matrices = [name for name in kind.weights(module) if (path, name) not in excluded_weights]
-        counts[base_class(module).__name__] += any(
-            _multiplies_inputs(kind, module, name) for name in matrices
+        matrices = [
+            weight_name
+            for weight_name in kind.weights(module)
+            if (path, weight_name) not in excluded_weights
+        ]
+        count_by_class[base_class(module).__name__] += any(
+            _multiplies_inputs(kind, module, weight_name) for weight_name in matrices
         )
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)
+    return ", ".join(
+        f"{count} {class_name}" for class_name, count in count_by_class.most_common() if count
+    )
 
 
-def _multiplies_inputs(kind: Any, module: nn.Module, name: str) -> bool:
-    """Whether a module multiplies its inputs by a weight. A weight of the general kind counts if it
-    is a stack of matrices."""
+def _multiplies_inputs(kind: Any, module: nn.Module, weight_name: str) -> bool:
+    """Whether a module multiplies its inputs by its weight ``weight_name``. The general kind, for
+    modules of unknown classes, does not tell: its weight counts if it is a stack of matrices, as
+    in a module of experts."""
     if kind is not GENERAL_KIND:
         return kind.drops_input
-    return len(without_unit_axes(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
+    return len(without_unit_axes(module._parameters[weight_name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _word_modules(names: Names, word: str) -> list[str]:
-    """The modules that a word of ``WORDS`` selects."""
-    attachable = {name: kind for name, module in names.modules.items() if (kind := kind_of(module))}
+def _word_modules(model_index: Names, word: str) -> list[str]:
+    """The paths of the modules that a word of ``WORDS``, such as "all-linear", selects."""
+    kind_by_path = {
+        path: kind for path, module in model_index.modules.items() if (kind := kind_of(module))
+    }
     if word == "all":
-        return list(attachable)
+        return list(kind_by_path)
     if word == "peft-all-linear":
-        head, classes = _output_head(names), (nn.Linear, *LAYERS["conv1d_transformers"].types())
+        output_head, linear_classes = (
+            _output_head(model_index),
+            (nn.Linear, *LAYERS["conv1d_transformers"].types()),
+        )
         return [
-            name
-            for name in attachable
-            if isinstance(names.modules[name], classes) and names.modules[name] is not head
+            path
+            for path in kind_by_path
+            if isinstance(model_index.modules[path], linear_classes)
+            and model_index.modules[path] is not output_head
         ]
-    body_paths = _body_paths(names)
-    linear_paths = [name for name, kind in attachable.items() if kind.linear and name in body_paths]
+    body_paths = _body_paths(model_index)
+    linear_paths = [
+        path for path, kind in kind_by_path.items() if kind.linear and path in body_paths
+    ]
     if word == "all-linear":
         return linear_paths
-    attention_paths = [name for name in linear_paths if _ATTENTION.search(name)]
+    attention_paths = [path for path in linear_paths if _ATTENTION.search(path)]
     if word == "attention":
         return attention_paths
     return [
-        name for name in linear_paths if _block(name) is not None and name not in attention_paths
+        path
+        for path in linear_paths
+        if _block_index(path) is not None and path not in attention_paths
     ]
 
 
-def _body_paths(names: Names) -> set[str]:
-    """The paths of all modules that are not part of an output head: not transformers' output
-    embeddings, and nothing outside of ``base_model``, if the model has one."""
-    prefix = getattr(names.model, "base_model_prefix", "")
-    has_base_model = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
-    head = _output_head(names)
+def _body_paths(model_index: Names) -> set[str]:
+    """The paths of all modules that are not part of an output head. If a transformers model has a
+    base model (``base_model_prefix``), all modules outside of the base model are part of the head;
+    so are the output embeddings in every case."""
+    base_model_name = getattr(model_index.model, "base_model_prefix", "")
+    has_base_model = base_model_name and isinstance(
+        getattr(model_index.model, base_model_name, None), nn.Module
+    )
+    output_head = _output_head(model_index)
     return {
-        name
-        for name in (names.subtree_paths(prefix) if has_base_model else names.modules)
-        if names.modules[name] is not head
+        path
+        for path in (
+            model_index.subtree_paths(base_model_name) if has_base_model else model_index.modules
+        )
+        if model_index.modules[path] is not output_head
     }
 
 
-def _output_head(names: Names) -> Any:
+def _output_head(model_index: Names) -> Any:
     """The module that a transformers model gives as its output embeddings, or None."""
-    get_head: Any = getattr(names.model, "get_output_embeddings", None)
-    return get_head() if callable(get_head) else None
+    get_output_head: Any = getattr(model_index.model, "get_output_embeddings", None)
+    return get_output_head() if callable(get_output_head) else None
 
 
-def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
-    """The parameters in ``fresh`` that belong to a head or pooler: those outside of the repeated
-    blocks and of embeddings. ``fresh`` are parameters that were not in the checkpoint."""
-    output_head, body_paths = _output_head(names), _body_paths(names)
+def fresh_head(model_index: Names, fresh_refs: Iterable[ParamRef]) -> list[ParamRef]:
+    """The parameters in ``fresh_refs``, which were not in the checkpoint, that belong to a task
+    head or a pooler: those that are in no repeated block of the base model, in no embedding and not
+    in the output embeddings."""
+    output_head, body_paths = _output_head(model_index), _body_paths(model_index)
     return [
         (path, name)
-        for path, name in fresh
-        if names.modules[path] is not output_head
-        and not isinstance(names.modules[path], nn.Embedding)
-        and not (path in body_paths and _block(path) is not None)
+        for path, name in fresh_refs
+        if model_index.modules[path] is not output_head
+        and not isinstance(model_index.modules[path], nn.Embedding)
+        and not (path in body_paths and _block_index(path) is not None)
     ]
 
 
-def _block_count(names: Names) -> int:
-    """One more than the largest index of a repeated block."""
-    indices = [index for path in names.modules if (index := _block(path)) is not None]
-    return max(indices, default=-1) + 1
+def _block_count(model_index: Names) -> int:
+    """The number of repeated blocks: one more than the largest block index in a module path; 0 if
+    there are none."""
+    block_indices = [
+        block_index
+        for path in model_index.modules
+        if (block_index := _block_index(path)) is not None
+    ]
+    return max(block_indices, default=-1) + 1
 
 
-def _block(path: str) -> int | None:
-    """The index of the repeated block that holds a module: the first number in its path. None if
-    there is no number."""
-    return next((int(name) for name in path.split(".") if name.isdigit()), None)
+def _block_index(path: str) -> int | None:
+    """The index of the repeated block that holds the module at ``path``: the first number in the
+    path ("model.layers.3.mlp": 3). None if there is no number."""
+    return next(
+        (int(path_component) for path_component in path.split(".") if path_component.isdigit()),
+        None,
+    )

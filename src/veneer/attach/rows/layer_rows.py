@@ -1,4 +1,4 @@
-"""One layer in a batch whose rows use different adapters. The inputs are split by adapter, the
+"""Run one layer in a batch whose rows use different adapters: the inputs are split by adapter, the
 layer runs on the rows of each adapter, and the outputs are put back in the order of the batch.
 """
 
@@ -19,16 +19,19 @@ from veneer.distributed import base_class
 from veneer.errors import SelectionError
 from veneer.layers import GENERAL_KIND, Layer
 
-#: types of arguments that hold no rows; and Tensor, out of which rows can be taken
+#: types of arguments that can be passed on: Tensor, out of which rows can be taken, and types whose
+#: values hold no rows
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
 
 class LayerRows:
-    """One layer in a batch whose rows select different adapters, with the interface of
-    ``LayerAdapter``.
+    """One layer in a batch whose rows use different adapters. It has the interface of a
+    ``LayerAdapter``, one adapter's changes at a layer.
 
-    ``layer_adapters`` has an entry for each selection of ``row_adapters``: an object with the
-    interface of ``LayerAdapter`` for this layer, or None if the selection does not change it.
+    Args:
+        row_adapters: the ``RowAdapters`` of the batch: which row uses which selection.
+        layer_adapters: for each selection, the object that computes this layer, such as a
+            ``LayerAdapter``; None if the selection does not change the layer.
     """
 
     def __init__(self, row_adapters: Any, layer_adapters: Sequence[Any]) -> None:
@@ -40,7 +43,11 @@ class LayerRows:
             yield from () if layer_adapter is None else layer_adapter.reached_ids(method)
 
     def run(self, call: Call) -> Any:
-        """The output of a call in which each row uses its adapter."""
+        """The output of a call of the layer in which each row uses its adapter.
+
+        Raises:
+            SelectionError: the inputs cannot be divided into the rows of the batch.
+        """
         if len(self.layer_adapters) == 1:
             return self._run_single(call)
         has_one_input = len(call.args) == 1 and not call.kwargs and call.method == "forward"
@@ -52,16 +59,21 @@ class LayerRows:
         return self._run_split(call, seeds)
 
     def _run_split(self, call: Call, seeds: Sequence[int | None]) -> Any:
-        """Run the layer once for each selection, on the rows that use it. ``seeds`` are the dropout
-        seeds of the selections; a seed is drawn where it is None."""
+        """Run the layer once for each selection, on the rows that use it, and join the outputs.
+        ``seeds`` are the dropout seeds of the selections; the layer draws one where it is None."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         row_adapters, kind = self.row_adapters, _kind_for(layer_state, method)
-        is_leaf, looks_up = _is_leaf(module, layer_state), _looks_up_selection(module, layer_state)
-        tokens_per_row = _count_tokens_per_row(kind, module, (args, kwargs), row_adapters.count)
+        is_leaf, may_look_up = (
+            _is_leaf(module, layer_state),
+            _looks_up_selection(module, layer_state),
+        )
+        tokens_per_row = _count_tokens_per_row(kind, module, (args, kwargs), row_adapters.row_count)
+        # in a model with inputs [time, batch, …], the tokens of a row are not neighbours, so they
+        # cannot be found by ``tokens_per_row``
         if tokens_per_row is not None and tokens_per_row > 1 and row_adapters.time_first:
             tokens_per_row = None
         problem = self._division_problem(
-            kind, (args, kwargs), is_leaf, is_routed=tokens_per_row is not None
+            kind, (args, kwargs), is_leaf, holds_routed_tokens=tokens_per_row is not None
         )
         if problem is not None:
             raise _division_error(module, problem)
@@ -76,11 +88,11 @@ class LayerRows:
             row_args, row_kwargs = self._take(
                 kind, module, args, kwargs, _token_indices(indices, tokens_per_row), tokens_per_row
             )
-            with row_adapters.only(selection, not looks_up):
+            with row_adapters.only(selection, not may_look_up):
                 if layer_adapter is None:
                     outputs.append(_run_base(module, base_cls, method, row_args, row_kwargs))
                 else:
-                    # no variable for the new call, which would keep these rows in memory
+                    # not in a variable, which would keep these rows in memory during the next run
                     outputs.append(
                         layer_adapter.run(
                             call._replace(
@@ -91,11 +103,11 @@ class LayerRows:
         return kind.put(module, outputs, _token_indices(order, tokens_per_row))
 
     def _run_single(self, call: Call) -> Any:
-        """The output if all rows use the same selection. It is the output of a plain call, but the
-        inputs must hold the rows of the batch, else an error is raised."""
+        """The output if all rows use the same selection: that of a plain call. As with several
+        selections, a SelectionError is raised if the inputs do not hold the rows of the batch."""
         module, base_cls, layer_state, args, kwargs, _, method, *_ = call
         (layer_adapter,), (selection,) = self.layer_adapters, self.row_adapters.selections
-        row_count = self.row_adapters.count
+        row_count = self.row_adapters.row_count
         kind = _kind_for(layer_state, method)
         x = args[0] if len(args) == 1 and not kwargs else None
         if not (
@@ -121,9 +133,10 @@ class LayerRows:
         indices: Tensor,
         tokens_per_row: int,
     ) -> Any:
-        """The arguments of a call for the rows ``indices`` only. If the inputs hold tokens instead
-        of rows, ``indices`` are indices of tokens; else ``tokens_per_row`` is 1."""
-        row_count = self.row_adapters.count
+        """(args, kwargs) with only the rows ``indices``. If the inputs hold one entry for each
+        token (``_count_tokens_per_row``), ``indices`` are those of tokens; otherwise
+        ``tokens_per_row`` is 1. Raises a SelectionError if no argument holds the rows."""
+        row_count = self.row_adapters.row_count
         try:
             return kind.take(module, args, kwargs, indices, row_count * tokens_per_row)
         except LookupError:
@@ -132,19 +145,26 @@ class LayerRows:
             ) from None
 
     def _division_problem(
-        self, kind: Layer, inputs: Any, is_leaf: bool, is_routed: bool
+        self, kind: Layer, inputs: Any, is_leaf: bool, holds_routed_tokens: bool
     ) -> str | None:
         """The reason why the inputs of a call cannot be divided into rows, or None.
 
-        An argument may be an object that cannot be divided, such as a cache. Or two axes of a
-        tensor may have as many entries as the batch has rows: in a model whose inputs hold time
-        along the first axis, or in a mask [time, time] of a module that calls other modules.
+        An argument may be an object that cannot be divided, such as a cache. Or the first two axes
+        of a tensor may both have as many entries as the batch has rows, so that either may be the
+        rows: in a model with inputs [time, batch, …], or in a mask [time, time] of a module that
+        calls other modules.
+
+        Args:
+            inputs: the arguments of the call, as (args, kwargs).
+            is_leaf: whether the module has no children.
+            holds_routed_tokens: whether the inputs hold one entry for each token
+                (``_count_tokens_per_row``).
         """
         for argument in () if is_leaf else _indivisible_arguments(inputs):
             return f"given a {type(argument).__name__}, which cannot be divided into rows"
-        if is_routed or type(kind).take is not Layer.take:
+        if holds_routed_tokens or type(kind).take is not Layer.take:
             return None
-        square_shape = (self.row_adapters.count,) * 2
+        square_shape = (self.row_adapters.row_count,) * 2
         tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
         may_have_mask = not is_leaf and len(tensors) > 1
         is_ambiguous = any(
@@ -157,7 +177,7 @@ class LayerRows:
             if x.shape[:2] == square_shape
         )
         return (
-            f"with {self.row_adapters.count} along two axes, of which either may be the rows"
+            f"with {self.row_adapters.row_count} along two axes, of which either may be the rows"
             if is_ambiguous
             else None
         )
@@ -167,7 +187,8 @@ def _count_tokens_per_row(
     kind: Layer, module: nn.Module, inputs: Any, row_count: int
 ) -> int | None:
     """The number of tokens in each of ``row_count`` rows, if the inputs of a module of experts hold
-    rows and time as one axis; None if the inputs do not show this.
+    rows and time as one axis. None if the module is of another kind, or its inputs do not show that
+    they hold tokens.
 
         hidden [rows, time, n] --block--> [rows · time, n]    n: the width of a token's hidden state
                                           [rows · time, k]    the k experts of each token
@@ -205,7 +226,8 @@ def _count_tokens_per_row(
 
 
 def _token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
-    """The indices of the tokens of these rows, if each row has ``tokens_per_row`` tokens."""
+    """The indices of the tokens of these rows in inputs [rows · time, …], in which each row has
+    ``tokens_per_row`` neighbouring tokens."""
     if tokens_per_row == 1:
         return row_indices
     positions = torch.arange(tokens_per_row, device=row_indices.device)
@@ -213,7 +235,8 @@ def _token_indices(row_indices: Tensor, tokens_per_row: int) -> Tensor:
 
 
 def _kind_for(layer_state: Any, method: str) -> Any:
-    """The layer kind that divides the inputs of a method into rows and joins its outputs."""
+    """The layer kind that divides the inputs of a method into rows and joins its outputs: for
+    forward that of the layer, for other methods the general kind (rows along the first axis)."""
     return (layer_state.layer if method == "forward" else None) or GENERAL_KIND
 
 
@@ -227,30 +250,31 @@ def _run_base(
 
 
 def _is_leaf(module: Any, layer_state: Any) -> bool:
-    """Whether a module has no children besides its layer state."""
+    """Whether a module has no children besides its layer state, which holds its adapters."""
     return all(child is layer_state for child in module._modules.values())
 
 
 def _looks_up_selection(module: Any, layer_state: Any) -> bool:
-    """Whether code that a call of the module runs may look up the selection: a module below it, or
-    an adapted method of its own."""
-    # The class has no such attribute if another thread has detached since the call began.
+    """Whether a call of the module runs code that may look up which adapter is selected: a module
+    below it, or an adapted method of its own."""
+    # Another thread may detach during the call: the module's class then has no ``veneer_methods``.
     methods = getattr(type(module), "veneer_methods", ())
     return bool(methods) or not _is_leaf(module, layer_state)
 
 
 def _division_error(module: nn.Module, reason: str) -> SelectionError:
-    do = "exclude that layer, or run each adapter on its rows alone"
-    return SelectionError(f"a {base_class(module).__name__} {reason}", "one row an adapter", do)
+    """The error of a call whose inputs cannot be divided into rows."""
+    advice = "exclude that layer, or run each adapter on its rows alone"
+    return SelectionError(f"a {base_class(module).__name__} {reason}", "one row an adapter", advice)
 
 
-def _indivisible_arguments(value: Any) -> Iterator[Any]:
-    """The objects in a call's arguments that may hold rows which cannot be taken out, such as a
-    cache of keys and values."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if type(value) in (tuple, list):
-        for element in value:
+def _indivisible_arguments(argument: Any) -> Iterator[Any]:
+    """Yield the objects in an argument, or in a tree of arguments, that may hold rows but cannot be
+    divided into rows, such as a cache of keys and values."""
+    if isinstance(argument, dict):
+        argument = tuple(argument.values())
+    if type(argument) in (tuple, list):
+        for element in argument:
             yield from _indivisible_arguments(element)
-    elif not (value is None or callable(value) or isinstance(value, _DIVISIBLE)):
-        yield value
+    elif not (argument is None or callable(argument) or isinstance(argument, _DIVISIBLE)):
+        yield argument

@@ -1,11 +1,11 @@
-"""A linear layer in a batch whose rows use different adapters. If its weight is plain and frozen,
-one product with the weight computes all rows. There are two such fast paths:
+"""Fast paths of a linear layer in a batch whose rows use different adapters: one product with its
+weight computes all rows, if the weight is plain (not quantised) and frozen.
 
 - On a CPU, if the rows of each adapter are neighbours in the batch (``kernels/spans.py``).
   Gradients reach all adapters.
-- On a GPU, if all changes are plain: ΔW = scale · B A of all outputs, without a gain. Each kernel
-  launch is expensive there, so two batched products compute the changes of all rows
-  (``kernels/batched.py``).
+- On a GPU, if each adapter's change is plain LoRA: ΔW = scale · B A for all outputs, without a
+  gain (a factor for each output, as in DoRA). Each kernel launch is expensive there, so two batched
+  products compute the changes of all rows (``kernels/batched.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import new_seed
 from veneer.kernels.spans import Span, can_batch, linear, linears
 
-#: outputs of layers that the call of an earlier layer with the same input has computed
+#: outputs that the call of a layer has already computed for other layers with the same input, such
+#: as q_proj for k_proj and v_proj
 _PENDING_OUTPUTS = PendingOutputs()
 
 
@@ -38,14 +39,18 @@ class LinearRows:
     """The fast paths of one layer for the rows of a batch.
 
     Attributes:
+        row_adapters: the ``RowAdapters`` of the batch: which row uses which selection.
         layer_adapters: for each selection of ``row_adapters`` its layer adapter at this layer, or
-            None.
+            None if it does not change the layer.
         fused_change: a ``FusedChange`` with the names of the layer's parameters. None unless every
-            adapter is one plain change and the rows of each adapter are neighbours.
-        changes: the plain changes of the selections that change this layer.
-        row_ranges: for each of ``changes`` its first row, and its last row plus 1.
-        siblings: the layers that read the same input after this one, if these are the same layers
-            for every adapter.
+            adapter's only change here is plain LoRA (ΔW = scale · B A for all outputs) and the rows
+            of each adapter are neighbours.
+        changes: the ``Change`` of each selection that changes this layer; empty if ``fused_change``
+            is None.
+        row_ranges: for each selection that changes this layer, its first row, and its last row
+            plus 1.
+        siblings: (module, its ``LinearRows``) of each layer that reads the same input after this
+            one, if these are the same layers for every adapter.
     """
 
     def __init__(self, row_adapters: Any, layer_adapters: Sequence[Any]) -> None:
@@ -76,8 +81,8 @@ class LinearRows:
     def _find_siblings(
         self, changing_adapters: Sequence[LayerAdapter]
     ) -> list[tuple[nn.Module, LinearRows]]:
-        """The (module, fast paths) pairs of ``siblings``. ``changing_adapters`` are the
-        ``layer_adapters`` that are not None."""
+        """The value of ``siblings``: empty unless all ``changing_adapters``, the layer adapters
+        that are not None, share the input of this layer with the same later layers."""
         groups = [
             layer_adapter.shared_input_layers.members
             for layer_adapter in changing_adapters
@@ -104,8 +109,9 @@ class LinearRows:
     def output(
         self, module: Any, layer_state: Any, x: Any
     ) -> tuple[Tensor | None, list[int | None]]:
-        """(the output of the layer, or None if no fast path applies; for each selection the dropout
-        seed that was drawn, or None)."""
+        """(the output of the layer for x, for each selection the dropout seed that was drawn or
+        None). The output is None if no fast path applies; the caller must then run the layer by
+        another path with these seeds, so that no second seed is drawn."""
         seeds: list[int | None] = [None] * len(self.layer_adapters)
         y = self._plain_output(module, x) if self.changes else None
         if y is not None:
@@ -116,8 +122,9 @@ class LinearRows:
         return y, seeds
 
     def _draw_seeds(self, module: Any, x: Any) -> list[int | None]:
-        """For each selection the dropout seed of its ``FusedChange``, drawn as if its rows were
-        computed alone. None for a selection that needs no seed."""
+        """For each selection the seed for the dropout of its ``FusedChange``, drawn from the same
+        random stream as if its rows were computed alone. None for a selection without dropout, and
+        for one that the fused kernels do not compute."""
         seeds: list[int | None] = []
         for selection, layer_adapter in zip(
             self.row_adapters.selections, self.layer_adapters, strict=True
@@ -130,7 +137,7 @@ class LinearRows:
                 or not fused_change.active_dropout
                 or not (fused.applies(x, weight) or device.applies(x, weight))
             ):
-                seeds.append(None)  # only the fused paths take a seed
+                seeds.append(None)
                 continue
             with selection.random_stream or nullcontext():
                 seeds.append(shared_dropout_seed(module, layer_adapter, x))
@@ -139,9 +146,9 @@ class LinearRows:
     def _output_by_spans(
         self, module: Any, layer_state: Any, x: Any, seeds: Sequence[int | None]
     ) -> Tensor | None:
-        """The output of a linear layer with a plain weight, if each adapter only changes that
-        weight at a low rank. None if the layer, the input or an adapter does not allow this
-        path."""
+        """The output of a linear layer on a CPU, with one product for all rows and the change of
+        each adapter on the tokens of its rows (its span). None if this is impossible: each adapter
+        must change only the weight, at a low rank, and its rows must be neighbours."""
         row_adapters, kind = self.row_adapters, layer_state.layer
         if not (
             row_adapters.row_ranges
@@ -175,7 +182,9 @@ class LinearRows:
             gain is not None and self.layer_adapters[i].changes[kind.weight].is_transposed_in(kind)
             for i, (_, gain) in low_ranks.items()
         ):
-            return None  # a gain scales rows of ΔW, which this layer reads as inputs
+            # The layer holds the weight transposed, so it reads the rows of ΔW, which the gain
+            # scales, as inputs: scaling the output would be wrong.
+            return None
         spans, A, B, gain_terms = self._spans_and_factors(layer_state, x, seeds, low_ranks)
         matrix = weight.mT if kind.out_axis == 1 else weight
         y = linear(x, matrix, None if gain_terms else bias, spans, A, B)
@@ -184,10 +193,11 @@ class LinearRows:
     def _spans_and_factors(
         self, layer_state: Any, x: Any, seeds: Sequence[int | None], low_ranks: dict[int, Any]
     ) -> tuple[list[Span], list[Tensor], list[Tensor], dict[int, Any]]:
-        """(spans, A, B) of the changes without a gain, and {selection: (ΔW, gain, dropout)} of the
-        changes with a gain, which ``_apply_gains`` adds. A span is the range of tokens that one
-        adapter changes. ``low_ranks``: {selection: (ΔW, gain)} of the changes without a
-        ``FusedChange``. A selection is an index in ``layer_adapters``."""
+        """(spans, A, B, gain terms). The first three have an entry for each change without a gain:
+        the range of tokens that it applies to, and its factors. The gain terms, {index of the
+        selection: (ΔW, gain, dropout)}, are the other changes, which ``_apply_gains`` adds.
+        ``low_ranks``: {index of the selection: (ΔW, gain)} of the changes without a
+        ``FusedChange``."""
         kind: Any = layer_state.layer
         row_ranges: Any = self.row_adapters.row_ranges
         tokens_per_row = x.shape[1:-1].numel()
@@ -199,7 +209,7 @@ class LinearRows:
                 continue
             start, stop = first_row * tokens_per_row, row_stop * tokens_per_row
             fused_change = layer_adapter.fused_change
-            if fused_change is not None:  # its A and B are what ``resolve`` would return
+            if fused_change is not None:  # read A and B directly: ``resolve`` returns the same
                 change: Any = fused_change.change
                 A.append(change._parameters["A"])
                 B.append(change._parameters["B"])
@@ -222,11 +232,12 @@ class LinearRows:
         return spans, A, B, gain_terms
 
     def _plain_output(self, module: Any, x: Any) -> Tensor | None:
-        """The output of a linear layer if every adapter is one plain change without dropout in this
-        call; else None.
+        """The output of a linear layer on a CPU if every adapter's change is plain LoRA without
+        dropout in this call; else None.
 
-        The outputs of ``siblings`` are computed too. They wait in ``_PENDING_OUTPUTS`` for the
-        calls of those layers, as in ``fused_linear.SharedInputLayers``.
+        In training, if possible, the outputs of ``siblings``, which read the same x, are computed
+        in the same autograd node. They wait in ``_PENDING_OUTPUTS`` for the calls of those layers,
+        as in ``fused_linear.SharedInputLayers``.
         """
         spans = self._plain_spans(module, x)
         if spans is None:
@@ -265,7 +276,7 @@ class LinearRows:
         return y
 
     def _plain_spans(self, module: Any, x: Any) -> tuple[Span, ...] | None:
-        """The range of tokens that each of ``changes`` applies to, in x [N, *, in] with N rows.
+        """The range of tokens that each of ``changes`` applies to, in x [number of rows, *, in].
         None if ``_plain_output`` does not support this call."""
         parameters, fused_change = module._parameters, self.fused_change
         if (
@@ -292,7 +303,8 @@ class LinearRows:
         return self._cached_spans[1]
 
     def _tensor_versions(self, module: Any) -> list[tuple[int, int]]:
-        """The identity and version of each tensor besides x that the output depends on."""
+        """(``id``, version) of each tensor besides x that the output depends on. If one of them is
+        replaced or written, a pending output is out of date."""
         parameters, fused_change, (A, B) = module._parameters, self.fused_change, self._factors()
         bias = None if fused_change.bias is None else parameters[fused_change.bias]
         return [*tensor_versions((parameters[fused_change.weight], bias, *A, *B))]
@@ -305,24 +317,28 @@ class LinearRows:
     def _apply_gains(
         self, module: Any, kind: Any, x: Tensor, y: Tensor, bias: Any, gain_terms: dict[int, Any]
     ) -> Tensor:
-        """Add the changes that have a gain to y, which is x Wᵀ in their rows, and the bias to all
-        rows. ``gain_terms`` is a result of ``_spans_and_factors``."""
+        """y with the changes of ``gain_terms`` (a result of ``_spans_and_factors``) in their rows,
+        and the bias in all rows. y must be x Wᵀ without any change in the rows of ``gain_terms``,
+        and the output without the bias in the other rows."""
         row_ranges: Any = self.row_adapters.row_ranges
         row_counts, outputs = [stop - start for start, stop in row_ranges], []
         row_pieces = zip(x.split(row_counts), y.split(row_counts), strict=True)
-        for i, (rows_x, rows_y) in enumerate(row_pieces):
+        for i, (x_of_rows, y_of_rows) in enumerate(row_pieces):
             if i in gain_terms:
                 low_rank, gain, dropout = gain_terms[i]
                 with self.row_adapters.selections[i].random_stream or nullcontext():
                     outputs.append(
-                        add_update(kind, module, rows_x, rows_y, low_rank, gain, bias, dropout)
+                        add_update(
+                            kind, module, x_of_rows, y_of_rows, low_rank, gain, bias, dropout
+                        )
                     )
             else:
-                outputs.append(rows_y if bias is None else rows_y + bias)
+                outputs.append(y_of_rows if bias is None else y_of_rows + bias)
         return torch.cat(outputs)
 
     def _batched_output(self, module: Any, x: Any) -> Tensor | None:
-        """The output of a linear layer on a GPU if every change is plain; else None."""
+        """The output of a linear layer on a GPU if every adapter's change is plain LoRA, without
+        dropout in this call, and the factors of all adapters have the same dtype; else None."""
         row_adapters = self.row_adapters
         if not row_adapters.are_rows_of(x) or x.is_cpu:
             return None
@@ -341,26 +357,34 @@ class LinearRows:
             return None
         bias = None if fused_change.bias is None else module._parameters[fused_change.bias]
         if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:
-            return None  # the general path adds the bias before it rounds to 16 bits
+            # With gradients, ``batched.linear`` rounds the low-rank term plus the bias to 16 bits,
+            # then adds x Wᵀ. The path for one adapter rounds only the sum with the bias: take that.
+            return None
         factors = [_plain_factors(layer_adapter, x) for layer_adapter in self.layer_adapters]
-        first_factors = next((triple for triple in factors if triple is not None), None)
+        first_factors = next(
+            (factors_and_scale for factors_and_scale in factors if factors_and_scale is not None),
+            None,
+        )
         if first_factors is None or any(
-            layer_adapter is not None and triple is None
-            for layer_adapter, triple in zip(self.layer_adapters, factors, strict=True)
+            layer_adapter is not None and factors_and_scale is None
+            for layer_adapter, factors_and_scale in zip(self.layer_adapters, factors, strict=True)
         ):
             return None
         A, B, scale = first_factors
         if any(
             factor.dtype != A.dtype
-            for triple in factors
-            if triple is not None
-            for factor in triple[:2]
+            for factors_and_scale in factors
+            if factors_and_scale is not None
+            for factor in factors_and_scale[:2]
         ):
             return None
-        factors = [(A[:0], B[:, :0], scale) if triple is None else triple for triple in factors]
-        scales = [triple[2] for triple in factors]
+        factors = [
+            (A[:0], B[:, :0], scale) if factors_and_scale is None else factors_and_scale
+            for factors_and_scale in factors
+        ]
+        scales = [factors_and_scale[2] for factors_and_scale in factors]
         row_A, row_B, _ = zip(
-            *(factors[index] for index in row_adapters.selection_of_row), strict=True
+            *(factors[index] for index in row_adapters.selection_index_by_row), strict=True
         )
         zero_factors = row_adapters.zeros(max(map(len, row_A)) * max(weight.shape), A)
         scale = scale if len({*scales}) == 1 else row_adapters.scales(scales, x)
@@ -369,14 +393,16 @@ class LinearRows:
 
 
 def _has_parameters(module: nn.Module, fused_change: Any) -> bool:
-    """Whether the weight and the bias that a change reads are still parameters of its module."""
+    """Whether the weight and the bias of a ``FusedChange`` are still parameters of its module, not
+    parametrised or pruned since."""
     bias_name = fused_change.bias or fused_change.weight
     return {fused_change.weight, bias_name} <= module._parameters.keys()
 
 
 def _plain_factors(layer_adapter: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
-    """(A [r, in], B [out, r], scale) of a plain change. None if the change is not plain, applies
-    dropout in this call, or is on another device than x."""
+    """(A [r, in], B [out, r], scale) of a layer adapter whose only change is plain LoRA. None for
+    any other layer adapter, if dropout applies in this call, or if A or B is on another device than
+    x."""
     if not isinstance(layer_adapter, LayerAdapter):
         return None
     fused_change = layer_adapter.fused_change
@@ -388,7 +414,8 @@ def _plain_factors(layer_adapter: Any, x: Tensor) -> tuple[Tensor, Tensor, float
 
 
 def _is_low_rank_only(layer_adapter: Any) -> bool:
-    """Whether an adapter changes nothing at a layer except for weights at a low rank."""
+    """Whether a layer adapter changes only weights of its own module, at a low rank: it trains no
+    parameter in full, and changes no weights of submodules that the module reads."""
     return (
         isinstance(layer_adapter, LayerAdapter)
         and not layer_adapter.submodule_adapters

@@ -5,10 +5,11 @@
     without_adapters(module)                    a view without adapters and overrides
 
 An override is an attribute of the object, which Python finds before the method of the class. The
-attribute is a ``MethodOverride`` and not a plain function, because Python does not bind attributes
-to their object: each copy or pickle of the model needs an override that calls the function with
-that copy. Rejected: a subclass, as for adapted layers. It would replace the forward of every model
-that has such a method, and FSDP2 also replaces the classes of modules by subclasses.
+attribute is a ``MethodOverride``, which refers to its module, and not a plain function: Python does
+not pass the object to a function in an attribute. If a model is copied or pickled, the reference is
+copied with it, so the override of the copy calls the function with the copy. Rejected: a subclass,
+as for adapted layers. It would replace the forward of every model that has such a method, and FSDP2
+also replaces the classes of modules by subclasses.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from veneer.distributed import base_class
 
 
 class MethodOverride:
-    """Calls ``function`` with the module. ``attribute_before`` is the attribute of that name that
-    the object had in its ``__dict__``, or None."""
+    """An overridden method of one module: a call of it calls ``function`` with the module as the
+    first argument. ``attribute_before`` is the attribute of the same name that the module had in
+    its ``__dict__`` before the override; None if there was none."""
 
     def __init__(
         self, module: nn.Module, function: Callable[..., Any], attribute_before: Any = None
@@ -37,51 +39,57 @@ class MethodOverride:
         return self.function(self.module, *args, **kwargs)
 
 
-def override_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Make ``module.name(…)`` call ``function(module, …)``. ``function`` must be picklable: a
-    function of a Python module."""
-    attribute_before = module.__dict__.get(name)
+def override_method(module: nn.Module, method_name: str, function: Callable[..., Any]) -> None:
+    """Make ``module.<method_name>(…)`` call ``function(module, …)``. Does nothing if the method is
+    overridden already. ``function`` must be picklable: a function of a Python module."""
+    attribute_before = module.__dict__.get(method_name)
     if not isinstance(attribute_before, MethodOverride):
-        module.__dict__[name] = MethodOverride(module, function, attribute_before)
+        module.__dict__[method_name] = MethodOverride(module, function, attribute_before)
 
 
 def remove_overrides(module: nn.Module) -> None:
     """Restore the attributes that the object had before its overrides."""
     for name in [name for name in module.__dict__ if is_overridden(module, name)]:
-        attribute_before = original(module.__dict__.pop(name), module)
+        attribute_before = attribute_before_override(module.__dict__.pop(name), module)
         module.__dict__.update({} if attribute_before is None else {name: attribute_before})
 
 
-def original(override: Any, module: nn.Module) -> Any:
-    """The attribute from before an override, bound to ``module``, which is the object or a view of
-    it. None if there was no such attribute."""
-    attribute = override.attribute_before if isinstance(override, MethodOverride) else override
-    is_method = isinstance(attribute, MethodType)
-    return MethodType(attribute.__func__, module) if is_method else attribute
+def attribute_before_override(override: Any, module: nn.Module) -> Any:
+    """The attribute that ``override`` has replaced, or ``override`` itself if it is no
+    ``MethodOverride``. A bound method is bound to ``module``, the object or a view of it. None if
+    the object had no such attribute."""
+    original_attribute = (
+        override.attribute_before if isinstance(override, MethodOverride) else override
+    )
+    is_method = isinstance(original_attribute, MethodType)
+    return MethodType(original_attribute.__func__, module) if is_method else original_attribute
 
 
-def is_overridden(module: nn.Module, name: str) -> bool:
-    return isinstance(module.__dict__.get(name), MethodOverride)
+def is_overridden(module: nn.Module, method_name: str) -> bool:
+    return isinstance(module.__dict__.get(method_name), MethodOverride)
 
 
 def without_adapters(module: nn.Module) -> nn.Module:
-    """A view of a module without adapters: its original class, the same parameters, no layer states
-    and no overrides. Modules below it are replaced by such views too."""
+    """A view of a module without adapters: another object of the module's original class, with the
+    same parameters, without layer states (children that hold adapters) and overrides. Modules below
+    it that have adapters or overrides are replaced by views of this sort too."""
     module_view = object.__new__(base_class(module))
     module_view.__dict__.update(module.__dict__)
     remove_overrides(module_view)
     module_view.__dict__["_modules"] = {
-        name: without_adapters(child) if isinstance(child, nn.Module) and _differs(child) else child
+        name: without_adapters(child)
+        if isinstance(child, nn.Module) and _has_adapters_or_overrides(child)
+        else child
         for name, child in module._modules.items()
         if not isinstance(child, LayerState)
     }
     return module_view
 
 
-def _differs(module: nn.Module) -> bool:
+def _has_adapters_or_overrides(module: nn.Module) -> bool:
     """Whether a module, or a module below it, has adapters or overrides."""
     return any(
-        LAYER_STATE_NAME in below._modules
-        or any(is_overridden(below, name) for name in below.__dict__)
-        for _, below in walk(module)
+        LAYER_STATE_NAME in submodule._modules
+        or any(is_overridden(submodule, name) for name in submodule.__dict__)
+        for _, submodule in walk(module)
     )

@@ -2,11 +2,12 @@
 ``source_reader.py``.
 
     paths_used_by(cls, method)      which parameters below ``self`` a method reads and writes
-    words_in_method(cls, method)    a superset of the names in the method, found without parsing
+    words_in_method(cls, method)    names and strings in the method, found without parsing
     shared_input_groups(cls)        which children forward calls on one value, as ("q_proj", …)
-    submodule_calls(forward)        which modules below a forward calls, and whether later code
+    submodule_calls(forward)        which submodules a forward calls, and whether code after a call
                                     reads other inputs
-    compares_attention(model)       whether code compares the name of the attention with "sdpa"
+    compares_attention(model)       whether code compares the name of the attention implementation
+                                    with "sdpa"
 
 ``paths_used_by`` gives paths of attributes below ``self``:
 
@@ -17,10 +18,11 @@
 The analysis follows calls of methods of the class and its base classes, and calls of plain Python
 functions with arguments from ``self``. It tracks local names, loops, tuples, properties and return
 values. It has limits. It sees nothing in C code, in code made at run time, and in classes without
-source; it ignores computed names; it follows calls to a depth of 16; and it counts a branch that
-never runs, unless the caller passes the attributes that rule it out. So no result is certain, and
-each caller checks it: ``veneer.check`` finds weights that are read in other ways,
-``fused_linear.py`` compares the inputs, and ``train/loss.py`` tries the result on an example.
+source; it ignores attribute names that are computed (``getattr(self, name)``); it follows calls to
+a depth of 16; and it counts a branch that never runs, unless the caller passes the attributes that
+rule it out. So no result is certain, and each caller checks it: ``veneer.check`` finds weights that
+are read in other ways, ``fused_linear.py`` compares the inputs, and ``train/loss.py`` tries the
+result on an example.
 """
 
 from __future__ import annotations
@@ -54,13 +56,14 @@ def paths_used_by(
     member_names: frozenset[str] = frozenset(),
     attributes: frozenset[tuple[str, Any]] = frozenset(),
 ) -> UsedPaths:
-    """The paths below ``self`` that ``cls.method`` reads and writes.
+    """The paths of attributes below ``self``, such as ("lm_head", "weight"), that ``cls.method``
+    reads and writes.
 
     Args:
         member_names: the names of the module's children and parameters; other attributes are
             ignored.
-        attributes: (name, value) of plain attributes of the module. Branches that they rule out are
-            left out.
+        attributes: (name, value) of plain attributes of the module. The analysis skips branches
+            that cannot run with these values.
     """
     reader = Reader(cls, member_names, method == "forward", dict(attributes))
     reader.follow(python_function(class_attribute(cls, method)), [{()}])
@@ -70,56 +73,66 @@ def paths_used_by(
 @functools.cache
 def words_in_method(cls: type[nn.Module], method: str) -> frozenset[str]:
     """The names and string constants in the compiled code of a method and of the functions that it
-    may call. They are found without parsing, and tell for most methods that ``paths_used_by``
-    would find nothing."""
-    methods, visited, mentioned_words = _functions(cls), set(), set()
-    pending = [*methods.get(method, ())]
-    while pending:
-        if (function := pending.pop()) in visited:
+    may call. They are found fast, without parsing: if the name of a weight is not among them, the
+    slow ``paths_used_by`` need not be called, because it would not find that weight."""
+    functions_by_name, visited_functions, mentioned_words = _functions_by_name(cls), set(), set()
+    pending_functions = [*functions_by_name.get(method, ())]
+    while pending_functions:
+        if (function := pending_functions.pop()) in visited_functions:
             continue
-        visited.add(function)
-        words = _words_in_code(function.__code__)
-        mentioned_words |= words
-        pending += [called for word in words & methods.keys() for called in methods[word]]
-        global_values = [function.__globals__.get(word) for word in words]
+        visited_functions.add(function)
+        words_of_function = _words_in_code(function.__code__)
+        mentioned_words |= words_of_function
+        pending_functions += [
+            called_function
+            for word in words_of_function & functions_by_name.keys()
+            for called_function in functions_by_name[word]
+        ]
+        global_values = [function.__globals__.get(word) for word in words_of_function]
         for module in [
-            value
-            for value in global_values
-            if isinstance(value, ModuleType) and not is_torch_module(value.__name__)
+            global_value
+            for global_value in global_values
+            if isinstance(global_value, ModuleType) and not is_torch_module(global_value.__name__)
         ]:
-            global_values += [vars(module).get(word) for word in words]
-        pending += [
-            value
-            for value in global_values
-            if isinstance(value, FunctionType) and not is_torch_module(value.__module__)
+            global_values += [vars(module).get(word) for word in words_of_function]
+        pending_functions += [
+            global_value
+            for global_value in global_values
+            if isinstance(global_value, FunctionType)
+            and not is_torch_module(global_value.__module__)
         ]
     return frozenset(mentioned_words)
 
 
 @functools.cache
-def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
-    """The functions that a class and its base classes below ``nn.Module`` define, by name."""
+def _functions_by_name(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
+    """The functions that a class and its base classes define, by name, without those of
+    ``nn.Module``. A name has one function for each class that defines it."""
     functions: dict[str, list[FunctionType]] = {}
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for name, value in vars(base).items():
-            function = python_function(value)
+        for name, attribute in vars(base).items():
+            function = python_function(attribute)
             functions.setdefault(name, []).extend([function] if function else [])
     return functions
 
 
 @functools.cache
 def _words_in_code(code: CodeType) -> frozenset[str]:
-    """The names in compiled code, and the string constants in it, split at dots."""
-    inner_words = [_words_in_code(value) for value in code.co_consts if isinstance(value, CodeType)]
-    string_parts = [value.split(".") for value in code.co_consts if isinstance(value, str)]
+    """The names in compiled code and in the functions that are defined in it, and the string
+    constants, split at dots."""
+    inner_words = [
+        _words_in_code(constant) for constant in code.co_consts if isinstance(constant, CodeType)
+    ]
+    string_parts = [constant.split(".") for constant in code.co_consts if isinstance(constant, str)]
     return frozenset(code.co_names).union(*string_parts, *inner_words)
 
 
 @functools.cache
 def shared_input_groups(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """Groups of children that a class's forward, or a method that it calls, calls on the same local
-    value. Calls in two branches of an ``if`` are in different groups, as are calls with a name that
-    was assigned in between."""
+    """Groups of children that get the same input: a class's forward, or a method that it calls,
+    calls them with the same local name, as in ``self.q_proj(x)``, ``self.k_proj(x)``. Calls in two
+    branches of an ``if`` are in different groups, and so are calls between which the name was
+    assigned anew."""
     groups: list[tuple[str, ...]] = []
     for function in paths_used_by(cls, "forward").functions:
         finder = _SharedInputFinder()
@@ -130,19 +143,21 @@ def shared_input_groups(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
-#: expressions whose operands may be evaluated several times or not at all
+#: expressions whose operands may be evaluated several times or not at all: each operand counts as a
+#: block of its own
 _OPTIONAL_OPERANDS = (
     ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
 )  # fmt: skip
 
 
 class _SharedInputFinder:
-    """Collects the children in calls ``self.child(name)``, by the value of the name, in the order
-    of evaluation.
+    """Visits the code of a function in the order of evaluation, and collects the children in calls
+    ``self.child(name)`` by the value that the name has at the call.
 
     Fields:
-        children_by_value: the children that are called on one value. A value is identified by the
-            block in which it is used, its name, and the number of assignments to this name before.
+        children_by_value: the children that are called with one value. A value is identified by
+            (the number of the block with the call, its name, the number of assignments to this
+            name before the call).
         block_count: the number of blocks so far. A block is a list of statements that run one after
             the other, or not at all.
         current_block: the number of the block that is being visited.
@@ -155,7 +170,7 @@ class _SharedInputFinder:
         self.assignment_counts: dict[str, int] = {}
 
     def visit_block(self, statements: Sequence[ast.AST]) -> None:
-        """Visit the statements of a block."""
+        """Visit the statements of a block, which run one after the other or not at all."""
         outer_block, self.block_count = self.current_block, self.block_count + 1
         self.current_block = self.block_count
         for statement in statements:
@@ -164,13 +179,13 @@ class _SharedInputFinder:
 
     def visit_node(self, node: ast.AST) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            return  # its body runs later
+            return  # the body runs when the function is called, at an unknown time
         if isinstance(node, ast.Name):
             if not isinstance(node.ctx, ast.Load):
                 self.assignment_counts[node.id] = self.assignment_counts.get(node.id, 0) + 1
             return
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            self.visit_node(node.value)  # evaluated before the targets
+            self.visit_node(node.value)  # before the targets, as Python evaluates it first
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 self.visit_node(target)
             return
@@ -185,51 +200,56 @@ class _SharedInputFinder:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             self.record_call(node.func, node)
 
-    def record_call(self, function: ast.Attribute, node: ast.Call) -> None:
-        """Record a call ``self.child(name)``. Its argument has been visited before."""
-        is_of_self = isinstance(function.value, ast.Name) and function.value.id == "self"
+    def record_call(self, called_attribute: ast.Attribute, call: ast.Call) -> None:
+        """Record the call ``call`` if it is ``self.child(name)``. ``called_attribute`` is its
+        ``self.child``. To be called after the argument was visited, which may assign ``name``."""
+        is_of_self = (
+            isinstance(called_attribute.value, ast.Name) and called_attribute.value.id == "self"
+        )
         if (
             is_of_self
-            and len(node.args) == 1
-            and not node.keywords
-            and isinstance(node.args[0], ast.Name)
+            and len(call.args) == 1
+            and not call.keywords
+            and isinstance(call.args[0], ast.Name)
         ):
-            argument_name = node.args[0].id
+            argument_name = call.args[0].id
             assignment_count = self.assignment_counts.get(argument_name, 0)
             children = self.children_by_value.setdefault(
                 (self.current_block, argument_name, assignment_count), []
             )
-            if function.attr not in children:
-                children.append(function.attr)
+            if called_attribute.attr not in children:
+                children.append(called_attribute.attr)
 
 
 @functools.cache
 def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
-    """(path, is_late) of each call `self.path(…)` in the source of a forward.
+    """(path, is_late) of each call ``self.path(…)`` in the source of a forward. Empty if there is
+    no source.
 
-    `is_late`: whether code after the call reads an input of the forward, such as `input_ids`, whose
-    rows may differ from the rows of the call's output, or writes to the module. Branches for labels
-    and router logits are ignored, because they do not run here. So is `logits_to_keep`, which has
-    no effect here.
+    The caller wants to compute the code after a call for some rows of its output only, which fails
+    if that code depends on all rows: ``is_late`` is whether the code after the call reads an input
+    of the forward, such as ``input_ids``, or writes to the module. Branches for labels, router
+    logits and ``logits_to_keep`` are ignored, because they do not run in the caller's use.
     """
-    plain_function = python_function(forward)
-    function = tree_of(plain_function) if plain_function else None
-    if not isinstance(function, ast.FunctionDef):
-        return ()  # made at run time, or written in C
-    input_names = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    python_forward = python_function(forward)
+    tree = tree_of(python_forward) if python_forward else None
+    if not isinstance(tree, ast.FunctionDef):
+        return ()  # no source: the function was made at run time, or is written in C
+    input_names = {argument.arg for argument in (*tree.args.args, *tree.args.kwonlyargs)}
     input_names -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
     input_names = {name for name in input_names if not name.startswith("output_")}
-    # positions (line, column): of uses of inputs and writes to the module, and of the ends of calls
-    uses: list[tuple[int, int]] = []
-    calls: list[tuple[ModulePath, tuple[int, int]]] = []
+    # the positions (line, column) of all uses of inputs and writes to the module, and (path, end
+    # position) of all calls of submodules
+    use_positions: list[tuple[int, int]] = []
+    calls_with_ends: list[tuple[ModulePath, tuple[int, int]]] = []
 
-    def visit(node: Any) -> None:
+    def visit_node(node: Any) -> None:
         if isinstance(node, ast.If) and (
             _names_in(node.test) & {"labels", "output_router_logits"}
             or "logits_to_keep" in _names_in(node)
         ):
             for statement in node.orelse:
-                visit(statement)
+                visit_node(statement)
             return
         writes_module = (
             isinstance(node, ast.Attribute)
@@ -237,23 +257,27 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
             and _path_below_self(node)
         )
         if writes_module or (isinstance(node, ast.Name) and node.id in input_names):
-            uses.append((node.lineno, node.col_offset))
+            use_positions.append((node.lineno, node.col_offset))
         if isinstance(node, ast.Call) and (path := _path_below_self(node.func)):
-            calls.append((path, (node.end_lineno or 0, node.end_col_offset or 0)))
+            calls_with_ends.append((path, (node.end_lineno or 0, node.end_col_offset or 0)))
         for child in ast.iter_child_nodes(node):
-            visit(child)
+            visit_node(child)
 
-    for statement in function.body:
-        visit(statement)
-    return tuple((path, any(use > end for use in uses)) for path, end in calls)
+    for statement in tree.body:
+        visit_node(statement)
+    return tuple(
+        (path, any(use_position > call_end for use_position in use_positions))
+        for path, call_end in calls_with_ends
+    )
 
 
 def _names_in(node: ast.AST) -> set[str]:
-    return {below.id for below in ast.walk(node) if isinstance(below, ast.Name)}
+    """The names of all variables that an expression or statement uses."""
+    return {subnode.id for subnode in ast.walk(node) if isinstance(subnode, ast.Name)}
 
 
 def _path_below_self(node: ast.AST) -> ModulePath | None:
-    """("a", "b") for `self.a.b`; None for any other expression."""
+    """("a", "b") for the expression ``self.a.b``, () for ``self``; None for any other."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else None
     holder_path = _path_below_self(node.value) if isinstance(node, ast.Attribute) else None
@@ -270,13 +294,13 @@ def compares_attention(model: nn.Module) -> bool:
     """Whether a module of the model has code that compares the name of its attention implementation
     with "sdpa". Only code of transformers, or code that transformers has loaded, is searched."""
     module_names = {type(module).__module__ for module in model.modules()}
-    return any(_compares(module_name) for module_name in module_names)
+    return any(_source_compares_attention(module_name) for module_name in module_names)
 
 
 @functools.cache
-def _compares(module_name: str) -> bool:
-    """Whether a Python module belongs to transformers and its source matches
-    ``_SDPA_COMPARISON``."""
+def _source_compares_attention(module_name: str) -> bool:
+    """Whether a Python module belongs to transformers and its source compares the name of the
+    attention implementation with "sdpa"."""
     return (
         module_name.startswith("transformers")
         and _SDPA_COMPARISON.search(inspect.getsource(sys.modules[module_name])) is not None

@@ -1,8 +1,8 @@
 """Follow a method through its syntax tree: which attribute paths below ``self`` it reads and
 writes.
 
-``Reader`` implements ``source_analysis.paths_used_by``. That function documents the results and the
-limits.
+``Reader`` implements ``source_analysis.paths_used_by``. The module ``source_analysis`` documents
+the results and the limits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from veneer.attach.layer.state import ModulePath
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
-#: attributes of a weight that do not depend on its values
+#: attributes and methods of a weight that do not depend on its values. Code that reads only these
+#: does not need the changed weight
 _METADATA = {
     "dtype",
     "device",
@@ -37,22 +38,22 @@ _METADATA = {
     "is_meta",
     "itemsize",
 }
-#: functions whose result does not depend on the values of a weight
+#: functions whose result does not depend on the values of a weight that they get
 _METADATA_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
 
 #: functions that return the elements of their argument
 _ELEMENT_FUNCTIONS = {"list", "tuple", "iter", "reversed", "sorted"}
 #: attributes of a module that are dicts of its children and parameters, by name
 _TABLE_ATTRIBUTES = {"_modules", "_parameters", "_buffers"}
-#: methods that return all children or parameters, alone or in pairs with their names
+#: methods that return all children or parameters: alone, and in pairs with their names
 _VALUE_METHODS = {"values", "children"}
 _PAIR_METHODS = {"items", "named_children"}
 #: methods that return a child or parameter at a dotted path
 _PATH_METHODS = {"get_submodule", "get_parameter"}
 
-#: the value of a condition that cannot be evaluated
+#: the result of ``Reader.evaluate`` for a condition that cannot be evaluated
 UNKNOWN = object()
-#: the comparisons that are evaluated
+#: the comparisons that ``Reader.evaluate`` can evaluate
 _COMPARISONS: dict[type[ast.cmpop], Any] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -64,18 +65,18 @@ _COMPARISONS: dict[type[ast.cmpop], Any] = {
     ast.GtE: operator.ge,
 }
 
-#: the largest depth of calls that are followed
+#: how many calls deep functions that call functions are followed
 _MAX_DEPTH = 16
 
 
 @dataclass(frozen=True)
 class UsedPaths:
-    """The result of an analysis.
+    """What a method, and the functions that it calls, use of ``self``.
 
     Fields:
-        read, written: the paths below ``self`` that a method, and the functions that it calls, read
-            and write.
-        functions: the syntax trees of the functions that run with ``self`` as their first argument.
+        read, written: the attribute paths below ``self`` that they read and write, such as
+            ("lm_head", "weight").
+        functions: the syntax trees of those functions that get ``self`` as their first argument.
     """
 
     read: set[ModulePath] = field(default_factory=set)
@@ -84,17 +85,18 @@ class UsedPaths:
 
 
 def class_attribute(cls: type, name: str) -> Any:
-    """The attribute of a class, without binding it. None if the class has no such attribute."""
+    """The attribute of a class or its base classes as it is stored, such as a property object. None
+    if there is no such attribute."""
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
-def python_function(value: Any) -> FunctionType | None:
+def python_function(attribute: Any) -> FunctionType | None:
     """The Python function behind an attribute of a class: a method, decorated or not, or the getter
     of a property. None if there is none."""
     function = (
-        getattr(value, "fget", None)
-        or getattr(value, "func", None)
-        or getattr(value, "__func__", value)
+        getattr(attribute, "fget", None)
+        or getattr(attribute, "func", None)
+        or getattr(attribute, "__func__", attribute)
     )
     function = inspect.unwrap(function) if callable(function) else function
     return function if isinstance(function, FunctionType) else None
@@ -102,7 +104,7 @@ def python_function(value: Any) -> FunctionType | None:
 
 @functools.cache
 def tree_of(function: FunctionType) -> Function | None:
-    """The syntax tree of a function, if there is source for it."""
+    """The syntax tree of a function; None if there is no source for it."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -111,7 +113,9 @@ def tree_of(function: FunctionType) -> Function | None:
 
 
 class Reader(ast.NodeVisitor):
-    """Visits a function's code and tracks which paths below ``self`` each local name may stand for.
+    """Visits the syntax tree of a function, and of the functions that it calls. Tracks which
+    attributes below ``self`` each local name may stand for, as paths: () is ``self`` itself,
+    ("lm_head", "weight") is ``self.lm_head.weight``.
 
     Fields:
         cls: the class of ``self``.
@@ -119,10 +123,11 @@ class Reader(ast.NodeVisitor):
             for any of them.
         follow_forward: whether to follow calls of ``self`` and of its forward.
         attribute_values: the values of plain attributes of ``self``, by name.
-        return_paths: the paths that each function returns, by function and arguments.
+        used_paths: the result so far: the paths that the visited code reads and writes.
+        paths_by_call: the paths that a call returns, by (function, paths of its arguments).
         call_stack: the functions that are being visited, the outermost first.
-        local_paths: the paths of each local name of the current function.
-        returned: the paths that the current function returns.
+        local_paths: the paths that each local name of the current function may stand for.
+        returned_paths: the paths that the current function may return.
     """
 
     def __init__(
@@ -135,10 +140,10 @@ class Reader(ast.NodeVisitor):
         self.cls, self.member_names = cls, member_names | {"*"}
         self.follow_forward, self.attribute_values = follow_forward, attribute_values
         self.used_paths = UsedPaths()
-        self.return_paths: dict[Any, set[ModulePath]] = {}
+        self.paths_by_call: dict[Any, set[ModulePath]] = {}
         self.call_stack: list[FunctionType] = []
         self.local_paths: dict[str, set[ModulePath]] = {}
-        self.returned: set[ModulePath] = set()
+        self.returned_paths: set[ModulePath] = set()
 
     def follow(
         self,
@@ -146,8 +151,9 @@ class Reader(ast.NodeVisitor):
         arguments: Sequence[set[ModulePath]],
         keyword_arguments: dict[str, set[ModulePath]] | None = None,
     ) -> set[ModulePath]:
-        """Visit a function that is called with these arguments, each of which is the set of paths
-        that it may stand for. Returns the paths that the function returns."""
+        """Visit a function that is called with these arguments. An argument, like the result, is
+        the set of paths that the value may stand for. Returns an empty set for a function without
+        source or below ``_MAX_DEPTH`` calls."""
         tree = None if function is None or len(self.call_stack) > _MAX_DEPTH else tree_of(function)
         if function is None or tree is None:
             return set()
@@ -156,28 +162,28 @@ class Reader(ast.NodeVisitor):
             **dict(zip(parameters, arguments, strict=False)),
             **(keyword_arguments or {}),
         }
-        key = (
+        call_key = (
             function,
             frozenset((name, frozenset(paths)) for name, paths in local_paths.items() if paths),
         )
-        if key not in self.return_paths:
-            caller_state = self.local_paths, self.returned
+        if call_key not in self.paths_by_call:
+            caller_state = self.local_paths, self.returned_paths
             self.local_paths = dict(local_paths)
-            self.returned = self.return_paths.setdefault(key, set())
+            self.returned_paths = self.paths_by_call.setdefault(call_key, set())
             self.call_stack.append(function)
             if arguments[:1] == [{()}] and tree not in self.used_paths.functions:
                 self.used_paths.functions.append(tree)
             if isinstance(tree, ast.Lambda):
-                self.returned |= self.paths_of(tree.body)
+                self.returned_paths |= self.paths_of(tree.body)
                 self.visit(tree.body)
             for statement in () if isinstance(tree, ast.Lambda) else tree.body:
                 self.visit(statement)
             self.call_stack.pop()
-            self.local_paths, self.returned = caller_state
-        return self.return_paths[key]
+            self.local_paths, self.returned_paths = caller_state
+        return self.paths_by_call[call_key]
 
     def paths_of(self, node: ast.AST | None) -> set[ModulePath]:
-        """The paths that an expression may stand for."""
+        """The paths below ``self`` that an expression may stand for; () is ``self`` itself."""
         match node:
             case ast.Name():
                 return self.local_paths.get(node.id, set())
@@ -201,7 +207,8 @@ class Reader(ast.NodeVisitor):
         return set()
 
     def attribute_paths(self, holder_paths: set[ModulePath], name: str) -> set[ModulePath]:
-        """The paths of the attribute ``name`` of the objects at ``holder_paths``."""
+        """The paths of the attribute ``name`` of the objects at ``holder_paths``. If it is a
+        property of ``self``, the paths that its getter returns."""
         if name in _TABLE_ATTRIBUTES:
             return holder_paths
         getter = class_attribute(self.cls, name) if () in holder_paths else None
@@ -211,28 +218,35 @@ class Reader(ast.NodeVisitor):
         return member_paths | property_paths
 
     def call_paths(self, node: ast.Call) -> set[ModulePath]:
-        """The paths that a call returns. The paths that the call reads are recorded."""
-        called = node.func
-        first_argument = self.paths_of(node.args[0]) if node.args else set()
-        match called:
+        """The paths that a call may return. If the called function has source, it is visited too,
+        which records the paths that it uses."""
+        called_node = node.func
+        first_argument_paths = self.paths_of(node.args[0]) if node.args else set()
+        match called_node:
             case ast.Name(id="next"):
-                return self.attribute_paths(first_argument, "*")
+                return self.attribute_paths(first_argument_paths, "*")
             case ast.Name(id="getattr") if len(node.args) > 1:
-                name = _string_constant(node.args[1])
-                return self.attribute_paths(first_argument, name) if name else set()
-            case ast.Name() if called.id in _ELEMENT_FUNCTIONS:
-                return first_argument
-            case ast.Attribute() if called.attr in _VALUE_METHODS and not (
+                attribute_name = _string_constant(node.args[1])
+                return (
+                    self.attribute_paths(first_argument_paths, attribute_name)
+                    if attribute_name
+                    else set()
+                )
+            case ast.Name() if called_node.id in _ELEMENT_FUNCTIONS:
+                return first_argument_paths
+            case ast.Attribute() if called_node.attr in _VALUE_METHODS and not (
                 node.args or node.keywords
             ):
-                return self.paths_of(called.value)
+                return self.paths_of(called_node.value)
             case ast.Attribute() if (
-                called.attr in _PATH_METHODS
+                called_node.attr in _PATH_METHODS
                 and node.args
                 and (dotted_path := _string_constant(node.args[0]))
             ):
-                return {(*path, *dotted_path.split(".")) for path in self.paths_of(called.value)}
-        function, arguments = self.resolve_function(called)
+                return {
+                    (*path, *dotted_path.split(".")) for path in self.paths_of(called_node.value)
+                }
+        function, arguments = self.resolve_function(called_node)
         arguments = [*arguments, *map(self.paths_of, node.args)]
         keyword_arguments = {
             keyword.arg: self.paths_of(keyword.value) for keyword in node.keywords if keyword.arg
@@ -242,23 +256,29 @@ class Reader(ast.NodeVisitor):
         return self.follow(function, arguments, keyword_arguments)
 
     def resolve_function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
-        """(the function that an expression names, the paths of the arguments that are already bound
-        to the function)."""
+        """(the function that the called expression names, the paths of the arguments that are
+        already bound to it: [{()}] for a method of ``self``). None for a function that is not
+        followed: a method of ``nn.Module``, a function of torch, or an unknown one."""
         if () in self.paths_of(node) and self.follow_forward:
             return python_function(self.cls.forward), [{()}]
         if isinstance(node, ast.Attribute):
             if _is_call(node.value, "super"):
                 classes = self.cls.__mro__
-                index = next(
+                class_index = next(
                     (
-                        i
-                        for i, c in enumerate(classes)
-                        if self.call_stack[-1] in map(python_function, vars(c).values())
+                        index
+                        for index, base_class in enumerate(classes)
+                        if self.call_stack[-1] in map(python_function, vars(base_class).values())
                     ),
                     0,
                 )
                 method = next(
-                    (vars(c)[node.attr] for c in classes[index + 1 :] if node.attr in vars(c)), None
+                    (
+                        vars(base_class)[node.attr]
+                        for base_class in classes[class_index + 1 :]
+                        if node.attr in vars(base_class)
+                    ),
+                    None,
                 )
                 return (None if _is_module_method(node.attr) else python_function(method)), [{()}]
             if () in self.paths_of(node.value):
@@ -269,14 +289,14 @@ class Reader(ast.NodeVisitor):
                 return (None if is_skipped else python_function(method)), (
                     [] if isinstance(method, staticmethod) else [{()}]
                 )
-        value = self.global_value(node)
-        is_function = isinstance(value, FunctionType | staticmethod)
-        function = python_function(value) if is_function else None
+        global_object = self.global_value(node)
+        is_function = isinstance(global_object, FunctionType | staticmethod)
+        function = python_function(global_object) if is_function else None
         return (None if function is None or is_torch_module(function.__module__) else function), []
 
     def global_value(self, node: ast.expr) -> Any:
         """The global object that an expression names: a function, a class, a Python module, or an
-        attribute of one of these. None if the expression names no global object."""
+        attribute of one of these. None if it names none, or if its name is a local one."""
         if isinstance(node, ast.Name):
             is_local = node.id in self.local_paths
             return None if is_local else self.call_stack[-1].__globals__.get(node.id)
@@ -294,25 +314,28 @@ class Reader(ast.NodeVisitor):
         )
 
     def bind(self, target: ast.AST, paths: set[ModulePath]) -> None:
-        """Let the name or names in ``target`` stand for these paths."""
+        """Let the name ``target`` stand for these paths too, besides those that another branch may
+        have assigned. If it is a tuple, its names stand for any element of these paths."""
         if isinstance(target, ast.Name):
             self.local_paths[target.id] = self.local_paths.get(target.id, set()) | paths
         for element in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
             self.bind(element, _append_name(paths, "*"))
 
     def assign(self, target: ast.AST, value: ast.AST | None) -> None:
-        """Let the names of ``target`` stand for what ``value`` stands for: ``target = value``.
-        Tuples are assigned element by element."""
-        pairs = [node.elts for node in (target, value) if isinstance(node, ast.Tuple | ast.List)]
-        if len(pairs) == 2:
-            for element, element_value in zip(*pairs, strict=False):
+        """Record the assignment ``target = value``: the names in ``target`` stand for the paths of
+        ``value``. Tuples are assigned element by element."""
+        element_lists = [
+            node.elts for node in (target, value) if isinstance(node, ast.Tuple | ast.List)
+        ]
+        if len(element_lists) == 2:
+            for element, element_value in zip(*element_lists, strict=False):
                 self.assign(element, element_value)
         else:
             self.bind(target, self.paths_of(value))
 
     def bind_loop(self, target: ast.AST, values: ast.AST) -> None:
-        """Let the names of ``target`` stand for the elements of ``values``: ``for target in
-        values``."""
+        """Record the loop ``for target in values``: the names in ``target`` stand for elements of
+        ``values``."""
         elements = target.elts if isinstance(target, ast.Tuple | ast.List) else []
         call = values if isinstance(values, ast.Call) else None
         if call and _is_call(call, "enumerate") and len(elements) == 2:
@@ -335,7 +358,7 @@ class Reader(ast.NodeVisitor):
         pass  # the paths of a name are recorded where the name is bound
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
-        # weight[0] reads weight
+        # ``weight[0]`` reads ``weight``, so record a use of ``weight`` and not of the element
         self.record_use(node.value if isinstance(node.ctx, ast.Load) else node)
         self.visit(node.slice)
 
@@ -343,7 +366,7 @@ class Reader(ast.NodeVisitor):
         self.record_use(node)
 
     def record_use(self, node: ast.expr) -> None:
-        """Record that an expression is read or written."""
+        """Record that an expression is read or, as a target of an assignment, written."""
         paths = self.paths_of(node)
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             self.record_write(node)
@@ -355,8 +378,9 @@ class Reader(ast.NodeVisitor):
             self.generic_visit(node)
 
     def record_write(self, node: ast.AST | None) -> None:
-        """Record that an expression is written: its paths, and ("", name) for each attribute in it,
-        because any object may have that attribute."""
+        """Record that an expression is written: its paths, and ("", name) for each attribute in it.
+        The object may be one that this analysis does not know, such as ``module`` in
+        ``module.weight = …``, and stand for a submodule with that attribute."""
         self.used_paths.written.update(self.paths_of(node))
         while isinstance(node, ast.Attribute | ast.Subscript):
             self.used_paths.written.update(
@@ -365,19 +389,23 @@ class Reader(ast.NodeVisitor):
             node = node.value
 
     def visit_Call(self, node: ast.Call) -> None:
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if isinstance(node.func, ast.Name) and name in _METADATA_CALLS:
+        function_name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if isinstance(node.func, ast.Name) and function_name in _METADATA_CALLS:
             return
-        if name.endswith("_") and not name.endswith("__"):  # w.copy_(x), nn.init.zeros_(w)
-            holder = node.func.value if isinstance(node.func, ast.Attribute) else None
-            is_module_function = holder is None or isinstance(self.global_value(holder), ModuleType)
-            self.record_write(node.args[0] if is_module_function and node.args else holder)
-        elif name == "setattr" and len(node.args) > 1:
+        if function_name.endswith("_") and not function_name.endswith(
+            "__"
+        ):  # w.copy_(x), nn.init.zeros_(w)
+            written_node = node.func.value if isinstance(node.func, ast.Attribute) else None
+            is_module_function = written_node is None or isinstance(
+                self.global_value(written_node), ModuleType
+            )
+            self.record_write(node.args[0] if is_module_function and node.args else written_node)
+        elif function_name == "setattr" and len(node.args) > 1:
             written_name = _string_constant(node.args[1]) or "*"
             self.used_paths.written.update(_append_name(self.paths_of(node.args[0]), written_name))
         self.used_paths.read.update(path for path in self.call_paths(node) if path)
-        if isinstance(node.func, ast.Attribute) and name not in _METADATA:
-            self.record_use(node.func.value)  # weight.t() reads weight
+        if isinstance(node.func, ast.Attribute) and function_name not in _METADATA:
+            self.record_use(node.func.value)  # ``weight.t()`` reads ``weight``
         elif not isinstance(node.func, ast.Attribute):
             self.visit(node.func)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
@@ -400,8 +428,8 @@ class Reader(ast.NodeVisitor):
             self.visit(statement)
 
     def evaluate(self, node: ast.AST) -> Any:
-        """The value of a condition that depends only on constants and on attributes in
-        ``attribute_values``; else ``UNKNOWN``."""
+        """The value of a condition that depends only on constants and on the attributes of ``self``
+        in ``attribute_values``; ``UNKNOWN`` for any other condition."""
         match node:
             case ast.Constant():
                 return node.value
@@ -411,11 +439,14 @@ class Reader(ast.NodeVisitor):
                 value = self.evaluate(node.operand)
                 return UNKNOWN if value is UNKNOWN else not value
             case ast.BoolOp():
-                # ``or`` is True as soon as one operand is, ``and`` False
-                values, decisive = [*map(self.evaluate, node.values)], isinstance(node.op, ast.Or)
-                if any(value is not UNKNOWN and bool(value) == decisive for value in values):
-                    return decisive
-                return UNKNOWN if UNKNOWN in values else not decisive
+                # one true operand decides an ``or``, one false operand an ``and``
+                values, decisive_value = (
+                    [*map(self.evaluate, node.values)],
+                    isinstance(node.op, ast.Or),
+                )
+                if any(value is not UNKNOWN and bool(value) == decisive_value for value in values):
+                    return decisive_value
+                return UNKNOWN if UNKNOWN in values else not decisive_value
             case ast.Compare(ops=[comparison], comparators=[operand]) if (
                 type(comparison) in _COMPARISONS
             ):
@@ -440,7 +471,7 @@ class Reader(ast.NodeVisitor):
     visit_GeneratorExp = visit_DictComp = visit_For  # noqa: N815
 
     def visit_Return(self, node: ast.Return) -> None:
-        self.returned |= self.paths_of(node.value)
+        self.returned_paths |= self.paths_of(node.value)
         self.generic_visit(node)
 
 
@@ -460,7 +491,7 @@ def _is_call(node: ast.AST, name: str) -> bool:
 
 
 def _is_module_method(name: str) -> bool:
-    """Whether every ``nn.Module`` has a method of this name, other than forward."""
+    """Whether every ``nn.Module`` has an attribute of this name, and it is not forward."""
     return hasattr(nn.Module, name) and name != "forward"
 
 

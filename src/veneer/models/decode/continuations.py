@@ -5,10 +5,10 @@ server.
     its continuations gets a copy of that row → each step adds a token to every running row → a row
     that ends makes room for the next continuation
 
-In each step, one call of the model computes all running rows. Prompts of groups that begin in this
-step are computed in the same call if they are short, else in calls of their own. So a short answer
-does not wait until a long one ends, and eight answers to one prompt compute its tokens once. All
-rows use the adapter that is selected in the calling thread, with its current weights.
+In each step, one call of the model computes all running rows. The prompts of the groups that begin
+in the step are computed in the same call if they are short, else in calls before it. So a short
+answer does not wait until a long one ends, and a prompt is computed once for all of its answers.
+All rows use the adapter that is selected in the calling thread, with its current weights.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from torch import Tensor
 
 from veneer.attach import adapters_of, use
 from veneer.errors import ConfigError
-from veneer.models.decode.forward import TOGETHER, Forward
+from veneer.models.decode.forward import MAX_TOKENS_TOGETHER, Forward
 from veneer.models.decode.row_memory import LayerForm, Row
 from veneer.models.decode.slots import Slots
 
 #: the most tokens of prompts, padding included, in one call that computes several prompts
 MAX_PREFILL_TOKENS = 4096
 
-#: the ``length`` of ``Forward.compare_logits`` for a model whose architecture sets no limit; the
-#: trial uses nine tokens of it
+#: the ``length`` that ``open_forward`` passes to ``Forward.compare_logits`` for a model whose
+#: architecture sets no limit. Any number from nine on has the same effect, because the comparison
+#: uses at most nine tokens
 TRIAL_LENGTH = 32
 
-#: the result of each model's trial run (``open_forward``): (what the result depends on, so that a
-#: changed model is tried again; a ``LayerForm`` for each layer, or the reason of a refusal)
-_TRIED: weakref.WeakKeyDictionary[Any, tuple[Hashable, tuple[LayerForm, ...] | str]] = (
+#: the result of each model's trial, which compares logits (``open_forward``): (what the result
+#: depends on, so that a changed model is tried again; a ``LayerForm`` for each layer, or the reason
+#: why the model was refused)
+_TRIAL_RESULTS: weakref.WeakKeyDictionary[Any, tuple[Hashable, tuple[LayerForm, ...] | str]] = (
     weakref.WeakKeyDictionary()
 )
 
-#: a function (logits [n, vocabulary], the numbers of the n continuations) -> a token for each
+#: a function (logits [n, vocabulary], the indices of n prompts) -> the next token for each prompt
 Sample = Callable[[Tensor, Sequence[int]], list[int]]
 
 
@@ -57,7 +59,7 @@ def open_forward(model: Any, length: int) -> Forward:
     Raises:
         ConfigError: the model cannot be called on the KV cache, or not with such long rows.
     """
-    if "generate" in vars(model):  # replaced by another library; it may do more than the class's
+    if "generate" in vars(model):  # set by another library; it may do more than that of the class
         raise ConfigError(
             f"{type(model).__name__}, a model whose generate was replaced",
             "one that generates as its class does",
@@ -65,26 +67,28 @@ def open_forward(model: Any, length: int) -> Forward:
         )
     weight = next(model.parameters())
     autocast = torch.is_autocast_enabled(weight.device.type)
-    state = model.config._attn_implementation, weight.dtype, weight.device, autocast
-    tried_state, verdict = _TRIED.get(model, (None, ()))
-    if tried_state != state:
-        verdict = None
-    elif isinstance(verdict, str):
-        raise ConfigError(verdict)
+    trial_key = model.config._attn_implementation, weight.dtype, weight.device, autocast
+    tried_key, trial_result = _TRIAL_RESULTS.get(model, (None, ()))
+    if tried_key != trial_key:
+        trial_result = None
+    elif isinstance(trial_result, str):
+        raise ConfigError(trial_result)
     try:
         forward = Forward(model)
         try:
-            if verdict is None:
-                forward.compare_logits(forward.context or TRIAL_LENGTH, lambda _: _base_of(model))
+            if trial_result is None:
+                forward.compare_logits(
+                    forward.context or TRIAL_LENGTH, lambda _: _without_adapter(model)
+                )
             else:
-                forward.forms = verdict
+                forward.forms = trial_result
         except BaseException:
             forward.close()
             raise
     except ConfigError as error:
-        _TRIED[model] = state, error.problem
+        _TRIAL_RESULTS[model] = trial_key, error.problem
         raise
-    _TRIED[model] = state, forward.forms
+    _TRIAL_RESULTS[model] = trial_key, forward.forms
     if forward.context is not None and length > forward.context:
         forward.close()
         raise ConfigError(
@@ -95,31 +99,33 @@ def open_forward(model: Any, length: int) -> Forward:
     return forward
 
 
-def _base_of(model: Any) -> AbstractContextManager[Any]:
-    """A block in which calls use no adapter. An adapter that is merged stays in the weights."""
-    attached = adapters_of(model)
-    plain = attached is None or attached.merged is not None
-    return nullcontext() if plain else use(model, None)
+def _without_adapter(model: Any) -> AbstractContextManager[Any]:
+    """A block in which calls of the model use no adapter. An adapter that is merged stays in the
+    weights, and so in the calls."""
+    model_adapters = adapters_of(model)
+    uses_no_adapter = model_adapters is None or model_adapters.merged is not None
+    return nullcontext() if uses_no_adapter else use(model, None)
 
 
 class _Continuation:
-    """A continuation that runs. ``number``: its index among all prompts. ``token``: its last token.
-    ``row`` holds the keys and values of the ``length`` tokens before that token."""
+    """A continuation that runs. ``prompt_index``: the index of its prompt in ``prompts``.
+    ``token``: its last token. ``row`` holds the keys and values of the ``length`` tokens before
+    ``token``."""
 
-    def __init__(self, number: int, token: int, row: Row, length: int) -> None:
-        self.number, self.token, self.row, self.length = number, token, row, length
+    def __init__(self, prompt_index: int, token: int, row: Row, length: int) -> None:
+        self.prompt_index, self.token, self.row, self.length = prompt_index, token, row, length
 
 
 class _Group:
-    """The continuations of one prompt that have not begun. ``numbers``: their indices among all
-    prompts. Once the prompt is computed, ``row`` holds its keys and values, and ``logits``
-    [vocabulary] are those after its last token."""
+    """The continuations of equal prompts that have not begun. ``prompt_indices``: the indices of
+    their prompts in ``prompts``. Once the prompt is computed, ``row`` holds its keys and values,
+    and ``logits`` [vocabulary] are those after its last token."""
 
     row: Row
     logits: Tensor | None = None
 
-    def __init__(self, prompt: tuple[int, ...], numbers: Sequence[int]) -> None:
-        self.prompt, self.numbers = prompt, deque(numbers)
+    def __init__(self, prompt: tuple[int, ...], prompt_indices: Sequence[int]) -> None:
+        self.prompt, self.prompt_indices = prompt, deque(prompt_indices)
 
 
 class Continuations:
@@ -140,15 +146,16 @@ class Continuations:
         self.forward, self.sample, self.rows = forward, sample, rows
         self.max_new_tokens, self.end_tokens = max_new_tokens, end_tokens
         self.answers: list[list[int]] = [[] for _ in prompts]
-        numbers = defaultdict[tuple[int, ...], list[int]](list)
-        for number, prompt in enumerate(prompts):
-            numbers[tuple(prompt)].append(number)
+        indices_by_prompt = defaultdict[tuple[int, ...], list[int]](list)
+        for prompt_index, prompt in enumerate(prompts):
+            indices_by_prompt[tuple(prompt)].append(prompt_index)
         self.waiting = deque(
-            _Group(prompt, numbers[prompt]) for prompt in sorted(numbers, key=len, reverse=True)
+            _Group(prompt, indices_by_prompt[prompt])
+            for prompt in sorted(indices_by_prompt, key=len, reverse=True)
         )
         self.running: list[_Continuation] = []
-        longest = self._length_of(self.waiting[0]) if self.waiting else 1
-        self.slots = Slots(rows, longest, forward.device, forward.forms)
+        longest_row = self._length_of(self.waiting[0]) if self.waiting else 1
+        self.slots = Slots(rows, longest_row, forward.device, forward.forms)
 
     @torch.no_grad()
     def run(self) -> list[list[int]]:
@@ -156,7 +163,7 @@ class Continuations:
         try:
             while self.waiting or self.running:
                 self._step()
-        finally:  # after a failure, the traceback keeps this object; it must not keep the memory
+        finally:  # after a failure, the traceback refers to this object: free the memory of rows
             self.slots.clear()
         return self.answers
 
@@ -166,60 +173,72 @@ class Continuations:
         return len(group.prompt) + self.max_new_tokens - 1
 
     def _step(self) -> None:
-        beginning = self._next_groups()
-        self._reserve(beginning)
-        new = [group for group, _ in beginning if group.logits is None]
-        for group in new:
+        groups_and_counts = self._next_groups()
+        self._reserve(groups_and_counts)
+        new_groups = [group for group, _ in groups_and_counts if group.logits is None]
+        for group in new_groups:
             group.row = self._allocate(group)
         running = sorted(self.running, key=lambda continuation: continuation.row.position)
-        logits = self._compute(running, new)
+        logits = self._compute(running, new_groups)
         if logits is not None:
             self._accept(running, logits)
-        for group, count in beginning:
+        for group, count in groups_and_counts:
             self._begin(group, count)
 
     def _next_groups(self) -> list[tuple[_Group, int]]:
         """The groups whose continuations begin in this step, each with the number of these
         continuations. A group leaves the queue when its last continuation begins."""
-        free, groups = self.rows - len(self.running), list[tuple[_Group, int]]()
-        while free and self.waiting:
+        free_rows, groups = self.rows - len(self.running), list[tuple[_Group, int]]()
+        while free_rows and self.waiting:
             group = self.waiting[0]
-            count = min(free, len(group.numbers))
+            count = min(free_rows, len(group.prompt_indices))
             groups.append((group, count))
-            free -= count
-            if count == len(group.numbers):
+            free_rows -= count
+            if count == len(group.prompt_indices):
                 self.waiting.popleft()
         return groups
 
-    def _reserve(self, beginning: Sequence[tuple[_Group, int]]) -> None:
-        """Allocate memory at once for the rows of the continuations that begin, and for the row of
-        a prompt if further continuations of its group follow in later steps."""
-        rows = Counter[int]()
-        for group, count in beginning:
-            stays, computed = count < len(group.numbers), group.logits is not None
-            rows[self.slots.columns_for(self._length_of(group))] += count + stays - computed
-        for columns, count in rows.items():
+    def _reserve(self, groups_and_counts: Sequence[tuple[_Group, int]]) -> None:
+        """Allocate memory at once for the rows of the continuations that begin in this step, and
+        for the row of a prompt if further continuations of its group follow in later steps.
+        ``groups_and_counts``: (group, number of continuations that begin)."""
+        rows_by_columns = Counter[int]()
+        for group, count in groups_and_counts:
+            keeps_prompt_row, is_computed = (
+                count < len(group.prompt_indices),
+                group.logits is not None,
+            )
+            rows_by_columns[self.slots.columns_for(self._length_of(group))] += (
+                count + keeps_prompt_row - is_computed
+            )
+        for columns, count in rows_by_columns.items():
             self.slots.reserve(columns, count)
 
     def _allocate(self, group: _Group) -> Row:
         row = self.slots.allocate(self._length_of(group))
-        assert row is not None  # the budget has no limit
+        assert row is not None  # ``Slots`` were created without a limit of memory
         return row
 
-    def _compute(self, running: Sequence[_Continuation], new: Sequence[_Group]) -> Tensor | None:
-        """Compute the last token of each running continuation, and the prompts of the ``new``
-        groups, whose logits are stored in the groups. Returns the logits [running, vocabulary] of
-        the running ones; None if none runs."""
+    def _compute(
+        self, running: Sequence[_Continuation], new_groups: Sequence[_Group]
+    ) -> Tensor | None:
+        """Call the model on the last token of each running continuation, and on the prompts of
+        ``new_groups``. Store the logits of these prompts in the groups. Returns the logits
+        [running, vocabulary] of the running continuations; None if there are none."""
         rows = [continuation.row for continuation in running]
         tokens = [continuation.token for continuation in running]
         lengths = [continuation.length for continuation in running]
-        if running and new and sum(len(group.prompt) for group in new) <= TOGETHER:
-            pieces = [(group.row, 0, group.prompt) for group in new]
+        if (
+            running
+            and new_groups
+            and sum(len(group.prompt) for group in new_groups) <= MAX_TOKENS_TOGETHER
+        ):
+            pieces = [(group.row, 0, group.prompt) for group in new_groups]
             logits = self.forward.together(self.slots, rows, tokens, lengths, pieces)
-            for group, group_logits in zip(new, logits[len(rows) :], strict=True):
+            for group, group_logits in zip(new_groups, logits[len(rows) :], strict=True):
                 group.logits = group_logits
             return logits[: len(rows)]
-        for groups in _calls_of(new):
+        for groups in _split_into_calls(new_groups):
             prompts = [group.prompt for group in groups]
             logits = self.forward.fill(self.slots, [group.row for group in groups], prompts)
             for group, group_logits in zip(groups, logits, strict=True):
@@ -227,53 +246,56 @@ class Continuations:
         return self.forward.decode(self.slots, rows, tokens, lengths) if running else None
 
     def _accept(self, running: Sequence[_Continuation], logits: Tensor) -> None:
-        """Give each running continuation its next token, and free the rows of those that end."""
-        tokens = self.sample(logits, [continuation.number for continuation in running])
+        """Sample the next token of each running continuation from ``logits`` [running, vocabulary],
+        and free the rows of the continuations that end with it."""
+        tokens = self.sample(logits, [continuation.prompt_index for continuation in running])
         self.running = []
         for continuation, token in zip(running, tokens, strict=True):
             continuation.token = token
             continuation.length += 1
-            if self._append(continuation.number, token):
+            if self._append(continuation.prompt_index, token):
                 self.slots.release(continuation.row)
             else:
                 self.running.append(continuation)
 
     def _begin(self, group: _Group, count: int) -> None:
-        """Sample the first token of ``count`` continuations of a group. Each one that does not end
-        with it gets a copy of the prompt's row; the last of the group gets that row itself."""
+        """Sample the first token of ``count`` continuations of a group. A continuation that does
+        not end with this token gets a copy of the prompt's row; the last one of the group gets the
+        prompt's row itself."""
         assert group.logits is not None
-        numbers = [group.numbers.popleft() for _ in range(count)]
-        tokens = self.sample(group.logits.expand(count, -1), numbers)
-        continuing = [
-            (number, token)
-            for number, token in zip(numbers, tokens, strict=True)
-            if not self._append(number, token)
+        prompt_indices = [group.prompt_indices.popleft() for _ in range(count)]
+        tokens = self.sample(group.logits.expand(count, -1), prompt_indices)
+        unfinished = [
+            (prompt_index, token)
+            for prompt_index, token in zip(prompt_indices, tokens, strict=True)
+            if not self._append(prompt_index, token)
         ]
-        takes_row = bool(continuing) and not group.numbers
-        copies = [self._allocate(group) for _ in range(len(continuing) - takes_row)]
-        self.slots.copy(group.row, copies, len(group.prompt))
-        rows = [*copies, group.row] if takes_row else copies
+        takes_row = bool(unfinished) and not group.prompt_indices
+        copied_rows = [self._allocate(group) for _ in range(len(unfinished) - takes_row)]
+        self.slots.copy(group.row, copied_rows, len(group.prompt))
+        rows = [*copied_rows, group.row] if takes_row else copied_rows
         self.running += [
-            _Continuation(number, token, row, len(group.prompt))
-            for (number, token), row in zip(continuing, rows, strict=True)
+            _Continuation(prompt_index, token, row, len(group.prompt))
+            for (prompt_index, token), row in zip(unfinished, rows, strict=True)
         ]
-        if not group.numbers and not takes_row:
+        if not group.prompt_indices and not takes_row:
             self.slots.release(group.row)
 
-    def _append(self, number: int, token: int) -> bool:
+    def _append(self, prompt_index: int, token: int) -> bool:
         """Add a token to an answer. Returns whether this token ends the answer."""
-        self.answers[number].append(token)
-        return token in self.end_tokens or len(self.answers[number]) == self.max_new_tokens
+        self.answers[prompt_index].append(token)
+        return token in self.end_tokens or len(self.answers[prompt_index]) == self.max_new_tokens
 
 
-def _calls_of(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
-    """Divide groups, which are sorted by the length of their prompts, the longest first, among the
-    calls that compute the prompts."""
-    call: list[_Group] = []
+def _split_into_calls(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
+    """Divide groups among calls of ``Forward.fill``, each of which computes the prompts of at most
+    ``MAX_PREFILL_TOKENS`` tokens, padding included, or a single prompt. ``groups`` are sorted by
+    the length of their prompts, the longest first, which bounds the padding."""
+    call_groups: list[_Group] = []
     for group in groups:
-        if call and (len(call) + 1) * len(call[0].prompt) > MAX_PREFILL_TOKENS:
-            yield call
-            call = []
-        call.append(group)
-    if call:
-        yield call
+        if call_groups and (len(call_groups) + 1) * len(call_groups[0].prompt) > MAX_PREFILL_TOKENS:
+            yield call_groups
+            call_groups = []
+        call_groups.append(group)
+    if call_groups:
+        yield call_groups

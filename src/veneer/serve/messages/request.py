@@ -1,9 +1,11 @@
-"""The schema of bodies of ``/v1/messages``, and their conversion to chat requests.
+"""The schema of request bodies of ``/v1/messages``, and their conversion to requests of OpenAI's
+chat API.
 
-Results of tools are blocks of a user's message in this API, and separate messages in a chat:
+The result of a tool call is a block of a user's message in this API, and a separate message in a
+chat request:
 
     {"role": "user", "content": [{"type": "tool_result", …}, {"type": "text", …}]}
-    → {"role": "tool", …}, {"role": "user", …}
+    becomes {"role": "tool", …}, {"role": "user", …}
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class ToolResult(Strict):
 
 
 def _block_type(value: Any) -> Any:
-    """The type of a content block, before or after its validation."""
+    """The type of a content block, which is a dictionary before validation and a model instance
+    after it; None if it has no type."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
@@ -87,19 +90,19 @@ class Turn(Strict):
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Self:
-        types = {block.type for block in self.content if not isinstance(block, str)}
-        misplaced = types & {"tool_result" if self.role == "assistant" else "tool_use"}
-        if misplaced:
+        block_types = {block.type for block in self.content if not isinstance(block, str)}
+        misplaced_types = block_types & {"tool_result" if self.role == "assistant" else "tool_use"}
+        if misplaced_types:
             raise value_error(
-                f"a block of {misplaced.pop()} in a message of {self.role}",
+                f"a block of {misplaced_types.pop()} in a message of {self.role}",
                 "tool_use of an assistant, tool_result of a user",
                 "change it",
             )
         return self
 
     def messages(self) -> list[Message]:
-        """This message as messages of a chat request. Each result of a tool becomes a message of
-        its own."""
+        """This message as messages of a chat request. Each result of a tool call becomes a message
+        of its own, before the message with the user's text."""
         blocks = self.content
         if isinstance(blocks, str):
             return [_chat_message(self.role, blocks)]
@@ -137,7 +140,8 @@ class ToolNameChoice(Strict):
 
 
 class Conversation(Strict, ABC):
-    """The fields that make up a prompt. ``adapters`` is an addition to Anthropic's API."""
+    """The fields of a request that make up its prompt. ``adapters`` is an addition to Anthropic's
+    API."""
 
     model: Name
     adapters: Blend | None = None
@@ -160,16 +164,21 @@ class Conversation(Strict, ABC):
         return self
 
     def chat(self) -> ChatRequest:
-        """This request as a chat request. Only ``check_history`` validates it again. ``ClientTool``
-        has the fields of ``Function``, and ``ToolNameChoice`` the field of ``FunctionName``, so
-        their instances take the places of these in the chat request."""
-        system = [] if self.system is None else [_chat_message("system", self.system)]
-        messages = [*system, *(message for turn in self.messages for message in turn.messages())]
-        check_history(messages, "messages")  # also sets ``name`` in messages with tool results
-        choice = self.tool_choice
-        chat_choice: Any = None if choice is None else choice.type
-        if isinstance(choice, ToolNameChoice):
-            chat_choice = NamedChoice.model_construct(type="function", function=choice)
+        """This request as a request of the chat API. Its fields have been validated, so its objects
+        are constructed without validation, except that ``check_history`` checks the tool results.
+        ``ClientTool`` has the fields of ``Function``, and ``ToolNameChoice`` has the field of
+        ``FunctionName``, so their instances are used as such in the chat request."""
+        system_messages = [] if self.system is None else [_chat_message("system", self.system)]
+        messages = [
+            *system_messages,
+            *(message for turn in self.messages for message in turn.messages()),
+        ]
+        # this also sets the called function's name in each message with a tool's result
+        check_history(messages, "messages")
+        tool_choice = self.tool_choice
+        chat_choice: Any = None if tool_choice is None else tool_choice.type
+        if isinstance(tool_choice, ToolNameChoice):
+            chat_choice = NamedChoice.model_construct(type="function", function=tool_choice)
         elif chat_choice == "any":
             chat_choice = "required"
         return ChatRequest.model_construct(
@@ -178,7 +187,7 @@ class Conversation(Strict, ABC):
             messages=messages,
             tools=[Tool.model_construct(type="function", function=tool) for tool in self.tools],
             tool_choice=chat_choice,
-            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+            parallel_tool_calls=tool_choice is None or not tool_choice.disable_parallel_tool_use,
         )
 
 
@@ -198,17 +207,20 @@ class MessagesRequest(Conversation):
     stream: bool = False
 
     def chat(self) -> ChatRequest:
+        """This request as a request of the chat API, with its sampling fields and ``stream``."""
         fields = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
         field_values = {name: getattr(self, name) for name in fields}
-        stop = self.stop_sequences or None
-        return super().chat().model_copy(update={**field_values, "stop": stop})
+        stop_sequences = self.stop_sequences or None
+        return super().chat().model_copy(update={**field_values, "stop": stop_sequences})
 
 
 def _chat_message(role: str, content: str | list[TextBlock], **fields: Any) -> Message:
+    """A chat message with the given fields, which are not validated again."""
     return Message.model_construct(role=role, content=content, **fields)
 
 
 def _chat_tool_call(block: ToolUse) -> ToolCall:
+    """The tool call of a block, as a tool call of a chat message."""
     arguments = json.dumps(block.input, ensure_ascii=False)
     function = FunctionCall.model_construct(name=block.name, arguments=arguments)
     return ToolCall.model_construct(id=block.id, function=function)

@@ -1,4 +1,5 @@
-"""The schema of bodies of ``/v1/responses``, and their conversion to chat requests."""
+"""The schema of request bodies of ``/v1/responses``, and their conversion to requests of OpenAI's
+chat API."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ from veneer.serve.schemas import (
     TextFormat,
 )
 
-#: fields that refer to data of earlier requests, which this server does not store
+#: fields that refer to data which a server would have to store after an earlier request. This
+#: server stores none, so it refuses the fields.
 STORAGE_FIELDS = ("previous_response_id", "conversation")
 
 
 class ContentPart(Strict):
-    """A text of the client or of an earlier answer. ``annotations`` and ``logprobs`` have no
-    effect."""
+    """A text that the client wrote or copied from an earlier answer. ``annotations`` and
+    ``logprobs``, which such an answer has, have no effect."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -47,8 +49,8 @@ Content = (
 
 
 class InputMessage(Strict):
-    """A message. ``id``, ``status`` and ``phase``, which come from an earlier answer, have no
-    effect."""
+    """A message. ``id``, ``status`` and ``phase`` have no effect; they are accepted because a
+    message that is copied from an earlier answer has them."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -80,7 +82,8 @@ class InputResult(Strict):
 
 
 def _item_type(value: Any) -> Any:
-    """The type of an input item, before or after its validation."""
+    """The type of an input item, which is a dictionary before validation and a model instance after
+    it. An item without a type is a message."""
     item_type = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return "message" if item_type is None else item_type
 
@@ -101,7 +104,8 @@ InputItem = Annotated[
 
 
 class FlatTool(Strict):
-    """A function that the model may call, without the nested object of chat requests."""
+    """A function that the model may call. Unlike in chat requests, its fields are not in a nested
+    object ``function``."""
 
     type: Literal["function"]
     name: ToolName
@@ -131,7 +135,7 @@ class TextConfig(Strict):
 
 
 class ResponsesStreamOptions(Strict):
-    """OpenAI's stream options of this API, of which no field has an effect."""
+    """OpenAI's stream options of this API, none of which changes the answer of this server."""
 
 
 class ResponsesRequest(Strict):
@@ -163,6 +167,8 @@ class ResponsesRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_storage(cls, data: Any) -> Any:
+        """Refuse the fields of ``STORAGE_FIELDS`` with an error that says what to send instead.
+        Without this check they would be refused as unknown fields."""
         for name in STORAGE_FIELDS if isinstance(data, dict) else ():
             if data.get(name) is not None:
                 raise value_error(
@@ -188,8 +194,9 @@ class ResponsesRequest(Strict):
         return self
 
     def messages(self) -> list[Message]:
-        """The messages of the chat request. A tool call that follows an assistant's message or
-        another call is added to that message."""
+        """The messages of the chat request. Tool calls are messages' fields there, so a call is
+        added to the assistant's message before it; without one, an empty assistant's message is
+        created."""
         messages: list[Message] = []
 
         def add(role: str, content: str | list[ContentPart], **fields: Any) -> None:
@@ -213,26 +220,28 @@ class ResponsesRequest(Strict):
         return messages
 
     def chat(self) -> ChatRequest:
-        """This request as a chat request. Only ``check_history`` validates it again. ``FlatTool``,
-        ``InputCall``, ``FlatChoice`` and ``FlatSchemaFormat`` have the fields of ``Function``,
-        ``FunctionCall``, ``FunctionName`` and ``JsonSchema``, so their instances take the places of
-        these in the chat request."""
+        """This request as a request of the chat API. Its fields have been validated, so its objects
+        are constructed without validation, except that ``check_history`` checks the tool results.
+        ``FlatTool``, ``InputCall``, ``FlatChoice`` and ``FlatSchemaFormat`` have the fields of
+        ``Function``, ``FunctionCall``, ``FunctionName`` and ``JsonSchema``, so their instances are
+        used as such in the chat request."""
         messages = self.messages()
-        check_history(messages, "input")  # also sets ``name`` in messages with tool results
+        # this also sets the called function's name in each message with a tool's result
+        check_history(messages, "input")
         answer_format: Any = None if self.text is None else self.text.format
         if isinstance(answer_format, FlatSchemaFormat):
             answer_format = SchemaFormat.model_construct(
                 type="json_schema", json_schema=answer_format
             )
-        choice: Any = self.tool_choice
-        if isinstance(choice, FlatChoice):
-            choice = NamedChoice.model_construct(type="function", function=choice)
+        tool_choice: Any = self.tool_choice
+        if isinstance(tool_choice, FlatChoice):
+            tool_choice = NamedChoice.model_construct(type="function", function=tool_choice)
         return ChatRequest.model_construct(
             model=self.model,
             adapters=self.adapters,
             messages=messages,
             tools=[Tool.model_construct(type="function", function=tool) for tool in self.tools],
-            tool_choice=choice,
+            tool_choice=tool_choice,
             parallel_tool_calls=self.parallel_tool_calls,
             response_format=answer_format,
             temperature=self.temperature,

@@ -1,4 +1,5 @@
-"""Parsers of tool calls by vLLM's names, and detection of the parser from a chat template."""
+"""The parsers of tool calls by the names that vLLM gives them, and detection of the parser from a
+chat template."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ PARSERS: dict[str, type[CallParser]] = {
     "mistral": Mistral, "pythonic": Pythonic, "qwen3_coder": Qwen3Xml, "qwen3_xml": Qwen3Xml,
 }  # fmt: skip
 
-#: (texts, name of a parser): if a chat template contains all these texts, the model writes calls in
-#: the notation of this parser. The first match counts.
+#: pairs (texts, name of a parser): if a chat template contains all the texts of a pair, the model
+#: writes calls in the notation of that parser. The first pair that matches is taken, so a pair with
+#: more texts stands before a pair with a part of them.
 TEMPLATE_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<tool_call>", "<function="), "qwen3_coder"),
     (("<tool_call>",), "hermes"),
@@ -37,7 +39,8 @@ TEMPLATE_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def check_parser(name: str | None) -> None:
-    """Check the option --tool-call-parser. ``ConfigError``: no parser has this name."""
+    """Check the value of the option --tool-call-parser; None, no value, is valid. Raises
+    ``ConfigError`` if no parser has this name."""
     if name is not None and name not in PARSERS:
         raise ConfigError(
             f"--tool-call-parser {name!r}{nearest(name, PARSERS)}",
@@ -47,22 +50,31 @@ def check_parser(name: str | None) -> None:
 
 
 def detect_parser(template: Any) -> str | None:
-    """The name of the parser for a chat template; None if the notation of calls is not known.
-    ``template``: the text, or texts by name."""
+    """The name of the parser (a key of ``PARSERS``) for the notation of calls that a chat template
+    uses; None if the template has no known notation. ``template``: a tokenizer's
+    ``chat_template``, which is a text, a mapping from names to texts, or None."""
     if isinstance(template, Mapping):
         template = template.get("tool_use") or template.get("default")
     template_text = str(template or "")
-    names = (name for signs, name in TEMPLATE_SIGNS if all(sign in template_text for sign in signs))
-    return next(names, None)
+    parser_names = (
+        parser_name
+        for signs, parser_name in TEMPLATE_SIGNS
+        if all(sign in template_text for sign in signs)
+    )
+    return next(parser_names, None)
 
 
 @dataclass(frozen=True)
 class CallReading:
-    """How to parse the answers to a request.
+    """How to parse tool calls from the answers to one request.
 
-    ``new_parser``: creates a parser for one answer; ``markers``: by token id, the texts of special
-    tokens that must stay in the decoded text, because the parser needs them; ``grammar``:
-    constrains the answers if a tool is strict."""
+    Fields:
+        new_parser: creates a parser, which parses one answer.
+        markers: {token id: text} of the special tokens that decoding must not leave out, because
+            the parser finds calls by them.
+        grammar: the grammar that the answers must follow; None unless a tool is strict (a strict
+            tool's arguments must follow its schema).
+    """
 
     new_parser: Callable[[], CallParser]
     markers: Mapping[int, str] = field(default_factory=dict)
@@ -70,24 +82,34 @@ class CallReading:
 
 
 def call_reading(
-    tools: Mapping[str, Any],
-    forced: str | None,
+    parameters_by_tool: Mapping[str, Any],
+    forced_tool: str | None,
     tokenizer: Any,
-    parser: str | None,
-    prefix: str,
-    strict: Collection[str] = (),
+    parser_option: str | None,
+    id_prefix: str,
+    strict_tools: Collection[str] = (),
 ) -> CallReading:
-    """How to parse the answers to a request. ``tools``: by name, the schema of a tool's parameters.
-    ``forced``: the name of the tool that must be called, "" for any tool, or None. ``parser``: the
-    name of the parser that the server was started with, or None. ``prefix``: the beginning of the
-    ids of calls. ``strict``: names of the tools whose calls must follow their schemas. ``Refusal``:
-    no parser is known for the base."""
-    parser_name = parser or detect_parser(tokenizer.chat_template)
+    """Choose how to parse tool calls from the answers to a request.
+
+    Args:
+        parameters_by_tool: for each tool's name, the JSON schema of its parameters.
+        forced_tool: the name of the tool that the answer must call; "" if it must call any tool;
+            None if it need not call one. A forced call has a notation of its own (forced.py), so
+            every base can write it.
+        parser_option: the server's option --tool-call-parser; None detects the parser from the
+            tokenizer's chat template.
+        id_prefix: the beginning of the ids of calls.
+        strict_tools: names of the tools whose arguments must follow their schemas.
+
+    Raises:
+        Refusal: no call is forced, and the notation in which the base writes calls is not known.
+    """
+    parser_name = parser_option or detect_parser(tokenizer.chat_template)
     parser_class = None if parser_name is None else PARSERS[parser_name]
-    if forced is not None:
-        parser_type = ListedCalls if forced == "" else partial(NamedCall, forced)
+    if forced_tool is not None:
+        forced_parser = ListedCalls if forced_tool == "" else partial(NamedCall, forced_tool)
         new_id = CallParser.new_id if parser_class is None else parser_class.new_id
-        return CallReading(partial(parser_type, tools, prefix, new_id))
+        return CallReading(partial(forced_parser, parameters_by_tool, id_prefix, new_id))
     if parser_class is None:
         raise Refusal(
             400,
@@ -97,16 +119,21 @@ def call_reading(
             param="tools",
             code="no_tool_parser",
         )
-    markers = _marker_ids(tokenizer, parser_class.markers)
-    grammar = strict_grammar(parser_class, tools, strict, markers) if strict else None
-    return CallReading(partial(parser_class, tools, prefix), markers, grammar)
+    markers = _special_markers(tokenizer, parser_class.markers)
+    grammar = (
+        strict_grammar(parser_class, parameters_by_tool, strict_tools, markers)
+        if strict_tools
+        else None
+    )
+    return CallReading(partial(parser_class, parameters_by_tool, id_prefix), markers, grammar)
 
 
-def _marker_ids(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:
-    """By token id, the ``markers`` that are special tokens. Decoding would leave them out."""
-    added_tokens = tokenizer.added_tokens_decoder.items()
+def _special_markers(tokenizer: Any, markers: tuple[str, ...]) -> dict[int, str]:
+    """{token id: text} of those ``markers`` (tags of a notation of calls) that are special tokens
+    of the tokenizer. Decoding leaves special tokens out unless it is told to keep them."""
+    added_tokens_by_id = tokenizer.added_tokens_decoder.items()
     return {
         id: token.content
-        for id, token in added_tokens
+        for id, token in added_tokens_by_id
         if token.special and token.content in markers
     }

@@ -1,8 +1,9 @@
 """Calls that are written in Python, such as ``[get_weather(city="Bern", days=3), get_time()]``
 (Llama 3.2 and 4, ToolACE).
 
-An answer is such a list of calls, or text. A call is emitted when it is complete. It is parsed as
-Python and never run. If an argument is not a literal, the call becomes text.
+An answer is either a list of calls or text. The parser returns a call when the call is complete.
+The call is parsed as Python, but never run. If an argument is not a literal, the call is returned
+as text.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from veneer.serve.tools.deltas import CallParser
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _OPENING = re.compile(rf"\[\s*{_NAME.pattern}\(")
-#: a text that may become the opening of a list of calls: a bracket, and the beginning of a name
+#: matches a text that may become the opening of a list of calls when more text arrives: nothing, or
+#: a bracket and the beginning of a tool's name
 _PARTIAL_OPENING = re.compile(rf"(\[\s*({_NAME.pattern})?)?")
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 class Pythonic(CallParser):
-    """A parser of an answer that is a list of calls, or text."""
+    """A parser of an answer that is either a list of calls, written in Python, or text."""
 
-    START, END = "<|python_start|>", "<|python_end|>"
-    markers = (START, END)
+    START_TAG, END_TAG = "<|python_start|>", "<|python_end|>"
+    markers = (START_TAG, END_TAG)
     first_state = "start"
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -33,19 +35,22 @@ class Pythonic(CallParser):
         self._position, self._bracket_depth, self._quote = 0, 0, ""
 
     def _step_start(self, *, at_end: bool) -> bool:
-        text = self._buffer.lstrip().removeprefix(self.START).lstrip()
+        """At the beginning of the answer: find out whether the answer is a list of calls or
+        text."""
+        text = self._buffer.lstrip().removeprefix(self.START_TAG).lstrip()
         if _OPENING.match(text):
             self._consume(len(self._buffer) - len(text) + 1)
             self._state = "call"
             return True
-        may_open = _PARTIAL_OPENING.fullmatch(text) or self.START.startswith(text)
+        may_open = _PARTIAL_OPENING.fullmatch(text) or self.START_TAG.startswith(text)
         if may_open and not at_end:
             return False
         self._state = "text"
         return True
 
     def _step_call(self, *, at_end: bool) -> bool:
-        """Scan quotes and brackets up to the comma after a call, or up to the end of the list."""
+        """Scan quotes and brackets up to the comma after a call, or up to the bracket that ends the
+        list."""
         while self._position < len(self._buffer):
             character = self._buffer[self._position]
             self._position += 1
@@ -69,8 +74,9 @@ class Pythonic(CallParser):
         return at_end
 
     def _end_call(self, next_state: str) -> None:
-        """Emit the call that ends before ``_position``, or emit text if it is no valid call.
-        ``next_state``: "call", "end" or, if the answer has ended within the call, "text"."""
+        """Emit the call that ends before ``_position``; if it is not valid, emit it as text, and
+        treat the rest of the answer as text. ``next_state``: "call" if another call follows, "end"
+        after the last one, or "text" if the answer has ended within the call."""
         source = self._buffer[: self._position - (next_state != "text")].strip()
         name_and_arguments = None if next_state == "text" else _parse_call(source)
         if name_and_arguments is not None:
@@ -85,26 +91,31 @@ class Pythonic(CallParser):
         self._position, self._bracket_depth, self._quote = 0, 0, ""
 
     def _step_end(self, *, at_end: bool) -> bool:
+        """After the list: skip the tag that may follow it."""
         text = self._buffer.lstrip()
-        if text != self.END and self.END.startswith(text) and not at_end:
+        if text != self.END_TAG and self.END_TAG.startswith(text) and not at_end:
             return False
-        self._buffer, self._state = text.removeprefix(self.END), "text"
+        self._buffer, self._state = text.removeprefix(self.END_TAG), "text"
         return True
 
 
 def _parse_call(source: str) -> tuple[str, str] | None:
-    """The name and the arguments, as JSON, of one call that is written in Python; None if the text
-    is no such call."""
+    """The name and the arguments (a JSON object, as text) of one call that is written in Python;
+    None if ``source`` is not a call whose arguments are keyword arguments with literal values."""
     name, bracket, _ = source.partition("(")
     if not bracket or not _NAME.fullmatch(name.strip()):
         return None
     try:
         # a tool's name may have hyphens and dots, unlike a name in Python: parse f(…) instead
-        tree = ast.parse(f"f{source[len(name) :]}", mode="eval").body
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+        call_node = ast.parse(f"f{source[len(name) :]}", mode="eval").body
+        if (
+            not isinstance(call_node, ast.Call)
+            or not isinstance(call_node.func, ast.Name)
+            or call_node.args
+        ):
             return None
-        arguments = {keyword.arg: _literal(keyword.value) for keyword in tree.keywords}
-        if None in arguments:  # from f(**arguments)
+        arguments = {keyword.arg: _literal(keyword.value) for keyword in call_node.keywords}
+        if None in arguments:  # a key of None comes from f(**arguments)
             return None
         return name.strip(), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
@@ -112,8 +123,8 @@ def _parse_call(source: str) -> tuple[str, str] | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of a literal. Accepts JSON's ``true``, ``false`` and ``null``, which are names in
-    Python."""
+    """The value of a Python literal, or of ``true``, ``false`` or ``null``: models write these
+    words of JSON too, which are names in Python. Raises ``ValueError`` for any other expression."""
     if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
         return _JSON_NAMES[node.id]
     if isinstance(node, ast.List | ast.Tuple):

@@ -1,8 +1,9 @@
-"""Detect whether a chat template shows the model the tools of a request and the calls of earlier
-messages. Some templates show neither, and some show only the tools.
+"""Detect whether a chat template shows the model the tools of a request, and the tool calls in
+earlier messages. Some templates show neither, and some show only the tools.
 
-To find out, a test chat is rendered with a tool and a call. Their names occur nowhere else, so the
-rendered text can be searched for them.
+To find out, test chats with a tool and a call are rendered. The tool's name and the call's argument
+occur nowhere else in a chat, so the template shows the tool or the call if the rendered text
+contains them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from jinja2 import TemplateError
 from veneer.fileio.untrusted import parse
 from veneer.serve.refusal import Refusal
 
+#: the name of the tool in the test chats, and the argument of its call
 PROBE_NAME, PROBE_ARGUMENT = "veneer_probe", "veneer_argument"
-TOOL: dict[str, Any] = {
+PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": PROBE_NAME,
@@ -28,7 +30,8 @@ TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"b": {"type": "string"}}},
     },
 }
-#: a call of ``TOOL``; its id has nine letters, because Mistral's templates demand this
+#: a call of ``PROBE_TOOL``; its id has nine letters, because Mistral's templates refuse other
+#: lengths
 PROBE_CALL: dict[str, Any] = {
     "id": "abcdefghi",
     "type": "function",
@@ -40,52 +43,64 @@ CHAT_WITH_CALL: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
     {"role": "tool", "content": "d", "tool_call_id": PROBE_CALL["id"], "name": PROBE_NAME},
 ]
-#: chats whose rendered text contains the tokens that a template puts around messages, tools and
-#: calls. ``serve/prompts.py`` renders them to find these tokens.
-FRAMED = (
+#: test chats with all roles of messages and with a call. Their rendered texts contain the tokens
+#: that a template puts around messages, tools and calls; ``serve/prompts.py`` renders the chats to
+#: find these tokens.
+FRAMED_CHATS = (
     [USER_MESSAGE],
     CHAT_WITH_CALL,
     [{"role": "system", "content": "a"}, *CHAT_WITH_CALL, USER_MESSAGE],
 )
 
-#: errors that rendering a template may raise if the template does not support the chat
-ERRORS = (TemplateError, TypeError, ValueError, KeyError)
+#: errors that rendering may raise if the template does not support the messages or tools of a chat
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
-class TemplateTools:
-    """Whether a chat template shows the model tools, and calls of earlier messages."""
+class TemplateSupport:
+    """Whether a chat template shows the model the tools of a request (``shows_tools``), and the
+    tool calls in earlier messages (``shows_calls``)."""
 
-    tools: bool
-    calls: bool
+    shows_tools: bool
+    shows_calls: bool
 
 
 @lru_cache(maxsize=1)
-def template_tools(tokenizer: Any, template: str) -> TemplateTools:
-    """What the chat template of a tokenizer shows. ``template``: the text of this chat template,
-    by which the cache detects that the tokenizer got another template."""
-    chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [TOOL]))
-    return TemplateTools(
-        tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [TOOL]),
-        calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
+def template_support(tokenizer: Any, template: str) -> TemplateSupport:
+    """Whether the chat template of ``tokenizer`` shows tools and calls. ``template``: the text of
+    this template; it is an argument only so that the cache has no entry for a tokenizer whose
+    template has been replaced."""
+    chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [PROBE_TOOL]))
+    return TemplateSupport(
+        shows_tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [PROBE_TOOL]),
+        shows_calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
     )
 
 
 def _shows(tokenizer: Any, probe: str, chat: Sequence[Any], tools: Sequence[Any] | None) -> bool:
-    with suppress(*ERRORS):
+    """Whether the text that the chat template makes of ``chat`` and ``tools`` contains ``probe``.
+    False if the template does not support them."""
+    with suppress(*RENDER_ERRORS):
         return probe in tokenizer.apply_chat_template(
             list(chat), tools=tools, tokenize=False, add_generation_prompt=True
         )
     return False
 
 
-def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
-    """Check that a chat template shows what a request has: ``tools``, and ``calls`` in earlier
-    messages. ``Refusal``: the template does not show them."""
-    if not (tools or calls):
+def check_template(tokenizer: Any, *, has_tools: bool, has_calls: bool) -> None:
+    """Check that the chat template shows the model all that a request contains.
+
+    Args:
+        has_tools: whether the request has tools.
+        has_calls: whether its messages have tool calls.
+
+    Raises:
+        Refusal: the template does not show them.
+    """
+    if not (has_tools or has_calls):
         return
-    support = template_tools(tokenizer, str(tokenizer.chat_template))
-    if tools and not support.tools:
+    support = template_support(tokenizer, str(tokenizer.chat_template))
+    if has_tools and not support.shows_tools:
         raise Refusal(
             400,
             "tools, and a base whose chat template does not show them to the model",
@@ -94,7 +109,7 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
             param="tools",
             code="template_without_tools",
         )
-    if calls and not support.calls:
+    if has_calls and not support.shows_calls:
         raise Refusal(
             400,
             "calls of tools in messages, and a base whose chat template does not show them",
@@ -106,8 +121,9 @@ def check_template(tokenizer: Any, *, tools: bool, calls: bool) -> None:
 
 
 def template_arguments(text: str) -> Any:
-    """The arguments of a call in the form that templates expect: a mapping, if ``text`` is a JSON
-    object. Another text, which a model may have written, stays a text."""
+    """The arguments of a call in the form that chat templates expect: a mapping if ``text`` is a
+    JSON object or empty. Otherwise, since a model may have written invalid JSON, ``text``
+    itself."""
     try:
         value = parse(text or "{}")
     except ValueError:

@@ -8,8 +8,8 @@
     </function>
     </tool_call>
 
-The value of an argument is text. It is converted to JSON if the schema of the tool's parameters
-asks for a number, a boolean, a list or an object. Otherwise it stays a string.
+The value of an argument is converted to JSON if the schema of the tool's parameters asks for a
+number, a boolean, a list or an object. Otherwise it stays a string.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from typing import Any, ClassVar
 from veneer.fileio.untrusted import parse
 from veneer.serve.tools.deltas import CallParser
 
-#: the number of references ("$ref" to another "$ref") in a row from which on a schema is ignored
+#: a schema that is reached through this many references in a row ("$ref" to another "$ref") is
+#: ignored, because the references may form a loop
 MAX_REFERENCES = 8
 
 
 class Qwen3Xml(CallParser):
-    """A parser for Qwen 3 Coder and models with the same notation."""
+    """A parser for Qwen 3 Coder and other models with the same notation of calls."""
 
-    FUNCTION_END, PARAMETER, PARAMETER_END = "</function>", "<parameter=", "</parameter>"
-    NAME: ClassVar[re.Pattern[str]] = re.compile(r"\s*([^<>\s]+)\s*>")
-    call_tag, after_call_tag = "<function=", "function"
+    FUNCTION_END, PARAMETER_START, PARAMETER_END = "</function>", "<parameter=", "</parameter>"
+    NAME_PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"\s*([^<>\s]+)\s*>")
+    call_tag, state_after_call_tag = "<function=", "function"
     markers = other_tags = ("<tool_call>", "</tool_call>")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._tool_name = self._argument_name = ""
         self._value_pieces: list[str] = []
-        self._argument_count = 0  # number of arguments of the current call
+        self._argument_count = 0  # number of arguments of the current call so far
 
     def _step_function(self, *, at_end: bool) -> bool:
+        """After the tag "<function=": read the tool's name and begin a call. Without a valid name,
+        the tag is text."""
         name = self._read_name(at_end=at_end)
         if name == "":
             return False
@@ -54,10 +57,11 @@ class Qwen3Xml(CallParser):
         return True
 
     def _step_inside(self, *, at_end: bool) -> bool:
-        """Read up to the next parameter, or to the end of the call."""
-        position, tag = self._find_tag((self.PARAMETER, self.FUNCTION_END), at_end=at_end)
+        """Between the parameters of a call: skip the text up to the next parameter, or end the
+        call."""
+        position, tag = self._find_tag((self.PARAMETER_START, self.FUNCTION_END), at_end=at_end)
         self._consume(position + len(tag))
-        if tag == self.PARAMETER:
+        if tag == self.PARAMETER_START:
             self._state = "parameter"
         elif tag:
             self._emit_arguments("}")
@@ -65,6 +69,8 @@ class Qwen3Xml(CallParser):
         return bool(tag)
 
     def _step_parameter(self, *, at_end: bool) -> bool:
+        """After the tag "<parameter=": read the name of the argument. Without a valid name, skip
+        the parameter."""
         name = self._read_name(at_end=at_end)
         if name == "":
             return False
@@ -73,7 +79,8 @@ class Qwen3Xml(CallParser):
         return True
 
     def _step_value(self, *, at_end: bool) -> bool:
-        tags = (self.PARAMETER_END, self.PARAMETER, self.FUNCTION_END)
+        """Read the value of an argument up to a tag that ends it, and emit the argument."""
+        tags = (self.PARAMETER_END, self.PARAMETER_START, self.FUNCTION_END)
         position, tag = self._find_tag(tags, at_end=at_end)
         self._value_pieces.append(self._consume(position))
         if not tag:
@@ -82,68 +89,77 @@ class Qwen3Xml(CallParser):
             self._consume(len(tag))
         # a line break before the value and one after it belong to the notation
         text = "".join(self._value_pieces).removeprefix("\n").removesuffix("\n")
-        tool_schema = self._parameters.get(self._tool_name, {})
+        tool_schema = self._parameter_schemas.get(self._tool_name, {})
         properties = tool_schema.get("properties", {})
         schema = properties.get(self._argument_name) if isinstance(properties, dict) else None
         value = json_value(text, schema, tool_schema)
         comma = ", " if self._argument_count else ""
         name_and_value = (
-            json.dumps(content, ensure_ascii=False) for content in (self._argument_name, value)
+            json.dumps(item, ensure_ascii=False) for item in (self._argument_name, value)
         )
         self._emit_arguments(comma + ": ".join(name_and_value))
         self._argument_count, self._state = self._argument_count + 1, "inside"
         return True
 
     def _read_name(self, *, at_end: bool) -> str | None:
-        """Read the name in an opening tag. Return "" if the tag may be incomplete, None if it
-        has no name."""
+        """Read the name of a tool or argument, and the ">" after it. Return "" if the ">" may not
+        have arrived yet, and None if there is no valid name."""
         if ">" not in self._buffer and not at_end:
             return ""
-        match = self.NAME.match(self._buffer)
+        match = self.NAME_PATTERN.match(self._buffer)
         if match is None:
             return None
         self._consume(match.end())
         return match[1]
 
 
-def json_value(text: str, schema: Any, root: Any = None) -> Any:
-    """The text of an argument, converted to the JSON value that its schema asks for. It is returned
-    unchanged if it is no JSON value, or if the schema allows a string or names no type. ``root``:
-    the schema in which references are looked up."""
-    types = json_types(schema, root)
-    if not types or "string" in types:
-        return None if "null" in types and text.strip() == "null" else text
+def json_value(text: str, schema: Any, root_schema: Any = None) -> Any:
+    """The value of an argument as JSON data: ``text`` converted to a type that ``schema`` allows.
+    It stays a string if it is not valid JSON, or if the schema names no type or allows a string.
+    ``root_schema``: the complete schema of the tool's parameters, in which references are looked
+    up."""
+    allowed_types = json_types(schema, root_schema)
+    if not allowed_types or "string" in allowed_types:
+        return None if "null" in allowed_types and text.strip() == "null" else text
     try:
-        return parse(text.strip().lower() if types <= {"boolean", "null"} else text)
+        return parse(text.strip().lower() if allowed_types <= {"boolean", "null"} else text)
     except ValueError:
         return text
 
 
-def json_types(schema: Any, root: Any = None, visited: set[int] | None = None) -> set[str]:
-    """The JSON types that a schema names, itself or in its anyOf and oneOf. ``visited``: ids of the
-    schemas that were examined before, since references may lead back to them."""
-    schema, visited = follow_reference(schema, root), set() if visited is None else visited
-    if not isinstance(schema, Mapping) or id(schema) in visited:
+def json_types(
+    schema: Any, root_schema: Any = None, visited_ids: set[int] | None = None
+) -> set[str]:
+    """The JSON types, such as "integer", that ``schema`` names in its field "type" or in the
+    schemas of its anyOf and oneOf. ``root_schema``: the complete schema, in which references are
+    looked up. ``visited_ids``: the ``id()`` of each schema that was examined before, so that
+    references which lead back to it cause no endless recursion."""
+    schema, visited_ids = (
+        follow_reference(schema, root_schema),
+        set() if visited_ids is None else visited_ids,
+    )
+    if not isinstance(schema, Mapping) or id(schema) in visited_ids:
         return set()
-    visited.add(id(schema))
+    visited_ids.add(id(schema))
     type_field = schema.get("type")
-    types = {type_field} if isinstance(type_field, str) else set()
+    allowed_types = {type_field} if isinstance(type_field, str) else set()
     if isinstance(type_field, list):
-        types = {name for name in type_field if isinstance(name, str)}
+        allowed_types = {name for name in type_field if isinstance(name, str)}
     for choices in (schema.get("anyOf"), schema.get("oneOf")):
         for choice in choices if isinstance(choices, list) else ():
-            types |= json_types(choice, root, visited)
-    return types
+            allowed_types |= json_types(choice, root_schema, visited_ids)
+    return allowed_types
 
 
-def follow_reference(schema: Any, root: Any) -> Any:
-    """The schema itself, or the schema within ``root`` that its reference points to. None if the
-    reference points to nothing, or there are ``MAX_REFERENCES`` or more references in a row."""
+def follow_reference(schema: Any, root_schema: Any) -> Any:
+    """``schema`` itself if it is not a reference ("$ref"); otherwise the schema within
+    ``root_schema`` that the reference points to. None if the reference points to nothing, or if
+    ``MAX_REFERENCES`` references in a row were followed."""
     for _ in range(MAX_REFERENCES):
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
-        schema = root
+        schema = root_schema
         for key in reference.removeprefix("#/").split("/"):
             schema = schema.get(key) if isinstance(schema, Mapping) else None
     return None

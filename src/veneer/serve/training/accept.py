@@ -1,5 +1,7 @@
 """Queue the numbered requests of runs, including refused requests.
 
+A run is one LoRA adapter that a client trains.
+
     body → valid, within the quota → the run's waiting requests
          → refused                 → the run's waiting requests, as a request that fails with the
                                      text of the refusal
@@ -31,69 +33,102 @@ from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import PassHeader
 from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
 
-#: kinds of requests that write checkpoints, which count towards a key's quota of bytes
+#: kinds of requests that write checkpoints, whose sizes count towards a key's quota of bytes
 SAVE_KINDS = ("save", "external", "sampler")
-#: status codes of refusals that would be repeated if the client sent the same request again
+#: status codes of refusals that the same request would get again. Such a refusal is queued as the
+#: answer; after any other refusal, the client may try again.
 FINAL_STATUSES = (400, 403, 404, 409, 413, 415, 422)
 
 
-def queue_in_store(
-    training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
+def write_and_queue(
+    training: Training, run_id: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
 ) -> dict[str, str]:
-    """Write a request to the store, and return the ids with which the client asks for its answer.
-    ``seq``: the request's number in the run; None: the number after all others. Called in the
-    thread that writes to the store's index (``Training.write``)."""
+    """Write a request to the store and queue it for the training thread; return the ids with which
+    the client asks for its answer. Call this in the thread that writes to the store
+    (``Training.write``), because it waits for the disk.
+
+    Args:
+        seq: the request's number in the run; None: the number after all others.
+        kind: the kind of request, such as "step" or "save".
+        body: the fields of the request, or protobuf.
+
+    Raises:
+        Busy: too many requests of the run wait.
+    """
     body_bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
-    number = training.worker.queue.accept(run, seq, kind, body_bytes)
-    return {"request_id": f"{run}:{number}", "model_id": run}
+    assigned_seq = training.worker.queue.accept(run_id, seq, kind, body_bytes)
+    return {"request_id": f"{run_id}:{assigned_seq}", "model_id": run_id}
 
 
 async def queue_request(
     training: Training,
     key: Key,
-    run: str,
+    run_id: str,
     seq: int | None,
     kind: str,
     body: Mapping[str, Any] | bytes,
     header: PassHeader | None = None,
 ) -> dict[str, str]:
     """Accept a request of a key's run, and return the ids with which the client asks for its
-    answer. ``seq``: the request's number in the run, or None; ``header``: the header of a pass, or
-    None for other requests. ``Refusal``: the key has no such run, or the run was unloaded."""
-    row = find_run(training, key, run)
-    training.record_heartbeat(row["session"])
-    if row["unloaded"] and training.worker.queue.promise(run, -1 if seq is None else seq) is None:
+    answer. Counts as a heartbeat of the run's session.
+
+    Args:
+        seq: the request's number in the run; None: the number after all others.
+        kind: the kind of request, such as "step" or "save".
+        body: the fields of the request, or protobuf.
+        header: the header of a pass (a forward, and a backward if requested); None for other
+            requests.
+
+    Raises:
+        Refusal: the key has no such run, or the run was unloaded.
+        Busy: too many requests of the run wait.
+    """
+    run_row = find_run(training, key, run_id)
+    training.record_heartbeat(run_row["session"])
+    if (
+        run_row["unloaded"]
+        and training.worker.queue.promise(run_id, -1 if seq is None else seq) is None
+    ):
         raise Refusal(
             410,
-            f"the run {run}, which was unloaded or did not begin",
+            f"the run {run_id}, which was unloaded or did not begin",
             "one that goes on",
             "create one, perhaps from a checkpoint",
         )
     if kind in SAVE_KINDS and key.bytes is not None and not isinstance(body, bytes):
-        body = {**body, "most_bytes": key.bytes}  # checked when the checkpoint is written
+        # the training thread checks this quota, since the size is known once the files are written
+        body = {**body, "most_bytes": key.bytes}
     if header is None or not key.owner:
-        return await training.write(queue_in_store, training, run, seq, kind, body)
+        return await training.write(write_and_queue, training, run_id, seq, kind, body)
     return await training.write(_accept_pass, training, key, header, body)
 
 
 def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) -> dict[str, str]:
-    """Accept a pass and count its tokens. A pass that would exceed the quota is queued as a request
-    that fails."""
-    is_repeated = header.seq and training.worker.queue.promise(header.run, header.seq) is not None
+    """Queue a pass (a forward, and a backward if requested), count its tokens for the key, and
+    return the ids with which the client asks for its answer. A pass that would exceed the key's
+    quota is queued as a request that fails, so that its number is not missing in the run. A pass
+    that was accepted before is not counted again."""
+    is_repeated = (
+        header.seq and training.worker.queue.promise(header.run_id, header.seq) is not None
+    )
     if is_repeated:
-        return queue_in_store(training, header.run, header.seq, PASS, body)
-    problem = quota_problem(training.store, key.owner, "tokens", key.tokens, header.tokens)
-    if problem is not None:
-        kind = REFUSED_PASS if header.backward else REFUSED
-        return queue_in_store(training, header.run, header.seq or None, kind, {"error": problem})
-    request_ids = queue_in_store(training, header.run, header.seq or None, PASS, body)
-    training.store.count_tokens(key.owner, header.tokens)
+        return write_and_queue(training, header.run_id, header.seq, PASS, body)
+    problem_text = quota_problem(
+        training.store, key.owner, "tokens", key.tokens, header.token_count
+    )
+    if problem_text is not None:
+        refused_kind = REFUSED_PASS if header.backward else REFUSED
+        return write_and_queue(
+            training, header.run_id, header.seq or None, refused_kind, {"error": problem_text}
+        )
+    request_ids = write_and_queue(training, header.run_id, header.seq or None, PASS, body)
+    training.store.count_tokens(key.owner, header.token_count)
     return request_ids
 
 
 class NumberedRoute(Route):
-    """A route for numbered requests of runs, with JSON bodies. A refused request is queued, so that
-    its number is not missing."""
+    """A route for numbered requests of runs, with JSON bodies. A refused request is queued as a
+    request that fails, so that its number is not missing and later requests are computed."""
 
     async def respond(
         self, handle: Callable[[Request], Awaitable[Response]], request: Request
@@ -103,19 +138,19 @@ class NumberedRoute(Route):
         except (RequestValidationError, HTTPException, Refusal) as error:
             service, body = request.app.state.service, await request.body()
             error_refusal = _refusal_of(error)
-            run_and_number = await beside_loop(service, body, _read_run_and_number)
+            run_id_and_seq = await beside_loop(service, body, _read_run_id_and_seq)
             training = training_of(request.app.state.service)
             key: Key | None = request.state.key
             is_final = error_refusal.status in FINAL_STATUSES
-            if not is_final or run_and_number is None or key is None or not key.train:
+            if not is_final or run_id_and_seq is None or key is None or not key.train:
                 raise
-            run, number = run_and_number
-            row = training.store.run(run)
-            if row is None or not owns(key, row) or row["unloaded"]:
+            run_id, seq = run_id_and_seq
+            run_row = training.store.run(run_id)
+            if run_row is None or not owns(key, run_row) or run_row["unloaded"]:
                 raise
             return JSONResponse(
                 await queue_request(
-                    training, key, run, number, REFUSED, {"error": str(error_refusal)}
+                    training, key, run_id, seq, REFUSED, {"error": str(error_refusal)}
                 )
             )
 
@@ -128,19 +163,20 @@ def _refusal_of(error: RequestValidationError | HTTPException | Refusal) -> Refu
     return refusal.body_refusal(error.errors(), error.body)
 
 
-def _read_run_and_number(body: bytes) -> tuple[str, int] | None:
+def _read_run_id_and_seq(body: bytes) -> tuple[str, int] | None:
     """The run id and the number of a request whose other fields may be invalid; None if one of the
     two is missing or invalid."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    run, number = (
+    run_id, seq = (
         (fields.get("model_id"), fields.get("seq_id")) if isinstance(fields, dict) else (None, None)
     )
-    # an id is ASCII; a lone surrogate, which ``json`` accepts, cannot be looked up in SQLite
-    if not isinstance(run, str) or not run.isascii():
+    # Each run id is ASCII. Other text is rejected here, because ``json`` accepts lone surrogates,
+    # and SQLite raises an error for them.
+    if not isinstance(run_id, str) or not run_id.isascii():
         return None
-    if not isinstance(number, int) or isinstance(number, bool):
+    if not isinstance(seq, int) or isinstance(seq, bool):
         return None
-    return (run, number) if 0 < number < 2**31 else None  # number 0 creates the run
+    return (run_id, seq) if 0 < seq < 2**31 else None  # the server assigns 0 itself

@@ -1,7 +1,7 @@
 """The JSON bodies of the `tinker` SDK (tinker/types, 0.38) that this server accepts.
 
-An unknown field is refused, and the error names it, so that no field is silently ignored.
-Harmless fields that have no effect on this server (tags, a version) are accepted.
+An unknown field is refused, and the error names it, so that no field is silently ignored. Fields
+that have no effect on this server but do no harm (tags, a version) are accepted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from veneer.serve.body_rules import limit_unknown_fields
 from veneer.serve.sampling_fields import TokenId, limit_entries
 from veneer.serve.training.run_trainer import Adam
 
-Id = Annotated[str, Field(max_length=256)]
-Path = Annotated[str, Field(max_length=512)]
+IdText = Annotated[str, Field(max_length=256)]
+PathText = Annotated[str, Field(max_length=512)]
+#: the number of a request in its run, or of a run or sampling session in its session
 RequestNumber = Annotated[int, Field(ge=0, lt=2**31)]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 #: seconds after which a checkpoint expires: an hour to ten years
@@ -31,15 +32,20 @@ LifetimeSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)]
 
 
 def _aliases(field_info: FieldInfo) -> list[str]:
+    """The other names under which a body may have a field."""
     return [str(name) for name in getattr(field_info.validation_alias, "choices", ())]
 
 
 class Body(BaseModel):
+    """A JSON object that is refused if it has a field that the subclass does not declare."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _limit_unknown_fields(cls, data: Any) -> Any:
+        """Drop all unknown fields but the first few before pydantic validates the body, because
+        pydantic writes an error for each, which would take seconds for thousands of fields."""
         known_names = {
             name
             for field_name, field_info in cls.model_fields.items()
@@ -49,6 +55,8 @@ class Body(BaseModel):
 
 
 class TypedBody(Body):
+    """A body with the optional field "type", which the SDK sends and this server ignores."""
+
     type: str | None = None
 
 
@@ -60,12 +68,12 @@ class CreateSession(TypedBody):
     tags: Annotated[list[str], Field(fail_fast=True, max_length=64)] = []
     user_metadata: Metadata | None = None
     sdk_version: Annotated[str, Field(max_length=64)] = ""
-    project_id: Id | None = None
-    display_name: Id | None = None
+    project_id: IdText | None = None
+    display_name: IdText | None = None
 
 
 class SessionBody(TypedBody):
-    session_id: Id
+    session_id: IdText
 
 
 class FinishReason(Body):
@@ -86,21 +94,23 @@ class Lora(Body):
 
 
 class OptimizerFamily(BaseModel):
+    """The settings of an optimizer. Routes refuse any ``type`` but "adamw"."""
+
     model_config = ConfigDict(extra="allow")
     type: Annotated[str, Field(max_length=64)]
 
 
 class CreateModel(TypedBody):
-    session_id: Id
+    session_id: IdText
     model_seq_id: RequestNumber
-    base_model: Path
+    base_model: PathText
     user_metadata: Metadata | None = None
     lora_config: Lora | None = None
     optimizer_config: OptimizerFamily | None = None
 
 
 class RunBody(TypedBody):
-    model_id: Id
+    model_id: IdText
 
 
 class AdamParams(Body):
@@ -147,26 +157,26 @@ class SaveExternal(RunBody):
 
 
 class LoadWeights(TypedBody):
-    model_id: Id | None = None
+    model_id: IdText | None = None
     seq_id: RequestNumber | None = None
-    session_id: Id | None = None
+    session_id: IdText | None = None
     model_seq_id: RequestNumber | None = None
-    base_model: Path | None = None
+    base_model: PathText | None = None
     user_metadata: Metadata | None = None
-    path: Path
+    path: PathText
     optimizer: bool
     optimizer_config: OptimizerFamily | None = None
-    weights_access_token: None = None  # all checkpoints are those of this server
+    weights_access_token: None = None  # refused: it is for checkpoints of another server
 
 
 class CreateSampler(SessionBody):
     sampling_session_seq_id: RequestNumber
-    base_model: Path | None = None
-    model_path: Path | None = None
+    base_model: PathText | None = None
+    model_path: PathText | None = None
 
 
 class JoinSampler(TypedBody):
-    sampling_session_id: Id
+    sampling_session_id: IdText
 
 
 class TokenChunk(Body):
@@ -200,8 +210,9 @@ class SamplingParams(Body):
 
 
 class TargetTokens(Body):
-    """Ids of tokens whose log-probabilities are requested: k for each token of the prompt but the
-    first, [prompt tokens - 1, k], dense or in CSR. The id -1 requests no log-probability."""
+    """A matrix of token ids whose log-probabilities a client requests, [n - 1, k]: for each of the
+    n tokens of a prompt but the first, k ids that could stand in its place. The matrix is dense, or
+    sparse in CSR (``sparse_crow_indices`` are the row pointers). The id -1 requests nothing."""
 
     data: Annotated[list[Annotated[int, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
     dtype: Literal["int64"]
@@ -217,9 +228,9 @@ class Sample(TypedBody):
     num_samples: Annotated[int, Field(ge=1, le=128)] = 1
     prompt: ModelInput
     sampling_params: SamplingParams
-    base_model: Path | None = None
-    model_path: Path | None = None
-    sampling_session_id: Id | None = None
+    base_model: PathText | None = None
+    model_path: PathText | None = None
+    sampling_session_id: IdText | None = None
     seq_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: Annotated[int, Field(ge=0, le=256)] = 0
@@ -231,16 +242,16 @@ class Sample(TypedBody):
 
 
 class RetrieveFuture(Body):
-    request_id: Id
+    request_id: IdText
     allow_metadata_only: bool = False
 
 
 class CancelFuture(Body):
-    request_id: Id
+    request_id: IdText
 
 
 class CheckpointBody(Body):
-    tinker_path: Path
+    tinker_path: PathText
 
 
 class SetTtl(Body):
@@ -248,19 +259,19 @@ class SetTtl(Body):
 
 
 class CopyWeights(Body):
-    session_id: Id | None = None
+    session_id: IdText | None = None
     model_seq_id: RequestNumber | None = None
-    destination_project_id: None = None  # there are no projects here
-    source_path: Path
+    destination_project_id: None = None  # refused: this server has no projects
+    source_path: PathText
     ttl_seconds: LifetimeSeconds | None = None
-    weights_access_token: None = None  # all checkpoints are those of this server
+    weights_access_token: None = None  # refused: it is for checkpoints of another server
 
 
 class SearchSessions(Body):
-    session_id: Id | None = None
-    project_ids: Annotated[list[Id], Field(fail_fast=True, max_length=64)] | None = None
+    session_id: IdText | None = None
+    project_ids: Annotated[list[IdText], Field(fail_fast=True, max_length=64)] | None = None
     user_metadata: Annotated[dict[str, str], limit_entries(64, "entries")] = {}
-    display_name: Id | None = None
+    display_name: IdText | None = None
     owner: dict[str, Any] = {"type": "own"}
     statuses: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=8)] | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50

@@ -10,12 +10,12 @@ from typing import Any
 
 from veneer.errors import DataError
 
-SUFFIX = ".age"
+ENCRYPTED_SUFFIX = ".age"
 
 
 def read_recipients(public_keys: Sequence[str]) -> list[Any]:
-    """Parse public keys of age or SSH into recipients of pyrage, which encrypts. ``DataError``: a
-    key is invalid, or pyrage is not installed."""
+    """Parse public keys of age or SSH into pyrage's recipient objects, for ``encrypt_files``.
+    ``DataError``: a key is invalid, or there are keys but pyrage is not installed."""
     if not public_keys:
         return []
     try:
@@ -28,9 +28,9 @@ def read_recipients(public_keys: Sequence[str]) -> list[Any]:
         ) from error
     recipients = []
     for public_key in public_keys:
-        key_type = pyrage.ssh if public_key.startswith("ssh-") else pyrage.x25519
+        key_module = pyrage.ssh if public_key.startswith("ssh-") else pyrage.x25519
         try:
-            recipients.append(key_type.Recipient.from_str(public_key))
+            recipients.append(key_module.Recipient.from_str(public_key))
         except pyrage.RecipientError as error:
             raise DataError(
                 f"the recipient {public_key[:80]!r} ({error})",
@@ -45,11 +45,11 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     keys ``recipients`` (from ``read_recipients``) can decrypt."""
     pyrage = _import_pyrage()
     for file in [file for file in folder.rglob("*") if file.is_file()]:
-        pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
+        pyrage.encrypt_file(str(file), f"{file}{ENCRYPTED_SUFFIX}", recipients)
         file.unlink()
 
 
 def _import_pyrage() -> Any:
-    # pyrage has no type stubs. ``import_module`` gives an untyped module, so that the type check
-    # passes whether or not pyrage is installed.
+    # pyrage has no type stubs. ``import_module``, unlike ``import``, gives an untyped module, so
+    # that the type check passes whether or not pyrage is installed.
     return import_module("pyrage")

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from veneer.errors import SelectionError
 from veneer.serve.access import Key
 from veneer.serve.service import ApiKey, Route
-from veneer.serve.training.operations import CURRENT
+from veneer.serve.training.operations import CURRENT_WEIGHTS
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
@@ -32,98 +32,111 @@ MAX_RUNS, MAX_CHECKPOINTS, MAX_METADATA, MAX_CHARACTERS = 100, 16, 8, 80
 def live(
     training: TrainingDep, key: ApiKey, limit: Annotated[int, Query(ge=1, le=MAX_RUNS)] = 20
 ) -> JSONResponse:
-    """The most recently used runs. The size of the answer does not grow with the runs' steps."""
-    rows = training.store.runs(key.owner)
-    resident_adapters = set(training.worker.trainer.runs)
+    """The most recently used runs of the key, at most ``limit`` of them. A run's loss curve has a
+    bounded number of points, so the answer does not grow while the run trains."""
+    run_rows = training.store.runs(key.owner)
+    resident_adapter_names = set(training.worker.trainer.runs)
     content = {
         "base": training.base,
         "most_in_memory": training.max_resident,
-        "total_count": len(rows),
+        "total_count": len(run_rows),
         "batch": _describe_batch(training, key),
-        "runs": [_describe_run(training, row, resident_adapters) for row in rows[:limit]],
+        "runs": [_describe_run(training, row, resident_adapter_names) for row in run_rows[:limit]],
     }
-    return JSONResponse(content)  # encodes in this worker thread, not in the event loop
+    # FastAPI would encode a dict in the event loop, and delay other requests meanwhile.
+    # ``JSONResponse`` encodes here, in a worker thread.
+    return JSONResponse(content)
 
 
 def _describe_batch(training: Training, key: Key) -> dict[str, Any] | None:
-    """The last batch, or None: the key's runs in it with their names, and how many runs of other
-    keys were in it."""
+    """The last training batch, for JSON: the key's runs in the batch with their names, how many
+    runs of other keys were in it, and how long ago it ended. None if the server has computed no
+    batch yet."""
     batch = training.worker.batch
     if batch is None:
         return None
-    owner_rows = [
+    owned_run_rows = [
         row
         for row in map(training.store.run, batch.runs)
         if row is not None and row["owner"] == key.owner
     ]
-    runs = [{"id": row["id"], "name": _run_name(training, row)} for row in owner_rows[:MAX_RUNS]]
+    run_descriptions = [
+        {"id": row["id"], "name": _run_name(training, row)} for row in owned_run_rows[:MAX_RUNS]
+    ]
     return {
-        "runs": runs,
-        "others": len(batch.runs) - len(owner_rows),
+        "runs": run_descriptions,
+        "others": len(batch.runs) - len(owned_run_rows),
         "seconds_ago": round(time.monotonic() - batch.ended, 1),
     }
 
 
-def _describe_run(training: Training, row: Any, resident_adapters: set[str]) -> dict[str, Any]:
-    active_run = training.worker.active_runs.get(row["id"])
+def _describe_run(
+    training: Training, run_row: Any, resident_adapter_names: set[str]
+) -> dict[str, Any]:
+    active_run = training.worker.active_runs.get(run_row["id"])
     curve = None if active_run is None else active_run.curve
     if curve is None:
-        next_seq = training.store.next_seq(row["id"])
-        curve = training.cached_curve(row["id"], row["state"], next_seq)
-    points, config = curve.all_points(), json.loads(row["config"])
-    checkpoint_rows = training.store.checkpoints(None, row["id"])
+        next_seq = training.store.next_seq(run_row["id"])
+        curve = training.cached_curve(run_row["id"], run_row["state"], next_seq)
+    points, config = curve.all_points(), json.loads(run_row["config"])
+    checkpoint_rows = training.store.checkpoints(None, run_row["id"])
     targets = config["targets"]
     rate = 0.0 if active_run is None else active_run.rate.rate_at(time.monotonic())
     return {
-        "id": row["id"],
-        "name": _run_name(training, row),
-        "metadata": _short_metadata(row["metadata"]),
+        "id": run_row["id"],
+        "name": _run_name(training, run_row),
+        "metadata": _short_metadata(run_row["metadata"]),
         "rank": config["rank"],
         "targets": [targets] if isinstance(targets, str) else targets,
-        "created": row["created"],
-        "used": row["used"],
+        "created": run_row["created"],
+        "used": run_row["used"],
         "steps": curve.steps,
         "tokens": curve.tokens,
         "losses": [(step, float(f"{loss:.5g}")) for step, loss in points],
         "tokens_per_second": round(rate, 1),
-        "in_memory": f"run{row['number']}" in resident_adapters,
+        "in_memory": f"run{run_row['number']}" in resident_adapter_names,
         "waiting": 0 if active_run is None else len(active_run.waiting_requests),
-        "unloaded": bool(row["unloaded"]),
-        "failed": training.store.failure_of(row["id"]),
+        "unloaded": bool(run_row["unloaded"]),
+        "failed": training.store.failure_of(run_row["id"]),
         "checkpoints_count": len(checkpoint_rows),
         "checkpoints": [_describe_checkpoint(row) for row in checkpoint_rows[:MAX_CHECKPOINTS]],
     }
 
 
-def _describe_checkpoint(row: Any) -> dict[str, Any]:
-    checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
+def _describe_checkpoint(checkpoint_row: Any) -> dict[str, Any]:
+    checkpoint = Checkpoint(checkpoint_row["run"], checkpoint_row["kind"], checkpoint_row["name"])
     return {
         "path": checkpoint.path,
         "kind": CHECKPOINT_KINDS[checkpoint.kind],
         "name": checkpoint.name,
-        "bytes": row["bytes"],
-        "created": row["created"],
-        "expires": row["expires"],
+        "bytes": checkpoint_row["bytes"],
+        "created": checkpoint_row["created"],
+        "expires": checkpoint_row["expires"],
     }
 
 
-def _run_name(training: Training, row: Any) -> str:
-    """The client's name for the run. If there is none: the title of the session or the beginning of
-    the session's id, and the run's number in the session."""
-    name = (json.loads(row["metadata"] or "{}") or {}).get("name")
+def _run_name(training: Training, run_row: Any) -> str:
+    """A name of a run for people: the entry "name" of the run's metadata, which its client may
+    give. Without it, the title of the run's session, or the beginning of the session's id if it has
+    no title, followed by the run's number in the session."""
+    name = (json.loads(run_row["metadata"] or "{}") or {}).get("name")
     if name:
         return str(name)[:MAX_CHARACTERS]
-    session = training.store.session(row["session"])
-    title = session["title"] if session is not None and session["title"] else row["session"][:8]
-    return f"{title[:MAX_CHARACTERS]} · {row['id'].rpartition(':')[2]}"
+    session_row = training.store.session(run_row["session"])
+    title = (
+        session_row["title"]
+        if session_row is not None and session_row["title"]
+        else run_row["session"][:8]
+    )
+    return f"{title[:MAX_CHARACTERS]} · {run_row['id'].rpartition(':')[2]}"
 
 
 def _short_metadata(metadata_json: str | None) -> dict[str, str]:
     entries = list((json.loads(metadata_json or "{}") or {}).items())[:MAX_METADATA]
     return {
-        name[:MAX_CHARACTERS]: str(value)[:MAX_CHARACTERS]
-        for name, value in entries
-        if name != "name"
+        entry_name[:MAX_CHARACTERS]: str(value)[:MAX_CHARACTERS]
+        for entry_name, value in entries
+        if entry_name != "name"
     }
 
 
@@ -131,30 +144,36 @@ def _short_metadata(metadata_json: str | None) -> dict[str, str]:
 # samples
 
 
-def publish(training: Training, run: str) -> str:
-    """Put a run's current weights into the bank, to sample from them; return their name in the
-    bank. Only the training thread may call it. A run that was not in memory is loaded, and evicted
-    again afterwards. ``SelectionError``: the run is only a copy of a checkpoint, or has not begun.
-    ``TrainingError``: the run has failed."""
-    worker, bank, name = training.worker, training.bank, f"tinker://{run}/{CURRENT}"
-    active_run = worker.queue.active_run(run)
+def publish(training: Training, run_id: str) -> str:
+    """Copy a run's current weights into the bank, which holds the adapters with which the engine
+    generates samples; return the copy's name in the bank, tinker://RUN/now. If the bank has these
+    weights already, nothing is copied. Only the training thread may call this function. A run that
+    was not in memory is loaded, and evicted again afterwards.
+
+    Raises:
+        SelectionError: no request of the run was computed, or the run only holds a copied
+            checkpoint.
+        TrainingError: the run has failed.
+    """
+    worker, bank, bank_name = training.worker, training.bank, f"tinker://{run_id}/{CURRENT_WEIGHTS}"
+    active_run = worker.queue.active_run(run_id)
     if not active_run.next_seq:
         raise SelectionError(
-            f"{name}, a run without requests", "one that trains", "name one of its checkpoints"
+            f"{bank_name}, a run without requests", "one that trains", "name one of its checkpoints"
         )
-    if name in bank and worker.published.get(run) == active_run.next_seq:
+    if bank_name in bank and worker.published.get(run_id) == active_run.next_seq:
         worker.queue.drop(active_run)
-        return name
+        return bank_name
     was_resident = active_run in worker.memory
     worker.memory.ensure_loaded(active_run)
-    folder = training.folder_of(name)
-    provenance = {"run": run, "request": active_run.next_seq}
-    worker.trainer.export(active_run.adapter_name, folder, training.base, provenance)
-    bank.put(name, folder, active_run.adapter_name)
-    worker.published[run] = active_run.next_seq
+    export_folder = training.folder_of(bank_name)
+    provenance = {"run": run_id, "request": active_run.next_seq}
+    worker.trainer.export(active_run.adapter_name, export_folder, training.base, provenance)
+    bank.put(bank_name, export_folder, active_run.adapter_name)
+    worker.published[run_id] = active_run.next_seq
     if not was_resident:
         worker.memory.evict(active_run)
-    return name
+    return bank_name
 
 
 # ----------------------------------------------------------------------------------------------
@@ -162,7 +181,8 @@ def publish(training: Training, run: str) -> str:
 
 
 class TrainingMetrics:
-    """A collector of Prometheus, which is called when /metrics is requested."""
+    """A custom collector of prometheus_client: ``collect`` is called when /metrics is
+    requested."""
 
     def __init__(self, training: Training) -> None:
         self.training = training

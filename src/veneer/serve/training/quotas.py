@@ -1,7 +1,8 @@
-"""Quotas of a key: runs that take requests, bytes of checkpoints, tokens per day.
+"""Quotas of an API key: runs that take requests, bytes of checkpoints, tokens per day (UTC).
 
-Tokens are counted when a pass is accepted, and the bytes of a checkpoint are checked before its
-files are moved into place, so no request exceeds a quota."""
+The tokens of a training request are counted when it is accepted, the tokens of samples are reserved
+before they are generated, and the bytes of a checkpoint are checked before its files are moved into
+place. Therefore no request exceeds a quota."""
 
 from __future__ import annotations
 
@@ -23,26 +24,26 @@ def quota_problem(
     replaced: Checkpoint | None = None,
 ) -> str | None:
     """The error text if ``amount`` more of a resource ("runs", "bytes" or "tokens") would exceed
-    the ``limit`` of the key ``owner``, else None. ``replaced``: a checkpoint whose bytes are not
-    counted, because it will be overwritten."""
+    the ``limit`` of the API key named ``owner``, else None. A ``limit`` of None is never exceeded.
+    ``replaced``: a checkpoint whose bytes are not counted, because it will be overwritten."""
     if limit is None:
         return None
     match resource:
         case "runs":
-            used = store.count_runs(owner)
+            used_amount = store.count_runs(owner)
         case "bytes":
-            used = store.checkpoint_bytes(owner, excluded=replaced)
+            used_amount = store.checkpoint_bytes(owner, excluded=replaced)
         case _:
-            used = store.tokens_today(owner)
-    if used + amount <= limit:
+            used_amount = store.tokens_today(owner)
+    if used_amount + amount <= limit:
         return None
-    problem = f"{used:,} {resource} of key {owner!r} and {amount:,} more"
-    return sentence(problem, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")
+    problem_text = f"{used_amount:,} {resource} of key {owner!r} and {amount:,} more"
+    return sentence(problem_text, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")
 
 
 def check_quota(store: Store, key: Key, resource: str, amount: int = 1) -> None:
-    """Check a quota. ``Refusal``: ``amount`` more of a resource ("runs", "bytes" or "tokens") would
-    exceed the key's quota."""
-    problem = quota_problem(store, key.owner, resource, getattr(key, resource), amount)
-    if problem is not None:
-        raise Refusal(403, problem, code="quota")
+    """Check a quota, and count nothing. ``Refusal`` (403): ``amount`` more of a resource ("runs",
+    "bytes" or "tokens") would exceed the key's quota."""
+    problem_text = quota_problem(store, key.owner, resource, getattr(key, resource), amount)
+    if problem_text is not None:
+        raise Refusal(403, problem_text, code="quota")

@@ -40,7 +40,7 @@ class TrainingExtension(Extension):
     path_prefix = "/api/v1"
     secret_path = "/api/v1/files/"  # the next segment of a file's URL is a secret token
     public_paths = ("/api/v1/healthz", secret_path)
-    key_prefix = "tml-"  # the tinker SDK accepts no other API keys
+    key_prefix = "tml-"  # the tinker SDK only accepts API keys with this prefix
     max_body = MAX_BODY_BYTES
     model_prefix = "tinker://"
 
@@ -52,29 +52,32 @@ class TrainingExtension(Extension):
         return self.training.worker.ready
 
     async def resolve_model(self, key: Key, model: str) -> dict[str, float]:
-        """The adapter of a model name tinker://…, as {name in the bank: weight}. ``Refusal``: the
-        key may not read the adapter, or has no tokens left today."""
+        """The adapter that a model name tinker://… stands for, as {its name in the bank: 1.0}. The
+        bank holds the adapters with which the engine generates. For tinker://RUN/now, the run's
+        current weights are first copied into the bank. ``Refusal``: the key may not read the
+        adapter, or has no tokens left today."""
         training = self.training
         self.check_model(key, model)
         check_quota(training.store, key, "tokens")
-        run = parse_current_run(model)
-        if run is not None:
-            publication = training.worker.submit(partial(live.publish, training, run), run)
-            name = await asyncio.shield(asyncio.wrap_future(publication))
-            await training.write(training.record_use, name)
+        run_id = parse_current_run(model)
+        if run_id is not None:
+            publish_future = training.worker.submit(partial(live.publish, training, run_id), run_id)
+            bank_name = await asyncio.shield(asyncio.wrap_future(publish_future))
+            await training.write(training.record_use, bank_name)
         else:
-            name = await training.write(training.register_checkpoint, model)
-        return {name: 1.0}
+            bank_name = await training.write(training.register_checkpoint, model)
+        return {bank_name: 1.0}
 
     def check_model(self, key: Key, model: str) -> None:
-        """``Refusal``: the key may not read the adapter of a model name tinker://…"""
+        """Check that a key may read the adapter of a model name tinker://… ``Refusal``: it may not,
+        or there is no such adapter."""
         if not key.train:
             raise no_such_model(model)
-        run = parse_current_run(model)
-        if run is None:
+        run_id = parse_current_run(model)
+        if run_id is None:
             find_checkpoint(self.training, key, model)
         else:
-            find_run(self.training, key, run)
+            find_run(self.training, key, run_id)
 
     async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
         return await self.training.reserve_tokens(key, count)
@@ -88,22 +91,27 @@ class TrainingExtension(Extension):
 
 class TrainingPlugin:
     """Creates the ``TrainingExtension`` of a server. Runs are stored in ``folder``; at most
-    ``max_resident`` runs are in memory."""
+    ``max_resident`` of them are in memory at one time. The engine and the trainer hold
+    ``model_lock`` while they use the model."""
 
     def __init__(self, folder: str | Path, max_resident: int = 50) -> None:
         self.folder, self.max_resident, self.model_lock = folder, max_resident, FairLock()
 
     def extend(self, service: Any, model: Any) -> TrainingExtension:
-        """Create and start the training service. ``ConfigError``: the model is an encoder, or the
-        folder cannot be used."""
+        """Create and start the training service. ``service``: the running server; ``model``: its
+        base model. ``ConfigError``: the model is an encoder, or the folder cannot be used."""
         if service.engine is None:
             raise ConfigError(
                 "an encoder to train",
                 "a causal language model",
                 "serve another base, or leave out --train",
             )
-        base = service.source
-        tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
+        base_source = service.source
+        tokenizer_source = (
+            str(models.folder_of(base_source))
+            if base_source.startswith("package:")
+            else base_source
+        )
         store = Store(self.folder)
         try:
             training = Training(
@@ -111,7 +119,7 @@ class TrainingPlugin:
                 model,
                 self.model_lock,
                 store,
-                tokenizer=tokenizer,
+                tokenizer_source=tokenizer_source,
                 max_resident=self.max_resident,
             )
         except BaseException:

@@ -27,7 +27,7 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import ApiKey, CurrentService, Route, beside_loop
 from veneer.serve.training import bodies
-from veneer.serve.training.accept import NumberedRoute, queue_in_store, queue_request
+from veneer.serve.training.accept import NumberedRoute, queue_request, write_and_queue
 from veneer.serve.training.lookups import (
     find_checkpoint,
     find_run,
@@ -58,8 +58,8 @@ CLIENT_SETTINGS = {
     "use_pyqwest_transport": False,
 }
 
-PASS_TYPE = "application/x-protobuf"
-#: the body of a pass, for the OpenAPI description
+PASS_TYPE = "application/x-protobuf"  # media type of the request and the answer of a pass
+#: the request body of a pass (forward, and backward if requested), for the OpenAPI description
 PASS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -68,13 +68,13 @@ PASS_BODY: dict[str, Any] = {
 }
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
-#: routes for numbered requests of runs
+#: routes whose refused requests are queued too, so that no number of a run is missing
 numbered_router = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
 async def _training(service: CurrentService, key: ApiKey) -> Training:
-    """The training service. ``Refusal``: the key may not train. (A key that may train can also use
-    the base, because an untrained run computes what the base does.)"""
+    """The training service. ``Refusal``: the key may not train. The key's permission ``base`` is
+    not checked, because an untrained run computes what the base model does."""
     if not key.train:
         raise Refusal(
             403,
@@ -89,25 +89,25 @@ async def _training(service: CurrentService, key: ApiKey) -> Training:
 TrainingDep = Annotated[Training, Depends(_training)]
 
 
-def _check_session_is_active(training: Training, key: Key, id: str) -> None:
-    """``Refusal``: the key has no such session, or it has finished. Counts as a heartbeat of the
-    session."""
-    row = find_session(training, key, id)
-    if row["finished"]:
+def _check_session_is_active(training: Training, key: Key, session_id: str) -> None:
+    """Record a heartbeat of a session. ``Refusal``: the key has no such session, or the session has
+    finished."""
+    session_row = find_session(training, key, session_id)
+    if session_row["finished"]:
         raise Refusal(
             410,
-            f"a session that has finished ({row['finished']})",
+            f"a session that has finished ({session_row['finished']})",
             "one that goes on",
             "begin a new one",
         )
-    training.record_heartbeat(id)
+    training.record_heartbeat(session_id)
 
 
-def _check_base(training: Training, name: str | None) -> None:
-    if name is not None and name != training.base:
+def _check_base(training: Training, base_name: str | None) -> None:
+    if base_name is not None and base_name != training.base:
         raise Refusal(
             400,
-            f"the base model {name[:200]!r}",
+            f"the base model {base_name[:200]!r}",
             f"{training.base!r}, which this server has",
             "name that one",
             param="base_model",
@@ -151,7 +151,7 @@ async def telemetry(key: ApiKey) -> dict[str, str]:
 
 @router.get("/get_server_capabilities")
 async def capabilities(training: TrainingDep, key: ApiKey) -> dict[str, Any]:
-    """The bases that can be trained here."""
+    """The base model that can be trained here."""
     return {
         "supported_models": [
             {
@@ -169,11 +169,11 @@ async def create_session(
     body: bodies.CreateSession, training: TrainingDep, key: ApiKey
 ) -> dict[str, Any]:
     """Begin a session, to which the client's runs will belong."""
-    session = await training.write(
+    session_id = await training.write(
         training.store.new_session, key.owner, body.user_metadata, body.display_name
     )
-    training.record_heartbeat(session)
-    answer = {"type": "create_session", "session_id": session}
+    training.record_heartbeat(session_id)
+    answer = {"type": "create_session", "session_id": session_id}
     warnings = []
     if has_tied_head(training.model):
         warnings.append(
@@ -202,26 +202,29 @@ async def finish(
     return Response(status_code=204)
 
 
-# ----------------------------------------------------------------------------------------------
-# training
-
-
 def _new_run(
-    training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any
+    training: Training,
+    key: Key,
+    session_id: str,
+    number: int,
+    config: Any,
+    seed: int,
+    metadata: Any,
 ) -> str:
-    """Create a run unless it exists; return its id."""
-    run = f"{session}:train:{number}"
-    if training.store.is_copy(run):
+    """Create run number ``number`` of a session, unless it exists; return its id. ``config``: its
+    adapter's config as a dict. ``Refusal``: a copy has the id, or the quota is exceeded."""
+    run_id = f"{session_id}:train:{number}"
+    if training.store.is_copy(run_id):
         raise Refusal(
             409,
-            f"{run}, which is a copy of a checkpoint",
+            f"{run_id}, which is a copy of a checkpoint",
             "a new run",
             "choose another model_seq_id",
         )
-    if training.store.run(run) is None:
+    if training.store.run(run_id) is None:
         check_quota(training.store, key, "runs")
-        training.store.new_run(run, session, key.owner, config, seed, metadata)
-    return run
+        training.store.new_run(run_id, session_id, key.owner, config, seed, metadata)
+    return run_id
 
 
 @router.post("/create_model")
@@ -234,7 +237,7 @@ async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Api
     layer_kinds = {"attention": lora.train_attn, "mlp": lora.train_mlp, "head": lora.train_unembed}
     config = lora_config(training.model, lora.rank, **layer_kinds).to_dict()
     seed = secrets.randbits(62) if lora.seed is None else lora.seed % 2**63
-    run = await training.write(
+    run_id = await training.write(
         _new_run,
         training,
         key,
@@ -244,16 +247,16 @@ async def create_model(body: bodies.CreateModel, training: TrainingDep, key: Api
         seed,
         body.user_metadata,
     )
-    return await training.write(queue_in_store, training, run, 0, "create", {})
+    return await training.write(write_and_queue, training, run_id, 0, "create", {})
 
 
-async def _served_adapter(service: CurrentService, key: Key, name: str) -> dict[str, Any]:
-    """The folder and config of an adapter of the server. ``Refusal``: there is no such adapter,
-    or the key may not use it. ``AdapterError``: the adapter's files are damaged."""
+async def _served_adapter(service: CurrentService, key: Key, adapter_name: str) -> dict[str, Any]:
+    """The folder and config of an adapter that the server serves. ``Refusal``: there is no such
+    adapter, or the key may not use it. ``AdapterError``: the adapter's files are damaged."""
     await asyncio.to_thread(service.catalogue.refresh)
-    folder = service.catalogue.folder_of(name) if key.sees(name) else None
+    folder = service.catalogue.folder_of(adapter_name) if key.sees(adapter_name) else None
     if folder is None:
-        raise not_found("the adapter", name)
+        raise not_found("the adapter", adapter_name)
     config = (await asyncio.to_thread(read, folder)).config.to_dict()
     return {"folder": str(folder), "config": config}
 
@@ -262,7 +265,7 @@ async def _served_adapter(service: CurrentService, key: Key, name: str) -> dict[
 async def load_weights(
     body: bodies.LoadWeights, training: TrainingDep, service: CurrentService, key: ApiKey
 ) -> Any:
-    """Load a checkpoint into a run, or an adapter of the server's folder or library by its name."""
+    """Load weights into a run: a checkpoint, or an adapter in the server's folder or library."""
     _check_base(training, body.base_model)
     _check_optimizer(body.optimizer_config)
     options: dict[str, Any] = {"path": body.path, "optimizer": body.optimizer}
@@ -280,26 +283,26 @@ async def load_weights(
     config = options.get("config") or json.loads(
         find_checkpoint(training, key, body.path)[1]["config"]
     )
-    run = await training.write(
+    run_id = await training.write(
         _new_run, training, key, body.session_id, body.model_seq_id, config, 0, body.user_metadata
     )
-    return await training.write(queue_in_store, training, run, 0, "load", options)
+    return await training.write(write_and_queue, training, run_id, 0, "load", options)
 
 
 @router.post("/get_info")
 async def get_info(body: bodies.RunBody, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
-    """The base and the rank of a run."""
-    row = find_run(training, key, body.model_id)
+    """Describe the base model and the rank of a run."""
+    run_row = find_run(training, key, body.model_id)
     return {
         "type": "get_info",
         "model_data": {
             "arch": type(training.model).__name__,
             "model_name": training.base,
-            "tokenizer_id": training.tokenizer,
+            "tokenizer_id": training.tokenizer_source,
         },
-        "model_id": row["id"],
+        "model_id": run_row["id"],
         "is_lora": True,
-        "lora_rank": json.loads(row["config"])["rank"],
+        "lora_rank": json.loads(run_row["config"])["rank"],
         "model_name": training.base,
         "optimizer_config": {"type": "adamw"},
     }
@@ -307,7 +310,7 @@ async def get_info(body: bodies.RunBody, training: TrainingDep, key: ApiKey) -> 
 
 @router.post("/unload_model")
 async def unload_model(body: bodies.RunBody, training: TrainingDep, key: ApiKey) -> Any:
-    """Take a run out of memory. It accepts no more requests."""
+    """Take a run out of memory. The run then accepts no more requests."""
     return await queue_request(training, key, body.model_id, None, "unload", {})
 
 
@@ -319,7 +322,8 @@ async def forward_backward(
     protobuf."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "a compressed body", "one as client/config says", "send it uncompressed")
-    # a page of another origin cannot send this type without a preflight request (serve/guard.py)
+    # A web page of another origin could send some media types without a preflight request, and so
+    # train with the browser's access. It cannot send this type (serve/guard.py).
     body_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if body_type != PASS_TYPE:
         raise Refusal(415, f"a body of type {body_type[:100]!r}", PASS_TYPE, "send that type")
@@ -330,7 +334,7 @@ async def forward_backward(
         raise Refusal(400, str(error)) from error
     if header.seq < 0:
         raise Refusal(400, f"seq_id {header.seq}", "0 or more", "number the requests")
-    return await queue_request(training, key, header.run, header.seq or None, PASS, body, header)
+    return await queue_request(training, key, header.run_id, header.seq or None, PASS, body, header)
 
 
 @numbered_router.post("/optim_step")
@@ -371,16 +375,12 @@ async def save_external(body: bodies.SaveExternal, training: TrainingDep, key: A
 @numbered_router.post("/save_weights_for_sampler")
 async def save_for_sampler(body: bodies.SaveForSampler, training: TrainingDep, key: ApiKey) -> Any:
     """Save a checkpoint to draw samples from."""
-    row = find_run(training, key, body.model_id)
+    run_row = find_run(training, key, body.model_id)
     options = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
-    options |= {"name": body.path, "session": row["session"]}
+    options |= {"name": body.path, "session": run_row["session"]}
     if body.path is None and body.sampling_session_seq_id is not None:
-        options["sampler"] = f"{row['session']}:sample:{body.sampling_session_seq_id}"
+        options["sampler"] = f"{run_row['session']}:sample:{body.sampling_session_seq_id}"
     return await queue_request(training, key, body.model_id, body.seq_id, "sampler", options)
-
-
-# ----------------------------------------------------------------------------------------------
-# sampling
 
 
 @router.post("/create_sampling_session")
@@ -398,11 +398,11 @@ async def create_sampler(
         )
     elif not key.base:
         raise not_found("the base model", body.base_model)
-    sampler = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
+    sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     await training.write(
-        training.store.add_sampler, sampler, body.session_id, key.owner, body.model_path
+        training.store.add_sampler, sampler_id, body.session_id, key.owner, body.model_path
     )
-    return {"type": "create_sampling_session", "sampling_session_id": sampler}
+    return {"type": "create_sampling_session", "sampling_session_id": sampler_id}
 
 
 @router.post("/join_sampling_session")
@@ -419,15 +419,15 @@ async def join_sampler(
 
 @router.post("/asample")
 async def asample(body: bodies.Sample, training: TrainingDep, key: ApiKey) -> dict[str, Any]:
-    """Draw samples."""
+    """Begin to draw samples. The answer has the id with which to ask for them."""
     if body.sampling_session_id is not None:
-        row = find_sampler(training, key, body.sampling_session_id)
-        session, path = row["session"], row["path"]
-        _check_session_is_active(training, key, session)
+        sampler_row = find_sampler(training, key, body.sampling_session_id)
+        session_id, path = sampler_row["session"], sampler_row["path"]
+        _check_session_is_active(training, key, session_id)
         call_number = secrets.token_hex(8) if body.seq_id is None else body.seq_id
-        id = f"{body.sampling_session_id}:{call_number}"
+        call_id = f"{body.sampling_session_id}:{call_number}"
     else:
-        session, path, id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
+        session_id, path, call_id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
         _check_base(training, body.base_model)
     if path is None and not key.base:
         raise not_found("the base model", training.base)
@@ -435,12 +435,12 @@ async def asample(body: bodies.Sample, training: TrainingDep, key: ApiKey) -> di
     if path is not None:
         find_checkpoint(training, key, path)
         adapter_name = await training.write(training.register_checkpoint, path)
-    if training.samples.find(id, key.owner) is None:
+    if training.samples.find(call_id, key.owner) is None:
         charge = await training.reserve_tokens(key, training.samples.max_tokens(body))
-        training.samples.begin(id, key.owner, session, adapter_name, body, charge)
+        training.samples.begin(call_id, key.owner, session_id, adapter_name, body, charge)
     return {
-        "request_id": id,
-        "sample_sequence_ids": [f"{id}:{number}" for number in range(body.num_samples)],
+        "request_id": call_id,
+        "sample_sequence_ids": [f"{call_id}:{number}" for number in range(body.num_samples)],
     }
 
 
@@ -451,12 +451,14 @@ async def cancel_future(body: bodies.CancelFuture, training: TrainingDep, key: A
     return Response(status_code=204)
 
 
-def _find_future(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | None:
-    run, _, number = id.rpartition(":")
-    row = training.store.run(run) if number.isdecimal() and len(number) < 12 else None
-    if row is None:
-        return training.samples.find(id, key.owner)
-    promise = training.worker.queue.promise(run, int(number)) if owns(key, row) else None
+def _find_future(training: Training, key: Key, request_id: str) -> asyncio.Future[Answer] | None:
+    """The future answer to a request of a run (its id is RUN:NUMBER) or to a call for samples. None
+    if the request is unknown, was deleted, or belongs to another key."""
+    run_id, _, seq_text = request_id.rpartition(":")
+    run_row = training.store.run(run_id) if seq_text.isdecimal() and len(seq_text) < 12 else None
+    if run_row is None:
+        return training.samples.find(request_id, key.owner)
+    promise = training.worker.queue.promise(run_id, int(seq_text)) if owns(key, run_row) else None
     return None if promise is None else promise.awaitable()
 
 
@@ -488,7 +490,7 @@ async def retrieve_future(
 
 @router.post("/create_custom_loss")
 async def create_custom_loss(key: ApiKey) -> Response:
-    """Refuse a custom loss that the server would have to compute."""
+    """Refuse a custom loss, which only clients can compute."""
     raise Refusal(
         400,
         "a loss to be computed here",

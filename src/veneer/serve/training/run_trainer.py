@@ -1,14 +1,15 @@
-"""Train several runs on one base at once: forward and backward passes, optimizer steps, loading and
-saving. Clients, queues and the disk's index are in other files.
+"""Train several runs on one base model at once: forward and backward passes, optimizer steps,
+loading and saving. Clients, queues and the database are in other files.
 
-    passes of several runs ─ data of similar length ─> one forward and backward of the base
+    passes of several runs ─ data of similar length ─> one forward and backward of the base model
                            ─> log-probabilities, gradients
 
-A ``Pass`` is a forward, and a backward if requested, of one run over any number of data of any
-length. Each datum becomes one row of a batch. ``compute`` pads the rows on the right to the longest
-row, which does not affect a causal model. The step engine (``veneer/engine``) computes the batch.
-If the pass of a run fails, for example because a gradient is not finite, the run gets back the
-gradients that it had before the pass, and the other runs continue.
+A run is one LoRA adapter that is trained. A ``Pass`` is a forward, and a backward if requested, of
+one run over any number of data of any length. Each datum (token ids and their targets) becomes one
+row of a batch. ``compute`` pads the rows on the right to the longest row, which does not change the
+output for the other tokens, because the model is causal. The step engine (``veneer/engine``)
+computes the batch. If the pass of a run fails, for example because a gradient is not finite, the
+run gets back the gradients that it had before the pass, and the other runs continue.
 """
 
 from __future__ import annotations
@@ -49,24 +50,25 @@ from veneer.serve.training.losses import LOSSES, Datum
 from veneer.train.many import LabelLoss, Runs
 from veneer.train.tokens import IGNORED
 
-#: the largest number of tokens in a batch, with padding, on a CPU and on a GPU. Samples wait while
-#: a batch is computed, so batches are small.
+#: the largest number of tokens in a batch, with padding, on a CPU and on a GPU. The engine cannot
+#: generate samples while a batch is computed, so batches are small.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 512, 8192
 #: names within a checkpoint's folder: the adapter folder, and the file of the optimizer's state
-ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
-#: the largest learning rate and the smallest epsilon: beyond these bounds, weights may overflow
+ADAPTER_FOLDER, OPTIMIZER_FILE = "adapter", "optimizer.safetensors"
+#: the largest learning rate and smallest epsilon of AdamW: beyond them, weights may overflow
 MAX_LEARNING_RATE, MIN_EPSILON = 10.0, 1e-20
-#: the largest magnitude in a gradient: AdamW stores squares, and float32 overflows above 3e38
+#: the largest magnitude in a gradient. AdamW stores its square, and float32 overflows above 3e38.
 MAX_GRADIENT = 1e18
 
 
 class DivergenceError(TrainingError):
-    """A step made the weights of a run too large for an adapter folder. The run fails until a
-    checkpoint is loaded into it."""
+    """An optimizer step made the weights of a run too large to be saved. The run then accepts
+    nothing but a checkpoint to load."""
 
 
 class FairLock:
-    """A lock that the thread that has waited longest gets next. Meant for two threads."""
+    """A lock for two threads. A thread that releases it and acquires it again at once cannot
+    overtake the other thread, which a ``threading.Lock`` would allow."""
 
     def __init__(self) -> None:
         self._next_in_line = threading.Lock()
@@ -83,7 +85,7 @@ class FairLock:
 @dataclass(frozen=True)
 class Adam:
     """The settings of one step of torch's AdamW. ``rate``: the learning rate; ``decay``: the weight
-    decay; ``clip``: the largest norm of the gradient, or 0 for no limit."""
+    decay; ``clip``: the largest norm of the gradient of all parameters, or 0 for no limit."""
 
     rate: float = 1e-4
     beta1: float = 0.9
@@ -93,6 +95,7 @@ class Adam:
     clip: float = 0.0
 
     def check(self) -> None:
+        """``DataError``: a setting is out of its bounds, and weights could overflow."""
         bounds = (
             ("learning_rate", self.rate, 0.0, MAX_LEARNING_RATE),
             ("beta1", self.beta1, 0.0, 1 - 1e-9),
@@ -101,10 +104,12 @@ class Adam:
             ("weight_decay × learning_rate", self.decay * self.rate, 0.0, 1.0),
             ("grad_clip_norm", self.clip, 0.0, math.inf),
         )
-        for name, setting, lower, upper in bounds:
+        for setting_name, setting, lower, upper in bounds:
             if not lower <= setting <= upper or math.isinf(setting):
                 raise DataError(
-                    f"{name} {setting:g}", f"a number from {lower:g} to {upper:g}", "change it"
+                    f"{setting_name} {setting:g}",
+                    f"a number from {lower:g} to {upper:g}",
+                    "change it",
                 )
 
 
@@ -113,19 +118,20 @@ class Pass:
     """A forward of a run over some data, and a backward if ``backward`` is true.
 
     Fields:
-        run: name of the run's adapter.
-        loss, settings: name of the loss, in ``LOSSES``, and its settings.
-        owner: name of the API key.
-        loss_sum: the sum of the losses of the data that are computed.
+        adapter_name: name of the run's adapter on the model.
+        loss, settings: name of the loss (a key of ``LOSSES``), and its settings by name.
+        owner: name of the API key; "" on a server without keys.
+        loss_sum: the sum of the losses of the data that are computed so far.
         error: why the pass failed; None if it has not failed.
         remaining: indices of the data that are not computed yet, the longest data first.
         logprobs: for each datum, the log-probabilities of its targets, or None before it is
             computed.
-        earlier_gradients: the gradients from earlier passes since the run's last step. They are set
-            aside while this pass is computed.
+        earlier_gradients: the gradients from earlier passes since the run's last optimizer step.
+            They are set aside while this pass is computed, so that they can be restored if it
+            fails. None before and after that, and if the pass has no backward.
     """
 
-    run: str
+    adapter_name: str
     data: Sequence[Datum]
     loss: str
     settings: Mapping[str, float] = field(default_factory=dict)
@@ -150,10 +156,12 @@ class Pass:
 
 
 class Trainer:
-    """The runs in memory, by the names of their adapters. Only one thread may call it.
+    """The runs in memory, each known by the name of its adapter. Only one thread may call the
+    methods.
 
-    ``model``: the base, in eval mode; ``bank``: adapters for samples; ``model_lock``: held while
-    the model is called or its layers are changed."""
+    ``model``: the base model, in eval mode; ``bank``: the adapters from which the engine samples;
+    ``model_lock``: a lock that is held while the model is called or its layers are changed; None if
+    no other thread uses the model."""
 
     def __init__(
         self, model: nn.Module, bank: Any, model_lock: AbstractContextManager[Any] | None = None
@@ -164,74 +172,82 @@ class Trainer:
         self.engine = self.runs.engine
         self.device = next(model.parameters()).device
         self.batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
-        #: by run, for each product scale · B @ A that changes a weight: the positions of A and B in
-        #: the list of the run's parameters, and the scale
-        self._products: dict[str, list[tuple[int, int, float]]] = {}
+        #: by adapter name, for each weight that changes by scale · B @ A: (index of A, index of B,
+        #: scale), where the indices are positions in the list of the adapter's parameters
+        self._product_factors: dict[str, list[tuple[int, int, float]]] = {}
 
-    def begin(self, run: str, config: LoraConfig, seed: int) -> None:
-        """Create a run. ``TargetError``: the config does not fit the base."""
+    def begin(self, adapter_name: str, config: LoraConfig, seed: int) -> None:
+        """Create a run with a new adapter. ``seed``: of the adapter's initial values.
+        ``TargetError``: the config does not fit the base model."""
         with self._model_lock:
-            self._add_optimizer(run, self.runs.add(run, config, seed=seed))
+            self._add_optimizer(adapter_name, self.runs.add(adapter_name, config, seed=seed))
 
-    def _add_optimizer(self, run: str, handle: Handle) -> None:
-        adapter = self.engine.adapters[run]
+    def _add_optimizer(self, adapter_name: str, handle: Handle) -> None:
+        """Give a run an AdamW optimizer without state, and record its products B @ A."""
+        adapter = self.engine.adapters[adapter_name]
         adapter.optimizer = torch.optim.AdamW(adapter.parameters, foreach=True)
         indices = {id(parameter): index for index, parameter in enumerate(adapter.parameters)}
-        self._products[run] = []
-        for *_, change in changes(self.model, run):
-            factors = map(change.adapter_parameters.get, "AB")
-            A_index, B_index = (indices.get(id(factor)) for factor in factors)
+        self._product_factors[adapter_name] = []
+        for *_, change in changes(self.model, adapter_name):
+            factor_parameters = map(change.adapter_parameters.get, "AB")
+            A_index, B_index = (indices.get(id(factor)) for factor in factor_parameters)
             if A_index is not None and B_index is not None:
-                self._products[run].append((A_index, B_index, change.scale))
+                self._product_factors[adapter_name].append((A_index, B_index, change.scale))
 
-    def end(self, run: str) -> None:
-        """Free the memory of a run."""
+    def end(self, adapter_name: str) -> None:
+        """Remove the adapter of a run from the model, and free its memory. Nothing is saved."""
         with self._model_lock:
-            self.runs.remove(run)
-        self._products.pop(run, None)  # a load that failed may have added none
+            self.runs.remove(adapter_name)
+        self._product_factors.pop(adapter_name, None)  # none if a load has failed
 
-    def has_pending_gradients(self, run: str) -> bool:
-        """Whether a run has gradients that no step has used."""
-        return self.engine.adapters[run].has_gradients
+    def has_pending_gradients(self, adapter_name: str) -> bool:
+        """Whether a run has gradients that no optimizer step has used yet."""
+        return self.engine.adapters[adapter_name].has_gradients
 
     def compute(self, passes: Sequence[Pass]) -> dict[str, int]:
-        """Compute one batch: as many data of the passes as fit, at least one of the first pass. The
-        passes must be of different runs. If the first pass has a backward, passes without one are
-        left out, and vice versa. Returns the number of tokens of each run in the batch."""
+        """Compute one batch with as many data of the passes as fit, at least one datum of the first
+        pass, and update the fields of the passes. The passes must be of different runs. If the
+        first pass has a backward, passes without one are not computed, and vice versa. Returns the
+        number of tokens of each run in the batch, by adapter name, without padding."""
         passes = [
             training_pass
             for training_pass in passes
             if training_pass.backward == passes[0].backward
         ]
-        rows = self._choose_data_indices(passes)
-        batch_passes = [training_pass for training_pass in passes if training_pass.run in rows]
+        data_indices = self._choose_data_indices(passes)
+        batch_passes = [
+            training_pass for training_pass in passes if training_pass.adapter_name in data_indices
+        ]
         if passes[0].backward:
             for training_pass in batch_passes:
                 if training_pass.earlier_gradients is None:
-                    parameters = self._parameters(training_pass.run)
+                    parameters = self._parameters(training_pass.adapter_name)
                     training_pass.earlier_gradients = take_gradients(parameters)
-        passes_by_run = {training_pass.run: training_pass for training_pass in batch_passes}
-        result = isolate_failures(partial(self._run_passes, rows), passes_by_run)
+        passes_by_adapter = {
+            training_pass.adapter_name: training_pass for training_pass in batch_passes
+        }
+        result = isolate_failures(partial(self._run_passes, data_indices), passes_by_adapter)
         for training_pass in batch_passes:
-            run = training_pass.run
-            training_pass.error = result.failures.get(run)
+            adapter_name = training_pass.adapter_name
+            training_pass.error = result.failures.get(adapter_name)
             if training_pass.error is None:
-                training_pass.loss_sum += float(result.values[run])
-            computed_rows = set(rows[run])
+                training_pass.loss_sum += float(result.values[adapter_name])
+            computed_indices = set(data_indices[adapter_name])
             training_pass.remaining = [
-                index for index in training_pass.remaining if index not in computed_rows
+                index for index in training_pass.remaining if index not in computed_indices
             ]
             if training_pass.is_over:
                 self._finish_pass(training_pass)
         return {
-            run: sum(len(training_pass.data[index].tokens) for index in rows[run])
-            for run, training_pass in passes_by_run.items()
+            name: sum(len(training_pass.data[index].tokens) for index in data_indices[name])
+            for name, training_pass in passes_by_adapter.items()
         }
 
     def _choose_data_indices(self, passes: Sequence[Pass]) -> dict[str, list[int]]:
-        """The indices of the data in the next batch, by run. The passes take turns, each with its
-        longest data first. A datum joins the batch if the batch then has at most ``batch_tokens``
-        tokens and little padding (``fit_budget``)."""
+        """The indices of the data in the next batch, by adapter name. Data are considered in this
+        order: the longest remaining datum of each pass, then the second longest of each, and so on.
+        A datum joins the batch if the batch then has at most ``batch_tokens`` tokens and little
+        padding (``fit_budget``)."""
         candidates = [
             (training_pass, training_pass.remaining[position])
             for position in range(max(len(training_pass.remaining) for training_pass in passes))
@@ -239,30 +255,37 @@ class Trainer:
             if position < len(training_pass.remaining)
         ]
         lengths = [len(training_pass.data[index].tokens) for training_pass, index in candidates]
-        rows: dict[str, list[int]] = {}
-        for candidate in fit_budget(lengths, self.batch_tokens):
-            training_pass, index = candidates[candidate]
-            rows.setdefault(training_pass.run, []).append(index)
-        return rows
+        data_indices: dict[str, list[int]] = {}
+        for candidate_number in fit_budget(lengths, self.batch_tokens):
+            training_pass, index = candidates[candidate_number]
+            data_indices.setdefault(training_pass.adapter_name, []).append(index)
+        return data_indices
 
     def _run_passes(
-        self, rows: Mapping[str, Sequence[int]], passes: Mapping[str, Pass], keep_going: bool
+        self,
+        data_indices: Mapping[str, Sequence[int]],
+        passes: Mapping[str, Pass],
+        keep_going: bool,
     ) -> PassResult:
-        """Compute one forward, and one backward if the passes have one, of data of these passes.
-        ``rows``: by adapter name, the indices of a run's data; ``keep_going``: an error of one run
-        does not stop the other runs (``StepEngine.backward``)."""
+        """Compute one forward over some data of each pass, and one backward if the passes have one
+        (all do, or none). ``data_indices``, ``passes``: by adapter name. ``keep_going``: an error
+        of one run does not stop the others, but is returned in ``PassResult.failures``."""
         batches: dict[str, Any] = {}
         losses: dict[str, Any] = {}
-        width = max(len(passes[run].data[index].tokens) for run in passes for index in rows[run])
-        for run, training_pass in passes.items():
-            indices = rows[run]
+        width = max(
+            len(passes[adapter_name].data[index].tokens)
+            for adapter_name in passes
+            for index in data_indices[adapter_name]
+        )
+        for adapter_name, training_pass in passes.items():
+            indices = data_indices[adapter_name]
             ids, labels = self._pad(training_pass, indices, width)
             if all(training_pass.data[index].targets.dim() == 1 for index in indices):
-                batches[run] = {"input_ids": ids, "labels": labels}
-                losses[run] = LabelLoss(partial(_loss_of_labels, training_pass, indices))
+                batches[adapter_name] = {"input_ids": ids, "labels": labels}
+                losses[adapter_name] = LabelLoss(partial(_loss_of_labels, training_pass, indices))
             else:
-                batches[run] = {"input_ids": ids}, None
-                losses[run] = partial(_loss_of_logits, training_pass, indices)
+                batches[adapter_name] = {"input_ids": ids}, None
+                losses[adapter_name] = partial(_loss_of_logits, training_pass, indices)
         requests = self.runs.requests(batches, losses)
         backward = next(iter(passes.values())).backward
         run_pass = self.engine.backward if backward else self.engine.forward
@@ -272,32 +295,33 @@ class Trainer:
     def _pad(
         self, training_pass: Pass, indices: Sequence[int], width: int
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and labels, each [rows, width + 1] of int64, for the data ``indices``. A label
-        is in the column of its own token, one column after the logits that predict it."""
+        """Token ids and labels, each [number of data, width + 1] of int64, for the data
+        ``indices``. As usual for causal language models, a label stands one column after the logits
+        that predict it. Padding has the id 0; without a label, an entry is ``IGNORED``."""
         ids = torch.zeros(len(indices), width + 1, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
-        for row, index in enumerate(indices):
+        for row_number, index in enumerate(indices):
             datum = training_pass.data[index]
             token_count = len(datum.tokens)
-            ids[row, :token_count] = datum.tokens
+            ids[row_number, :token_count] = datum.tokens
             if datum.targets.dim() == 1:
-                labels[row, 1 : token_count + 1] = datum.targets
+                labels[row_number, 1 : token_count + 1] = datum.targets
         return ids.to(self.device), labels.to(self.device)
 
-    def _parameters(self, run: str) -> list[nn.Parameter]:
-        return self.engine.adapters[run].parameters
+    def _parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        return self.engine.adapters[adapter_name].parameters
 
     def _finish_pass(self, training_pass: Pass) -> None:
-        """Add the gradients of a pass to the gradients of the run's earlier passes. If the pass
-        failed or the sum is too large, restore the earlier gradients."""
+        """Add the gradients of a computed pass to those of the run's earlier passes. If the sum is
+        too large, the pass fails. If the pass has failed, restore the earlier gradients."""
         earlier_gradients = training_pass.earlier_gradients
         if earlier_gradients is None:
             return
-        parameters = self._parameters(training_pass.run)
+        parameters = self._parameters(training_pass.adapter_name)
         if training_pass.error is None:
             add_earlier_gradients(parameters, earlier_gradients)
             largest_gradient = largest_magnitude(present_gradients(parameters))
-            if not largest_gradient <= MAX_GRADIENT:  # also true for NaN
+            if not largest_gradient <= MAX_GRADIENT:  # unlike ``>``, this is true for NaN too
                 training_pass.error = TrainingError(
                     f"a gradient of up to {largest_gradient:.3g}",
                     f"numbers of at most {MAX_GRADIENT:g}",
@@ -307,100 +331,116 @@ class Trainer:
             restore_gradients(parameters, earlier_gradients)
         training_pass.earlier_gradients = None
 
-    def step(self, run: str, adam: Adam) -> dict[str, float]:
-        """A step of AdamW along the gradients of the passes since the last step.
-
-        Raises:
-            DataError: with these settings, weights would overflow. Nothing has changed.
-            DivergenceError: the weights after the step are too large for an adapter folder.
-        """
+    def step(self, adapter_name: str, adam: Adam) -> dict[str, float]:
+        """Make one AdamW step with the gradients of all passes since the last step. Returns the
+        step's metrics: the norm of the gradient before clipping. ``DataError``: a setting is out of
+        its bounds, and nothing has changed. ``DivergenceError``: the new weights are too large to
+        be saved."""
         adam.check()
-        adapter = self.engine.adapters[run]
-        norm = adapter.clip(adam.clip, in_float64=True)
+        adapter = self.engine.adapters[adapter_name]
+        gradient_norm = adapter.clip(adam.clip, in_float64=True)
         _adamw(adapter).param_groups[0].update(
             lr=adam.rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.decay
         )
-        with self._model_lock:  # samples use a copy of the adapter, but the same base
+        with self._model_lock:  # samples use a copy of the adapter, but the same base model
             adapter.step()
-        self._check_bounds(run)
-        return {"unclipped_grad_l2:mean": norm}
+        self._check_bounds(adapter_name)
+        return {"unclipped_grad_l2:mean": gradient_norm}
 
-    def _check_bounds(self, run: str) -> None:
-        """Check that an adapter folder can hold a run's weights. ``DivergenceError``: a weight or a
-        product of weights is too large."""
-        parameters = self._parameters(run)
+    def _check_bounds(self, adapter_name: str) -> None:
+        """Check that a run's weights can be saved. ``DivergenceError``: an entry of a parameter, or
+        the bound |scale| · ‖B‖ · ‖A‖ on the entries of a weight's change, exceeds ``MAX_MAGNITUDE``
+        or is NaN."""
+        parameters = self._parameters(adapter_name)
         norms = norms_in_float64(parameters)
         magnitudes = [
             abs(scale) * norms[A_index] * norms[B_index]
-            for A_index, B_index, scale in self._products[run]
+            for A_index, B_index, scale in self._product_factors[adapter_name]
         ]
-        # no entry exceeds the norm of its tensor, so entries are rarely compared one by one
+        # No entry exceeds the norm of its tensor, so if all norms are small, skip the entries.
         all_within = all(norm <= MAX_MAGNITUDE for norm in norms)
         magnitudes.append(0.0 if all_within else largest_magnitude(parameters))
-        # ``not <=`` is also true for NaN
-        excessive = next((size for size in magnitudes if not size <= MAX_MAGNITUDE), None)
-        if excessive is not None:
+        # ``not <=``, unlike ``>``, is true for NaN too
+        excessive_magnitude = next(
+            (magnitude for magnitude in magnitudes if not magnitude <= MAX_MAGNITUDE), None
+        )
+        if excessive_magnitude is not None:
             raise DivergenceError(
-                f"a run that diverged: a step made numbers of up to {excessive:.3g}",
+                f"a run that diverged: a step made numbers of up to {excessive_magnitude:.3g}",
                 f"weights, and changes of weights, of at most {MAX_MAGNITUDE:g}",
                 "load a checkpoint into it and go on with a smaller learning rate, or begin a new "
                 "run",
             )
 
-    def save(self, run: str, folder: Path, base: str | None) -> None:
+    def save(self, adapter_name: str, folder: Path, base_name: str | None) -> None:
         """Write a run's adapter and its optimizer's state into one folder, which is replaced if it
         exists."""
         with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as new_checkpoint:
-            self.export(run, new_checkpoint / ADAPTER, base)
-            self.save_optimizer(run, new_checkpoint)
+            self.export(adapter_name, new_checkpoint / ADAPTER_FOLDER, base_name)
+            self.save_optimizer(adapter_name, new_checkpoint)
 
-    def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
-        """Load a saved run. If ``run`` is in memory, it is replaced. ``optimizer``: whether to load
-        the optimizer's state too; ``adapter``: the path of the adapter folder within ``folder``.
-        ``AdapterError``: it holds no valid adapter, and the run is unchanged."""
+    def load(
+        self, adapter_name: str, folder: Path, *, optimizer: bool, subfolder: str = ADAPTER_FOLDER
+    ) -> None:
+        """Load a saved adapter into a run, which is created, or replaced with its gradients if it
+        is in memory. ``optimizer``: whether to load the optimizer's state too, from ``folder``;
+        ``subfolder``: the path of the adapter folder within ``folder``, or "" if they are
+        the same. ``AdapterError``: the adapter is not valid; a run in memory is unchanged."""
         with self._model_lock:
-            if run in self.runs:  # load the adapter under another name first, since this may fail
-                self.runs.add(f"{run}-new", folder / adapter)
-                self.runs.remove(f"{run}-new")
-            tensors = read_tensors(folder / OPTIMIZER)[0] if optimizer else {}
-            if run in self.runs:
-                self.runs.remove(run)
-            handle = self.runs.add(run, folder / adapter)
+            # try to load under another name first: if it fails, the run in memory must not change
+            if adapter_name in self.runs:
+                self.runs.add(f"{adapter_name}-new", folder / subfolder)
+                self.runs.remove(f"{adapter_name}-new")
+            tensors = read_tensors(folder / OPTIMIZER_FILE)[0] if optimizer else {}
+            if adapter_name in self.runs:
+                self.runs.remove(adapter_name)
+            handle = self.runs.add(adapter_name, folder / subfolder)
         _widen_to_float32(handle)
-        self._add_optimizer(run, handle)
+        self._add_optimizer(adapter_name, handle)
         if tensors:
             names = [name for name, _ in handle.named_parameters()]
-            load_optimizer_tensors(_adamw(self.engine.adapters[run]), names, tensors)
+            load_optimizer_tensors(_adamw(self.engine.adapters[adapter_name]), names, tensors)
 
     def export(
-        self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None
+        self,
+        adapter_name: str,
+        folder: Path,
+        base_name: str | None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a run's adapter without the optimizer's state. An existing folder is replaced."""
-        self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
+        """Write a run's adapter, without the optimizer's state, to ``folder``, which is replaced if
+        it exists. ``base_name`` and ``provenance`` are recorded in the adapter folder."""
+        self.runs[adapter_name].save(
+            folder, base_name=base_name, provenance=provenance, overwrite=True
+        )
 
-    def save_optimizer(self, run: str, folder: Path) -> None:
-        """Write the state of a run's optimizer into a folder."""
-        names = [name for name, _ in self.runs[run].named_parameters()]
-        save_file(optimizer_tensors(_adamw(self.engine.adapters[run]), names), folder / OPTIMIZER)
+    def save_optimizer(self, adapter_name: str, folder: Path) -> None:
+        """Write the state of a run's optimizer into the file ``OPTIMIZER_FILE`` of a folder."""
+        names = [name for name, _ in self.runs[adapter_name].named_parameters()]
+        save_file(
+            optimizer_tensors(_adamw(self.engine.adapters[adapter_name]), names),
+            folder / OPTIMIZER_FILE,
+        )
 
     @contextmanager
     def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
-        """A context in which row i of the model's input uses the adapter of the bank's lease
-        ``leases[i]``, or the base for None. It takes leases, not names, because their adapters are
-        in memory: a load inside the context could wait forever for memory of adapters that other
-        threads use, while these threads wait for the model lock of this thread."""
+        """A context in which row i of the model's input uses the adapter of ``leases[i]``, a lease
+        of the bank, or the base model for None. A lease keeps its adapter in memory. With names,
+        this method would have to load adapters and could deadlock: it holds the model lock, and
+        would wait for memory that is leased by threads that wait for the model lock."""
         with self._model_lock, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 
 
 def _adamw(adapter: TrainedAdapter) -> torch.optim.Optimizer:
+
     assert adapter.optimizer is not None
     return adapter.optimizer
 
 
 def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor) -> Tensor:
-    """The loss of data with one target per token. ``losses`` [tokens of all data]: −log p of the
-    targets."""
+    """The summed loss of the data ``indices`` of a pass, with one target per token. ``losses``
+    [number of tokens of these data, one datum after the other]: −log p of the targets."""
     token_counts = [len(training_pass.data[index].tokens) for index in indices]
     return _sum_losses(training_pass, indices, (-losses).split(token_counts))
 
@@ -408,7 +448,8 @@ def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor)
 def _loss_of_logits(
     training_pass: Pass, indices: Sequence[int], output: Any, target: Any
 ) -> Tensor:
-    """The loss of data with several targets per token, from the model's output."""
+    """The summed loss of the data ``indices`` of a pass, where a datum may have several targets per
+    token. ``output.logits`` has one row per datum. The step engine passes a ``target`` of None."""
     logprobs = []
     for logits, index in zip(output.logits, indices, strict=True):
         targets = training_pass.data[index].targets.to(logits.device)
@@ -420,15 +461,16 @@ def _loss_of_logits(
 
 
 def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[Tensor]) -> Tensor:
-    """The summed losses of the data ``indices``. Stores the log-probabilities of their targets in
-    the pass, for its answer."""
-    loss_sum, loss = None, LOSSES[training_pass.loss]
+    """The sum of the losses of the data ``indices`` of a pass, a scalar. ``logprobs``: for each of
+    these data, the log-probabilities of its targets, of the shape of ``Datum.targets``. They are
+    also stored in the pass, for its answer. ``TrainingError``: the sum is not finite."""
+    loss_sum, loss_function = None, LOSSES[training_pass.loss]
     for index, row_logprobs in zip(indices, logprobs, strict=True):
-        inputs = {
-            name: values.to(row_logprobs.device)
-            for name, values in training_pass.data[index].inputs.items()
+        loss_inputs = {
+            input_name: values.to(row_logprobs.device)
+            for input_name, values in training_pass.data[index].inputs.items()
         }
-        datum_loss = loss.terms(row_logprobs, inputs, training_pass.settings).sum()
+        datum_loss = loss_function.terms(row_logprobs, loss_inputs, training_pass.settings).sum()
         training_pass.logprobs[index] = row_logprobs.detach().float().cpu()
         loss_sum = datum_loss if loss_sum is None else loss_sum + datum_loss
     assert loss_sum is not None
@@ -442,13 +484,13 @@ def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[
 
 
 def widen_config(config: LoraConfig) -> LoraConfig:
-    """The config with which an adapter is trained: in float32 if it was saved in 16 bits, because a
-    typical optimizer step is smaller than the rounding error of 16-bit numbers."""
+    """The config with which an adapter is trained: 16-bit dtypes become float32, because a typical
+    optimizer step is smaller than the rounding error of 16-bit numbers and would be lost."""
     return replace(config, dtype="float32") if config.dtype in ("bfloat16", "float16") else config
 
 
 def _widen_to_float32(handle: Handle) -> None:
-    """Convert the 16-bit parameters of an adapter with a 16-bit config to float32."""
+    """If an adapter's config has a 16-bit dtype, make it and its 16-bit parameters float32."""
     config = widen_config(handle.config)
     if config == handle.config:
         return

@@ -1,10 +1,11 @@
 """The training service: it connects the store, the training thread and the samples, and frees the
 resources of clients that have left.
 
-The client of a session sends a heartbeat every ten seconds. If the client has been silent for
-``SILENT_SECONDS`` or has finished the session, the session's resources are freed: its runs are
-saved and leave the memory, and its samples are cancelled. The client may continue later, because
-every accepted request is on the disk.
+A run is one LoRA adapter that a client trains; a client's runs belong to its session. The client
+sends a heartbeat every ten seconds. If the client has been silent for ``SILENT_SECONDS`` or has
+finished the session, the session's resources are freed: its runs are written to the disk and leave
+the memory, and its samples are cancelled. The client may continue later, because every accepted
+request is on the disk.
 """
 
 from __future__ import annotations
@@ -39,24 +40,34 @@ from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
 
-#: seconds after which the resources of a silent client are freed, and seconds between two checks
+#: seconds without a heartbeat after which the resources of a client are freed, and seconds between
+#: two checks for such clients
 SILENT_SECONDS, CHECK_SECONDS = 120.0, 10.0
-#: seconds for which a run waits for a missing request after later requests have arrived. The SDK
-#: repeats a request that failed for five minutes, so the request may still arrive within this time.
+#: seconds for which a run waits for a request number that is missing, once a later request has
+#: arrived. It is longer than five minutes, for which the SDK repeats a request that failed.
 MISSING_SECONDS = 330.0
-#: Of each run's unnamed checkpoints, the newest ``MAX_UNNAMED`` are kept. The others are deleted
-#: after ``UNUSED_SECONDS`` without use.
+#: Of each run's unnamed checkpoints (saved only to sample from), the newest ``MAX_UNNAMED`` are
+#: kept. The others are deleted ``UNUSED_SECONDS`` after samples were last drawn from them.
 MAX_UNNAMED, UNUSED_SECONDS = 8, 3600.0
 #: seconds for which the URL of a checkpoint's file is valid
 FILE_URL_SECONDS = 3600.0
-#: how many loss curves are cached of runs that are not active
+#: how many loss curves are cached, of runs that are neither in memory nor have waiting requests
 CACHED_CURVES = 512
 
 
 class Training:
-    """The training service of a running ``service``. ``start`` starts its threads; ``close`` ends
-    them. ``tokenizer``: the folder or hub id from which clients load the tokenizer;
-    ``max_resident``: the largest number of runs in memory."""
+    """The training service of a server. ``start`` starts its threads; ``close`` ends them.
+
+    Args:
+        service: the running server (``veneer.serve.service.Service``).
+        model: its base model, with input embeddings.
+        model_lock: held by the engine and by the trainer while they use the model.
+        tokenizer_source: the folder or hub id from which clients load the tokenizer.
+        max_resident: the largest number of runs in memory, and of sampled adapters in the bank.
+
+    Raises:
+        ConfigError: the runs in the store were trained on another base model.
+    """
 
     def __init__(
         self,
@@ -65,11 +76,11 @@ class Training:
         model_lock: FairLock,
         store: Store,
         *,
-        tokenizer: str | None,
+        tokenizer_source: str | None,
         max_resident: int,
     ) -> None:
         self.base, self.bank, self.engine = service.base, service.bank, service.engine
-        self.model, self.tokenizer, self.store = model, tokenizer, store
+        self.model, self.tokenizer_source, self.store = model, tokenizer_source, store
         self.max_resident = max_resident
         embedding = model.get_input_embeddings().weight
         store.require_base(self.base, digest(embedding.detach()))
@@ -82,24 +93,26 @@ class Training:
         )
         self.operations = Operations(self.worker, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
-        #: a thread that writes to the store's index, so that the event loop need not wait for the
-        #: disk
-        self.index_thread = ThreadPoolExecutor(1, "veneer-journal")
-        #: cached curves of runs that are not active: (run id, number of the last request in the
-        #: saved state, number of the next request) -> curve
+        #: has one thread, which writes to the store's index for the routes, so that the event loop
+        #: need not wait for the disk
+        self.index_executor = ThreadPoolExecutor(1, "veneer-journal")
+        #: (run id, number of the last request in the saved state, number of the next request) ->
+        #: loss curve, for runs without an ``ActiveRun``. The numbers change whenever the curve may
+        #: have changed, so a cached curve is never outdated.
         self.cached_curve: Callable[[str, int, int], Curve] = lru_cache(CACHED_CURVES)(
-            lambda run, state_seq, next_seq: read_curve(self.store, run, state_seq)
+            lambda run_id, state_seq, next_seq: read_curve(self.store, run_id, state_seq)
         )
         self._heartbeats: dict[str, float] = {}  # by session: time of the last heartbeat
-        #: names in the bank of at most ``max_resident`` sampled adapters, the least recent first
+        #: adapters of the bank from which samples were drawn, at most ``max_resident``: their
+        #: names, the least recently used first. The dict is an ordered set.
         self._recent_adapters: OrderedDict[str, None] = OrderedDict()
-        #: by name in the bank: when the adapter was last sampled from
+        #: by name in the bank: when samples were last requested from the adapter (``monotonic``)
         self._last_uses: dict[str, float] = {}
-        #: by run id: the number of the missing request, and since when it has been missing
+        #: by run id: the first request number that is missing, and since when (``monotonic``)
         self._missing_requests: dict[str, tuple[int, float]] = {}
         #: by download token: the folder, and the time after which the token is invalid
-        self._files: dict[str, tuple[Path, float]] = {}
-        self._lock = threading.Lock()  # guards heartbeats, uses of adapters and files
+        self._folders_by_token: dict[str, tuple[Path, float]] = {}
+        self._lock = threading.Lock()  # guards heartbeats, uses of adapters, download tokens
         self._stop = threading.Event()
         self._session_thread = threading.Thread(
             target=self._check_sessions, name="veneer-sessions", daemon=True
@@ -114,23 +127,30 @@ class Training:
         if self._session_thread.is_alive():
             self._session_thread.join()
         self.worker.close()
-        self.index_thread.shutdown()
+        self.index_executor.shutdown()
         self.store.close()
 
-    async def write(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function that writes to the store's index, in the thread for such writes.
-        ``Refusal``: the disk failed."""
+    async def write(self, write_function: Callable[..., Any], *function_args: Any) -> Any:
+        """Call a function that writes to the store's index (its SQLite file) in the thread for such
+        writes, so that the event loop need not wait for the disk; return the function's result.
+        ``Refusal`` (503): the disk failed. Other errors of the function are raised unchanged."""
         return await self._await_disk(
-            asyncio.get_running_loop().run_in_executor(self.index_thread, function, *args)
+            asyncio.get_running_loop().run_in_executor(
+                self.index_executor, write_function, *function_args
+            )
         )
 
     async def change_checkpoints(self, function: Callable[[], Any]) -> Any:
-        """Call a function that changes checkpoints, in the training thread, so that the row and the
-        files of a checkpoint always change together. ``Refusal``: the disk failed."""
+        """Let the training thread call a function that changes checkpoints; return its result. No
+        other thread changes checkpoints, so no other change comes between the change of a
+        checkpoint's database row and the change of its files. ``Refusal`` (503): the disk failed.
+        If the caller is cancelled, the function is called nevertheless."""
         future = asyncio.wrap_future(self.worker.submit(function))
         return await self._await_disk(asyncio.shield(future))
 
     async def _await_disk(self, writing: Awaitable[Any]) -> Any:
+        """Await a write. ``Refusal`` (503), instead of the error of SQLite or the system: the disk
+        failed, and the client should try again."""
         try:
             return await writing
         except (sqlite3.Error, OSError) as error:
@@ -142,60 +162,69 @@ class Training:
                 code="disk",
             ) from error
 
-    def record_heartbeat(self, session: str) -> None:
+    def record_heartbeat(self, session_id: str) -> None:
         with self._lock:
-            self._heartbeats[session] = time.monotonic()
+            self._heartbeats[session_id] = time.monotonic()
 
     def register_checkpoint(self, path: str) -> str:
-        """Register a checkpoint with the bank unless it is registered already. Returns its name in
-        the bank, which is its path."""
+        """Register a checkpoint with the bank, from whose adapters the engine samples, unless it is
+        registered already, and record its use. Returns its name in the bank, which is its ``path``
+        (tinker://RUN/KIND/NAME). ``SelectionError``: there is no such checkpoint."""
         folder = self.folder_of(path)
         if path not in self.bank:
             self.bank.register(path, folder)
         self.record_use(path)
         return path
 
-    def record_use(self, name: str) -> None:
-        """Record that an adapter of the bank is sampled from. Of the adapters recorded here, only
-        the ``max_resident`` that were used last stay in the bank's memory. The others are read
-        again from the disk when they are needed."""
+    def record_use(self, bank_name: str) -> None:
+        """Record that samples are drawn from an adapter of the bank. Only the ``max_resident``
+        adapters that were recorded last may stay in the bank's memory. The bank forgets the weights
+        of the others, and reads them from the disk when they are needed again."""
         with self._lock:
-            self._last_uses[name] = time.monotonic()
-            self._recent_adapters[name] = None
-            self._recent_adapters.move_to_end(name)
-            excess = len(self._recent_adapters) - self.max_resident
-            least_recent = [self._recent_adapters.popitem(last=False)[0] for _ in range(excess)]
-        for unused in least_recent:
+            self._last_uses[bank_name] = time.monotonic()
+            self._recent_adapters[bank_name] = None
+            self._recent_adapters.move_to_end(bank_name)
+            excess_count = len(self._recent_adapters) - self.max_resident
+            least_recent_names = [
+                self._recent_adapters.popitem(last=False)[0] for _ in range(excess_count)
+            ]
+        for unused_name in least_recent_names:
             try:
-                if unused in self.bank:
-                    self.bank.register(unused, self.folder_of(unused), replace=True)
-            except (VeneerError, OSError):  # must not fail the call that uses ``name``
-                log.exception("the samples of %s cannot be read again", unused)
+                if unused_name in self.bank:
+                    self.bank.register(unused_name, self.folder_of(unused_name), replace=True)
+            except (VeneerError, OSError):
+                # Only log the error, because the call for samples from ``bank_name`` does not need
+                # this other adapter.
+                log.exception("the samples of %s cannot be read again", unused_name)
                 with suppress(SelectionError):  # the adapter was deleted meanwhile
-                    self.bank.remove(unused)
+                    self.bank.remove(unused_name)
 
-    def folder_of(self, name: str) -> Path:
-        """The adapter folder of a name tinker://…, as ``adapter_folder`` finds it."""
-        return adapter_folder(self.store, name)
+    def folder_of(self, adapter_name: str) -> Path:
+        """The adapter folder of tinker://RUN/KIND/NAME (a checkpoint) or tinker://RUN/now (the
+        run's weights when samples from them were last requested). ``SelectionError``: there is no
+        such checkpoint. ``DataError``: the name has another form."""
+        return adapter_folder(self.store, adapter_name)
 
     async def reserve_tokens(self, key: Key, max_tokens: int) -> Callable[[int], None]:
         """Reserve ``max_tokens``, the most that a call for samples can use, in the key's quota of
-        the day. The returned function takes the number of tokens that the call has used; its first
-        call replaces the reservation by this number. ``Refusal``: the tokens exceed the quota."""
+        the day (UTC). Call the returned function with the number of tokens that were used when the
+        samples have ended: it replaces the reservation by this number, and its further calls do
+        nothing. ``Refusal`` (403): the tokens exceed the quota."""
         if not key.owner:
-            return lambda used: None
+            return lambda used_tokens: None
         await self.write(self._reserve, key, max_tokens)
 
+        # gives one item, to the first call of ``charge``; taking an item is atomic
         reservations = iter([max_tokens])
 
-        def charge(used: int) -> None:
+        def charge(used_tokens: int) -> None:
             if next(reservations, None) is None:
                 return
-            settling = self.index_thread.submit(
-                self.store.settle_tokens, key.owner, max_tokens, used
+            settle_future = self.index_executor.submit(
+                self.store.settle_tokens, key.owner, max_tokens, used_tokens
             )
-            settling.add_done_callback(
-                partial(_log_failure, f"{used} tokens of {key.owner} were not counted")
+            settle_future.add_done_callback(
+                partial(_log_failure, f"{used_tokens} tokens of {key.owner} were not counted")
             )
 
         return charge
@@ -205,33 +234,39 @@ class Training:
         self.store.reserve_tokens(key.owner, max_tokens)
 
     def new_file_token(self, folder: Path) -> str:
-        """A new secret token with which a folder's files can be downloaded for a limited time."""
+        """A new secret token with which the files of a folder can be downloaded without an API key
+        for ``FILE_URL_SECONDS``."""
         now, token = time.monotonic(), secrets.token_urlsafe(24)
         with self._lock:
-            self._files = {token: entry for token, entry in self._files.items() if entry[1] > now}
-            self._files[token] = folder, now + FILE_URL_SECONDS
+            self._folders_by_token = {
+                token: entry for token, entry in self._folders_by_token.items() if entry[1] > now
+            }
+            self._folders_by_token[token] = folder, now + FILE_URL_SECONDS
         return token
 
-    def find_file(self, token: str, name: str) -> Path | None:
-        """The path of a file in the folder that a download token gives access to; None if the token
-        is invalid or there is no such file."""
-        entry = self._files.get(token)
-        if entry is None or entry[1] < time.monotonic():
+    def find_file(self, token: str, relative_path: str) -> Path | None:
+        """The path of a file in the folder of a download token (``new_file_token``). None: the
+        token is unknown or has expired, or the folder has no file ``relative_path``."""
+        folder_and_expiry = self._folders_by_token.get(token)
+        if folder_and_expiry is None or folder_and_expiry[1] < time.monotonic():
             return None
         files_by_name = {
-            str(file.relative_to(entry[0])): file for file in entry[0].rglob("*") if file.is_file()
+            str(file.relative_to(folder_and_expiry[0])): file
+            for file in folder_and_expiry[0].rglob("*")
+            if file.is_file()
         }
-        return files_by_name.get(name)
+        return files_by_name.get(relative_path)
 
-    def evict_session(self, session: str) -> None:
-        """Cancel the samples of a session and move its runs to the disk, because its client has
-        left. Any thread may call this."""
-        self.samples.cancel_session(session)
-        runs = {row["id"] for row in self.store.runs(None, session)}
+    def evict_session(self, session_id: str) -> None:
+        """Cancel the samples of a session whose client has left, and let the training thread write
+        the session's idle runs to the disk and free their memory later. A run with requests that
+        wait or are computed stays in memory. Any thread may call this method."""
+        self.samples.cancel_session(session_id)
+        run_ids = {row["id"] for row in self.store.runs(None, session_id)}
 
         def evict_idle_runs() -> None:
-            for run in runs:
-                active_run = self.worker.active_runs.get(run)
+            for run_id in run_ids:
+                active_run = self.worker.active_runs.get(run_id)
                 if (
                     active_run is not None
                     and active_run.current_pass is None
@@ -240,7 +275,7 @@ class Training:
                     self.worker.memory.evict(active_run)
 
         self.worker.submit(evict_idle_runs).add_done_callback(
-            partial(_log_failure, f"the runs of session {session} are still in memory")
+            partial(_log_failure, f"the runs of session {session_id} are still in memory")
         )
 
     def _check_sessions(self) -> None:
@@ -251,29 +286,31 @@ class Training:
                 log.exception("a check of the sessions failed")
 
     def clean_up(self) -> None:
-        """Free the resources of silent clients, answer requests that never arrived with an error,
-        and delete checkpoints that are expired, or unnamed and unused."""
+        """Free the resources of silent clients, queue errors in place of requests that never
+        arrived, and let the training thread delete the checkpoints that have expired, or are
+        unnamed and unused."""
         now = time.monotonic()
         self._answer_missing_requests(now)
         with self._lock:
-            silent_sessions = [
-                session
-                for session, last_heartbeat in self._heartbeats.items()
+            silent_session_ids = [
+                session_id
+                for session_id, last_heartbeat in self._heartbeats.items()
                 if now - last_heartbeat > SILENT_SECONDS
             ]
-            for session in silent_sessions:
-                del self._heartbeats[session]
-        for session in silent_sessions:
-            self.evict_session(session)
+            for session_id in silent_session_ids:
+                del self._heartbeats[session_id]
+        for session_id in silent_session_ids:
+            self.evict_session(session_id)
         self.worker.submit(self._delete_old_checkpoints).add_done_callback(
             partial(_log_failure, "old checkpoints are still there")
         )
 
     def _delete_old_checkpoints(self) -> None:
-        """Delete expired and unused checkpoints. Only the training thread calls this, so that a
-        checkpoint which is saved again meanwhile is not deleted."""
-        unused = self._unused_checkpoints(time.monotonic())
-        for checkpoint in [*self.store.expired_checkpoints(), *unused]:
+        """Delete the checkpoints that have expired, or are unnamed and unused. Only the training
+        thread may call this method: in another thread, a checkpoint could be saved anew after it
+        was found to be expired, and then be deleted."""
+        unused_checkpoints = self._unused_checkpoints(time.monotonic())
+        for checkpoint in [*self.store.expired_checkpoints(), *unused_checkpoints]:
             try:
                 self.operations.delete(checkpoint)
             except (VeneerError, OSError, sqlite3.Error):  # continue with the other checkpoints
@@ -283,52 +320,60 @@ class Training:
                     self._recent_adapters.pop(checkpoint.path, None)
 
     def _answer_missing_requests(self, now: float) -> None:
-        """Answer requests that have been missing for ``MISSING_SECONDS`` with an error, so that the
-        requests after them are computed."""
+        """For each request number that has been missing for ``MISSING_SECONDS`` although later
+        requests of its run have arrived, queue a request that fails, so that the later requests are
+        computed. ``now``: ``time.monotonic``."""
         missing_requests: dict[str, tuple[int, float]] = {}
         for active_run in list(self.worker.active_runs.values()):
-            first_missing = active_run.next_seq
-            first_waiting = min(list(active_run.waiting_requests), default=0)
+            first_missing_seq = active_run.next_seq
+            first_waiting_seq = min(list(active_run.waiting_requests), default=0)
             run_id = active_run.run_id
-            missing = self._missing_requests.get(run_id, (first_missing, now))
-            if first_waiting <= first_missing:
-                if missing[0] > first_missing:  # the numbers before it are not answered yet
-                    missing_requests[run_id] = missing
+            missing_entry = self._missing_requests.get(run_id, (first_missing_seq, now))
+            if first_waiting_seq <= first_missing_seq:
+                # The entry is for a later number, at which the queue was full (see below). The
+                # numbers before it are queued but not answered yet, so keep the entry.
+                if missing_entry[0] > first_missing_seq:
+                    missing_requests[run_id] = missing_entry
                 continue
-            if missing[0] != first_missing:
-                missing = first_missing, now
-            missing_requests[run_id] = missing
-            if now - missing[1] < MISSING_SECONDS:
+            if missing_entry[0] != first_missing_seq:
+                missing_entry = first_missing_seq, now
+            missing_requests[run_id] = missing_entry
+            if now - missing_entry[1] < MISSING_SECONDS:
                 continue
             log.warning(
                 "%s: requests %d to %d did not come: it goes on without them",
                 run_id,
-                first_missing,
-                first_waiting - 1,
+                first_missing_seq,
+                first_waiting_seq - 1,
             )
-            for number in range(first_missing, first_waiting):
+            for seq in range(first_missing_seq, first_waiting_seq):
                 error = sentence(
-                    f"no request {number} for {MISSING_SECONDS:g} s, though later ones came",
+                    f"no request {seq} for {MISSING_SECONDS:g} s, though later ones came",
                     "each number once",
                     "send it again, with the next number",
                 )
                 body = json.dumps({"error": error}).encode()
                 try:
-                    self.worker.queue.accept(run_id, number, MISSING, body)
-                except Busy:  # the next check answers it, when the numbers before it are answered
-                    missing_requests[run_id] = number, missing[1]
+                    self.worker.queue.accept(run_id, seq, MISSING, body)
+                except Busy:
+                    # The queue is full. The next check continues at this number, when the numbers
+                    # before it are answered.
+                    missing_requests[run_id] = seq, missing_entry[1]
                     break
         self._missing_requests = missing_requests
 
     def _unused_checkpoints(self, now: float) -> list[Checkpoint]:
-        """The unnamed checkpoints that were not used for ``UNUSED_SECONDS``, except the newest
-        ``MAX_UNNAMED`` of each run. A checkpoint without a recorded use counts as used now."""
+        """The unnamed checkpoints from which no samples were drawn for ``UNUSED_SECONDS``, except
+        the newest ``MAX_UNNAMED`` of each run. A checkpoint without a recorded use, such as any
+        checkpoint after a restart of the server, counts as used now. ``now``: ``time.monotonic``.
+        """
         checkpoints_by_run: dict[str, list[Checkpoint]] = {}
         for row in self.store.hidden_checkpoints():  # the newest come first
             checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
             checkpoints_by_run.setdefault(row["run"], []).append(checkpoint)
         with self._lock:
-            # uses of other adapters are dropped here, so that the record is bounded
+            # Keep only the uses of unnamed checkpoints that exist, so that ``_last_uses`` does not
+            # grow without limit.
             self._last_uses = {
                 checkpoint.path: self._last_uses.get(checkpoint.path, now)
                 for checkpoints in checkpoints_by_run.values()
@@ -343,12 +388,14 @@ class Training:
 
 
 def _log_failure(message: str, future: Future[None]) -> None:
+    """Log the error of a future that is done, with its traceback; do nothing if it succeeded."""
     if (error := future.exception()) is not None:
         log.error(message, exc_info=error)
 
 
 def training_of(service: Any) -> Training:
-    """The training service of a server that has one."""
+    """The training service of a server. ``StopIteration``: the server has none, which cannot happen
+    in a route of the training service."""
     return next(
         extension.training
         for extension in service.extensions

@@ -4,13 +4,16 @@ runs in one batch.
     accepted request → journal → waiting requests of its run → the run's next request:
         an operation, which is computed alone, or a pass, which joins a batch → answer
 
-The journal is the table of requests on the disk (store.py). A run is loaded into memory when it is
-used (run_memory.py). While each run in memory has a pass that is being computed, a request of
-another run waits for room.
+A run is one LoRA adapter that a client trains. A pass is a request for a forward, and a backward if
+requested. An operation is any other request, such as an optimizer step or a save. The journal is
+the table of requests on the disk (store.py). A run is loaded into memory when it is used
+(run_memory.py). While every run in memory has a pass that is being computed, none can be evicted,
+so a request of another run waits.
 
-A failure concerns one run only. If a run's state cannot be written now, the run can be computed
-again from its requests. A run whose weights are too large to be saved is marked as failed, and
-accepts nothing but a checkpoint to load.
+A failure of one run does not stop the others. A run's state (adapter, optimizer, loss curve) is
+saved to the disk from time to time; if it cannot be written, nothing is lost, because the run can
+be computed again from its requests. A run whose weights are too large to be saved is marked as
+failed, and accepts nothing but a checkpoint to load.
 """
 
 from __future__ import annotations
@@ -34,41 +37,50 @@ from veneer.serve.training.losses import check_datum, complete_settings
 from veneer.serve.training.run_memory import PASS, REPLAYED_KINDS, Operation, RunMemory, log_failure
 from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.store import FAILED, FAILED_STEP_INPUT, SUCCEEDED, Store
-from veneer.serve.training.wire import Answer, failure, pass_output, read_header, read_pass
+from veneer.serve.training.wire import Answer, failure_answer, pass_output, read_header, read_pass
 
 log = logging.getLogger("veneer.serve.training")
 
-#: how long a batch waits for runs of the last batch: a share of the last batch's duration, and a
-#: maximum in seconds
+#: how long a batch waits for passes of runs whose last pass ended recently, so that these runs
+#: share a batch again: a fraction of the last batch's duration, and a maximum in seconds
 WAIT_SHARE, MAX_WAIT_SECONDS = 0.25, 0.05
-#: seconds to wait after an error of the thread itself, such as a full disk, and before an answer
-#: that could not be written is computed and written again
+#: seconds that the training thread sleeps after an error that belongs to no request, and seconds
+#: until an answer that could not be written (for example, to a full disk) is computed again
 PAUSE_SECONDS = 1.0
-#: how many times the process may die while it computes a request; then the request fails
+#: how many times the process may die while it computes one request alone after a restart. Then the
+#: request is answered with an error, because it would probably kill the process again.
 MAX_DEATHS = 3
-#: kinds of refused requests, which are answered in the run's order. A refused pass with a backward
-#: and a missing request also change what the run's next optimizer step does.
+#: kinds of requests that only have an error as their answer, given when all earlier requests of the
+#: run are answered. A refused pass with a backward, and a number for which no request came, are
+#: kinds of their own, because the run's next optimizer step reports them in its metrics.
 REFUSED, REFUSED_PASS, MISSING = "refused", "refused_pass", "missing"
-#: kinds of requests that need no room in memory for their run
+#: kinds of requests that can be computed without room for their run in memory
 KINDS_WITHOUT_ROOM = ("unload", REFUSED, REFUSED_PASS, MISSING)
-#: kinds of requests for which the run need not be loaded first
+#: kinds of requests for which the run need not be loaded first: they create the run, replace its
+#: weights, or do not use them
 KINDS_WITHOUT_RUN = ("load", "create", *KINDS_WITHOUT_ROOM)
 
 
 def _affects_step(request: RunRequest) -> bool:
-    """Whether a failure of this request changes the run's next optimizer step, because the step
-    then lacks the gradients of this request."""
+    """Whether the run's next optimizer step lacks gradients if this request fails: the request is a
+    pass with a backward (refused or not), or never arrived and may have been one."""
     return request.kind in (REFUSED_PASS, MISSING) or (
         request.kind == PASS and read_header(request.body).backward
     )
 
 
 class Worker:
-    """The training thread, which alone calls the trainer.
+    """The training thread. No other thread may call the trainer.
 
-    ``operations``: by the kind of request, the functions that compute requests other than passes
-    and refused requests. ``context_length``: of the base, in tokens. ``vocabulary_size``: of the
-    base. ``max_resident``: the largest number of runs in memory."""
+    Args:
+        context_length: the largest number of tokens in a sequence of the base model.
+        vocabulary_size: the number of token ids of the base model.
+        max_resident: the largest number of runs in memory.
+
+    Attributes:
+        operations: by the kind of request, the functions that compute requests other than passes
+            (forward, and backward if requested) and refused requests. Other modules may add to it.
+    """
 
     def __init__(
         self,
@@ -91,14 +103,17 @@ class Worker:
         #: weights into the bank
         self.published: dict[str, int] = {}
         self.steps = self.tokens = 0  # optimizer steps and trained tokens since the server started
-        self.batch: Batch | None = None  # the last batch
+        self.batch: Batch | None = None  # the last batch that was computed
         self._wake = self.queue.wake
-        #: (function, future of its result, id of the run that must have room in memory or None)
+        #: calls of ``submit``: (function, future of its result, id of the run that must be in
+        #: memory or have room there before the function is called, or None)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any], str | None]] = deque()
-        self._shares = Shares()  # tokens that were computed for each key
+        #: by API key: how many tokens were computed for it, to serve the least served key first
+        self._key_shares = Shares()
         self._batch_seconds = 0.0  # duration of the last batch
         self._closing = False
-        #: runs whose first waiting request may have killed the previous server
+        #: runs that had waiting requests when the server started. The first of these requests may
+        #: have killed the previous process, so it is computed alone (``_run_suspect``).
         self._suspects = [
             active_run
             for active_run in self.active_runs.values()
@@ -110,8 +125,8 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the running batch, and write the states of the runs in memory. Requests that
-        still wait are on the disk, for the next server."""
+        """Stop after the running batch, and write the states of the runs in memory. Requests
+        without an answer stay on the disk, and the next server computes them."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -124,18 +139,18 @@ class Worker:
     def ready(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    # any thread may call this
-
-    def submit(self, function: Callable[[], Any], run: str | None = None) -> Future[Any]:
+    def submit(self, function: Callable[[], Any], run_id: str | None = None) -> Future[Any]:
         """Call a function on the worker's thread between two batches; return the future of its
-        result. With ``run``, the call waits until that run is in memory or has room there."""
+        result or error. With ``run_id``, the call waits until that run is in memory or has
+        room there. If the server shuts down first, the future gets the error ``Busy``. Any thread
+        may call this method."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._wake:
             if self._closing:
                 future.set_exception(_closing_error())
             else:
-                self._tasks.append((function, future, run))
+                self._tasks.append((function, future, run_id))
                 self._wake.notify_all()
         return future
 
@@ -145,8 +160,8 @@ class Worker:
         while True:
             with self._wake:
                 while not (self._closing or self._tasks or self.queue.ready_runs()):
-                    # For a run that is busy but not ready, an answer could not be written. Its
-                    # request is tried again after a pause.
+                    # A run that is busy but not ready has an answer that could not be written. Wake
+                    # after a pause, to compute and write this answer again.
                     self._wake.wait(PAUSE_SECONDS if self.queue.busy_runs else None)
                 if self._closing:
                     break
@@ -156,7 +171,7 @@ class Worker:
                 log.exception("a turn of the training thread failed")
                 time.sleep(PAUSE_SECONDS)
         self._run_tasks()
-        for _, future, _ in self._tasks:  # tasks that wait for room in memory
+        for _, future, _ in self._tasks:  # calls whose runs have no room in memory
             future.set_exception(_closing_error())
 
     def _call_for_each(
@@ -172,12 +187,13 @@ class Worker:
                 active_run.retry_time = time.monotonic() + PAUSE_SECONDS
 
     def _run_tasks(self) -> None:
-        """Run the tasks of ``submit`` whose runs have room in memory."""
+        """Call the functions that were passed to ``submit``, except those whose run has no room in
+        memory now; these are kept for the next round."""
         self.queue.drop_idle()
         for _ in range(len(self._tasks)):
-            function, future, run = self._tasks.popleft()
-            if run is not None and not self.memory.has_room(self.queue.active_run(run)):
-                self._tasks.append((function, future, run))
+            function, future, run_id = self._tasks.popleft()
+            if run_id is not None and not self.memory.has_room(self.queue.active_run(run_id)):
+                self._tasks.append((function, future, run_id))
                 continue
             try:
                 future.set_result(function())
@@ -185,11 +201,12 @@ class Worker:
                 future.set_exception(error)
 
     def run_once(self) -> None:
-        """Run the tasks of ``submit``, then one round of requests.
+        """Call the functions that were passed to ``submit``, then compute one round of requests.
 
-        After a restart, a round computes only the first waiting request of one run, because this
-        request may have killed the previous server. When there is none left, a round computes the
-        operations that are next in their runs, and one batch of passes."""
+        After a restart, each round computes only the first waiting request of one run, because this
+        request may have killed the previous process. When each run that waited at the start has had
+        its round, a round computes the operations (all requests but passes) that are next in their
+        runs, and one batch of passes (forward, and backward if requested)."""
         self._run_tasks()
         if self._suspects:
             self._run_suspect(self._suspects.pop())
@@ -203,8 +220,9 @@ class Worker:
             self._compute_batch(passes)
 
     def _run_suspect(self, active_run: ActiveRun) -> None:
-        """Compute the first waiting request of a run alone, after the server has started. If the
-        process has died ``MAX_DEATHS`` times during this request, answer it with an error."""
+        """Compute the first waiting request of a run alone, after the server has started: if the
+        process dies again, this request was the cause. If the process has died ``MAX_DEATHS`` times
+        in this function during the same request, answer the request with an error."""
         request = active_run.next_request
         if request is None:
             return
@@ -221,14 +239,14 @@ class Worker:
                 request.seq,
                 MAX_DEATHS,
             )
-            message = sentence(
+            error_text = sentence(
                 f"a request during which the server's process ended {MAX_DEATHS} times",
                 "one for which it has the memory",
                 "ask for fewer or shorter rows at a time",
             )
             request = request._replace(
                 kind=REFUSED_PASS if _affects_step(request) else REFUSED,
-                body=json.dumps({"error": message}).encode(),
+                body=json.dumps({"error": error_text}).encode(),
             )
         if request.kind != PASS:
             self._answer_request(active_run, request)
@@ -237,7 +255,8 @@ class Worker:
         while active_run.current_pass is not None and not self._closing:
             self._compute_batch([active_run.current_pass])
             self._run_tasks()
-        if active_run.current_pass is not None:  # the server was closed; its process did not die
+        # the server was closed during the pass: the process did not die because of this request
+        if active_run.current_pass is not None:
             self.store.uncount_attempt(active_run.run_id, request.seq)
 
     def _run_operation(self, active_run: ActiveRun, request: RunRequest) -> Answer:
@@ -255,50 +274,58 @@ class Worker:
         return answer
 
     def _answer_request(self, active_run: ActiveRun, request: RunRequest) -> None:
-        """Compute the answer to a request that is no pass, write it, and go on to the run's next
-        request."""
+        """Compute the answer to a request that is no pass, store it, and advance the run to its
+        next request. An error of the computation becomes the answer; an error of the store is
+        raised."""
         status = SUCCEEDED
         try:
             answer = self._run_operation(active_run, request)
         except DivergenceError as error:
             self.memory.mark_failed(active_run, str(error))
-            answer, status = failure(error), FAILED
+            answer, status = failure_answer(error), FAILED
         except (VeneerError, ArithmeticError, MemoryError) as error:
             log.info("%s: request %d failed: %s", active_run.run_id, request.seq, error)
-            answer, status = failure(error), FAILED
+            answer, status = failure_answer(error), FAILED
         except Exception as error:
             log.exception("%s: request %d failed", active_run.run_id, request.seq)
-            answer, status = failure(error, is_bug=True), FAILED
-            if request.kind in REPLAYED_KINDS:  # the request may have changed the run in part
+            answer, status = failure_answer(error, is_bug=True), FAILED
+            # The request may have changed the run in part, so load the run from the disk again.
+            if request.kind in REPLAYED_KINDS:
                 self.memory.drop(active_run)
         if status == FAILED and request.seq == 0:
-            self.store.mark_unloaded(active_run.run_id)  # the run was not created
+            # Request 0 creates the run. The run does not exist, so it must not count in the quota.
+            self.store.mark_unloaded(active_run.run_id)
         self._store_answer(active_run, request.seq, answer, status)
         if request.kind == "step" and status == SUCCEEDED:
             self.memory.curve(active_run).add_step()
             self.steps += 1
         if request.kind == "load" and status == SUCCEEDED:
             self.memory.curve(active_run).drop_passes()
-            # now, because the checkpoint that was loaded may be deleted later
+            # Write the state now: to compute the load again after a restart would need the loaded
+            # checkpoint, which may be deleted by then.
             self.memory.write_state_if_due(active_run)
 
     def _store_answer(self, active_run: ActiveRun, seq: int, answer: Answer, status: int) -> None:
-        """Write the answer to request ``seq`` to the store, then resolve its promise."""
+        """Write the answer to request number ``seq`` to the store, then give it to the clients that
+        wait for it. ``status``: ``SUCCEEDED`` or ``FAILED``. If the store fails, the run is dropped
+        from memory and the error is raised."""
         if status == FAILED and _affects_step(active_run.waiting_requests[seq]):
             status = FAILED_STEP_INPUT
         try:
             self.store.store_answer(active_run.run_id, seq, status, answer.binary, answer.body)
-        except Exception:  # the run in memory is ahead of the disk: load it again from there
+        except Exception:
+            # The run in memory includes a request without a stored answer, which will be computed
+            # again. Drop the run, so that it is loaded in the state before this request.
             self.memory.drop(active_run)
             raise
         self.queue.finish_request(active_run, seq, answer)
 
     def _run_operations(self) -> None:
-        """Run the operations that are next in their runs.
+        """Compute the operations (all requests but passes) that are next in their runs.
 
-        Runs in memory come first, because an optimizer step uses up a run's gradients: the state of
-        a run without gradients can be saved, and the run evicted to make room. The other runs
-        follow in the order in which they began to wait for room."""
+        Runs in memory come first: their optimizer steps consume pending gradients, after which
+        their states can be saved, so that they can be evicted to make room. The other runs follow
+        in the order in which they began to wait for room."""
 
         def run_if_ready(active_run: ActiveRun) -> None:
             request = active_run.next_request
@@ -315,12 +342,15 @@ class Worker:
         self._call_for_each(ordered_runs, run_if_ready)
 
     def _begin_passes(self) -> None:
-        """Begin the passes that are next in their runs. Runs that have waited longest for room in
-        memory come first."""
+        """Begin the passes (forward, and backward if requested) that are next in their runs. Runs
+        that have waited longest for room in memory come first."""
         ordered_runs = sorted(self.queue.ready_runs(), key=lambda run: run.waiting_since)
         self._call_for_each(ordered_runs, self._begin_pass)
 
     def _begin_pass(self, active_run: ActiveRun) -> None:
+        """If a run's next request is a pass (a forward, and a backward if requested) and the run
+        has room in memory, load the run and set ``current_pass``, so that the pass joins the next
+        batches. If the pass is invalid or the run cannot be loaded, answer it with an error."""
         request = active_run.next_request
         if request is None or request.kind != PASS or not self._has_room(active_run, PASS):
             return
@@ -331,32 +361,33 @@ class Worker:
             is_bug = not isinstance(error, VeneerError)
             if is_bug:
                 log.exception("%s: request %d failed", active_run.run_id, request.seq)
-            self._store_answer(active_run, request.seq, failure(error, is_bug), FAILED)
-            if active_run.owner:  # give the tokens back to the key
-                self.store.count_tokens(active_run.owner, -read_header(request.body).tokens)
+            self._store_answer(active_run, request.seq, failure_answer(error, is_bug), FAILED)
+            if active_run.owner:  # uncount the tokens, which were counted when it was accepted
+                self.store.count_tokens(active_run.owner, -read_header(request.body).token_count)
             return
         active_run.current_pass, active_run.last_used = training_pass, time.monotonic()
-        self._shares.enter(active_run.owner)
+        self._key_shares.enter(active_run.owner)
 
     def _make_pass(self, active_run: ActiveRun, body: bytes) -> Pass:
-        request = read_pass(body)
-        settings = complete_settings(request.loss, request.settings)
+        pass_request = read_pass(body)
+        loss_settings = complete_settings(pass_request.loss, pass_request.settings)
         data = [
-            check_datum(datum, request.loss, index, self.vocabulary_size, self.context_length)
-            for index, datum in enumerate(request.data)
+            check_datum(datum, pass_request.loss, index, self.vocabulary_size, self.context_length)
+            for index, datum in enumerate(pass_request.data)
         ]
         return Pass(
             active_run.adapter_name,
             data,
-            request.loss,
-            settings,
-            request.backward,
+            pass_request.loss,
+            loss_settings,
+            pass_request.backward,
             active_run.owner,
         )
 
     def _wait_for_recent_runs(self) -> None:
-        """Wait a little for passes of the runs that were in the last batch. Otherwise a run whose
-        requests come slightly later would be computed alone each time."""
+        """Wait up to ``MAX_WAIT_SECONDS`` for the next passes of runs whose last pass ended
+        recently. Otherwise a run whose requests come slightly later would be computed alone each
+        time. Do not wait if no pass has begun, or if one is computed in part."""
         passes = [
             active_run.current_pass
             for active_run in self.queue.ready_runs()
@@ -370,11 +401,11 @@ class Worker:
         deadline = time.monotonic() + wait_seconds
         while (remaining_seconds := deadline - time.monotonic()) > 0:
             with self._wake:
-                cutoff = time.monotonic() - 2 * self._batch_seconds - MAX_WAIT_SECONDS
+                cutoff_time = time.monotonic() - 2 * self._batch_seconds - MAX_WAIT_SECONDS
                 recent_runs = {
                     active_run
                     for active_run in self.active_runs.values()
-                    if active_run.last_pass_ended > cutoff
+                    if active_run.last_pass_ended > cutoff_time
                 }
                 if self._closing or recent_runs.issubset(self.queue.ready_runs()):
                     break
@@ -383,9 +414,10 @@ class Worker:
             self._begin_passes()
 
     def _ordered_passes(self) -> list[Pass]:
-        """The running passes. The passes of the key for which the fewest tokens were computed come
-        first, then all others. Within both groups, passes are in the order in which they began or
-        were last in a batch."""
+        """The passes that have begun, in the order in which they may join the next batch. The
+        passes of the API key for which the fewest tokens were computed come first, then those of
+        all other keys. Within each of these two groups, the passes that began or were last in a
+        batch the longest time ago come first. Counts as a turn of the first key."""
         passes = [
             active_run.current_pass
             for active_run in sorted(self.queue.ready_runs(), key=lambda run: run.last_used)
@@ -393,30 +425,30 @@ class Worker:
         ]
         if not passes:
             return []
-        next_owner = self._shares.least({training_pass.owner for training_pass in passes})
-        self._shares.turn(next_owner)
+        next_owner = self._key_shares.least({training_pass.owner for training_pass in passes})
+        self._key_shares.turn(next_owner)
         return sorted(passes, key=lambda training_pass: training_pass.owner != next_owner)
 
     def _compute_batch(self, passes: list[Pass]) -> None:
-        """Compute one batch. Its time and its tokens are divided equally among its runs, and
-        counted for the runs and for their keys."""
-        started = time.monotonic()
+        """Compute one batch, and answer the passes that it completes. The batch's duration and its
+        tokens are divided equally among its runs: the duration counts as unsaved work of each run,
+        and the tokens count for the API key of each run."""
+        start_time = time.monotonic()
         tokens_by_adapter = self.trainer.compute(passes)
-        ended = time.monotonic()
-        self._batch_seconds = ended - started
+        end_time = time.monotonic()
+        self._batch_seconds = end_time - start_time
         active_runs = [self.queue.runs_by_adapter[name] for name in tokens_by_adapter]
-        self.batch = Batch(tuple(active_run.run_id for active_run in active_runs), ended)
+        self.batch = Batch(tuple(active_run.run_id for active_run in active_runs), end_time)
         token_count = sum(tokens_by_adapter.values())
         for active_run in active_runs:
-            active_run.last_used = ended
-            active_run.rate.add(started, ended, tokens_by_adapter[active_run.adapter_name])
+            active_run.last_used = end_time
+            active_run.rate.add(start_time, end_time, tokens_by_adapter[active_run.adapter_name])
             active_run.unsaved_seconds += self._batch_seconds / len(active_runs)
-            self._shares.charge(active_run.owner, token_count / len(active_runs))
+            self._key_shares.charge(active_run.owner, token_count / len(active_runs))
         self._end_passes()
 
     def _end_passes(self) -> None:
-        """Answer the passes whose data are all computed, including earlier passes whose answer
-        could not be written because the disk failed."""
+        """Answer the passes whose data are all computed or that have failed."""
 
         def end_if_computed(active_run: ActiveRun) -> None:
             if active_run.current_pass is not None and active_run.current_pass.is_over:
@@ -425,6 +457,8 @@ class Worker:
         self._call_for_each(self.queue.ready_runs(), end_if_computed)
 
     def _end_pass(self, active_run: ActiveRun, training_pass: Pass) -> None:
+        """Store the answer to a pass that is computed or has failed. If it succeeded and had a
+        backward, add it to the loss curve."""
         seq, error = active_run.next_seq, training_pass.error
         if error is None:
             logprobs: list[Any] = training_pass.logprobs
@@ -432,8 +466,8 @@ class Worker:
             answer, status = Answer(output, True), SUCCEEDED
         else:
             is_bug = not isinstance(error, VeneerError | MemoryError)
-            answer, status = failure(error, is_bug), FAILED
-        self._shares.leave(active_run.owner)
+            answer, status = failure_answer(error, is_bug), FAILED
+        self._key_shares.leave(active_run.owner)
         active_run.last_pass_ended = time.monotonic()
         active_run.current_pass = None
         self._store_answer(active_run, seq, answer, status)
@@ -448,8 +482,9 @@ class Worker:
         return {"metrics": {**metrics, **self.store.failure_metrics(active_run.run_id)}}
 
     def _has_room(self, active_run: ActiveRun, request_kind: str) -> bool:
-        """Whether a request of a run can be computed now: it needs no room in memory, or its run
-        has room."""
+        """Whether a request of a run can be computed now: its kind needs no room in memory, or the
+        run has room there. Requests of a failed run, except "load", need no room, since they are
+        answered with an error. If there is no room, record since when the run waits."""
         needs_room = request_kind not in KINDS_WITHOUT_ROOM and (
             active_run.failure is None or request_kind == "load"
         )

@@ -8,7 +8,8 @@ task vectors (TIES, DARE).
 
 An adapter's weight wᵢ may be negative: wᵢ = −1 negates a task vector (Ilharco et al. 2023,
 arXiv:2212.04089). A sum of DoRA changes and LoRA changes is a DoRA change (``weighted_sum.py``).
-This sum needs the base: the gain is g = m / ‖W + ΔW‖, and a folder stores only m.
+It needs the base weights W, because DoRA rescales each row by m / ‖W + ΔW‖, and an adapter folder
+stores only the magnitudes m.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
 from veneer.layers import parameter_path
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import AlignedWeight, align, applied_products
+from veneer.tools.compose.align import AlignedWeight, align, effective_changes
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import WeighAdapter, combine_full_params
 from veneer.tools.compose.merge_methods import MERGE_METHODS
@@ -78,7 +79,8 @@ class ComposeReport:
 
     @property
     def error(self) -> float:
-        """The norm of what the truncation removed, divided by ‖ΔW‖ before it, over all layers."""
+        """The norm of the part that the truncation removed, divided by the norm of the change
+        before the truncation. Both norms are over all layers."""
         norm = math.hypot(*(layer.norm for layer in self.layers))
         return (
             math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
@@ -131,13 +133,15 @@ def compose(
         layers: factors by pattern: one number for all adapters, or a number for each. A factor
             multiplies the adapter's weight in the layers that the pattern matches. Patterns are as
             in ``LoraConfig``; the first one that matches a layer counts.
-        base: a model, or its weights by path (a mapping, or a function that raises KeyError). It is
-            needed for DoRA adapters. It is also needed for parameters that are trained in full,
-            unless the method is "sum" or "svd" and the weights of their adapters add up to 1.
+        base: a model, or its weights by path: a mapping, or a function of the path that raises
+            KeyError for an unknown one. It is needed for DoRA adapters. It is also needed for
+            parameters that are trained in full, unless the method is "sum" or "svd" and the
+            weights of the adapters that train the parameter add up to 1.
         model: the model that the weights in ``base`` belong to, possibly on the meta device. It is
             needed where the shape of a weight does not determine its layout: square weights of
             GPT-2's Conv1D, stacks of square matrices.
         seed: seed of the random choice of the entries that DARE drops.
+        provenance: JSON values to add to the provenance in the new adapter's record.
 
     Raises:
         ConfigError: an option has an invalid value.
@@ -146,8 +150,8 @@ def compose(
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
     if isinstance(base, str | Path):
-        problem, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
-        raise ConfigError(problem, "a model, or its weights by path", do)
+        problem, fix = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
+        raise ConfigError(problem, "a model, or its weights by path", fix)
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
     adapter_weights = [1.0] * len(adapters) if weights is None else list(weights)
     layers = layers or {}
@@ -165,11 +169,11 @@ def compose(
     coefficients = [adapter_weights[index] for index in used_indices]
     sources = [saved_adapters[index] for index in used_indices]
     common_base_record(sources)  # raises early if the adapters have different bases
-    notes += _unproven_notes(sources)
+    notes += _unrecorded_notes(sources)
     base_weights = FrozenWeights(base, model)
     aligned_weights = align(sources, base_weights.parameter_order)
-    weigh_adapter = _weigh_by_layer(coefficients, used_indices, layers, aligned_weights, sources)
-    entries, reports, variant = _combine_changes(
+    weigh_adapter = _make_weigher(coefficients, used_indices, layers, aligned_weights, sources)
+    changes, layer_reports, variant = _combine_changes(
         aligned_weights, sources, weigh_adapter, options, base_weights
     )
     params = combine_full_params(sources, aligned_weights, weigh_adapter, options, base_weights)
@@ -178,21 +182,21 @@ def compose(
         **(provenance or {}),
     }
     path = write_derived(
-        out, sources, entries, params, variant=variant, overwrite=overwrite, provenance=provenance
+        out, sources, changes, params, variant=variant, overwrite=overwrite, provenance=provenance
     )
     return ComposeReport(
         path=path,
         method=options.method,
         weights=tuple(adapter_weights),
-        layers=tuple(reports),
+        layers=tuple(layer_reports),
         verified=all(source.record is not None for source in sources),
         notes=tuple(notes),
     )
 
 
 def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[AdapterFiles]:
-    """The files of ``adapters``. ``AdapterError``: an adapter trains tokens or acts only on the
-    tokens from an invocation on, which a combination cannot express."""
+    """The content of each adapter folder. ``AdapterError``: an adapter trains single token rows, or
+    is active only from its invocation tokens on, neither of which a combination can express."""
     saved_adapters = [
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
     ]
@@ -204,9 +208,9 @@ def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[Adapte
 
 def _provenance(
     adapters: Sequence[AdapterFiles],
-    weights: Sequence[float],
+    adapter_weights: Sequence[float],
     options: ComposeOptions,
-    layers: LayerFactors,
+    layer_factors: LayerFactors,
 ) -> dict[str, Any]:
     """The provenance that the record of the new adapter holds: the options, and for each adapter
     the name of its folder, the hash of its record, and its weight."""
@@ -216,7 +220,11 @@ def _provenance(
         "energy": options.energy,
         "density": options.density if is_merge else None,
         "seed": options.seed if is_merge else None,
-        "layers": {pattern: list_factors(factor) for pattern, factor in layers.items()} or None,
+        "layers": {
+            pattern: list_factors(factor_or_list)
+            for pattern, factor_or_list in layer_factors.items()
+        }
+        or None,
     }
     return {
         "method": options.method,
@@ -227,61 +235,71 @@ def _provenance(
                 "record": saved_adapter.metadata.get("hashes", {}).get("record"),
                 "weight": weight,
             }
-            for saved_adapter, weight in zip(adapters, weights, strict=True)
+            for saved_adapter, weight in zip(adapters, adapter_weights, strict=True)
         ],
     }
 
 
-def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
-    """Notes on adapters without a record, which other libraries wrote.
+def _unrecorded_notes(source_adapters: Sequence[AdapterFiles]) -> list[str]:
+    """One note if some adapters have no record (Veneer's metadata with fingerprints of the base),
+    because other libraries wrote them: nothing proves that their bases are equal. Else no note.
 
     Raises:
-        AdapterError: there is such an adapter, and PEFT and Veneer would compute different results
+        AdapterError: an adapter has no record, and PEFT and Veneer would compute different results
             with one of the adapters; or it is unknown how PEFT applies a change.
     """
-    unrecorded_sources = [source for source in sources if source.record is None]
-    if not unrecorded_sources:
+    unrecorded_adapters = [
+        source_adapter for source_adapter in source_adapters if source_adapter.record is None
+    ]
+    if not unrecorded_adapters:
         return []
-    for source in sources:
-        if peft.not_for_peft(source.peft_config) is not None:
+    for source_adapter in source_adapters:
+        if peft.not_for_peft(source_adapter.peft_config) is not None:
             raise AdapterError(
-                f"{source.path}, which holds what PEFT applies otherwise, and"
-                f" {unrecorded_sources[0].path} without a record",
+                f"{source_adapter.path}, which holds what PEFT applies otherwise, and"
+                f" {unrecorded_adapters[0].path} without a record",
                 "adapters of Veneer's, or such as PEFT applies alike",
                 "load each on its model and save it with veneer.save first",
             )
-    for source in unrecorded_sources:
-        applied_products(source)  # raises if it is unknown how PEFT applies a change
-    source_names = listing((str(source.path) for source in unrecorded_sources), 3)
+    for source_adapter in unrecorded_adapters:
+        effective_changes(source_adapter)  # to raise if it is unknown how PEFT applies a change
+    path_list = listing((str(source_adapter.path) for source_adapter in unrecorded_adapters), 3)
     return [
-        f"{source_names}: no record of the base, so the result has none; only you can tell that the"
+        f"{path_list}: no record of the base, so the result has none; only you can tell that the"
         " bases are one"
     ]
 
 
-def _weigh_by_layer(
+def _make_weigher(
     coefficients: Sequence[float],
     used_indices: Sequence[int],
-    layers: LayerFactors,
+    layer_factors: LayerFactors,
     aligned_weights: Sequence[AlignedWeight],
-    sources: Sequence[AdapterFiles],
+    source_adapters: Sequence[AdapterFiles],
 ) -> WeighAdapter:
     """A function that returns the coefficient wᵢ of an adapter in a layer: the adapter's number in
-    ``coefficients``, times the factor of the first pattern in ``layers`` that matches a name of the
-    layer. ``used_indices``: the positions of the sources among all adapters. ``ConfigError``: a
-    pattern matches no layer or is no regular expression."""
+    ``coefficients``, times the factor of the first pattern in ``layer_factors`` that matches a name
+    of the layer (times 1 if no pattern does).
+
+    Args:
+        source_adapters: the adapters whose weight is not 0, with their weights ``coefficients``.
+        used_indices: their positions among all adapters, by which ``layer_factors`` lists factors.
+
+    Raises:
+        ConfigError: a pattern matches no layer, or its regular expression is invalid.
+    """
     layer_names = [
         name
         for aligned_weight in aligned_weights
         for name in (aligned_weight.model_path, aligned_weight.weight_path)
         if name
     ]
-    for source in sources:
-        for path, tensors in source.full.items():
+    for source_adapter in source_adapters:
+        for path, tensors in source_adapter.full.items():
             module_path = peft_paths.strip_wrappers(path)[0]
             layer_names += [module_path, *(parameter_path(module_path, name) for name in tensors)]
-    rules, problems = [], []  # rules: (test of a name, factor of each source)
-    for pattern, factor in layers.items():
+    pattern_rules, problems = [], []  # rule: (function that tests a name, factors by adapter)
+    for pattern, factor in layer_factors.items():
         try:
             matches_name = path_test(pattern)
         except re.error as error:
@@ -300,7 +318,7 @@ def _weigh_by_layer(
             suggestion = nearest(pattern, [*leaf_names, *layer_names])
             problem = f"layers pattern {pattern!r} matches no layer{suggestion}"
             problems.append(sentence(problem, f"names such as {listing(leaf_names)}", "correct it"))
-        rules.append(
+        pattern_rules.append(
             (
                 matches_name,
                 [
@@ -311,12 +329,12 @@ def _weigh_by_layer(
         )
     raise_all(ConfigError, "These layers cannot be weighed", problems)
 
-    def weigh_adapter(names: Sequence[str], source_index: int) -> float:
+    def weigh_adapter(names_of_layer: Sequence[str], source_index: int) -> float:
         return coefficients[source_index] * next(
             (
                 factors[source_index]
-                for matches_name, factors in rules
-                if any(map(matches_name, names))
+                for matches_name, factors in pattern_rules
+                if any(map(matches_name, names_of_layer))
             ),
             1.0,
         )
@@ -326,18 +344,18 @@ def _weigh_by_layer(
 
 def _combine_changes(
     aligned_weights: Sequence[AlignedWeight],
-    sources: Sequence[AdapterFiles],
+    source_adapters: Sequence[AdapterFiles],
     weigh_adapter: WeighAdapter,
     options: ComposeOptions,
     base_weights: FrozenWeights,
 ) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
-    """(the combined changes by their path in the adapter folder, a report of each weight, the
-    variant of the new adapter)."""
-    aliases: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
+    """(the combined changes by their path in the new adapter folder, a report of each weight, the
+    variant of the new adapter: "dora" or "lora")."""
+    aliases_by_path: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is not None:
-            aliases[aligned_weight.alias_of[0]].append(aligned_weight)
-    coefficients_by_path = _source_coefficients(aligned_weights, aliases, weigh_adapter)
+            aliases_by_path[aligned_weight.alias_of[0]].append(aligned_weight)
+    coefficients_by_path = _source_coefficients(aligned_weights, aliases_by_path, weigh_adapter)
     changed_weights = [
         aligned_weight
         for aligned_weight in aligned_weights
@@ -349,19 +367,19 @@ def _combine_changes(
         for source_index in coefficients_by_path[aligned_weight.model_path]
     )
     is_dora = has_magnitudes and options.method not in MERGE_METHODS
-    combined_layers, reports = {}, []
+    combined_layers, layer_reports = {}, []
     for aligned_weight in changed_weights:
         coefficients = coefficients_by_path[aligned_weight.model_path]
         combined_change, layer = _combine_change(
-            aligned_weight, coefficients, sources, options, base_weights, is_dora
+            aligned_weight, coefficients, source_adapters, options, base_weights, is_dora
         )
         combined_layers[aligned_weight.entry_path] = layer
-        for alias in aliases[aligned_weight.model_path]:
+        for alias in aliases_by_path[aligned_weight.model_path]:
             tied_layer = alias.any_layer.with_low_rank(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
             combined_layers[alias.entry_path] = tied_layer.with_magnitude(combined_change.magnitude)
-        reports.append(
+        layer_reports.append(
             LayerReport(
                 path=aligned_weight.model_path,
                 ranks=tuple(aligned_weight.layers[index].low.rank for index in coefficients),
@@ -375,30 +393,34 @@ def _combine_changes(
         for aligned_weight in aligned_weights
         if aligned_weight.entry_path in combined_layers
     }
-    return ordered_layers, reports, "dora" if is_dora else "lora"
+    return ordered_layers, layer_reports, "dora" if is_dora else "lora"
 
 
 def _source_coefficients(
     aligned_weights: Sequence[AlignedWeight],
-    aliases: Mapping[str, Sequence[AlignedWeight]],
+    aliases_by_path: Mapping[str, Sequence[AlignedWeight]],
     weigh_adapter: WeighAdapter,
 ) -> dict[str, dict[int, float]]:
-    """The coefficient wᵢ of each source in the sum for a weight of the model, if it is not 0: by
-    the path of the weight and then by the index of the source. ``aliases``: the entries of tied
-    weights under their further names, by the path of the first name."""
+    """The coefficient wᵢ of each source adapter for each weight: {path of the weight: {index of the
+    adapter: wᵢ}}. Coefficients of 0 are left out. ``aliases_by_path``: for a tied weight, by the
+    path of its first name, its entries under its other names. They are not listed in the result,
+    but a pattern for the layers can match them too."""
     coefficients_by_path: dict[str, dict[int, float]] = {}
     for aligned_weight in aligned_weights:
         if aligned_weight.alias_of is None:
-            names = [
+            names_of_weight = [
                 name
-                for tied_weight in (aligned_weight, *aliases.get(aligned_weight.model_path, ()))
+                for tied_weight in (
+                    aligned_weight,
+                    *aliases_by_path.get(aligned_weight.model_path, ()),
+                )
                 for name in (tied_weight.model_path, tied_weight.weight_path)
                 if name
             ]
             coefficients_by_path[aligned_weight.model_path] = {
                 source_index: coefficient
                 for source_index in aligned_weight.layers
-                if (coefficient := weigh_adapter(names, source_index))
+                if (coefficient := weigh_adapter(names_of_weight, source_index))
             }
     return coefficients_by_path
 
@@ -406,14 +428,15 @@ def _source_coefficients(
 def _combine_change(
     aligned_weight: AlignedWeight,
     coefficients: Mapping[int, float],
-    sources: Sequence[AdapterFiles],
+    source_adapters: Sequence[AdapterFiles],
     options: ComposeOptions,
     base_weights: FrozenWeights,
     is_dora: bool,
 ) -> tuple[CombinedChange, peft.PeftLayer]:
-    """(the combined change of one weight, its entry in the adapter folder). ``coefficients``: the
-    wᵢ of each source by the index of the source. ``is_dora``: whether the new adapter
-    is a DoRA adapter."""
+    """(the combined change of one weight, its entry in the new adapter folder). ``coefficients``:
+    the coefficient wᵢ of each adapter, by its index in ``source_adapters``. ``is_dora``: whether
+    the new adapter is a DoRA adapter. ``AdapterError``: a DoRA change is combined without a base.
+    """
     layers = [aligned_weight.layers[source_index] for source_index in coefficients]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
@@ -424,8 +447,8 @@ def _combine_change(
         and list(coefficients.values()) == [1.0]
         and (magnitudes[0] is not None or not is_dora)
     ):
-        # A single change with coefficient 1 is copied, for which even DoRA needs no base. Some
-        # variants have a higher rank in PEFT's file than they need; compact() lowers it.
+        # A single change with coefficient 1 is copied, so that even DoRA needs no base. Some
+        # variants have a higher rank in PEFT's file than their ΔW needs; compact() lowers it.
         low_rank = layers[0].low.compact().to(dtype)
         return (
             CombinedChange(low_rank, magnitudes[0], low_rank.norm(), 0.0),
@@ -440,8 +463,8 @@ def _combine_change(
                 "the base's weights",
                 "pass base= (--base on the command line)",
             )
-        frozen_weight = base_weights.proven_weight(
-            aligned_weight, [sources[source_index] for source_index in coefficients]
+        frozen_weight = base_weights.verified_weight(
+            aligned_weight, [source_adapters[source_index] for source_index in coefficients]
         )
     is_transposed = frozen_weight is not None and frozen_weight.is_transposed
     terms = [
@@ -462,7 +485,7 @@ def _combine_change(
             terms, options, frozen_weight.weight, aligned_weight.model_path, dtype
         )
     else:
-        total = LowRank.sum([term.low_rank for term in terms], [*coefficients.values()])
-        combined = reduce_rank(total, options)
+        summed_change = LowRank.sum([term.low_rank for term in terms], [*coefficients.values()])
+        combined = reduce_rank(summed_change, options)
     low_rank = (combined.low_rank.T if is_transposed else combined.low_rank).to(dtype)
     return combined, layers[0].with_low_rank(low_rank).with_magnitude(combined.magnitude)

@@ -2,10 +2,11 @@
 
     align(saved_adapters) -> [AlignedWeight], one for each weight that any of the adapters changes
 
-Changes are matched by ``PeftLayer.target_path``, the module path without PEFT's wrappers. If a
-weight is tied, the folder has an entry for each of its names, and the record lists the first name
-only. The entries of the other names are called aliases here. An alias holds the same change as the
-first entry, transposed if its module uses the transposed weight.
+Changes are matched by ``PeftLayer.target_path``, the module path without the segments
+``base_layer`` of PEFT's wrappers. If a weight is tied, the adapter folder has an entry for each of
+its names, and the adapter's record lists the first name only. The entries of the other names are
+called aliases here. An alias holds the same change as the first entry, transposed if its module
+uses the transposed weight.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class AlignedWeight:
     """One weight, with its change in each adapter that changes it."""
 
     model_path: str  # the path of its module or of the weight itself, without PEFT's wrappers
-    entry_path: str  # the path with PEFT's wrappers, in a file with the changes of all adapters
+    entry_path: str  # the path, with PEFT's wrappers, in a folder with all adapters' changes
     is_parameter: bool  # whether ``model_path`` is the path of the parameter, not of its module
     weight_path: str | None  # the path of the weight; None if no adapter's record has it
     # the change in each adapter, by the adapter's index
@@ -37,13 +38,14 @@ class AlignedWeight:
 
     @property
     def any_layer(self) -> peft.PeftLayer:
-        """One of the changes; shapes and suffixes are equal in all of them."""
+        """The change in one of the adapters. All of them have equal shapes and key suffixes, so any
+        one tells these."""
         return next(iter(self.layers.values()))
 
 
-#: maps the path of a module to the names of its parameters, in the order of the model
+#: maps the path of a module to the names of its parameters, in the order of the module
 ParameterOrder = Callable[[str], Sequence[str]]
-#: (path in the adapter folder, change), by model path and then by adapter index
+#: {model path: {index of the adapter: (path in its folder, change)}}
 ChangesByPath = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
 
 
@@ -51,6 +53,8 @@ def align(
     saved_adapters: Sequence[AdapterFiles], parameter_order: ParameterOrder | None = None
 ) -> list[AlignedWeight]:
     """The weights that these adapters change: first those of the first adapter, in its order.
+    ``parameter_order`` is needed if a module has several changed parameters and no adapter changes
+    all of them; None if the model is unknown.
 
     Raises:
         AdapterError: changes of one weight have different shapes, a weight is tied in one adapter
@@ -58,18 +62,18 @@ def align(
             of a module's parameters is unknown. The error lists every problem.
     """
     problems: list[str] = []
-    changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
+    changes_by_path: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for adapter_index, saved_adapter in enumerate(saved_adapters):
         for path, layer in saved_adapter.low.items():
-            changes.setdefault(layer.target_path, {})[adapter_index] = path, layer
+            changes_by_path.setdefault(layer.target_path, {})[adapter_index] = path, layer
     parameter_paths = {
         model_path
-        for model_path, entries in changes.items()
-        if any(peft.targets_parameter(*entry) for entry in entries.values())
+        for model_path, entries_by_adapter in changes_by_path.items()
+        if any(peft.targets_parameter(*entry) for entry in entries_by_adapter.values())
     }
-    problems += _mismatch_problems(saved_adapters, changes, parameter_paths)
+    problems += _mismatch_problems(saved_adapters, changes_by_path, parameter_paths)
     weight_paths, aliases = _find_weights_and_aliases(saved_adapters, problems)
-    entry_paths = _entry_paths(changes, parameter_paths, parameter_order, problems)
+    entry_paths = _entry_paths(changes_by_path, parameter_paths, parameter_order, problems)
     raise_all(AdapterError, "These adapters cannot be put side by side", problems)
     return [
         AlignedWeight(
@@ -77,7 +81,7 @@ def align(
             entry_paths[model_path],
             model_path in parameter_paths,
             weight_paths.get(model_path),
-            {index: layer for index, (_, layer) in changes[model_path].items()},
+            {index: layer for index, (_, layer) in changes_by_path[model_path].items()},
             aliases.get(model_path),
         )
         for model_path in entry_paths
@@ -85,13 +89,16 @@ def align(
 
 
 def _mismatch_problems(
-    saved_adapters: Sequence[AdapterFiles], changes: ChangesByPath, parameter_paths: set[str]
+    saved_adapters: Sequence[AdapterFiles],
+    changes_by_path: ChangesByPath,
+    parameter_paths: set[str],
 ) -> Iterator[str]:
     """The error texts for changes with one model path that cannot belong to one weight, because
-    their shapes differ, or because one is of a module and another of the module's parameter."""
-    for model_path, entries in changes.items():
+    their shapes differ, or because one is of a module and another of the module's parameter.
+    ``parameter_paths``: the model paths of the changes that PEFT targets as parameters."""
+    for model_path, entries_by_adapter in changes_by_path.items():
         index_by_shape: dict[tuple, int] = {}
-        for adapter_index, (path, layer) in entries.items():
+        for adapter_index, (path, layer) in entries_by_adapter.items():
             shape_key = (
                 layer.suffixes,
                 peft.targets_parameter(path, layer),
@@ -111,7 +118,7 @@ def _mismatch_problems(
             )
     for model_path in parameter_paths:
         module_path = model_path.rpartition(".")[0]
-        if module_path in changes and module_path not in parameter_paths:
+        if module_path in changes_by_path and module_path not in parameter_paths:
             problem = (
                 f"a change of the module {module_path!r} in one adapter and of its parameter"
                 f" {model_path!r} in another"
@@ -126,44 +133,63 @@ def _mismatch_problems(
 def _find_weights_and_aliases(
     saved_adapters: Sequence[AdapterFiles], problems: list[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
-    """Two mappings by model path: to the path of the weight, if a record lists it; and for an alias
-    of a tied weight to (model path of the weight's first name, whether the alias is transposed)."""
+    """Find the changes that are stored under further names of a tied weight (aliases). If one
+    adapter ties two weights, and another changes only one of them or changes them differently, an
+    error text is added to ``problems``.
+
+    Returns:
+        {model path: path of the weight} for each weight that a record lists; {model path of an
+        alias: (model path of the weight's first name, whether the alias is transposed)}.
+    """
     weight_paths: dict[str, str] = {}
-    candidates: dict[str, dict[tuple[str, bool], None]] = {}
-    layers_by_path = [
+    candidates_by_path: dict[str, dict[tuple[str, bool], None]] = {}
+    layers_per_adapter = [
         {layer.target_path: layer for layer in saved_adapter.low.values()}
         for saved_adapter in saved_adapters
     ]
-    for saved_adapter, layers in zip(saved_adapters, layers_by_path, strict=True):
-        # the paths of the weights in the record, by model path
+    for saved_adapter, layers_by_path in zip(saved_adapters, layers_per_adapter, strict=True):
+        # The paths of the weights in the record, by model path. A change of the folder that the
+        # record does not list belongs to an alias.
         recorded_weights = {
-            path if path in layers else path.rpartition(".")[0]: path
+            path if path in layers_by_path else path.rpartition(".")[0]: path
             for path in saved_adapter.metadata.get("changes", {})
         }
         weight_paths |= recorded_weights
         for model_path in (
-            layers.keys() - recorded_weights.keys() if saved_adapter.record is not None else ()
+            layers_by_path.keys() - recorded_weights.keys()
+            if saved_adapter.record is not None
+            else ()
         ):
-            ties = {
-                (tied_path, transposed): None
+            tie_candidates = {
+                (tied_path, is_transposed): None
                 for tied_path in recorded_weights
-                if tied_path in layers
-                for transposed in _tie_orientations(layers[model_path], layers[tied_path])
+                if tied_path in layers_by_path
+                for is_transposed in _tie_orientations(
+                    layers_by_path[model_path], layers_by_path[tied_path]
+                )
             }
-            candidates[model_path] = {
+            candidates_by_path[model_path] = {
                 candidate: None
-                for candidate in candidates.get(model_path, ties)
-                if candidate in ties
+                for candidate in candidates_by_path.get(model_path, tie_candidates)
+                if candidate in tie_candidates
             }
     aliases: dict[str, tuple[str, bool]] = {}
-    for model_path, ties in candidates.items():
-        # Several first names can match. Their changes are then equal in every adapter, so the
-        # choice makes no difference.
-        for tied_path, transposed in ties:
-            # every adapter must change both weights equally, or neither
-            pairs = [(layers.get(model_path), layers.get(tied_path)) for layers in layers_by_path]
-            if all(transposed in _tie_orientations(a, b) if a and b else a is b for a, b in pairs):
-                aliases[model_path] = tied_path, transposed
+    for model_path, tie_candidates in candidates_by_path.items():
+        # Several recorded weights can match. Their changes are then equal in every adapter, so it
+        # makes no difference which of them is taken as the first name.
+        for tied_path, is_transposed in tie_candidates:
+            # every adapter must change both weights equally, or neither of them
+            layer_pairs = [
+                (layers_by_path.get(model_path), layers_by_path.get(tied_path))
+                for layers_by_path in layers_per_adapter
+            ]
+            if all(
+                is_transposed in _tie_orientations(alias_layer, tied_layer)
+                if alias_layer and tied_layer
+                else alias_layer is tied_layer
+                for alias_layer, tied_layer in layer_pairs
+            ):
+                aliases[model_path] = tied_path, is_transposed
                 break
         else:
             problem = (
@@ -177,55 +203,57 @@ def _find_weights_and_aliases(
 def _tie_orientations(first_layer: peft.PeftLayer, second_layer: peft.PeftLayer) -> Iterator[bool]:
     """Yield False if ``first_layer`` equals ``second_layer``, and True if it equals the transpose
     of ``second_layer``. Nothing is yielded if the changes differ."""
-    for transposed in (False, True):
-        second_low_rank = second_layer.low.T if transposed else second_layer.low
+    for is_transposed in (False, True):
+        second_low_rank = second_layer.low.T if is_transposed else second_layer.low
         if (
             first_layer.scale == second_layer.scale
             and torch.equal(first_layer.low.A, second_low_rank.A)
             and torch.equal(first_layer.low.B, second_low_rank.B)
         ):
-            yield transposed
+            yield is_transposed
 
 
 def _entry_paths(
-    changes: ChangesByPath,
+    changes_by_path: ChangesByPath,
     parameter_paths: set[str],
     parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> dict[str, str]:
-    """The path of each change in a folder that holds the changes of all adapters, by model path. It
-    includes the names of the modules that PEFT wraps around an adapted module."""
+    """The path of each change in a folder that holds the changes of all adapters, by model path.
+    The path has a segment ``base_layer`` for each module that PEFT wraps around an adapted module.
+    ``parameter_paths``: the model paths of the changes that PEFT targets as parameters. Modules
+    whose order of parameters is unknown are added to ``problems``."""
     parameters_by_module: dict[str, list[str]] = {}
-    for model_path in filter(parameter_paths.__contains__, changes):
+    for model_path in filter(parameter_paths.__contains__, changes_by_path):
         parameters_by_module.setdefault(model_path.rpartition(".")[0], []).append(model_path)
     wrapper_counts = {
-        module_path: len(module_parameters)
-        for module_path, module_parameters in parameters_by_module.items()
+        module_path: len(parameters_of_module)
+        for module_path, parameters_of_module in parameters_by_module.items()
     }
     entry_paths: dict[str, str] = {}
-    for model_path, entries in changes.items():
+    for model_path, entries_by_adapter in changes_by_path.items():
         module_path, _, leaf_name = model_path.rpartition(".")
         if model_path in parameter_paths:
-            ordered_parameters = _order_parameters(
+            ordered_paths = _order_parameters(
                 module_path,
                 parameters_by_module.pop(module_path, []),
-                changes,
+                changes_by_path,
                 parameter_order,
                 problems,
             )
-            for position, parameter in enumerate(ordered_parameters, 1):
-                wrappers = ["base_layer"] * (len(ordered_parameters) - position)
-                entry_paths[parameter] = ".".join(
+            for position, ordered_path in enumerate(ordered_paths, 1):
+                wrapper_segments = ["base_layer"] * (len(ordered_paths) - position)
+                entry_paths[ordered_path] = ".".join(
                     [
                         *(
                             [peft_paths.add_wrappers(module_path, wrapper_counts)]
                             if module_path
                             else []
                         ),
-                        *wrappers,
+                        *wrapper_segments,
                     ]
                 )
-        elif any(peft.attention_of(path) is not None for path, _ in entries.values()):
+        elif any(peft.attention_of(path) is not None for path, _ in entries_by_adapter.values()):
             path = peft_paths.add_wrappers(model_path, wrapper_counts)
             entry_paths[model_path] = f"{path.removesuffix(leaf_name)}base_layer.{leaf_name}"
         else:
@@ -236,13 +264,14 @@ def _entry_paths(
 def _order_parameters(
     module_path: str,
     parameter_paths: list[str],
-    changes: ChangesByPath,
+    changes_by_path: ChangesByPath,
     parameter_order: ParameterOrder | None,
     problems: list[str],
 ) -> list[str]:
-    """Sort the parameters of one module by their order in the model, in which PEFT nests a wrapper
-    for each. Without a model, the paths in a folder tell the order: the first parameter has the
-    most wrappers. If no folder changes all of the parameters, this is added to ``problems``."""
+    """Sort the changed parameters of one module by their order in the model, because PEFT nests
+    their wrappers in this order. Without ``parameter_order`` (no model is known), the order comes
+    from an adapter folder that changes all of them: the first parameter has the most wrappers in
+    its path. If there is no such folder, an error text is added to ``problems``."""
     if len(parameter_paths) < 2:
         return parameter_paths
     if parameter_order is not None:
@@ -250,14 +279,14 @@ def _order_parameters(
             parameter_paths,
             key=[parameter_path(module_path, name) for name in parameter_order(module_path)].index,
         )
-    for adapter_index in {index for path in parameter_paths for index in changes[path]}:
-        depths = {
-            path: peft_paths.strip_wrappers(changes[path][adapter_index][0])[1]
+    for adapter_index in {index for path in parameter_paths for index in changes_by_path[path]}:
+        wrapper_depths = {
+            path: peft_paths.strip_wrappers(changes_by_path[path][adapter_index][0])[1]
             for path in parameter_paths
-            if adapter_index in changes[path]
+            if adapter_index in changes_by_path[path]
         }
-        if len(depths) == len(parameter_paths):
-            return sorted(parameter_paths, key=lambda path: -depths[path])
+        if len(wrapper_depths) == len(parameter_paths):
+            return sorted(parameter_paths, key=lambda path: -wrapper_depths[path])
     problem = (
         f"parameters of {module_path!r} ({listing(parameter_paths)}) that no one adapter changes"
         " all of"
@@ -267,15 +296,16 @@ def _order_parameters(
     return parameter_paths
 
 
-def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
-    """The low-rank product of each change, by model path, with the scale that has the effect of the
-    library that wrote the folder. (PEFT adds the change of an attention's out-projection
-    ``peft_behaviour.OUT_PROJ_REPEATS`` times, so that its scale is multiplied by this number.)
+def effective_changes(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
+    """The low-rank product of each change, by model path, with the scale at which the library that
+    wrote the folder applies it. PEFT adds the change of an attention's out-projection
+    ``peft_behaviour.OUT_PROJ_REPEATS`` times, so for PEFT's folders the scale of such a change is
+    multiplied by this number.
 
     Raises:
         AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.
     """
-    products = {}
+    changes_by_path = {}
     for path, layer in saved_adapter.low.items():
         is_repeated = saved_adapter.record is None and peft_paths.attention_of(path) is not None
         if (
@@ -287,9 +317,9 @@ def applied_products(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
                 "a known meaning",
                 "use PEFT for it",
             )
-        products[layer.target_path] = (
+        changes_by_path[layer.target_path] = (
             replace(layer.low, scale=layer.scale * peft_behaviour.OUT_PROJ_REPEATS)
             if is_repeated
             else layer.low
         )
-    return products
+    return changes_by_path

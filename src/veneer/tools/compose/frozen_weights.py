@@ -1,11 +1,11 @@
-"""Read the frozen weights that an adapter changes, as [g, out, in], from a model or from tensors by
-path. g: groups of a convolution or matrices of a stack, else 1.
+"""Read the frozen base weights that an adapter changes, as [g, out, in], from a model or from
+tensors by path. g: groups of a convolution or matrices of a stack, else 1.
 
     frozen_weights.frozen_weight(aligned_weight, config)  ->  FrozenWeight
 
-With a model, the class of the layer determines the layout of its weight. Without a model, the
-shapes of the weight, A and B nearly always determine it. If they do not (a square matrix may be
-transposed or not), an error asks for the model.
+With a model, the class of the layer determines whether its weight is stored as [out, in] or
+transposed. Without a model, the shapes of the weight, A and B nearly always determine this. If they
+do not, as for a square matrix, an error asks for the model.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
 class FrozenWeight(NamedTuple):
-    """``weight``: a frozen weight [g, out, in] in its stored dtype. ``is_transposed``: whether the
-    adapter folder stores the change as [g, in, out]. ``dense_weight``: the same weight in its
-    stored shape, from which its fingerprint is computed. g: matrices in the weight."""
+    """A frozen base weight, in its stored dtype. ``weight``: the weight as [g, out, in]; g: the
+    number of its matrices. ``is_transposed``: whether the adapter folder stores the change as
+    [g, in, out]. ``dense_weight``: the weight in its stored shape, for the fingerprint."""
 
     weight: Tensor
     is_transposed: bool
@@ -55,14 +55,14 @@ class FrozenWeights:
     structure: nn.Module | None = None
 
     @cached_property
-    def names(self) -> Names | None:
-        """The modules of the base by path; None without a model. ``AdapterError``: an adapter is
-        merged into the model's weights."""
+    def model_index(self) -> Names | None:
+        """An index of the base's modules by path; None without a model. ``AdapterError``: an
+        adapter is merged into the model's weights, so that these are not the base's."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
-        attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
-        if attached is not None and attached.merged is not None:
+        attached_adapters = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
+        if attached_adapters is not None and attached_adapters.merged is not None:
             raise AdapterError(
-                f"a base into which {attached.merged!r} is merged",
+                f"a base into which {attached_adapters.merged!r} is merged",
                 "the base's own weights",
                 "call veneer.unmerge(model) first",
             )
@@ -70,22 +70,23 @@ class FrozenWeights:
 
     @property
     def parameter_order(self) -> ParameterOrder | None:
-        """A function that lists the parameter names of a module in order; None without a model."""
-        names = self.names
+        """A function that maps the path of a module to the names of its parameters, in the order of
+        the module; None without a model."""
+        model_index = self.model_index
         return (
             None
-            if names is None
-            else lambda path: own_parameters(names.modules[names.canonical[path]])
+            if model_index is None
+            else lambda path: own_parameters(model_index.modules[model_index.canonical[path]])
         )
 
     @cached_property
-    def _reader(self) -> BaseWeights | None:
+    def _opened_weights(self) -> BaseWeights | None:
         return None if self.source is None else open_base_weights(self.source)
 
     def get(self, path: str) -> Tensor | None:
         """The dense parameter or buffer at ``path`` on the CPU; None if the base lacks it.
         ``AdapterError``: it is on the meta device."""
-        weight = None if self._reader is None else self._reader.get(path)
+        weight = None if self._opened_weights is None else self._opened_weights.get(path)
         tensor = None if weight is None else weight.read()
         if tensor is not None and tensor.is_meta:
             raise AdapterError(
@@ -94,15 +95,17 @@ class FrozenWeights:
         return None if tensor is None else tensor.detach().cpu()
 
     def frozen_weight(
-        self, aligned_weight: AlignedWeight, config: Mapping[str, Any]
+        self, aligned_weight: AlignedWeight, peft_config: Mapping[str, Any]
     ) -> FrozenWeight:
-        """The weight that the changes apply to. ``config``: the PEFT config of one of the
-        adapters. ``AdapterError``: the base lacks the weight, or its layout is ambiguous."""
+        """The base weight that the changes apply to. ``peft_config``: the PEFT config of one
+        of the adapters. ``AdapterError``: the base lacks the weight or has it in another shape, or
+        it is unknown whether the weight is transposed."""
         path = aligned_weight.weight_path
         if (
             path is None
-            and self.names is not None
-            and (ref := ref_at(self.names, aligned_weight.entry_path, config)) is not None
+            and self.model_index is not None
+            and (ref := ref_at(self.model_index, aligned_weight.entry_path, peft_config))
+            is not None
         ):
             path = parameter_path(*ref)
         model_path = aligned_weight.model_path
@@ -125,25 +128,25 @@ class FrozenWeights:
         )
         if dense_weight is None:
             problem = f"no {' or '.join(map(repr, candidate_paths))} in the base"
-            expected, do = "the weight that the adapters change", "pass the base that they are of"
-            raise AdapterError(problem, expected, do)
+            expected, fix = "the weight that the adapters change", "pass the base that they are of"
+            raise AdapterError(problem, expected, fix)
         if not dense_weight.is_floating_point():
             raise AdapterError(
                 f"{path!r} of {dense_weight.dtype}", "a storage that Veneer knows", "load it dense"
             )
-        if self.names is not None:
+        if self.model_index is not None:
             module_path, _, name = path.rpartition(".")
-            module = self.names.modules[self.names.canonical[module_path]]
-            kind = kind_for(module, name)
-            peft_kind = GENERAL_KIND if aligned_weight.is_parameter else kind
-            is_transposed = peft_kind is GENERAL_KIND and is_transposed_stack(
+            module = self.model_index.modules[self.model_index.canonical[module_path]]
+            layer_kind = kind_for(module, name)
+            peft_layer_kind = GENERAL_KIND if aligned_weight.is_parameter else layer_kind
+            is_transposed = peft_layer_kind is GENERAL_KIND and is_transposed_stack(
                 module, dense_weight.shape
             )
-            is_transposed = is_transposed != (peft_kind.out_axis != kind.out_axis)
-            weight = kind.unfold(dense_weight, kind.dims(module, dense_weight.shape))
+            is_transposed = is_transposed != (peft_layer_kind.out_axis != layer_kind.out_axis)
+            weight = layer_kind.unfold(dense_weight, layer_kind.dims(module, dense_weight.shape))
         else:
             weight, is_transposed = _weight_by_shape(
-                path, dense_weight, aligned_weight, peft.may_be_transposed(config)
+                path, dense_weight, aligned_weight, peft.may_be_transposed(peft_config)
             )
         groups, out, in_ = aligned_weight.any_layer.dims
         if weight.shape != ((groups, in_, out) if is_transposed else (groups, out, in_)):
@@ -154,28 +157,33 @@ class FrozenWeights:
             )
         return FrozenWeight(weight, is_transposed, dense_weight)
 
-    def proven_weight(
-        self, aligned_weight: AlignedWeight, sources: Sequence[AdapterFiles]
+    def verified_weight(
+        self, aligned_weight: AlignedWeight, source_adapters: Sequence[AdapterFiles]
     ) -> FrozenWeight:
-        """The result of ``frozen_weight``, after a check against the fingerprints in the adapters'
-        records. A weight that no record lists is not checked. ``BaseMismatchError``: an adapter was
-        trained on another value of the weight."""
-        frozen_weight = self.frozen_weight(aligned_weight, sources[0].peft_config)
+        """The result of ``frozen_weight``, after a comparison with the fingerprints (hashes of base
+        weights) in the adapters' records. A weight that no record lists is not checked.
+        ``BaseMismatchError``: an adapter was trained on another value of the weight."""
+        frozen_weight = self.frozen_weight(aligned_weight, source_adapters[0].peft_config)
         path = aligned_weight.weight_path
         if path is None:
             return frozen_weight
-        # the weight's fingerprint by (ids of the trained rows, which it leaves out; hash function)
+        # The weight's fingerprint by (ids of the token rows that it leaves out, hash function). An
+        # adapter with trained tokens records a fingerprint of the weight without these rows.
         fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
-        for source in sources:
-            expected = source.metadata.get("base", {}).get("weights", {}).get(path)
-            if expected is None:
+        for source_adapter in source_adapters:
+            recorded_fingerprint = (
+                source_adapter.metadata.get("base", {}).get("weights", {}).get(path)
+            )
+            if recorded_fingerprint is None:
                 continue
-            key = source.token_ids(path), kind_of(expected)
-            if key not in fingerprints:
-                fingerprints[key] = fingerprint_without_rows(frozen_weight.dense_weight, *key)
-            if fingerprints[key] != expected:
+            fingerprint_key = source_adapter.token_ids(path), kind_of(recorded_fingerprint)
+            if fingerprint_key not in fingerprints:
+                fingerprints[fingerprint_key] = fingerprint_without_rows(
+                    frozen_weight.dense_weight, *fingerprint_key
+                )
+            if fingerprints[fingerprint_key] != recorded_fingerprint:
                 raise BaseMismatchError(
-                    f"another weight {path!r} in the base than {source.path} was made for",
+                    f"another weight {path!r} in the base than {source_adapter.path} was made for",
                     "the base of the adapters",
                     "pass that base",
                 )
@@ -186,10 +194,11 @@ def _weight_by_shape(
     path: str, dense_weight: Tensor, aligned_weight: AlignedWeight, may_be_transposed: bool
 ) -> tuple[Tensor, bool]:
     """(the weight as [g, out, in], whether the folder stores the change as [g, in, out]), from the
-    shapes of the weight and of the change alone. ``AdapterError``: no layout fits the shapes, or
-    several do that give different results."""
+    shapes of the weight and of the change. ``may_be_transposed``: whether the adapter's config
+    allows for weights [in, out]. ``AdapterError``: no layout fits the shapes, or several layouts
+    fit and give different results."""
     layouts = dict(_possible_layouts(dense_weight, aligned_weight))
-    # "plain" and "transposed" fit a square matrix; the config excludes the latter
+    # a square matrix fits "plain" and "transposed"; here the adapter's config rules out the latter
     if len(layouts) == 2 and dense_weight.dim() == 2 and not may_be_transposed:
         del layouts["transposed"]
     first_layout = next(iter(layouts.values()), None)
@@ -214,7 +223,7 @@ def _possible_layouts(
 ) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
     """(name of the layout, (weight as [g, out, in], whether the folder stores the change as
     [g, in, out])) for each layout that fits the shapes of the weight and of its change."""
-    layer, shape = aligned_weight.any_layer, without_unit_axes(dense_weight.shape)
+    layer, squeezed_shape = aligned_weight.any_layer, without_unit_axes(dense_weight.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
         if dense_weight.shape == (in_, out):
@@ -230,11 +239,11 @@ def _possible_layouts(
         return
     if dense_weight.numel() != groups * out * in_:
         return
-    if (shape[0] == out and groups == 1) or shape == (groups, out, in_):
+    if (squeezed_shape[0] == out and groups == 1) or squeezed_shape == (groups, out, in_):
         yield "plain", (dense_weight.reshape(groups, out, in_), False)
     if dense_weight.shape == (in_, out) and groups == 1 and not aligned_weight.is_parameter:
         yield "transposed", (dense_weight.mT[None], False)
-    if shape == (groups, in_, out):
+    if squeezed_shape == (groups, in_, out):
         yield "stack of transposed matrices", (dense_weight.reshape(groups, in_, out), True)
     if (
         dense_weight.dim() > 2
@@ -242,5 +251,8 @@ def _possible_layouts(
         and dense_weight.shape[0] % groups == 0
         and not aligned_weight.is_parameter
     ):
-        blocks = dense_weight.reshape(groups, dense_weight.shape[0] // groups, out, -1)
-        yield "transposed convolution", (blocks.transpose(1, 2).reshape(groups, out, in_), False)
+        group_blocks = dense_weight.reshape(groups, dense_weight.shape[0] // groups, out, -1)
+        yield (
+            "transposed convolution",
+            (group_blocks.transpose(1, 2).reshape(groups, out, in_), False),
+        )

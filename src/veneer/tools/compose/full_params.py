@@ -1,7 +1,8 @@
 """Combine parameters that several adapters train in full: P = P₀ + Σ wᵢ (Pᵢ − P₀).
 
 P₀ is the base's value, Pᵢ that of adapter i, wᵢ the weight of adapter i. If the wᵢ add up to 1, P₀
-cancels and no base is needed. The merge methods (such as TIES) treat Pᵢ − P₀ like ΔWᵢ.
+cancels and no base is needed. The merge methods (such as TIES) merge the differences Pᵢ − P₀ as
+they merge the changes ΔWᵢ of weights, and always need the base.
 """
 
 from __future__ import annotations
@@ -28,29 +29,31 @@ WeighAdapter = Callable[[Sequence[str], int], float]
 
 
 def combine_full_params(
-    sources: Sequence[AdapterFiles],
+    source_adapters: Sequence[AdapterFiles],
     aligned_weights: Sequence[AlignedWeight],
     weigh_adapter: WeighAdapter,
     options: ComposeOptions,
     base_weights: FrozenWeights,
 ) -> dict[str, dict[str, Tensor]]:
-    """The combined parameters and running statistics, by module path in the folder and by name.
+    """The combined values of the parameters and running statistics that adapters train in full:
+    {path of the module in the new folder: {name: value}}. A parameter whose coefficients wᵢ are all
+    0 is left out. ``aligned_weights``: the low-rank changes of the same adapters.
 
     Raises:
         AdapterError: the base is missing and needed, shapes differ, or a running variance would be
             negative. The error lists every problem.
         BaseMismatchError: the adapters store different values of the same frozen weight.
     """
-    params, entry_paths = _collect_params(sources)
+    tensors_by_parameter, folder_paths = _collect_params(source_adapters)
     changed_modules = {
         aligned_weight.model_path
         for aligned_weight in aligned_weights
         if not aligned_weight.is_parameter
     }
-    combined: dict[str, dict[str, Tensor]] = {}
+    combined_params: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     missing_in_base: list[str] = []
-    for (module_path, name), tensors in params.items():
+    for (module_path, name), tensors in tensors_by_parameter.items():
         path = parameter_path(module_path, name)
         if len({tensor.shape for tensor in tensors.values()}) > 1:
             problems.append(
@@ -59,13 +62,14 @@ def combine_full_params(
                 )
             )
         elif name == "weight" and module_path in changed_modules:
-            # PEFT stores the frozen weight of an adapted embedding together with its change
-            first_tensor, *copies = tensors.values()
-            if not all(torch.equal(tensor, first_tensor) for tensor in copies):
+            # PEFT stores the frozen weight of an adapted embedding together with its change. It is
+            # no trained value, so it is copied.
+            first_tensor, *other_tensors = tensors.values()
+            if not all(torch.equal(tensor, first_tensor) for tensor in other_tensors):
                 raise BaseMismatchError(
                     f"different frozen weights of {path!r}", "one base", "leave one out"
                 )
-            combined.setdefault(entry_paths[module_path], {})[name] = first_tensor
+            combined_params.setdefault(folder_paths[module_path], {})[name] = first_tensor
         else:
             coefficients = {
                 source_index: coefficient
@@ -76,55 +80,64 @@ def combine_full_params(
                 path, tensors, coefficients, options, base_weights, problems, missing_in_base
             )
             if combined_param is not None:
-                combined.setdefault(entry_paths[module_path], {})[name] = combined_param
+                combined_params.setdefault(folder_paths[module_path], {})[name] = combined_param
     if missing_in_base:
         problem = f"no base values of {listing(missing_in_base)}, which are trained in full"
         problem += (
             "" if options.method in MERGE_METHODS else " with weights that do not add up to 1"
         )
-        do = (
+        fix = (
             "pass the base (--base on the command line), or give these layers other weights (0"
             " leaves them out)"
         )
-        problems.append(sentence(problem, "the base, from which their changes are counted", do))
+        problems.append(sentence(problem, "the base, from which their changes are counted", fix))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
-    return combined
+    return combined_params
 
 
 def _collect_params(
-    sources: Sequence[AdapterFiles],
+    source_adapters: Sequence[AdapterFiles],
 ) -> tuple[dict[tuple[str, str], dict[int, Tensor]], dict[str, str]]:
-    """(the parameters that adapters train in full: {(module path, name): {source index: tensor}},
-    the path of each module in the new folder: {module path: path})."""
-    params: dict[tuple[str, str], dict[int, Tensor]] = {}
-    entry_paths: dict[str, str] = {}
-    for source_index, source in enumerate(sources):
-        for path, tensors in source.full.items():
+    """(the parameters that adapters train in full: {(module path, name): {index of the adapter:
+    tensor}}, the path of each module in the new folder: {module path: path}). The path has the
+    segments ``base_layer`` of PEFT's wrappers if it has them in every adapter."""
+    tensors_by_parameter: dict[tuple[str, str], dict[int, Tensor]] = {}
+    folder_paths: dict[str, str] = {}
+    for source_index, source_adapter in enumerate(source_adapters):
+        for path, tensors in source_adapter.full.items():
             module_path = peft_paths.strip_wrappers(path)[0]
-            entry_paths[module_path] = (
-                path if entry_paths.get(module_path, path) == path else module_path
+            folder_paths[module_path] = (
+                path if folder_paths.get(module_path, path) == path else module_path
             )
             for name, tensor in tensors.items():
-                params.setdefault((module_path, name), {})[source_index] = tensor
-    return params, entry_paths
+                tensors_by_parameter.setdefault((module_path, name), {})[source_index] = tensor
+    return tensors_by_parameter, folder_paths
 
 
 def _combine_param(
     path: str,
-    tensors: Mapping[int, Tensor],
+    tensors_by_adapter: Mapping[int, Tensor],
     coefficients: Mapping[int, float],
     options: ComposeOptions,
     base_weights: FrozenWeights,
     problems: list[str],
     missing_in_base: list[str],
 ) -> Tensor | None:
-    """The combined value of one parameter. ``coefficients``: the wᵢ of each adapter by its index.
-    None if there are none (all are 0), or if an entry was added to ``problems`` or
-    ``missing_in_base``."""
+    """The combined value of the parameter at ``path``, in the dtype of the adapters' values.
+
+    Args:
+        tensors_by_adapter: the value in each adapter, by the adapter's index.
+        coefficients: the coefficients wᵢ other than 0, by the adapter's index.
+        problems: gets an error text if the shapes or the combined value are invalid.
+        missing_in_base: gets ``path`` if the base's value is needed and missing.
+
+    Returns:
+        None if ``coefficients`` is empty, the base's value is missing, or its shape differs.
+    """
     if not coefficients:
         return None  # the new adapter leaves this parameter at the base's value
     merge_method = MERGE_METHODS.get(options.method)
-    first_tensor = tensors[next(iter(coefficients))]
+    first_tensor = tensors_by_adapter[next(iter(coefficients))]
     if merge_method is None and list(coefficients.values()) == [1.0]:
         return first_tensor
     base_tensor = base_weights.get(path)
@@ -145,25 +158,29 @@ def _combine_param(
         else base_tensor.double()
     )
     if merge_method is None:
-        # without a base, P₀ cancels, so base_value may be 0
+        # Without a base, the coefficients add up to 1, so that the base's value cancels. The 0 in
+        # its place does not affect the sum.
         combined_param = base_value + torch.stack(
             [
-                coefficient * (tensors[index].double() - base_value)
+                coefficient * (tensors_by_adapter[index].double() - base_value)
                 for index, coefficient in coefficients.items()
             ]
         ).sum(0)
     else:
         # The seed depends on the values, so that DARE drops the same entries under each name of a
         # tied parameter.
-        seed = "/".join([str(options.seed), *(digest(tensors[index]) for index in coefficients)])
-        vectors = [
-            lambda index=index: tensors[index].double() - base_value for index in coefficients
+        seed = "/".join(
+            [str(options.seed), *(digest(tensors_by_adapter[index]) for index in coefficients)]
+        )
+        task_vector_functions = [
+            lambda index=index: tensors_by_adapter[index].double() - base_value
+            for index in coefficients
         ]
         combined_param = base_value + merge_vectors(
-            merge_method, vectors, list(coefficients.values()), options.density, seed
+            merge_method, task_vector_functions, list(coefficients.values()), options.density, seed
         )
     if path.endswith("running_var") and (combined_param < 0).any():
         problem = f"a variance below 0 in {path!r}"
         problems.append(sentence(problem, "a variance", "give this layer weights that add up to 1"))
-    dtype = reduce(torch.promote_types, (tensors[index].dtype for index in coefficients))
+    dtype = reduce(torch.promote_types, (tensors_by_adapter[index].dtype for index in coefficients))
     return combined_param.to(dtype) if dtype.is_floating_point else combined_param.round().to(dtype)

@@ -10,11 +10,11 @@
     dare_ties    random      elect      both papers
     prune        largest     add        magnitude pruning, then task arithmetic
 
-Each vector is multiplied by its adapter's coefficient wᵢ before the election, so a negative one
-votes for the opposite sign. If all wᵢ are equal to λ, the result is that of TIES with the scaling
-factor λ of the paper. The density, the share of entries that is kept, applies to each vector
-separately. Vectors are computed when they are needed (twice for an election). At any time, one
-vector and three results of its size are in memory.
+Each vector is multiplied by its adapter's coefficient wᵢ before the election, so a vector with a
+negative wᵢ votes for the opposite sign. If all wᵢ are equal to λ, the result is that of TIES with
+the paper's scaling factor λ. The density, the share of entries that is kept, applies to each vector
+separately. To save memory, a vector is computed each time that it is needed (twice for an
+election), so one vector and up to four results of its size are in memory, besides temporaries.
 
 Rejected: merging A and B separately, as PEFT does. The product of sparse factors is not sparse, and
 the signs of A and B are not those of ΔW. The result would depend on how the scale is divided
@@ -38,8 +38,14 @@ ComputeVector = Callable[[], Tensor]
 
 
 class MergeMethod(NamedTuple):
-    """``keeps_random``: keep random entries instead of the largest; ``elects_sign``: elect a sign
-    instead of adding; ``paper_density``: the density that its paper uses."""
+    """A method for merging dense changes.
+
+    Fields:
+        keeps_random: whether random entries of each vector are kept, instead of the largest.
+        elects_sign: whether a sign is elected for each entry, and only the vectors with this sign
+            are averaged. Else all vectors are added.
+        paper_density: the share of the entries that are kept in the paper of the method.
+    """
 
     keeps_random: bool
     elects_sign: bool
@@ -56,27 +62,32 @@ MERGE_METHODS = {
 
 def merge_vectors(
     method: MergeMethod,
-    vectors: Sequence[ComputeVector],
+    vector_functions: Sequence[ComputeVector],
     coefficients: Sequence[float],
     density: float,
     seed: str,
 ) -> Tensor:
-    """The merged vector, float64. ``coefficients``: the wᵢ of each vector. ``density`` in
-    (0, 1]: the share of the entries that each vector keeps. Which random entries are kept depends
-    only on ``seed`` and on the vector's index and shape."""
+    """The merged vector, float64, in the shape of the vectors.
+
+    Args:
+        vector_functions: for each vector, a function that computes it; called up to twice.
+        coefficients: for each vector, the number wᵢ that multiplies it.
+        density: the share of the entries that each vector keeps, in (0, 1].
+        seed: with the vector's index and shape, determines which random entries are kept.
+    """
     # by vector index: the smallest magnitude that the vector keeps, for the election's second pass
     thresholds: dict[int, Tensor] = {}
 
     def sparsify(index: int) -> Tensor:
-        vector = vectors[index]() * coefficients[index]
+        vector = vector_functions[index]() * coefficients[index]
         # an entry is kept with probability ``density`` and divided by ``density``, so that its
-        # expectation stays
+        # expectation does not change
         if method.keeps_random:
-            uniform = torch.rand(
+            uniform_samples = torch.rand(
                 vector.shape, generator=seeded_generator(f"{seed}/{index}"), dtype=torch.float32
             )
-            return (vector / density).where(uniform.to(vector.device) < density, 0)
-        # at least one entry is kept, and each entry that equals the threshold
+            return (vector / density).where(uniform_samples.to(vector.device) < density, 0)
+        # the threshold is the smallest kept magnitude; entries that equal it are all kept
         if index not in thresholds:
             retained_count = max(1, round(density * vector.numel()))
             thresholds[index] = (
@@ -84,13 +95,13 @@ def merge_vectors(
             )
         return vector.where(vector.abs() >= thresholds[index], 0)
 
-    total = sum(map(sparsify, range(1, len(vectors))), start=sparsify(0))
+    vector_sum = sum(map(sparsify, range(1, len(vector_functions))), start=sparsify(0))
     if not method.elects_sign:
-        return total
+        return vector_sum
     # for each entry: the mean over the vectors that have the sign of the sum; 0 if the sum is 0
-    sign = total.sign()
-    agreeing_sum, agreeing_count = torch.zeros_like(total), torch.zeros_like(total)
-    for index in range(len(vectors)):
+    sign = vector_sum.sign()
+    agreeing_sum, agreeing_count = torch.zeros_like(vector_sum), torch.zeros_like(vector_sum)
+    for index in range(len(vector_functions)):
         vector = sparsify(index)
         agrees = (vector.sign() == sign) & (sign != 0)
         agreeing_sum += vector.where(agrees, 0)
@@ -106,16 +117,17 @@ def seeded_generator(seed: str) -> torch.Generator:
 
 def nearest_product(delta: Tensor, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
     """(the low-rank product nearest to ΔW = ``delta`` [g, out, in], ‖ΔW − product‖). The product
-    has ``rank``, at most min(out, in), or the lowest rank that keeps the share ``energy`` of ‖ΔW‖².
-    Zero rows and columns stay zero. For a small rank of a large matrix the product may be an
-    approximation (kernels/svd.py)."""
+    has ``rank``, at most min(out, in); if it is None, the lowest rank that keeps the share
+    ``energy`` of ‖ΔW‖². Zero rows and columns stay zero. If the rank is small and the matrix large,
+    a randomised method may find the product, so it is the nearest one only approximately
+    (``kernels/svd.py``)."""
     if rank is None:
         svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
         low_rank, _ = svd.cut(svd.rank_for(energy or 1.0))
     else:
         rank = min(rank, *delta.shape[1:])
-        factors = [split(matrix, leading(matrix, rank)[0]) for matrix in delta]
-        A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
+        factor_pairs = [split(matrix, leading(matrix, rank)[0]) for matrix in delta]
+        A, B = (torch.stack(factor_matrices) for factor_matrices in zip(*factor_pairs, strict=True))
         low_rank = LowRank(A, B, 1.0)
     zero_rows = (delta == 0).all(2, keepdim=True)
     zero_columns = (delta == 0).all(1, keepdim=True)

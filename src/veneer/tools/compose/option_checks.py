@@ -24,13 +24,14 @@ def check_options(
     rank: int | None,
     energy: float | None,
     density: float | None,
-    layers: LayerFactors,
+    layer_factors: LayerFactors,
     seed: int,
 ) -> ComposeOptions:
-    """The checked options of ``compose``. ``ConfigError`` lists every invalid option."""
+    """The checked options of ``compose``, with their defaults. ``ConfigError`` lists every invalid
+    option. ``weights``: one for each adapter; ``layer_factors``: the argument ``layers``."""
     method = method or ("svd" if rank is not None or energy is not None else "sum")
     checks = [
-        *_weight_checks(adapter_count, weights, layers),
+        *_weight_checks(adapter_count, weights, layer_factors),
         *_method_checks(method, rank, energy, density),
     ]
     problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
@@ -39,15 +40,19 @@ def check_options(
 
 
 def _weight_checks(
-    adapter_count: int, weights: Sequence[float], layers: LayerFactors
+    adapter_count: int, weights: Sequence[float], layer_factors: LayerFactors
 ) -> list[_Check]:
-    factors = [number for factor in layers.values() for number in list_factors(factor)]
-    numbers = [*weights, *factors]
-    all_finite, weight_count = all(map(_is_finite_number, numbers)), len(weights)
+    factors = [
+        number
+        for factor_or_list in layer_factors.values()
+        for number in list_factors(factor_or_list)
+    ]
+    weights_and_factors = [*weights, *factors]
+    all_finite, weight_count = all(map(_is_finite_number, weights_and_factors)), len(weights)
     mismatched_patterns = [
         pattern
-        for pattern, factor in layers.items()
-        if not isinstance(factor, int | float) and len(factor) != adapter_count
+        for pattern, factor_or_list in layer_factors.items()
+        if not isinstance(factor_or_list, int | float) and len(factor_or_list) != adapter_count
     ]
     return [
         (adapter_count == 0, "no adapter", "at least one", "name the adapters"),
@@ -57,7 +62,7 @@ def _weight_checks(
             "one each",
             "leave them out to weigh all by 1",
         ),
-        (not all_finite, f"weights {numbers}", "finite numbers", "correct them"),
+        (not all_finite, f"weights {weights_and_factors}", "finite numbers", "correct them"),
         (
             all_finite and weight_count > 0 and not any(weights),
             "weights that are all 0",
@@ -76,7 +81,7 @@ def _weight_checks(
 def _method_checks(
     method: str, rank: int | None, energy: float | None, density: float | None
 ) -> list[_Check]:
-    has_limit = rank is not None or energy is not None
+    has_rank_or_energy = rank is not None or energy is not None
     is_merge_method = method in MERGE_METHODS
     paper_density = MERGE_METHODS[method].paper_density if is_merge_method else None
     return [
@@ -105,13 +110,13 @@ def _method_checks(
             "leave one out",
         ),
         (
-            method == "sum" and has_limit,
+            method == "sum" and has_rank_or_energy,
             "a rank or an energy for an exact sum",
             "none",
             "use method='svd'",
         ),
         (
-            method == "svd" and not has_limit,
+            method == "svd" and not has_rank_or_energy,
             "neither a rank nor an energy for svd",
             "one of them",
             "give rank=16 or energy=0.99",
@@ -141,5 +146,5 @@ def _is_finite_number(number: object) -> bool:
     )
 
 
-def list_factors(factor: float | Sequence[float]) -> list[float]:
-    return [factor] if isinstance(factor, int | float) else list(factor)
+def list_factors(factor_or_list: float | Sequence[float]) -> list[float]:
+    return [factor_or_list] if isinstance(factor_or_list, int | float) else list(factor_or_list)

@@ -6,10 +6,10 @@ is made of the option ``seed`` and the weight's path.
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)
               G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
 
-gᵢ is the gain of adapter i, a factor for each row; a LoRA change has gᵢ = 1. So a sum of DoRA and
-LoRA changes is a DoRA change with magnitude G ⊙ ‖W + ΔW*‖ (the norms of the rows). The truncation
-to a rank approximates G ⊙ ΔW*, the term that is added to the weights, so that the error in the
-weights is minimal for this G.
+gᵢ is the gain of adapter i, a factor for each row: mᵢ / ‖W + ΔWᵢ‖ with DoRA's magnitude mᵢ, and 1
+for a LoRA change. So a sum of DoRA and LoRA changes is a DoRA change with the magnitude
+G ⊙ ‖W + ΔW*‖, where the norms are those of the rows. The truncation to a rank approximates G ⊙ ΔW*,
+the term that is added to the weights, so that the error in the weights is minimal for this G.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants import dora
 
-#: the combined gain G of a row counts as 0 if its absolute value is smaller
+#: a row's combined gain G (see the docstring of this module) counts as 0 if its absolute value is
+#: smaller than this
 MIN_GAIN = 1e-6
 
 
 class ComposeOptions(NamedTuple):
-    """The checked options of ``compose``, which explains them. ``density`` is 1 if not given."""
+    """The checked options of ``compose``, whose docstring explains them. ``density`` is 1 if the
+    caller of ``compose`` gave none."""
 
     method: str
     rank: int | None
@@ -60,7 +62,8 @@ class CombinedChange(NamedTuple):
     Fields:
         low_rank: its ΔW [g, out, in], truncated; g: matrices in the weight.
         magnitude: the magnitude [g · out] of a DoRA change, None for LoRA.
-        norm, error: the norm of the change before the truncation, and of what was truncated.
+        norm: the norm of the change before the truncation to a rank.
+        error: the norm of the part that the truncation removed.
     """
 
     low_rank: LowRank
@@ -69,16 +72,16 @@ class CombinedChange(NamedTuple):
     error: float
 
 
-def reduce_rank(total: LowRank, options: ComposeOptions) -> CombinedChange:
-    """The change ``total``, truncated to the rank or energy in ``options`` unless the method is
-    "sum"."""
+def reduce_rank(change: LowRank, options: ComposeOptions) -> CombinedChange:
+    """``change``, truncated to the rank in ``options``, or to the lowest rank that keeps the share
+    ``options.energy`` of ‖ΔW‖². It is not truncated if the method is "sum"."""
     if options.method == "sum" or (
-        options.rank is not None and total.rank <= min(options.rank, total.largest_rank)
+        options.rank is not None and change.rank <= min(options.rank, change.largest_rank)
     ):
-        return CombinedChange(total.compact(), None, total.norm(), 0.0)
-    svd = total.svd()
+        return CombinedChange(change.compact(), None, change.norm(), 0.0)
+    svd = change.svd()
     rank = options.rank if options.rank is not None else svd.rank_for(options.energy or 1.0)
-    low_rank, error = svd.cut(min(rank, total.largest_rank))
+    low_rank, error = svd.cut(min(rank, change.largest_rank))
     return CombinedChange(low_rank, None, float(svd.S.norm()), error)
 
 
@@ -90,27 +93,32 @@ def sum_with_magnitudes(
     dtype: torch.dtype,
 ) -> CombinedChange:
     """The sum of DoRA and LoRA changes as one DoRA change with factors in ``dtype``.
-    ``base_weight``: the frozen weight [g, out, in]. ``AdapterError``: the combined gain G (see
-    above) is 0 in some row, so that no DoRA change equals the sum."""
+    ``base_weight``: the frozen weight [g, out, in]; ``model_path``: its path, for the error.
+    ``AdapterError``: the combined gain G = 1 + Σ wᵢ (gᵢ − 1) is 0 in some row, so that no DoRA
+    change equals the sum."""
     W = base_weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
         [term.coefficient * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
     ).sum(0)
-    zero_rows = int((G.abs() < MIN_GAIN).sum())
-    if zero_rows:
+    zero_row_count = int((G.abs() < MIN_GAIN).sum())
+    if zero_row_count:
         raise AdapterError(
-            f"a sum that scales {zero_rows} rows of {model_path!r} to 0",
+            f"a sum that scales {zero_row_count} rows of {model_path!r} to 0",
             "a row that is W's, rescaled, plus a product",
             "change the weights a little, or use another method",
         )
-    products = [
+    rescaled_changes = [
         term.low_rank.to(torch.float64).scale_rows(gain)
         for term, gain in zip(terms, gains, strict=True)
     ]
-    total = LowRank.sum(products, [term.coefficient for term in terms])
-    norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
-    low_rank, *_, error = reduce_rank(total, options)
+    summed_change = LowRank.sum(rescaled_changes, [term.coefficient for term in terms])
+    norm = float(
+        torch.baddbmm(
+            (G - 1)[..., None] * W, summed_change.B, summed_change.A, alpha=summed_change.scale
+        ).norm()
+    )
+    low_rank, *_, error = reduce_rank(summed_change, options)
     # The magnitude is computed from the rounded factors, so that programs that load the file get
     # the gain G from it.
     low_rank = low_rank.to(torch.float64).scale_rows(1 / G).to(dtype)
@@ -120,12 +128,13 @@ def sum_with_magnitudes(
 
 
 def gain_of(term: WeightedChange, W: Tensor) -> Tensor:
-    """The gain [g, out] of a change of W [g, out, in]: magnitude / ‖W + ΔW‖ for each row, and 1
-    where this norm is 0, as in ``variants/dora.py``. It is 1 for a LoRA change."""
+    """The gain [g, out] by which a change rescales the rows of W + ΔW; W is the base weight
+    [g, out, in]. It is magnitude / ‖W + ΔW‖ for each row of a DoRA change, or 1 where this norm is
+    0 (as in ``variants/dora.py``), and 1 for a LoRA change."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
-    norms = dora.row_norms(W, term.low_rank)
-    return dora.gain_of(term.magnitude.double().flatten(), norms).view(W.shape[:2])
+    row_norms = dora.row_norms(W, term.low_rank)
+    return dora.gain_of(term.magnitude.double().flatten(), row_norms).view(W.shape[:2])
 
 
 def merge_by_method(
@@ -134,8 +143,14 @@ def merge_by_method(
     base_weight: Tensor | None,
     model_path: str,
 ) -> CombinedChange:
-    """Merge the dense changes by the method in ``options``, and factor the result. ``base_weight``:
-    the frozen weight [g, out, in], needed for DoRA changes."""
+    """Merge the dense changes entry by entry, by the method in ``options``, and factor the result.
+    Its rank is the one in ``options``, or the lowest that keeps the share ``options.energy`` of
+    ‖ΔW‖²; if both are None, it is the sum of the changes' ranks.
+
+    Args:
+        base_weight: the frozen weight [g, out, in], needed for DoRA changes.
+        model_path: the path of the weight, a part of the seed of DARE's random choice.
+    """
 
     def dense_change(term: WeightedChange) -> Tensor:
         delta = term.low_rank.delta(torch.float64)
@@ -145,10 +160,13 @@ def merge_by_method(
         gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
-    vectors, seed = [partial(dense_change, term) for term in terms], f"{options.seed}/{model_path}"
-    delta = merge_vectors(
+    task_vector_functions, seed = (
+        [partial(dense_change, term) for term in terms],
+        f"{options.seed}/{model_path}",
+    )
+    merged_delta = merge_vectors(
         MERGE_METHODS[options.method],
-        vectors,
+        task_vector_functions,
         [term.coefficient for term in terms],
         options.density,
         seed,
@@ -158,5 +176,5 @@ def merge_by_method(
         if options.rank is None and options.energy is None
         else options.rank
     )
-    low_rank, error = nearest_product(delta, rank, options.energy)
-    return CombinedChange(low_rank, None, float(delta.norm()), error)
+    low_rank, error = nearest_product(merged_delta, rank, options.energy)
+    return CombinedChange(low_rank, None, float(merged_delta.norm()), error)

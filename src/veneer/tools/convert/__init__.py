@@ -4,14 +4,14 @@
     source --read--> an adapter folder in PEFT's layout --write--> out
 
 If the target format cannot hold a change, the conversion raises one error with every reason.
-Contents that the target cannot store and that change no output are listed in the report.
-Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit by bit, unless
-``dtype`` is given. If the two formats compute the scale from alpha by different rules, the
-conversion changes alpha, so that scale · B A stays equal.
+Contents that the target cannot store but that do not affect the model's output are dropped, and the
+report lists them. Conversions to ``peft``, ``kohya`` and ``diffusers`` copy the factors A and B bit
+by bit, unless ``dtype`` is given. If the two formats compute the scale from alpha by different
+rules, the conversion changes alpha, so that scale · B A stays equal.
 
-A ``veneer`` folder stores fingerprints of the base, so writing it needs the base. Reading and
-writing ``gguf`` and reading ``kohya`` need the names of the base's weights. ``dense`` needs the
-weights themselves if ΔW depends on them.
+A ``veneer`` folder stores fingerprints (hashes) of the base's weights, so writing it needs the
+base. Reading and writing ``gguf`` and reading ``kohya`` need the names of the base's weights.
+``dense`` needs the weights themselves if ΔW depends on them, as for DoRA.
 """
 
 from __future__ import annotations
@@ -119,20 +119,21 @@ def conversion(
 
     Warns:
         MisreadElsewhere: ``out`` is correct, but a common reader of its format misreads it.
-        UnverifiedAdapter: ``base`` is missing, so that Veneer cannot check whether PEFT applies the
-            changes to weights.
+        UnverifiedAdapter: ``base`` is missing, so that Veneer cannot check whether PEFT's result
+            equals that of a changed weight.
 
     Raises:
         AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason).
             Nothing is written.
         BaseMismatchError: the adapter was made for another base.
-        ConfigError: the format, dtype, part or base does not exist.
+        ConfigError: the format, dtype, part or base does not exist, or these two formats do not use
+            an option.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
     """
     source, out = Path(source), Path(out)
     target, source_format = FORMATS[to], detect(source)
     options = check_conversion_options(dtype, part, rank, energy, whole, source_format, to)
-    must_not_exist(out, overwrite, folder=to == "veneer" or target.write is None)
+    must_not_exist(out, overwrite, is_folder=to == "veneer" or target.write is None)
     base_info = open_base(base)
     tuner_type = read_tuner_type(source) if source_format == "peft" else None
     if source_format == to and tuner_type is None:
@@ -143,16 +144,16 @@ def conversion(
         raise AdapterError(
             problem, "the base that the adapter was made for", 'give base, or choose "peft"'
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temp_dir:
         saved_adapter, contents, errors = read_source(
-            source, source_format, Path(scratch) / "adapter", base_info, options, verify_base
+            source, source_format, Path(temp_dir) / "adapter", base_info, options, verify_base
         )
         left_out = [*contents.left_out, *list_losses(saved_adapter, to)]
         require_supported(saved_adapter, source_format, target, base_info)
         if saved_adapter.tuner is not None and to == "peft":
             saved_adapter = folder.read(
                 write_derived(
-                    Path(scratch) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
+                    Path(temp_dir) / "plain", [saved_adapter], saved_adapter.low, saved_adapter.full
                 )
             )
         weights_only = not FORMATS[source_format].peft
@@ -162,26 +163,26 @@ def conversion(
             changes = _write_veneer(
                 saved_adapter, out, base_info.facts, adapted_base, provenance, overwrite
             )
-        elif target.write is None:  # "peft", the only other format without a writer
+        elif target.write is None:  # "peft": all formats but this and "veneer" have a writer
             changes = _write_peft(saved_adapter, out, base_info.facts, options, overwrite)
         else:
             require_token_rows(saved_adapter, to, base_info.facts)
             changes = list_changes(saved_adapter, base_info.facts)
             adapter = build_adapter(saved_adapter, to, changes, base_info, adapted_base)
             changes = adapter.changes
-            with new_file(out, overwrite=overwrite) as file:
-                left_out += target.write(adapter, file, base_info.facts, options)
+            with new_file(out, overwrite=overwrite) as file_path:
+                left_out += target.write(adapter, file_path, base_info.facts, options)
     ranks, full_names = _list_ranks(saved_adapter, changes), _list_full_names(saved_adapter)
     source_name = source_format if tuner_type is None else f"peft ({tuner_type})"
     return Conversion(out, source_name, to, ranks, full_names, tuple(left_out), errors)
 
 
 def _list_ranks(saved_adapter: AdapterFiles, changes: Iterable[LowRankChange]) -> dict[str, int]:
-    """The rank of each change, by the path of its weight. A weight with trained tokens and no other
-    change is listed with the number of these tokens."""
+    """The rank of each low-rank change, by the path of its weight. A weight with trained token rows
+    and no low-rank change is listed with the number of these rows, which bounds its rank."""
     token_counts = {
-        parameter_path(path, "weight"): len(tokens.ids)
-        for path, tokens in saved_adapter.tokens.items()
+        parameter_path(path, "weight"): len(trained_tokens.ids)
+        for path, trained_tokens in saved_adapter.tokens.items()
     }
     return token_counts | {change.weight: change.layer.rank for change in changes}
 
@@ -213,7 +214,7 @@ def _write_veneer(
             overwrite=overwrite,
             tokenizer=tokenizer_folder(saved_adapter.path),
         )
-    # the ranks are read from the written folder, as they may differ from the source's
+    # the changes are read from the written folder, because their ranks may differ from the source's
     return list_changes(folder.read(out), base_facts)
 
 
@@ -240,9 +241,11 @@ def _write_peft(
 def _adapted_base(
     base_info: BaseInfo, saved_adapter: AdapterFiles, verify_base: bool, weights_only: bool
 ) -> Iterator[nn.Module]:
-    """A context whose value is the base with the adapter installed on it. ``weights_only``: the
-    source format stores changes of weights only. The warning ``UnverifiedAdapter`` is suppressed
-    here, because ``target_support`` warns of the same where the result depends on it."""
+    """A context whose value is the base with the adapter installed on it; afterwards the adapter is
+    detached. ``weights_only``: whether every change in the source is a change of a weight, rather
+    than of a module's output. ``BaseMismatchError``: ``verify_base`` is True, and the adapter was
+    made for another base. The warning ``UnverifiedAdapter`` is suppressed here, because
+    ``require_supported`` gives it if the result of the conversion depends on it."""
     assert base_info.load_model is not None
     model = base_info.load_model()
     with warnings.catch_warnings():
@@ -262,7 +265,7 @@ def _adapted_base(
         detach(model, deltas.ADAPTER_NAME)
 
 
-#: dtypes of tensors by the name in the option
+#: dtypes by the names that the option ``dtype`` accepts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -275,7 +278,7 @@ def check_conversion_options(
     source_format: str,
     target_format: str,
 ) -> Options:
-    """The checked options of a conversion.
+    """The checked options of a conversion, as its readers and writers take them.
 
     Raises:
         ConfigError: an option has an invalid value, or the formats do not use it.
@@ -326,7 +329,7 @@ def detect(path: str | Path) -> str:
     "dense".
 
     Raises:
-        AdapterError: nothing exists at ``path``, or no format recognises it.
+        AdapterError: nothing exists at ``path``, no format recognises it, or it holds a pickle.
     """
     path = Path(path)
     if path.is_dir():
@@ -341,27 +344,35 @@ def detect(path: str | Path) -> str:
         problem = f"{path}, a pickle, which runs code as it is opened"
         raise AdapterError(problem, "safetensors or GGUF", "get the adapter as safetensors")
     header = read_header(path) if is_safetensors else Header({}, {}, 0)
-    keys, metadata = header.tensors, header.metadata
+    tensor_keys, metadata = header.tensors, header.metadata
     for format_ in FORMATS:
-        if format_.recognises(first_bytes, keys, metadata):
+        if format_.recognises(first_bytes, tensor_keys, metadata):
             return format_.name
-    if any(key.startswith(peft.PREFIX) for key in keys):
+    if any(key.startswith(peft.PREFIX) for key in tensor_keys):
         problem = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
         raise AdapterError(problem, "the folder", "name the folder that holds both")
-    problem = f"{path} with keys such as {listing(sorted(keys), 2)}" if keys else str(path)
+    problem = (
+        f"{path} with keys such as {listing(sorted(tensor_keys), 2)}" if tensor_keys else str(path)
+    )
     raise AdapterError(problem, f"one of {', '.join(FORMATS.names())}", "check the file")
 
 
 def _detect_folder(path: Path) -> str:
-    tensor_file = path / peft.TENSORS
-    if tensor_file.is_file():
-        return "veneer" if "veneer" in read_header(tensor_file).metadata else "peft"
-    files = sorted(path.iterdir())
-    if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
-        problem = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
+    tensor_path = path / peft.TENSORS
+    if tensor_path.is_file():
+        return "veneer" if "veneer" in read_header(tensor_path).metadata else "peft"
+    file_paths = sorted(path.iterdir())
+    if pickle_names := [
+        file_path.name
+        for file_path in file_paths
+        if file_path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    ]:
+        problem = f"{listing(pickle_names, 2)} in {path}, a pickle, which runs code as it is opened"
         raise AdapterError(problem, peft.TENSORS, "save the adapter again as safetensors")
-    file_names = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
-    do = f"name the file, such as {path / file_names[0]}" if file_names else "check the path"
+    file_names = [
+        file_path.name for file_path in file_paths if file_path.suffix in (".safetensors", ".gguf")
+    ]
+    fix = f"name the file, such as {path / file_names[0]}" if file_names else "check the path"
     raise AdapterError(
-        f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do
+        f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", fix
     )

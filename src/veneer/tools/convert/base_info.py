@@ -1,11 +1,12 @@
-"""Find what a conversion needs of its base: names and shapes of weights, the config, and the model
-if weights are needed.
+"""Read from a base what a conversion needs: names and shapes of the weights, the config, and the
+model if the values of weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo
 
-For a folder of a transformers model, names and shapes come from the model on the meta device,
-because the files may use other names. For another folder of safetensors files, or a diffusers
-pipeline, they come from the headers of the files. Any other base is loaded.
+For a folder of a transformers model, names and shapes come from the model, built on the meta
+device, because a weight's name in the files may differ from its name in the model. For another
+folder of safetensors files, or a diffusers pipeline, they come from the headers of the files. Any
+other base is loaded.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ from veneer.models.meta import without_meta
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base. ``facts``: names, shapes and config. ``load_model``: a function that loads the model
-    (None: the conversion has no base). ``structure``: the modules of the model, with or without
-    values (None: only names and shapes are known)."""
+    """The base of a conversion.
+
+    Fields:
+        facts: names and shapes of its weights, and its config.
+        load_model: a function that loads the model; None if the conversion has no base.
+        structure: the model, possibly on the meta device; None if only ``facts`` are known.
+    """
 
     facts: BaseFacts
     load_model: Callable[[], nn.Module] | None
@@ -70,15 +75,16 @@ def _require_weights(model: nn.Module) -> nn.Module:
 
 
 def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
-    """Names, shapes and config of a model. ``name``: what the record calls the base; None takes the
-    name in the config."""
-    names = Names(model)
-    weights = {
-        parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)
+    """Names, shapes and config of a model. ``name``: the name of the base for the adapter's record;
+    None takes the name in the config."""
+    model_index = Names(model)
+    weights_by_name = {
+        parameter_path(*ref): weight_of(model_index.modules[ref[0]], ref[1])
+        for ref in all_refs(model_index)
     }
     shapes = {
         weight_name: tuple(storage_of(weight).shape(weight))
-        for weight_name, weight in weights.items()
+        for weight_name, weight in weights_by_name.items()
         if weight is not None
     }
     config: Any = getattr(model, "config", None)
@@ -88,20 +94,20 @@ def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
 
 
 def _folder_facts(path: Path) -> tuple[BaseFacts, nn.Module | None]:
-    """(names, shapes and config of the base in a folder, the model on the meta device or None if
-    transformers lacks its class)."""
+    """(names, shapes and config of the base in a folder, the model on the meta device). The model
+    is None if the folder has no transformers config, or transformers lacks the model's class."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         try:
             model = models.meta_model(path)
             return _model_facts(model, str(path)), model
         except ConfigError:
-            # transformers lacks the class, so only the names in the files are known
+            # transformers lacks the class, so names and shapes are read from the files below
             pass
     shapes = {
-        parameter_path(part, name): entry.shape
-        for part in ("", *PARTS)
-        for file in sorted((path / part).glob("*.safetensors"))
-        for name, entry in read_header(file).tensors.items()
+        parameter_path(component, name): tensor_entry.shape
+        for component in ("", *PARTS)
+        for file_path in sorted((path / component).glob("*.safetensors"))
+        for name, tensor_entry in read_header(file_path).tensors.items()
     }
     return BaseFacts(shapes, config.get("text_config") or config, str(path)), None

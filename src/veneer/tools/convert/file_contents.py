@@ -29,7 +29,7 @@ def build_adapter(
     """The adapter in the form that ``Format.write`` takes.
 
     Args:
-        changes: the low-rank changes of the folder (``list_changes``).
+        changes: the low-rank changes of the adapter's folder, as ``list_changes`` returns them.
         adapted_base: opens a context whose value is the base with the adapter installed on it.
 
     Raises:
@@ -47,10 +47,12 @@ def build_adapter(
             return deltas.deltas_of_file(changes, saved_adapter.full)
         with adapted_base() as model:
             model_deltas = deltas.deltas_of_model(model, deltas.ADAPTER_NAME)
-            split_refs = split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
-        if split_refs is not None:
-            embedding, head = (parameter_path(*ref) for ref in split_refs)
-            model_deltas = {**model_deltas, head: model_deltas[embedding]}
+            split_head_refs = (
+                split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
+            )
+        if split_head_refs is not None:
+            embedding_path, head_path = (parameter_path(*ref) for ref in split_head_refs)
+            model_deltas = {**model_deltas, head_path: model_deltas[embedding_path]}
         return model_deltas, []
 
     base_record: Mapping[str, Any] = saved_adapter.metadata.get("base") or {
@@ -80,22 +82,25 @@ def build_adapter(
 
 
 def list_changes(saved_adapter: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of a folder, with the path of each changed weight and its kind of
-    layer."""
+    """The low-rank changes of a folder, with the path of each changed weight and its kind of layer.
+    ``facts``: the shapes of the base's weights, which are used where the adapter's record does not
+    tell the path or the kind; they may be empty."""
     recorded_changes = saved_adapter.metadata.get("changes") or {}
     attention_paths = (peft.attention_of(path) for path in saved_adapter.low)
-    fused_modules = {attention for attention in attention_paths if attention is not None}
+    fused_module_paths = {attention for attention in attention_paths if attention is not None}
     may_be_transposed = peft.may_be_transposed(saved_adapter.peft_config)
     changes = []
     for path, layer in saved_adapter.low.items():
-        weight = _weight_name(path, layer, recorded_changes, fused_modules, facts)
-        recorded_kind = recorded_changes.get(weight, {}).get("kind")
+        weight_path = _weight_name(path, layer, recorded_changes, fused_module_paths, facts)
+        recorded_kind = recorded_changes.get(weight_path, {}).get("kind")
         if recorded_kind is not None:
-            transposed = recorded_kind == "conv1d_transformers"
+            is_transposed = recorded_kind == "conv1d_transformers"
         else:
-            transposed = None if may_be_transposed else False
-        kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
-        changes.append(LowRankChange(weight, layer, kind))
+            is_transposed = None if may_be_transposed else False
+        layer_kind = kind_of_change(
+            path, layer, weight_path, is_transposed, facts.shapes.get(weight_path)
+        )
+        changes.append(LowRankChange(weight_path, layer, layer_kind))
     return tuple(changes)
 
 
@@ -103,13 +108,13 @@ def _weight_name(
     path: str,
     layer: peft.PeftLayer,
     recorded_weights: Iterable[str],
-    fused_modules: set[str],
+    fused_module_paths: set[str],
     facts: BaseFacts,
 ) -> str:
     """The path of the parameter that an entry of the folder changes. It is taken from the adapter's
     record, else from the base. If neither lists it, it is the path of the module with ".weight", or
-    with ".in_proj_weight" for a module in ``fused_modules``: the paths of attention modules with
-    one weight for query, key and value."""
+    with ".in_proj_weight" for a module in ``fused_module_paths``, which are the paths of attention
+    modules with one weight for query, key and value."""
     target_path = layer.target_path
     if (
         peft.targets_parameter(path, layer)
@@ -117,8 +122,10 @@ def _weight_name(
         or target_path in facts.shapes
     ):
         return target_path
-    candidates = [weight for weight in recorded_weights if weight.rpartition(".")[0] == target_path]
-    if len(candidates) == 1:
-        return candidates[0]
-    is_fused = target_path in fused_modules or f"{target_path}.in_proj_weight" in facts.shapes
+    candidate_names = [
+        weight for weight in recorded_weights if weight.rpartition(".")[0] == target_path
+    ]
+    if len(candidate_names) == 1:
+        return candidate_names[0]
+    is_fused = target_path in fused_module_paths or f"{target_path}.in_proj_weight" in facts.shapes
     return f"{target_path}.{'in_proj_weight' if is_fused else 'weight'}"

@@ -1,7 +1,7 @@
 """Read the source of a conversion as an adapter folder in PEFT's layout.
 
-A source in another format is first written to a scratch folder in PEFT's layout. So the same code
-checks and reads the adapters of every format.
+A source in another format is first written to a scratch folder in PEFT's layout, so that the same
+code checks and reads the adapters of every format.
 """
 
 from __future__ import annotations
@@ -31,17 +31,23 @@ from veneer.tools.convert.base_info import BaseInfo
 def read_source(
     source: Path,
     source_format: str,
-    scratch: Path,
+    scratch_folder: Path,
     base_info: BaseInfo,
     options: Options,
     verify_base: bool,
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
-    """Read ``source`` as an adapter folder. If it has another format, a folder is written to
-    ``scratch``, and this folder is read.
+    """Read ``source`` as an adapter folder. If it is no folder in PEFT's layout, its changes are
+    first written as one to ``scratch_folder``.
 
     Returns:
-        the adapter folder; the contents of a source of another format, else empty contents; the
-        error ‖ΔW − B A‖ / ‖ΔW‖ of each dense change that was factored, by path.
+        the content of the adapter folder; what the reader of the source's format found (empty for a
+        source in PEFT's layout); the error ‖ΔW − B A‖ / ‖ΔW‖ of each dense change that was
+        factored, by path.
+
+    Raises:
+        AdapterError: the source has no change, only some of its layers are DoRA, or dense changes
+            are to be factored without a base.
+        BaseMismatchError: ``verify_base`` is True, and the dense changes are of another base.
     """
     read_contents = FORMATS[source_format].read
     if read_contents is None:
@@ -50,16 +56,18 @@ def read_source(
     if not contents.low and not contents.deltas:
         raise AdapterError(f"no change at all in {source}", "at least one", "check the file")
     if contents.deltas:
-        errors = _write_from_deltas(source, contents, scratch, base_info, options, verify_base)
-        return folder.read(scratch), contents, errors
-    has_magnitude = [bool(layer.extras) for layer in contents.low.values()]
-    if any(has_magnitude) and not all(has_magnitude):
+        relative_errors = _write_from_deltas(
+            source, contents, scratch_folder, base_info, options, verify_base
+        )
+        return folder.read(scratch_folder), contents, relative_errors
+    dora_flags = [bool(layer.extras) for layer in contents.low.values()]
+    if any(dora_flags) and not all(dora_flags):
         raise AdapterError(
-            f"{source}, where {sum(has_magnitude)} of {len(has_magnitude)} layers are DoRA",
+            f"{source}, where {sum(dora_flags)} of {len(dora_flags)} layers are DoRA",
             "all of them or none",
             "merge it with the tool that made it",
         )
-    config_only = AdapterFiles(
+    config_only_adapter = AdapterFiles(
         path=source,
         config=LoraConfig(),
         peft_config={
@@ -74,8 +82,8 @@ def read_source(
         full={},
         adapter_parameters={},
     )
-    write_derived(scratch, [config_only], contents.low, variant=contents.variant)
-    return folder.read(scratch), contents, {}
+    write_derived(scratch_folder, [config_only_adapter], contents.low, variant=contents.variant)
+    return folder.read(scratch_folder), contents, {}
 
 
 def read_tuner_type(source: Path) -> str | None:
@@ -89,7 +97,8 @@ def read_tuner_type(source: Path) -> str | None:
 
 
 def _weight_lookup(facts: BaseFacts) -> peft_tuners.WeightLookup | None:
-    """A function that returns the shape and dtype of a weight by its path; None without a base."""
+    """A function that maps the path of a weight to its shape and dtype (None if the base's config
+    names no dtype), or to None if the base lacks the weight. None without a base."""
     dtype_name = facts.config.get("dtype") or facts.config.get("torch_dtype")
     dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)
 
@@ -102,13 +111,14 @@ def _weight_lookup(facts: BaseFacts) -> peft_tuners.WeightLookup | None:
 def _write_from_deltas(
     source: Path,
     contents: Contents,
-    scratch: Path,
+    scratch_folder: Path,
     base_info: BaseInfo,
     options: Options,
     verify_base: bool,
 ) -> dict[str, float]:
-    """Factor the dense changes in ``contents``, and write them as an adapter folder to ``scratch``.
-    Returns the error ‖ΔW − B A‖ / ‖ΔW‖ of each factored change, by path."""
+    """Factor the dense changes in ``contents``, and write them as an adapter folder to
+    ``scratch_folder``. The base's model determines which layers they belong to. Returns the error
+    ‖ΔW − B A‖ / ‖ΔW‖ of each factored change, by path."""
     if base_info.load_model is None:
         raise AdapterError(
             f"{source}, whose changes only a model's layers make products of",
@@ -119,47 +129,61 @@ def _write_from_deltas(
     if verify_base:
         _verify_fingerprints(model, contents.metadata.get("base") or {}, source)
     full_names = frozenset(contents.deltas) if options.whole else contents.full
-    errors = deltas.install_deltas(
+    relative_errors = deltas.install_deltas(
         model, contents.deltas, full_names, rank=options.rank, energy=options.energy
     )
     try:
-        save(model, scratch, name=deltas.ADAPTER_NAME, base_name=contents.base_name)
+        save(model, scratch_folder, name=deltas.ADAPTER_NAME, base_name=contents.base_name)
     finally:
         detach(model, deltas.ADAPTER_NAME)
-    return errors
+    return relative_errors
 
 
-def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Path) -> None:
-    """``BaseMismatchError`` if the weights of ``model`` do not match the fingerprints in
-    ``record``, which the dense file ``source`` copied from its adapter's record."""
-    tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
+def _verify_fingerprints(model: nn.Module, base_record: Mapping[str, Any], source: Path) -> None:
+    """Raise BaseMismatchError if the weights of ``model`` do not match the fingerprints (hashes) in
+    ``base_record``. The dense file ``source`` copied this field from the record of the adapter that
+    it was converted from."""
+    model_weights = [
+        model_weight for model_weight in list_weights(Names(model)) if model_weight.is_readable
+    ]
     fingerprints = zip(
-        tensors, fingerprints_of(tensors, hash_kind=recorded_hash_kind(record)), strict=True
+        model_weights,
+        fingerprints_of(model_weights, hash_kind=recorded_hash_kind(base_record)),
+        strict=True,
     )
     fingerprint_by_name = {
-        name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names
+        name: fingerprint
+        for model_weight, fingerprint in fingerprints
+        for name in model_weight.names
     }
-    changed_weights, unchanged_weights = record.get("weights") or {}, record.get("rest") or {}
-    mismatches = [
+    changed_fingerprints, unchanged_fingerprints = (
+        base_record.get("weights") or {},
+        base_record.get("rest") or {},
+    )
+    mismatched_paths = [
         name
-        for name, expected in changed_weights.items()
-        if fingerprint_by_name.get(name) != expected
+        for name, recorded_fingerprint in changed_fingerprints.items()
+        if fingerprint_by_name.get(name) != recorded_fingerprint
     ]
-    mismatches += [
+    mismatched_paths += [
         name
-        for name, expected in unchanged_weights.items()
-        if fingerprint_by_name.get(name, expected) != expected
+        for name, recorded_fingerprint in unchanged_fingerprints.items()
+        if fingerprint_by_name.get(name, recorded_fingerprint) != recorded_fingerprint
     ]
-    earlier_hashes = earlier_fingerprints(tensors, recorded_hash_kind(record)) if mismatches else {}
-    mismatches = [
+    earlier_hashes = (
+        earlier_fingerprints(model_weights, recorded_hash_kind(base_record))
+        if mismatched_paths
+        else {}
+    )
+    mismatched_paths = [
         name
-        for name in mismatches
-        if earlier_hashes.get(name) != recorded_fingerprints(record).get(name, "")
+        for name in mismatched_paths
+        if earlier_hashes.get(name) != recorded_fingerprints(base_record).get(name, "")
     ]
-    if mismatches:
+    if mismatched_paths:
         raise BaseMismatchError(
-            f"other weights at {listing(mismatches, 3)} than those of {record.get('name')}, for"
-            f" which {source} was made",
+            f"other weights at {listing(mismatched_paths, 3)} than those of"
+            f" {base_record.get('name')}, for which {source} was made",
             "its own base",
             "give that one, or pass verify_base=False",
         )

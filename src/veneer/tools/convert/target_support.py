@@ -23,13 +23,20 @@ from veneer.tools.convert.base_info import BaseInfo
 def require_supported(
     saved_adapter: AdapterFiles, source_format: str, target: Format, base_info: BaseInfo
 ) -> None:
-    """Refuse changes that PEFT and Veneer compute differently, if one of the two formats is PEFT's.
-    Also refuse folders in which B A is not the whole change: PEFT subtracts an initial product from
-    the base weight (PiSSA), or the adapter has a bias beside B. These folders are accepted if the
-    conversion installs the adapter on the base, which then determines the change.
+    """Refuse an adapter that the format ``target`` cannot hold:
+
+    - changes for which PEFT's result differs from that of a changed weight, if PEFT reads the
+      target, or PEFT wrote the source and the target holds changes of weights;
+    - folders in which B A is not the whole change, because PEFT subtracts an initial product from
+      the base weight (PiSSA), or because the adapter has a bias beside B. They are accepted if the
+      conversion installs the adapter on the base ("veneer", and "dense" with a base), because the
+      change is then computed from the model.
 
     Raises:
-        AdapterError: ``target`` cannot hold the adapter.
+        AdapterError: the adapter is refused.
+
+    Warns:
+        UnverifiedAdapter: a check needs the model of the base, which is missing.
     """
     if target.name not in ("veneer", "peft"):
         saved_adapter.refuse_invocation_tokens(f"format {target.name!r}")
@@ -37,14 +44,14 @@ def require_supported(
     needs_checks = target.name not in ("veneer", "dense") or base_info.load_model is None
     if needs_checks:
         peft_fields.check_config(saved_adapter.peft_config, saved_adapter.record is not None)
-        output_changes = [
+        output_change_paths = [
             name
             for name, change in saved_adapter.metadata.get("changes", {}).items()
             if change.get("module_only")
         ]
-        if output_changes and not target.peft:
+        if output_change_paths and not target.peft:
             raise AdapterError(
-                f"changes of what modules give ({listing(output_changes, 3)}), whose weights"
+                f"changes of what modules give ({listing(output_change_paths, 3)}), whose weights"
                 " others read unchanged",
                 "changes of weights",
                 'keep the adapter beside its base, or convert it to "peft"',
@@ -71,12 +78,12 @@ def require_supported(
 
 
 def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
-    """Descriptions of contents of the source that ``target_format`` cannot store, although they
-    change no output."""
+    """Descriptions of the contents that the conversion to ``target_format`` drops. None of them
+    affects the output of the adapted model in inference."""
     hash_text = "hashes" if target_format == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved_adapter.config.variant, saved_adapter.config.dropout
     is_veneer, is_folder = target_format == "veneer", target_format in ("veneer", "peft")
-    tokenizer = tokenizer_folder(saved_adapter.path)
+    tokenizer_path = tokenizer_folder(saved_adapter.path)
     losses = [
         (saved_adapter.metadata and not is_veneer, f"the record: {hash_text} and provenance"),
         (
@@ -88,22 +95,24 @@ def list_losses(saved_adapter: AdapterFiles, target_format: str) -> list[str]:
             "the rows of trained tokens; kept is how they differ from this base's own, so it fits"
             " this base alone",
         ),
-        (tokenizer is not None and not is_folder, "the tokenizer with the added tokens"),
+        (tokenizer_path is not None and not is_folder, "the tokenizer with the added tokens"),
         (dropout and not is_folder, f"dropout {dropout:g}, which counts in training alone"),
     ]
     return [description for is_lost, description in losses if is_lost]
 
 
 def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
-    """The error texts for an adapter of another PEFT tuner that is to be written as LoRA, if it
-    changes convolutions for which PEFT's LoRA would compute another result."""
-    convolutions = [layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2]
-    if not convolutions:
+    """The error texts for an adapter of another PEFT tuner (such as LoHa) that is to be written as
+    LoRA: one for each changed convolution for which PEFT's LoRA would compute another result."""
+    convolution_paths = [
+        layer.target_path for layer in saved_adapter.low.values() if layer.A.dim() > 2
+    ]
+    if not convolution_paths:
         return
-    assert base_info.load_model is not None  # such an adapter was read with the base's shapes
-    names = Names(base_info.load_model())
-    for path in convolutions:
-        module = names.modules[names.canonical[path]]
+    assert base_info.load_model is not None  # without a base, ``read_source`` fails earlier
+    model_index = Names(base_info.load_model())
+    for path in convolution_paths:
+        module = model_index.modules[model_index.canonical[path]]
         reason = peft_behaviour.deviation_reason(kind_for(module, "weight").name, module)
         if reason is not None:
             yield sentence(
@@ -114,7 +123,8 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
 def _require_weight_changes(
     saved_adapter: AdapterFiles, target: Format, model: nn.Module | None
 ) -> None:
-    """``AdapterError`` if PEFT's result differs from that of a changed weight. Without a model,
+    """Raise AdapterError if PEFT, which changes the output of a module, computes another result
+    than a change of the module's weight would. ``model``: the base's modules; if it is None,
     nothing is checked, and the warning ``UnverifiedAdapter`` says so."""
     if model is None:
         layer_traits = "a dilation, a padding mode or a forward of its own"
@@ -126,13 +136,17 @@ def _require_weight_changes(
             stacklevel=4,
         )
         return
-    names, config, problems = Names(model), saved_adapter.peft_config, []
+    model_index, peft_config, problems = Names(model), saved_adapter.peft_config, []
     for path, layer in saved_adapter.low.items():
-        ref = ref_at(names, path, config)
+        ref = ref_at(model_index, path, peft_config)
         if ref is None:
             continue
         reader_reason, layer_reason = deviation_reasons(
-            names, ref, layer, means_parameter(names, ref, config), saved_adapter.tuner
+            model_index,
+            ref,
+            layer,
+            means_parameter(model_index, ref, peft_config),
+            saved_adapter.tuner,
         )
         if reason := reader_reason or layer_reason:
             problem = (

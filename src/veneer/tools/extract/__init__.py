@@ -10,15 +10,17 @@ the change by a low-rank product.
 Models in folders are read weight by weight (stacks of experts matrix by matrix), so the memory
 needed is a few times the largest tensor plus the output.
 
-The factors are B = U √S and A = √S Vᵀ with ΔW = U S Vᵀ. alpha = rank for every weight and as the
-default in the config, so the scale is 1 even for programs that ignore the ranks per layer.
+The factors are B = U √S and A = √S Vᵀ with the SVD ΔW = U S Vᵀ, cut off at the rank. alpha equals
+the rank for every weight and in the config's defaults, so the scale is 1 even in programs that
+ignore the ranks of single layers.
 
 If the tuned model has a coarser dtype than the base, the base is rounded to this dtype before the
-comparison, so that a difference by rounding alone does not count as a change. If its dtype is
-finer, the difference is computed without rounding.
+comparison, so that a difference by rounding alone does not count as a change. If the tuned model
+has the finer dtype, the difference is computed without rounding.
 
-Every change is written or listed in the report. Rejected: writing low-rank changes only, because a
-full fine-tune also changes norms and biases, and some of its changes do not have a low rank.
+Every change is either written, or listed in the report as lost. Rejected: writing low-rank changes
+only, because a full fine-tune also changes norms and biases, and some of its changes do not have a
+low rank.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from veneer.tools.extract.selection import (
 )
 from veneer.tools.extract.weight_pairs import (
     ModelPair,
-    Source,
+    ModelSource,
     WeightPair,
     open_models,
     pair_weights,
@@ -82,8 +84,8 @@ class _Product(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    base: Source,
-    tuned: Source,
+    base: ModelSource,
+    tuned: ModelSource,
     out: str | Path,
     *,
     rank: int | None = None,
@@ -122,7 +124,8 @@ def extract(
         base_name: the name of the base in the record; None: the folder, or the name by which
             transformers loaded the base.
         provenance: JSON values to record with the adapter.
-        progress: called after each weight.
+        progress: called after each weight with (its report, how many weights are factored, how many
+            there are).
 
     Raises:
         ConfigError, CheckpointError: an option is invalid, or a folder holds no model.
@@ -133,32 +136,32 @@ def extract(
     """
     start_time, out = time.perf_counter(), Path(out)
     raise_all(ConfigError, "Nothing was extracted", _option_problems(rank, energy, least))
-    keep_patterns = keep_options(keep)
+    keep_entries = keep_options(keep)
     must_not_exist(out, overwrite)
     model_pair = open_models(base, tuned, model)
-    weight_pairs, names = pair_weights(model_pair), Names(model_pair.structure)
+    weight_pairs, model_index = pair_weights(model_pair), Names(model_pair.structure)
     changed_pairs = _find_changed(weight_pairs, model_pair)
     name = _free_adapter_name(model_pair.structure)
-    selection = select_weights(names, changed_pairs, targets, exclude, keep_patterns, name)
+    selection = select_weights(model_index, changed_pairs, targets, exclude, keep_entries, name)
     has_float64 = any(pair.base.dtype == torch.float64 for pair in selection.low_rank)
-    dtype = torch.float64 if has_float64 else torch.float32
+    factor_dtype = torch.float64 if has_float64 else torch.float32
     products, full_pairs = [], list(selection.full)
-    for done, pair in enumerate(selection.low_rank, 1):
-        product = _factor_change(pair, rank, energy, dtype)
+    for done_count, pair in enumerate(selection.low_rank, 1):
+        product = _factor_change(pair, rank, energy, factor_dtype)
         if progress is not None:
-            progress(product.report, done, len(selection.low_rank))
-        if LOSSY in keep_patterns and (product.report.large or product.report.kept < least):
+            progress(product.report, done_count, len(selection.low_rank))
+        if LOSSY in keep_entries and (product.report.large or product.report.kept < least):
             full_pairs.append((pair, LOSSY_PRODUCT))
         else:
             products.append(product)
     unchanged_count = len(weight_pairs) - len(changed_pairs)
-    report = _report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
-    _write(
+    report = _build_report(out, products, full_pairs, selection, unchanged_count, model_pair, least)
+    _write_folder(
         model_pair,
         name,
         products,
         full_pairs,
-        dtype,
+        factor_dtype,
         out,
         base_name=base_name or model_pair.base_name,
         provenance={
@@ -178,21 +181,22 @@ def extract(
 
 def _free_adapter_name(model: nn.Module) -> str:
     """A name that no adapter on ``model`` has."""
-    attached = adapters_of(model)
-    used_names = () if attached is None else attached.configs
+    attached_adapters = adapters_of(model)
+    used_names = () if attached_adapters is None else attached_adapters.configs
     return next(name for number in count() if (name := f"extracted{number}") not in used_names)
 
 
-def _report(
+def _build_report(
     out: Path,
     products: Sequence[_Product],
     full_pairs: PairsWithReason,
     selection: Selection,
     unchanged_count: int,
     model_pair: ModelPair,
-    least: float,
+    min_kept: float,
 ) -> ExtractReport:
-    """The report of an extraction, with 0 seconds. ``ExtractError``: there is nothing to write."""
+    """The report of an extraction, with a duration of 0, which the caller replaces. ``min_kept``:
+    the argument ``least`` of ``extract``. ``ExtractError``: there is nothing to write."""
     if not products and not full_pairs:
         raise ExtractError(
             f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} only, which"
@@ -210,7 +214,7 @@ def _report(
         lost=tuple(Lost(pair.path, pair.change_norm(), reason) for pair, reason in selection.lost),
         unchanged=unchanged_count,
         unread=model_pair.tuned.unread,
-        least=least,
+        least=min_kept,
         seconds=0.0,
     )
 
@@ -247,7 +251,7 @@ def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
 
 def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> list[WeightPair]:
     """The pairs whose base and tuned weights differ. ``ExtractError``: there is no such pair, or a
-    value is not finite."""
+    weight has a value that is not finite. (An unchanged buffer, such as a mask, may have one.)"""
     comparisons = [(pair, *pair.compare()) for pair in weight_pairs]
     changed_pairs = [pair for pair, is_changed, _ in comparisons if is_changed]
     non_finite_paths = [
@@ -271,48 +275,49 @@ def _find_changed(weight_pairs: Sequence[WeightPair], model_pair: ModelPair) -> 
 
 
 def _factor_change(
-    pair: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype
+    pair: WeightPair, rank: int | None, energy: float | None, factor_dtype: torch.dtype
 ) -> _Product:
-    """The low-rank product nearest to the change of one weight, with factors in ``dtype``."""
+    """The low-rank product nearest to the change of one weight, with factors in ``factor_dtype``.
+    Its rank is ``rank``, or the lowest that keeps the share ``energy`` of ‖ΔW‖²."""
     start_time = time.perf_counter()
     fingerprint = fingerprint_of(pair.base.shape, map(pair.base.read, pair.matrix_slices))
     dense_matrices = None if pair.is_stack else list(pair.matrices())
-    frozen_input = pair.kind.frozen_input(pair.module)
+    frozen_input_index = pair.layer_kind.frozen_input(pair.module)
     frozen_input_energy = 0.0
-    # A product must not change a frozen input, such as the padding row of an embedding. The change
-    # of this input is lost, and counts as error.
-    for matrix in dense_matrices or () if frozen_input is not None else ():
-        frozen_input_energy += matrix[:, frozen_input].double().square().sum().item()
-        matrix[:, frozen_input] = 0
+    # A product must not change a frozen input, such as the padding token of an embedding. So the
+    # change of this input is lost, and is added to the error of the product.
+    for matrix in dense_matrices or () if frozen_input_index is not None else ():
+        frozen_input_energy += matrix[:, frozen_input_index].double().square().sum().item()
+        matrix[:, frozen_input_index] = 0
 
-    def matrices() -> Iterator[Tensor]:
+    def change_matrices() -> Iterator[Tensor]:
         return iter(dense_matrices) if dense_matrices is not None else pair.matrices()
 
     singular_vectors = None
     if energy is not None:
         spectra = []
-        for matrix in matrices():
+        for matrix in change_matrices():
             squared_values, singular_vectors = svd.spectrum(matrix)
             spectra.append(squared_values)
         rank = svd.smallest_rank(spectra, energy)
     assert rank is not None  # either `rank` or `energy` is given
-    rank, methods, factors = min(rank, pair.dims.max_rank), set(), []
+    rank, method_names, factor_pairs = min(rank, pair.dims.max_rank), set(), []
     change_energy = error_energy = frozen_input_energy
-    for index, matrix in enumerate(matrices()):
+    for index, matrix in enumerate(change_matrices()):
         if singular_vectors is not None and pair.dims.groups == 1:
             vectors, method = singular_vectors[:, :rank], "exact"
         else:
             vectors, method = svd.leading(matrix, rank, exact=energy is not None, seed=index)
-        A, B = (factor.to(dtype) for factor in svd.split(matrix, vectors))
+        A, B = (factor.to(factor_dtype) for factor in svd.split(matrix, vectors))
         change_energy += svd.energy(matrix)
-        error_energy += svd.distance(matrix, A, B)
-        factors.append((A.cpu(), B.cpu()))
-        methods.add(method)
+        error_energy += svd.squared_distance(matrix, A, B)
+        factor_pairs.append((A.cpu(), B.cpu()))
+        method_names.add(method)
     base_energy = sum(
         svd.energy(pair.base.read(matrix_slice).reshape(1, -1))
         for matrix_slice in pair.matrix_slices
     )
-    A, B = (torch.stack(matrices) for matrices in zip(*factors, strict=True))
+    A, B = (torch.stack(factor_matrices) for factor_matrices in zip(*factor_pairs, strict=True))
     report = Extracted(
         path=pair.path,
         dims=(pair.dims.groups, pair.dims.out, pair.dims.in_),
@@ -320,24 +325,28 @@ def _factor_change(
         change=change_energy**0.5,
         relative=(change_energy / base_energy) ** 0.5 if base_energy else math.inf,
         error=(error_energy / change_energy) ** 0.5,
-        method="exact" if methods == {"exact"} else "randomised",
+        method="exact" if method_names == {"exact"} else "randomised",
         seconds=time.perf_counter() - start_time,
     )
     return _Product(pair, A, B, fingerprint, report)
 
 
-def _write(
+def _write_folder(
     model_pair: ModelPair,
-    name: str,
+    adapter_name: str,
     products: Sequence[_Product],
     full_pairs: PairsWithReason,
-    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
     out: Path,
     **options: Any,
 ) -> None:
-    """Install the adapter ``name`` on the base's model, save it to ``out``, and detach it.
-    ``options``: further arguments of ``save``."""
-    names = Names(model_pair.structure)
+    """Install the adapter ``adapter_name`` on the base's model, save it to ``out``, and detach it.
+    ``full_pairs``: the parameters and buffers that it stores in full, with the tuned model's
+    values. If it stores a buffer of a module, it must store all persistent buffers of the module;
+    those that are not in ``full_pairs`` get the base's values. ``options``: further arguments of
+    ``save``.
+    """
+    model_index = Names(model_pair.structure)
     ranks = {product.pair.model_weight.ref: product.report.rank for product in products}
     target_paths = [product.pair.path for product in products] or [
         pair.path for pair, _ in full_pairs
@@ -347,58 +356,59 @@ def _write(
         rank=highest_rank,
         alpha=float(highest_rank),
         targets=tuple(target_paths),
-        dtype="float64" if dtype == torch.float64 else None,
+        dtype="float64" if factor_dtype == torch.float64 else None,
     )
     problems: list[str] = []
-    plans = plan_adapter(names, config, ranks, [pair for pair, _ in full_pairs], problems)
+    plans = plan_adapter(model_index, config, ranks, [pair for pair, _ in full_pairs], problems)
     raise_all(TargetError, "Nothing was written", problems)
     if model_pair.is_meta:
-        _randomize_rows([(names.modules[path], weight) for path, weight in ranks])
+        _randomize_rows([(model_index.modules[path], weight) for path, weight in ranks])
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.model_weight.ref: {"A": product.A, "B": product.B} for product in products
     }
-    # The installed adapter has tensors for the parameters in ``full_pairs``, which get the tuned
-    # model's values. If it has a buffer of a module, it has all persistent buffers of the module.
-    # Buffers that are not in ``full_pairs`` get the base's values.
+    # the tensors at these paths get the tuned model's values, other buffers the base's
     tuned_paths = {path for pair, _ in full_pairs for path in pair.model_weight.names}
     product_weight_ids = {
         id(model_pair.base.by_name.get(product.pair.path)) for product in products
     }
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
-        install_adapter(model_pair.structure, name, plans, trainable=False, parameters=factors)
-        for path, _, module_parameters in adapters(model_pair.structure, name):
+        install_adapter(
+            model_pair.structure, adapter_name, plans, trainable=False, parameters=factors
+        )
+        for path, _, layer_adapter in adapters(model_pair.structure, adapter_name):
             for tensor_name, tensor in (
-                *module_parameters.full._parameters.items(),
-                *module_parameters.full._buffers.items(),
+                *layer_adapter.full._parameters.items(),
+                *layer_adapter.full._buffers.items(),
             ):
                 full_path = parameter_path(path, tensor_name)
-                source = (
+                stored_weight = (
                     model_pair.tuned if full_path in tuned_paths else model_pair.base
                 ).by_name.get(full_path)
-                if source is not None and tensor is not None:
-                    tensor.copy_(source.read(None))
-        for model_weight in list_weights(names):
+                if stored_weight is not None and tensor is not None:
+                    tensor.copy_(stored_weight.read(None))
+        for model_weight in list_weights(model_index):
             base_weight = model_pair.base.find(model_weight.names)
             if base_weight is not None and id(base_weight) not in product_weight_ids:
                 fingerprints[model_weight.path] = base_weight.fingerprint()
-        save(model_pair.structure, out, name=name, fingerprints=fingerprints, **options)
+        save(model_pair.structure, out, name=adapter_name, fingerprints=fingerprints, **options)
     finally:
-        attached = adapters_of(model_pair.structure)
-        if attached is not None and name in attached.configs:
-            detach(model_pair.structure, name)
+        attached_adapters = adapters_of(model_pair.structure)
+        if attached_adapters is not None and adapter_name in attached_adapters.configs:
+            detach(model_pair.structure, adapter_name)
 
 
-def _randomize_rows(targets: Sequence[tuple[nn.Module, str]]) -> None:
-    """Fill the first rows of target weights with random values, in a model that was built without
-    weights, if the module's class overrides the forward of its layer kind. ``save`` then runs this
-    forward on a sample, and compares it with the layer kind's, to find out whether PEFT can apply
-    the adapter. With weights of zeros, every forward would give the same."""
+def _randomize_rows(targeted_weights: Sequence[tuple[nn.Module, str]]) -> None:
+    """Prepare a model that was built without weights for a check in ``save``: to find out whether
+    PEFT can apply the adapter, ``save`` compares the forward of a module whose class overrides it
+    with the forward of the stock layer (such as ``nn.Linear``), on a sample input. Weights of zeros
+    would make all outputs equal, so this function fills the first rows of these modules' weights
+    with random values. ``targeted_weights``: (module, name of the weight)."""
     generator = torch.Generator().manual_seed(0)
-    for module, name in targets:
-        kind, weight = kind_for(module, name), module._parameters.get(name)
-        has_stock_forward = kind is GENERAL_KIND or any(
-            base_class(module).forward is layer_class.forward for layer_class in kind.types()
+    for module, weight_name in targeted_weights:
+        layer_kind, weight = kind_for(module, weight_name), module._parameters.get(weight_name)
+        has_stock_forward = layer_kind is GENERAL_KIND or any(
+            base_class(module).forward is layer_class.forward for layer_class in layer_kind.types()
         )
         if weight is not None and not has_stock_forward:
             weight.data[:8].normal_(generator=generator)

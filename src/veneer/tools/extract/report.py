@@ -16,7 +16,7 @@ class Extracted:
     """One weight whose change was written as a low-rank product."""
 
     path: str
-    dims: tuple[int, int, int]  # (g, out, in) of the change; g: matrices in the weight
+    dims: tuple[int, int, int]  # (g, out, in) of the change; g: the number of its matrices
     rank: int
     change: float  # ‖ΔW‖
     relative: float  # ‖ΔW‖ / ‖W‖
@@ -71,7 +71,7 @@ class ExtractReport:
     whole: tuple[Kept, ...]  # changed parameters that were written in full
     lost: tuple[Lost, ...]  # changed parameters that were not written
     unchanged: int  # how many parameters and buffers did not change
-    unread: tuple[str, ...]  # tensors in the tuned model's files without a parameter of the model
+    unread: tuple[str, ...]  # names in the tuned model's files that no parameter of the model has
     least: float  # the share of ‖ΔW‖² below which a product counts as lossy
     seconds: float  # duration of the extraction
 
@@ -85,7 +85,7 @@ class ExtractReport:
 
     @property
     def lossy(self) -> tuple[Extracted, ...]:
-        """The layers whose product keeps a smaller share of ‖ΔW‖² than ``least``."""
+        """The weights whose product keeps a smaller share of ‖ΔW‖² than ``least``."""
         return tuple(layer for layer in self.layers if layer.kept < self.least)
 
     @property
@@ -126,10 +126,11 @@ class ExtractReport:
                 f"{len(self.whole)} whole: {listing((entry.path for entry in self.whole), 3)}"
             )
         if self.lossy:
-            do = 'keep="lossy" writes them whole; a larger rank keeps more'
-            paths = listing((layer.path for layer in self.lossy), 3)
+            fix = 'keep="lossy" writes them whole; a larger rank keeps more'
+            lossy_paths = listing((layer.path for layer in self.lossy), 3)
             lines.append(
-                f"{len(self.lossy)} keep less than {self.least:.0%} of their change: {paths} ({do})"
+                f"{len(self.lossy)} keep less than {self.least:.0%} of their change:"
+                f" {lossy_paths} ({fix})"
             )
         if large_paths := [layer.path for layer in self.layers if layer.large]:
             lines.append(
@@ -137,7 +138,9 @@ class ExtractReport:
                 f" {listing(large_paths, 3)}"
             )
         for reason in dict.fromkeys(entry.why for entry in self.lost):
-            paths = [entry.path for entry in self.lost if entry.why == reason]
-            lines.append(f"LOST: {len(paths)} that changed ({reason}): {listing(paths, 3)}")
+            lost_paths = [entry.path for entry in self.lost if entry.why == reason]
+            lines.append(
+                f"LOST: {len(lost_paths)} that changed ({reason}): {listing(lost_paths, 3)}"
+            )
         lines.append(f"{self.unchanged} did not change; {self.seconds:.1f} s")
         return "\n".join(lines)

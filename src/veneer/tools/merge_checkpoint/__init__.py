@@ -1,14 +1,15 @@
 """Merge adapters into a checkpoint on disk, tensor by tensor, with little memory.
 
-    MergeJob          a checked merge: the base's files, the changes, the dtype, the rounding
+    MergeJob          a checked merge: the base's files, the changes of each tensor, the options
     CheckpointWriter  reads, merges and writes each tensor; the tensors in memory need no more bytes
                       than the largest tensor and its result
     aux_files         copies or adjusts the configuration and the tokenizer
 
-The result is written to a temporary folder beside the folder ``out``. When it is complete and on
-the disk, it is renamed to ``out``. After an error or a kill, ``out`` is unchanged. The next merge
-into ``out`` removes the temporary folder of a killed merge. Rejected: a journal from which a killed
-merge could resume, because merging takes about as long as copying.
+The result is written to a temporary folder, and takes the place of the folder ``out`` only when it
+is complete and flushed to disk (``fileio.atomic``). If the merge fails or is killed before that,
+``out`` is unchanged. The next merge into ``out`` removes the temporary folder of a killed merge.
+Rejected: a journal from which a killed merge could resume. Merging takes about as long as copying
+the files, so that starting again costs little.
 """
 
 from __future__ import annotations
@@ -40,9 +41,16 @@ __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
 
 @dataclass(frozen=True)
 class CheckpointMerge:
-    """The result of ``merge_checkpoint``; ``str(merge)`` is readable text. ``report``: what
-    ``veneer.merge`` reports, by tensor; ``left_out``: files and folders of the base that were not
-    copied (``aux_files.py``); ``notes``: remarks for the caller."""
+    """The result of ``merge_checkpoint``; ``str(merge)`` is readable text.
+
+    Fields:
+        path: the folder of the result.
+        report: how much each low-rank change altered its weight, and how much of the change
+            survived rounding. The paths in it are names of tensors in the files.
+        left_out: names of files and folders of the base that were not copied, such as weights in
+            other formats.
+        notes: sentences that the user should read, such as that the vocabulary grew.
+    """
 
     path: Path
     report: MergeReport
@@ -77,19 +85,28 @@ def merge_checkpoint(
         base: a folder with one or several safetensors files.
         adapters: adapter folders, or pairs (folder, coefficient wᵢ). The result is W + Σ wᵢ ΔWᵢ;
             wᵢ is 1 for a folder alone.
-        dtype: the dtype of all floating-point tensors of the result; None keeps their dtypes.
-        rounding: "nearest", "faithful" or "auto" (see ``veneer.merge``).
-        verify_base: whether to compare each changed weight with the fingerprints in the adapters'
-            records.
-        progress: called after each tensor, with (bytes done, bytes in total, name of the tensor).
+        dtype: the dtype of the floating-point tensors of the result (float64, float32, bfloat16 or
+            float16). FP8 tensors and integers keep theirs. None keeps all dtypes.
+        rounding: how 16-bit weights are rounded. "nearest": each element to the nearest value.
+            "faithful": up or down, so that errors cancel in the directions that the adapter reads.
+            "auto": "faithful" for the weights whose change "nearest" would distort.
+        verify_base: whether to compare each changed weight with the fingerprints (hashes of base
+            weights) in the adapters' records.
+        overwrite: whether an existing folder ``out`` may be replaced. Files in it that do not
+            belong to a model stay.
+        progress: called after each tensor, with (bytes of the base's tensors that are done, bytes
+            of all of them, name of the tensor).
         model: the model of ``base``, if transformers cannot build it from the config.json.
 
     Raises:
-        CheckpointError, AdapterError, BaseMismatchError: the files or an adapter cannot be used, or
-            they do not fit each other.
-        ConfigError: ``rounding`` is unknown.
-        MergeError: a merged weight is not finite in its dtype.
-        OutputExistsError: ``out`` exists and ``overwrite`` is False.
+        CheckpointError: the base's files cannot be used, or lack a weight that an adapter changes.
+        AdapterError, TargetError: an adapter cannot be read, or does not fit the model.
+        BaseMismatchError: an adapter was trained on other weights.
+        ConfigError: ``rounding`` is unknown, or transformers does not know the model.
+        MergeError: ``adapters`` is empty; ``dtype`` is unsupported; a change cannot be merged into
+            the files; a merged weight is not finite in its dtype; ``out`` holds the base; or
+            another process merges into ``out``.
+        OutputExistsError: ``out`` exists and ``overwrite`` is False, or ``out`` holds an adapter.
 
     After an error no temporary files remain, and ``out`` is unchanged.
     """
@@ -102,8 +119,10 @@ def merge_checkpoint(
     except BaseMismatchError:
         if not job.merge_plan.uses_stub_model:
             raise
-    # The first plan assumed that the files name tensors as the model names its parameters. A
-    # fingerprint showed that this is wrong. The second plan takes the names from the model.
+    # A weight differs from its fingerprint. Either the base is another one, or the first plan
+    # mapped names wrongly, because its stub model assumes that the files name tensors as the model
+    # names its parameters. So plan again with the model itself. If the base is another one, the
+    # second merge raises the error again.
     job = plan_job(base, adapters, dtype, rounding, verify_base, model, allow_stub_model=False)
     return _write_merge(job, base, out, overwrite, progress)
 
@@ -115,22 +134,24 @@ def _write_merge(
         raise MergeError(
             f"{out}, which holds the base", "another folder for the result", "choose another"
         )
-    lock = out.with_name(f".{out.name}.merging.lock")
+    lock_path = out.with_name(f".{out.name}.merging.lock")
     with (
         hold_lock(
-            lock,
+            lock_path,
             lambda holder: MergeError(
                 f"{holder}, which merges into {out}",
                 "one at a time",
                 "wait for it, or choose another folder",
             ),
         ),
-        new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as folder,
+        new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as staging_folder,
     ):
-        layer_reports = CheckpointWriter(job, folder).write(progress)
-        left_out = _write_aux_files(job, folder)
+        layer_reports = CheckpointWriter(job, staging_folder).write(progress)
+        left_out = _write_aux_files(job, staging_folder)
         report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layer_reports))
-        (folder / MERGE_RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
+        (staging_folder / MERGE_RECORD).write_text(
+            json.dumps(_record(job, base, report), indent=2) + "\n"
+        )
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes)
 
 
@@ -146,10 +167,12 @@ def prove(
 ) -> int:
     """Verify byte by byte that ``out`` is the result of ``merge_checkpoint`` with these arguments.
     Tensors that the merge copied are compared with the base's, and merged tensors with the results
-    of a new merge in memory. Returns the number of compared tensors.
+    of a new merge in memory. The configuration and tokenizer files are compared too. Returns the
+    number of tensors in ``out``. Nothing is written.
 
     Raises:
         MergeError: tensors or files differ; the error lists them.
+        Also the errors with which ``merge_checkpoint`` refuses its arguments.
     """
     job = plan_job(base, adapters, dtype, rounding, False, model)
     merged_checkpoint = open_checkpoint(out)
@@ -165,8 +188,8 @@ def prove(
         ) != job.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
-        expected, _ = merge_tensor(job, name, job.checkpoint.read(name), use_numba)
-        if not torch.equal(as_bytes(expected), as_bytes(merged_checkpoint.read(name))):
+        expected_tensor, _ = merge_tensor(job, name, job.checkpoint.read(name), use_numba)
+        if not torch.equal(as_bytes(expected_tensor), as_bytes(merged_checkpoint.read(name))):
             problems.append(f"{name!r} holds other numbers")
         bytes_done += job.checkpoint.bytes(name)
         if progress is not None:
@@ -176,27 +199,30 @@ def prove(
     return len(merged_checkpoint.file_of)
 
 
-def _write_aux_files(job: MergeJob, folder: Path) -> list[str]:
-    """Write the files that hold no weights, and the index of the shards. Returns the names of the
-    base's files and folders that are left out."""
+def _write_aux_files(job: MergeJob, target_folder: Path) -> list[str]:
+    """Write the files that hold no weights, and the index of the shards if the base has one, to
+    ``target_folder``. Returns the names of the base's files and folders that are not copied, such
+    as weights in other formats and hidden folders."""
     checkpoint = job.checkpoint
-    left_out = aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder)
+    left_out = aux_files.write_aux_files(job.checkpoint, job.aux_changes, target_folder)
     if checkpoint.index is not None:
         total_bytes = sum(map(job.output_bytes, checkpoint.file_of))
         metadata = checkpoint.index.get("metadata") or {}
-        source, target = (
-            parent / str(checkpoint.index_name) for parent in (checkpoint.folder, folder)
+        base_index_path, result_index_path = (
+            folder / str(checkpoint.index_name) for folder in (checkpoint.folder, target_folder)
         )
         if metadata.get("total_size") == total_bytes:
-            shutil.copyfile(source, target)
+            shutil.copyfile(base_index_path, result_index_path)
         else:
             index = {**checkpoint.index, "metadata": {**metadata, "total_size": total_bytes}}
-            target.write_text(json.dumps(index, indent=2) + "\n")
+            result_index_path.write_text(json.dumps(index, indent=2) + "\n")
     return left_out
 
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
-    """The record in the result's ``MERGE_RECORD``. It contains no paths of this machine."""
+    """The content of the file ``MERGE_RECORD`` in the result: the base, the adapters, the options
+    and the effect on each weight. Folders are given by their last name only, so that the record
+    reveals no paths of this machine."""
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,
@@ -208,7 +234,9 @@ def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, A
         "rounding": job.rounding,
         "layers": {
             layer.path: {
-                field: number for field, number in asdict(layer).items() if field != "path"
+                field: field_value
+                for field, field_value in asdict(layer).items()
+                if field != "path"
             }
             for layer in report.layers
         },

@@ -1,7 +1,8 @@
 """Write the files of a merged checkpoint that hold no weights: configuration and tokenizer.
 
-Weights in other formats are not copied, because the adapters are not merged into them. Folders that
-contain such files and hidden folders (of git and the Hub's client) are left out as well.
+Weights in other formats than safetensors are not copied, because the adapters are not merged into
+them. A folder that contains weights is left out as a whole, and so are hidden folders (of git and
+the Hub's client).
 config.json is rewritten if the merge changes the dtype, the size of the vocabulary, or the labels
 of a classifier. The tokenizer is the adapter's if the adapter added tokens to it, else the base's.
 """
@@ -21,7 +22,7 @@ from veneer.adapter_files.file_names import TOKENIZER_FILES
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.tools.merge_checkpoint.growth import Head
 
-#: the record of the merge, and the configuration of the model
+#: file names: the record that a merge writes, and the configuration of the model
 MERGE_RECORD, MODEL_CONFIG = "veneer_merge.json", "config.json"
 #: suffixes of files that hold weights
 WEIGHT_SUFFIXES = (
@@ -38,9 +39,10 @@ WEIGHT_SUFFIXES = (
 
 
 def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """(the paths of the files to copy, relative to the base's folder; the names of the files and
-    folders in the base's folder that are left out)."""
-    files, left_out, folder = [], [], checkpoint.folder
+    """(the paths of the files without weights, relative to the base's folder, which are copied to
+    the result; the names of the other files and folders in the base's folder, which are not copied
+    because they hold weights in other formats, are hidden or are empty)."""
+    copied_paths, left_out, folder = [], [], checkpoint.folder
     for path in sorted(folder.iterdir()):
         if path.name in checkpoint.files or path.name in (checkpoint.index_name, MERGE_RECORD):
             continue
@@ -51,18 +53,22 @@ def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             if path.name.startswith(".")
             else list(path.rglob("*"))
         )
-        # a link to a folder is not followed, and is left out as if it led to weights
+        # ``rglob`` does not follow a link to a folder. The linked folder may hold weights, so the
+        # folder with the link is left out.
         has_weights = any(
-            file.name.endswith(WEIGHT_SUFFIXES) or (file.is_dir() and file.is_symlink())
-            for file in contained_paths
+            contained_path.name.endswith(WEIGHT_SUFFIXES)
+            or (contained_path.is_dir() and contained_path.is_symlink())
+            for contained_path in contained_paths
         )
         if has_weights or not contained_paths:
             left_out.append(path.name)
         else:
-            files += sorted(
-                file.relative_to(folder) for file in contained_paths if not file.is_dir()
+            copied_paths += sorted(
+                contained_path.relative_to(folder)
+                for contained_path in contained_paths
+                if not contained_path.is_dir()
             )
-    return files, left_out
+    return copied_paths, left_out
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,15 @@ class FileChanges:
     Fields:
         dtype: the new dtype in config.json; None: unchanged.
         vocabulary_size: the new number of tokens in config.json; None: unchanged.
-        tokenizer: the folder of a tokenizer with added tokens; None: the base's tokenizer stays.
-        head: the class and labels of a classifier in the adapters; None: there is none.
+        tokenizer_folder: the folder of a tokenizer with added tokens; None: the base's tokenizer
+            stays.
+        head: the model class and labels for config.json if the adapters have a classification head;
+            None: both stay unchanged.
     """
 
     dtype: torch.dtype | None = None
     vocabulary_size: int | None = None
-    tokenizer: Path | None = None
+    tokenizer_folder: Path | None = None
     head: Head | None = None
 
     @property
@@ -87,49 +95,61 @@ class FileChanges:
         return (self.dtype, self.vocabulary_size, self.head) != (None, None, None)
 
 
-def write_aux_files(checkpoint: Checkpoint, changes: FileChanges, target: Path) -> list[str]:
-    """Write the files that hold no weights into the folder ``target``. Returns the names of the
-    base's files and folders that are left out."""
-    files, left_out = _sources(checkpoint, changes)
-    for file, source in files.items():
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if file == Path(MODEL_CONFIG) and changes.changes_config:
-            (target / file).write_bytes(_expected_content(source, changes, file))
+def write_aux_files(checkpoint: Checkpoint, changes: FileChanges, target_folder: Path) -> list[str]:
+    """Write the files that hold no weights into ``target_folder``. Returns the names of the base's
+    files and folders that are not copied (``list_aux_files``)."""
+    source_paths, left_out = _sources(checkpoint, changes)
+    for relative_path, source_path in source_paths.items():
+        (target_folder / relative_path).parent.mkdir(parents=True, exist_ok=True)
+        if relative_path == Path(MODEL_CONFIG) and changes.changes_config:
+            (target_folder / relative_path).write_bytes(
+                _expected_content(source_path, changes, relative_path)
+            )
         else:
-            shutil.copyfile(source, target / file)
+            shutil.copyfile(source_path, target_folder / relative_path)
     return left_out
 
 
-def list_differences(checkpoint: Checkpoint, changes: FileChanges, target: Path) -> Iterator[str]:
-    """Descriptions of the files in ``target`` that ``write_aux_files`` would write differently."""
-    for file, source in _sources(checkpoint, changes)[0].items():
-        if not (target / file).is_file():
-            yield f"{file} is not there"
-        elif (target / file).read_bytes() != _expected_content(source, changes, file):
-            yield f"{file} is another file than the base's"
+def list_differences(
+    checkpoint: Checkpoint, changes: FileChanges, merged_folder: Path
+) -> Iterator[str]:
+    """An error text for each file that ``write_aux_files`` would write, and that is missing from
+    ``merged_folder`` or has other bytes there."""
+    for relative_path, source_path in _sources(checkpoint, changes)[0].items():
+        if not (merged_folder / relative_path).is_file():
+            yield f"{relative_path} is not there"
+        elif (merged_folder / relative_path).read_bytes() != _expected_content(
+            source_path, changes, relative_path
+        ):
+            yield f"{relative_path} is another file than the base's"
 
 
 def _sources(checkpoint: Checkpoint, changes: FileChanges) -> tuple[dict[Path, Path], list[str]]:
-    """(the source of each file of the result, by its path in the result; the names of files and
-    folders of the base that are left out)."""
-    files, left_out = list_aux_files(checkpoint)
-    sources = {file: checkpoint.folder / file for file in files}
-    if changes.tokenizer is not None:
-        sources = {
-            file: source for file, source in sources.items() if file.name not in TOKENIZER_FILES
+    """(for each file to write, by its path in the result: the path of the file that it is copied
+    or derived from; the names of files and folders of the base that are not copied)."""
+    relative_paths, left_out = list_aux_files(checkpoint)
+    source_paths = {
+        relative_path: checkpoint.folder / relative_path for relative_path in relative_paths
+    }
+    if changes.tokenizer_folder is not None:
+        source_paths = {
+            relative_path: source_path
+            for relative_path, source_path in source_paths.items()
+            if relative_path.name not in TOKENIZER_FILES
         }
-        sources |= {
-            Path(name): changes.tokenizer / name
+        source_paths |= {
+            Path(name): changes.tokenizer_folder / name
             for name in TOKENIZER_FILES
-            if (changes.tokenizer / name).is_file()
+            if (changes.tokenizer_folder / name).is_file()
         }
-    return sources, left_out
+    return source_paths, left_out
 
 
-def _expected_content(source: Path, changes: FileChanges, file: Path) -> bytes:
-    """The bytes of ``file`` in the result, from the bytes of its ``source``."""
-    content = source.read_bytes()
-    if file != Path(MODEL_CONFIG) or not changes.changes_config:
+def _expected_content(source_path: Path, changes: FileChanges, relative_path: Path) -> bytes:
+    """The bytes that the file at ``relative_path`` has in the result: those of ``source_path``,
+    adjusted to ``changes`` if the file is config.json."""
+    content = source_path.read_bytes()
+    if relative_path != Path(MODEL_CONFIG) or not changes.changes_config:
         return content
     config = json.loads(content)
     if changes.dtype is not None:
@@ -144,18 +164,19 @@ def _expected_content(source: Path, changes: FileChanges, file: Path) -> bytes:
 
 
 def _with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The config with this vocabulary size. If there is a ``text_config``, transformers reads the
-    size there, and the size at the top level is changed only if it exists. Else the size is set at
-    the top level."""
-    size, text_config = {"vocab_size": vocab_size}, config.get("text_config")
+    """A copy of the config with this vocabulary size. If the config has a ``text_config``,
+    transformers reads the size there. Then the size is set in ``text_config``, and at the top level
+    only if the config has a size there too. Otherwise it is set at the top level."""
+    size_entry, text_config = {"vocab_size": vocab_size}, config.get("text_config")
     if not isinstance(text_config, dict):
-        return {**config, **size}
-    top_size = size if "vocab_size" in config else {}
-    return {**config, **top_size, "text_config": {**text_config, **size}}
+        return {**config, **size_entry}
+    top_level_entry = size_entry if "vocab_size" in config else {}
+    return {**config, **top_level_entry, "text_config": {**text_config, **size_entry}}
 
 
 def _with_labels(config: dict[str, Any], head: Head) -> dict[str, Any]:
-    """The config with the class and the labels of ``head``."""
+    """A copy of the config with the class and the labels of ``head``. If the labels differ from the
+    config's, ``num_labels`` is removed, because transformers derives it from the labels."""
     labels_by_index = config.get("id2label") or {}
     labels = [str(labels_by_index.get(str(index))) for index in range(len(labels_by_index))]
     if labels != [*head.labels]:
@@ -169,11 +190,16 @@ def _with_labels(config: dict[str, Any], head: Head) -> dict[str, Any]:
     return {**config, "architectures": [head.architecture]}
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
-    """The config with ``dtype`` instead of each dtype in it, at any depth."""
+def _with_dtype(config: Any, dtype_name: str) -> Any:
+    """A copy of a config, or of a value in it, in which each entry "dtype" or "torch_dtype" that is
+    not empty is ``dtype_name``, at any depth."""
     if isinstance(config, dict):
         return {
-            key: dtype if key in ("dtype", "torch_dtype") and entry else _with_dtype(entry, dtype)
+            key: dtype_name
+            if key in ("dtype", "torch_dtype") and entry
+            else _with_dtype(entry, dtype_name)
             for key, entry in config.items()
         }
-    return [_with_dtype(entry, dtype) for entry in config] if isinstance(config, list) else config
+    return (
+        [_with_dtype(entry, dtype_name) for entry in config] if isinstance(config, list) else config
+    )

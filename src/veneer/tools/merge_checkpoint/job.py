@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapter_files.file_names import common_tokenizer
 from veneer.adapter_files.folder import read
@@ -28,7 +28,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF_DTYPES, Folded, Sums, check_rounding, is_inaccurate
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
-from veneer.models.safetensors_dir import NAMES, Checkpoint, names_by_offset, open_checkpoint
+from veneer.models.safetensors_dir import DTYPE_NAMES, Checkpoint, names_by_offset, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import FileChanges
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
@@ -40,13 +40,24 @@ from veneer.tools.merge_checkpoint.merge_plan import (
     plan_merge,
 )
 
-#: bytes of memory that numba needs, including its compiler
+#: bytes of memory that numba (a compiler for the rounding loop) needs when it is imported and used
 NUMBA_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """A merge that is checked and planned."""
+    """A merge that is checked and planned.
+
+    Fields:
+        checkpoint: the base's files; tensors and rows that the merge adds to them read as zeros.
+        dtype: the dtype of the floating-point tensors of the result; None keeps their dtypes.
+        rounding: "nearest", "faithful" or "auto" (see ``merge_checkpoint``).
+        verify_base: whether to compare changed weights with the fingerprints in adapters' records.
+        tokenizer_folder: the folder of the adapter whose tokenizer the result gets; None: the
+            base's tokenizer.
+        chosen_roundings: the rounding that "auto" has chosen for each parameter that the files hold
+            in several tensors, by path. It is filled as tensors are merged.
+    """
 
     checkpoint: Checkpoint
     merge_plan: MergePlan
@@ -54,18 +65,16 @@ class MergeJob:
     dtype: torch.dtype | None
     rounding: str
     verify_base: bool
-    #: the folder of the adapter whose tokenizer the result gets; None: the base's tokenizer
-    tokenizer: Path | None
-    #: by path of a parameter that several tensors hold: its rounding, once it has been chosen
+    tokenizer_folder: Path | None
     chosen_roundings: dict[str, str] = field(default_factory=dict)
 
     @property
     def aux_changes(self) -> FileChanges:
-        """The changes of the base's configuration and tokenizer."""
+        """How the configuration and the tokenizer of the result differ from the base's."""
         return FileChanges(
             dtype=self.dtype,
             vocabulary_size=max(self.merge_plan.grown_row_counts.values(), default=None),
-            tokenizer=self.tokenizer,
+            tokenizer_folder=self.tokenizer_folder,
             head=self.merge_plan.head,
         )
 
@@ -75,7 +84,7 @@ class MergeJob:
         return self.dtype if self.dtype is not None and base_dtype in FLOAT_DTYPES else base_dtype
 
     def is_copied(self, name: str) -> bool:
-        """Whether the bytes of a tensor are copied from the base."""
+        """Whether a tensor has the same bytes in the result as in the base, so they are copied."""
         is_unedited = (
             name not in self.merge_plan.edits and name not in self.merge_plan.grown_row_counts
         )
@@ -87,13 +96,14 @@ class MergeJob:
         return base_bytes // self.checkpoint.dtype(name).itemsize * self.output_dtype(name).itemsize
 
     def buffer_bytes(self, name: str) -> int:
-        """The bytes of memory for reading and merging a tensor."""
+        """The bytes of memory for a tensor of the base together with its result."""
         return self.checkpoint.bytes(name) + self.output_bytes(name)
 
     def memory_limit(self) -> tuple[int, bool]:
-        """(the limit of the bytes of all tensors in memory, whether numba is used). The limit is
-        the size of the largest tensor and its result. numba is used if the largest tensor that is
-        merged, and numba's own memory, fit into this limit; its memory is then subtracted."""
+        """(the limit in bytes for all tensors in memory, whether numba may be used). The limit is
+        the size of the largest tensor plus its result. numba rounds faster, but needs
+        ``NUMBA_BYTES`` itself. It may be used if these and the largest tensor that is merged (not
+        copied) fit into the limit together. Then ``NUMBA_BYTES`` are subtracted from the limit."""
         limit = max(map(self.buffer_bytes, self.checkpoint.file_of), default=0)
         needed_bytes = max(
             (
@@ -106,10 +116,13 @@ class MergeJob:
         use_numba = limit - NUMBA_BYTES >= needed_bytes
         return (limit - NUMBA_BYTES if use_numba else limit), use_numba
 
-    def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
+    def layout(self, file_name: str) -> tuple[bytes, dict[str, int]]:
         """For a file of the result: (its safetensors header with the length prefix, the offset in
         bytes of each tensor from the start of the file, by name)."""
-        header, names = self.checkpoint.files[file], names_by_offset(self.checkpoint.files[file])
+        header, names = (
+            self.checkpoint.files[file_name],
+            names_by_offset(self.checkpoint.files[file_name]),
+        )
         offsets = dict(
             zip(names, accumulate(map(self.output_bytes, names), initial=0), strict=False)
         )
@@ -120,14 +133,15 @@ class MergeJob:
         if has_same_shapes and all(
             self.output_dtype(name) == self.checkpoint.dtype(name) for name in names
         ):
-            with (self.checkpoint.folder / file).open("rb") as stream:
+            with (self.checkpoint.folder / file_name).open("rb") as stream:
                 header_bytes = stream.read(header.data_start)
         else:
             header_fields: dict[str, Any] = (
                 {"__metadata__": dict(header.metadata)} if header.metadata else {}
             )
             for name, start in offsets.items():
-                dtype, shape = NAMES[self.output_dtype(name)], list(self.checkpoint.shape(name))
+                shape = list(self.checkpoint.shape(name))
+                dtype = DTYPE_NAMES[self.output_dtype(name)]
                 header_fields[name] = {
                     "dtype": dtype,
                     "shape": shape,
@@ -138,58 +152,72 @@ class MergeJob:
             header_bytes = len(header_json).to_bytes(8, "little") + header_json
         return header_bytes, {name: len(header_bytes) + start for name, start in offsets.items()}
 
-    def check_fingerprints(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
-        """``BaseMismatchError`` if a parameter does not match the fingerprints in the adapters'
-        records. ``loaded``: tensors that are already in memory, by name."""
+    def check_fingerprints(
+        self, parameter_paths: Sequence[str], loaded_tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Compare parameters of the base with the fingerprints in the adapters' records.
+        ``BaseMismatchError``: some parameters differ; the error lists them. ``loaded_tensors``:
+        tensors that are already in memory, by name; others are read again."""
         mismatches = []
 
         def read(name: str) -> Tensor:
-            return loaded[name] if name in loaded else self.checkpoint.read(name)
+            return loaded_tensors[name] if name in loaded_tensors else self.checkpoint.read(name)
 
-        for path in paths:
-            tensors, shape, expected_by_adapter = self.merge_plan.fingerprints[path]
+        for path in parameter_paths:
+            tensor_names, shape, expected_by_adapter = self.merge_plan.fingerprints[path]
             edits = {
                 name: next(edit for edit in self.merge_plan.edits[name] if edit.path == path)
-                for name in tensors
+                for name in tensor_names
             }
             actual_fingerprints = {
-                (kind, ids): fingerprint_without_rows(read(tensors[0]), ids, kind)
-                if ids
+                (hash_kind, token_ids): fingerprint_without_rows(
+                    read(tensor_names[0]), token_ids, hash_kind
+                )
+                if token_ids
                 else fingerprint_of(
                     shape,
                     (read(name)[edit.param_slice.within] for name, edit in edits.items()),
-                    kind,
+                    hash_kind,
                 )
-                for kind, ids in {
-                    (kind_of(expected), ids) for expected, ids in expected_by_adapter.values()
+                for hash_kind, token_ids in {
+                    (kind_of(expected), token_ids)
+                    for expected, token_ids in expected_by_adapter.values()
                 }
             }
             if mismatched_adapters := [
                 adapter
-                for adapter, (expected, ids) in expected_by_adapter.items()
-                if expected != actual_fingerprints[kind_of(expected), ids]
+                for adapter, (expected, token_ids) in expected_by_adapter.items()
+                if expected != actual_fingerprints[kind_of(expected), token_ids]
             ]:
-                mismatches.append(f"{listing(tensors, 2)} (adapter {listing(mismatched_adapters)})")
+                mismatches.append(
+                    f"{listing(tensor_names, 2)} (adapter {listing(mismatched_adapters)})"
+                )
         if mismatches:
             problem = f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
             expected = "the weights that the adapters were trained on"
             precision_hint = "if these are the same in another precision"
-            do = f"name that base, or pass verify_base=False (--no-verify-base) {precision_hint}"
-            raise BaseMismatchError(f"This is another base. {sentence(problem, expected, do)}")
+            advice = (
+                f"name that base, or pass verify_base=False (--no-verify-base) {precision_hint}"
+            )
+            raise BaseMismatchError(f"This is another base. {sentence(problem, expected, advice)}")
 
 
 def plan_job(
-    base: Any,
-    adapters: Any,
-    dtype: Any,
+    base: str | Path,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    dtype: torch.dtype | None,
     rounding: str,
     verify_base: bool,
-    model: Any,
+    model: nn.Module | None,
     allow_stub_model: bool = True,
 ) -> MergeJob:
-    """Check the arguments of ``merge_checkpoint``, and plan the merge. ``allow_stub_model``:
-    whether ``linear_stub_model`` may replace the model. This needs ``verify_base``, as it
-    identifies tensors by the fingerprints in the adapters' records."""
+    """Check the arguments of ``merge_checkpoint``, and plan the merge. Nothing is written.
+
+    Args:
+        allow_stub_model: whether a stub with only the changed linear layers (``linear_stub_model``)
+            may replace the model. The stub assumes that each tensor has the name of its weight,
+            which only fingerprints can verify. So it is used only if ``verify_base`` is True too.
+    """
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
     check_rounding(rounding)
@@ -208,7 +236,7 @@ def plan_job(
     saved_adapters = [read(path) for path, _ in weighted_paths]
     for saved_adapter in saved_adapters:
         saved_adapter.refuse_invocation_tokens("a merge")
-    tokenizer = common_tokenizer({str(path): path for path, _ in weighted_paths})
+    tokenizer_folder = common_tokenizer({str(path): path for path, _ in weighted_paths})
     stub_model = (
         linear_stub_model(checkpoint, saved_adapters)
         if model is None and verify_base and allow_stub_model
@@ -224,14 +252,28 @@ def plan_job(
         grow_checkpoint(checkpoint, merge_plan.grown_row_counts), merge_plan.added_shapes
     )
     return MergeJob(
-        checkpoint, merge_plan, tuple(weighted_paths), dtype, rounding, verify_base, tokenizer
+        checkpoint,
+        merge_plan,
+        tuple(weighted_paths),
+        dtype,
+        rounding,
+        verify_base,
+        tokenizer_folder,
     )
 
 
 def merge_tensor(
     job: MergeJob, name: str, tensor: Tensor, use_numba: bool
 ) -> tuple[Tensor, list[LayerMerge]]:
-    """(the merged tensor, a report of each weight in it). ``use_numba``: whether numba may run."""
+    """(the tensor ``name`` of the result, a report of each low-rank change in it).
+
+    Args:
+        tensor: the values of the tensor in the base; not modified.
+        use_numba: whether numba may be imported and used. The result has the same bits without it.
+
+    Raises:
+        MergeError: a value is not finite in the dtype of the result.
+    """
     dtype, reports, result = job.output_dtype(name), [], None
     for edit in job.merge_plan.edits.get(name, ()):
         weight = tensor[edit.param_slice.within]
@@ -266,15 +308,16 @@ def merge_tensor(
 
 
 def _choose_rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, use_numba: bool) -> str:
-    """The rounding of a slice of a parameter. All slices of a parameter have the same rounding. For
-    "auto", it is chosen when the first slice is merged, by the error of rounding all slices to
-    nearest."""
-    tensors = job.merge_plan.split_tensors.get(edit.path)
-    if tensors is None or job.rounding != "auto" or dtype not in HALF_DTYPES:
+    """The rounding for merging ``edit``: "nearest", "faithful", or "auto" if ``fold`` may choose.
+    If several tensors hold slices of one parameter in 16 bits, all must be rounded alike. Then this
+    function resolves "auto" when the first of them is merged: it rounds all slices to nearest, and
+    chooses by the error."""
+    tensor_names = job.merge_plan.split_tensors.get(edit.path)
+    if tensor_names is None or job.rounding != "auto" or dtype not in HALF_DTYPES:
         return job.rounding
     if edit.path not in job.chosen_roundings:
         rounding_sums = Sums(0.0, 0.0, 0.0, 0.0)
-        for name in tensors:
+        for name in tensor_names:
             tensor_edit = next(
                 candidate for candidate in job.merge_plan.edits[name] if candidate.path == edit.path
             )
@@ -285,7 +328,8 @@ def _choose_rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, use_nu
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, rounded once. ``MergeError``: a value is out of its range."""
+    """``tensor`` in ``dtype``, rounded once. ``name`` is for the error text. ``MergeError``: a
+    finite value is outside the range of ``dtype``."""
     if tensor.dtype == dtype:
         return tensor
     cast_tensor = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
@@ -299,7 +343,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _NeedsBase(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised in ``_resolve_slice`` when a variant asks for the frozen weight."""
+    """Raised in ``_resolve_slice`` when a variant such as DoRA asks for the frozen weight, which is
+    not available as a whole."""
 
 
 def merge_changes(
@@ -309,9 +354,14 @@ def merge_changes(
     rounding: str,
     use_numba: bool,
 ) -> Folded:
-    """Merge the changes of ``edit`` into ``weight``, a slice of a tensor; neither is modified. The
-    result equals bit for bit what ``veneer.merge`` with this ``rounding`` writes into a model in
-    memory. ``use_numba``: whether numba may run."""
+    """Merge the low-rank changes of ``edit`` into ``weight``, the slice of a tensor that ``edit``
+    names; neither is modified. The result has the shape of ``weight``, and equals bit for bit what
+    ``veneer.merge`` with this ``rounding`` writes into a model in memory.
+
+    Args:
+        dtype: the dtype of the result.
+        use_numba: whether numba may be imported and used. The result has the same bits without it.
+    """
     shape = slice_shape(edit.shape, edit.param_slice.index)
     parameter_slice, first_change = weight.reshape(shape), edit.changes[0][1]
     dims = first_change.dims if not edit.param_slice.index else first_change.layer.dims(None, shape)
@@ -339,9 +389,14 @@ def merge_changes(
 def _resolve_slice(
     change: Change, edit: TensorEdit, layer_weight: Tensor
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) for the slice ``layer_weight`` of the parameter; the gain is None without DoRA.
-    A variant that does not need the weight is computed for the whole parameter and then sliced. A
-    variant that needs it (DoRA) is computed from the slices of its parameters and of the weight."""
+    """(ΔW, gain) of one adapter's change for the slice of the parameter that ``edit`` names: the
+    slice becomes gain ⊙ (W + ΔW). The gain has a factor for each output row; None stands for 1.
+
+    ``layer_weight`` holds the base's values W of the slice as [g, out, in], where g counts the
+    matrices of a stack. If the adapter's variant of LoRA does not need W, ΔW is computed for the
+    whole parameter and then sliced. DoRA needs W: ΔW and the gain are computed from the same slice
+    of the adapter's parameters and of W. ``MergeError``: a slice alone cannot be computed.
+    """
     if not edit.param_slice.index:
         return change.resolve_float64(change.layer.fold(layer_weight, edit.shape))
     if change.tokens is not None:
@@ -350,11 +405,11 @@ def _resolve_slice(
             "the whole of it in one tensor",
             "merge it in memory, and save the model",
         )
-    all_rows = slice(None)
-    groups, rows = (
-        (*edit.param_slice.index, all_rows)[:2]
+    whole_axis = slice(None)
+    group_slice, row_slice = (
+        (*edit.param_slice.index, whole_axis)[:2]
         if change.dims.groups > 1
-        else (all_rows, edit.param_slice.index[0])
+        else (whole_axis, edit.param_slice.index[0])
     )
 
     def require_base() -> Tensor:
@@ -374,27 +429,31 @@ def _resolve_slice(
                 "the whole of it in one tensor",
                 "merge it in memory",
             ) from None
-        shape = change.dims[:2]
+        group_row_shape = change.dims[:2]
         sliced_parameters = {
-            name: parameter[groups]
+            name: parameter[group_slice]
             if name == "A"
-            else parameter[groups, rows]
+            else parameter[group_slice, row_slice]
             if name == "B"
-            else parameter.view(shape)[groups, rows].flatten()
+            else parameter.view(group_row_shape)[group_slice, row_slice].flatten()
             for name, parameter in parameters.items()
         }
         return change.variant.resolve(sliced_parameters, change.scale, lambda: layer_weight)
     if change.rows is not None:
         low_rank = low_rank.expand_rows(change.rows, change.dims.out)
-    return LowRank(low_rank.A[groups], low_rank.B[groups, rows], low_rank.scale), None
+    return LowRank(
+        low_rank.A[group_slice], low_rank.B[group_slice, row_slice], low_rank.scale
+    ), None
 
 
 def _sum_changes(
     terms: Sequence[tuple[float, LowRank, Tensor | None]],
 ) -> tuple[LowRank, Tensor | None]:
     """(ΔW, the gain G) for which G ⊙ (W + ΔW) − W is the sum Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) over the
-    adapters. ``terms``: (coefficient wᵢ, ΔWᵢ, gain gᵢ of the rows) for each adapter. A gain of None
-    means 1. ``MergeError``: G is 0 in some row."""
+    adapters. A gain has a factor for each output row; None stands for 1 in all rows.
+
+    ``terms``: (coefficient wᵢ, ΔWᵢ, gain gᵢ) for each adapter. ``MergeError``: G is nearly 0 in
+    some row, so that ΔW, which is divided by G, is undefined."""
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1:]
     coefficients, low_ranks, optional_gains = zip(*terms, strict=True)
@@ -420,8 +479,9 @@ def _sum_changes(
 
 
 def merge_full(edit: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Merge parameters Pᵢ that adapters train in full into W = ``weight``, a slice of a tensor:
-    W + Σ wᵢ (Pᵢ − W), rounded once to ``dtype``."""
+    """Merge parameters Pᵢ that adapters train in full into W = ``weight``, the slice of a tensor
+    that ``edit`` names: W + Σ wᵢ (Pᵢ − W), rounded once to ``dtype``. Integers, such as the step
+    counter of a batch norm, cannot be averaged, so the result is the first adapter's value."""
     trained_values = [
         (coefficient, tensor[edit.param_slice.index].reshape(weight.shape))
         for coefficient, tensor in edit.full

@@ -1,13 +1,14 @@
 """Plan a merge from names and shapes alone.
 
     plan_merge(checkpoint, adapters, …)   ->  MergePlan: the edits of each tensor in the files. An
-                                              edit: a slice of a parameter and the weighted changes
-                                              of this slice
+                                              edit: which slice of which parameter the tensor holds,
+                                              and the adapters' weighted changes of it
 
 The model is built without weights (``models.meta_model``). The adapters are loaded onto it by the
-code that loads them onto a model with weights, so this plan refuses everything that
-``veneer.merge`` refuses. The names in the files are mapped by transformers, which takes seconds to
-import. For linear layers the records of Veneer's adapters suffice instead (``linear_stub_model``).
+code that loads them onto a model with weights. So an adapter that ``veneer.merge`` refuses is
+refused here too. The rules of transformers map the names in the files to parameters, but importing
+transformers takes seconds. If only linear layers change, the records of Veneer's adapters suffice
+instead (``linear_stub_model``).
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from veneer.tools.merge_checkpoint.growth import (
     vocabulary_parameters,
 )
 
-#: (adapter folder, its coefficient wᵢ in the merge)
+#: (adapter folder, its coefficient wᵢ in the merged weight W + Σ wᵢ ΔWᵢ)
 WeightedFolder = tuple[Path, float]
 #: the slice of a tensor that holds one whole parameter and nothing else
 WHOLE_PARAM = models.ParamSlice("")
-#: dtypes of weights that a merge can change, and that it can write
+#: the dtypes that the weights of the base and of the result may have
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,12 +54,14 @@ class TensorEdit:
     """An edit of one tensor in the files, or of a slice of it.
 
     Fields:
-        path, shape: the parameter's first name in the model, and its shape.
-        param_slice: ``within`` is the slice of the tensor that is edited, ``index`` the slice of
-            the parameter that it holds.
-        changes: (coefficient wᵢ, ΔW as low-rank factors and token rows) for each adapter.
-        full: (coefficient wᵢ, trained value of the parameter) for each adapter that trains it in
-            full. Either ``changes`` or ``full`` is empty.
+        path, shape: the parameter's first name in the model (a tied parameter has several), and the
+            shape of the whole parameter.
+        param_slice: ``within`` is the slice of the tensor that is edited, and ``index`` is the
+            slice of the parameter whose values are there. Each is () for the whole.
+        changes: (coefficient wᵢ, the adapter's change of the parameter) for each adapter that
+            trains low-rank factors or token rows of the parameter.
+        full: (coefficient wᵢ, trained value of the whole parameter) for each adapter that trains it
+            in full. Exactly one of ``changes`` and ``full`` is empty.
     """
 
     path: str
@@ -70,24 +73,28 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge does to a checkpoint."""
+    """Everything that a merge does to the tensors of a checkpoint."""
 
     edits: Mapping[str, tuple[TensorEdit, ...]]  # by the name of the tensor in the files
-    # the names of the tensors that together hold one parameter, by the parameter's path
+    # for each edited parameter that the files hold in several tensors: their names, by the
+    # parameter's path
     split_tensors: Mapping[str, tuple[str, ...]]
-    #: by the path of a parameter: (its tensors in order, its shape, {adapter: (the fingerprint that
-    #: its record expects, the ids of the token rows that this fingerprint leaves out)})
+    #: by the path of a parameter: (the names of its tensors in order, its shape, {adapter folder:
+    #: (the fingerprint of the base's values in the adapter's record, the ids of the token rows that
+    #: this fingerprint leaves out because the adapter trains them)})
     fingerprints: Mapping[
         str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]
     ]
-    notes: tuple[str, ...]  # remarks for the report of the merge
-    #: by name of a tensor with a row for each token, if the vocabulary grows: its new row count
+    notes: tuple[str, ...]  # sentences for the user, such as that the vocabulary grew
+    #: if the vocabulary grows: the new row count of each tensor with a row for each token, by name
     grown_row_counts: Mapping[str, int] = field(default_factory=dict)
-    #: by name of a tensor that adapters train in full and the files lack: its shape
+    #: the shapes of the tensors that the merge adds, by name: adapters train them in full, and the
+    #: base's files lack them
     added_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    head: Head | None = None  # the head that the added tensors belong to
-    #: whether the plan was made with ``linear_stub_model``; then it holds only if the fingerprints
-    #: match
+    #: the model class and labels for config.json, if the adapters have a classification head
+    head: Head | None = None
+    #: whether the plan was made with ``linear_stub_model``, which assumes that each tensor has the
+    #: name of its parameter. Then the plan is right only if all fingerprints match.
     uses_stub_model: bool = False
 
 
@@ -97,14 +104,18 @@ def plan_merge(
     saved_adapters: Sequence[AdapterFiles],
     model: nn.Module | None = None,
 ) -> MergePlan:
-    """Plan the merge of these adapters into a checkpoint. ``saved_adapters``: the files of
-    ``adapters``; ``model``: the model of the checkpoint, with or without weights; if it is None,
-    the model is built from the config in the checkpoint's folder.
+    """Plan the merge of these adapters into a checkpoint. No tensor of the checkpoint is read.
+
+    Args:
+        saved_adapters: the contents of the folders in ``adapters``, in the same order.
+        model: the model of the checkpoint, with or without weights. Adapters are attached to it
+            during the call. None builds the model from the config in the checkpoint's folder.
 
     Raises:
         AdapterError, TargetError: an adapter does not fit the model.
         CheckpointError: the files lack a weight that an adapter changes, or store it with an
             unsupported shape or dtype.
+        ConfigError: transformers cannot build the model from the config.
         MergeError: a change cannot be merged tensor by tensor.
     """
     target_model, head = (
@@ -113,16 +124,17 @@ def plan_merge(
         else (without_meta(model), None)
     )
     param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
+    # grow the vocabulary only of a model that was built or copied here, not of the caller's own
     is_copy, grown_row_counts = model is None or target_model is not model, {}
-    if is_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
+    if is_copy and (row_count := grow_model(target_model, saved_adapters)) is not None:
         grown_ids = vocabulary_parameters(target_model).keys()
         grown_tensors = {
-            tensor
-            for tensor, tensor_slices in param_slices.items()
+            tensor_name
+            for tensor_name, tensor_slices in param_slices.items()
             if {id(_get_tensor(target_model, param_slice.path)) for param_slice in tensor_slices}
             & grown_ids
         }
-        grown_row_counts = dict.fromkeys(sorted(grown_tensors), rows)
+        grown_row_counts = dict.fromkeys(sorted(grown_tensors), row_count)
         checkpoint = grow_checkpoint(checkpoint, grown_row_counts)
     adapters_by_name: dict[str, WeightedFolder] = {}
     with warnings.catch_warnings(record=True) as caught_warnings:
@@ -141,7 +153,10 @@ def plan_merge(
             notes = [
                 *_quantization_notes(adapters, saved_adapters),
                 *(str(warning.message) for warning in caught_warnings),
-                *(f"The vocabulary grew to {rows} rows." for rows in {*grown_row_counts.values()}),
+                *(
+                    f"The vocabulary grew to {row_count} rows."
+                    for row_count in {*grown_row_counts.values()}
+                ),
             ]
             return replace(
                 _plan_from_model(
@@ -158,7 +173,8 @@ def plan_merge(
 def _quantization_notes(
     adapters: Sequence[WeightedFolder], saved_adapters: Sequence[AdapterFiles]
 ) -> Iterator[str]:
-    """Notes on adapters that were trained on a quantised base."""
+    """A note for each adapter that was trained on a quantised base, because it is merged into the
+    weights before quantisation."""
     for (path, _), saved_adapter in zip(adapters, saved_adapters, strict=True):
         quantization = saved_adapter.metadata.get("base", {}).get("quantized")
         if quantization:
@@ -177,20 +193,32 @@ def _plan_from_model(
     checkpoint: Checkpoint,
     notes: Sequence[str],
 ) -> MergePlan:
-    """The plan for a model with the adapters attached. ``adapters_by_name``: the adapters by their
-    names on the model; ``param_slices``: for each tensor in the files, the slices of the model's
-    parameters that it holds."""
+    """The plan for a model with the adapters attached; its ``grown_row_counts`` and ``head`` are
+    left to the caller.
+
+    Args:
+        adapters_by_name: the adapters by the names under which they are attached.
+        saved_adapters: the contents of these adapters' folders, in the same order.
+        param_slices: the slices of the model's parameters that each tensor in the files holds, by
+            name of the tensor.
+        checkpoint: the checkpoint, in which tensors have grown if the vocabulary grows.
+
+    Raises:
+        CheckpointError: the files lack a weight that an adapter changes, or store it with an
+            unsupported shape or dtype. The error lists all such weights.
+        MergeError: a change cannot be merged tensor by tensor.
+    """
     path_by_id = {
         id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())
     }
     edits = _collect_edits(model, adapters_by_name, path_by_id)
-    # for each parameter: the tensors that hold it, and which slice each of them holds
+    # by path of a parameter and then by name of a tensor: which slice of the parameter is there
     slices_by_path: dict[str, dict[str, models.ParamSlice]] = {path: {} for path in edits}
-    for tensor, tensor_slices in param_slices.items():
+    for tensor_name, tensor_slices in param_slices.items():
         for param_slice in tensor_slices:
-            # the first name of a tied parameter
+            # ``param_slice.path`` may be any name of a tied parameter; edits are by its first name
             path = path_by_id[id(_get_tensor(model, param_slice.path))]
-            slices_by_path.setdefault(path, {}).setdefault(tensor, param_slice)
+            slices_by_path.setdefault(path, {}).setdefault(tensor_name, param_slice)
     added_shapes = {
         path: tuple(edit.shape)
         for path, edit in edits.items()
@@ -208,11 +236,13 @@ def _plan_from_model(
     )
     edits_by_tensor: dict[str, list[TensorEdit]] = {}
     for path, edit in edits.items():
-        for tensor, param_slice in slices_by_path[path].items():
-            edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
+        for tensor_name, param_slice in slices_by_path[path].items():
+            edits_by_tensor.setdefault(tensor_name, []).append(
+                replace(edit, param_slice=param_slice)
+            )
     fingerprints = _expected_fingerprints(model, adapters_by_name, saved_adapters, path_by_id)
     return MergePlan(
-        edits={tensor: tuple(tensor_edits) for tensor, tensor_edits in edits_by_tensor.items()},
+        edits={name: tuple(tensor_edits) for name, tensor_edits in edits_by_tensor.items()},
         split_tensors={
             path: _order_tensors(slices_by_path[path])
             for path in edits
@@ -235,8 +265,10 @@ def _expected_fingerprints(
     saved_adapters: Sequence[AdapterFiles],
     path_by_id: Mapping[int, str],
 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
-    """By path of a parameter and then by adapter folder: (the fingerprint in the adapter's record,
-    the ids of the token rows that this fingerprint leaves out)."""
+    """By path of a parameter and then by adapter folder: (the fingerprint, a hash of the base's
+    values, in the adapter's record; the ids of the token rows that this fingerprint leaves out
+    because the adapter trains them). ``adapters_by_name`` and ``saved_adapters`` are in the same
+    order."""
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved_adapter in zip(adapters_by_name.values(), saved_adapters, strict=True):
         recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
@@ -248,8 +280,9 @@ def _expected_fingerprints(
 
 
 def _may_be_head(path: str, edit: TensorEdit) -> bool:
-    """Whether a parameter may belong to a head that the base lacks: an adapter trains it in full,
-    and its path has no number, unlike the path of a parameter in a transformer block."""
+    """Whether a parameter that the files lack may belong to a head (such as a classifier) that the
+    base was saved without, so that it may be added. This is assumed if an adapter trains it in full
+    and its path contains no number, because a path in a transformer block contains one."""
     is_full = not edit.changes and edit.full[0][1].is_floating_point()
     return is_full and not any(component.isdigit() for component in path.split("."))
 
@@ -281,9 +314,16 @@ def _get_tensor(model: nn.Module, path: str) -> Tensor:
 def _collect_edits(
     model: nn.Module, adapters_by_name: Mapping[str, WeightedFolder], path_by_id: Mapping[int, str]
 ) -> dict[str, TensorEdit]:
-    """The edit of each parameter and running statistic that an adapter changes, by its path.
-    ``adapters_by_name``: the adapters by their names on the model; ``path_by_id``: the path of each
-    tensor of the model by its id."""
+    """The edit of each parameter and buffer (running statistics) that an adapter changes, by its
+    path. The edits do not say yet which tensors hold the parameters.
+
+    Args:
+        adapters_by_name: the adapters by the names under which they are attached to the model.
+        path_by_id: the path of each tensor of the model, by Python ``id``.
+
+    Raises:
+        MergeError: a change cannot be written into a weight of the files.
+    """
     edits: dict[str, TensorEdit] = {}
     problems = [
         f"{folder}: {problem}"
@@ -292,35 +332,38 @@ def _collect_edits(
     ]
     raise_all(MergeError, "Nothing was merged", problems)
     for adapter_name, (_, coefficient) in adapters_by_name.items():
-        for module_path, module, weight, change in changes(model, adapter_name):
-            target: Any = module._parameters.get(weight)
+        for path, module, weight_name, change in changes(model, adapter_name):
+            base_tensor: Any = module._parameters.get(weight_name)
             is_rewritten = (
                 type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
                 and getattr(module, "max_norm", None) is not None
             )
-            if target is None or change.storage.name != "plain" or is_rewritten:
+            if base_tensor is None or change.storage.name != "plain" or is_rewritten:
                 raise MergeError(
-                    f"a change of {parameter_path(module_path, weight)!r}, which is computed or"
+                    f"a change of {parameter_path(path, weight_name)!r}, which is computed or"
                     " rewritten as it is read",
                     "weights that lie in the files as they are used",
                     "merge it in memory (veneer.merge), and save the model",
                 )
             edit = edits.get(
-                path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
+                path_by_id[id(base_tensor)],
+                TensorEdit(path_by_id[id(base_tensor)], base_tensor.shape),
             )
             edits[edit.path] = replace(edit, changes=(*edit.changes, (coefficient, change)))
-        for _, module, parameters in adapters_of(model, adapter_name):
+        for _, module, layer_adapter in adapters_of(model, adapter_name):
             for name, trained_value in {
-                **parameters.full._parameters,
-                **parameters.full._buffers,
+                **layer_adapter.full._parameters,
+                **layer_adapter.full._buffers,
             }.items():
-                target = {**module._parameters, **module._buffers}[name]
-                if trained_value is None or target is None:
+                base_tensor = {**module._parameters, **module._buffers}[name]
+                if trained_value is None or base_tensor is None:
                     continue
                 edit = edits.get(
-                    path_by_id[id(target)], TensorEdit(path_by_id[id(target)], target.shape)
+                    path_by_id[id(base_tensor)],
+                    TensorEdit(path_by_id[id(base_tensor)], base_tensor.shape),
                 )
-                # a tied parameter occurs under each of its names, but is merged once
+                # The loop reaches a tied parameter once for each of its names, but its change must
+                # be added once only.
                 if not any(trained_value is earlier_value for _, earlier_value in edit.full):
                     edits[edit.path] = replace(
                         edit, full=(*edit.full, (coefficient, trained_value.detach()))
@@ -340,29 +383,39 @@ def _coverage_problems(
     slices_by_tensor: Mapping[str, models.ParamSlice],
     checkpoint: Checkpoint,
 ):
-    """The error texts for one parameter if the files do not hold all of it, or store it with
-    another shape or an unsupported dtype. ``slices_by_tensor``: the tensors in the files that hold
-    parts of the parameter, each with its slice."""
+    """Yield an error text for each reason why the files do not fit an edited parameter: a part of
+    it is in no tensor, or a tensor has another shape or an unsupported dtype.
+
+    Args:
+        path: the name of the parameter in the model.
+        slices_by_tensor: for each tensor that holds the parameter or a part of it, by name: which
+            slice is where.
+        checkpoint: the checkpoint, with the tensors and rows that the merge adds.
+    """
     if not slices_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
-        return  # the step counter of a batch norm, which old files lack
+        # ``num_batches_tracked`` of a batch norm, a step counter that old files lack and that does
+        # not affect the outputs
+        return
     covered_mask = (
         torch.zeros(edit.shape, dtype=torch.bool)
         if any(param_slice.index for param_slice in slices_by_tensor.values())
         else None
     )
-    for tensor, param_slice in slices_by_tensor.items():
-        shape = slice_shape(edit.shape, param_slice.index)
-        file_shape = slice_shape(checkpoint.shape(tensor), param_slice.within)
-        if shape.numel() != file_shape.numel() or (not param_slice.index and shape != file_shape):
+    for tensor_name, param_slice in slices_by_tensor.items():
+        expected_shape = slice_shape(edit.shape, param_slice.index)
+        file_shape = slice_shape(checkpoint.shape(tensor_name), param_slice.within)
+        if expected_shape.numel() != file_shape.numel() or (
+            not param_slice.index and expected_shape != file_shape
+        ):
             yield sentence(
-                f"{tensor!r} of shape {tuple(file_shape)}",
-                f"{tuple(shape)}",
+                f"{tensor_name!r} of shape {tuple(file_shape)}",
+                f"{tuple(expected_shape)}",
                 "name the base of the adapter",
             )
-        dtype = checkpoint.dtype(tensor)
+        dtype = checkpoint.dtype(tensor_name)
         if edit.changes and dtype not in FLOAT_DTYPES:
             yield sentence(
-                f"{tensor!r} in {dtype}",
+                f"{tensor_name!r} in {dtype}",
                 "a floating-point type of at least 16 bits",
                 "dequantise it first",
             )
@@ -373,7 +426,7 @@ def _coverage_problems(
             and edit.changes
             and type(edit.changes[0][1].layer).unfold is not Layer.unfold
         ):
-            problem = f"{tensor!r}, a part of {path!r}"
+            problem = f"{tensor_name!r}, a part of {path!r}"
             yield sentence(
                 problem,
                 "the whole of it in one tensor",
@@ -387,12 +440,13 @@ def _coverage_problems(
 
 
 def _order_tensors(slices_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
-    """The names of the tensors that together hold a parameter, in the order of their slices. If
-    each tensor holds the whole parameter (a tied weight), only one of them."""
-    sorted_tensors = sorted(
+    """The names of the tensors that together hold a parameter, in the order of their slices of it.
+    If each tensor holds the whole parameter (copies of a tied weight), only the first one.
+    ``slices_by_tensor``: the slice of the parameter in each tensor, by name of the tensor."""
+    sorted_names = sorted(
         slices_by_tensor,
-        key=lambda tensor: [axis_slice.start for axis_slice in slices_by_tensor[tensor].index],
+        key=lambda tensor_name: [
+            axis_slice.start for axis_slice in slices_by_tensor[tensor_name].index
+        ],
     )
-    return tuple(
-        sorted_tensors if slices_by_tensor[sorted_tensors[0]].index else sorted_tensors[:1]
-    )
+    return tuple(sorted_names if slices_by_tensor[sorted_names[0]].index else sorted_names[:1])

@@ -4,19 +4,21 @@ model may have forgotten something.
     examine(adapter, …)  ->  Report      all numbers; ``to_dict()`` returns them as JSON values
     report_page.page(facts)  ->  str     one HTML page, from these JSON values alone
 
-For each weight the singular values of ΔW are computed from the factors A and B. (A stack of
-matrices or a grouped convolution has several ΔW. Their i-th singular values count as one: the root
-of the sum of their squares.) From these values follow
+For each weight the singular values σᵢ of ΔW are computed from the factors A and B. (A stack of
+matrices or a grouped convolution has several ΔW. Then σᵢ is the root of the sum of the squares of
+their i-th singular values.) From these values follow
 
     effective rank   exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ (Roy and Vetterli 2007, "The effective
                      rank"). If r singular values are equal and the others 0, it is r
-    rank for 99 %    the lowest rank that keeps 99 % of ‖ΔW‖²
-    lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
+    rank for 99 %    the lowest rank to which ΔW can be truncated so that 99 % of ‖ΔW‖² remain
+    lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, with norms over all weights together
 
-With a base, the report adds ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``), where
-W' is the weight with the change. With another adapter, it adds the similarity φ of the two
-adapters' row spaces and column spaces (``tools/compare.py``), and for comparison φ of two random
-spaces of ranks r and r' in n dimensions, max(r, r') / n.
+With a base, the report adds ‖W' − W‖ / ‖W‖, where W' is the weight W with the change. It also adds
+intruder dimensions: leading singular vectors of W' that resemble no singular vector of W
+(``tools/intruders.py``). With another adapter, it adds the similarity φ of the two adapters' row
+spaces and column spaces: 1 if one contains the other, 0 if they are orthogonal
+(``tools/compare.py``). For comparison it adds the expected φ of two random spaces of ranks r and r'
+in n dimensions, max(r, r') / n.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from veneer.errors import AdapterError
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compare import LayerDifference, compare
-from veneer.tools.compose.align import AlignedWeight, align, applied_products
+from veneer.tools.compose.align import AlignedWeight, align, effective_changes
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.intruders import (
     DEFAULT_THRESHOLD,
@@ -48,21 +50,25 @@ from veneer.tools.intruders import (
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-#: KEPT_SHARE: the share of ‖ΔW‖² that the suggested rank must keep. FULL_USE_SHARE: the rank counts
-#: as fully used if the effective rank is at least this share of it
+#: KEPT_SHARE: the share of ‖ΔW‖² that must remain if ΔW is truncated to the suggested rank.
+#: FULL_USE_SHARE: the rank counts as fully used if the effective rank is at least this share of it
 KEPT_SHARE, FULL_USE_SHARE = 0.99, 0.75
 
 
 @dataclass(frozen=True)
 class Shared:
-    """How two adapters' changes of a weight compare; φ is the similarity of two spaces, in [0, 1].
+    """The comparison of two adapters' changes of one weight, ΔW and ΔW'. φ is the similarity of two
+    spaces in [0, 1]: 1 if one contains the other, 0 if they are orthogonal (Hu et al. 2021, section
+    7.2).
 
     Fields:
         cosine: ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖).
-        read, written: φ of the row spaces (the input directions that ΔW reads), and of the column
-            spaces (the output directions that ΔW writes); None if a change is zero.
-        chance_read, chance_written: φ of two random spaces of these ranks.
-        angles_read, angles_written: the principal angles of the spaces in degrees, ascending.
+        read, written: φ of the row spaces (the input directions that a change reads), and φ of the
+            column spaces (the output directions that a change writes); None if a change is zero.
+        chance_read, chance_written: the expected φ of two random spaces with the ranks of the two
+            changes, for comparison with ``read`` and ``written``.
+        angles_read, angles_written: the principal angles between the row spaces, and between the
+            column spaces, in degrees, ascending; empty if a change is zero.
     """
 
     cosine: float
@@ -76,27 +82,36 @@ class Shared:
 
 @dataclass(frozen=True)
 class ReportLayer:
-    """One weight that the adapter changes.
+    """One weight W that the adapter changes by ΔW. W' is the changed weight.
 
     Fields:
-        block: the first number in its path; None without any.
-        kind: the last name in its path, such as "q_proj".
-        norm: ‖ΔW‖.
-        rank_90, rank_99: the lowest ranks that keep 90 % and 99 % of ‖ΔW‖².
+        path: the path of the weight's module, or of the weight if PEFT targets it as a parameter.
+        block: the first number in ``path``, which is the index of the transformer block; None if
+            ``path`` has no number.
+        kind: the last name in ``path``, such as "q_proj".
+        shape: the shape of ΔW as (groups, out, in); groups is the number of matrices in a stack or
+            of groups of a convolution, else 1.
+        rank: the rank r of the factors A and B.
+        norm: ‖ΔW‖ (Frobenius norm).
         spectrum: the singular values of ΔW, descending.
-        relative: ‖W' − W‖ / ‖W‖; None without a base.
+        effective_rank: exp of the entropy of the singular values divided by their sum.
+        rank_90, rank_99: the lowest ranks to which ΔW can be truncated so that 90 % and 99 % of
+            ‖ΔW‖² remain; 0 if ΔW is zero.
+        relative: ‖W' − W‖ / ‖W‖, infinite if W is zero; None without a base.
         cosines: for each leading singular vector of W', its highest cosine with a singular vector
             of W; empty if none were examined.
         control: the same cosines for a control, W plus a random change with the singular values of
             ΔW.
-        intruders: how many of these cosines are below the threshold: (in W', in the control).
-        shared: the comparison with the other adapter's change; None if there is none.
+        intruders: (how many ``cosines`` are below the threshold, how many ``control`` are), that
+            is, the number of singular vectors that resemble none of W; None if none were examined.
+        shared: the comparison with the other adapter's change; None if there is no other adapter,
+            or if it does not change this weight.
     """
 
     path: str
     block: int | None
     kind: str
-    shape: tuple[int, int, int]  # groups, out, in
+    shape: tuple[int, int, int]
     rank: int
     norm: float
     spectrum: tuple[float, ...]
@@ -111,13 +126,14 @@ class ReportLayer:
 
     @property
     def used(self) -> float:
-        """The effective rank as a share of the rank."""
+        """The effective rank divided by the rank."""
         return self.effective_rank / self.rank
 
 
 @dataclass(frozen=True)
 class Cut:
-    """All weights truncated to a rank. ``lost``: ‖truncated part‖ / ‖ΔW‖ over all weights."""
+    """The effect of truncating the change ΔW of every weight to ``rank``. ``lost``: ‖ΔW − truncated
+    ΔW‖ / ‖ΔW‖, with norms over all weights together."""
 
     rank: int
     lost: float
@@ -128,17 +144,24 @@ class Report:
     """The result of ``examine``.
 
     Fields:
+        adapter: the path of the adapter's folder.
         about: facts about the adapter, such as its rank and variant.
         base: the name of the base; None if its weights were not read.
-        other: the other adapter; None without any.
-        cuts: the truncations of all weights to lower ranks.
-        next_rank, why: the rank to train with next, and the reason.
-        in_full: parameters that are trained in full, which the report does not examine.
+        other: the path of the other adapter's folder; None if none was compared.
+        cuts: the effect of truncating all changes to lower ranks, by ascending rank; the last entry
+            is the largest rank, which loses nothing.
+        next_rank, why: the rank that is suggested for the next training, and the reason.
+        in_full: parameters and token rows that are trained in full, which the report does not
+            examine.
         only_here, only_other: weights that only this adapter changes, and weights that only the
             other adapter changes.
-        leading: how many singular vectors of each weight were examined; 0 without a base.
+        leading: how many leading singular vectors of each changed weight were examined; 0 without a
+            base.
+        threshold: a vector is an intruder if its highest cosine with a singular vector of the base
+            weight is below this.
         seconds: the duration of the search for intruders.
-        weight_intruders: the intruders of each weight, for ``repair``; not in the JSON values.
+        weight_intruders: the intruders of each weight, for ``compose.repair``, which scales them;
+            not in the JSON values.
     """
 
     adapter: str
@@ -159,11 +182,11 @@ class Report:
 
     @property
     def norm(self) -> float:
-        """‖ΔW‖ over all weights."""
+        """The Frobenius norm of the changes of all weights together, the root of Σ ‖ΔW‖²."""
         return math.hypot(*(layer.norm for layer in self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values. NaN and infinity become None."""
+        """The report as JSON values, without ``weight_intruders``. NaN and infinity become None."""
         facts = {
             field_name: field_value
             for field_name, field_value in vars(self).items()
@@ -189,17 +212,18 @@ def examine(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Examine an adapter.
+    """Examine an adapter; the module's docstring defines the numbers.
 
     Args:
-        base: the base model, or its weights by path (a mapping, or a function that raises
-            KeyError). None leaves out what needs the base.
+        base: the base model, or its dense weights by path (a mapping, or a function that raises
+            KeyError for an unknown path). None leaves out the relative change and the intruders.
         model: the model that the weights in ``base`` belong to, possibly on the meta device.
         base_name: the name of the base that the report shows.
         other: another adapter of the same model.
-        count, threshold: how many leading singular vectors of each weight to examine (0: none), and
-            the cosine below which a vector is an intruder.
-        seed: seed of the random directions of the control.
+        count, threshold: how many leading singular vectors of each changed weight to examine (0:
+            none), and the cosine in (0, 1] below which a vector is an intruder.
+        seed: seed of the control, a change of each weight with the singular values of ΔW in random
+            directions.
         progress: called with (path of a weight, number of weights done, number of weights) after
             the search for intruders in the weight.
 
@@ -207,6 +231,7 @@ def examine(
         AdapterError: an adapter cannot be read, the adapter has no low-rank change, the shapes of
             the two adapters differ, or the base lacks a weight.
         BaseMismatchError: the adapter was trained on another base.
+        ConfigError: ``count`` or ``threshold`` has an invalid value, and ``base`` is not None.
     """
     saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     base_weights = FrozenWeights(base, model)
@@ -221,19 +246,19 @@ def examine(
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    products, intruders = applied_products(saved_adapter), {}
+    changes_by_path, intruders_by_path = effective_changes(saved_adapter), {}
     if base is not None:
         intruder_results = find_intruders(
             saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
-        intruders = _collect_intruders(intruder_results, len(aligned_weights), progress)
-    difference = None if other is None else compare(saved_adapter, other)
-    shared = {
-        layer.path: _relate_layers(layer, products[layer.path])
-        for layer in (() if difference is None else difference.layers)
+        intruders_by_path = _collect_intruders(intruder_results, len(aligned_weights), progress)
+    adapter_difference = None if other is None else compare(saved_adapter, other)
+    comparisons = {
+        layer.path: _relate_layers(layer, changes_by_path[layer.path])
+        for layer in (() if adapter_difference is None else adapter_difference.layers)
     }
     layers = [
-        _examine_layer(aligned_weight, products, intruders, threshold, shared)
+        _examine_layer(aligned_weight, changes_by_path, intruders_by_path, threshold, comparisons)
         for aligned_weight in aligned_weights
     ]
     cuts = _cuts(layers)
@@ -242,18 +267,18 @@ def examine(
         adapter=str(saved_adapter.path),
         about=_describe_adapter(saved_adapter),
         base=base_name if base is not None else None,
-        other=None if difference is None else str(difference.b),
+        other=None if adapter_difference is None else str(adapter_difference.b),
         layers=tuple(layers),
         cuts=tuple(cuts),
         next_rank=next_rank,
         why=reason,
         in_full=tuple(_full_names(saved_adapter)),
-        only_here=() if difference is None else difference.only_a,
-        only_other=() if difference is None else difference.only_b,
+        only_here=() if adapter_difference is None else adapter_difference.only_a,
+        only_other=() if adapter_difference is None else adapter_difference.only_b,
         leading=count if base is not None else 0,
         threshold=threshold,
-        seconds=sum(weight_intruders.seconds for weight_intruders in intruders.values()),
-        weight_intruders=tuple(intruders.values()),
+        seconds=sum(weight_intruders.seconds for weight_intruders in intruders_by_path.values()),
+        weight_intruders=tuple(intruders_by_path.values()),
     )
 
 
@@ -262,18 +287,20 @@ def _collect_intruders(
     weight_count: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, WeightIntruders]:
-    """The results by path of the weight, with a call of ``progress`` after each."""
-    intruders = {}
-    for done, weight_intruders in enumerate(results, 1):
+    """The results by path of the weight. ``results`` is computed while it is iterated, and
+    ``progress`` is called after each result."""
+    intruders_by_path = {}
+    for done_count, weight_intruders in enumerate(results, 1):
         path = weight_intruders.aligned_weight.model_path
-        intruders[path] = weight_intruders
+        intruders_by_path[path] = weight_intruders
         if progress is not None:
-            progress(path, done, weight_count)
-    return intruders
+            progress(path, done_count, weight_count)
+    return intruders_by_path
 
 
 def _full_names(saved_adapter: AdapterFiles) -> list[str]:
-    """Paths of parameters that are trained in full, and descriptions of trained token rows."""
+    """The paths of the parameters that are trained in full, then a text such as "3 tokens of
+    model.embed_tokens" for each weight with trained token rows."""
     names = [
         f"{peft_paths.strip_wrappers(path)[0]}.{name}"
         for path, tensors in saved_adapter.full.items()
@@ -297,24 +324,25 @@ def _describe_adapter(saved_adapter: AdapterFiles) -> dict[str, Any]:
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the singular values after division by their sum; 0 if all are 0."""
-    total = float(spectrum.sum())
-    if not total:
+    """exp(−Σ pᵢ log pᵢ) with pᵢ = σᵢ / Σ σ, where σᵢ are the singular values in ``spectrum`` [k];
+    0.0 if all are 0 (Roy and Vetterli 2007, "The effective rank")."""
+    singular_value_sum = float(spectrum.sum())
+    if not singular_value_sum:
         return 0.0
-    shares = spectrum / total
+    shares = spectrum / singular_value_sum
     return float(torch.special.entr(shares).sum().exp())
 
 
 def _examine_layer(
     aligned_weight: AlignedWeight,
-    products: Mapping[str, LowRank],
+    changes_by_path: Mapping[str, LowRank],
     intruders_by_path: Mapping[str, WeightIntruders],
     threshold: float,
     shared_by_path: Mapping[str, Shared],
 ) -> ReportLayer:
     path = aligned_weight.model_path
     weight_intruders = intruders_by_path.get(path)
-    svd = products[path].svd()
+    svd = changes_by_path[path].svd()
     spectrum = svd.S.square().sum(0).sqrt()
     norm = float(spectrum.norm())
     block_match = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
@@ -350,20 +378,21 @@ def _examine_layer(
 
 
 def _relate_layers(layer: LayerDifference, low_rank: LowRank) -> Shared:
-    largest_rank, rows, columns = max(layer.ranks), layer.rows, layer.columns
+    largest_rank, row_spaces, column_spaces = max(layer.ranks), layer.rows, layer.columns
     return Shared(
         layer.cosine,
-        None if rows is None else rows.similarity,
-        None if columns is None else columns.similarity,
+        None if row_spaces is None else row_spaces.similarity,
+        None if column_spaces is None else column_spaces.similarity,
         min(1.0, largest_rank / low_rank.A.shape[2]),
         min(1.0, largest_rank / low_rank.B.shape[1]),
-        () if rows is None else rows.angles,
-        () if columns is None else columns.angles,
+        () if row_spaces is None else row_spaces.angles,
+        () if column_spaces is None else column_spaces.angles,
     )
 
 
 def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
-    """Truncations to the powers of two below the largest rank, and to the largest rank."""
+    """The effects of truncating the changes of all layers to each power of two below the largest
+    rank of a layer, and to the largest rank itself, by ascending rank."""
     largest_rank = max(layer.rank for layer in layers)
     total_norm = math.hypot(*(layer.norm for layer in layers))
     ranks = [2**power for power in range(largest_rank.bit_length()) if 2**power < largest_rank]
@@ -381,7 +410,8 @@ def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
 
 
 def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int, str]:
-    """(the rank to train with next, the reason), from the singular values of ΔW alone."""
+    """(the rank that is suggested for the next training, the reason). It is chosen by the singular
+    values of ΔW alone, without measuring a loss. ``cuts``: the result of ``_cuts(layers)``."""
     largest_rank = cuts[-1].rank
     median_use = sorted(layer.used for layer in layers)[len(layers) // 2]
     if not any(layer.norm for layer in layers):

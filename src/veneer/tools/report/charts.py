@@ -1,8 +1,8 @@
 """Charts for reports and the demo, as HTML fragments: lines as SVG, heat maps as tables with shaded
 cells. A page with them needs neither scripts nor the network.
 
-The style sheet ``page.css`` sets their colours in light and dark mode. A chart is as wide as its
-column.
+The page must contain the style sheet ``page.css``. It sets the colours in light and dark mode, and
+makes a chart as wide as the column in which it stands, up to a maximum.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-#: a chart of lines, in SVG units: its size, and the margins around the drawing
+#: size of a line chart in SVG units, and the margins between its edges and the axes
 WIDTH, HEIGHT, LEFT_MARGIN, BOTTOM_MARGIN, TOP_MARGIN, RIGHT_MARGIN = 400, 250, 40, 36, 26, 10
 #: the number of line colours in the style sheet
 COLOUR_COUNT = 8
@@ -21,14 +21,20 @@ Points = Sequence[tuple[float, float]]
 
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, **options: Any) -> str:
-    """A chart of several lines as HTML, with a legend below it. ``options``: further arguments of
-    ``line_elements``."""
+    """A chart of lines as HTML, with a legend below it if there are several lines. If there is no
+    point to draw, a paragraph that says so.
+
+    Args:
+        series: points (x, y) of each line, by its name in the legend.
+        x, y: labels of the axes.
+        options: further arguments of ``line_elements``.
+    """
     elements = line_elements(series, x=x, y=y, **options)
     if not elements:
         return "<p>Nothing to draw: every value is 0.</p>"
     legend = "".join(
-        f'<span class="s{number % COLOUR_COUNT}">{escape(name)}</span>'
-        for number, name in enumerate(series)
+        f'<span class="s{line_index % COLOUR_COUNT}">{escape(name)}</span>'
+        for line_index, name in enumerate(series)
     )
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
@@ -49,16 +55,18 @@ def line_elements(
     faint: Sequence[Points] = (),
     dots: bool = False,
 ) -> list[str]:
-    """The SVG elements of a chart of lines; none if there is no point to draw.
+    """The SVG elements of a chart of lines; an empty list if there is no point to draw.
 
     Args:
         series: points (x, y) of each line, by its name in the legend.
         x, y: labels of the axes.
-        bottom, top: limits of the y axis; None takes the lowest, or the highest, of the values.
-            Values below ``bottom`` extend the axis.
+        bottom, top: the y values at the lower and upper end of the y axis. None takes the lowest,
+            or the highest, y value of all points. Points below ``bottom`` extend the axis, but
+            points above ``top`` do not.
         mark: the x value of a dashed vertical line; None draws none.
-        faint: the points of lines in the background, which have no legend.
-        dots: draw points instead of lines.
+        faint: the points (x, y) of lines that are drawn in grey in the background, without a
+            legend.
+        dots: whether to draw circles at the points of ``series`` instead of lines.
     """
     points = [point for line_points in (*series.values(), *faint) for point in line_points]
     if not points:
@@ -67,13 +75,13 @@ def line_elements(
     y_min, y_max = min(point[1] for point in points), max(point[1] for point in points)
     y_min = y_min if bottom is None else min(bottom, y_min)
     y_max = y_max if top is None else top
-    if y_min == y_max and bottom is None:  # centre a single value
+    if y_min == y_max and bottom is None:  # widen the axis, so that the value lies in its middle
         y_min, y_max = y_min - (abs(y_min) / 20 or 1), y_max + (abs(y_max) / 20 or 1)
     x_scale, y_scale = _scale(*x_limits), _scale(y_min, y_max)
 
     def svg_point(point: tuple[float, float]) -> str:
-        x = LEFT_MARGIN + x_scale(point[0]) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
-        return f"{x:.1f},{_y_position(y_scale(point[1])):.1f}"
+        svg_x = LEFT_MARGIN + x_scale(point[0]) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
+        return f"{svg_x:.1f},{_y_position(y_scale(point[1])):.1f}"
 
     elements = [_draw_axes(y_scale, x_limits, x_scale, x, y)]
     if mark is not None and x_limits[0] <= mark <= x_limits[1]:
@@ -83,9 +91,9 @@ def line_elements(
             f' x2="{mark_x:.1f}" y1="{TOP_MARGIN}" y2="{HEIGHT - BOTTOM_MARGIN}"/>'
         )
     elements += [_polyline("axis", map(svg_point, line_points)) for line_points in faint]
-    for number, line_points in enumerate(series.values()):
+    for line_index, line_points in enumerate(series.values()):
         svg_points = [svg_point(point) for point in line_points]
-        css_class = f"s{number % COLOUR_COUNT}"
+        css_class = f"s{line_index % COLOUR_COUNT}"
         elements += _circles(css_class, svg_points) if dots else [_polyline(css_class, svg_points)]
     return elements
 
@@ -103,8 +111,8 @@ def _draw_axes(
     y_scale: Callable[[float], float],
     x_limits: tuple[float, float],
     x_scale: Callable[[float], float],
-    x: str,
-    y: str,
+    x_label: str,
+    y_label: str,
 ) -> str:
     elements = []
     axis_shares = (0, 0.25, 0.5, 0.75, 1)
@@ -123,7 +131,7 @@ def _draw_axes(
             f'<text x="{LEFT_MARGIN - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
             f"{_value_at(y_scale, share):.{digit_count}g}</text>"
         )
-    # an x axis of integers, such as ranks and indices of singular values, gets integer ticks
+    # if x counts something, such as ranks, a tick between two integers would have no meaning
     is_integer_axis = all(float(value).is_integer() for value in x_limits) and x_limits[0] >= 1
     tick_values = (
         _integer_ticks(*x_limits)
@@ -132,7 +140,7 @@ def _draw_axes(
     )
     for x_value in tick_values:
         tick_x = LEFT_MARGIN + x_scale(x_value) * (WIDTH - LEFT_MARGIN - RIGHT_MARGIN)
-        # keep the last label within the drawing
+        # a centred label near the right edge would be cut off
         anchor = "middle" if tick_x < WIDTH - 3 * RIGHT_MARGIN else "end"
         label_x = tick_x if anchor == "middle" else WIDTH
         elements.append(
@@ -141,38 +149,42 @@ def _draw_axes(
         )
     elements.append(
         f'<text x="{(LEFT_MARGIN + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
-        f"{escape(x)}</text>"
+        f"{escape(x_label)}</text>"
     )
-    elements.append(f'<text x="4" y="14">{escape(y)}</text>')
+    elements.append(f'<text x="4" y="14">{escape(y_label)}</text>')
     return "".join(elements)
 
 
 def _format_tick(value: float) -> str:
-    """The label of a tick: three significant digits; a large number in full, because an exponent
-    would be wider."""
+    """The label of a tick: the value with three significant digits. A value from 1000 to 10⁷ is
+    written as an integer with all digits, because three digits and an exponent would be wider."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _integer_ticks(low: float, high: float) -> list[float]:
-    """At most 9 integers at equal distances from ``low`` to ``high``."""
-    step_count = 8 if high < 1000 else 4  # long labels need more space
+    """Values for ticks at equal distances from ``low``, an integer, up to at most ``high``: no more
+    than 9, or no more than 5 from ``high`` = 1000 on."""
+    step_count = 8 if high < 1000 else 4  # labels of large numbers are wide, so use fewer ticks
     step = max(1, math.ceil((high - low) / step_count))
-    return [low + step * number for number in range(int((high - low) // step) + 1)]
+    return [low + step * index for index in range(int((high - low) // step) + 1)]
 
 
 def _scale(low: float, high: float) -> Callable[[float], float]:
-    """A linear function that maps ``low`` to 0 and ``high`` to 1; 0.5 if they are equal."""
+    """A linear function that maps ``low`` to 0 and ``high`` to 1. If ``low`` equals ``high``, it
+    maps every value to 0.5."""
     return (lambda value: (value - low) / (high - low)) if high > low else (lambda value: 0.5)
 
 
 def _value_at(scale: Callable[[float], float], share: float) -> float:
-    """The value that the linear function ``scale`` maps to ``share``."""
+    """The value that ``scale``, a result of ``_scale``, maps to ``share``; 0.0 if ``scale`` maps
+    every value to 0.5."""
     value_at_0, slope = scale(0.0), scale(1.0)
     return (share - value_at_0) / (slope - value_at_0) if slope != value_at_0 else 0.0
 
 
 def _y_position(share: float) -> float:
-    """The SVG's y coordinate of a point at ``share`` of the y axis; 0 is its lower end."""
+    """The y coordinate, in SVG units, of the point at ``share`` of the length of the y axis, from 0
+    at its lower end to 1 at its upper end."""
     return TOP_MARGIN + (1 - share) * (HEIGHT - BOTTOM_MARGIN - TOP_MARGIN)
 
 
@@ -183,10 +195,16 @@ def heat_map(
     format_number: Callable[[float], str],
     darkest: float | None = None,
 ) -> str:
-    """A table of numbers, shaded by their size, with a row for each block and a column for each
-    kind of layer. ``cells``: the numbers by (block, kind), such as (0, "q_proj");
-    ``format_number``: formats a number; ``darkest``: the number of the darkest cell (None: the
-    largest number)."""
+    """An HTML table of numbers with a row for each transformer block and a column for each kind of
+    layer. The larger a number, the darker its cell.
+
+    Args:
+        cells: at least one number, by (block, kind), such as (0, "q_proj"); block None is for
+            layers outside the blocks.
+        caption: the text above the table.
+        format_number: returns the text of a number.
+        darkest: the number at which a cell is darkest; None: the largest number.
+    """
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     blocks = sorted({block for block, _ in cells}, key=lambda block: -1 if block is None else block)
     darkest = max(cells.values()) if darkest is None else darkest
@@ -211,20 +229,21 @@ def heat_map(
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts. A heading that begins with ">" marks a column of numbers."""
+    """An HTML table. The texts of ``headings`` and ``rows`` are escaped. A heading that begins with
+    ">" is shown without it, and its column is aligned to the right, for numbers."""
     cell_attributes = [' class="number"' if heading.startswith(">") else "" for heading in headings]
     header_cells = "".join(
         f"<th{attribute}>{escape(heading.removeprefix('>'))}</th>"
         for heading, attribute in zip(headings, cell_attributes, strict=True)
     )
-    row_cells = [
+    cells_by_row = [
         "".join(
             f"<td{attribute}>{escape(text)}</td>"
             for text, attribute in zip(row, cell_attributes, strict=True)
         )
         for row in rows
     ]
-    body = "".join(f"<tr>{cells}</tr>" for cells in row_cells)
+    body = "".join(f"<tr>{cells}</tr>" for cells in cells_by_row)
     return (
         f'<div class="scroll"><table><thead><tr>{header_cells}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"

@@ -1,15 +1,22 @@
 """Render a report as one HTML page without scripts or network access, for phones, desktops and
 paper, in light and dark mode.
 
-The input ``facts`` is ``Report.to_dict()``. ``veneer inspect`` adds the losses that it measured,
-under "losses":
+The input ``facts`` is ``Report.to_dict()``. ``veneer inspect`` adds the losses that it measured on
+"data" (examples of the adapter's task) and on "general" text, under the key "losses":
 
-    losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None,
-              "rows": [row, …]}
-    row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker",
-              "at": the rank, the factor of intruders, or the factor of ΔW | None,
-              "removed": share of the change that is removed | None,
-              "data": loss | None, "general": loss | None}
+    losses   {"data": {"source": file name, "tokens": count} | None, "general": the same fields,
+              "note": a text, such as why losses are missing | None, "rows": [row, …]}
+    row      {"what": which model was measured, "at": its setting | None,
+              "removed": ‖removed part of the change‖ / ‖change‖, for all weights together | None,
+              "data": mean loss per token in nats | None, "general": the same | None}
+
+    what         the model                                                       at
+    "base"       without the adapter                                             None
+    "adapter"    with the adapter                                                None
+    "rank"       with the adapter truncated to a lower rank                      the rank
+    "repaired"   with its intruder dimensions (leading singular vectors of the   their factor
+                 changed weight that resemble none of the base weight) scaled
+    "weaker"     with all of ΔW scaled, as a control                             the factor of ΔW
 """
 
 from __future__ import annotations
@@ -22,14 +29,15 @@ from typing import Any
 
 from veneer.tools.report.charts import heat_map, lines, table
 
-#: the JSON values of a report, see above
+#: the JSON values of a report: ``Report.to_dict()``, possibly with "losses"
 Facts = Mapping[str, Any]
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def page(facts: Facts) -> str:
-    """The HTML page of a report."""
+    """The HTML page of a report. ``facts``: ``Report.to_dict()``, possibly with the key "losses"
+    that the module's docstring describes."""
     adapter_facts = facts["about"]
     base_name = facts["base"] or adapter_facts["base"] or "an unnamed base"
     full_names = ", ".join(facts["in_full"])
@@ -52,19 +60,30 @@ def page(facts: Facts) -> str:
         _layer_table(facts),
     )
     name = Path(facts["adapter"]).name
-    footer = (
+    footer_html = (
         f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the"
         " factors; <code>veneer inspect --json</code> has the same numbers."
     )
-    return document(f"A look inside {name}", introduction, _key_numbers(facts), sections, footer)
+    return document(
+        f"A look inside {name}", introduction, _key_numbers(facts), sections, footer_html
+    )
 
 
 def document(
-    title: str, lead: str, cards: Iterable[tuple[str, str]], sections: Iterable[str], footer: str
+    title: str,
+    introduction: str,
+    cards: Iterable[tuple[str, str]],
+    sections: Iterable[str],
+    footer_html: str,
 ) -> str:
-    """An HTML document. ``lead``: the text below the title; ``cards``: (number, caption) of the
-    boxes at the top; ``sections``: the HTML of each section, of which empty ones are left out;
-    ``footer`` is HTML."""
+    """An HTML document with the style sheet of reports.
+
+    Args:
+        introduction: the text below the title; it is escaped, like the title and the cards.
+        cards: (number, caption) of each box at the top.
+        sections: the HTML of each section; an empty text adds no section.
+        footer_html: the HTML of the footer.
+    """
     body = "".join(f"<section>{section}</section>" for section in sections if section)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -72,9 +91,9 @@ def document(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
         " 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
-        f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
+        f"<h1>{escape(title)}</h1><p>{escape(introduction)}</p>"
         f'<div class="cards">{"".join(map(_card, cards))}</div>{body}'
-        f"<footer>{footer}</footer></body></html>\n"
+        f"<footer>{footer_html}</footer></body></html>\n"
     )
 
 
@@ -93,19 +112,22 @@ def _key_numbers(facts: Facts) -> Iterator[tuple[str, str]]:
             "‖W′ − W‖ / ‖W‖, median weight",
         )
     if facts["leading"]:
-        intruders, control = (
+        intruder_count, control_count = (
             sum(layer["intruders"][index] for layer in layers) for index in (0, 1)
         )
-        yield f"{intruders}", f"intruder dimensions; random changes of the same size have {control}"
-    rows = {
+        yield (
+            f"{intruder_count}",
+            f"intruder dimensions; random changes of the same size have {control_count}",
+        )
+    rows_by_model = {
         row["what"]: row
         for row in facts.get("losses", {}).get("rows", ())
         if row["what"] in ("base", "adapter")
     }
-    for name, caption in (("data", "loss on the data"), ("general", "loss on general text")):
-        if rows and rows["adapter"][name] is not None:
+    for source, caption in (("data", "loss on the data"), ("general", "loss on general text")):
+        if rows_by_model and rows_by_model["adapter"][source] is not None:
             yield (
-                f"{rows['base'][name]:.3f} → {rows['adapter'][name]:.3f}",
+                f"{rows_by_model['base'][source]:.3f} → {rows_by_model['adapter'][source]:.3f}",
                 f"{caption}: base → adapter",
             )
 
@@ -116,7 +138,7 @@ def _rank_section(facts: Facts) -> str:
         if layer["norm"]:
             spectra_by_kind.setdefault(layer["kind"], []).append(layer["spectrum"])
     series = {kind: _mean_spectrum(spectra) for kind, spectra in spectra_by_kind.items()}
-    loss_points = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
+    lost_norm_points = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
     largest_rank = facts["cuts"][-1]["rank"]
     loss_by_rank = {
         row["at"] or largest_rank: row["data"]
@@ -144,7 +166,7 @@ def _rank_section(facts: Facts) -> str:
         " better than that."
     )
     spectrum_chart = lines(series, x="singular value", y="share of the largest", top=1.0)
-    cut_chart = lines({"lost": loss_points}, x="rank", y="lost, of ‖ΔW‖")
+    cut_chart = lines({"lost": lost_norm_points}, x="rank", y="lost, of ‖ΔW‖")
     return (
         "<h2>How much of its rank is in use</h2><p>Singular values of ΔW, the largest 1, mean over"
         f" weights of a kind. Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
@@ -161,36 +183,40 @@ def _rank_section(facts: Facts) -> str:
 
 
 def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """The points (number of the singular value, mean of its share of the largest one)."""
+    """The mean of several spectra (singular values in descending order), as points of a chart: (i,
+    mean of σᵢ / σ₁ over the spectra) for i = 1, 2, …. Spectra of lower rank are padded with 0."""
     length = max(map(len, spectra))
-    shares = [
+    padded_shares = [
         [*(sigma / spectrum[0] for sigma in spectrum), *[0.0] * (length - len(spectrum))]
         for spectrum in spectra
     ]
-    return [(number, mean(column)) for number, column in enumerate(zip(*shares, strict=True), 1)]
+    return [
+        (number, mean(shares_at_number))
+        for number, shares_at_number in enumerate(zip(*padded_shares, strict=True), 1)
+    ]
 
 
 def _location_section(facts: Facts) -> str:
     has_relative = bool(facts["base"]) and all(
         layer["relative"] is not None for layer in facts["layers"]
     )
-    relative_map = (
+    relative_heat_map = (
         _layer_heat_map(facts, "relative", "‖W′ − W‖ / ‖W‖", "{:.2%}") if has_relative else ""
     )
     total_energy = sum(layer["norm"] ** 2 for layer in facts["layers"])
     energy_by_kind: dict[str, float] = {}
     for layer in facts["layers"]:
         energy_by_kind[layer["kind"]] = energy_by_kind.get(layer["kind"], 0.0) + layer["norm"] ** 2
-    sorted_kinds = sorted(energy_by_kind.items(), key=lambda kind_energy: -kind_energy[1])
+    sorted_energies = sorted(energy_by_kind.items(), key=lambda kind_energy: -kind_energy[1])
     shares_text = (
-        ", ".join(f"{kind} {energy / total_energy:.0%}" for kind, energy in sorted_kinds)
+        ", ".join(f"{kind} {energy / total_energy:.0%}" for kind, energy in sorted_energies)
         if total_energy
         else "nowhere: every change is 0"
     )
-    norm_map = _layer_heat_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")
+    norm_heat_map = _layer_heat_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")
     return (
         f"<h2>Where the change went</h2><p>Of ‖ΔW‖², by kind: {escape(shares_text)}.</p>"
-        f'<div class="pair">{norm_map}{relative_map}</div>'
+        f'<div class="pair">{norm_heat_map}{relative_heat_map}</div>'
     )
 
 
@@ -223,16 +249,17 @@ def _similarity_section(facts: Facts) -> str:
         return f"{heading}<p>They change no weight in common. {exclusive_text}</p>"
     series = {}
     for verb, side in (("reads from", "read"), ("writes to", "written")):
-        length = min(len(layer["shared"][f"angles_{side}"]) for layer in shared_layers)
-        angles = [layer["shared"][f"angles_{side}"][:length] for layer in shared_layers]
+        angle_count = min(len(layer["shared"][f"angles_{side}"]) for layer in shared_layers)
+        angles = [layer["shared"][f"angles_{side}"][:angle_count] for layer in shared_layers]
         series[verb] = [
-            (number, mean(column)) for number, column in enumerate(zip(*angles, strict=True), 1)
+            (angle_number, mean(column))
+            for angle_number, column in enumerate(zip(*angles, strict=True), 1)
         ]
-    maps = []
+    heat_maps = []
     for side, verb in (("read", "reads from"), ("written", "writes to")):
-        chance = mean(layer["shared"][f"chance_{side}"] for layer in shared_layers)
-        caption = f"φ of the space that ΔW {verb}; two random spaces: {chance:.3f}"
-        maps.append(
+        chance_similarity = mean(layer["shared"][f"chance_{side}"] for layer in shared_layers)
+        caption = f"φ of the space that ΔW {verb}; two random spaces: {chance_similarity:.3f}"
+        heat_maps.append(
             _layer_heat_map(
                 {"layers": shared_layers},
                 lambda layer, side=side: layer["shared"][side],
@@ -247,14 +274,16 @@ def _similarity_section(facts: Facts) -> str:
         f" (Hu et al. 2021, section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}."
         f" {exclusive_text}</p>"
         f"<figure>{lines(series, x='principal angle', y='degrees, mean', top=90.0)}</figure>"
-        f'<div class="pair">{"".join(maps)}</div>'
+        f'<div class="pair">{"".join(heat_maps)}</div>'
     )
 
 
 def _forgetting_section(facts: Facts) -> str:
     layers = facts["layers"]
     vector_count = sum(len(layer["cosines"]) for layer in layers)
-    intruders, control = (sum(layer["intruders"][index] for layer in layers) for index in (0, 1))
+    intruder_count, control_count = (
+        sum(layer["intruders"][index] for layer in layers) for index in (0, 1)
+    )
     series = {
         name: _distribution([cosine for layer in layers for cosine in layer[key]])
         for name, key in (
@@ -272,18 +301,18 @@ def _forgetting_section(facts: Facts) -> str:
     explanation = (
         "A singular vector of W′ is an intruder if no singular vector of W has a cosine of"
         f" {facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {vector_count} leading"
-        f" ones, {facts['leading']} a weight, {intruders} are; of random changes with the same"
-        f" singular values, {control}. The base's leading directions outlive a change that is small"
-        " beside them."
+        f" ones, {facts['leading']} a weight, {intruder_count} are; of random changes with the same"
+        f" singular values, {control_count}. The base's leading directions outlive a change that is"
+        " small beside them."
     )
-    if intruders <= control:
+    if intruder_count <= control_count:
         explanation += (
             " It has no more intruders than chance makes: they do not tell what was forgotten."
         )
     caption = "Intruders by block and kind"
     intruder_map = (
         _layer_heat_map(facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
-        if intruders
+        if intruder_count
         else ""
     )
     return (
@@ -293,7 +322,8 @@ def _forgetting_section(facts: Facts) -> str:
 
 
 def _distribution(cosines: Sequence[float]) -> list[tuple[float, float]]:
-    """The cumulative distribution of ``cosines`` at 41 points from 0 to 1."""
+    """The cumulative distribution of ``cosines`` as points of a chart: (x, share of the cosines
+    that are at most x) at 41 values x from 0 to 1."""
     return [
         (step / 40, sum(cosine <= step / 40 for cosine in cosines) / len(cosines))
         for step in range(41)
@@ -373,8 +403,14 @@ def _layer_heat_map(
     number_format: str,
     darkest: float | None = None,
 ) -> str:
-    """A heat map of a quantity of the layers by block and kind, averaged over layers with the same
-    block and kind. ``quantity``: a key of the layer's facts, or a function of them."""
+    """A heat map, as HTML, of a quantity by block and kind of layer, averaged over layers with the
+    same block and kind.
+
+    Args:
+        quantity: a key of the entries in ``facts["layers"]``, or a function of an entry.
+        number_format: a format string for a number, such as "{:.0%}".
+        darkest: the number that gets the darkest cell; None: the largest number.
+    """
     measure = quantity if callable(quantity) else lambda layer: layer[quantity]
     numbers_by_cell: dict[tuple[int | None, str], list[float]] = {}
     for layer in facts["layers"]:

@@ -4,9 +4,10 @@ within and between machines.
     seconds = Σ calls · max(operations / (PEAK_SHARE · peak), bytes / (BANDWIDTH_SHARE · bandwidth),
                             LAUNCH_SECONDS)
 
-This applies the roofline model to each call of an operation. The three shares (``PEAK_SHARE``,
-``BANDWIDTH_SHARE`` and ``LINK_SHARE``) are assumed for a well-used device. They are the same for
-all devices, so ratios of times are more reliable than times.
+This formula applies the roofline model to each call of an operation. Real programs reach only a
+share of the published rates. The three shares (``PEAK_SHARE``, ``BANDWIDTH_SHARE`` and
+``LINK_SHARE``) are assumptions, the same for all devices. So ratios of the computed times are more
+reliable than the times themselves.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from typing import NamedTuple
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
 
-#: assumed shares of published figures: of the peak rate by large matrix products, of the memory
-#: bandwidth by operations that only move data, and of the bandwidth of links between devices
+#: The share of a published figure that programs are assumed to reach: of the peak rate in large
+#: matrix products, of the memory bandwidth in operations that only move data, and of the bandwidth
+#: of links between devices.
 PEAK_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.65, 0.8, 0.75
-#: the least time of a call: the launch of its kernel takes as long
+#: the least time of a call, because the launch of its kernel takes that long
 LAUNCH_SECONDS = 4e-6
-#: memory of a GPU that no program can use: the driver's context, and workspaces of libraries
+#: bytes of a GPU's memory that tensors cannot use: the driver's context, workspaces of libraries
 RESERVED_BYTES = 0.75 * 2**30
-#: free bytes in the allocator's blocks (fragmentation), as a share of the bytes held
+#: bytes that the allocator holds but cannot use (fragmentation), as a share of the bytes in use
 FRAGMENTATION_SHARE = 0.05
 
 
 class Network(NamedTuple):
-    """Bandwidth from one machine to others in bytes a second, and the address of its source, None
-    if the bandwidth is an assumption."""
+    """The network between machines.
+
+    Fields:
+        bandwidth: bytes a second from one machine to others.
+        source: the web address at which the bandwidth is published; None if it is an assumption.
+    """
 
     bandwidth: float
     source: str | None
@@ -42,14 +48,14 @@ class Hardware:
 
     Fields:
         memory: size of its memory in bytes.
-        peak16, peak32: operations a second of dense products, in 16 bits with float32 accumulation,
-            and in float32.
+        peak16, peak32: floating-point operations a second of dense matrix products, in 16 bits with
+            float32 accumulation, and in float32.
         memory_bandwidth: bytes a second that it reads from or writes to its memory.
         link_bandwidth: bytes a second to other devices of the same machine, in one direction.
         host_bandwidth: bytes a second that it reads from main memory.
-        devices_per_machine: number of devices of a machine, which are joined by such links.
+        devices_per_machine: number of devices of a machine, between which ``link_bandwidth`` holds.
         network: the network between machines.
-        source: the address at which all figures except the network's are published.
+        source: the web address at which all figures except the network's are published.
     """
 
     name: str
@@ -65,7 +71,7 @@ class Hardware:
 
     @property
     def usable_memory(self) -> float:
-        """Bytes that a program can use."""
+        """Bytes of the memory that a program can use for tensors."""
         return self.memory - RESERVED_BYTES
 
     def seconds(self, work: Work, itemsize: int = 2) -> float:
@@ -77,23 +83,23 @@ class Hardware:
             for (operations, bytes_moved, _), count in work.items()
         )
 
-    def transfer_seconds(self, sent: float, devices: int) -> float:
-        """Seconds in which each of ``devices`` devices sends ``sent`` bytes. Between machines,
-        collectives run one ring for each network card. So the bytes of a device are divided among
-        all cards of its machine, and the bandwidth is that of the machine."""
-        return sent / (
+    def transfer_seconds(self, sent_bytes: float, device_count: int) -> float:
+        """Seconds in which each of ``device_count`` devices sends ``sent_bytes``. If the devices
+        are in several machines, the bandwidth is that of a whole machine: collectives run one ring
+        for each network card, so the bytes of a device are divided among all cards."""
+        return sent_bytes / (
             LINK_SHARE
             * (
                 self.link_bandwidth
-                if devices <= self.devices_per_machine
+                if device_count <= self.devices_per_machine
                 else min(self.link_bandwidth, self.network.bandwidth)
             )
         )
 
 
 GB, TB, T = 1e9, 1e12, 1e12
-#: bytes a second of 16 lanes of PCIe 4.0 and 5.0 in one direction. NVLink and xGMI are published as
-#: the sum of both directions; the figures below are half of it.
+#: Bytes a second of 16 lanes of PCIe 4.0 and 5.0 in one direction. NVLink and xGMI are published as
+#: the sum of both directions, so the figures in `DEVICES` are half of the published ones.
 PCIE4, PCIE5 = 32 * GB, 64 * GB
 
 _NVIDIA_PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
@@ -102,13 +108,13 @@ _HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
 _BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
 _DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
 _VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
-#: complete machines of 8 devices have a network card of 400 or 200 Gbit/s for each device; for
-#: machines of devices that are sold singly, one card of 100 Gbit/s is assumed
+#: Networks by kind of machine. Machines that are sold with 8 devices have a network card of 400 or
+#: 200 Gbit/s for each device. For devices that are sold singly, one card of 100 Gbit/s is assumed.
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
 _AMD, _OTHER = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 
-#: devices by name. The rates are those of dense products; datasheets since Ampere also give twice
-#: these rates, for weights of which half are zeros ("with sparsity").
+#: Devices by name. The rates are those of dense products. Datasheets since Ampere also give twice
+#: these rates "with sparsity", for weights of which half are zeros; do not enter those here.
 DEVICES = {
     device.name: device
     for device in (
@@ -141,7 +147,7 @@ DEVICES = {
             "h200", 141 * GB, 989 * T, 67 * T, 4.8 * TB, 450 * GB, PCIE5, 8, _DGX,
             "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446",
         ),
-        # memory bandwidth: 7,680 bits, twice a cycle at 3,996 MHz, are 7.67 TB/s
+        # the memory bandwidth is computed: 7,680 bits, twice a cycle at 3,996 MHz, are 7.67 TB/s
         # (https://github.com/pytorch/ao/pull/4002)
         Hardware("b200", 180 * GB, 2250 * T, 75 * T, 7.7 * TB, 900 * GB, PCIE5, 8, _DGX, _HGX),
         Hardware(
@@ -154,12 +160,13 @@ DEVICES = {
 
 
 def find_hardware(name: str) -> Hardware:
-    """The device of this name. Raises ``ConfigError`` for an unknown name."""
-    device = DEVICES.get(name.lower())
-    if device is None:
+    """The device of this name, in upper or lower case. Raises ``ConfigError`` for an unknown
+    name."""
+    hardware = DEVICES.get(name.lower())
+    if hardware is None:
         raise ConfigError(
             f"hardware {name!r}{nearest(name, DEVICES)}",
             f"one of {', '.join(DEVICES)}",
             "choose one",
         )
-    return device
+    return hardware

@@ -1,19 +1,20 @@
 """The memory that a run will take, estimated before it starts.
 
     base         Σ bytes of the frozen weights. Packed weights count as stored: nf4 takes 0.516
-                 bytes for each value, int8 1 + 4 / in
-    unpacked     the largest packed weight in the dtype of the products; one weight is unpacked at a
-                 time
+                 bytes for each value, int8 1 + 4 / in for rows of length in
+    unpacked     the largest packed weight in the dtype of the matrix products; one weight is
+                 unpacked at a time
     adapter      Σ bytes of the trained parameters, and the optimiser's state. Gradients take the
                  bytes of the parameters again while passes accumulate; with a single pass they
-                 replace activations that backward has freed
+                 use memory of activations that backward has freed
     activations  tensors that forward saves for backward
-    workspace    what the peak of a step, in the loss or in a block's backward, needs in addition
+    workspace    bytes beyond the activations at the peak of a step, which is in the loss or in a
+                 block's backward
 
 Base, unpacked and adapter are sums over parameters. Activations and workspace are counted in a step
-on the meta device (``count.py``).
+on torch's meta device (``count.py``).
 
-An 8-bit optimiser keeps one byte for each value of its state, and a float32 scale for 256 values.
+An 8-bit optimiser keeps one byte for each value of its state, and a float32 scale per 256 values.
 The state of a tensor with fewer than 4,096 values is float32 (bitsandbytes) or in the parameter's
 dtype (torchao). A paged optimiser keeps the same state, which a GPU without free memory moves to
 main memory. Offloaded activations are in main memory, except those of one block.
@@ -43,8 +44,8 @@ from veneer.train.plan.count import Cost, Step, count_step
 from veneer.train.sharding import gathered_blocks
 from veneer.variants import VARIANTS
 
-#: how many values of state an optimiser keeps for each value of a parameter, by a substring of the
-#: optimiser's name; other optimisers keep 2, as Adam does
+#: By a substring of an optimiser's name, the number of values of state that it keeps for each value
+#: of a parameter. Optimisers with none of these substrings keep 2, as Adam does.
 STATES_PER_VALUE = {
     "sgd": 0,
     "adafactor": 0.1,
@@ -53,11 +54,11 @@ STATES_PER_VALUE = {
     "rmsprop": 1,
     "ademamix": 3,
 }
-#: VALUES_PER_STATE_SCALE: how many values of optimiser state share a scale, by the bits of a value.
-#: MIN_QUANTIZED_VALUES: the number of values of the smallest tensor whose state is quantised
+#: VALUES_PER_STATE_SCALE: by the bits of a quantised value of optimiser state, the number of values
+#: that share a scale. MIN_QUANTIZED_VALUES: the state of smaller tensors is not quantised.
 VALUES_PER_STATE_SCALE, MIN_QUANTIZED_VALUES = {8: 256, 4: 128}, 4096
-#: how many values of a 4-bit weight share a scale, and how many of these scales share another scale
-#: (bitsandbytes' double quantisation)
+#: the number of values of a 4-bit weight that share a scale, and the number of such scales that
+#: share a second scale (bitsandbytes' double quantisation)
 WEIGHTS_PER_SCALE, SCALES_PER_SCALE = 64, 256
 
 
@@ -72,23 +73,26 @@ def memory_breakdown(
     offload: bool = False,
     quantize: str | None = None,
 ) -> dict[str, int]:
-    """The most bytes that a run holds, by use.
+    """The bytes that a run holds at the peak of a step, by use: "base", "one weight unpacked" (the
+    largest packed weight in the dtype of the matrix products), "adapter", "gradients", "optimiser",
+    "activations" (saved for backward) and "workspace" (what the peak needs beyond them).
 
     Args:
         model: the base with an adapter, possibly on the meta device.
         optimiser: the name of the optimiser, as ``veneer train`` takes it.
-        step: the counted step; without it, activations and workspace are left out.
+        step: the counted step; None leaves out activations and workspace.
         accumulate: number of forward passes in a step.
         buffer_bytes: bytes of the buffers in which several devices send gradients.
         checkpointing: whether activations are recomputed (activation checkpointing).
-        offload: whether activations are in main memory (``offloaded_bytes``).
-        quantize: the format to which the plain weights of ``model`` will be packed.
+        offload: whether activations wait in main memory for their backward.
+        quantize: the format ("nf4", "fp4", "int8") to which the plain weights of ``model`` will be
+            packed; None counts the weights as they are.
     """
     base_bytes, unpacked_bytes = (
         weight_bytes(model) if quantize is None else packed_weight_bytes(model, quantize)
     )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained_bytes = sum(parameter.nbytes for parameter in trainable)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
     bytes_by_use = {
         "base": base_bytes,
         **({"one weight unpacked": unpacked_bytes} if unpacked_bytes else {}),
@@ -96,7 +100,7 @@ def memory_breakdown(
     bytes_by_use |= {
         "adapter": trained_bytes,
         "gradients": trained_bytes,
-        "optimiser": round(sum(state_bytes(p, optimiser) for p in trainable)),
+        "optimiser": round(sum(state_bytes(parameter, optimiser) for parameter in trained)),
     }
     if step is not None:
         cost = step.with_checkpointing if checkpointing else step.total
@@ -110,8 +114,9 @@ def memory_breakdown(
                 bytes_by_use["workspace"] += max(
                     (group.cost.saved_bytes for group in step.blocks), default=0
                 )
-        # accumulated gradients exist during a pass; the gradients of the last pass, and the
-        # buffers in which they are sent, replace activations that backward has freed
+        # Accumulated gradients take memory during a pass. The gradients of the last pass, and the
+        # buffers in which they are sent, use memory of activations that backward has freed, so
+        # they count only as far as they exceed it.
         accumulated_bytes = trained_bytes if accumulate > 1 else 0
         bytes_by_use["gradients"] = accumulated_bytes + max(
             0,
@@ -125,7 +130,8 @@ def memory_breakdown(
 
 
 def offloaded_bytes(step: Step, checkpointing: bool) -> int:
-    """Bytes of the activations that are in main memory if they are offloaded."""
+    """Bytes of the activations of all blocks, which are in main memory if a run offloads them. With
+    ``checkpointing``, they are only the inputs of the blocks."""
     return sum(
         group.count * (step.hidden_bytes if checkpointing else group.cost.saved_bytes)
         for group in step.blocks
@@ -133,18 +139,18 @@ def offloaded_bytes(step: Step, checkpointing: bool) -> int:
 
 
 def shard_base(
-    bytes_by_use: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int
+    bytes_by_use: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], device_count: int
 ) -> dict[str, int]:
-    """Bytes by use on each of ``devices`` devices among which FSDP shards the base. Each device
-    gathers the weights of one block after another.
+    """Bytes by use on each of ``device_count`` devices among which FSDP shards the base. Each
+    device gathers the weights of one block after another; they are the new use "gathered".
 
     Args:
-        bytes_by_use: the result of ``memory_breakdown``, for a base that is not sharded.
-        cost: the cost of the same step.
+        bytes_by_use: the result of ``memory_breakdown`` for a base that is not sharded.
+        cost: the cost of the step for which ``bytes_by_use`` was computed.
         blocks: (number of equal blocks, bytes of the frozen weights of each).
     """
-    # the root module stays gathered from its forward to its backward; while blocks run, the
-    # current and the next block are gathered too
+    # The weights outside of the blocks stay gathered from forward to backward. While blocks run,
+    # the current and the next block are gathered too, so the peak may move out of the loss.
     root_bytes = bytes_by_use["base"] - sum(count * block_bytes for count, block_bytes in blocks)
     two_block_bytes = 2 * max((block_bytes for _, block_bytes in blocks), default=0)
     peaks_at_loss = cost.loss_peak_bytes > cost.backward_peak_bytes + two_block_bytes
@@ -154,14 +160,15 @@ def shard_base(
         + (cost.loss_peak_bytes if peaks_at_loss else cost.backward_peak_bytes)
     )
     return bytes_by_use | {
-        "base": -(-bytes_by_use["base"] // devices),
+        "base": -(-bytes_by_use["base"] // device_count),
         "workspace": workspace,
         "gathered": root_bytes + (0 if peaks_at_loss else two_block_bytes),
     }
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
-    """Describe in words the memory that a step takes.
+    """Describe in words the memory that a step takes. For a model whose step cannot be counted,
+    describe the memory without activations.
 
     Args:
         config: a `TrainConfig`.
@@ -170,7 +177,7 @@ def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
     """
     try:
         bytes_by_use, offloaded_size = predict(model, config, tokens, labelled)
-    except ConfigError as error:  # a model that cannot be counted may still train
+    except ConfigError as error:  # the model may train nevertheless
         return _format_lower_bound(memory_breakdown(model, config.optimiser, None), error)
     description = _format_total(bytes_by_use)
     return (
@@ -183,8 +190,13 @@ def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
 def estimate_at_once(
     model: Any, runs: Mapping[str, ConcurrentRun], tokens: int, labelled: int
 ) -> str:
-    """Describe in words the memory of a step of runs that train at once, each with ``tokens``
-    tokens."""
+    """Describe in words the memory of a step of several runs that train at once on one base.
+
+    Args:
+        runs: the runs by their names.
+        tokens: number of tokens of a forward pass of one run, padding included.
+        labelled: number of these tokens that have a label.
+    """
     try:
         return _format_total(predict_at_once(model, runs, tokens, labelled))
     except ConfigError as error:
@@ -192,13 +204,14 @@ def estimate_at_once(
 
 
 def _format_total(bytes_by_use: Mapping[str, int]) -> str:
-    """The total memory and its uses in words, without uses of 0 bytes."""
-    use_list = ", ".join(
+    """The total memory and its uses in words, such as "about 3 GiB (base 2 GiB, …)", without uses
+    of 0 bytes."""
+    uses_text = ", ".join(
         f"{name} {format_bytes(size_bytes)}"
         for name, size_bytes in bytes_by_use.items()
         if size_bytes
     )
-    return f"about {format_bytes(sum(bytes_by_use.values()))} ({use_list})"
+    return f"about {format_bytes(sum(bytes_by_use.values()))} ({uses_text})"
 
 
 def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> str:
@@ -209,9 +222,14 @@ def _format_lower_bound(bytes_by_use: Mapping[str, int], error: ConfigError) -> 
 
 
 class ConcurrentRun(NamedTuple):
-    """One of several runs that train at once (``train/many.py``). ``config``: its ``TrainConfig``;
-    ``parameters``: its adapter's parameters. Runs with equal ``rows_key`` train on the same rows in
-    each step, and share forwards."""
+    """One of several runs that train at once on one base (``train/many.py``).
+
+    Fields:
+        config: the ``TrainConfig`` of the run.
+        parameters: the parameters of its adapter.
+        rows_key: a key that is equal for runs that train on the same rows in each step; such runs
+            share a forward pass.
+    """
 
     config: Any
     parameters: Sequence[nn.Parameter]
@@ -221,30 +239,31 @@ class ConcurrentRun(NamedTuple):
 def predict_at_once(
     model: Any, runs: Mapping[str, ConcurrentRun], tokens: int, labelled: int
 ) -> dict[str, int]:
-    """Bytes by use of one step of all runs. Runs with equal ``rows_key`` share a forward, which
-    holds the activations of the rows of each run. They are counted as one step of the largest
-    adapter among them with as many rows. Arguments and errors are those of `estimate_at_once` and
+    """Bytes by use of one step of all runs. Runs with equal ``rows_key`` share a forward pass whose
+    batch holds the rows once for each run. It is counted as a pass of the largest of their adapters
+    with as many rows. Takes the arguments of `estimate_at_once`, and raises the errors of
     `count_model_step`."""
-    groups: dict[Any, list[str]] = {}
+    name_groups: dict[Any, list[str]] = {}
     for name, run in runs.items():
-        groups.setdefault(run.rows_key, []).append(name)
+        name_groups.setdefault(run.rows_key, []).append(name)
     config = next(iter(runs.values())).config
-    rows = max(1, min(config.batch_size, tokens))
-    length, breakdowns = max(1, round(tokens / rows)), []
-    for names in groups.values():  # groups run one after another
+    row_count = max(1, min(config.batch_size, tokens))
+    row_length, breakdowns = max(1, round(tokens / row_count)), []
+    for names in name_groups.values():  # the groups run one after another, so the largest counts
         parameter_counts = {
             name: sum(parameter.numel() for parameter in runs[name].parameters) for name in names
         }
         largest_adapter = max(names, key=parameter_counts.__getitem__)
         step = count_model_step(
             model,
-            rows * len(names),
-            length,
+            row_count * len(names),
+            row_length,
             labelled / max(tokens, 1),
             adapter_name=largest_adapter,
         )
-        bytes_by_use = _breakdown_at_once(model, runs, step, gradients_wait=len(groups) > 1)
-        # each layer's factors are concatenated in the dtype of the base and saved for backward
+        bytes_by_use = _breakdown_at_once(model, runs, step, gradients_wait=len(name_groups) > 1)
+        # each layer's matrices A and B of all runs are concatenated in the dtype of the base, and
+        # this copy is saved for backward
         if len(names) > 1:
             bytes_by_use["activations"] += sum(parameter_counts.values()) * model.dtype.itemsize
         breakdowns.append(bytes_by_use)
@@ -254,8 +273,12 @@ def predict_at_once(
 def _breakdown_at_once(
     model: Any, runs: Mapping[str, ConcurrentRun], step: Step | None, gradients_wait: bool = False
 ) -> dict[str, int]:
-    """Bytes by use of runs that train at once. ``gradients_wait``: whether gradients of some runs
-    already exist while other runs compute their forward."""
+    """Bytes by use of several runs that train at once (``estimate_at_once``).
+
+    Args:
+        step: the counted step; None leaves out activations and workspace.
+        gradients_wait: whether gradients of some runs are held while other runs compute.
+    """
     config = next(iter(runs.values())).config
     bytes_by_use = memory_breakdown(
         model,
@@ -273,16 +296,16 @@ def _breakdown_at_once(
 
 
 def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
-    """(bytes by use, bytes of activations in main memory). Arguments as `estimate`; raises as
-    `count_model_step`."""
-    rows = max(1, min(config.batch_size, tokens))
+    """(bytes of a step by use, bytes of activations in main memory: 0 unless the run offloads
+    them). Takes the arguments of `estimate`, and raises the errors of `count_model_step`."""
+    row_count = max(1, min(config.batch_size, tokens))
     process_count = (
         dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
     )
     step = count_model_step(
         model,
-        rows,
-        max(1, round(tokens / rows)),
+        row_count,
+        max(1, round(tokens / row_count)),
         labelled / max(tokens, 1),
         chunked_loss=process_count == 1,
     )
@@ -308,17 +331,20 @@ def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[s
 
 def count_model_step(
     model: Any,
-    batch: int,
-    length: int,
+    row_count: int,
+    row_length: int,
     labelled_share: float,
     *,
     chunked_loss: bool = True,
     adapter_name: str | None = None,
 ) -> Step:
-    """Count a step of a model with an adapter, on a copy of the model without data.
+    """Count a step of a model with an adapter, on a copy of the model on torch's meta device.
 
     Args:
-        adapter_name: the adapter, if the model has several.
+        row_count, row_length: number of rows of a forward pass, and number of tokens of each.
+        labelled_share: share of the tokens that have a label.
+        chunked_loss: whether the loss computes logits for a few tokens at a time.
+        adapter_name: the adapter that trains, if the model has several.
 
     Raises:
         ConfigError: the model is no decoder of tokens, or cannot run on tensors without data.
@@ -327,14 +353,14 @@ def count_model_step(
         storage is None or storage.name == "plain" for _, _, storage in _frozen_weights(model)
     )
     is_copyable = is_plain and not is_spread(model.modules())  # sharded weights cannot be copied
-    reasons = {
+    applies_by_problem = {
         "reads no tokens": getattr(model, "main_input_name", None) != "input_ids",
         "is an encoder and a decoder": getattr(model.config, "is_encoder_decoder", False),
         "is packed or spread, and has no output head": (
             not is_copyable and model.get_output_embeddings() is None
         ),
     }
-    if problems := [reason for reason, applies in reasons.items() if applies]:
+    if problems := [reason for reason, applies in applies_by_problem.items() if applies]:
         raise ConfigError(
             f"{base_class(model).__name__}, which {problems[0]}",
             "a decoder of tokens",
@@ -348,8 +374,8 @@ def count_model_step(
     ):
         return count_step(
             meta_model,
-            batch,
-            length,
+            row_count,
+            row_length,
             labelled_share=labelled_share,
             is_plain=is_plain,
             chunked_loss=chunked_loss,
@@ -357,10 +383,10 @@ def count_model_step(
 
 
 def _unpacked_copy(model: Any, adapter_name: str | None) -> Any:
-    """A model of the same config on the meta device, with unpacked weights and an adapter of the
-    same shapes."""
+    """A new model with the config of ``model`` on the meta device, with plain weights and an
+    adapter with the shapes of ``adapter_name``, for models with packed or sharded weights."""
     config = Handle(model, name_or_default(model, adapter_name)).config
-    # a variant whose initial values need data is replaced by one with the same shapes
+    # initial values that need data cannot be computed here; LoRA's have the same shapes
     variant = config.variant if not VARIANTS[config.variant].needs else "lora"
     meta_model = countable_model(model.config, model.dtype)
     attach(meta_model, replace(config, variant=variant))
@@ -368,20 +394,22 @@ def _unpacked_copy(model: Any, adapter_name: str | None) -> Any:
 
 
 def _copy_without_weights(model: Any) -> Any:
-    """A copy of the model on the meta device."""
-    memo: dict[int, Any] = {}
+    """A copy of the model on the meta device, in training mode, with attention that can be counted
+    there. Tied tensors stay tied."""
+    meta_by_id: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         meta_tensor = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
+        meta_by_id[id(tensor)] = (
             nn.Parameter(meta_tensor, tensor.requires_grad)
             if isinstance(tensor, nn.Parameter)
             else meta_tensor
         )
-    return count_attention(copy.deepcopy(model, memo)).train()
+    return count_attention(copy.deepcopy(model, meta_by_id)).train()
 
 
 def _frozen_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any, Any]]:
-    """(module, frozen weight, its storage format) of each frozen weight, once."""
+    """(module, frozen weight, its storage format: plain or packed) of each frozen weight. A weight
+    that several modules share comes once."""
     visited = set[int]()
     for module in model.modules():
         for weight in module._parameters.values():
@@ -391,8 +419,8 @@ def _frozen_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any, Any]]:
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """(bytes of the frozen weights as stored, with scales; bytes of the largest packed weight once
-    its layer has unpacked it)."""
+    """(bytes of the frozen weights as stored, including the scales of packed weights; bytes of the
+    largest packed weight after unpacking, 0 if none is packed)."""
     stored_bytes, largest_unpacked = 0, 0
     dtype = getattr(model, "dtype", torch.float32)
     for module, weight, storage in _frozen_weights(model):
@@ -410,19 +438,21 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def packed_weight_bytes(model: nn.Module, quantize: str) -> tuple[int, int]:
-    """The result that ``weight_bytes`` would have after bitsandbytes has packed all linear layers
-    except the output head. Stacks of experts are not linear layers and remain unpacked."""
-    linears = packed_linears(model, quantize)
+    """(bytes of the frozen weights, bytes of the largest packed weight after unpacking) if
+    bitsandbytes packed all linear layers except the output head to the format ``quantize``. Stacks
+    of experts are not linear layers, so they would remain plain."""
+    packed_sizes = packed_linears(model, quantize)
     plain_bytes = sum(weight.nbytes for _, weight, _ in _frozen_weights(model)) - sum(
-        weight.nbytes for weight, _ in linears
+        weight.nbytes for weight, _ in packed_sizes
     )
-    return plain_bytes + sum(packed_bytes for _, packed_bytes in linears), max(
-        (weight.nbytes for weight, _ in linears), default=0
+    return plain_bytes + sum(packed_bytes for _, packed_bytes in packed_sizes), max(
+        (weight.nbytes for weight, _ in packed_sizes), default=0
     )
 
 
 def packed_linears(model: Any, quantize: str) -> list[tuple[Tensor, int]]:
-    """(weight, its bytes once packed) of each linear layer except the output head."""
+    """(weight, its bytes if packed to the format ``quantize``) of each linear layer except the
+    output head."""
     head = model.get_output_embeddings()
     return [
         (weight, packed_size(weight.shape[0], weight.shape[1], quantize))
@@ -434,28 +464,28 @@ def packed_linears(model: Any, quantize: str) -> list[tuple[Tensor, int]]:
 def packed_size(out: int, in_: int, quantize: str) -> int:
     """Bytes of a weight [out, in] in "nf4", "fp4" or "int8", including its scales and, in 4 bits,
     the tables and the offset of bitsandbytes."""
-    count = out * in_
+    value_count = out * in_
     if quantize == "int8":
-        return count + 4 * out
-    scales = -(-count // WEIGHTS_PER_SCALE)
-    return -(-count // 2) + scales + 4 * -(-scales // SCALES_PER_SCALE) + 4 * 257
+        return value_count + 4 * out
+    scale_count = -(-value_count // WEIGHTS_PER_SCALE)
+    return -(-value_count // 2) + scale_count + 4 * -(-scale_count // SCALES_PER_SCALE) + 4 * 257
 
 
 def state_bytes(parameter: Tensor, optimiser: str) -> float:
     """Bytes of state that the optimiser of this name keeps for a parameter."""
-    name, value_count = optimiser.lower(), parameter.numel()
-    states = next((states for key, states in STATES_PER_VALUE.items() if key in name), 2)
-    bits_in_name = re.search(r"(?<!\d)([48])bit", name)
+    optimiser_name, value_count = optimiser.lower(), parameter.numel()
+    ratio = next((ratio for key, ratio in STATES_PER_VALUE.items() if key in optimiser_name), 2)
+    bits_in_name = re.search(r"(?<!\d)([48])bit", optimiser_name)
     if bits_in_name is not None and value_count >= MIN_QUANTIZED_VALUES:
         bits = int(bits_in_name[1])
-        return states * (
+        return ratio * (
             value_count * bits / 8 + 4 * -(-value_count // VALUES_PER_STATE_SCALE[bits])
         )
-    # bitsandbytes keeps all other states in float32
-    is_bitsandbytes = "torch" not in name and (
-        bits_in_name is not None or "32bit" in name or "bnb" in name
+    # bitsandbytes keeps unquantised state in float32, torch keeps it in the parameter's dtype
+    is_bitsandbytes = "torch" not in optimiser_name and (
+        bits_in_name is not None or "32bit" in optimiser_name or "bnb" in optimiser_name
     )
-    return states * value_count * (4 if is_bitsandbytes else parameter.element_size())
+    return ratio * value_count * (4 if is_bitsandbytes else parameter.element_size())
 
 
 def peak_memory() -> int:

@@ -1,18 +1,20 @@
 """Plan a service: the memory of a replica, its speed, and the number of replicas for a load.
 
-    memory   base + adapters in memory + keys and values of the running rows + slack
-             ≤ the devices' memory
+A row is a running request. A replica is a copy of the service on ``Load.devices`` devices that
+divide the weights among them by tensor parallelism.
+
+    memory   bytes of the base, the adapters in memory, the keys and values of the running rows, and
+             of fragmentation; at most the memory of the replica's devices
     step     the time in which each row gets one token: the longer of the time to move bytes and the
              time of the operations. The bytes are the weights once (packed weights also unpacked),
              each adapter of the batch once, and each row's keys and values
     request  the time of its prompt's operations, and for each token of its answer the time of one
              step divided by the number of rows
 
-A row is a running request. A replica is ``devices`` devices that share the weights by tensor
-parallelism. It runs as many rows as fit into its memory, up to ``rows``, each with an adapter if
-there are several; further adapters fill the rest. The load is spread evenly over replicas, each of
-which is busy for the share ``BUSY_SHARE`` of the time: queues grow without bound as this share
-nears 1.
+A replica runs as many rows as fit into its memory, up to ``Load.rows``, each with its own adapter
+if there are several; further adapters fill the remaining memory. The load is spread evenly over
+replicas. Each is planned to be busy for the share ``BUSY_SHARE`` of the time, since queues grow
+without bound as this share nears 1.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from veneer.train.plan.count import count_forward
 from veneer.train.plan.hardware import BANDWIDTH_SHARE, FRAGMENTATION_SHARE, PEAK_SHARE, Hardware
 from veneer.train.plan.memory import packed_linears, packed_weight_bytes, weight_bytes
 
-#: share of the time that a replica is busy under the planned load
+#: share of the time in which a replica is busy under the planned load, the rest being a reserve
 BUSY_SHARE = 0.7
 
 
@@ -66,16 +68,17 @@ class Service:
     """The resources that a load needs.
 
     Fields:
+        hardware: the name of the device.
         base, adapter, row: bytes of the base, of one adapter, and of the keys and values of one row
-            of full length.
+            with its prompt and complete answer.
         rows: number of rows that run at once in a replica; 0 if the base and one row do not fit.
         in_memory: number of the load's adapters that fit into a replica's memory beside these rows.
         step: seconds for one token of each row.
         answered: number of requests a second that a replica can answer at the most.
         replicas: number of replicas for the load.
-        hits: share of the requests whose adapter is in memory, if all adapters are equally popular
-            and each is assigned to one replica.
-        fetch: seconds to read an adapter from main memory.
+        hits: share of the requests that find their adapter in the memory of the devices, if all
+            adapters are equally popular and each is assigned to one replica.
+        fetch: seconds to read an adapter from main memory into the memory of the devices.
     """
 
     hardware: str
@@ -93,57 +96,61 @@ class Service:
 
 
 def plan_service(model: Any, load: Load, hardware: Hardware) -> Service:
-    """Plan a service for ``load`` on ``hardware``. ``model``: a result of ``countable_model`` with
-    an adapter of the intended shape attached."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Plan a service for ``load`` on devices of the type ``hardware``. If the base and one row do
+    not fit, the result has 0 rows and 0 replicas. ``model``: a result of ``countable_model`` (on
+    torch's meta device) with an adapter of the intended shape attached."""
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     itemsize = model.dtype.itemsize
-    adapter_bytes = itemsize * sum(parameter.numel() for parameter in trained)
+    adapter_bytes = itemsize * sum(parameter.numel() for parameter in trained_parameters)
     base_bytes = (
         weight_bytes(model) if load.quantize is None else packed_weight_bytes(model, load.quantize)
     )[0]
-    linears = packed_linears(model, load.quantize) if load.quantize else []
+    linear_weights = packed_linears(model, load.quantize) if load.quantize else []
     # each unpacked weight is written once and read once
-    unpacking_bytes = 2 * sum(weight.nbytes for weight, _ in linears)
-    length = load.prompt + load.answer
-    operations, row_bytes = count_forward(model, length)
-    operations /= length
+    unpacking_bytes = 2 * sum(weight.nbytes for weight, _ in linear_weights)
+    row_length = load.prompt + load.answer
+    operations, row_bytes = count_forward(model, row_length)
+    operations /= row_length
     free_bytes = load.devices * hardware.usable_memory / (1 + FRAGMENTATION_SHARE) - base_bytes
     bytes_per_row = row_bytes + adapter_bytes * (load.adapters > 1)
-    rows = max(0, min(load.rows, math.floor((free_bytes - adapter_bytes) / bytes_per_row)))
+    row_count = max(0, min(load.rows, math.floor((free_bytes - adapter_bytes) / bytes_per_row)))
     peak_rate = PEAK_SHARE * (hardware.peak16 if itemsize < 4 else hardware.peak32) * load.devices
     bandwidth = BANDWIDTH_SHARE * hardware.memory_bandwidth * load.devices
-    load_fields = (hardware.name, load, base_bytes, adapter_bytes, row_bytes)
-    if rows == 0:
-        return Service(*load_fields, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
-    in_memory = min(load.adapters, math.floor((free_bytes - rows * row_bytes) / adapter_bytes))
-    distinct_adapters = load.adapters * (1 - (1 - 1 / load.adapters) ** rows)
+    common_fields = (hardware.name, load, base_bytes, adapter_bytes, row_bytes)
+    if row_count == 0:
+        return Service(*common_fields, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
+    adapters_in_memory = min(
+        load.adapters, math.floor((free_bytes - row_count * row_bytes) / adapter_bytes)
+    )
+    distinct_adapters = load.adapters * (1 - (1 - 1 / load.adapters) ** row_count)
     read_bytes = (
-        _expected_weight_bytes(model, base_bytes, rows)
+        _expected_weight_bytes(model, base_bytes, row_count)
         + unpacking_bytes
         + distinct_adapters * adapter_bytes
-        + rows * row_bytes * (load.prompt + load.answer / 2) / length
+        + row_count * row_bytes * (load.prompt + load.answer / 2) / row_length
     )
-    step_seconds = max(read_bytes / bandwidth, rows * operations / peak_rate)
-    busy_seconds = load.prompt * operations / peak_rate + load.answer * step_seconds / rows
-    replicas = math.ceil(load.requests * busy_seconds / BUSY_SHARE)
-    adapter_hit_share = min(1.0, in_memory * replicas / load.adapters)
+    step_seconds = max(read_bytes / bandwidth, row_count * operations / peak_rate)
+    busy_seconds = load.prompt * operations / peak_rate + load.answer * step_seconds / row_count
+    replica_count = math.ceil(load.requests * busy_seconds / BUSY_SHARE)
+    adapter_hit_share = min(1.0, adapters_in_memory * replica_count / load.adapters)
     return Service(
-        *load_fields,
-        rows,
-        in_memory,
+        *common_fields,
+        row_count,
+        adapters_in_memory,
         step_seconds,
         1 / busy_seconds,
-        replicas,
+        replica_count,
         adapter_hit_share,
         adapter_bytes / hardware.host_bandwidth,
     )
 
 
-def _expected_weight_bytes(model: Any, base_bytes: int, rows: int) -> float:
-    """Expected bytes of the weights that one step reads. Of a stack of experts, a step reads the
-    experts to which it routes at least one row."""
+def _expected_weight_bytes(model: Any, base_bytes: int, row_count: int) -> float:
+    """Expected bytes of the weights that a step of ``row_count`` rows reads. Of a stack of experts,
+    a step reads the experts to which it routes at least one row. ``base_bytes``: bytes of all
+    frozen weights."""
     config = model.config.get_text_config()
-    experts = (
+    expert_count = (
         getattr(config, "num_local_experts", None)
         or getattr(config, "n_routed_experts", None)
         or getattr(config, "num_experts", None)
@@ -153,11 +160,15 @@ def _expected_weight_bytes(model: Any, base_bytes: int, rows: int) -> float:
     head = model.get_output_embeddings()
     # a step reads only one row of the embedding for each token
     unread_bytes = 0 if head is not None and head.weight is embedding else embedding.nbytes
-    if not experts or not experts_per_token:
+    if not expert_count or not experts_per_token:
         return base_bytes - unread_bytes
     stack_bytes = sum(
         parameter.nbytes
         for parameter in model.parameters()
-        if parameter.dim() == 3 and len(parameter) == experts and not parameter.requires_grad
+        if parameter.dim() == 3 and len(parameter) == expert_count and not parameter.requires_grad
     )
-    return base_bytes - unread_bytes - stack_bytes * (1 - experts_per_token / experts) ** rows
+    return (
+        base_bytes
+        - unread_bytes
+        - stack_bytes * (1 - experts_per_token / expert_count) ** row_count
+    )

@@ -1,19 +1,21 @@
 """Plan a training run on 1 … n devices by each strategy: the bytes that each device holds, and the
 work and transfers of a step, which ``hardware.py`` times.
 
-A step has as many examples on n devices as on one device, as under torchrun.
+A step has as many examples on n devices as on one device, as in ``veneer train`` under torchrun. A
+row is an example of the batch.
 
-    ddp     each device has all weights and its share of the rows
-    fsdp    each device has its share of the rows and of the frozen weights. It gathers the weights
-            of a block before the block's forward and again before its backward. The loss computes
-            the logits of all tokens at once, since the output head cannot be called on chunks
-    tp      each device has all rows, and its share of the blocks' matrices by transformers' plan
-            for the model. Forward sums the outputs of a block's two row-wise layers over the
+    ddp     each device has all weights, and computes its share of the rows
+    fsdp    each device computes its share of the rows, and holds its share of the frozen weights.
+            It gathers the weights of a block before the block's forward and again before its
+            backward. The loss computes the logits of all tokens at once, since the output head of
+            a sharded model cannot be called on chunks of tokens
+    tp      each device computes all rows, with its share of the blocks' matrices by transformers'
+            plan for the model. Forward sums the outputs of a block's two row-wise layers over the
             devices; backward sums the gradients at the inputs of its column-wise layers
 
-Each device has the full adapter, whose gradients are summed once a step in float32. In a ring of n
-devices, each sends (n - 1) / n of the bytes that are gathered, and twice that share of the bytes
-that are summed.
+Each device has the full adapter, whose gradients are summed once a step in float32. Devices
+communicate in a ring. To gather b bytes on each of n devices, each sends b · (n - 1) / n bytes; to
+sum b bytes over the devices, it sends twice as many.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ class Run:
     """The properties of a run that do not depend on the devices.
 
     Fields:
-        batch: maximal number of rows of ``length`` tokens in a forward pass.
-        accumulate: number of forward passes in a step of one device.
+        batch: number of rows in a forward pass.
+        length: number of tokens of a row.
+        accumulate: number of forward passes in a step on one device.
         labelled: share of the tokens that have a label.
-        offload: whether activations are in main memory.
+        optimiser: the name of the optimiser, as ``veneer train`` takes it.
+        checkpointing: whether backward recomputes the activations (activation checkpointing).
+        offload: whether activations wait in main memory for their backward.
+        quantize: the format of the packed base ("nf4", "fp4", "int8"); None leaves it unpacked.
     """
 
     batch: int = 8
@@ -61,9 +67,12 @@ class RunPlan:
     """The plan of a run on ``devices`` devices.
 
     Fields:
-        run: the run with the rows and passes of one device.
-        memory: the most bytes that a device holds, by use.
-        operations, sent: operations of a device in a step, and the bytes that the device sends.
+        strategy: how the devices divide the work: "ddp", "fsdp" or "tp".
+        run: the run, with ``batch`` and ``accumulate`` of one device.
+        hardware: the name of the device, or None.
+        memory: the bytes that a device holds at the peak of a step, by use.
+        operations, sent: floating-point operations of a device in a step, and the bytes that it
+            sends.
         tokens: tokens of a step on all devices together.
         seconds: seconds of a step; None if no hardware is named.
         fits: whether a device has enough memory; None if no hardware is named.
@@ -86,13 +95,21 @@ class RunPlan:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second of one device; None if no hardware is named."""
+        """Tokens a second of the run, divided by the number of devices; None if no hardware is
+        named."""
         return None if self.seconds is None else self.tokens / self.seconds / self.devices
 
 
 class Planner:
-    """Plans the runs of a model with its adapter. It counts a step once for each shape of a
-    batch."""
+    """Plans runs of a model with its adapter. Counted steps are cached by the shape of the batch.
+
+    Args:
+        model: a result of ``countable_model`` (on torch's meta device) with an adapter attached.
+
+    Attributes:
+        trained, trainable: the trained parameters, and the number of their values.
+        total: the number of values of the other parameters, those of the base.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -115,16 +132,22 @@ class Planner:
     ) -> RunPlan:
         """Plan one run.
 
+        Args:
+            run: the run, as on one device.
+            strategy: "ddp", "fsdp" or "tp".
+            devices: the number of devices.
+            hardware: the type of the devices; None leaves out the time and whether the run fits.
+
         Raises:
-            ConfigError: the strategy is impossible: rows that cannot be divided, packed weights
-                that would be sharded, or tp for a model without a plan in transformers or on a
-                number of devices that does not divide the heads.
+            ConfigError: the strategy is impossible: the rows cannot be divided evenly, packed
+                weights would have to be sharded, or for tp, transformers has no plan for the model
+                or the number of devices does not divide the number of heads.
         """
         _check_packed_weights(run, strategy, devices)
         tokens = run.batch * run.length * run.accumulate
         if strategy != "tp":
-            batch, passes = split_step(run.batch, run.accumulate, devices)
-            run = replace(run, batch=batch, accumulate=passes)
+            row_count, pass_count = split_step(run.batch, run.accumulate, devices)
+            run = replace(run, batch=row_count, accumulate=pass_count)
         step = self.step(run, chunked_loss=strategy != "fsdp" or devices == 1)
         if strategy == "tp":
             step = step.shard(devices)
@@ -144,22 +167,25 @@ class Planner:
         if devices > 1:
             ring_share = (devices - 1) / devices
             if strategy == "fsdp":
-                blocks = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
-                block_total = sum(count * block_bytes for count, block_bytes in blocks)
+                block_sizes = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
+                all_block_bytes = sum(count * block_bytes for count, block_bytes in block_sizes)
                 # blocks are gathered in forward and in backward, the other weights once
-                gathered_bytes = ring_share * (block_total + bytes_by_use["base"]) * run.accumulate
-                bytes_by_use = shard_base(bytes_by_use, cost, blocks, devices)
+                gathered_bytes = (
+                    ring_share * (all_block_bytes + bytes_by_use["base"]) * run.accumulate
+                )
+                bytes_by_use = shard_base(bytes_by_use, cost, block_sizes, devices)
             if strategy == "tp":
                 bytes_by_use["base"] -= self._sharded_bytes(devices) * (devices - 1) // devices
                 block_count = sum(group.count for group in step.blocks)
-                reductions = block_count * 2 * (3 if run.checkpointing else 2)
-                summed_bytes = 2 * ring_share * step.hidden_bytes * reductions * run.accumulate
+                reduction_count = block_count * 2 * (3 if run.checkpointing else 2)
+                summed_bytes = 2 * ring_share * step.hidden_bytes * reduction_count * run.accumulate
             summed_bytes += 2 * ring_share * gradient_bytes
         bytes_by_use["slack"] = round(FRAGMENTATION_SHARE * sum(bytes_by_use.values()))
         seconds = fits = None
         if hardware is not None:
             compute_seconds = self._compute_seconds(run, cost, hardware)
-            # gathers overlap with computation; reductions do not
+            # the longer of the two, since gathers run during computation; sums of gradients and
+            # outputs do not, so their time is added
             seconds = max(compute_seconds, hardware.transfer_seconds(gathered_bytes, devices))
             seconds += hardware.transfer_seconds(summed_bytes, devices)
             fits = sum(bytes_by_use.values()) <= hardware.usable_memory
@@ -177,20 +203,24 @@ class Planner:
         )
 
     def _compute_seconds(self, run: Run, cost: Cost, hardware: Hardware) -> float:
-        """Seconds of a step that a device computes, without communication."""
+        """Seconds in which a device computes a step of cost ``cost`` per pass, without
+        communication."""
         work = [cost.forward_work, cost.backward_work]
         if run.quantize:
             work.append(self._unpacking_work(run))
         itemsize = self.model.dtype.itemsize
         return sum(hardware.seconds(pass_work, itemsize) for pass_work in work) * run.accumulate
 
-    def _sharded_bytes(self, devices: int) -> int:
-        """Bytes of the frozen weights that tensor parallelism divides among the devices."""
-        plan = getattr(self.model, "tp_plan", None) or {}
+    def _sharded_bytes(self, device_count: int) -> int:
+        """Bytes of the frozen weights that tensor parallelism divides among the devices. Raises
+        ``ConfigError`` if there are none, or if ``device_count`` does not divide the heads."""
+        style_by_pattern = getattr(self.model, "tp_plan", None) or {}
         sharded_bytes = 0
-        for path, parameter in self.model.named_parameters():
-            module, _, name = path.rpartition(".")
-            partition = PARTITION_BY_STYLE.get(style_of(plan, module, name))
+        for parameter_path, parameter in self.model.named_parameters():
+            module_path, _, parameter_name = parameter_path.rpartition(".")
+            partition = PARTITION_BY_STYLE.get(
+                style_of(style_by_pattern, module_path, parameter_name)
+            )
             if not parameter.requires_grad and partition in (COLUMN_WISE, ROW_WISE):
                 sharded_bytes += parameter.nbytes
         if not sharded_bytes:
@@ -199,21 +229,22 @@ class Planner:
                 "ddp or fsdp",
                 "choose one of them",
             )
-        heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
-        if heads is not None and heads % devices:
+        head_count = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
+        if head_count is not None and head_count % device_count:
             raise ConfigError(
-                f"strategy tp on {devices} devices, and {heads} heads of keys and values",
+                f"strategy tp on {device_count} devices, and {head_count} heads of keys and values",
                 "a number of devices that divides them",
                 "take fewer devices",
             )
         return sharded_bytes
 
     def _unpacking_work(self, run: Run) -> Work:
-        """The work to unpack each packed weight in forward and in backward: to read it, and to
-        write it in the dtype of the products."""
-        passes, work = 3 if run.checkpointing else 2, Work()
-        for weight, packed_size in packed_linears(self.model, str(run.quantize)):
-            work[0, weight.nbytes + packed_size, False] += passes
+        """The work of unpacking every packed weight in each pass over it: in forward, in backward,
+        and with activation checkpointing in the second forward. Unpacking reads the packed weight
+        and writes it in the dtype of the matrix products."""
+        pass_count, work = 3 if run.checkpointing else 2, Work()
+        for weight, packed_bytes in packed_linears(self.model, str(run.quantize)):
+            work[0, weight.nbytes + packed_bytes, False] += pass_count
         return work
 
 
@@ -234,14 +265,20 @@ def plan_all(
     strategies: Iterable[str],
     hardware: Hardware | None,
 ) -> tuple[list[RunPlan], list[str]]:
-    """(the plan of each possible combination of a number of devices and a strategy ("ddp", "fsdp",
-    "tp"), the reasons why the others are impossible). On one device, only the first strategy is
-    planned. Raises ``ConfigError`` if no combination is possible."""
+    """Plan a run for each combination of a number of devices and a strategy ("ddp", "fsdp", "tp").
+    On one device, where strategies do not differ, only the first is planned.
+
+    Returns:
+        (the plans of the possible combinations, the reasons why other combinations are impossible).
+
+    Raises:
+        ConfigError: no combination is possible.
+    """
     plans, rejections = [], []
-    for devices in device_counts:
-        for strategy in [*strategies][:1] if devices == 1 else strategies:
+    for device_count in device_counts:
+        for strategy in [*strategies][:1] if device_count == 1 else strategies:
             try:
-                plans.append(planner.plan(run, strategy, devices, hardware))
+                plans.append(planner.plan(run, strategy, device_count, hardware))
             except ConfigError as error:
                 rejections.append(str(error))
     if not plans:
@@ -256,8 +293,10 @@ def recommend(
     strategies: Sequence[str],
     hardware: Hardware,
 ) -> str:
-    """Recommend in words the fewest devices that suffice, and the fastest strategy on them. If no
-    number suffices, name the least memory that is needed."""
+    """Recommend in words the fewest devices that have enough memory, and the fastest strategy on
+    them. If the run fits on none of ``device_counts``, try it with less memory: recomputed
+    activations, one row at a time, a packed base. If that does not fit either, return an advice
+    with the least memory that is needed."""
     variations: list[tuple[str, Run]] = [("", run)]
     if not run.checkpointing:
         variations.append((" with activation checkpointing", replace(run, checkpointing=True)))
@@ -266,9 +305,9 @@ def recommend(
         smallest_run = replace(smallest_run, batch=1, accumulate=run.accumulate * run.batch)
         variations.append((" with checkpointing and a row at a time, accumulated", smallest_run))
     if run.quantize is None:
-        prefix = " with checkpointing, a row at a time," if smallest_run != run else ""
-        variations.append((f"{prefix} in nf4", replace(smallest_run, quantize="nf4")))
-    for description, variation in variations:
+        variation_prefix = " with checkpointing, a row at a time," if smallest_run != run else ""
+        variations.append((f"{variation_prefix} in nf4", replace(smallest_run, quantize="nf4")))
+    for variation_text, variation in variations:
         fitting_plans = [
             plan
             for plan in plan_all(planner, variation, device_counts, strategies, hardware)[0]
@@ -280,13 +319,16 @@ def recommend(
                 (plan for plan in fitting_plans if plan.devices == fewest_devices),
                 key=lambda plan: plan.speed or 0,
             )
-            device_names = (
+            devices_text = (
                 f"{best.devices} × {hardware.name}, {best.strategy}"
                 if best.devices > 1
                 else f"one {hardware.name}"
             )
-            usage = f"{best.total / 2**30:.1f} GiB of {hardware.usable_memory / 2**30:.1f}"
-            return f"{device_names}{description}: {usage}, {best.speed:,.0f} tokens/s a device"
+            memory_text = f"{best.total / 2**30:.1f} GiB of {hardware.usable_memory / 2**30:.1f}"
+            return (
+                f"{devices_text}{variation_text}: {memory_text},"
+                f" {best.speed:,.0f} tokens/s a device"
+            )
     smallest = min(
         plan_all(planner, variations[-1][1], device_counts, strategies, hardware)[0],
         key=lambda plan: plan.total,
