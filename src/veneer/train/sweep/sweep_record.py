@@ -120,8 +120,8 @@ class State:
         return cls(**state_fields, candidates=candidates)
 
     def losses_by_step(self, cohort_index: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yield (step, {candidate's name: loss}) for each step in the ``loss_history`` of a candidate
-        of the cohort, in the order of the steps."""
+        """Yield (step, {candidate's name: loss}) for each step in the ``loss_history`` of at least
+        one candidate of the cohort, in the order of the steps."""
         losses_by_step: dict[int, dict[str, float]] = {}
         for candidate in self.in_cohort(cohort_index):
             for step, loss in candidate.loss_history:
