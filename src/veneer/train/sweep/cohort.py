@@ -139,7 +139,7 @@ class Cohort:
         calibration_options = calibration_arguments(task, self.prepared.train, self.model)
         adapter_config = lora_config(config, self.model, {})
         self.runs.add(name, adapter_config, seed=config.seed, **calibration_options)
-        # `check` gives the same result for candidates with equal adapter configs
+        # one check for all candidates with equal adapter configs, since its result is the same
         if config.check and adapter_config not in self._checked_configs:
             check(self.model, task.example(self.prepared, self.model.device), name)
             self._checked_configs.append(adapter_config)
@@ -168,7 +168,7 @@ class Cohort:
         )
         if resumed_from is not None:
             adapter.load_state_dict(torch.load(resumed_from / name / STATE_FILE, weights_only=True))
-        else:  # as in a single run, where the Trainer seeds once more after attaching
+        else:  # as in a single run: the Trainer seeds once more after attaching
             adapter.stream.restart(task.config.seed)
         self.members[name] = CohortMember(task, adapter)
 

@@ -139,9 +139,8 @@ class State:
         """For each group of at least two finished candidates that differ only in their seeds, the
         mean and the standard deviation of their losses, with the candidates and settings."""
         candidates_by_settings: dict[str, list[Candidate]] = {}
-        distinct_changes: list[
-            dict[str, Any]
-        ] = []  # count equal settings once, even if drawn twice
+        # candidates with equal settings, which a sampler may draw twice, count once
+        distinct_changes: list[dict[str, Any]] = []
         for candidate in self.finished_candidates():
             if candidate.changes in distinct_changes:
                 continue

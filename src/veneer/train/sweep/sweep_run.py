@@ -185,8 +185,8 @@ class _SweepRun:
         ]
 
     def _add_candidates(self, candidates: list[Candidate]) -> None:
-        """Create the tasks of new candidates, and add the candidates to the state. Raises
-        `TargetError` if one cannot begin; with `keep_going`, only if all of the first ones fail."""
+        """Create the tasks of new candidates, and add them to the state. Raises `TargetError` if
+        one cannot begin; with `keep_going`, only if all of the sweep's first candidates fail."""
         problems = [problem for candidate in candidates if (problem := self._make_task(candidate))]
         if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
             raise_all(TargetError, "The sweep cannot begin", problems)
@@ -471,9 +471,9 @@ class _SweepRun:
         return result
 
     def _print_result(self, winner: Candidate) -> None:
-        elapsed, changes = format_duration(self.state.seconds), format_changes(winner.changes)
+        elapsed, changes_text = format_duration(self.state.seconds), format_changes(winner.changes)
         lines = [
-            f"Done     in {elapsed}: {winner.name} ({changes})",
+            f"Done     in {elapsed}: {winner.name} ({changes_text})",
             f"         evaluation {winner.loss:.4f}, {winner.parameters:,} numbers",
             *(f"Edge     {describe_edge(edge)}" for edge in self.winner_facts["edges"]),
             f"Alone    {describe_repetition(self.winner_facts['alone'])}",

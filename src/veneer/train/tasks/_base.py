@@ -425,7 +425,7 @@ def read_text_column(records: data.Records, column: str) -> list[str]:
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """Import the function that `spec` names in the form FILE.py:NAME, which executes the file.
+    """Execute the file of `spec`, which has the form FILE.py:NAME, and return its function NAME.
     Raises `ConfigError` if the file or the function does not exist."""
     import importlib.util
 

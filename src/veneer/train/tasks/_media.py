@@ -35,9 +35,8 @@ def read_image(value: Any, row_location: str, folder: Path) -> np.ndarray:
 
         try:
             with Image.open(folder / Path(value).expanduser()) as image:
-                return np.array(
-                    image.convert("RGB")
-                )  # copied, because torch needs a writable array
+                # copied, because torch needs a writable array
+                return np.array(image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(
                 f"{row_location}: no image at {value} ({error})", "an image file", "check the path"
