@@ -236,7 +236,7 @@ class _SweepRun:
                 raise ConfigError(f"Found: {problem}")
 
     def _report_ends(self, cohort_index: int) -> None:
-        """Tell the search how the candidates of a cohort ended: early or not, with which loss."""
+        """Tell the search the last loss of a cohort's candidates, and which of them ended early."""
         for candidate in self.state.in_cohort(cohort_index):
             loss = candidate.loss if candidate.status in (FINISHED, ENDED) else None
             self.search.report_end(candidate.name, loss, candidate.status == ENDED)

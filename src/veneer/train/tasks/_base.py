@@ -156,7 +156,7 @@ class Task(ABC):
 
     def open_base(self) -> Any:
         """Check the base's config, and load and return its processor, but no weights. Raises
-        `ConfigError` if the task needs a causal language model and the base is none."""
+        `ConfigError` if the task needs a causal language model and the base is not one."""
         if self.generates_text():
             models.must_be_causal(self.config.base)
         self.processor = models.load_tokenizer(self.config.base)
