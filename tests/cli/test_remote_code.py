@@ -252,6 +252,6 @@ def test_every_call_that_could_run_code_says_whether_it_may() -> None:
                     for word in node.keywords
                     if word.arg is None
                 }
-                if not given & {"code_options", "code", "options"}:
+                if not given & {"code_arguments", "code_options", "code", "options"}:
                     silent.append(f"{file.name}:{node.lineno}")
     assert silent == []

@@ -7,7 +7,7 @@ import torch
 
 import veneer
 from veneer.errors import ConfigError
-from veneer.models.load import pick_dtype, type_and_device
+from veneer.models.load import dtype_and_device, pick_dtype
 from veneer.train.config import make_config
 
 
@@ -17,8 +17,8 @@ from veneer.train.config import make_config
 def test_a_gpu_is_taken_where_there_is_one(cuda, mps, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert type_and_device("fp32", None) == (torch.float32, device)
-    assert type_and_device("fp32", "cpu") == (torch.float32, "cpu")
+    assert dtype_and_device("fp32", None) == (torch.float32, device)
+    assert dtype_and_device("fp32", "cpu") == (torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])

@@ -18,7 +18,7 @@ from veneer.models.decode.slots import MIN_COLUMNS, Budget, LayerForm, Slots
 CPU = torch.device("cpu")
 #: of the tiny Llama in float64: 2 layers, 2 key-value heads of 8 numbers
 FORM = LayerForm(2, 8, 8, torch.float64, CPU)
-TOKEN = 2 * FORM.nbytes  # bytes of a token in both layers
+TOKEN = 2 * FORM.token_bytes  # bytes of a token in both layers
 
 
 @functools.cache

@@ -299,9 +299,9 @@ def test_origins():
     assert settings_of("base", cors=named).cors == tuple(named[:4])
     assert settings_of("base", cors=APP).cors == (APP,)
     everybody = settings_of("base", cors="*")
-    must_have_keys_for_any_origin(everybody, open_to_all=False)
+    must_have_keys_for_any_origin(everybody, needs_no_keys=False)
     with pytest.raises(ConfigError, match="without keys"):
-        must_have_keys_for_any_origin(everybody, open_to_all=True)
+        must_have_keys_for_any_origin(everybody, needs_no_keys=True)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -119,5 +119,5 @@ def test_a_step_of_many_adapters_computes_few_tokens_together():
     prefill_budget.note_together(
         16, 0.1 + 16 * TOKEN / 8
     )  # which is cheaper than a call of their own
-    assert prefill_budget.tokens(8, 1, max_shared=128) == 56
-    assert prefill_budget.tokens(8, 1, max_shared=32) == 32
+    assert prefill_budget.tokens(8, 1, max_shared_tokens=128) == 56
+    assert prefill_budget.tokens(8, 1, max_shared_tokens=32) == 32

@@ -117,8 +117,7 @@ async def health() -> dict[str, str]:
 
 @operations.get("/ready")
 async def ready(service: CurrentService) -> Response:
-    """Answer with the path prefixes of the extensions if the server takes requests, otherwise with
-    status 503."""
+    """Answer with the path prefixes of the extensions, or with 503 if requests are not taken."""
     if not service.ready:
         raise service.unready_refusal()
     extensions = [extension.path_prefix for extension in service.extensions]

@@ -31,14 +31,9 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     # Early stopping keeps the checkpoint with the lowest evaluation loss, so each checkpoint needs
     # an evaluation: if only one of the two intervals is set, the other gets the same value.
     early_stopping = config.early_stopping
-    eval_every = (
-        config.eval_every
-        or (early_stopping and config.save_every)
-        or max(1, math.ceil(prepared.steps / 5))
-    )
-    save_every = config.save_every or (
-        eval_every if early_stopping else max(1, math.ceil(prepared.steps / 10))
-    )
+    eval_every = config.eval_every or (early_stopping and config.save_every)
+    eval_every = eval_every or max(1, math.ceil(prepared.steps / 5))
+    default_save_every = eval_every if early_stopping else max(1, math.ceil(prepared.steps / 10))
     arguments_class, sft_arguments = TrainingArguments, {}
     if config.task == "sft":  # no other task needs trl, which takes half a second to import
         from trl.trainer.sft_config import SFTConfig
@@ -69,7 +64,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         eval_strategy="no" if prepared.eval_set is None else "steps",
         eval_steps=eval_every,
         prediction_loss_only=True,
-        save_steps=save_every,
+        save_steps=config.save_every or default_save_every,
         # early stopping needs the newest checkpoint and the one with the lowest evaluation loss,
         # which is loaded at the end
         save_total_limit=max(config.keep_checkpoints, 2 if early_stopping else 1),

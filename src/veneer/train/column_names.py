@@ -90,29 +90,13 @@ def advise_columns(
         named_prompt, named_completion: the columns that the user has named by flags; None for a
             flag that was not given.
     """
-    chat_columns = [column for column in columns if _is_chat(first_row.get(column))]
-    if (
-        named_prompt is None
-        and named_completion is None
-        and (chat_columns or find_likely_column("messages", columns))
-    ):
-        chat_column = chat_columns[0] if chat_columns else find_likely_column("messages", columns)
-        return f"name the column of the chats: --messages-column {chat_column}."
-    for data_set, prompt_column, context_column, completion_column in PROMPT_DATA_SETS:
-        if (
-            named_prompt is None
-            and named_completion is None
-            and {prompt_column, completion_column} <= {*columns}
-        ):
-            flags = f"--prompt-column {prompt_column} --completion-column {completion_column}"
-            if context_column not in columns:
-                return f"name these columns of {data_set}: {flags}."
-            return (
-                f"these are the columns of {data_set}, whose `{context_column}` belongs to the"
-                " prompt where it holds something: write both into one column `prompt`, and"
-                f" `{completion_column}` into `completion`; {flags} would leave `{context_column}`"
-                " out."
-            )
+    if named_prompt is None and named_completion is None:
+        chat_columns = [column for column in columns if _is_chat(first_row.get(column))]
+        chat_columns += [column] if (column := find_likely_column("messages", columns)) else []
+        if chat_columns:
+            return f"name the column of the chats: --messages-column {chat_columns[0]}."
+        if data_set_advice := _advise_known_data_set(columns):
+            return data_set_advice
     prompt_column = named_prompt or find_likely_column(
         "prompt", [column for column in columns if column != named_completion]
     )
@@ -131,33 +115,40 @@ def advise_columns(
         )
     if len(columns) == 1:
         return f"if it is plain text, name it: --text-column {columns[0]}."
-    named_flag = (
-        f"--prompt-column {prompt_column} "
-        if prompt_column
-        else f"--completion-column {completion_column} "
-        if completion_column
-        else ""
-    )
-    unclear_fields = (
-        "completion"
-        if prompt_column
-        else "prompt"
-        if completion_column
-        else "prompt and which the completion"
-    )
-    candidate_text = listing(
-        (repr(column) for column in columns if column not in (prompt_column, completion_column)), 8
-    )
-    flags = named_flag or "--prompt-column COLUMN "
-    flags += (
-        "--prompt-column COLUMN"
-        if completion_column and not prompt_column
-        else "--completion-column COLUMN"
-    )
+    unclear_columns = [
+        column for column in columns if column not in (prompt_column, completion_column)
+    ]
+    if prompt_column:
+        unclear_fields = "completion"
+        flags = f"--prompt-column {prompt_column} --completion-column COLUMN"
+    elif completion_column:
+        unclear_fields = "prompt"
+        flags = f"--completion-column {completion_column} --prompt-column COLUMN"
+    else:
+        unclear_fields = "prompt and which the completion"
+        flags = "--prompt-column COLUMN --completion-column COLUMN"
     return (
-        f"it is not clear which of {candidate_text} is the {unclear_fields}: name them: {flags} (or"
-        " --text-column, --messages-column)."
+        f"it is not clear which of {listing(map(repr, unclear_columns), 8)} is the"
+        f" {unclear_fields}: name them: {flags} (or --text-column, --messages-column)."
     )
+
+
+def _advise_known_data_set(columns: Sequence[str]) -> str | None:
+    """The advice for the columns of a known data set (``PROMPT_DATA_SETS``); None if they are those
+    of none."""
+    for data_set, prompt_column, context_column, completion_column in PROMPT_DATA_SETS:
+        if not {prompt_column, completion_column} <= {*columns}:
+            continue
+        flags = f"--prompt-column {prompt_column} --completion-column {completion_column}"
+        if context_column not in columns:
+            return f"name these columns of {data_set}: {flags}."
+        return (
+            f"these are the columns of {data_set}, whose `{context_column}` belongs to the"
+            " prompt where it holds something: write both into one column `prompt`, and"
+            f" `{completion_column}` into `completion`; {flags} would leave `{context_column}`"
+            " out."
+        )
+    return None
 
 
 def _is_chat(value: Any) -> bool:

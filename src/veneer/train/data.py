@@ -168,16 +168,13 @@ def select_fields(
         for field in optional
         if field in column_names or field in data_columns
     }
-    if missing_columns := [
-        column for column in column_by_field.values() if column not in data_columns
-    ]:
+    read_columns = [*column_by_field.values()]
+    unused_columns = [column for column in data_columns if column not in read_columns]
+    if missing_columns := [column for column in read_columns if column not in data_columns]:
         problem = (
             f"{source} has no column {missing_columns[0]!r}"
             f"{nearest(missing_columns[0], data_columns)}; it has {list_names(data_columns)}"
         )
-        unused_columns = [
-            column for column in data_columns if column not in column_by_field.values()
-        ]
         flag_pairs = [
             f"{field}={find_likely_column(field, unused_columns) or 'COLUMN'}"
             for field, column in column_by_field.items()
@@ -185,14 +182,12 @@ def select_fields(
         ]
         raise DataError(
             problem,
-            f"the columns {list_names(column_by_field.values())}",
+            f"the columns {list_names(read_columns)}",
             "rename it, or name the columns that play these parts: --columns"
             f" {','.join(flag_pairs)}",
         )
     for location, row in located_rows:
-        if missing_columns := [
-            column for column in column_by_field.values() if row.get(column) is None
-        ]:
+        if missing_columns := [column for column in read_columns if row.get(column) is None]:
             raise DataError(
                 f"{source}, {location} holds nothing in {missing_columns[0]!r};"
                 f" it has {list_names(row)}",
@@ -202,12 +197,8 @@ def select_fields(
     rows = [
         {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
     ]
-    unused_columns = tuple(
-        column for column in data_columns if column not in column_by_field.values()
-    )
-    return Records(
-        "columns", rows, [location for location, _ in located_rows], source, digest, unused_columns
-    )
+    locations = [location for location, _ in located_rows]
+    return Records("columns", rows, locations, source, digest, tuple(unused_columns))
 
 
 def _read_hub(data_set_id: str, split: str) -> tuple[list[tuple[str, Any]], str]:

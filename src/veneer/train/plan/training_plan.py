@@ -170,9 +170,8 @@ class Planner:
                 block_sizes = [(group.count, weight_bytes(group.block)[0]) for group in step.blocks]
                 all_block_bytes = sum(count * block_bytes for count, block_bytes in block_sizes)
                 # blocks are gathered in forward and in backward, the other weights once
-                gathered_bytes = (
-                    ring_share * (all_block_bytes + bytes_by_use["base"]) * run.accumulate
-                )
+                gathered_once = ring_share * (all_block_bytes + bytes_by_use["base"])
+                gathered_bytes = gathered_once * run.accumulate
                 bytes_by_use = shard_base(bytes_by_use, cost, block_sizes, devices)
             if strategy == "tp":
                 bytes_by_use["base"] -= self._sharded_bytes(devices) * (devices - 1) // devices
