@@ -18,7 +18,7 @@ from veneer.attach import (
     LayerAdapter,
     Loss,
     MergeReport,
-    Names,
+    ModelIndex,
     Summary,
     adapters,
     adapters_of,
@@ -96,7 +96,7 @@ def attach(
     )
     install_adapter(model, name, plans, calibration=calibration)
     _patch_model(model)
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     adapter_parameter_ids = {
         id(model_index.modules[path]._parameters[parameter_name])
         for path, parameter_names in plans.full.items()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import veneer
 from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing
@@ -430,7 +430,7 @@ def test_threads_that_load_at_once_hash_once(hashed, tmp_path):
     path = saved(model, tmp_path / "a")
     other = net()
     hashed.clear()
-    tensors = list_weights(Names(other))
+    tensors = list_weights(ModelIndex(other))
     threads = [
         threading.Thread(target=base_proof.fingerprints_of, args=(tensors,)) for _ in range(8)
     ]

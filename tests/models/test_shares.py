@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
 
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.errors import ConfigError
 from veneer.models import load_head
 from veneer.models.safetensors_dir import Checkpoint
@@ -126,7 +126,7 @@ def test_a_new_head_is_the_one_that_one_process_makes(tmp_path: Path) -> None:
         torch.manual_seed(5)
         models.append(load(tmp_path, "AutoModelForSequenceClassification", num_labels=7))
     must_be_share(*models)
-    assert [[*Names(model).fresh_parameters().values()] for model in models] == [
+    assert [[*ModelIndex(model).fresh_parameters().values()] for model in models] == [
         [("score", "weight")]
     ] * 2
 

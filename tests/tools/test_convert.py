@@ -761,7 +761,7 @@ def test_the_first_of_two_text_encoders_is_te1_where_it_alone_changed(tmp_path):
 
 
 def test_a_name_must_mean_one_module(tmp_path):
-    class Names(nn.Module):
+    class ModelIndex(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.a_b = nn.Module(), nn.Linear(4, 4)
@@ -770,14 +770,14 @@ def test_a_name_must_mean_one_module(tmp_path):
     pair = {"lora_down.weight": torch.ones(1, 4), "lora_up.weight": torch.ones(4, 1)}
     save_file({f"lora_unet_a_b.{key}": value for key, value in pair.items()}, tmp_path / "a")
     with pytest.raises(AdapterError, match=r"which may mean a\.b, a_b"):
-        convert(tmp_path / "a", tmp_path / "b", to="veneer", base=Names())
+        convert(tmp_path / "a", tmp_path / "b", to="veneer", base=ModelIndex())
     save_file(
         {f"lora_unet_input_blocks_1.{key}": value for key, value in pair.items()}, tmp_path / "c"
     )
     with pytest.raises(AdapterError, match="block names of the model as first published"):
-        convert(tmp_path / "c", tmp_path / "b", to="veneer", base=Names())
+        convert(tmp_path / "c", tmp_path / "b", to="veneer", base=ModelIndex())
     with pytest.raises(AdapterError, match="names that differ"):
-        convert(trained(Names(), tmp_path / "d").path, tmp_path / "b", to="kohya", part="unet")
+        convert(trained(ModelIndex(), tmp_path / "d").path, tmp_path / "b", to="kohya", part="unet")
     with pytest.raises(AdapterError, match="a base to tell"):
         convert(tmp_path / "a", tmp_path / "b", to="peft")
     with pytest.raises(AdapterError, match="give part"):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.errors import sentence
 from veneer.formats import peft
 from veneer.formats._base import LORA_SUFFIXES
@@ -57,7 +57,7 @@ class _ExpertChange(NamedTuple):
 
 
 def stack_experts(
-    adapter_files: AdapterFiles, model_index: Names, problems: list[str]
+    adapter_files: AdapterFiles, model_index: ModelIndex, problems: list[str]
 ) -> AdapterFiles:
     """The adapter with one change for each stacked parameter of transformers 5, instead of one for
     each expert's layer of transformers 4, and with the new paths of renamed layers.
@@ -125,7 +125,7 @@ def stack_experts(
 
 
 def _map_renamed_layers(
-    adapter_files: AdapterFiles, model_index: Names, expert_paths: Collection[str]
+    adapter_files: AdapterFiles, model_index: ModelIndex, expert_paths: Collection[str]
 ) -> dict[str, str]:
     """{path in the file: path of the parameter in the model} of each layer that transformers 5
     renamed, or replaced by a parameter without a module, such as a router. ``expert_paths``: the
@@ -158,7 +158,9 @@ def _map_renamed_layers(
 
 
 def _group_by_stack(
-    adapter_files: AdapterFiles, model_index: Names, expert_matches: Mapping[str, re.Match[str]]
+    adapter_files: AdapterFiles,
+    model_index: ModelIndex,
+    expert_matches: Mapping[str, re.Match[str]],
 ) -> tuple[dict[str, list[_ExpertChange]], set[str]]:
     """(the changes of experts by the path of their stacked parameter in the model, the paths of
     these changes in the file). Experts for which the model has no stacked parameter are left out.
@@ -204,7 +206,7 @@ def _group_by_stack(
 def _stack_changes(
     weight_path: str,
     expert_changes: list[_ExpertChange],
-    model_index: Names,
+    model_index: ModelIndex,
     is_rslora: bool,
     problems: list[str],
 ) -> peft.PeftLayer | None:
@@ -276,7 +278,7 @@ def _scale_matrix(B: Tensor, factor: float) -> Tensor:
 
 def _add_wrappers(
     parameter_layers: Mapping[str, peft.PeftLayer],
-    model_index: Names,
+    model_index: ModelIndex,
     peft_config: Mapping[str, Any],
 ) -> dict[str, peft.PeftLayer]:
     """The changes of parameters by their path in PEFT's file. If several parameters of a module

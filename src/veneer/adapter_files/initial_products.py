@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.bases import storage_of, weight_of
 from veneer.formats import peft
 from veneer.layers import ParamRef
@@ -33,7 +33,7 @@ from veneer.lowrank import LowRank
 
 
 def without_initial_product(
-    model_index: Names,
+    model_index: ModelIndex,
     ref: ParamRef,
     kind_name: str,
     peft_config: Mapping[str, Any],

@@ -17,7 +17,7 @@ from veneer.adapter_files.base_proof import (
     was_modified_by_call,
 )
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.errors import BaseMismatchError, listing, sentence
 from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.formats import peft_paths
@@ -38,7 +38,9 @@ class PartialChange(UserWarning):
 
 
 def must_be_base(
-    model_index: Names, adapter_files: AdapterFiles, fingerprint_cache: dict[str, dict[str, str]]
+    model_index: ModelIndex,
+    adapter_files: AdapterFiles,
+    fingerprint_cache: dict[str, dict[str, str]],
 ) -> None:
     """Compare the fingerprint of every tensor of the base that the adapter's record lists with that
     of the model's tensor. Warn ``UnverifiedAdapter`` if the two do not have the same tensors.
@@ -110,7 +112,7 @@ def must_be_base(
 
 
 def _warn_unproven(
-    model_index: Names,
+    model_index: ModelIndex,
     adapter_files: AdapterFiles,
     expected_fingerprints: Mapping[str, str],
     fingerprints: Mapping[str, str],
@@ -165,7 +167,10 @@ def _warn_unproven(
 
 
 def _untrained_rows_match(
-    model_index: Names, adapter_files: AdapterFiles, weight_path: str, expected_fingerprint: str
+    model_index: ModelIndex,
+    adapter_files: AdapterFiles,
+    weight_path: str,
+    expected_fingerprint: str,
 ) -> bool:
     """Whether a weight of the model equals the base's weight in all rows that the adapter does not
     train. ``expected_fingerprint``: that of the base's weight without the trained tokens' rows."""

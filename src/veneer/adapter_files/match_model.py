@@ -35,7 +35,7 @@ from veneer.attach import (
     TOKEN_ROWS,
     LayerAdapter,
     LowRankPlan,
-    Names,
+    ModelIndex,
     Plans,
     TargetSpec,
     complete_plans,
@@ -85,12 +85,12 @@ class MatchCache:
     The model must not change in between.
 
     Fields:
-        names: the modules of the model by path.
+        model_index: the modules of the model by path.
         fingerprints: those of the model's weights, by kind of hash and then by name.
         plans: the plans of low-rank changes, by their targets, ranks and other settings.
     """
 
-    names: Names
+    model_index: ModelIndex
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     plans: dict[Any, tuple[LowRankPlan, ...]] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ class MatchCache:
         )
         if cache_key in self.plans:
             return self.plans[cache_key]
-        problem_count, plans = len(problems), tuple(plan_low(self.names, specs, problems))
+        problem_count, plans = len(problems), tuple(plan_low(self.model_index, specs, problems))
         if len(problems) == problem_count:
             self.plans[cache_key] = plans
         return plans
@@ -133,14 +133,11 @@ def match(
         AdapterError: the folder is damaged, or does not fit the model.
         BaseMismatchError: the adapter was trained on a base with other weights.
     """
-    cache = MatchCache(Names(model)) if cache is None else cache
-    adapter_files = stack_experts(read(path, weight_lookup_of(cache.names)), cache.names, problems)
-    matching = _Match(
-        adapter_files,
-        cache.names,
-        problems,
-        by_peft_rules=adapter_files.record is None and not of_weights,
-    )
+    cache = MatchCache(ModelIndex(model)) if cache is None else cache
+    index = cache.model_index
+    adapter_files = stack_experts(read(path, weight_lookup_of(index)), index, problems)
+    by_peft_rules = adapter_files.record is None and not of_weights
+    matching = _Match(adapter_files, index, problems, by_peft_rules)
     matching.match_modules()
     matching.plan_low_rank(cache)
     matching.plan_full()
@@ -152,7 +149,7 @@ def match(
         warn_foreign(path)
         warn_module_only(path, [plan.path for plan in matching.low_rank if plan.module_only])
     elif verify_base:
-        must_be_base(cache.names, adapter_files, cache.fingerprints)
+        must_be_base(index, adapter_files, cache.fingerprints)
     return LoadPlan(adapter_files, matching.plans, matching.adapter_parameters, matching.full)
 
 
@@ -161,11 +158,11 @@ class _Match:
     have set, and adds to ``problems``."""
 
     def __init__(
-        self, adapter_files: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
+        self, files: AdapterFiles, index: ModelIndex, problems: list[str], by_peft_rules: bool
     ) -> None:
         """``by_peft_rules``: whether another library wrote the folder, so that its tensors mean
         what PEFT computes with them, which may differ from the result of changed weights."""
-        self.adapter_files, self.model_index, self.problems = adapter_files, names, problems
+        self.adapter_files, self.model_index, self.problems = files, index, problems
         self.by_peft_rules = by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
         #: weights that other code reads directly: PEFT changes only the output of their module, so

@@ -19,7 +19,7 @@ from torch import Tensor
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import means_parameter
 from veneer.adapter_files.record import PARAMETERS
-from veneer.attach import LowRankPlan, Names
+from veneer.attach import LowRankPlan, ModelIndex
 from veneer.bases import weight_of
 from veneer.errors import first_line, listing, sentence
 from veneer.formats import peft
@@ -49,7 +49,7 @@ class ParameterReader:
     """
 
     adapter_files: AdapterFiles
-    model_index: Names
+    model_index: ModelIndex
     layers: Mapping[ParamRef, peft.PeftLayer]
     problems: list[str]
 
@@ -200,7 +200,7 @@ def _parameter_names(variant: str) -> frozenset[str]:
 
 @torch.no_grad()
 def _disagreement(
-    model_index: Names,
+    model_index: ModelIndex,
     plan: LowRankPlan,
     variant_parameters: dict[str, Tensor],
     product: LowRank,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import Names, view, weight_readers
+from veneer.attach import ModelIndex, view, weight_readers
 from veneer.bases import storage_of, weight_of
 from veneer.distributed import base_class, full_tensor, is_sharded
 from veneer.formats import peft, peft_behaviour, peft_tuners
@@ -18,10 +18,11 @@ from veneer.layers import Layer, ParamRef, kind_for
 
 
 def outside_reader(
-    model_index: Names, ref: ParamRef, attention_path: str | None = None
+    model_index: ModelIndex, ref: ParamRef, attention_path: str | None = None
 ) -> str | None:
-    """The reason why PEFT's change of a module's output is not a change of its weight, if another
-    module reads the weight directly. None if no module does.
+    """PEFT changes the output of a module. That equals a change of the module's weight only if no
+    other module reads the weight directly. Returns an error text that names such a reader, or None
+    if there is none.
 
     Args:
         ref: (path of the changed module, name of its weight).
@@ -42,7 +43,7 @@ def outside_reader(
 
 
 def deviation_reason(
-    model_index: Names,
+    model_index: ModelIndex,
     ref: ParamRef,
     is_parameter: bool,
     rule: Callable[[str, Any], str | None] = peft_behaviour.deviation_reason,
@@ -77,7 +78,7 @@ def deviation_reason(
 
 
 def deviation_reasons(
-    model_index: Names,
+    model_index: ModelIndex,
     ref: ParamRef,
     layer: peft.PeftLayer,
     is_parameter: bool,
@@ -113,7 +114,7 @@ def is_zero(A: Tensor, B: Tensor) -> bool:
     return not (A.any() and B.any())
 
 
-def attention_above(model_index: Names, ref: ParamRef) -> str | None:
+def attention_above(model_index: ModelIndex, ref: ParamRef) -> str | None:
     """The path of the ``nn.MultiheadAttention`` with the weight ``ref`` in its out-projection; None
     if there is none."""
     parent_path, _, last_segment = ref[0].rpartition(".")

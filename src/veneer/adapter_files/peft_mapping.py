@@ -24,7 +24,7 @@ from veneer.adapter_files.peft_deviations import (
     is_zero,
     outside_reader,
 )
-from veneer.attach import Change, Names, adapters, attributes_read_above, layer_states
+from veneer.attach import Change, ModelIndex, adapters, attributes_read_above, layer_states
 from veneer.bases import own_parameters, weight_of
 from veneer.config import LoraConfig
 from veneer.distributed import base_class
@@ -65,7 +65,7 @@ class PeftEntry:
     is_complete: bool
 
 
-def peft_entries(model_index: Names, adapter_name: str) -> list[PeftEntry]:
+def peft_entries(model_index: ModelIndex, adapter_name: str) -> list[PeftEntry]:
     """An entry for every change of an adapter and every module that holds the changed weight. A
     tied weight has several entries, because PEFT's file needs A and B for each of its modules."""
     adapted_weights: list[tuple[str, nn.Module, str, Change, bool]] = []
@@ -203,7 +203,7 @@ def file_tensor(tensor: Tensor) -> Tensor:
 
 
 def peft_config(
-    model_index: Names,
+    model_index: ModelIndex,
     adapter_name: str,
     config: LoraConfig,
     base_name: str | None,
@@ -291,7 +291,7 @@ def config_fields(
 
 
 def _modules_to_save(
-    model_index: Names, adapter_name: str, wrapper_counts: Mapping[str, int]
+    model_index: ModelIndex, adapter_name: str, wrapper_counts: Mapping[str, int]
 ) -> list[str]:
     """The paths for ``modules_to_save``: those of modules without submodules whose parameters are
     all trained in full. PEFT replaces every module whose path ends in a listed path, so a path is
@@ -322,7 +322,7 @@ def _modules_to_save(
     )
 
 
-def _peft_type(model_index: Names, entries: list[PeftEntry]) -> str:
+def _peft_type(model_index: ModelIndex, entries: list[PeftEntry]) -> str:
     """The ``peft_type``: "LORA", or, if PEFT would compute another result than Veneer, a text that
     gives the reason. PEFT refuses a config with such an unknown type."""
     for entry in entries:
@@ -397,7 +397,7 @@ def _task_type(model: nn.Module) -> str | None:
     )
 
 
-def resolve_file_path(model_index: Names, file_path: str) -> tuple[str, int, str]:
+def resolve_file_path(model_index: ModelIndex, file_path: str) -> tuple[str, int, str]:
     """Resolve a path in PEFT's file: (the path of the deepest module of the model that it leads to,
     the number of segments ``base_layer`` of PEFT's wrappers after this module, the rest of the
     path, which is empty if the path means this module)."""
@@ -413,14 +413,16 @@ def resolve_file_path(model_index: Names, file_path: str) -> tuple[str, int, str
     return model_index.canonical[module_path], wrapper_count, ""
 
 
-def module_at(model_index: Names, file_path: str) -> str:
+def module_at(model_index: ModelIndex, file_path: str) -> str:
     """The path in the model of the module that a path in PEFT's file means; for a module that the
     model holds under several paths, the first. If there is no such module, ``file_path``."""
     path, _, remaining_path = resolve_file_path(model_index, file_path)
     return file_path if remaining_path else path
 
 
-def ref_at(model_index: Names, file_path: str, peft_config: Mapping[str, Any]) -> ParamRef | None:
+def ref_at(
+    model_index: ModelIndex, file_path: str, peft_config: Mapping[str, Any]
+) -> ParamRef | None:
     """(module path, name) of the weight that a path in PEFT's file means; None if the model has no
     such weight. The path may end in the name of a parameter. Otherwise it is the path of a module
     and means its only weight. If ``peft_config`` targets parameters of the module, the number of
@@ -448,7 +450,7 @@ def ref_at(model_index: Names, file_path: str, peft_config: Mapping[str, Any]) -
     )
 
 
-def means_parameter(model_index: Names, ref: ParamRef, peft_config: Mapping[str, Any]) -> bool:
+def means_parameter(model_index: ModelIndex, ref: ParamRef, peft_config: Mapping[str, Any]) -> bool:
     """Whether a config of PEFT targets this weight as a parameter, rather than its module."""
     module_path, parameter_name = ref
     return bool(
@@ -459,7 +461,7 @@ def means_parameter(model_index: Names, ref: ParamRef, peft_config: Mapping[str,
     )
 
 
-def all_refs(model_index: Names) -> list[ParamRef]:
+def all_refs(model_index: ModelIndex) -> list[ParamRef]:
     """(module path, name) of all parameters of a model. A tied parameter is listed for each module
     that holds it."""
     return [

@@ -22,7 +22,7 @@ from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
 from veneer.attach import (
     Change,
-    Names,
+    ModelIndex,
     adapters,
     bits_before_merge,
     changes,
@@ -139,7 +139,8 @@ def save_with(
     Args:
         write_content: a function of a mapping with keyword arguments for ``folder.write``: the
             tensors, the configs and the fingerprints.
-        name, base_name, fingerprints, alone: as in ``save``.
+        base_name: the name of the base model for the record; None: the name that the model has.
+        name, fingerprints, alone: as in ``save``.
     """
     model = unwrap(model)
     if not alone:
@@ -265,7 +266,7 @@ def _content(
         raise AdapterError(
             f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead"
         )
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     entries = peft_entries(model_index, adapter_name)
     # an adapter that was attached to merged weights has them as its base, which has no name
     if base_name is None and need_adapters(model).selections[adapter_name].merged_at_attach is None:
@@ -307,7 +308,7 @@ def _content(
 
 
 def _base_fingerprints(
-    model_index: Names,
+    model_index: ModelIndex,
     adapter_name: str,
     changes_by_path: Mapping[str, tuple[Any, Change]],
     fingerprints: Mapping[str, str] | None,

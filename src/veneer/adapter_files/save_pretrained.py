@@ -32,7 +32,7 @@ from veneer.attach import (
     Change,
     LayerAdapter,
     ModelAdapters,
-    Names,
+    ModelIndex,
     adapters,
     adapters_of,
     changes,
@@ -243,7 +243,7 @@ def _label_count_to_pass(model: nn.Module) -> int | None:
     labels = labels_of(model)
     return (
         None
-        if labels is None or len(labels) == 2 or not Names(model).fresh_parameters()
+        if labels is None or len(labels) == 2 or not ModelIndex(model).fresh_parameters()
         else len(labels)
     )
 

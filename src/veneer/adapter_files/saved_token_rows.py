@@ -20,7 +20,7 @@ from veneer.adapter_files import peft_deviations, peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weight_lookup_of
-from veneer.attach import Change, Names, adapters_of, changes
+from veneer.attach import Change, ModelIndex, adapters_of, changes
 from veneer.bases import storage_of, weight_of
 from veneer.distributed import base_class
 from veneer.errors import AdapterError, nearest, raise_all, sentence
@@ -28,14 +28,14 @@ from veneer.formats import peft, peft_tokens
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
 
 
-def _token_changes(model_index: Names, adapter_name: str) -> Iterator[tuple[str, str, Change]]:
+def _token_changes(model_index: ModelIndex, adapter_name: str) -> Iterator[tuple[str, str, Change]]:
     """(path of the module, name of the weight, change) for each weight with trained token rows."""
     for path, _, weight_name, change in changes(model_index.model, adapter_name):
         if change.tokens is not None:
             yield path, weight_name, change
 
 
-def file_tensors(model_index: Names, adapter_name: str) -> dict[str, Tensor]:
+def file_tensors(model_index: ModelIndex, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of the adapter's trained token rows, by their key in PEFT's file."""
     return {
         peft.tensor_key(module_path, peft_tokens.LORA_ROWS_SUFFIX): (
@@ -45,7 +45,7 @@ def file_tensors(model_index: Names, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def config_fields(model_index: Names, adapter_name: str) -> dict[str, Any]:
+def config_fields(model_index: ModelIndex, adapter_name: str) -> dict[str, Any]:
     """The fields of PEFT's config for the trained tokens: their ids by module path. If PEFT would
     compute another result than Veneer, there is also a ``peft_type`` with the reason, which makes
     PEFT refuse the config."""
@@ -63,7 +63,7 @@ def config_fields(model_index: Names, adapter_name: str) -> dict[str, Any]:
 
 
 def deviation_reason(
-    model_index: Names,
+    model_index: ModelIndex,
     ref: ParamRef,
     refs_by_id: Mapping[int, list[ParamRef]],
     trained_paths: Collection[str] = (),
@@ -90,7 +90,7 @@ def deviation_reason(
 
 
 def trains_one_name(
-    model_index: Names,
+    model_index: ModelIndex,
     ref: ParamRef,
     refs_by_id: Mapping[int, list[ParamRef]],
     trained_paths: Collection[str] = (),
@@ -110,7 +110,7 @@ def trains_one_name(
     return any(path not in changed_paths for path, _ in refs)
 
 
-def _paths_tied_to_input(model_index: Names) -> Iterator[str]:
+def _paths_tied_to_input(model_index: ModelIndex) -> Iterator[str]:
     """The paths of the modules into which PEFT also puts the token rows of the input embedding: the
     output layer and the modules in ``_tied_weights_keys``, if the config ties word embeddings."""
     if (
@@ -129,7 +129,7 @@ def _paths_tied_to_input(model_index: Names) -> Iterator[str]:
 
 
 def first_ref_at(
-    model_index: Names, module_path: str, refs_by_id: Mapping[int, list[ParamRef]]
+    model_index: ModelIndex, module_path: str, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> ParamRef | None:
     """(module path, name) under which the model first holds the weight of the module at
     ``module_path``, a path in PEFT's file. The module there may be another one if the weight is
@@ -147,7 +147,7 @@ def first_ref_at(
 
 
 def match_tokens(
-    model_index: Names, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
+    model_index: ModelIndex, adapter_files: AdapterFiles, problems: list[str], by_peft_rules: bool
 ) -> dict[ParamRef, peft_tokens.TokenRows]:
     """The trained token rows of a folder, by (module path, name) of the weight of the model that
     they belong to. For rows that do not fit the weight, ``problems`` gets an error text.
@@ -198,14 +198,14 @@ def match_tokens(
     return rows_by_ref
 
 
-def ref_of(model_index: Names, module_path: str) -> ParamRef:
+def ref_of(model_index: ModelIndex, module_path: str) -> ParamRef:
     """(first path of the module, name of its weight) for the module at a path in PEFT's file."""
     layer_kind: Any = kind_of(model_index.modules[model_index.canonical[module_path]])
     return model_index.canonical[module_path], layer_kind.weight
 
 
 def _size_problem(
-    model_index: Names,
+    model_index: ModelIndex,
     adapter_files: AdapterFiles,
     first_ref: ParamRef,
     token_rows: peft_tokens.TokenRows,
@@ -255,7 +255,7 @@ def _size_problem(
 
 
 def _missing_rows(
-    model_index: Names,
+    model_index: ModelIndex,
     adapter_files: AdapterFiles,
     rows_by_ref: Mapping[ParamRef, Any],
     refs_by_id: Mapping[int, list[ParamRef]],
@@ -305,7 +305,7 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
         AdapterError: the model cannot grow, or the adapter has no values for some of the new rows,
             which would then be random.
     """
-    model_index, new_row_count, problems = Names(model), vocabulary_size(adapter_files), []
+    model_index, new_row_count, problems = ModelIndex(model), vocabulary_size(adapter_files), []
     embedding_layers: list[Any] = [
         getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
     ]
@@ -367,7 +367,7 @@ def grow_vocabulary(model: Any, path: Any) -> Iterator[None]:
     its old size. ``AdapterError``: the vocabulary cannot grow (see ``grown_row_count``)."""
     old_row_count, new_row_count = (
         None,
-        grown_row_count(model, read(path, weight_lookup_of(Names(model)))),
+        grown_row_count(model, read(path, weight_lookup_of(ModelIndex(model)))),
     )
     if new_row_count is not None:
         old_row_count = len(model.get_input_embeddings().weight)

@@ -19,7 +19,7 @@ from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weight_lookup_of
-from veneer.attach import Names, Untied, adapters_of, untie
+from veneer.attach import ModelIndex, Untied, adapters_of, untie
 from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
@@ -44,7 +44,7 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
     """
     if required is False:
         return None
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     if not any(len(refs) > 1 for refs in model_index.refs_by_parameter_id().values()):
         return None
     refs = refs_to_untie(model_index, read(path, weight_lookup_of(model_index)))
@@ -77,7 +77,7 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
     )
 
 
-def refs_to_untie(model_index: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
+def refs_to_untie(model_index: ModelIndex, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights that need weights of their own for a folder: the names for which it
     has different low-rank changes or different values that are trained in full, and the names for
     which it has token rows that PEFT does not put into all modules that share the weight. A name is
@@ -122,7 +122,7 @@ def refs_to_untie(model_index: Names, adapter_files: AdapterFiles) -> list[Param
     return list(dict.fromkeys([*low_rank_refs, *unpacked_refs]))
 
 
-def _token_refs(model_index: Names, adapter_files: AdapterFiles) -> list[ParamRef]:
+def _token_refs(model_index: ModelIndex, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights under which the folder has trained token rows that do not belong to
     all names of the weight: (module path, name of the parameter) of each."""
     refs_by_id, token_refs = model_index.refs_by_parameter_id(), []

@@ -297,7 +297,7 @@ def _track_construction(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def when_imported(module_name: str, callback: Callable[[Any], None]) -> None:
-    """Call ``callback`` with a module: now if the module is imported, else after its import."""
+    """Call ``callback`` with a module: now if it is imported already, else as soon as it is."""
     if module_name in sys.modules:
         callback(sys.modules[module_name])
     elif not any(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.peft_mapping import config_fields
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.bases import own_parameters, storage_of, weight_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, first_line, raise_all, sentence
@@ -99,7 +99,7 @@ class UnknownShapes(Mapping[str, Any]):
         raise self._error()
 
 
-def weight_lookup_of(model_index: Names) -> WeightLookup:
+def weight_lookup_of(model_index: ModelIndex) -> WeightLookup:
     """A function that returns (shape, dtype) of a model's weight by its path. The dtype is None for
     a packed weight. The function returns None if the model has no such weight."""
 

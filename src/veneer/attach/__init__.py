@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         selected_name,
         unwrap,
     )
-    from veneer.attach.layer.names import Names
+    from veneer.attach.layer.model_index import ModelIndex
     from veneer.attach.layer.state import (
         BASE,
         LAYER_STATE_NAME,
@@ -150,7 +150,7 @@ _LAZY = {
     "replaced_tensors": "layer.adapted_module",  # a context in which modules hold other tensors
     # modules and parameters by name
     "ModulePath": "layer.state",  # the names of children on the path to a module below
-    "Names": "layer.names",  # the modules and parameters of a model, by path
+    "ModelIndex": "layer.model_index",  # the modules and parameters of a model, by path
     # the selection of a call
     "ActiveAdapter": "layer.state",  # the selection of one call: a LayerAdapter per changed layer
     "BASE": "layer.state",  # the ActiveAdapter that selects the base alone

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.attach.install import Calibration
 from veneer.attach.layer.lookup import adapters_of
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.attach.layer.state import BASE
 from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.bases import weight_of
@@ -63,7 +63,7 @@ def collect_calibration_data(
             planned layers; or an argument was passed that the variant would ignore.
     """
     variant = VARIANTS[plans.config.variant]
-    modules = Names(model).modules
+    modules = ModelIndex(model).modules
     problems = list(
         _data_problems(plans, modules, batches is not None, loss is not None, original is not None)
     )

@@ -23,7 +23,7 @@ from veneer.attach.layer.change import Change
 from veneer.attach.layer.fused_linear import SharedInputLayers
 from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.attach.layer.state import (
     MODEL_ADAPTERS_NAME,
     ActiveAdapter,
@@ -80,7 +80,7 @@ def install_adapter(
     # checked again: another thread may have attached an adapter of this name since the plan
     problems = list(name_problems(model, name))
     raise_all(TargetError, "Nothing was attached", problems)
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     layer_adapters = build_layer_adapters(
         model_index, plans, trainable=trainable, parameters=parameters, calibration=calibration
     )
@@ -116,7 +116,7 @@ def install_adapter(
 
 
 def build_layer_adapters(
-    model_index: Names,
+    model_index: ModelIndex,
     plans: Plans,
     *,
     trainable: bool,
@@ -262,7 +262,7 @@ def _ensure_adapters(model: nn.Module) -> ModelAdapters:
 
 @one_thread_at_a_time
 def adapt_modules(
-    model_index: Names, layer_adapters: Mapping[str, LayerAdapter]
+    model_index: ModelIndex, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Give the modules at the paths of ``layer_adapters`` their adapted class, whose forward runs
     the selected adapter. The layer adapters are not stored in the modules; ``install_adapter`` does
@@ -304,7 +304,9 @@ def _create_layer_state(model_adapters: ModelAdapters, module: nn.Module) -> Lay
     return layer_state
 
 
-def group_shared_inputs(model_index: Names, layer_adapters: Mapping[str, LayerAdapter]) -> None:
+def group_shared_inputs(
+    model_index: ModelIndex, layer_adapters: Mapping[str, LayerAdapter]
+) -> None:
     """Set ``LayerAdapter.shared_input_layers`` of layers that read the same input, such as q_proj,
     k_proj and v_proj, so that the call of the first layer computes the outputs of all of them."""
     for path, module in model_index.modules.items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.attach.layer.lookup import adapters, changes, name_or_default, need_adapters, unwrap
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.attach.planning.targets import layers_left_out
 from veneer.bases import storage_of, weight_of
 from veneer.errors import format_bytes
@@ -125,7 +125,7 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         if "veneer" not in path.split(".")
     )
     model_adapters = need_adapters(model, name)
-    left_out_text = layers_left_out(Names(model), model_adapters.configs[name])
+    left_out_text = layers_left_out(ModelIndex(model), model_adapters.configs[name])
     return Summary(
         name,
         rows,

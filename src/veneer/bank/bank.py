@@ -26,7 +26,7 @@ from veneer.adapter_files.match_model import MatchCache
 from veneer.attach import (
     BASE,
     ActiveAdapter,
-    Names,
+    ModelIndex,
     OutsideGenerator,
     close_bank,
     layer_states,
@@ -100,7 +100,7 @@ class Bank:
         self._attached = open_bank(model)
         self._model_layout = ModelLayout(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
-        self._match_cache = MatchCache(Names(model))
+        self._match_cache = MatchCache(ModelIndex(model))
         self._resolve_plans: ResolvePlans = {}
         self._changed = threading.Condition(threading.RLock())  # notified when memory is freed
         self._loading = threading.Lock()  # held during a load

@@ -27,8 +27,8 @@ from veneer.attach import (
     InvokedAdapter,
     LayerAdapter,
     LowRankPlan,
+    ModelIndex,
     ModulePath,
-    Names,
     adapt_modules,
     adapters,
     adapters_of,
@@ -187,7 +187,7 @@ def load_resident(
         )
     load_plan, model_index = (
         match(model, path, [], verify_base=verify_base, cache=cache),
-        cache.names,
+        cache.model_index,
     )
     config, low_rank_plans = load_plan.adapter_files.config, load_plan.plans.low_rank_plans
     # ``cache`` returns the same tuple for the same targets and keeps it, so its id identifies it
@@ -228,7 +228,7 @@ def resident_of(
     layer_adapters = {
         module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
     }
-    changes_by_adapter_id, unresolved = _split_adapters(Names(model), layer_adapters, dtype)
+    changes_by_adapter_id, unresolved = _split_adapters(ModelIndex(model), layer_adapters, dtype)
     layer_adapter_by_key = {
         key: computation.layer_adapter if isinstance(computation, InvokedAdapter) else computation
         for key, computation in model_adapters.selections[name].usable_layer_adapters.items()
@@ -351,7 +351,7 @@ def _make_resident(
 
 
 def _split_adapters(
-    model_index: Names, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
+    model_index: ModelIndex, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
     """Compute the ``ResolvedLowRank`` of each layer adapter that can have one.
 

@@ -113,8 +113,8 @@ def split_rows(
 
 
 def token_ids(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
-    """The token ids in a config for the module at a path, in the order of the file's rows; empty if
-    the config has none for this module."""
+    """The token ids that PEFT's ``config`` lists for the module at ``module_path``, in the order of
+    the rows in the adapter's tensor of trained tokens. Empty if it lists none."""
     indices_field = config.get(INDICES_FIELD) or ()
     if not isinstance(indices_field, Mapping):
         return list(indices_field)

@@ -334,8 +334,8 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *layer_tensors: Any) -> tu
         ctx.uncast_dtype = None if x_cast is x else x.dtype
         saved = input_to_save(x) if x_cast is x else SavedInput(cast(Tensor, x_cast))
         *saved_tensors, ctx.gate = saved
-        # If x is saved itself, only drop(x) is saved in its place, because backward uses nothing
-        # else.
+        # `saved` holds x, or two factors from which backward computes x. In the first case, and
+        # with dropout, drop(x) is saved in place of x, because backward uses nothing else of it.
         ctx.saves_dropped_x = settings.dropout > 0 and saved.second is None
         if ctx.saves_dropped_x:
             saved_tensors[0] = dropped_x

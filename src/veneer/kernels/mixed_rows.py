@@ -56,14 +56,15 @@ def make_pairs(
     rank_bounds: Sequence[tuple[int, int]],
     tokens_per_row: int,
 ) -> RowPairs:
-    """The ``RowPairs`` of a batch. Each token of the batch is a row for the loop.
+    """The ``RowPairs`` of a batch of sequences. The compiled loop works on tokens: each token of a
+    sequence is a row of ``RowPairs`` that uses the adapters of the sequence.
 
     Args:
-        adapters_by_row: for each row of the batch, (index of the adapter, factor of its term) of
-            each adapter that the row uses.
-        rank_bounds: for each adapter, its first row in the joined A [R, in] and B [R, out], and the
-            row after its last.
-        tokens_per_row: the number of tokens in each row of the batch.
+        adapters_by_row: for each sequence of the batch, (index of the adapter, factor of its term)
+            of each adapter that the sequence uses.
+        rank_bounds: for each adapter, the half-open range (first, stop) of its ranks in the joined
+            A [R, in] and B [R, out].
+        tokens_per_row: the number of tokens in each sequence.
     """
     pairs_of_token = [
         pairs_of_row for pairs_of_row in adapters_by_row for _ in range(tokens_per_row)

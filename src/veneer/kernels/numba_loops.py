@@ -46,9 +46,10 @@ def compile_loop(*fastmath: str) -> Callable[[Any], Any]:
 
 
 def _build_rounding(builder: Any, number: Any) -> Any:
-    """LLVM code that computes ``to_bfloat16_bits`` of a float32 ``number``. Adding half a step of
-    bfloat16 to the 32 bits carries into the upper 16 bits where they must be rounded up. For a tie
-    (a number halfway between two bfloat16), it carries only if the upper half is odd."""
+    """LLVM code that rounds a float32 ``number`` to bfloat16, ties to even. The result is in the
+    upper 16 of the 32 bits that it returns. Added are 0x7FFF, just under half a step of bfloat16,
+    and the lowest bit that is kept. The sum carries into the upper half if the number must be
+    rounded up; for a tie (a number halfway between two bfloat16), only if that bit is 1."""
     bits = builder.bitcast(number, INT32)
     lowest_kept_bit = builder.and_(builder.lshr(bits, INT32(16)), INT32(1))
     return builder.add(builder.add(bits, INT32(0x7FFF)), lowest_kept_bit)

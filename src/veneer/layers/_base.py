@@ -90,7 +90,7 @@ class Layer(ABC):
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        """The size of ΔW for a weight with this ``shape`` (the shape of the dense weight, in
+        """(g, out, in) of ΔW for a weight with this ``shape`` (the shape of the dense weight, in
         whatever way it is stored). By default the weight is a matrix [out, in], or [in, out] if
         ``out_axis`` is 1."""
         return Dims(1, *(shape[::-1] if self.out_axis else shape))
@@ -106,7 +106,7 @@ class Layer(ABC):
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
         """``values`` [g · out], one for each output, in a shape that broadcasts over a weight of
-        ``shape``."""
+        ``shape``. ``dims``: (g, out, in) of ΔW, which only overriding methods need."""
         sizes = [1] * len(shape)
         sizes[self.out_axis] = -1
         return values.reshape(sizes)

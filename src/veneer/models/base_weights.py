@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import Names, unwrap
+from veneer.attach import ModelIndex, unwrap
 from veneer.bases import Storage, own_parameters, storage_of, weight_of
 from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of
@@ -262,7 +262,7 @@ class ModuleWeight:
         return _unsliced_weight(self.shape, self.storage.dtype(self.weight), read_dense)
 
 
-def list_weights(model_index: Names) -> list[ModuleWeight]:
+def list_weights(model_index: ModelIndex) -> list[ModuleWeight]:
     """The parameters and persistent buffers of the model in ``model_index``, in the order of its
     modules. A tied weight is listed once, with all of its names."""
     entries_by_id: dict[int, tuple[ParamRef, list[str], Any, bool]] = {}
@@ -294,7 +294,7 @@ def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
     """The weights of a live module, without those of its adapters. An adapter that is merged is
     included in the values. ``label``: describes the module in messages."""
     by_name: dict[str, BaseWeight] = {}
-    for module_weight in list_weights(Names(model)):
+    for module_weight in list_weights(ModelIndex(model)):
         by_name |= dict.fromkeys(module_weight.names, module_weight.base_weight())
     return BaseWeights(label, by_name)
 
@@ -384,7 +384,7 @@ def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[
     ``model``. Parameters without a weight are left out."""
     by_name: dict[str, BaseWeight] = {}
     source_weights = BaseWeights("", weights)
-    for module_weight in list_weights(Names(model)):
+    for module_weight in list_weights(ModelIndex(model)):
         weight = source_weights.find(module_weight.names) or _computed_weight(
             module_weight, weights
         )

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.errors import CheckpointError, ConfigError, listing
 from veneer.fileio.hashing import fingerprint
 
@@ -128,7 +128,7 @@ def record_sources(model: nn.Module, folder: str | Path) -> None:
     except (CheckpointError, ConfigError):
         return
     fingerprints: dict[str, str] = {}
-    for module_weight in list_weights(Names(model)):
+    for module_weight in list_weights(ModelIndex(model)):
         weight, storage = module_weight.weight, module_weight.storage
         file_weight = file_weights.find(module_weight.names)
         if (

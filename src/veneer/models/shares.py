@@ -236,7 +236,8 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
                 else tensor
             )
             # With this attribute, transformers marks tensors that it has read from files. Veneer
-            # takes parameters without it for newly initialised ones (``Names.fresh_parameters``).
+            # takes parameters without it for newly initialised ones
+            # (``ModelIndex.fresh_parameters``).
             loaded_tensors[id(meta_tensor)]._is_hf_initialized = True
         tensors_by_key[key] = loaded_tensors[id(meta_tensor)]
 

@@ -207,7 +207,8 @@ class Guard:
         return next(matches, None)
 
     def _is_private(self, path: str) -> bool:
-        """Whether requests for a path need a key."""
+        """Whether requests for a path need a key. The public paths of an extension count as
+        private here; ``_check_access`` exempts them."""
         return path.startswith(PRIVATE_PATHS) or self._extension_at(path) is not None
 
     def _mask_secret(self, path: str) -> str:

@@ -267,9 +267,9 @@ class Library:
         """Rebuild a damaged index from its copy and from the adapter folders, which are verified.
 
         If the index can be read, only names whose adapter folder is missing or altered are removed.
-        Otherwise the copy is used, which may lack the last change. An adapter folder that it does
-        not list gets the name "recovered-…" and the tag "recovered". Folders without a name stay
-        for the grace period."""
+        Otherwise the copy is used, which may lack the last change. An adapter folder that the copy
+        does not list gets the name "recovered-…" and the tag "recovered". Folders that are altered
+        or unreadable here lose their names; the grace period of ``gc`` starts anew for them."""
         with self._hold_lock():
             entries, index_is_readable = self._read_index_or_copy()
             intact_hashes = {

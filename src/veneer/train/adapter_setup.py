@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from veneer.attach import Names, fresh_head
+from veneer.attach import ModelIndex, fresh_head
 from veneer.config import LoraConfig, pattern_list
 from veneer.errors import ConfigError
 from veneer.handle import attach, load
@@ -128,7 +128,7 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
     which includes such modules."""
     if "all-linear" in pattern_list(config.targets):
         return []
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     return sorted(
         {path for path, _ in fresh_head(model_index, model_index.fresh_parameters().values())}
         - {*config.train_also}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from veneer.adapter_files import read
 from veneer.adapter_files.file_names import content_hash
-from veneer.attach import Names, detach, fresh_head, use
+from veneer.attach import ModelIndex, detach, fresh_head, use
 from veneer.errors import ConfigError, listing
 from veneer.handle import Handle, load
 from veneer.store.library import resolve
@@ -66,7 +66,7 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
     """Attach an adapter to train it further. Raises ``ConfigError``, and attaches nothing, if the
     base has a new head of random weights that the adapter does not train. Other errors are those of
     ``veneer.load``."""
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     new_head_parameters = fresh_head(model_index, model_index.fresh_parameters().values())
     handle = load(model, initial_adapter.folder, name=TRAINED_ADAPTER, trainable=True)
     adapted_layers = handle.layers

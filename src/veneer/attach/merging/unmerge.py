@@ -66,7 +66,8 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
             "load the base again",
         )
     restore(_require_unedited(backed_up_weights))
-    # All weights are restored. From here on, an interrupted call may lose backups.
+    # All weights are restored, so the backups are no longer needed. If this call is interrupted
+    # from here on, it does no harm that some backups are lost.
     model_adapters.set_merge_order(model_adapters.merge_order[:-1])
     drop_backups(weights)
     model_adapters.is_merging = False

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.attach.layer.state import one_thread_at_a_time
 from veneer.attach.planning import refusals, token_targets
 from veneer.attach.planning import targets as targeting
@@ -142,7 +142,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
 
 
 def complete_plans(
-    model_index: Names,
+    model_index: ModelIndex,
     config: LoraConfig,
     low_rank_plans: Sequence[LowRankPlan],
     full_params: Mapping[str, tuple[str, ...]],
@@ -187,7 +187,7 @@ class _Planner:
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, problems: list[str]) -> None:
-        self.model_index, self.config, self.problems = Names(model), config, problems
+        self.model_index, self.config, self.problems = ModelIndex(model), config, problems
         self.frozen_ids = refusals.frozen_on_purpose(self.model_index)
         self.words = [] if callable(config.targets) else pattern_list(config.targets)
         self.train_also_paths: list[str] = []
@@ -352,7 +352,7 @@ def _changed_refs(
 
 
 def with_ties(
-    model_index: Names, full_params: Mapping[str, Sequence[str]]
+    model_index: ModelIndex, full_params: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
     """``full_params``, {module path: parameter names}, with every other name of those parameters
     that are tied, because tied parameters are trained as one."""
@@ -366,7 +366,7 @@ def with_ties(
     return {path: tuple(parameters) for path, parameters in names_by_path.items()}
 
 
-def _direct_readers(model_index: Names, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
+def _direct_readers(model_index: ModelIndex, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
     """The methods that read some of these parameters without a call of the module with them."""
     return tuple(
         dict.fromkeys(
@@ -375,7 +375,7 @@ def _direct_readers(model_index: Names, refs: Sequence[ParamRef]) -> tuple[Weigh
     )
 
 
-def is_matrix(model_index: Names, ref: ParamRef) -> bool:
+def is_matrix(model_index: ModelIndex, ref: ParamRef) -> bool:
     """Whether a parameter can take a low-rank change, as the kind of its module says. A parameter
     that the kind does not list must have two axes of more than one entry, and must be no bias."""
     path, name = ref
@@ -407,7 +407,7 @@ class TargetSpec:
 
 
 def plan_low(
-    model_index: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
+    model_index: ModelIndex, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
 ) -> list[LowRankPlan]:
     """A plan for each weight in ``specs``; a tied weight gets one plan. If a weight cannot be
     planned, the reasons are added to ``problems``."""
@@ -429,7 +429,7 @@ def plan_low(
 
 
 def _low_rank_plan(
-    model_index: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]
+    model_index: ModelIndex, refs: list[ParamRef], spec: TargetSpec, problems: list[str]
 ) -> LowRankPlan | None:
     """The plan of one weight. ``refs`` are the (path, name) of every module that holds it. None if
     it cannot be planned; then the reason is added to ``problems``."""

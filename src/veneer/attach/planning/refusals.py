@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from veneer.attach.invocation import takes_input_ids
 from veneer.attach.layer.adapted_module import walk
 from veneer.attach.layer.lookup import adapters_of, foreign_layers_problem
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.attach.layer.state import LAYER_STATE_NAME, LayerState
 from veneer.attach.source.from_peft import peft_problem
 from veneer.attach.source.weight_readers import modules_with_fast_path, unreachable, weight_readers
@@ -30,7 +30,7 @@ from veneer.layers._base import can_factor
 
 
 def refusals_of(
-    model_index: Names, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]
+    model_index: ModelIndex, ref: ParamRef, refs_by_id: Mapping[int, list[ParamRef]]
 ) -> Iterator[str]:
     """An error text for each module that holds the weight ``ref``, (path, name), and cannot run on
     a changed weight. ``refs_by_id`` is the result of ``refs_by_parameter_id``."""
@@ -43,7 +43,7 @@ def refusals_of(
     )
 
 
-def _refusal(model_index: Names, holder_ref: ParamRef, target_ref: ParamRef) -> str | None:
+def _refusal(model_index: ModelIndex, holder_ref: ParamRef, target_ref: ParamRef) -> str | None:
     """The reason why a module cannot run on a changed weight; None if it can. ``holder_ref`` is the
     (path, name) at which the module holds the weight, ``target_ref`` the one that the config
     targets; they differ if the weight is tied."""
@@ -146,7 +146,7 @@ def _misread_base_problem(model: nn.Module) -> str | None:
     )
 
 
-def _reader_refusal(model_index: Names, path: str, name: str) -> str | None:
+def _reader_refusal(model_index: ModelIndex, path: str, name: str) -> str | None:
     """The reason why another module, which reads the parameter ``name`` of the module at ``path``
     directly or in a fused fast path, would ignore a change of it; None if there is no such
     module."""
@@ -161,7 +161,7 @@ def _reader_refusal(model_index: Names, path: str, name: str) -> str | None:
     return None
 
 
-def unadaptable(model_index: Names, path: str, method: str = "forward") -> str | None:
+def unadaptable(model_index: ModelIndex, path: str, method: str = "forward") -> str | None:
     """The reason why no adapter can act in this ``method`` of the module at ``path``, whichever
     weight it changes: the method would not run it, or it cannot be installed there. None if there
     is no such reason."""
@@ -179,7 +179,7 @@ def _name_conflict(module: nn.Module) -> str | None:
     return f"it has a child of its own called {LAYER_STATE_NAME!r}, where its adapters would stand"
 
 
-def frozen_on_purpose(model_index: Names) -> set[int]:
+def frozen_on_purpose(model_index: ModelIndex) -> set[int]:
     """The ``id`` of each base parameter that the user froze, while other base parameters train. If
     none trains, the user has frozen the base as a whole, not chosen parameters, so the result is
     empty. Attaching freezes the base too, so the flags from before the first attach count."""
@@ -200,7 +200,7 @@ def frozen_on_purpose(model_index: Names) -> set[int]:
 
 
 def check_full(
-    model_index: Names,
+    model_index: ModelIndex,
     full_params: Mapping[str, tuple[str, ...]],
     problems: list[str],
     frozen_ids: Set[int] = frozenset(),
@@ -252,7 +252,7 @@ def check_full(
 
 
 def invocation_problems(
-    model_index: Names, low_rank_plans: Iterable[Any], full_params: Mapping[str, Iterable[str]]
+    model_index: ModelIndex, low_rank_plans: Iterable[Any], full_params: Mapping[str, Iterable[str]]
 ) -> Iterator[str]:
     """The reasons why an adapter cannot have invocation tokens, before which it changes no token.
 

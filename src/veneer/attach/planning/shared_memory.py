@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.bases import weight_of
 from veneer.errors import sentence
 from veneer.layers import ParamRef
@@ -24,7 +24,7 @@ from veneer.layers import ParamRef
 _Span = tuple[str, int, int, int]
 
 
-def overlaps(model_index: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
+def overlaps(model_index: ModelIndex, refs: Iterable[ParamRef]) -> Iterator[str]:
     """An error text for each parameter in ``refs``, the (path, name) of the parameters that an
     adapter changes, that shares memory with another parameter of the model, or in which several
     elements have the same memory."""

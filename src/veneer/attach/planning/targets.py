@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.bases import own_parameters, unreadable
 from veneer.config import LoraConfig, Targets, path_test, pattern_list
 from veneer.distributed import base_class
@@ -36,7 +36,7 @@ WORDS = tuple(_WORD_MEANINGS)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def target_refs(model_index: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
+def target_refs(model_index: ModelIndex, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
     """((path, name) of each parameter that a config targets, in the model's order; error texts for
     targets, excludes and block indices that match nothing)."""
     problems: list[str] = []
@@ -62,7 +62,9 @@ def target_refs(model_index: Names, config: LoraConfig) -> tuple[list[ParamRef],
     return selected_refs, problems
 
 
-def excluded_refs(model_index: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
+def excluded_refs(
+    model_index: ModelIndex, config: LoraConfig, problems: list[str]
+) -> set[ParamRef]:
     """(path, name) of each parameter that ``config.exclude`` excludes. A pattern that matches
     modules excludes all parameters of these modules and of the modules below them. Any other
     pattern excludes the parameters whose own paths it matches. An error text for each pattern that
@@ -86,7 +88,10 @@ def excluded_refs(model_index: Names, config: LoraConfig, problems: list[str]) -
 
 
 def value_for(
-    model_index: Names, refs: Sequence[ParamRef], value_by_pattern: Mapping[str, Any], default: Any
+    model_index: ModelIndex,
+    refs: Sequence[ParamRef],
+    value_by_pattern: Mapping[str, Any],
+    default: Any,
 ) -> Any:
     """The value in ``values``, {pattern: value}, of the first pattern that matches one of ``refs``,
     the (path, name) of every module that holds one weight; ``default`` if no pattern matches."""
@@ -100,7 +105,7 @@ def value_for(
     )
 
 
-def matches_any(model_index: Names, pattern: str, refs: Iterable[ParamRef]) -> bool:
+def matches_any(model_index: ModelIndex, pattern: str, refs: Iterable[ParamRef]) -> bool:
     """Whether ``pattern``, which is not a word of ``WORDS``, matches the path of the module or of
     the parameter for one of ``refs``, under any path of the module."""
     is_match = path_test(pattern)
@@ -112,7 +117,7 @@ def matches_any(model_index: Names, pattern: str, refs: Iterable[ParamRef]) -> b
 
 
 def unmatched_pattern_problems(
-    model_index: Names, patterns: Iterable[str], field_name: str, targeted_refs: list[ParamRef]
+    model_index: ModelIndex, patterns: Iterable[str], field_name: str, targeted_refs: list[ParamRef]
 ) -> list[str]:
     """An error text for each pattern that matches none of the parameters ``targeted_refs`` under
     any of their names. ``field_name`` is the config field that holds the patterns, such as
@@ -138,7 +143,7 @@ def unmatched_pattern_problems(
 
 
 def expand_patterns(
-    model_index: Names, patterns: Iterable[str], field_name: str, problems: list[str]
+    model_index: ModelIndex, patterns: Iterable[str], field_name: str, problems: list[str]
 ) -> list[str]:
     """The paths of the modules that the patterns match and of all modules below them, without those
     that hold no parameters themselves. Error texts for patterns without such a module are added to
@@ -160,7 +165,7 @@ def expand_patterns(
 
 
 def _matching_modules(
-    model_index: Names, pattern: str, field_name: str, problems: list[str]
+    model_index: ModelIndex, pattern: str, field_name: str, problems: list[str]
 ) -> list[str]:
     """The paths of the modules that ``pattern``, which may be a word of ``WORDS``, matches. If none
     match, an error text that names the config field ``field_name`` is added to ``problems``."""
@@ -184,7 +189,7 @@ def _matching_modules(
     return matching_paths
 
 
-def _match_targets(index: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
+def _match_targets(index: ModelIndex, targets: Targets, problems: list[str]) -> list[ParamRef]:
     """(path, name) of each parameter that the ``targets`` of a config select, in the model's order.
     An error text for each pattern that selects nothing is added to ``problems``."""
     if callable(targets):
@@ -246,7 +251,7 @@ def _match_targets(index: Names, targets: Targets, problems: list[str]) -> list[
     )
 
 
-def _count_types(model_index: Names) -> str:
+def _count_types(model_index: ModelIndex) -> str:
     """How many layers of each class an adapter can be attached to, as a text for messages: "2
     Conv2d, 1 BatchNorm2d"."""
     count_by_class = Counter(
@@ -257,7 +262,7 @@ def _count_types(model_index: Names) -> str:
     return listing(f"{count} {class_name}" for class_name, count in count_by_class.most_common())
 
 
-def layers_left_out(model_index: Names, config: LoraConfig) -> str:
+def layers_left_out(model_index: ModelIndex, config: LoraConfig) -> str:
     """How many layers of each class "all-linear" leaves out although they multiply their inputs by
     a matrix (stacks of experts, convolutions, recurrent layers, but not embeddings), as a text such
     as "2 Conv2d". Layers that the config trains in full or excludes do not count. The text is empty
@@ -300,7 +305,7 @@ def _multiplies_inputs(kind: Any, module: nn.Module, weight_name: str) -> bool:
     return len(without_unit_axes(module._parameters[weight_name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _word_modules(model_index: Names, word: str) -> list[str]:
+def _word_modules(model_index: ModelIndex, word: str) -> list[str]:
     """The paths of the modules that a word of ``WORDS``, such as "all-linear", selects."""
     kind_by_path = {
         path: kind for path, module in model_index.modules.items() if (kind := kind_of(module))
@@ -334,7 +339,7 @@ def _word_modules(model_index: Names, word: str) -> list[str]:
     ]
 
 
-def _body_paths(model_index: Names) -> set[str]:
+def _body_paths(model_index: ModelIndex) -> set[str]:
     """The paths of all modules that are not part of an output head. If a transformers model has a
     base model (``base_model_prefix``), all modules outside of the base model are part of the head;
     so are the output embeddings in every case."""
@@ -352,13 +357,13 @@ def _body_paths(model_index: Names) -> set[str]:
     }
 
 
-def _output_head(model_index: Names) -> Any:
+def _output_head(model_index: ModelIndex) -> Any:
     """The module that a transformers model gives as its output embeddings, or None."""
     get_output_head: Any = getattr(model_index.model, "get_output_embeddings", None)
     return get_output_head() if callable(get_output_head) else None
 
 
-def fresh_head(model_index: Names, fresh_refs: Iterable[ParamRef]) -> list[ParamRef]:
+def fresh_head(model_index: ModelIndex, fresh_refs: Iterable[ParamRef]) -> list[ParamRef]:
     """The parameters in ``fresh_refs``, which were not in the checkpoint, that belong to a task
     head or a pooler: those that are in no repeated block of the base model, in no embedding and not
     in the output embeddings."""
@@ -372,7 +377,7 @@ def fresh_head(model_index: Names, fresh_refs: Iterable[ParamRef]) -> list[Param
     ]
 
 
-def _block_count(model_index: Names) -> int:
+def _block_count(model_index: ModelIndex) -> int:
     """The number of repeated blocks: one more than the largest block index in a module path; 0 if
     there are none."""
     block_indices = [

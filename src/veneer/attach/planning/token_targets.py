@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.distributed import base_class
 from veneer.errors import listing, sentence
 from veneer.layers import ParamRef, kind_for, kind_of, parameter_path
@@ -19,7 +19,7 @@ KINDS = ("embedding", "linear")
 
 
 def token_ids_by_weight(
-    model_index: Names, trainable_tokens: Any, problems: list[str]
+    model_index: ModelIndex, trainable_tokens: Any, problems: list[str]
 ) -> dict[ParamRef, tuple[int, ...]]:
     """The token ids of ``trainable_tokens`` (``LoraConfig.trainable_tokens``), in ascending order,
     by the (path, name) of the weight whose rows are trained for them. A tied weight is listed under
@@ -51,7 +51,7 @@ def token_ids_by_weight(
 
 
 def _ids_by_module(
-    model_index: Names, trainable_tokens: Any, problems: list[str]
+    model_index: ModelIndex, trainable_tokens: Any, problems: list[str]
 ) -> Iterator[tuple[str, Sequence[int]]]:
     """Yield (path of a module, ids of its trained tokens). ``trainable_tokens`` is either {pattern:
     ids} or only the ids, which then belong to the input embedding. Reasons against it are added to
@@ -83,13 +83,13 @@ def _ids_by_module(
             yield path, trainable_tokens
 
 
-def _embedding_paths(model_index: Names) -> list[str]:
+def _embedding_paths(model_index: ModelIndex) -> list[str]:
     return [
         path for path, module in model_index.modules.items() if isinstance(module, nn.Embedding)
     ]
 
 
-def _input_embedding_path(model_index: Names) -> str | None:
+def _input_embedding_path(model_index: ModelIndex) -> str | None:
     """The path of the module that the model's ``get_input_embeddings`` returns; if it returns none,
     the path of the model's only embedding. None if that does not exist either."""
     get_embedding: Any = getattr(model_index.model, "get_input_embeddings", None)
@@ -103,7 +103,7 @@ def _input_embedding_path(model_index: Names) -> str | None:
 
 
 def token_problems(
-    model_index: Names, refs: Sequence[ParamRef], token_ids: Sequence[int], row_count: int
+    model_index: ModelIndex, refs: Sequence[ParamRef], token_ids: Sequence[int], row_count: int
 ) -> Iterator[str]:
     """The reasons why the rows for ``token_ids`` of a weight with ``row_count`` rows cannot be
     trained. ``refs`` are the (path, name) of the weight in every module that holds it."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from veneer.attach.layer.adapted_module import layer_states
 from veneer.attach.layer.lookup import adapters
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.bases import weight_of
 from veneer.errors import AdapterError, listing, sentence
 from veneer.layers import ParamRef, parameter_path
@@ -43,7 +43,7 @@ def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
         for path, _, layer_adapter in adapters(model, name)
         if layer_adapter.full._parameters
     }
-    for refs in Names(model).refs_by_parameter_id().values() if full_params_by_path else ():
+    for refs in ModelIndex(model).refs_by_parameter_id().values() if full_params_by_path else ():
         values = [full_params_by_path.get(path, {}).get(weight) for path, weight in refs]
         if all(value is values[0] for value in values):
             continue
@@ -104,7 +104,7 @@ class Untied:
     changed_config: bool
 
 
-def untie(model_index: Names, refs: Iterable[ParamRef]) -> Untied:
+def untie(model_index: ModelIndex, refs: Iterable[ParamRef]) -> Untied:
     """Give each of the names ``refs``, (module path, parameter name), of tied weights a new
     parameter with the same values. If ``refs`` holds all names of a weight, the first name keeps
     the original parameter. Also sets ``tie_word_embeddings`` of the model's config to False.

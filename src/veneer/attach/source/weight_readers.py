@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from veneer.attach.layer.adapted_module import has_wrapped_forward, instance_forward
-from veneer.attach.layer.names import Names
+from veneer.attach.layer.model_index import ModelIndex
 from veneer.attach.layer.state import ModulePath
 from veneer.attach.source.source_analysis import paths_used_by, words_in_method
 from veneer.attach.source.source_reader import UsedPaths, class_attribute
@@ -63,7 +63,7 @@ def fast_path_switches(module: nn.Module) -> dict[str, Any]:
     )
 
 
-def modules_with_fast_path(model_index: Names, path: str) -> Iterator[str]:
+def modules_with_fast_path(model_index: ModelIndex, path: str) -> Iterator[str]:
     """Yield the paths of those modules, among the module at ``path`` and the modules above it, that
     have a fused fast path to turn off."""
     yield from (
@@ -74,7 +74,7 @@ def modules_with_fast_path(model_index: Names, path: str) -> Iterator[str]:
 
 
 def weight_readers(
-    model_index: Names, path: str, weight_name: str, *, reachable_only: bool = False
+    model_index: ModelIndex, path: str, weight_name: str, *, reachable_only: bool = False
 ) -> Iterator[WeightReader]:
     """Yield the methods that read the weight ``weight_name`` of the module at ``path``, except for
     the forward of that module.
@@ -154,7 +154,7 @@ def _reads_parameter(
     return not is_written and any(_begins_with(path, path_below) for path in used_paths.read)
 
 
-def attributes_read_above(model_index: Names, path: str) -> Iterator[tuple[str, str]]:
+def attributes_read_above(model_index: ModelIndex, path: str) -> Iterator[tuple[str, str]]:
     """Yield (path of a module above, name of an attribute) for each attribute of the module at
     ``path``, such as its stride or its weight, that the forward of a module above reads directly.
     """
@@ -212,7 +212,7 @@ def bound_methods(module: nn.Module) -> dict[str, str]:
     }
 
 
-def unreachable(model_index: Names, path: str, method: str = "forward") -> str | None:
+def unreachable(model_index: ModelIndex, path: str, method: str = "forward") -> str | None:
     """The reason why no adapter can act in this ``method`` of the module at ``path``: its code is
     not the one that runs, or cannot be replaced. None if there is no such reason."""
     module = model_index.modules[path]
@@ -239,7 +239,7 @@ def unreachable(model_index: Names, path: str, method: str = "forward") -> str |
     return None
 
 
-def _modules_above(model_index: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
+def _modules_above(model_index: ModelIndex, path: str) -> Iterator[tuple[str, ModulePath]]:
     """Yield (path of a module, path from there to the module at ``path``) for this module and the
     modules above it, the nearest first. If the model holds the module in several places, the
     modules above each place are yielded."""

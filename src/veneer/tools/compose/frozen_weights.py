@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import ref_at
-from veneer.attach import Names, adapters_of, unwrap
+from veneer.attach import ModelIndex, adapters_of, unwrap
 from veneer.bases import own_parameters
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint_without_rows, kind_of
@@ -55,7 +55,7 @@ class FrozenWeights:
     structure: nn.Module | None = None
 
     @cached_property
-    def model_index(self) -> Names | None:
+    def model_index(self) -> ModelIndex | None:
         """An index of the base's modules by path; None without a model. ``AdapterError``: an
         adapter is merged into the model's weights, so that these are not the base's."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
@@ -66,7 +66,7 @@ class FrozenWeights:
                 "the base's own weights",
                 "call veneer.unmerge(model) first",
             )
-        return None if model is None else Names(unwrap(model))
+        return None if model is None else ModelIndex(unwrap(model))
 
     @property
     def parameter_order(self) -> ParameterOrder | None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import all_refs
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, ConfigError, listing
 from veneer.fileio.untrusted import read_header, read_json
@@ -77,7 +77,7 @@ def _require_weights(model: nn.Module) -> nn.Module:
 def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
     """Names, shapes and config of a model. ``name``: the name of the base for the adapter's record;
     None takes the name in the config."""
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     weights_by_name = {
         parameter_path(*ref): weight_of(model_index.modules[ref[0]], ref[1])
         for ref in all_refs(model_index)

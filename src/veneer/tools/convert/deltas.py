@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach import (
-    Names,
+    ModelIndex,
     TargetSpec,
     adapters,
     changes,
@@ -144,7 +144,7 @@ def install_deltas(
         AdapterError: the model lacks a path or has a parameter of another shape there. The model is
             unchanged.
     """
-    model_index, problems = Names(model), []
+    model_index, problems = ModelIndex(model), []
     full_values, factors, relative_errors = _split_deltas(
         model_index, deltas, full_names, rank, energy, problems
     )
@@ -195,7 +195,7 @@ def install_deltas(
 
 
 def _split_deltas(
-    model_index: Names,
+    model_index: ModelIndex,
     deltas: Mapping[str, Tensor],
     full_names: frozenset[str],
     rank: int | None,
@@ -242,7 +242,7 @@ def _split_deltas(
 
 
 def _ref_of(
-    model_index: Names, delta_path: str, delta: Tensor, problems: list[str]
+    model_index: ModelIndex, delta_path: str, delta: Tensor, problems: list[str]
 ) -> ParamRef | None:
     """The reference (module path, name) of the parameter or buffer at ``delta_path``. None, with
     the reason added to ``problems``, if the model lacks it or has it in another shape than its

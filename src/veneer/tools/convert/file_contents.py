@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.errors import AdapterError
 from veneer.formats import Adapter, BaseFacts, LowRankChange, peft
 from veneer.formats._base import kind_of_change
@@ -48,7 +48,7 @@ def build_adapter(
         with adapted_base() as model:
             model_deltas = deltas.deltas_of_model(model, deltas.ADAPTER_NAME)
             split_head_refs = (
-                split_head(Names(model), saved_adapter) if saved_adapter.tokens else None
+                split_head(ModelIndex(model), saved_adapter) if saved_adapter.tokens else None
             )
         if split_head_refs is not None:
             embedding_path, head_path = (parameter_path(*ref) for ref in split_head_refs)
@@ -64,7 +64,7 @@ def build_adapter(
                 **base_record,
                 "weights": {
                     **base_record.get("weights", {}),
-                    **token_fingerprints(Names(model), saved_adapter),
+                    **token_fingerprints(ModelIndex(model), saved_adapter),
                 },
             }
             if target_format != "dense":  # for "dense", ``compute_deltas`` includes the token rows

@@ -17,7 +17,7 @@ from veneer.adapter_files import folder, save
 from veneer.adapter_files.base_proof import earlier_fingerprints, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach import Names, detach
+from veneer.attach import ModelIndex, detach
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
@@ -144,7 +144,7 @@ def _verify_fingerprints(model: nn.Module, base_record: Mapping[str, Any], sourc
     ``base_record``. The dense file ``source`` copied this field from the record of the adapter that
     it was converted from."""
     model_weights = [
-        model_weight for model_weight in list_weights(Names(model)) if model_weight.is_readable
+        model_weight for model_weight in list_weights(ModelIndex(model)) if model_weight.is_readable
     ]
     fingerprints = zip(
         model_weights,

@@ -13,7 +13,7 @@ from veneer.adapter_files.file_names import tokenizer_folder
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_deviations import deviation_reasons
 from veneer.adapter_files.peft_mapping import means_parameter, ref_at
-from veneer.attach import Names
+from veneer.attach import ModelIndex
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import FORMATS, Format, peft, peft_behaviour, peft_fields
 from veneer.layers import kind_for
@@ -110,7 +110,7 @@ def _convolution_problems(saved_adapter: AdapterFiles, base_info: BaseInfo) -> I
     if not convolution_paths:
         return
     assert base_info.load_model is not None  # without a base, ``read_source`` fails earlier
-    model_index = Names(base_info.load_model())
+    model_index = ModelIndex(base_info.load_model())
     for path in convolution_paths:
         module = model_index.modules[model_index.canonical[path]]
         reason = peft_behaviour.deviation_reason(kind_for(module, "weight").name, module)
@@ -136,7 +136,7 @@ def _require_weight_changes(
             stacklevel=4,
         )
         return
-    model_index, peft_config, problems = Names(model), saved_adapter.peft_config, []
+    model_index, peft_config, problems = ModelIndex(model), saved_adapter.peft_config, []
     for path, layer in saved_adapter.low.items():
         ref = ref_at(model_index, path, peft_config)
         if ref is None:

@@ -28,7 +28,7 @@ from torch import nn
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.saved_token_rows import vocabulary_size
-from veneer.attach import Names, changes
+from veneer.attach import ModelIndex, changes
 from veneer.bases import storage_of, weight_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind
@@ -111,7 +111,7 @@ def _token_changes(
 ) -> Iterator[LowRankChange]:
     """The change of each weight with trained tokens as one low-rank change, repeated under every
     name of the weight."""
-    model_index = Names(model)
+    model_index = ModelIndex(model)
     refs_by_id, split_head_refs = (
         model_index.refs_by_parameter_id(),
         split_head(model_index, saved_adapter),
@@ -156,7 +156,9 @@ def _token_changes(
             )
 
 
-def split_head(model_index: Names, saved_adapter: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
+def split_head(
+    model_index: ModelIndex, saved_adapter: AdapterFiles
+) -> tuple[ParamRef, ParamRef] | None:
     """(the input embedding's weight, the head's) if this base stores them as two equal weights, and
     they were one tied weight in the base that the adapter was trained on; None otherwise. They were
     tied if the adapter's record, which lists every weight of that base, does not list the head.
@@ -197,7 +199,7 @@ def split_head(model_index: Names, saved_adapter: AdapterFiles) -> tuple[ParamRe
     return (embedding_path, "weight"), (head_path, "weight")
 
 
-def token_fingerprints(model_index: Names, saved_adapter: AdapterFiles) -> dict[str, str]:
+def token_fingerprints(model_index: ModelIndex, saved_adapter: AdapterFiles) -> dict[str, str]:
     """The fingerprints (hashes) of the base's weights that have trained tokens, by path. They cover
     all rows, because the converted changes depend on all of them. The fingerprints in the adapter's
     record do not serve here: they leave out the trained rows."""

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.save_load import save
-from veneer.attach import Names, adapters, adapters_of, detach, install_adapter
+from veneer.attach import ModelIndex, adapters, adapters_of, detach, install_adapter
 from veneer.config import LoraConfig, Targets
 from veneer.distributed import base_class
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
@@ -139,7 +139,7 @@ def extract(
     keep_entries = keep_options(keep)
     must_not_exist(out, overwrite)
     model_pair = open_models(base, tuned, model)
-    weight_pairs, model_index = pair_weights(model_pair), Names(model_pair.structure)
+    weight_pairs, model_index = pair_weights(model_pair), ModelIndex(model_pair.structure)
     changed_pairs = _find_changed(weight_pairs, model_pair)
     name = _free_adapter_name(model_pair.structure)
     selection = select_weights(model_index, changed_pairs, targets, exclude, keep_entries, name)
@@ -346,7 +346,7 @@ def _write_folder(
     those that are not in ``full_pairs`` get the base's values. ``options``: further arguments of
     ``save``.
     """
-    model_index = Names(model_pair.structure)
+    model_index = ModelIndex(model_pair.structure)
     ranks = {product.pair.model_weight.ref: product.report.rank for product in products}
     target_paths = [product.pair.path for product in products] or [
         pair.path for pair, _ in full_pairs

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from veneer.attach import (
-    Names,
+    ModelIndex,
     Plans,
     TargetSpec,
     adapters_of,
@@ -56,7 +56,7 @@ class Selection(NamedTuple):
 
 
 def select_weights(
-    model_index: Names,
+    model_index: ModelIndex,
     changed_pairs: Sequence[WeightPair],
     targets: Targets,
     exclude: str | Sequence[str],
@@ -122,7 +122,7 @@ def select_weights(
 
 
 def plan_adapter(
-    model_index: Names,
+    model_index: ModelIndex,
     config: LoraConfig,
     ranks_by_ref: Mapping[ParamRef, int],
     full_pairs: Sequence[WeightPair],
@@ -173,7 +173,7 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _matching_refs(
-    model_index: Names, patterns: Sequence[str], problems: list[str]
+    model_index: ModelIndex, patterns: Sequence[str], problems: list[str]
 ) -> set[ParamRef]:
     """The parameters and buffers that patterns match. A pattern that matches modules selects
     everything in them and in their submodules; any other pattern selects the parameters whose own

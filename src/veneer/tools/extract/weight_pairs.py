@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import models
-from veneer.attach import Names, adapters_of, unwrap
+from veneer.attach import ModelIndex, adapters_of, unwrap
 from veneer.distributed import base_class
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import GENERAL_KIND, Dims, Layer, kind_for
@@ -272,7 +272,7 @@ def pair_weights(model_pair: ModelPair) -> list[WeightPair]:
     order of the base. ``ExtractError``: names or shapes differ, a parameter is not stored as
     floating-point numbers, or the names of a tied weight have different values in one model. The
     error lists every problem."""
-    model_index = Names(model_pair.structure)
+    model_index = ModelIndex(model_pair.structure)
     weight_pairs: list[WeightPair] = []
     missing_names: dict[str, list[str]] = {model_pair.base.label: [], model_pair.tuned.label: []}
     shape_texts, dtype_texts, untied_problems = [], [], []

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from veneer.attach import Names, plan
+from veneer.attach import ModelIndex, plan
 from veneer.errors import ConfigError, TargetError, TrainingError, VeneerError, raise_all
 from veneer.fileio.atomic import write_whole
 from veneer.models.remote_code import with_trust_of_config
@@ -246,7 +246,7 @@ class _SweepRun:
     def run(self, should_stop: Callable[[], bool]) -> SweepResult:
         set_seed(self.config.seed)
         self.model = self.task.load().model
-        if "seed" in self.settings.axes and Names(self.model).fresh_parameters():
+        if "seed" in self.settings.axes and ModelIndex(self.model).fresh_parameters():
             raise ConfigError(
                 "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
                 " the seed",

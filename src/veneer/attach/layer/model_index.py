@@ -19,7 +19,7 @@ from veneer.layers import ParamRef, kind_of
 from veneer.precision import equal_values
 
 
-class Names:
+class ModelIndex:
     """An index of the modules of a model by path, without the modules that attaching has added.
 
     A module that the model holds in several places has several paths, which are called its names.
@@ -73,8 +73,9 @@ class Names:
         return refs_by_id.get(id(weight_of(self.modules[ref[0]], ref[1])), [ref])
 
     def split_ties(self, values: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-        """The entries of ``values``, {path: {name: value}}, for tied parameters that these values
-        split: the holders of a parameter have different values, or only some of them have one."""
+        """The (path, name) of every entry of ``values``, {path: {name: value}}, that would break a
+        tie: several modules hold the same parameter, and ``values`` has different values for them,
+        or values for only some of them."""
         split_refs: set[ParamRef] = set()
         for refs in self.refs_by_parameter_id().values():
             tied_values = [
