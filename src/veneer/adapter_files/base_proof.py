@@ -107,8 +107,8 @@ def _values_of(
 
     Args:
         module_weight: the weight, whose storage must be prepared (``_prepare_storages``).
-        stored_before_merge: the tensors that held each merged weight before the merge, by name, by
-            the ``id`` of the weight.
+        stored_before_merge: {``id`` of a merged weight: the tensors that stored it before the
+            merge, by name}.
     """
     stored_tensors = stored_before_merge.get(id(module_weight.weight))
     if stored_tensors:

@@ -289,7 +289,7 @@ def _add_wrappers(
         parameter_layers: the changes, by the path of the parameter.
         peft_config: PEFT's config, with all these paths in ``target_parameters``.
     """
-    layers_by_file_path = {}
+    layers_by_peft_path = {}
     for weight_path, layer in parameter_layers.items():
         module_path, _, parameter_name = weight_path.rpartition(".")
         module = model_index.modules[model_index.canonical[module_path]]
@@ -299,5 +299,5 @@ def _add_wrappers(
             if f"{module_path}.{targeted_name}" in peft_config["target_parameters"]
         ]
         wrapper_count = len(targeted_names) - 1 - targeted_names.index(parameter_name)
-        layers_by_file_path[".".join([module_path, *["base_layer"] * wrapper_count])] = layer
-    return layers_by_file_path
+        layers_by_peft_path[".".join([module_path, *["base_layer"] * wrapper_count])] = layer
+    return layers_by_peft_path

@@ -196,7 +196,7 @@ class _Match:
             if ref in self.layers:
                 problem = f"two changes of {parameter_path(*ref)!r} in {self.adapter_files.path}"
                 self.add_problem(problem, "one", "get the whole file again")
-            layer = self.without_bias(ref, self.with_config_scale(ref, file_path, file_layer))
+            layer = self.split_off_bias(ref, self.with_config_scale(ref, file_path, file_layer))
             self.layers[ref] = (
                 layer
                 if self.adapter_files.record is not None
@@ -254,7 +254,7 @@ class _Match:
                 self.add_problem(problem, "a change of the weight", "use PEFT for it")
         return replace(file_layer, rank=rank, alpha=alpha, scale=scale)
 
-    def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
+    def split_off_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
         """The change without PEFT's bias beside B (``lora_bias``), which ``add_biases`` later adds
         to the module's own bias. If the module cannot have this bias, a problem is added."""
         if self.adapter_files.peft_config.get("lora_bias") is not True:

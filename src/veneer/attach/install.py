@@ -177,7 +177,7 @@ def build_layer_adapters(
     for path, module in modules.items():
         if without_gradient(module):
             # Creates an entry, so that this module is adapted. Its own forward may have no
-            # derivative; the adapted forward passes gradients on to the layers below.
+            # derivative; the adapted forward passes gradients on to earlier layers.
             layer_adapters[path]
     for path, layer_adapter in layer_adapters.items():
         layer_adapter.requires_grad_(trainable).train(modules[path].training)

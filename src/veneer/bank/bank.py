@@ -95,7 +95,7 @@ class Bank:
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
         self.model, self.capacity = model, capacity_bytes
-        self.dtype, self.verify_base = dtype, verify_base
+        self.dtype, self.verify_base = dtype, verify_base  # dtype: of the factors in memory
         self.on_event: Callable[[str, str, float], None] | None = None
         self._attached = open_bank(model)
         self._model_layout = ModelLayout(self._attached.uid, time_first(model))

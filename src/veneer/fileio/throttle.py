@@ -35,7 +35,8 @@ def is_throttled() -> bool:
 
 
 def throttle(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield ``items``, with pauses between them in a thread that called ``throttle_loads``."""
+    """Yield ``items``. In a thread that called ``throttle_loads``, pause after each
+    ``SLICE_SECONDS`` of CPU time at whose end another thread computes."""
     for item in items:
         if is_throttled() and time.thread_time() - _THREAD.slice_start > SLICE_SECONDS:
             if _THREAD.is_busy():

@@ -198,7 +198,8 @@ def _validate_entry(name: str, claim: Any, data_size: int) -> Entry | str:
     start, stop = offsets
     if not start <= stop <= data_size:
         return f"{label} claims the bytes {start:,} to {stop:,} of {data_size:,}"
-    # an axis of size 0 counts as 1, because torch computes strides from the other axes
+    # An axis of size 0 counts as 1: torch computes the strides of an empty tensor, too, and they
+    # would overflow if the other axes were too large.
     if math.prod(axis or 1 for axis in shape) > MAX_NUMEL:
         return f"{label} has a shape {_shorten(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS_PER_VALUE[dtype]

@@ -243,12 +243,12 @@ def _missing_gradient_problems(
     model: Any = call.func
     with _preserve_state(model, trained), _use_selection(model, active):
         _perturb(trained)
-        nonzero_flags = have_gradients()
-        zeros = {} if all(nonzero_flags) else dead_weights.zero_parameters(model, trained)
+        gradient_flags = have_gradients()
+        zeros = {} if all(gradient_flags) else dead_weights.zero_parameters(model, trained)
         blocking_names = (
             dead_weights.blocking_weights(zeros, have_gradients) if zeros else [() for _ in checked]
         )
-    for change, has_gradient, blockers in zip(checked, nonzero_flags, blocking_names, strict=True):
+    for change, has_gradient, blockers in zip(checked, gradient_flags, blocking_names, strict=True):
         if blockers and not has_gradient:
             yield change.error_text(
                 "receives no gradient: every path from it to the output goes through weights that"

@@ -198,13 +198,14 @@ class Change(nn.Module):
         return low_rank, gain
 
     def is_transposed_in(self, kind: Layer) -> bool:
-        """Whether layers of this kind hold the transpose of the weight as this change sees it. For
-        example, the change belongs to an embedding, and a linear head is tied to it."""
+        """Whether layers of this kind read the stored weight with inputs and outputs exchanged,
+        compared with the layer of this change. For example, the change belongs to an embedding, to
+        which a linear head is tied."""
         return self.layer.out_axis != kind.out_axis
 
     def as_read_by(self, kind: Layer, low_rank: LowRank) -> LowRank:
-        """``low_rank``, a result of ``resolve``, as a layer of this kind reads it: transposed if
-        such layers hold the weight transposed."""
+        """``low_rank``, a result of ``resolve``, for a layer of this kind: transposed if
+        ``is_transposed_in``."""
         return low_rank.T if self.is_transposed_in(kind) else low_rank
 
     def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
