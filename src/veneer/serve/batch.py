@@ -132,9 +132,10 @@ class Batch:
     def is_burst(self) -> bool:
         """Whether the prompts are computed before the running requests decode further. Requests
         that arrived together all end sooner if they decode in the same calls. So the result is true
-        if some of the prompts arrived with the running requests, each running request has at most
-        ``BURST_TOKENS`` tokens, and no prompt needs more than one call. It is false if the prefill
-        budget has a ``gap``, which limits the time that running requests wait for prompts."""
+        if some of the prompts arrived with the running requests, each running request has generated
+        at most ``BURST_TOKENS`` tokens and started less than ``BURST_SECONDS`` ago, and no prompt
+        needs more than one call. It is false if the prefill budget has a ``gap``, which limits the
+        time that running requests wait for prompts."""
         budget = self._prefill_budget
         if not self.filling or budget.gap is not None:
             return False

@@ -142,7 +142,8 @@ class MatcherFactory:
 
 def allowed_tokens(matcher: Any, logits: Tensor) -> Tensor:
     """The tokens that a grammar allows next, [vocabulary] of bool, with the size and on the device
-    of ``logits``. ``RequestError``: the grammar allows no continuation."""
+    of ``logits``. ``RequestError``: the grammar allows no continuation, or exceeds
+    the limits of llguidance."""
     bitmask = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
     if matcher.is_error():
         raise error_of(matcher, "that an answer cannot follow")

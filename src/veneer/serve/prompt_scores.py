@@ -7,8 +7,9 @@ and ``logprobs``.
 Like every prompt, such a prompt is computed in chunks, at most one in each step of the engine, and
 then its answer is generated. Two things differ. First, the logits of all of its tokens are needed,
 not only those of the last token. A prefix cache has no logits, so the whole prompt is computed.
-Second, its chunks are not computed in the same forward call as other rows. The logits of a whole
-prompt may need gigabytes, so those of a chunk are freed before the next chunk is computed.
+Second, its chunks are not computed in the same forward call as running requests or prompts without
+log-probabilities. The logits of a whole prompt may need gigabytes, so those of a chunk are freed
+before the next chunk is computed.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class Sampling:
     # sample from the fewest most likely tokens whose probabilities add up to this, after top_k
     top_p: float = 1.0
     top_k: int = 0  # sample from the k most likely tokens; 0: from all tokens
-    # equal seeds give equal tokens, except where a rounding difference between batches of other
-    # sizes changes which token is drawn; None: a random seed
+    # equal seeds give equal tokens, except where a rounding difference between batches of
+    # different sizes changes which token is drawn; None: a random seed
     seed: int | None = None
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     #: number of most likely tokens returned with each sampled token; None: return no

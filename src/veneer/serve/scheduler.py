@@ -147,7 +147,7 @@ class Scheduler(Generic[RequestT]):
         self._owner_shares = Shares()
         # by owner with requests: the counts of its adapters
         self._adapter_shares: dict[str, Shares] = {}
-        # when the last 33 requests left the queue, in seconds
+        # when the last 33 requests began to run (``began``), in seconds
         self._start_times: deque[float] = deque(maxlen=33)
 
     def add(self, request: RequestT) -> None:
