@@ -43,7 +43,7 @@ def request_id_of(client_ids: Sequence[str]) -> str:
 
 @dataclass
 class RequestRecord:
-    """The log record of one HTTP request. Only the event loop changes it.
+    """The log record of one HTTP request.
 
     Fields:
         path: the URL path, in which secret segments are masked.

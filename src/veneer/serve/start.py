@@ -146,9 +146,8 @@ def _start_engine(
     metrics: Metrics,
     model_lock: Any,
 ) -> Engine:
-    """Create and start the engine. ``model_lock``: a context manager
-    that the engine enters for each step, so that an extension does not change the model meanwhile;
-    or None."""
+    """Create and start the engine. ``model_lock``: a context manager that the engine enters for
+    each step, so that an extension does not change the model meanwhile; or None."""
     engine = Engine(
         loaded_base.model,
         loaded_base.tokenizer,
