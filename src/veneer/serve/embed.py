@@ -79,7 +79,8 @@ class Embedder:
         pad_id: the token id of padding.
         pooling, normal: how the vectors of a text's tokens become one vector ("mean", "cls" or
             "max", see ``encoders.pool``), and whether it is scaled to length 1.
-        rows, tokens: the most texts of a batch, and its most tokens with padding.
+        rows, tokens: the most texts of a batch, and its most tokens with padding. A text with more
+            tokens is a batch by itself.
         queue: the most texts that may wait, of all calls together.
         label_count: the number of labels of the model's head, if it is a classifier.
     """
