@@ -87,8 +87,7 @@ def create(service: Service, *routers: Any, core: Sequence[APIRouter] = CORE_ROU
 
 
 def _answer_invalid_body(request: Request, error: Any) -> Response:
-    """Answer an invalid body with the name of the invalid field and the reason. The field's content
-    is not repeated."""
+    """Answer an invalid body with the name of the invalid field and the reason."""
     return refusal.body_refusal(error.errors(), error.body).response(request.url.path)
 
 

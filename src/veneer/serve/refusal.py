@@ -220,8 +220,8 @@ def describe_value(value: Any) -> str:
 
 
 def body_refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """The refusal for a request body in which pydantic found ``errors``. It contains no text of
-    the body except names of fields.
+    """The refusal for a request body in which pydantic found ``errors``. Of the body's
+    texts, it contains only names of fields, and what a ``value_error`` quotes.
 
     If a field allows several types, such as a text or a list of texts, pydantic lists an error for
     each of them. Of the errors for the first invalid field, the one whose path leads deepest into
