@@ -2,9 +2,9 @@
 place.
 
     FolderSource(DIR)        the adapter in the folder DIR/french has the name "french"
-        LibrarySource(library)   adapters have their names in the library RemoteSource(PLACE)
-        the adapter at PLACE/french has the name "french"; it is pulled into the
-                             cache
+    LibrarySource(library)   each adapter has its name in the library
+    RemoteSource(PLACE)      the adapter at PLACE/french has the name "french"; it is pulled into
+                             the cache
 
     source.list()            {name: Location} at this moment; ``OSError`` or ``VeneerError`` if the
                              source cannot be read

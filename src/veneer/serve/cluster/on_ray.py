@@ -232,7 +232,8 @@ def application(
             Ray's defaults.
 
     Raises:
-        ConfigError: the file of keys or ``replica_range`` is invalid.
+        ConfigError: the file of keys or ``replica_range`` is invalid, or ``settings.cors`` has "*"
+            and there are no keys.
     """
     rows_per_replica, queue_length = settings.rows or ROWS, settings.queue or QUEUE
     # read the keys here, so that an invalid file is reported now and not in the log of a replica
@@ -307,7 +308,8 @@ def run(
         wait_for_stop: called after ``on_ready``; the server ends when it returns.
 
     Raises:
-        ConfigError: the file of keys or ``replica_range`` is invalid.
+        ConfigError: the file of keys or ``replica_range`` is invalid, or ``settings.cors`` has "*"
+            and there are no keys.
     """
     # an invalid range raises here, before Ray is started
     scaling = scaling_options(replica_range, settings.rows or ROWS)

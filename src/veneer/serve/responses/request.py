@@ -194,9 +194,9 @@ class ResponsesRequest(Strict):
         return self
 
     def messages(self) -> list[Message]:
-        """The messages of the chat request. Tool calls are messages' fields there, so a call is
-        added to the assistant's message before it; without one, an empty assistant's message is
-        created."""
+        """The messages of the chat request. There, a tool call is part of an assistant's message,
+        so a call is added to the assistant's message before it. If another message or none comes
+        before it, an empty assistant's message is created."""
         messages: list[Message] = []
 
         def add(role: str, content: str | list[ContentPart], **fields: Any) -> None:

@@ -115,7 +115,8 @@ class Qwen3Xml(CallParser):
 
 def json_value(text: str, schema: Any, root_schema: Any = None) -> Any:
     """The value of an argument as JSON data: ``text`` converted to a type that ``schema`` allows.
-    It stays a string if it is not valid JSON, or if the schema names no type or allows a string.
+    It stays a string if it is not valid JSON, or if the schema names no type or allows a string
+    (but "null" becomes None if the schema allows null too).
     ``root_schema``: the complete schema of the tool's parameters, in which references are looked
     up."""
     allowed_types = json_types(schema, root_schema)

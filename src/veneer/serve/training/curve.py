@@ -108,8 +108,8 @@ class Curve:
                 self.drop_passes()
 
     def write(self, folder: Path) -> None:
-        """Write the curve to the file ``CURVE_FILE`` in ``folder``. A state is only written after a
-        step has used the passes, so ``sums_since_step`` is not needed."""
+        """Write the curve to the file ``CURVE_FILE`` in ``folder``. No state is written while
+        a run has gradients for its next step, so ``sums_since_step`` is not needed."""
         fields = {name: value for name, value in asdict(self).items() if name != "sums_since_step"}
         write_whole(folder / CURVE_FILE, json.dumps(fields))
 

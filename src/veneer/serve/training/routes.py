@@ -323,7 +323,7 @@ async def forward_backward(
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "a compressed body", "one as client/config says", "send it uncompressed")
     # A web page of another origin could send some media types without a preflight request, and so
-    # train with the browser's access. It cannot send this type (serve/guard.py).
+    # train with the browser's access. This type needs one (serve/guard.py).
     body_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if body_type != PASS_TYPE:
         raise Refusal(415, f"a body of type {body_type[:100]!r}", PASS_TYPE, "send that type")

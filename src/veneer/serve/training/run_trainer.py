@@ -382,10 +382,11 @@ class Trainer:
     def load(
         self, adapter_name: str, folder: Path, *, optimizer: bool, subfolder: str = ADAPTER_FOLDER
     ) -> None:
-        """Load a saved adapter into a run, which is created, or replaced with its gradients if it
-        is in memory. ``optimizer``: whether to load the optimizer's state too, from ``folder``;
-        ``subfolder``: the path of the adapter folder within ``folder``, or "" if they are
-        the same. ``AdapterError``: the adapter is not valid; a run in memory is unchanged."""
+        """Load a saved adapter into a run. The run is created; if it is in memory already, it is
+        replaced, and its gradients are dropped. ``optimizer``: whether to load the optimizer's
+        state too, from ``folder``; ``subfolder``: the path of the adapter folder within ``folder``,
+        or "" if they are the same. ``AdapterError``: the adapter is not valid; a run in memory is
+        unchanged."""
         with self._model_lock:
             # try to load under another name first: if it fails, the run in memory must not change
             if adapter_name in self.runs:
@@ -433,7 +434,6 @@ class Trainer:
 
 
 def _adamw(adapter: TrainedAdapter) -> torch.optim.Optimizer:
-
     assert adapter.optimizer is not None
     return adapter.optimizer
 

@@ -106,7 +106,7 @@ class Samples:
 
         Args:
             owner: the name of the API key.
-            session: the id of the client's session.
+            session_id: the id of the client's session; "" if it gave none.
             adapter_name: the adapter's name in the bank, or None for the base model.
             charge: called when the call ends, with the number of its tokens
                 (``SampleCall.token_count``); called at once with 0 if no call begins.

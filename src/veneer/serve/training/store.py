@@ -103,8 +103,8 @@ def parse_checkpoint_path(path: str) -> Checkpoint:
 
 class Store:
     """The index (an SQLite file) and the folders of the runs. Any thread may call the methods. Each
-    write is on the disk when the call returns. ``owner`` is the name of an API key. Ids of unknown
-    rows give None. ``ConfigError``: another server uses the folder, or its index is damaged."""
+    write is on the disk when the call returns. ``owner`` is the name of an API key. A missing
+    row is None. ``ConfigError``: another server uses the folder, or its index is damaged."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
@@ -331,8 +331,8 @@ class Store:
         ]
 
     def set_state(self, run_id: str, seq: int) -> None:
-        """Record that a run's saved state includes all requests up to ``seq``. These are never
-        computed again: their bodies, and all answers but ``MAX_OLD_ANSWERS``, are deleted."""
+        """Record that a run's saved state includes all requests up to ``seq``. Their bodies are
+        deleted, and all but the last ``MAX_OLD_ANSWERS`` answers; none is computed again."""
         with self._index.transaction() as writer:
             writer.execute("UPDATE runs SET state = ? WHERE id = ?", (seq, run_id))
             writer.execute(
