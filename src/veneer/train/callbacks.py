@@ -103,8 +103,7 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         requested: whether a signal arrived in this process, or `stop_order` returned True.
-            (`stop_order` is called after each step, so that a program without signals, such as a
-            service, can end the run.)
+            (`stop_order` is called after each step.)
         stopped: whether the run ends after this step.
         single_process: whether the run has one process. Several processes must all end after the
             same step, so the trainer then sets `stopped` in all of them together.

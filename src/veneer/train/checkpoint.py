@@ -69,8 +69,8 @@ def clear(output: Path, *names: str) -> None:
 
 @contextmanager
 def only_writer(output: Path, processes: Processes) -> Iterator[None]:
-    """A block in which no other run writes to `output`. At the beginning, the temporary folders of
-    killed runs are removed; at the end, `output` is removed if it is empty. Raises
+    """A block in which no other run writes to `output`. At the beginning, writes that killed runs
+    left incomplete are finished or removed; at the end, `output` is removed if it is empty. Raises
     `OutputExistsError` if another process writes its run there."""
 
     def make_refusal(holder_text: str) -> OutputExistsError:

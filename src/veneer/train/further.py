@@ -63,9 +63,9 @@ def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
 
 
 def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
-    """Attach an adapter to train it further. Raises ``ConfigError``, and attaches nothing, if the
-    base has a new head of random weights that the adapter does not train. Other errors are those of
-    ``veneer.load``."""
+    """Attach an adapter to train it further. Raises ``ConfigError``, with nothing attached, if
+    the base has a new head of random weights that the adapter does not train. Other errors are
+    those of ``veneer.load``."""
     model_index = ModelIndex(model)
     new_head_parameters = fresh_head(model_index, model_index.fresh_parameters().values())
     handle = load(model, initial_adapter.folder, name=TRAINED_ADAPTER, trainable=True)

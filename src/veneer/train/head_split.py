@@ -97,7 +97,7 @@ class Head:
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the head computes each row independently: the logits of `rows` [n, h] must stay
         the same in a larger batch and in another order. Tested once per model, with the first rows;
-        True, without a test, if `rows` is empty."""
+        without rows, an untested model counts as rowwise."""
         is_rowwise = HEAD_IS_ROWWISE.get(self.model)
         if is_rowwise is not None or len(rows) == 0:
             return is_rowwise is not False

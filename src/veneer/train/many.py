@@ -130,7 +130,8 @@ class Runs(Mapping[str, Handle]):
             start_options: for a new adapter, the arguments ``batches``, ``loss`` and ``original``
                 of ``veneer.attach``.
 
-        Raises ``ConfigError`` if ``start_options`` are given with a path.
+        Raises:
+            ConfigError: ``start_options`` are given with a path.
         """
         if start_options and not isinstance(config, LoraConfig):
             raise ConfigError(

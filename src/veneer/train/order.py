@@ -32,7 +32,7 @@ class EpochSampler(Sampler[int]):
         lengths: by row, its number of tokens.
         step_rows: number of rows in an optimiser step, over all processes.
         grouped: whether the rows of a step have similar lengths, which saves padding. transformers'
-            `get_length_grouped_indices` sorts each group of about fifty steps' rows by falling
+            `get_length_grouped_indices` sorts each group of at most fifty steps' rows by falling
             length; this sampler then shuffles the steps. The first step stays first: it holds the
             longest row, so a lack of memory shows at once.
     """

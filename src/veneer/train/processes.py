@@ -66,7 +66,7 @@ class Processes:
         ranks: the group of processes; None for a run in one process.
         computes_all_rows: whether each process computes all rows of a batch with a shard of the
             base (tensor parallelism). Otherwise each computes its share of the rows.
-        parent_pid: the process id of the launcher.
+        parent_pid: the process id of the parent, which is the launcher if there is one.
         count, rank: the number of processes, and the rank of this one.
         is_first: whether this is the process that writes files and prints.
     """

@@ -86,9 +86,9 @@ class Channel:
 
 
 def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | None = None) -> Any:
-    """Run `work` in several workers and return the result of the first one. Starts Ray, or connects
-    to the cluster at RAY_ADDRESS, and shuts it down at the end. Must be called in the main thread,
-    because it handles signals.
+    """Run `work` in several workers and return the result of the first one. Starts Ray and ends it
+    afterwards, or connects to the cluster at RAY_ADDRESS, which goes on. Must be called in the main
+    thread, because it handles signals.
 
     Args:
         work: an importable function, because the workers get it by its name.
@@ -131,7 +131,7 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
                 ),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=uses_gpus),
                 run_config=RunConfig(
-                    storage_path=storage_folder,  # Ray requires one; it stays empty
+                    storage_path=storage_folder,  # for Ray's own files; this run keeps none of them
                     failure_config=FailureConfig(max_failures=max_restarts),
                     callbacks=[WatchFailures(channel, workers)],
                 ),

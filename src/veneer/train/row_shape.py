@@ -20,7 +20,7 @@ Kind = Literal["messages", "prompt", "text", "columns"]
 
 #: the column that holds the tools (functions) that the assistant of a chat may call
 TOOLS = "tools"
-#: names of columns that usually hold labels, for which another task than sft is meant
+#: names of columns that usually hold labels, which sft does not learn but other tasks do
 LABEL_COLUMN_NAMES = ("label", "labels", "label_text")
 
 

@@ -266,7 +266,7 @@ def prepare_run(
 
 def _make_task(config: TrainConfig, processes: Processes) -> Task:
     """Create the task. Its configuration has this process's share of the examples of a step. If the
-    base will be divided over processes, the task loads it on the CPU."""
+    base will be divided over processes, the task's load options name the CPU."""
     task_class, task_options = TASKS[config.task], {}
     config = share_config(config, processes.share_count, compares_rows=task_class.compares_rows)
     is_divided = config.parallel != "ddp" and processes.count > 1

@@ -45,9 +45,9 @@ def open_output(
 def can_resume(config: TrainConfig, output: Path, sweep: Mapping[str, Any] | None = None) -> bool:
     """Whether `output` holds an unfinished run with the configuration `config` (settings in
     `FREE_ON_RESUME` may differ), which is then resumed. False: the run begins anew, because there
-    is no run, because the old run has another configuration and no checkpoint, or because
-    `overwrite` is set. Even with `overwrite`, a run that can be resumed is resumed, unless `resume`
-    is False.
+    is no run, because the old run cannot be resumed and has no checkpoint, or because `overwrite`
+    is set. Even with `overwrite`, a run that can be resumed is resumed, unless `resume` is
+    False.
 
     Args:
         sweep: for a sweep, the section `sweep:` of its YAML file; then `output` must hold a sweep.
@@ -118,8 +118,8 @@ def find_resume_point(
 ) -> tuple[str, int] | None:
     """(folder, step) of the newest checkpoint of the run in `output`, from which it is resumed;
     None to begin anew, because there is no checkpoint, or because `overwrite` is set and an input
-    has changed. An input is the data, or the adapter that the run trains further. Raises
-    `ConfigError` if an input has changed and `overwrite` is not set."""
+    (`Prepared.hashes`) has changed. Raises `ConfigError` if an input has changed and `overwrite` is
+    not set."""
     record = checkpoint.read_json(output / checkpoint.RUN)
     if record["data"] == prepared.hashes:
         if (newest_checkpoint := checkpoint.newest(output)) is None:

@@ -1,6 +1,6 @@
-"""The trainer of the task sft, based on trl's `SFTTrainer`. It packs rows and offloads activations;
-its loss needs no full logits and is the mean over the labelled tokens of all accumulated batches.
-"""
+"""The trainer of the task sft, based on trl's `SFTTrainer`. It takes packed rows and can offload
+activations; its loss needs no full logits and is the mean over the labelled tokens of all
+accumulated batches."""
 
 from __future__ import annotations
 

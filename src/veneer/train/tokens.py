@@ -1,4 +1,4 @@
-"""Tokenise records for the task sft: token ids, and labels at the tokens that the loss counts.
+"""Tokenise records of texts or chats: token ids, and labels at the tokens that the loss counts.
 
     record  ->  row: input_ids [s], labels [s] for s tokens
 
@@ -268,8 +268,8 @@ def _encode_turns(
     row_location: str,
     tools: Any,
 ) -> tuple[list[int], list[bool]]:
-    """Encode a chat with a template that marks nothing, and label the assistant's messages in
-    `completion_messages`.
+    """Encode a chat with the tokenizer's template, which need not mark anything, and label the
+    assistant's messages in `completion_messages`.
 
     The tokens of such a message are those by which the encoded chat that ends with it is longer
     than the encoded chat that ends before it. Chats that end elsewhere are not encoded, since a

@@ -256,7 +256,7 @@ def _count_distinct_blocks(
         return run()
 
     try:
-        with torch.random.fork_rng(devices=[]):  # restores it after dropout has drawn seeds
+        with torch.random.fork_rng(devices=[]):  # dropout draws seeds from the generator
             total, groups = cost_of(distinct_blocks), []
             for equal_blocks in blocks_by_signature.values():
                 second_block = equal_blocks[:2][-1]

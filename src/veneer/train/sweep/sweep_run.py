@@ -297,7 +297,7 @@ class _SweepRun:
 
     def _attach_cohort(self, resume_from: Path | None) -> Cohort:
         """Attach the adapters of the current cohort's candidates that neither failed nor ended
-        early. Raises `TargetError` if all candidates of the sweep have failed."""
+        early. Raises the errors of `Cohort`, and `TargetError` if all candidates have failed."""
         candidates = self.state.in_cohort(self.state.cohort)
         active_candidates = [
             candidate

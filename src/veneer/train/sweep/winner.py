@@ -21,8 +21,8 @@ from veneer.train.tasks import Task
 
 
 def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> TrainConfig:
-    """The configuration with which `veneer train` trains a candidate alone, with the same losses
-    as in the sweep. Its output folder is `output`/again.
+    """The configuration with which `veneer train` trains a candidate alone. Its output folder is
+    `output`/again.
 
     Args:
         config: the configuration of the candidate.

@@ -35,7 +35,7 @@ def read_image(value: Any, row_location: str, folder: Path) -> np.ndarray:
 
         try:
             with Image.open(folder / Path(value).expanduser()) as image:
-                # copied, because torch needs a writable array
+                # copied, because torch expects a writable array
                 return np.array(image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(
@@ -91,7 +91,7 @@ def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]]
 
 
 def read_audio(value: Any, row_location: str, folder: Path, sample_rate: int) -> np.ndarray:
-    """The audio as a float32 array [samples], from -1 to 1 in a .wav file.
+    """The audio as a float32 array [samples]. Samples of a .wav file are from -1 to 1.
 
     Args:
         value: the path of a .wav file, the samples, or {"array": samples, "sampling_rate": number}.
@@ -101,7 +101,8 @@ def read_audio(value: Any, row_location: str, folder: Path, sample_rate: int) ->
             this one.
 
     Raises:
-        DataError: the value is no audio of one channel, or has another sample rate.
+        DataError: the file cannot be read, the samples are not a list of finite numbers, or the
+            sample rate is another.
     """
     if isinstance(value, str):
         samples, recorded_rate = _read_wav(folder / Path(value).expanduser(), row_location)
