@@ -453,8 +453,8 @@ def _ids_as_tuples(value: Any) -> Any:
 
 
 def _sequence_as_tuple(value: Any) -> Any:
-    """A sequence of token ids as a tuple. Values that are not sequences of ids, such as text and
-    sets, are returned unchanged, so that the error text of a later check shows them."""
+    """A token id, or a sequence of ids, as a tuple. Other values, such as text and sets, are
+    returned unchanged, so that the error text of a later check shows them."""
     if isinstance(value, str | Set | Mapping) or not isinstance(value, Iterable | int):
         return value
     return (value,) if isinstance(value, int) else tuple(value)

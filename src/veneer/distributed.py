@@ -108,7 +108,7 @@ def spread_problem(modules: Iterable[nn.Module], operation: str, advice: str) ->
 
     Args:
         operation: the name of the operation, which begins the message.
-        do: the advice at the end of the message.
+        advice: the advice at the end of the message.
     """
     modules = list(modules)
     if has_fsdp1(modules):

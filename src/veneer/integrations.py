@@ -157,9 +157,8 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
                 "give lightning_callback() a config, resume from a checkpoint, or attach",
             )
         if (random_states := pl_module.__dict__.pop("_veneer_random_states", None)) is not None:
-            _set_random_states(
-                random_states
-            )  # before the data loader of the next epoch draws its seed
+            # do this before the data loader of the next epoch draws its seed
+            _set_random_states(random_states)
 
     class_attributes = {"veneer_path": module, "setup": setup, "on_fit_start": on_fit_start}
     return type("AdapterCallback", callback_classes, class_attributes)()

@@ -9,8 +9,9 @@ their new names.
     …experts.3.down_proj   A₃ B₃ s₃       down_proj[3]    += s₃ B₃ A₃
 
 s is the scale of a change. gate_up_proj[3] is the matrix [out, in] of expert 3, with the rows of
-gate_proj before those of up_proj. The result is exact. The rank of a stacked parameter's change is
-the largest rank of its experts' changes (for gate_up_proj, of the sum of both ranks); A and B of
+gate_proj before those of up_proj. The result is exact if all scales are equal; otherwise B is
+multiplied by the ratio of the scales and rounded. The rank of a stacked parameter's change is the
+largest rank of its experts' changes (for gate_up_proj, the largest sum of both ranks); A and B of
 experts with a smaller rank or no change are padded with zeros.
 
 Transformers' rules for converting checkpoints (``models/meta.py``) tell which slice of which

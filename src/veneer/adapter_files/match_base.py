@@ -43,7 +43,8 @@ def must_be_base(
     fingerprint_cache: dict[str, dict[str, str]],
 ) -> None:
     """Compare the fingerprint of every tensor of the base that the adapter's record lists with that
-    of the model's tensor. Warn ``UnverifiedAdapter`` if the two do not have the same tensors.
+    of the model's tensor. Warn ``UnverifiedAdapter`` if the two do not have the same tensors and
+    the record covers more than the adapted layers.
 
     Args:
         model_index: the modules of the model by path.

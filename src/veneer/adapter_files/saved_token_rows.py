@@ -211,7 +211,8 @@ def _size_problem(
     token_rows: peft_tokens.TokenRows,
 ) -> str | None:
     """The error text if the trained rows do not fit the weight ``first_ref`` of the model, because
-    it has another width or another number of rows; None if they fit."""
+    it is not a matrix of an embedding or linear layer, or has another width or number of rows; None
+    if they fit."""
     module = model_index.modules[first_ref[0]]
     weight = weight_of(module, first_ref[1])
     storage: Any = storage_of(weight)

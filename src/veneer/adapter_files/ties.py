@@ -79,9 +79,8 @@ def _describe_untied(path: str | Path, untied: Untied) -> str:
 
 def refs_to_untie(model_index: ModelIndex, adapter_files: AdapterFiles) -> list[ParamRef]:
     """The names of tied weights that need weights of their own for a folder: the names for which it
-    has different low-rank changes or different values that are trained in full, and the names for
-    which it has token rows that PEFT does not put into all modules that share the weight. A name is
-    (module path, name of the parameter)."""
+    has a low-rank change, values that are trained in full, or token rows, but not the same for all
+    names of the weight. A name is (module path, name of the parameter)."""
     layers_by_ref = {
         ref_at(model_index, path, adapter_files.peft_config): layer
         for path, layer in adapter_files.low.items()

@@ -36,8 +36,8 @@ def check_against_base(
 
     Args:
         products: the low-rank change of each module or parameter, by path.
-        base_weights: the weights of the base, which are read from its files.
         norms: ‖ΔW‖ of each product, by the same path.
+        base_weights: the weights of the base, which are read from its files.
     """
     base_record = adapter_files.metadata.get("base", {})
     base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")

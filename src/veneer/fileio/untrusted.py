@@ -235,7 +235,7 @@ def _layout_problem(tensors: Mapping[str, Any], data_size: int) -> str | None:
 def parse(text: str | bytes) -> Any:
     """Parse JSON (ASCII or UTF-8) more strictly than ``json``.
 
-    It refuses duplicate keys, NaN and infinity, integers beyond 64 bits, and lone surrogates (which
+    It refuses duplicate keys, NaN and infinity, integers beyond 64 bits, lone surrogates (which
     UTF-8 cannot encode), nesting beyond ``MAX_DEPTH``, and texts that would take too much memory
     (``MAX_SEPARATORS``). Raises ValueError with the reason.
     """
