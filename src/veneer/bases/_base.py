@@ -54,11 +54,12 @@ class Storage(ABC):
 
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        """The stored tensors that represent the dense float64 ``values`` best, rounded once. Does
-        not change ``weight``.
+        """The stored tensors for the dense float64 ``values``, rounded once. Does not change
+        ``weight``.
 
         Raises:
-            MergeError: this storage cannot write the format of ``weight``."""
+            MergeError: this storage cannot write the format of ``weight``.
+        """
 
     @abstractmethod
     def examples(self) -> Iterator[nn.Module]:
