@@ -78,8 +78,8 @@ class Bank:
         verify_base: False accepts adapters that were trained on other weights of the same shapes.
 
     Attributes:
-        on_event: called as (kind, adapter name, seconds it took) after a "load", an "evict", a
-            "remove" or a failed load ("fail"), by the thread that did it. None: not called.
+        on_event: if not None, called as (kind, adapter name, seconds of a load or 0) after a
+            "load", a failed load ("fail"), an "evict" or a "remove", by the thread that did it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Bank:
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
         self.model, self.capacity = model, capacity_bytes
-        self.dtype, self.verify_base = dtype, verify_base  # dtype: of the factors in memory
+        self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         self._attached = open_bank(model)
         self._model_layout = ModelLayout(self._attached.uid, time_first(model))

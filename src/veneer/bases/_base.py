@@ -80,8 +80,8 @@ class Storage(ABC):
         return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        """The dense weight in about ``count`` consecutive blocks of rows [rows, in], so that little
-        of it is in memory at a time; in one block if the storage cannot decode some rows alone."""
+        """The dense weight in about ``count`` consecutive blocks of rows, so that little of it is
+        in memory at a time; in one block if the storage cannot decode some rows alone."""
         yield self.dense(weight)
 
     def dtype(self, weight: Any) -> torch.dtype:

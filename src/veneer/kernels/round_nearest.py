@@ -285,7 +285,8 @@ def _slab(
         wide_B, wide_A: [g, rows, r] and [g, columns, r], float64, without the scale.
         sums: float64 [3], to which ``_round`` adds.
 
-    Returns the number of doubtful elements, which were computed again in float64."""
+    Returns the number of doubtful elements, which were computed again in float64.
+    """
     group_count, row_count, _ = B.shape
     column_count = A.shape[2]
     partial_sums, marks = np.zeros(BLOCK_COLUMNS, np.float32), np.zeros(BLOCK_COLUMNS, np.uint16)

@@ -265,7 +265,7 @@ def is_inaccurate(sums: Sums) -> bool:
 def _nearest(
     weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool
 ) -> tuple[Sums, bool]:
-    """Write gain ⊙ (W + ΔW), rounded to nearest, to ``out``. Returns (sums, if all is finite)."""
+    """Round gain ⊙ (W + ΔW) to nearest, into ``out``. Returns (sums, whether ``out`` is finite)."""
     W, rounded, factors, wide_gain = weight, out, low, gain
     if W.stride(-1) > W.stride(-2):  # stored transposed: process it in memory order
         W, rounded, factors = W.mT, rounded.mT, low.T

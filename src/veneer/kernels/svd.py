@@ -49,7 +49,8 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
         exact: never use the randomised method.
         seed: seed of the random directions of the randomised method.
 
-    Returns: the singular vectors as columns, [min(out, in), rank] in float64, and the name of the
+    Returns:
+        the singular vectors as columns, [min(out, in), rank] in float64, and the name of the
         method, "exact" or "randomised". The randomised method gives orthonormal vectors that span
         nearly the same space.
     """
