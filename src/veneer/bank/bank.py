@@ -60,7 +60,7 @@ from veneer.fileio import throttle
 
 #: the longest time in seconds that a load waits for memory that adapters in use occupy
 MAX_WAIT_SECONDS = 60.0
-#: seconds after the end of a call in which throttled loads still pause, for the next call may come
+#: for so many seconds after a call, throttled loads still pause, because the next call may follow
 CALL_GAP = 0.05
 
 
@@ -78,8 +78,8 @@ class Bank:
         verify_base: False accepts adapters that were trained on other weights of the same shapes.
 
     Attributes:
-        on_event: called as (kind, adapter name, seconds it took) after a "load", an "evict", a
-            "remove" or a failed load ("fail"), by the thread that did it. None: not called.
+        on_event: if not None, called as (kind, adapter name, seconds of a load or 0) after a
+            "load", a failed load ("fail"), an "evict" or a "remove", by the thread that did it.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class Bank:
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
         self.model, self.capacity = model, capacity_bytes
-        self.dtype, self.verify_base = dtype, verify_base  # dtype: of the factors in memory
+        self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         self._attached = open_bank(model)
         self._model_layout = ModelLayout(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
         self._match_cache = MatchCache(ModelIndex(model))
         self._resolve_plans: ResolvePlans = {}
-        self._changed = threading.Condition(threading.RLock())  # notified when memory is freed
+        self._changed = threading.Condition(threading.RLock())  # notified of freed or idle memory
         self._loading = threading.Lock()  # held during a load
         self._loader: ThreadPoolExecutor | None = None
         self._batch_states: list[BatchState] = []  # of ended calls; the next calls reuse them
@@ -137,9 +137,9 @@ class Bank:
     def add(
         self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False
     ) -> str:
-        """Load an adapter now and register it as ``name``, by default the name of its folder, which
-        is returned. ``replace``: the name may belong to another adapter, which keeps it until the
-        new one is loaded; both are in memory until then. ``pin``: the adapter is never evicted.
+        """Load an adapter now and register it as ``name``, by default the name of its folder.
+        Returns the name. ``replace``: the name may belong to another adapter, which keeps it until
+        the new one is loaded; both are in memory until then. ``pin``: see ``pin``.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: nothing is registered.
@@ -165,9 +165,9 @@ class Bank:
 
     def put(self, name: str, path: str | Path, adapter: str) -> None:
         """Register the adapter folder ``path`` as ``name``, replacing an adapter of that name, and
-        fill the bank's memory from the adapter that is attached to the model as ``adapter``. Its
-        values must equal the folder's. Nothing is copied if adapters in use occupy the memory now,
-        or if not every change is low rank; the folder is then read at the first use.
+        copy the parameters from the attached adapter ``adapter``, whose values must equal the
+        folder's. No copy is kept if adapters in use or pinned occupy the memory now, or if not
+        every change is low rank; the folder is then read at the first use.
 
         Raises:
             SelectionError, AdapterError: the bank is unchanged.
@@ -210,7 +210,7 @@ class Bank:
         """Load an adapter if it is not in memory, and never evict it until ``unpin``.
 
         Raises:
-            SelectionError, AdapterError, BaseMismatchError, BankFullError: it is not pinned.
+            SelectionError, AdapterError, BaseMismatchError, BankFullError: nothing is pinned.
         """
         with self._acquire({name: 1.0}), self._changed:
             self._entry(name).pinned = True
@@ -290,7 +290,7 @@ class Bank:
         row i of the inputs. All beams and returned sequences of a row use the row's adapter.
 
         Raises:
-            As ``rows``; SelectionError also for several sequences a row and a model with encoder.
+            As ``rows``; SelectionError also for several sequences a row from an encoder-decoder.
         """
         model: Any = self.model
         sequence_count = sequences_per_row(model, kwargs)
@@ -384,7 +384,7 @@ class Bank:
             return Lease(self, weights, entries)
 
     def _load(self, entry: Entry, requested: Sequence[Entry]) -> None:
-        """Load one of the ``requested`` entries, those of one lease, of which none is evicted."""
+        """Load ``entry``, one of the ``requested`` entries of a lease, which are not evicted."""
         start = time.monotonic()
         try:
             self._make_room(expected_bytes(entry.path), requested)

@@ -38,8 +38,8 @@ MIN_ROUNDED_RANK = 8
 MAX_CACHED_ASSIGNMENTS = 2
 #: the most tokens per row for which rows are grouped by adapter; more tokens are those of prompts
 MAX_GROUPED_TOKENS = 4
-#: the most runs of neighbouring rows with the same adapters that are multiplied run by run; the
-#: most rows per adapter for which a GPU, with few tokens per row, copies the factors for each row
+#: the most runs of neighbouring rows with the same adapters for which rows never get copies of the
+#: factors; the most rows per adapter for which a GPU copies them for each row of few tokens
 MAX_SINGLE_RUNS, MAX_ROWS_PER_ADAPTER = 2, 4
 
 #: the adapters of one row, each with its weight; empty for the base alone

@@ -54,11 +54,12 @@ class Storage(ABC):
 
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        """The stored tensors that represent the dense float64 ``values`` best, rounded once. Does
-        not change ``weight``.
+        """The stored tensors for the dense float64 ``values``, rounded once. Does not change
+        ``weight``.
 
         Raises:
-            MergeError: this storage cannot write the format of ``weight``."""
+            MergeError: this storage cannot write the format of ``weight``.
+        """
 
     @abstractmethod
     def examples(self) -> Iterator[nn.Module]:
@@ -79,8 +80,8 @@ class Storage(ABC):
         return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        """The dense weight in about ``count`` consecutive blocks of rows [rows, in], so that little
-        of it is in memory at a time; in one block if the storage cannot decode some rows alone."""
+        """The dense weight in about ``count`` consecutive blocks of rows, so that little of it is
+        in memory at a time; in one block if the storage cannot decode some rows alone."""
         yield self.dense(weight)
 
     def dtype(self, weight: Any) -> torch.dtype:

@@ -377,7 +377,7 @@ def _split_into_blocks(values: Tensor, width: int) -> Tensor:
 
 
 def _pack_pairs(indices: Tensor) -> Tensor:
-    """Pack each two neighbouring 4-bit indices into one byte, the first in the upper half: uint8
+    """Pack every two neighbouring 4-bit indices into one byte, the first in the upper half: uint8
     [n, width] to uint8 [n, width / 2]."""
     return indices[:, ::2] << 4 | indices[:, 1::2]
 
@@ -415,7 +415,8 @@ def _quantise_scales(
         old_stored: the stored tensors of the weight before the change.
 
     Returns:
-        The stored tensors ``absmax`` (uint8 indices) and ``nested_absmax``."""
+        The stored tensors ``absmax`` (uint8 indices) and ``nested_absmax``.
+    """
     centred = scales.double() - old_stored["offset"].double()
     nested_blocks = _split_into_blocks(centred, SCALES_PER_NESTED_BLOCK)  # [c, 256]
     is_block_same = (_split_into_blocks((~is_scale_same).byte(), SCALES_PER_NESTED_BLOCK) == 0).all(

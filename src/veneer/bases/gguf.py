@@ -1,15 +1,16 @@
 """GGUF blocks that stay packed in memory: ``GGUFParameter`` of diffusers, in its ``GGUFLinear``.
 
-A row of the weight is divided into blocks of ``block`` elements. Each block is stored in ``size``
-bytes: its scales, then the integers of its elements. Q8_0, for example, has block = 32, size = 34:
+A row of the weight is divided into blocks of ``block_length`` elements. Each block is stored in
+``block_bytes`` bytes: its scales, then the integers of its elements. Q8_0, for example, has
+block_length = 32 and block_bytes = 34:
 
     byte      0  1 | 2 … 33              W[o, 32 b + j] = d[o, b] · q[o, b, j]
     meaning   d    | q₀ … q₃₁            d: float16, q: int8
 
-The parameter holds the bytes [out, in / block · size], and ``quant_type`` is their GGUF type. Two
-libraries dequantise the blocks: ``gguf.quants`` (numpy), and diffusers' port of it to torch. The
-port is preferred if it supports the type, because it also runs on a GPU. Both compute in float32,
-so ``decode`` is exact. Only ``gguf.quants`` quantises.
+The parameter holds the bytes [out, in / block_length · block_bytes], and ``quant_type`` is their
+GGUF type. Two libraries dequantise the blocks: ``gguf.quants`` (numpy), and diffusers' port of it
+to torch. The port is preferred if it supports the type, because it also runs on a GPU. Both compute
+in float32, so ``decode`` is exact. Only ``gguf.quants`` quantises.
 
 **Merging** quantises W + ΔW to the same GGUF type. A block keeps its old bytes if these are at
 least as close to W + ΔW as the new ones. The k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no
@@ -96,7 +97,7 @@ class Gguf(Storage):
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
         gguf_types = gguf.GGMLQuantizationType
-        for kind in (
+        for gguf_type in (
             gguf_types.Q8_0,
             gguf_types.Q4_0,
             gguf_types.Q4_1,
@@ -104,8 +105,8 @@ class Gguf(Storage):
             gguf_types.BF16,
         ):
             linear: Any = GGUFLinear(64, 32, bias=True, compute_dtype=torch.float32)
-            blocks = gguf.quants.quantize(linear.weight.detach().numpy(), kind)
-            linear.weight = GGUFParameter(torch.from_numpy(blocks), quant_type=kind)  # pyright: ignore[reportCallIssue]
+            blocks = gguf.quants.quantize(linear.weight.detach().numpy(), gguf_type)
+            linear.weight = GGUFParameter(torch.from_numpy(blocks), quant_type=gguf_type)  # pyright: ignore[reportCallIssue]
             yield linear
 
     def dtype(self, weight: Any) -> torch.dtype:

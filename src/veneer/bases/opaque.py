@@ -343,7 +343,7 @@ class Opaque(Storage):
         )
 
     def device(self, weight: Any) -> torch.device:
-        # not recursive, because an attached adapter is a submodule and may be on another device
+        # not recursive, to leave out attached adapters, which are submodules
         tensors = (*weight.buffers(False), *weight.parameters(False))
         return next(tensor.device for tensor in tensors)
 
@@ -400,7 +400,7 @@ def _without_bias(module: nn.Module) -> nn.Module:
         }
     if "bias" in view.__dict__:
         view.__dict__["bias"] = None
-    # an attached adapter is a submodule; without it, the view computes with the base weight alone
+    # leave out attached adapters, which are submodules, so that the view does not change their mode
     view.__dict__.update(training=False, _modules={})
     # accelerate's hook sets ``forward`` on the instance, bound to ``module``. Without it, the view
     # runs the forward of its class, which does not include the adapter of ``module``.
@@ -433,8 +433,8 @@ def weight_of(module: nn.Module, name: str) -> Any:
 
 
 def own_parameters(module: nn.Module) -> list[str]:
-    """The names of the weights that a module itself holds, without those of its submodules: plain
-    parameters, parametrised ones, and "weight" for an opaque linear layer, whose weight may be no
+    """The names of a module's own parameters, without those of its submodules: plain ones,
+    parametrised ones, and "weight" for an opaque linear layer, even if its weight is no
     parameter."""
     parametrised = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
     plain = [

@@ -18,8 +18,8 @@ replaces these products where it is faster (``mixed_rows.py``).
 multiplied with the factors of its adapters, one run after the other.
 
 **On a GPU** or similar device, a launch is expensive and copying A and B is cheap. One launch
-stacks a copy of A (and one of B) for each row, and a batched product multiplies each row with its
-copy. The copies are freed after the call:
+stacks a copy of A for each row, and another one a copy of B. Batched products multiply each row
+with its copies, which are freed after the call:
 
     Δ = (x Aᵀ) B        x: [N, t, in]   A: [N, r, in]   B: [N, r, out]
 
@@ -46,8 +46,8 @@ from veneer.kernels.switch import is_on
 
 #: the fewest elements of a weight for which ``mixed_rows.py``, and numba with it, is loaded
 LOOP_MIN_WEIGHT = 1 << 16
-#: the limit up to which the loop of ``mixed_rows.py``, which has one thread, is faster than batched
-#: products: of a layer's multiply-adds with A and B, times the number of torch's threads
+#: the loop of ``mixed_rows.py``, which has one thread, is faster than batched products up to this
+#: number of multiply-adds of a layer with A and B, times the number of torch's threads
 LOOP_MAX_WORK = 1 << 22
 #: the dtypes of W, A and B that the loop supports
 LOOP_DTYPES = {torch.bfloat16, torch.float32}

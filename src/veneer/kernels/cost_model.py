@@ -84,8 +84,8 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
 
 @functools.cache
 def max_factored_tokens(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
-    """The number of tokens above which forming W + ΔW makes a training step of a layer with weight
-    [out, in] cheaper than the products with A and B do. Infinite for a 16-bit ``dtype``, in which
+    """The number of tokens above which a training step of a layer with weight [out, in] is cheaper
+    with W + ΔW than with separate products with A and B. Infinite for a 16-bit ``dtype``, in which
     W + ΔW would lose precision. Inference uses this number too, so that training and inference
     round equally."""
     if dtype.itemsize < 4:

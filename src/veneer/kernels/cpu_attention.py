@@ -82,9 +82,8 @@ def attend_by_products(
     if bias is None:
         scores = query_rows @ keys
     else:
-        group_bias = bias.repeat(
-            1, 1, heads_per_kv_head, 1
-        )  # once for each query head of a kv head
+        # once for each query head of a kv head
+        group_bias = bias.repeat(1, 1, heads_per_kv_head, 1)
         group_bias = (
             group_bias.expand(b, kv_heads, -1, -1).flatten(0, 1) if len(bias) > 1 else group_bias[0]
         )

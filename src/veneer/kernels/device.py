@@ -115,8 +115,8 @@ def _is_autocast_on(device_type: str) -> bool:
 
 def applies(x: Tensor, weight: Any) -> bool:
     """Whether ``linears`` supports this input and weight: ``is_plain(x)`` is true, and the weight
-    is a frozen floating-point parameter on the device of x that autocast, if on, casts to the same
-    dtype as x."""
+    is a frozen floating-point parameter on the device of x, with the same dtype as x (after
+    autocast has cast both, if it is on)."""
     if (
         not is_plain(x)
         or type(weight) is not nn.Parameter
@@ -257,8 +257,8 @@ def add_change(
     h: Tensor, B: Tensor, scale: float, tokens: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """x Wᵀ + scale · h Bᵀ + bias, [T, out], for h = x Aᵀ [T, r], B [out, r], the input x as
-    ``tokens`` [T, in] and the ``weight`` W [out, in]. Rounded once to the dtype of h, except with a
-    bias on a device without 16-bit products with float32 output: then twice."""
+    ``tokens`` [T, in] and the ``weight`` W [out, in]. In 16 bits, the result is rounded once, or
+    twice with a bias on a device without 16-bit products with float32 output."""
     B, weight = B.mT, weight.mT
     if bias is None:
         return product(h, B, scale).addmm_(tokens, weight)
@@ -274,9 +274,9 @@ def add_change(
 
 
 def add_frozen_product(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """change + x Wᵀ + bias in 16 bits, written to ``change`` [T, out], the low-rank term scale · h
-    Bᵀ of the layer, and returned. x is ``tokens`` [T, in]. Rounded once if the device has 16-bit
-    products with float32 output, else twice."""
+    """change + x Wᵀ + bias in 16 bits, written to ``change`` [T, out], the low-rank term
+    scale · h Bᵀ of the layer, and returned. x is ``tokens`` [T, in]. Rounded once if the device has
+    16-bit products with float32 output, else twice."""
     if not _has_wide_products(change.device, change.dtype):
         return change.addmm_(tokens, weight.mT).add_(bias)
     float32_sum, options = change.float(), cast(Any, {"out_dtype": torch.float32})
@@ -334,7 +334,7 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *layer_tensors: Any) -> tu
         ctx.uncast_dtype = None if x_cast is x else x.dtype
         saved = input_to_save(x) if x_cast is x else SavedInput(cast(Tensor, x_cast))
         *saved_tensors, ctx.gate = saved
-        # `saved` holds x, or two factors from which backward computes x. In the first case, and
+        # `saved` holds x, or the factors from which backward computes x. In the first case, and
         # with dropout, drop(x) is saved in place of x, because backward uses nothing else of it.
         ctx.saves_dropped_x = settings.dropout > 0 and saved.second is None
         if ctx.saves_dropped_x:

@@ -247,8 +247,8 @@ class _RowRounder:
         change_error: for each row, ⟨V - W, E⟩ / ‖V - W‖, [g, 1, rows]. Only with a gain.
         mids, halves, slopes: one view [g, 1, rows] of the buffers for each column of a chunk. The
             error of an element is mid - half or mid + half. Its slope t, half the derivative of the
-            objective at error mid, decides which: mid - half has the sign that lowers the
-                objective.
+            objective at error mid, decides which: half gets the sign of t, and the error becomes
+            mid - half.
         changes: with a gain, one such view for each column of a chunk: V - W, divided by
             ``change_norm``.
     """

@@ -7,9 +7,9 @@
 
 Differences from two convolutions and a sum in autograd:
 
-- With many positions and at least float32, W + s B A is formed in forward, and again in backward.
-  Then h = conv(x; A), which has as many positions as y, need not be computed or saved.
-- With few positions, or in 16 bits, a batched product adds s · B h to y in place.
+- With many positions, in at least float32 and without dropout, W + s B A is formed in forward, and
+  again in backward. Then h = conv(x; A), which has as many positions as y, is not saved.
+- Otherwise, a product adds s · B h to y in place.
 - A convolution with a kernel of size 1 is a matrix product. With strides, the positions of x that
   it reads are copied once, and saved instead of x.
 - If channels are last in memory (``torch.channels_last``), each position is a row of a matrix. A

@@ -127,7 +127,7 @@ def linear_on_device(
 
 def _aligned(factor: Tensor, axis: int) -> Tensor:
     """``factor``, the A or B of all experts, with the rank on ``axis`` (1 or 2) padded with zeros
-    until a row has a multiple of ``ALIGNMENT_BYTES``."""
+    to a multiple of ``ALIGNMENT_BYTES``."""
     multiple = ALIGNMENT_BYTES // factor.element_size()
     padding = -factor.shape[axis] % multiple
     return F.pad(factor, (0, padding) if axis == 2 else (0, 0, 0, padding)) if padding else factor
@@ -252,8 +252,7 @@ _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 def _source_rows(x: Tensor, source: Tensor | None, allows_any_size: bool) -> Tensor | None:
     """The indices (int64) with x = source[indices], if the autograd node of x shows that x was
     computed in this way and neither tensor has been modified in place; else None. If
-    ``allows_any_size`` is False, also None unless ``source`` has fewer rows than x, because saving
-    ``source`` in place of x would then save no memory."""
+    ``allows_any_size`` is False, also None unless ``source`` has fewer rows than x."""
     x_node: Any = x.grad_fn
     if x_node is None or source is None or source.grad_fn is None or not is_on("saved_inputs"):
         return None

@@ -3,8 +3,8 @@ faster kernel must equal.
 
     y + scale · (x Aᵀ) Bᵀ        x: [*, in]   A: [r, in]   B: [out, r]   y: [*, out]
 
-One ``addmm`` computes both the product with B and the sum, so y is read once and no other tensor of
-its size is written. ``y + (h @ Bᵀ) · scale``, with h = x Aᵀ, would write two more.
+One ``addmm`` computes both the product with B and the sum, so y is read once, and of the tensors of
+its size only the result is written. ``y + (h @ Bᵀ) · scale``, with h = x Aᵀ, would write two more.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ The doubtful elements of a block are computed in float64 directly after the bloc
 
 The compiler may contract a product and a sum into one operation, which rounds once, where the bound
 of the error allows for two roundings. The compiler must not reorder the sums that give v and the
-ends of its interval: (v + error) - v, say, would become error. Only the sums for the report may be
+ends of its interval, because the bound does not allow for it. Only the sums for the report may be
 reordered, so that they are vectorised (``_reorderable_sum``).
 
-Rows are processed in memory order, in blocks of ``BLOCK_COLUMNS`` columns, so that the block of A
-stays in the second-level cache.
+Rows are processed in memory order, in blocks of ``BLOCK_COLUMNS`` columns. A stays in the
+second-level cache.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -285,7 +285,8 @@ def _slab(
         wide_B, wide_A: [g, rows, r] and [g, columns, r], float64, without the scale.
         sums: float64 [3], to which ``_round`` adds.
 
-    Returns the number of doubtful elements, which were computed again in float64."""
+    Returns the number of doubtful elements, which were computed again in float64.
+    """
     group_count, row_count, _ = B.shape
     column_count = A.shape[2]
     partial_sums, marks = np.zeros(BLOCK_COLUMNS, np.float32), np.zeros(BLOCK_COLUMNS, np.uint16)

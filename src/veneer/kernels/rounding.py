@@ -144,16 +144,16 @@ def fold(
             (16-bit targets only; others are rounded to nearest); or "auto", which is "faithful" if
             rounding to nearest is inaccurate (``is_inaccurate``), else "nearest".
         side: "inputs" (directions that A reads) or "outputs" (directions that B writes).
-        inputs: Σ xᵀx of measured inputs x (or outputs), in any scale: more directions of
-            "faithful".
+        inputs: Σ xᵀx of measured inputs x (or outputs, see ``side``), in any scale, which
+            "faithful" protects too.
         out: tensor for the result, of ``dtype``, with any strides, that shares no memory with
             ``weight``. By default a new tensor with the memory layout of ``weight``.
         compiled: whether numba may be used (faster, the same bits, 100 MiB of memory for its code).
 
-    Temporary memory, besides float64 copies of A and B, is below 32 MiB on a CPU, and about 2.5
-    times a 16-bit weight on another device. A device without float64 (MPS) uses the CPU. The bits
-    of the result depend on neither strides nor threads. A result that is not finite in ``dtype`` is
-    rounded to nearest.
+    Temporary memory, besides float64 copies of A and B and numba's code, is below 32 MiB on a CPU,
+    and about 2.5 times a 16-bit weight on another device. A device without float64 (MPS) uses the
+    CPU. The bits of the result depend on neither strides nor threads. A result that is not finite
+    in ``dtype`` is rounded to nearest.
 
     Raises:
         ConfigError: an unknown ``rounding``.
@@ -257,15 +257,15 @@ def is_inaccurate(sums: Sums) -> bool:
 
     A systematic loss of 1 % comes with an error of at least 0.1 ‖ΔW‖; with a smaller error, the
     loss is due to chance, as in a weight with few elements. If W has more bits than the target
-    dtype, the rounding of W itself hides the loss, and only the error shows it. The limit is 0.3: a
-    W of the target dtype then loses 1 %."""
+    dtype, the rounding of W itself hides the loss, and only the error shows it. At an error of 0.3,
+    a W of the target dtype loses 1 %."""
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
 def _nearest(
     weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool
 ) -> tuple[Sums, bool]:
-    """Write gain ⊙ (W + ΔW), rounded to nearest, to ``out``. Returns (sums, is ``out`` finite)."""
+    """Round gain ⊙ (W + ΔW) to nearest, into ``out``. Returns (sums, whether ``out`` is finite)."""
     W, rounded, factors, wide_gain = weight, out, low, gain
     if W.stride(-1) > W.stride(-2):  # stored transposed: process it in memory order
         W, rounded, factors = W.mT, rounded.mT, low.T
@@ -316,7 +316,7 @@ def _free_bytes(device: torch.device) -> int:
 
 def _slices(shape: torch.Size, size: int, max_columns: int | None = None) -> Iterator[Piece]:
     """Yield slices of a weight of this shape [g, out, in] with about ``size`` elements: several
-    groups if these are small, else rows of one group. ``max_columns``: None for no limit."""
+    groups if these are small, else rows of one group, with at most ``max_columns`` columns."""
     groups, rows, columns = shape
     column_count = max(1, min(columns, max_columns or columns, size if max_columns else columns))
     row_count = max(1, min(rows, size // column_count))
@@ -483,8 +483,8 @@ class _Tile:
 
 
 def _round_doubtful(indices: Tensor, weight: Tensor, low: LowRank, result: Tensor) -> float:
-    """Compute these elements of ``result`` again, in float64. Returns by how much ⟨ΔW, W' - W⟩
-    changes, where W' is ``result``."""
+    """Compute the elements of ``result`` (W') at these flat indices again, in float64. Returns by
+    how much ⟨ΔW, W' - W⟩ changes."""
     _, out, in_ = weight.shape
     correction = 0.0
     for chunk in indices.split(DOUBTFUL_CHUNK):

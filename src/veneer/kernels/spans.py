@@ -381,7 +381,8 @@ def _differentiable_outputs(
     gradient. Biases are left out, because the gradients of x, A and B do not depend on them.
 
     Args:
-        joined_A, B_by_layer: as ``joined_A`` and B in ``_Linears``."""
+        joined_A, B_by_layer: as ``joined_A`` and B in ``_Linears``.
+    """
     tokens, layer_count = x.reshape(-1, x.shape[-1]), len(weights)
     outputs = []
     for layer, (weight, layer_B) in enumerate(zip(weights, B_by_layer, strict=True)):
@@ -390,11 +391,13 @@ def _differentiable_outputs(
             factors: Any = zip(spans, joined_A[layer::layer_count], layer_B, strict=True)
         else:
             spans_with_factors = _OneByOne.with_factors(spans, joined_A, layer_B)
-            factors = ((span, span_A, layer_B.mT) for span, span_A, layer_B in spans_with_factors)
+            factors = (
+                (span, span_A, transposed_B.mT) for span, span_A, transposed_B in spans_with_factors
+            )
         output_blocks = []
-        for span, span_A, span_up in factors:
+        for span, span_A, span_B in factors:
             changed_rows = reference.matmul_update(
-                span.select(tokens), span_A, span_up, span.scale, span.select(y)
+                span.select(tokens), span_A, span_B, span.scale, span.select(y)
             )
             output_blocks += [y[previous_end : span.first], changed_rows]
             previous_end = span.after

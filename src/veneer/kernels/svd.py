@@ -49,7 +49,8 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
         exact: never use the randomised method.
         seed: seed of the random directions of the randomised method.
 
-    Returns: the singular vectors as columns, [min(out, in), rank] in float64, and the name of the
+    Returns:
+        the singular vectors as columns, [min(out, in), rank] in float64, and the name of the
         method, "exact" or "randomised". The randomised method gives orthonormal vectors that span
         nearly the same space.
     """
@@ -136,9 +137,7 @@ def _project_randomly(matrix: Tensor, rank: int, direction_count: int, seed: int
     ).to(matrix.device)
     basis, lost_energy, energy_gain = torch.linalg.qr(random_start)[0], total_energy, 0.0
     for _ in range(MAX_PASSES):
-        H_times_basis = torch.zeros_like(
-            basis
-        )  # H applied to the basis, from blocks of the rows of T (H = TᵀT)
+        H_times_basis = torch.zeros_like(basis)  # with H = TᵀT, computed from blocks of T's rows
         for rows in _row_blocks(matrix):
             H_times_basis.addmm_(rows.mT, rows @ basis)
         eigenvalues, rotation = torch.linalg.eigh(basis.mT @ H_times_basis)
