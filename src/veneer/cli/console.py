@@ -75,8 +75,8 @@ def sampling_options(
     arguments of `train.generate.generate`.
 
     A flag that is None is replaced by the value in the base's generation_config.json, and a note on
-    stderr lists these values. If that file does not set do_sample, the default temperature is 0
-    (greedy decoding), whatever temperature it gives."""
+    stderr lists these values. If that file does not set do_sample to true, the default temperature
+    is 0 (greedy decoding), whatever temperature it gives."""
     from veneer.models.sampling_defaults import (
         CONFIG_FILE,
         NEUTRAL_VALUES,

@@ -173,8 +173,8 @@ def plan_merge(
 def _quantization_notes(
     adapters: Sequence[WeightedFolder], saved_adapters: Sequence[AdapterFiles]
 ) -> Iterator[str]:
-    """A note for each adapter that was trained on a quantised base, because it is merged into the
-    weights before quantisation."""
+    """A note for each adapter that was trained on a quantised base: it is merged into the weights
+    from which that base was quantised."""
     for (path, _), saved_adapter in zip(adapters, saved_adapters, strict=True):
         quantization = saved_adapter.metadata.get("base", {}).get("quantized")
         if quantization:
