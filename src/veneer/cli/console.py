@@ -257,8 +257,8 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
 
     If the base is a folder of unquantised safetensors files, weights are read from the files only
     when they are needed: ``base`` is a function from a weight's name to its tensor, and ``model``
-    is the model on the meta device, for its modules and shapes. Any other base is loaded in full:
-    ``base`` is the model, and there is no ``model``."""
+    is the model with zeros for weights, for its modules and shapes. Any other base is loaded in
+    full: ``base`` is the model, and there is no ``model``."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
