@@ -75,8 +75,8 @@ def sampling_options(
     arguments of `train.generate.generate`.
 
     A flag that is None is replaced by the value in the base's generation_config.json, and a note on
-    stderr lists these values. If that file does not set do_sample, the default temperature is 0
-    (greedy decoding), whatever temperature it gives."""
+    stderr lists these values. If that file does not set do_sample to true, the default temperature
+    is 0 (greedy decoding), whatever temperature it gives."""
     from veneer.models.sampling_defaults import (
         CONFIG_FILE,
         NEUTRAL_VALUES,
@@ -257,8 +257,8 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
 
     If the base is a folder of unquantised safetensors files, weights are read from the files only
     when they are needed: ``base`` is a function from a weight's name to its tensor, and ``model``
-    is the model on the meta device, for its modules and shapes. Any other base is loaded in full:
-    ``base`` is the model, and there is no ``model``."""
+    is the model with zeros for weights, for its modules and shapes. Any other base is loaded in
+    full: ``base`` is the model, and there is no ``model``."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in

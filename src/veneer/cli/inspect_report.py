@@ -224,11 +224,12 @@ def _write_derived_adapters(
 ) -> Iterator[tuple[str, float, float | None, Path]]:
     """Write the derived adapters to measure into ``folder``, one after the other.
 
-    Yield (kind, setting, removed share of ‖ΔW‖, adapter folder) of each. The kinds are "rank" (the
-    setting is the rank to which ΔW is truncated; only if ``with_truncations``), "repaired" (the
-    factor of intruder dimensions) and "weaker" (the factor of ΔW). After each "repaired" adapter
-    comes a "weaker" one with the same removed share, as a control. If there are no intruder
-    dimensions, the "weaker" adapters have the factors ``SCALES``."""
+    Yield (kind, setting, removed share of the change's norm, adapter folder) of each. The kinds are
+    "rank" (the setting is the rank to which ΔW is truncated; only if ``with_truncations``),
+    "repaired" (the factor of intruder dimensions) and "weaker" (the factor of ΔW). After each
+    "repaired" adapter comes a "weaker" one with the same removed share, as a control, unless this
+    share is 1 or more. If there are no intruder dimensions, the "weaker" adapters have the factors
+    ``SCALES``."""
     from veneer.tools.compose import compose
     from veneer.tools.compose.repair import repair
 
@@ -265,8 +266,8 @@ def _write_derived_adapters(
 
 def _recommend_rank(loss_rows: list[dict[str, Any]]) -> tuple[int, str] | None:
     """Return (the smallest rank that keeps nearly all of the gain, a sentence with the reason). The
-    gain is the loss of the base minus the loss of the adapter, on "data". Return None if there is
-    no gain, or if no truncated adapter keeps enough.
+    gain is the loss of the base minus the loss of the adapter, on "data". Return None if
+    "data" was not measured, if there is no gain, or if no truncated adapter keeps enough.
 
     ``loss_rows``: the measured rows, those of the base and of the adapter first, then the truncated
     adapters by increasing rank."""

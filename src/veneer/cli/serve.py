@@ -319,8 +319,8 @@ def _serve_in_process(
 
 
 def _end_with_vllm(exit_code: int) -> NoReturn:
-    """End this process after vLLM has ended, with vLLM's exit code or, if that is 0, with 1. The
-    failure is visible to a supervisor, which then starts the server again."""
+    """End this process after vLLM has ended, with vLLM's exit code or, if that is not from 1 to
+    255, with 1. So a supervisor sees the failure and starts the server again."""
     import os
 
     os._exit(exit_code if 0 < exit_code < 256 else 1)

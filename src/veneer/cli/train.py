@@ -240,8 +240,9 @@ def _content_hash(settings: TrainConfig) -> str:
 
 
 def _next_commands(settings: TrainConfig, result: Result) -> list[list[str]]:
-    """The commands to suggest after a run, each as its words after `veneer`: `chat` or `generate`,
-    and `merge`, for an adapter that generates chats or texts; `eval` and `inspect` for others."""
+    """The commands to suggest after a run, each as its words after `veneer`. For a task that
+    generates texts: `chat`, `generate` or, if the data has no prompt, `inspect`; then `merge`. For
+    other tasks: `eval` and `inspect`."""
     from veneer.train.tasks import TASKS
 
     base, adapter_flags = settings.base, ["--adapter", str(result.adapter)]
@@ -327,8 +328,9 @@ def _setting(name: str, flag_value: Any) -> Any:
 
 def _flag_type(annotation: Any) -> Any:
     """The type by which typer parses the flag of a field of `TrainConfig`, for the field's type
-    annotation: a list of texts for a list or a table, else a text if the field can be one, else the
-    first type of the annotation. Every type includes None, for a flag that was not given."""
+    annotation: a list of texts if the annotation has a list or begins with a table, else a text if
+    it has a text or a table, else its first type. Every type includes None, for a flag that was not
+    given."""
     is_union = get_origin(annotation) in (Union, UnionType)
     union_types = [
         union_type

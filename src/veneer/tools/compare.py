@@ -136,8 +136,8 @@ class Difference:
 
     @property
     def cosine(self) -> float:
-        """⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖), over all weights that both adapters change; 0 if one of
-        the adapters changes none of them."""
+        """⟨ΔW_A, ΔW_B⟩ / (‖ΔW_A‖ ‖ΔW_B‖), over all weights that both adapters change; 0 if all of
+        these changes are zero in one of the adapters."""
         inner_product = math.fsum(
             layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers
         )

@@ -3,10 +3,10 @@ model if the values of weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo
 
-For a folder of a transformers model, names and shapes come from the model, built on the meta
-device, because a weight's name in the files may differ from its name in the model. For another
-folder of safetensors files, or a diffusers pipeline, they come from the headers of the files. Any
-other base is loaded.
+For a folder of a transformers model, names and shapes come from the model, built without weights,
+because a weight's name in the files may differ from its name in the model. For another folder of
+safetensors files, or a diffusers pipeline, they come from the headers of the files. Any other base
+is loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BaseInfo:
     Fields:
         facts: names and shapes of its weights, and its config.
         load_model: a function that loads the model; None if the conversion has no base.
-        structure: the model, possibly on the meta device; None if only ``facts`` are known.
+        structure: the model, possibly with zeros for weights; None if only ``facts`` are known.
     """
 
     facts: BaseFacts
@@ -94,8 +94,9 @@ def _model_facts(model: nn.Module, name: str | None = None) -> BaseFacts:
 
 
 def _folder_facts(path: Path) -> tuple[BaseFacts, nn.Module | None]:
-    """(names, shapes and config of the base in a folder, the model on the meta device). The model
-    is None if the folder has no transformers config, or transformers lacks the model's class."""
+    """(names, shapes and config of the base in a folder, the model with zeros for weights). The
+    model is None if the folder has no transformers config, or transformers lacks the model's
+    class."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         try:

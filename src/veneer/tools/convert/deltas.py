@@ -118,11 +118,11 @@ def deltas_of_file(
             delta = low_rank.delta(torch.float64).reshape(-1, *input_shape).float()
             deltas[change.weight] = delta.mT if kind_name in ("embedding", "Conv1D") else delta
     unknown_deltas += [
-        (weight_path or "the model", "which is trained in full") for weight_path in full_parameters
+        (module_path or "the model", "which is trained in full") for module_path in full_parameters
     ]
     return deltas, [
-        sentence(f"a change of {weight_path!r}, {reason}", "the base beside it", "give the base")
-        for weight_path, reason in unknown_deltas
+        sentence(f"a change of {path!r}, {reason}", "the base beside it", "give the base")
+        for path, reason in unknown_deltas
     ]
 
 

@@ -25,6 +25,7 @@ def require_supported(
 ) -> None:
     """Refuse an adapter that the format ``target`` cannot hold:
 
+    - invocation tokens, unless ``target`` is "veneer" or "peft";
     - changes for which PEFT's result differs from that of a changed weight, if PEFT reads the
       target, or PEFT wrote the source and the target holds changes of weights;
     - folders in which B A is not the whole change, because PEFT subtracts an initial product from

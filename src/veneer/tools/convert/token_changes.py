@@ -201,8 +201,8 @@ def split_head(
 
 def token_fingerprints(model_index: ModelIndex, saved_adapter: AdapterFiles) -> dict[str, str]:
     """The fingerprints (hashes) of the base's weights that have trained tokens, by path. They cover
-    all rows, because the converted changes depend on all of them. The fingerprints in the adapter's
-    record do not serve here: they leave out the trained rows."""
+    all rows. The fingerprints in the adapter's record leave out the rows of the trained tokens, but
+    the converted changes depend on the base's values of these rows."""
     base_record = saved_adapter.metadata.get("base") or {}
     weight_paths = [
         weight_path

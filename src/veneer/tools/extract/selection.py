@@ -177,7 +177,7 @@ def _matching_refs(
 ) -> set[ParamRef]:
     """The parameters and buffers that patterns match. A pattern that matches modules selects
     everything in them and in their submodules; any other pattern selects the parameters whose own
-    paths it matches. A pattern that matches nothing is added to ``problems``."""
+    paths it matches. For a pattern that matches nothing, an error text is added to ``problems``."""
     refs: set[ParamRef] = set()
     for pattern in patterns:
         module_paths = [

@@ -40,8 +40,9 @@ WEIGHT_SUFFIXES = (
 
 def list_aux_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     """(the paths of the files without weights, relative to the base's folder, which are copied to
-    the result; the names of the other files and folders in the base's folder, which are not copied
-    because they hold weights in other formats, are hidden or are empty)."""
+    the result; the names of the files and folders in the base's folder that are left out: those
+    with weights in other formats, hidden folders and empty folders). Neither has the files that the
+    merge writes itself: the checkpoint's own files, their index and ``MERGE_RECORD``."""
     copied_paths, left_out, folder = [], [], checkpoint.folder
     for path in sorted(folder.iterdir()):
         if path.name in checkpoint.files or path.name in (checkpoint.index_name, MERGE_RECORD):

@@ -45,7 +45,8 @@ from veneer.tools.merge_checkpoint.growth import (
 WeightedFolder = tuple[Path, float]
 #: the slice of a tensor that holds one whole parameter and nothing else
 WHOLE_PARAM = models.ParamSlice("")
-#: the dtypes that the weights of the base and of the result may have
+#: the dtypes of weights into which low-rank changes can be merged, and to which ``dtype`` can cast
+#: the result; tensors of other dtypes keep theirs
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -173,8 +174,8 @@ def plan_merge(
 def _quantization_notes(
     adapters: Sequence[WeightedFolder], saved_adapters: Sequence[AdapterFiles]
 ) -> Iterator[str]:
-    """A note for each adapter that was trained on a quantised base, because it is merged into the
-    weights before quantisation."""
+    """A note for each adapter that was trained on a quantised base: it is merged into the weights
+    from which that base was quantised."""
     for (path, _), saved_adapter in zip(adapters, saved_adapters, strict=True):
         quantization = saved_adapter.metadata.get("base", {}).get("quantized")
         if quantization:

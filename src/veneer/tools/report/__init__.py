@@ -153,8 +153,8 @@ class Report:
         next_rank, why: the rank that is suggested for the next training, and the reason.
         in_full: parameters and token rows that are trained in full, which the report does not
             examine.
-        only_here, only_other: weights that only this adapter changes, and weights that only the
-            other adapter changes.
+        only_here, only_other: the weights, parameters and token rows that only this adapter
+            changes, and those that only the other adapter changes.
         leading: how many leading singular vectors of each changed weight were examined; 0 without a
             base.
         threshold: a vector is an intruder if its highest cosine with a singular vector of the base
