@@ -122,8 +122,8 @@ def hash_of(key: str) -> str:
 
 
 def read_keys(path: str | Path) -> Keyring:
-    """Read the keys of a key file. ``ConfigError``: the file cannot be read, has no keys, or has
-    invalid entries, all of which the message lists."""
+    """Read the keys of a key file. ``ConfigError``: the file cannot be read, has no keys or has
+    something besides keys, or has invalid entries, all of which the message lists."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:

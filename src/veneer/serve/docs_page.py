@@ -74,7 +74,7 @@ def _operation_section(method: str, path: str, operation: Schema) -> str:
 
 
 def _schema_section(name: str, schema: Schema) -> str:
-    """The HTML section of a schema: a table of its fields, or its type if it is not an object."""
+    """The HTML section of a schema: a table of its fields, or its type if it lists none."""
     required_fields = schema.get("required", ())
     field_rows = [
         (field, _type_of(entry), _field_note(entry, is_required=field in required_fields))

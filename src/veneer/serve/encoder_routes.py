@@ -73,8 +73,8 @@ PAIR_NAMES = {
 
 
 class ScoreRequest(PairRequest):
-    """Pairs of texts to score. ``text_1`` has one text for all of ``text_2``, or as many. Both
-    fields may have other names (``PAIR_NAMES``)."""
+    """Pairs of texts to score. ``text_1`` has one text for all texts of ``text_2``, or one for each
+    of them. Both fields may have other names (``PAIR_NAMES``)."""
 
     text_1: str | Texts
     text_2: str | Texts
@@ -239,8 +239,8 @@ async def _tokenize(
     service: Service, sequences: Sequence[tuple[str, ...]], truncated_length: int | None
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The token ids and token types of texts, or of pairs of texts. ``truncated_length``: the most
-    tokens to keep of each; -1: as many as the context has; None: refuse longer inputs. ``Refusal``:
-    an input does not fit into the context, or has no tokens."""
+    tokens to keep of each, -1 for the context length; None: do not truncate. ``Refusal``: an input
+    has no tokens or, truncated or not, is too long."""
     max_input_tokens = prompts.max_prompt_tokens(service.length, truncated_length)
     options: dict[str, Any] = {}
     if truncated_length is not None:  # -1: to the context length
@@ -320,8 +320,8 @@ async def _vectors_of(
 
 
 def _has_sigmoid(config: Any) -> bool:
-    """Whether a classifier's score is the sigmoid of its logit. It is, unless the config's fields
-    of sentence-transformers name the identity as activation."""
+    """Whether a classifier's score is the sigmoid of its logit. It is, unless a field that
+    sentence-transformers writes to the config names the identity as activation."""
     library_fields = getattr(config, "sentence_transformers", None) or {}
     activation_name = library_fields.get("activation_fn") or getattr(
         config, "sbert_ce_default_activation_function", None

@@ -33,8 +33,8 @@ from veneer.serve.request_state import RequestState
 
 log = logging.getLogger("veneer.serve")
 
-#: a new row has room for its prompt and at most this many tokens of the answer. With less room, it
-#: would soon have to be copied to a longer row
+#: a new row has room for its prompt and at least this many tokens of the answer, or for a whole
+#: answer that is shorter. With less room, it would soon have to be copied to a longer row
 HEADROOM_TOKENS = 32
 
 #: the most rows that are kept after their requests have finished. One attention call of a layer
@@ -118,8 +118,8 @@ class Memory:
     ) -> bool:
         """Give a request the row of a finished request that holds the most of its first tokens. The
         row must have as many columns as a new row for ``row_tokens`` tokens. It must hold at least
-        one block, and at least the ``cached_tokens`` that cached blocks would give. Returns False
-        if there is no such row."""
+        ``BLOCK`` of the request's first tokens, and at least the ``cached_tokens`` that cached
+        blocks would give. Returns False if there is no such row."""
         if state.is_scored:
             return False
         columns = self.slots.columns_for(row_tokens)
@@ -141,7 +141,8 @@ class Memory:
 
     def finish(self, state: RequestState) -> None:
         """Cache the computed tokens of a request that ends, and keep its row in ``finished_rows``.
-        If there are more than ``MAX_FINISHED_ROWS``, release the oldest."""
+        If there are more than ``MAX_FINISHED_ROWS``, release the oldest. Without ``prefix_cache``,
+        do nothing."""
         self.save(state)
         if self.prefixes is None or state.row is None:
             return
@@ -210,8 +211,8 @@ class Memory:
             self.slots.release(row)
 
     def trim(self, idle_seconds: float, prefix_idle_seconds: float) -> None:
-        """Release rows of requests that finished at least ``prefix_idle_seconds`` ago, or whose
-        adapters have left memory. Free the memory that no row used for ``idle_seconds``, and the
+        """Release rows of requests that finished at least ``prefix_idle_seconds`` ago, or of whose
+        adapters one has left memory. Free the memory that no row used for ``idle_seconds``, and the
         prefixes that no request used for ``prefix_idle_seconds``."""
         latest_end = time.monotonic() - prefix_idle_seconds
         self._release_finished_rows(
@@ -243,8 +244,9 @@ class Memory:
 
 def _namespace_of(state: RequestState) -> Namespace:
     """The namespace of a request whose adapters are loaded: only requests in the same namespace
-    reuse each other's keys and values. These are requests with the same adapters that have the same
-    ``cache_salt``, or none and the same API key."""
+    reuse each other's keys and values. They have the same adapters (an adapter with invocation
+    tokens counts as the base, see ``prefixes.py``), and the same ``cache_salt``, or none and the
+    same API key."""
     if state.namespace is None:
         request = state.request
         salt = ("salt", request.cache_salt) if request.cache_salt else ("key", request.owner)

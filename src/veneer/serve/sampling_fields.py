@@ -35,7 +35,7 @@ GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "gramma
 
 def limit_entries(max_entries: int, entry_noun: str, do: str = "leave some out") -> BeforeValidator:
     """A pydantic validator that refuses an object with more than ``max_entries`` entries. It runs
-    before the entries are validated, so that a huge object costs no time. For the error's text,
+    before the entries are validated, so that a huge object costs little time. For the error's text,
     ``entry_noun`` says what the entries are, and ``do`` what the client can do."""
 
     def check(value: Any) -> Any:
@@ -91,7 +91,7 @@ class TemplateFields(BaseModel):
     """The fields that become arguments of the chat template; messages and tools are fields of the
     classes that inherit these."""
 
-    add_generation_prompt: bool | None = None  # None: not ``continue_final_message``
+    add_generation_prompt: bool | None = None  # None: true unless ``continue_final_message``
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_limit_template_arguments)] = {}
 

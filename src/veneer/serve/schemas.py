@@ -32,7 +32,8 @@ T = TypeVar("T")
 def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
     """A pydantic validator for ``field``, "prompt" or "input", which may be a text, a list of
     texts, a list of token ids or a list of such lists, with at most ``max_inputs`` texts or lists.
-    It runs before pydantic's own validation, whose errors would name only one of the four types."""
+    It runs before pydantic's own validation, so that the error names all four types. (Pydantic
+    would list an error for each type, of which ``body_refusal`` reports only one.)"""
     expected = (
         f"a text, a list of 1 to {max_inputs} texts, a list of token ids, or a list of 1 to"
         f" {max_inputs} such lists"
@@ -218,8 +219,8 @@ class GenerationRequest(Strict, SamplingFields, ABC):
 
         Args:
             max_tokens: the most tokens of the answer.
-            answer_index: the answer's index among the ``n`` answers to a prompt. Each index has a
-                seed of its own, made from the field ``seed``.
+            answer_index: the answer's index among all answers of the request, which are ``n`` for
+                each prompt. Each index has a seed of its own, made from the field ``seed``.
             defaults: the base's values for fields that the client leaves out.
             bad_words: the token sequences of the words in the field ``bad_words``.
         """
@@ -238,16 +239,16 @@ class GenerationRequest(Strict, SamplingFields, ABC):
 
     @abstractmethod
     def alternative_count(self) -> int | None:
-        """How many most likely tokens to return with each token of the answer; None: return no
+        """The number of most likely tokens to return with each token of the answer; None: return no
         log-probabilities."""
 
     def token_limit(self) -> int | None:
-        """The most tokens of an answer, as the client asks; None if it sets no limit."""
+        """The client's limit on the tokens of an answer; None if it sets none."""
         return self.max_tokens
 
     def prompt_alternative_count(self) -> int | None:
-        """How many most likely tokens to return with each token of the prompt; None: return no
-        log-probabilities of the prompt."""
+        """The number of most likely tokens to return with each token of the prompt; None: do not
+        score the prompt."""
         return self.prompt_logprobs
 
     def schema_param(self) -> str:
@@ -255,7 +256,7 @@ class GenerationRequest(Strict, SamplingFields, ABC):
         return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow; None if the client sends none."""
+        """The JSON schema that the answer must follow; None if it need not follow one."""
         if self.structured_outputs is not None:
             return self.structured_outputs.schema_of_answer()
         if isinstance(self.response_format, SchemaFormat):
@@ -334,8 +335,8 @@ class ChatRequest(GenerationRequest, TemplateFields):
         return super().schema_param() if self.forced_tool is None else "tools"
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow: of the calls if a tool call is forced; None
-        if the client asks for no schema."""
+        """The JSON schema that the answer must follow; None if it need not follow one. If a call is
+        forced, the schema of the named tool's arguments, or of a list of calls."""
         if self.forced_tool is None:
             return super().schema_of_answer()
         schemas = [(tool.function.name, tool.function.parameters) for tool in self.tools]
@@ -390,8 +391,9 @@ class EmbeddingRequest(Strict):
 
 class LoadRequest(Strict):
     """The body of a request to load an adapter: vLLM's fields, and ``pin``. ``lora_path`` may be
-    left out if the name is served already. ``pin``: whether the adapter stays in memory, None for
-    no change. ``load_inplace``: whether an adapter of this name is replaced."""
+    left out if the name is served already, or if the source has an adapter of this name. ``pin``:
+    whether the adapter stays in memory, None for no change. ``load_inplace``: whether to replace
+    an adapter that has this name."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None

@@ -43,20 +43,22 @@ class Service:
     base: str  # the model name of the base in the API
     source: str  # the base as the operator named it: a folder, file, package or hub id
     tokenizer: Any
-    bank: Any  # the loaded adapters: a ``Bank``, or ``VllmAdapters``
+    bank: Any  # loads the adapters and holds them: a ``Bank``, or ``VllmAdapters``
     catalogue: Catalogue  # the names of adapters that clients may use
     keys: Keyring  # the API keys
     metrics: Metrics
     length: int  # context length: the most tokens of a prompt and its answer together
     vocabulary: int  # the number of token ids of the base
-    engine: Any = None  # generates text: an ``Engine`` or ``VllmProcess``; None for an encoder
+    # computes the answers: an ``Engine``, or a ``VllmProcess``; None if there is an embedder
+    engine: Any = None
     embedder: Embedder | None = None  # computes embeddings; None for a causal model
     extensions: list[Extension] = field(default_factory=list)
     # the base's values for sampling fields that a request leaves out
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    tool_call_parser: str | None = None  # name of a parser; None: by the chat template
+    tool_call_parser: str | None = None  # name of a parser; None: chosen by the chat template
     timeout: float = 600.0  # seconds that an answer may take
-    dtype: str = "float32"  # torch's name for the dtype of the base's weights
+    # torch's name for the dtype of the base's weights; "auto" if vLLM chooses it
+    dtype: str = "float32"
     hosts: tuple[str, ...] | None = None  # host names accepted in the Host header; None: all
     cors: tuple[str, ...] = ()  # origins whose web pages may send requests (CORS)
     docs: bool = False  # whether /docs is served
@@ -149,8 +151,8 @@ def _parse_json(body: bytes) -> Any:
 
 
 class _StrictRequest(Request):
-    """A request whose JSON body is refused if it has duplicate keys, NaN, half of a surrogate pair,
-    or too many levels."""
+    """A request whose JSON body is parsed strictly (``untrusted.parse``). It is refused if it has,
+    for example, duplicate keys, NaN, half of a surrogate pair, or too many levels."""
 
     _validated_body: Any = None
 
@@ -160,9 +162,10 @@ class _StrictRequest(Request):
         )
 
     async def parse_large_body(self, model: Any) -> None:
-        """If the body is large, parse it and validate it in a thread, so that the event loop is not
-        blocked. ``json`` then returns an instance of the pydantic class ``model``, which FastAPI
-        accepts without validating it again. A small body is left to ``json``.
+        """If the body is large, and JSON by its Content-Type, parse it and validate it in a thread,
+        so that the event loop is not blocked. ``json`` then returns an instance of the pydantic
+        class ``model``, which FastAPI accepts without validating it again. Any other body is left
+        to ``json``.
 
         Raises:
             HTTPException: the body is no JSON.
@@ -189,8 +192,8 @@ class Route(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        # in the OpenAPI page, use the first sentence of the function's docstring as the summary, in
-        # place of the function's name
+        # in the OpenAPI description, the summary is the first sentence of the function's docstring,
+        # in place of the function's name
         sentences = " ".join(self.description.split()).split(". ")
         self.summary = self.summary or sentences[0].removesuffix(".") or None
 
@@ -303,10 +306,10 @@ async def requested_adapters(
 async def resolve_blend(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a request names, as {name: weight}; {} for the base. If ``model`` begins
-    with the prefix of an extension, the extension decides which adapters ``model`` stands for.
-    ``adapters``: the field of this name in the request, or None. ``Refusal``: the adapters do not
-    exist, or the key may not use them."""
+    """The adapters that a request names, as {name: weight}; {} for the base. ``adapters``: the
+    field of this name in the request, or None. If it is None and ``model`` begins with the prefix
+    of an extension, the extension decides which adapters ``model`` stands for. ``Refusal``: those
+    of ``requested_adapters`` or of the extension."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         return await extension.resolve_model(key, model)
@@ -316,8 +319,8 @@ async def resolve_blend(
 async def check_model(
     service: Service, key: Key, model: str, adapters: dict[str, float] | None = None
 ) -> None:
-    """Check the adapters that a request names, without loading them. ``Refusal``: they do not
-    exist, or the key may not use them. The arguments are those of ``resolve_blend``."""
+    """Check the adapters that a request names, without loading them. The arguments are those of
+    ``resolve_blend``. ``Refusal``: they do not exist, or the key may not use them."""
     extension = service.extension_of(model) if adapters is None else None
     if extension is not None:
         extension.check_model(key, model)
@@ -326,15 +329,16 @@ async def check_model(
 
 
 def in_text_thread(service: Service, char_count: int, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run ``work`` in the one thread that uses the tokenizer, and return a future of its result. A
-    tokenizer of transformers has state, so two threads must not use it at once.
+    """Run ``work``, which uses the tokenizer, in the one thread for such work, and return a future
+    of its result. A tokenizer of transformers has state, so two threads must not use it at once.
 
     Args:
-        char_count: about how many characters ``work`` reads. Large texts take a second each, so the
-            sum of the characters that wait is limited, lest a short text wait for many large ones.
+        char_count: about how many characters ``work`` reads. Large texts take a second each. So
+            that a short text does not wait for many of them, the sum of the characters that wait
+            is limited.
 
     Raises:
-        Busy: too many characters wait already.
+        Busy: with ``char_count``, too many characters would wait. If none wait, any number may.
     """
     if service.waiting_chars and service.waiting_chars + char_count > limits.WAITING_CHARS:
         raise Busy(

@@ -108,8 +108,8 @@ class Tracer:
         return {name: value for name, value in attributes.items() if value is not None}
 
     def close(self) -> None:
-        """Send the remaining spans. If they are not sent after ``FLUSH_SECONDS``, because the
-        collector does not answer, they are lost."""
+        """Send the remaining spans, but wait at most ``FLUSH_SECONDS``, since the collector may not
+        answer. Spans that have not been sent when the process ends are lost."""
         shutdown_thread = threading.Thread(
             target=self._provider.shutdown, name="veneer-traces", daemon=True
         )

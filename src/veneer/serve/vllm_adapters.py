@@ -114,8 +114,8 @@ class VllmAdapters:
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
         """Make an adapter folder available under a name, without loading it. An earlier adapter of
-        the name is replaced, whatever ``replace`` is, but stays pinned if it was. ``AdapterError``:
-        vLLM cannot load the adapter."""
+        the name is replaced, whatever ``replace`` is. If it was pinned, the new one is pinned too.
+        ``AdapterError``: vLLM cannot load the adapter."""
         reasons = reasons_against(Path(path), self._max_rank)
         error_prefix = f"Adapter {name!r} in {path}"
         raise_all(AdapterError, error_prefix, [sentence(reason, *ADVICE) for reason in reasons])
@@ -196,13 +196,14 @@ class VllmAdapters:
             return None if loaded is None else self._lease(loaded)
 
     def acquire(self, blend: Mapping[str, float]) -> Lease:
-        """A lease on ``blend`` (weights by adapter name), which is first loaded if it is not; this
-        takes seconds.
+        """A lease on ``blend`` (weights by adapter name). If the blend is not loaded, it is loaded
+        first, which takes seconds.
 
         Raises:
             SelectionError: an adapter of the blend is not registered.
             AdapterError: an adapter is damaged, made for another base, or vLLM refuses it.
-            BankFullError: the adapters in use leave no room for the blend.
+            BankFullError: the adapters in use and those that are pinned leave no room.
+            OSError: files cannot be read or written, or vLLM does not answer.
         """
         lease = self.find(blend)
         if lease is not None:
@@ -249,7 +250,7 @@ class VllmAdapters:
             entries: the adapters by name. Copies of their folders are made if there are none.
 
         Raises:
-            AdapterError, BankFullError: as in ``acquire``.
+            AdapterError, BankFullError, OSError: as in ``acquire``.
         """
         started_at, key = time.monotonic(), key_of(weights)
         event_label = next(iter(weights)) if len(weights) == 1 else "blend"

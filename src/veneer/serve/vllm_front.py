@@ -63,7 +63,8 @@ log = logging.getLogger("veneer.serve")
 
 #: the most requests that are sent to vLLM at one time if ``--rows`` is not set: vLLM's own default
 DEFAULT_ROWS = 256
-#: the routes that are forwarded to vLLM. Their bodies must have the field ``model``.
+#: the routes that are forwarded to vLLM. Except for those in ``MODEL_OPTIONAL``, their bodies must
+#: have the field ``model``.
 FORWARDED_PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -100,7 +101,8 @@ def create(service: Service, *routers: Any) -> FastAPI:
 
 @router.get("/metrics")
 async def metrics(service: CurrentService, key: AdminKey, adapters: bool = True) -> Response:
-    """Metrics of this server and its vLLM for Prometheus; ``adapters=0``: sums of this server."""
+    """Metrics of this server and its vLLM for Prometheus. With ``adapters=0``, only those of this
+    server, as sums over all adapters."""
     service.metrics.ready.set(service.ready)
     metrics_text = await asyncio.to_thread(service.metrics.page, adapters=adapters)
     if adapters and service.ready:
@@ -142,9 +144,9 @@ for _path in FORWARDED_PATHS:
 
 
 def _read_body(content: bytes, path: str) -> dict[str, Any]:
-    """Parse the body of a request for the route ``path``, and check its model and blend.
-    ``Refusal``: it is no JSON object, one of them is invalid, or it has one of
-    ``STORAGE_FIELDS``."""
+    """Parse the body of a request for the route ``path``, check its model and blend, and keep vLLM
+    from storing it (``store``). ``Refusal``: it is no JSON object, its model or blend is invalid,
+    or it has one of ``STORAGE_FIELDS``."""
     try:
         body: Any = parse(content)
     except ValueError as error:
@@ -339,7 +341,7 @@ class Call:
 
     def _count_event(self, line: bytes) -> None:
         """Count one generated token if a line of the stream is an event with data, because vLLM
-        sends about one event for each token. The first one is recorded as the first token."""
+        sends about one event for each token. Also record when the first one arrived."""
         if not line.startswith(b"data: {"):
             return
         record = CURRENT_RECORD.get()
@@ -392,6 +394,7 @@ def start(
     Raises:
         ConfigError: the settings contradict each other, or vLLM is not installed or does not start.
         AdapterError: vLLM cannot load some of the adapters.
+        SelectionError: there is no adapter with a name in ``settings.pin``.
     """
     must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
