@@ -166,7 +166,8 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
 
 def _lightning_modules() -> list[Any]:
     """The imported modules of Lightning, which may be imported under both of its package names. If
-    none is, this function imports the first one that is installed. ``ConfigError``: none is."""
+    neither is imported, import the first that is installed. ``ConfigError``: neither is installed.
+    """
     if imported_modules := [
         sys.modules[name] for name in LIGHTNING_PACKAGES if name in sys.modules
     ]:
