@@ -107,7 +107,7 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
     and similar calls restore both. They verify the base against the adapter's fingerprints. If the
     model has no adapter, the adapter of the checkpoint is attached. Everything else in the
     LightningModule is saved and loaded as usual. Checkpoints that were written without this
-    callback can still be loaded. Each submodule with an adapter needs its own callback.
+    callback are loaded as usual, too. Each submodule with an adapter needs its own callback.
 
     Args:
         config: the config to attach when the trainer sets up, unless the submodule has an adapter.
@@ -166,7 +166,8 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
 
 def _lightning_modules() -> list[Any]:
     """The imported modules of Lightning, which may be imported under both of its package names. If
-    none is, this function imports the first one that is installed. ``ConfigError``: none is."""
+    neither is imported, import the first that is installed. ``ConfigError``: neither is installed.
+    """
     if imported_modules := [
         sys.modules[name] for name in LIGHTNING_PACKAGES if name in sys.modules
     ]:

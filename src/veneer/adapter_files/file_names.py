@@ -46,8 +46,8 @@ def must_hold_no_model(folder: Path, base_name: str | None) -> None:
 
 def adapter_file_names(path: Path) -> list[str]:
     """The names of the files in a folder that belong to the adapter. A tokenizer belongs to it if
-    the adapter trains tokens. ``AdapterError``: one of the files is a link that leaves the folder.
-    """
+    the adapter trains tokens. ``AdapterError``: one of the files is a link that leaves the folder,
+    or no regular file, or adapter_config.json cannot be read."""
     names = (*FILES, *(TOKENIZER_FILES if trains_tokens(path) else ()))
     raise_all(AdapterError, f"{path} cannot be copied", location_problems(path, names))
     return [name for name in names if (path / name).is_file()]
@@ -55,7 +55,7 @@ def adapter_file_names(path: Path) -> list[str]:
 
 def copy_files(source_folder: Path, target_folder: Path) -> None:
     """Copy the files of the adapter in ``source_folder`` into ``target_folder``, with its tokenizer
-    if the adapter trains tokens. ``AdapterError``: a file is a link that leaves the folder."""
+    if the adapter trains tokens. ``AdapterError``: as for ``adapter_file_names``."""
     for name in adapter_file_names(source_folder):
         shutil.copyfile(source_folder / name, target_folder / name)
 
@@ -71,7 +71,8 @@ def trains_tokens(path: Path) -> bool:
 
 def tokenizer_folder(path: Path) -> Path | None:
     """``path`` itself if the adapter in this folder trains tokens and the folder has a tokenizer;
-    else None. A tokenizer with a file that is a link out of the folder does not count."""
+    else None. A tokenizer does not count if neither tokenizer.json nor tokenizer_config.json is a
+    file of the folder itself (not a link), or if any of its files is a link out of the folder."""
     has_tokenizer = any(
         (path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER_FILES[:2]
     )
@@ -140,7 +141,7 @@ def common_tokenizer(adapter_folders: Mapping[str, Path]) -> Path | None:
 def content_hash(path: Path) -> str:
     """SHA-256 of the names and bytes of all files of an adapter.
 
-    Earlier releases did not hash the tokenizer's files (format 1). So that their hashes stay valid,
+    Earlier releases did not hash the tokenizer's files (format 1). So that those hashes stay valid,
     a folder without these files is still hashed in format 1; for any other, the text "format 2" is
     hashed before the files."""
     names = adapter_file_names(path)
@@ -156,7 +157,7 @@ def has_content(path: Path, expected_hash: str) -> bool:
             content_hash(path),
             _hash_files(path, [name for name in FILES if (path / name).is_file()]),
         )
-    except AdapterError:  # a file is a link out of the folder, so the content counts as changed
+    except AdapterError:  # files that cannot be read count as changed
         return False
 
 

@@ -18,8 +18,7 @@ class Finding:
     """The result of one check of an adapter folder.
 
     Fields:
-        level: "error" if the folder cannot be used, "warning" if somebody should look at it, or
-            "ok".
+        level: "error", "warning" or "ok". Only errors make ``Report.ok`` false.
         check: the name of the group of checks, such as "tensors".
     """
 

@@ -9,7 +9,7 @@
     notes of people
 
 The card is generated from PEFT's config and Veneer's record. Facts that both lack are left out, or
-the card calls them "not stated". Veneer reads nothing from the card, so people may edit it. Saving
+the card calls them "not stated". Veneer takes no facts from the card, so people may edit it. Saving
 the adapter again rewrites the text above NOTES_MARKER and keeps the notes below. A card without
 this line was written by somebody else and is kept unchanged.
 
@@ -113,8 +113,8 @@ class _Card:
         )
         run_config = self.provenance["config"]
         self.data_name, self.eval_data_name = run_config.get("data"), run_config.get("eval_data")
-        # the transformers class of a base that also reads images or sounds, or has an encoder, so
-        # that AutoModelForCausalLM cannot load it; None for any other base
+        # the transformers class of a base that also reads images or sounds, or that has an encoder;
+        # None for any other base
         architecture = str(self.base_record.get("architecture"))
         self.multimodal_class = (
             architecture

@@ -8,9 +8,9 @@ The file veneer.json and the header of adapter_model.safetensors hold the same r
                 the changed and of all other tensors (``base_proof.py``; earlier releases recorded
                 no rest); fresh: the parameters that no checkpoint holds; quantized: how the base
                 was packed in training, and whether the fingerprints are of the unpacked weights
-    changes     of each weight that the adapter changes at a low rank: kind, rank, alpha, the
-                changed rows ("rows"), the trained tokens ("tokens") and, with them, the number of
-                rows of the weight ("of")
+    changes     of each weight with a low-rank change or trained tokens: the kind of its layer,
+                rank, alpha; where they apply, "module_only", the changed rows ("rows"), the trained
+                tokens ("tokens") and, with them, the number of rows of the weight ("of")
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record
     versions    the versions of the libraries
@@ -168,7 +168,7 @@ def compare_hashes(
 
 
 def require_unchanged(changed_by_content: Mapping[str, bool], path: Path) -> None:
-    """Raise AdapterError if a content of the folder ``path`` has changed since it was written.
+    """Raise AdapterError if any content of the folder ``path`` has changed since it was written.
     ``changed_by_content``: the result of ``compare_hashes``."""
     changed_contents = [
         content for content, has_changed in changed_by_content.items() if has_changed

@@ -77,7 +77,7 @@ def _check_changed_weights(
         larger than its weight.
     """
     recorded_weights = adapter_files.metadata.get("base", {}).get("weights", {})
-    # find the product of each weight in the record: its path is that of the weight or of the module
+    # find the product of each recorded weight, by the path of the weight or of its module
     product_paths = {
         path: next((key for key in (path, path.rpartition(".")[0]) if key in products), None)
         for path in recorded_weights
@@ -271,7 +271,7 @@ def _check_tied_values(
 
 
 def change_dims(product: LowRank) -> tuple[int, int, int]:
-    """(groups, out, in) of the change that the product ``product`` makes."""
+    """(groups, out, in) of the change that ``product`` makes."""
     return product.B.shape[0], product.B.shape[1], product.A.shape[2]
 
 

@@ -199,7 +199,7 @@ def _header_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 def _component_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:
     """The fields of PEFT's config for a pipeline component; empty if the header has none.
-    ``AdapterError``: Veneer does not support a field."""
+    ``AdapterError``: a field is invalid, or Veneer does not support it."""
     fields = {
         key.removeprefix(f"{component}."): value
         for key, value in config.items()

@@ -35,8 +35,8 @@ MAX_AXES = 4
 
 def check(path: Path, max_count: int = MAX_COUNT) -> None:
     """Check all sizes in the header of the GGUF file ``path``. ``AdapterError``: the file is
-    truncated, or claims more data than it has bytes, or more than ``max_count`` pairs, tensors and
-    array values in total."""
+    truncated, has an unknown version or type, or claims more than its size allows, or more than
+    ``max_count`` pairs, tensors and array values in total."""
     try:
         with (
             path.open("rb") as stream,

@@ -140,8 +140,8 @@ def _target_patterns(values: Mapping[str, Any], problems: list[str]) -> Any:
 
 def _block_expression(values: Mapping[str, Any], problems: list[str]) -> str | None:
     """A regular expression that matches the beginning of a module's path if the module lies in one
-    of the blocks ``layers_to_transform``. None if the config does not restrict the blocks, or in a
-    way that Veneer cannot express; an error text is then added to ``problems``.
+    of the blocks ``layers_to_transform``. None if the config does not restrict the blocks, or if
+    Veneer cannot express the restriction, for which an error text is added to ``problems``.
 
     As in PEFT, the index of a block is the first number that stands behind at least two names in
     the path; with ``layers_pattern``, the first number behind the first of the pattern's names that
@@ -238,8 +238,8 @@ def _full_module_patterns(names: Iterable[str], task_type: str | None) -> tuple[
 
 def _variant_name(values: Mapping[str, Any], problems: list[str]) -> str:
     """The name of Veneer's variant for PEFT's ``init_lora_weights`` and flags (``use_dora``,
-    ``use_rslora``, ``use_qalora``). If no variant combines them, an error text is added to
-    ``problems``."""
+    ``use_rslora``, ``use_qalora``). An error text is added to ``problems`` for each setting or
+    combination that no variant has."""
     # dora comes before rslora, because the variant with both is named "dora_rslora"
     flag_names = [name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")]
     init_method = values.get("init_lora_weights", True)

@@ -78,7 +78,8 @@ def split_rows(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
     """(the trained rows by the path of their module, all other tensors by key). ``AdapterError``:
-    for some rows, the config has no token ids, another number of ids, or an id twice."""
+    a tensor of rows is no matrix, or the config has for it no token ids, another number of ids, or
+    an id twice."""
     other_tensors = {
         key: tensor for key, tensor in tensors.items() if not key.endswith(f".{LORA_ROWS_SUFFIX}")
     }

@@ -1,5 +1,5 @@
-"""Read the files of PEFT's tuners AdaLoRA, LoHa, LoKr, VeRA and LN tuning as parameters of
-Veneer's variants.
+"""Read the files of PEFT's tuners AdaLoRA, LoHa, LoKr and VeRA as parameters of Veneer's variants,
+and those of LN tuning as layers trained in full.
 
     ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]
                ΔW = alpha / (init_r + 1e-5) · B diag(E) A
@@ -45,7 +45,7 @@ ADALORA_EPSILON = 1e-5
 
 class VariantChange(NamedTuple):
     """The change of one weight: the parameters of a variant, each with a first axis of size 1 (one
-    group), and the scale that multiplies the variant's ΔW."""
+    group), and the scale that multiplies the variant's product."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -241,7 +241,7 @@ TUNERS = {
             (),
             {},
             {},
-            lambda module: VariantChange({}, 1.0),
+            lambda stored: VariantChange({}, 1.0),
         ),
     )
 }

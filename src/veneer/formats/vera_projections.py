@@ -17,7 +17,7 @@ from torch import Tensor
 from veneer.errors import sentence
 
 #: a function that takes the name of a parameter of the base and returns its (shape, dtype), with
-#: the dtype None if it is stored packed (quantised). The result is None if the base has no such one
+#: the dtype None if it is stored packed (quantised); None if the base lacks the parameter
 WeightLookup = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 #: module path -> (number of outputs, number of inputs, dtype) of the module's weight
 _Sizes = dict[str, tuple[int, int, "torch.dtype | None"]]
@@ -100,8 +100,8 @@ def _layer_sizes(
 
 
 def _drawing_problem(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """The error text if the config does not allow to draw the projections that the file lacks; None
-    if it does: ``save_projection`` is false and ``projection_prng_key`` is an integer."""
+    """The error text if the projections that the file lacks cannot be drawn from the config; None
+    if they can: ``save_projection`` is false and ``projection_prng_key`` is an integer."""
     missing_text = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}"
     if config.get("save_projection", True):
         return sentence(

@@ -99,9 +99,9 @@ def _ignored_modules(config: Mapping[str, Any], names: Iterable[str]) -> list[st
 
 
 def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """One problem if layers of the adapter have different scales, else an empty list. Releases of
-    vLLM that do not read rank_pattern and alpha_pattern compute with the scale of r and lora_alpha
-    in every layer, and so a wrong result."""
+    """One problem if layers have another scale than that of r and lora_alpha, else an empty list.
+    Releases of vLLM that do not read rank_pattern and alpha_pattern use the scale of r and
+    lora_alpha in every layer."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
     scale = peft_paths.rank_alpha_scale(config)[2]  # without a path, no pattern applies
@@ -121,8 +121,8 @@ def _scale_problems(config: Mapping[str, Any], names: Iterable[str]) -> list[str
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:
-    """One text if vLLM refuses names of tensors, and one if the adapter changes modules within a
-    wrapper of PEFT (``base_layer``)."""
+    """One text if vLLM refuses the names of some tensors, and one if the adapter changes modules
+    within a wrapper of PEFT (``base_layer``)."""
     reasons = []
     # vLLM ignores the base's own embeddings, which PEFT may also write
     frozen_embedding = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
