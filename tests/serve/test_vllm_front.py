@@ -247,6 +247,15 @@ def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):
         assert "vllm:num_requests_running" in page
 
 
+def test_a_vllm_that_does_not_answer_a_load_is_no_bug_of_the_server(it, monkeypatch):
+    def lost(*args, **options):
+        raise httpx.ConnectError("gone")
+
+    monkeypatch.setattr(it.service.engine._sync_client, "post", lost)
+    answer = it.post(model="french", prompt="hi")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
+
+
 def test_a_blend_that_is_refused_leaves_no_folder(base, adapters):
     with front(base, adapters, memory="1KiB") as it:
         folder = it.service.engine._socket_path.parent

@@ -250,7 +250,7 @@ class Call:
         except (TimeoutError, httpx.TimeoutException) as error:
             self.end("timeout")
             raise timeout_refusal() from error
-        except httpx.TransportError as error:
+        except (httpx.TransportError, ConnectionError) as error:
             self.end("error")
             raise engine_lost_refusal() from error
         except asyncio.CancelledError:

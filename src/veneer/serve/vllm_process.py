@@ -146,11 +146,11 @@ class VllmProcess:
     def post(self, path: str, body: Any) -> tuple[int, str]:
         """Send a POST request that is not a client's, such as to load an adapter, with ``body`` as
         JSON. Any thread may call this. Returns the HTTP status and the text of the answer.
-        ``OSError``: vLLM does not answer."""
+        ``ConnectionError``: vLLM does not answer."""
         try:
             response = self._sync_client.post(path, json=body)
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client is closed
-            raise OSError(f"vLLM does not answer ({type(error).__name__})") from error
+            raise ConnectionError(f"vLLM does not answer ({type(error).__name__})") from error
         return response.status_code, response.text
 
     def read(self, path: str) -> bytes:
