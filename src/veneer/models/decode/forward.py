@@ -209,8 +209,8 @@ class Forward:
                 )
             finally:
                 CALL_STATE.rows = None
-        # The hook has selected these rows already, unless the head is adapted or the model has
-        # none.
+        # ``_keep_last_tokens`` has selected these rows already, unless the head is adapted or the
+        # model has no head module.
         if len(logits) > len(wanted_rows):
             logits = logits.index_select(0, wanted_rows_tensor.to(logits.device))
         return logits
@@ -253,7 +253,8 @@ class Forward:
                 call uses no adapter. A trained adapter could amplify rounding errors.
 
         Raises:
-            ConfigError: the logits differ, or a call fails.
+            ConfigError: the logits differ, a call fails, or a sliding window is in the model's
+                masks alone (``_check_windows``).
         """
         token_count = min(9, length)
         vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
@@ -420,7 +421,8 @@ def _multiply_taken_rows(head: Any, inputs: Any, output: Tensor) -> Tensor | Non
 
 
 def _select_last(values: Tensor, last_tokens: Tensor) -> Tensor:
-    """Select from row i of ``values`` [rows, width, ·] the entry ``last[i]``: [rows, 1, ·]."""
+    """Select from row i of ``values`` [rows, width, ·] the entry ``last_tokens[i]``:
+    [rows, 1, ·]."""
     return values[torch.arange(len(values), device=values.device), last_tokens.to(values.device)][
         :, None
     ]
