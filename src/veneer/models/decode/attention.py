@@ -10,7 +10,7 @@ layer, ``store`` writes the new keys and values into the rows, and ``attend`` th
 attention. Linear layers compute all rows as one batch. Attention is computed on views of the cache,
 one for each run of neighbouring rows of one size class (rows with equal numbers of columns).
 
-Shapes: h: query heads   kv: key-value heads   d: size of a query or key   e: size of a value
+In the code, h is the number of query heads and d the size of a query or key.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ class Decode:
 
 class DecodeWithPrompts:
     """A ``Decode`` and ``pieces`` of prompts in one call of the model, so that its weights are read
-    only once. Each piece is a ``Fill`` of one row without padding. The batch begins with the n rows
+    only once. Each piece is a ``Fill`` of one row without padding. The batch begins with the rows
     of the ``Decode``. Then each token of a piece is a batch row of its own, so that all batch rows
     have one token."""
 

@@ -250,7 +250,8 @@ class Forward:
         Args:
             length: the most tokens of a row.
             select_base: takes the number of rows of a call, and returns a block in which such a
-                call uses no adapter. A trained adapter could amplify rounding errors.
+                call uses no adapter, because a trained adapter could amplify rounding errors. The
+                block of the default changes nothing, for models without adapters.
 
         Raises:
             ConfigError: the logits differ, a call fails, or a sliding window is in the model's
