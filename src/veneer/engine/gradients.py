@@ -66,7 +66,8 @@ def clip_gradients(
 
     Args:
         in_float64: compute the norm in float64, for gradients whose squares overflow float32. By
-            default it is computed in float32, bit for bit as by transformers' ``Trainer``.
+            default torch computes it in the gradients' dtype, as in transformers' ``Trainer``, bit
+            for bit.
 
     Returns:
         the norm before scaling.

@@ -81,8 +81,8 @@ class RandomStream:
             when the outermost block ends.
 
     Raises:
-        SelectionError: at the end of a block, if activation checkpointing has drawn other numbers
-            than in the first forward.
+        SelectionError: at the end of the outermost block, if activation checkpointing has drawn
+            numbers in it, which differ from those of the first forward.
     """
 
     def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:

@@ -9,9 +9,9 @@ Each adapter has its own parameters (any variant, rank, dtype), random numbers
 Batches of different shapes do not share a forward, because padding to the longest batch would
 change the numbers that dropout draws. So an adapter's results never depend on other adapters.
 
-A pass (one call of ``StepEngine.backward`` or ``forward``) that raises leaves the gradients and
-random numbers of its adapters unchanged. ``isolate_failures`` then computes each adapter
-separately, so that only failing adapters fail.
+A pass is one call of ``StepEngine.backward`` or ``forward``. A ``backward`` that raises leaves the
+gradients and random numbers of its adapters unchanged. ``isolate_failures`` then computes each
+adapter separately, so that only failing adapters fail.
 
 Two other designs were rejected: one loss function on the joined output, because a mean over its
 rows would depend on the rows of all adapters; and a copy of the model for each adapter, because
@@ -154,8 +154,8 @@ class StepEngine:
         self._devices = random_devices(model)
         self._dropout_settings = dropout_settings(model)
         self._time_first = time_first(model)
-        # Training needs no KV cache, so calls turn it off. The cache of a joined forward could not
-        # be split: it would hold the rows of all adapters.
+        # Training needs no KV cache, and that of a joined forward would hold the rows of all
+        # adapters.
         forward_parameters = inspect.signature(model.forward).parameters
         self._default_inputs = {"use_cache": False} if "use_cache" in forward_parameters else {}
         self._checked_structures: set[Any] = set()

@@ -147,9 +147,8 @@ class BaseWeights:
         return [alias for alias, candidate in self.by_name.items() if candidate is weight]
 
     def find(self, names: Sequence[str]) -> BaseWeight | None:
-        """The weight that has one of these names, or None. If several weights have one, they are
-        copies of one tied weight: the result is the first, with the others as its
-        ``duplicates``."""
+        """The weight that has one of these names, or None. If several have one, they are copies of
+        one tied weight: the result is the first, with the others as its ``duplicates``."""
         matches = {
             id(self.by_name[name]): self.by_name[name] for name in names if name in self.by_name
         }
@@ -164,12 +163,13 @@ def open_base_weights(source: WeightSource, model: nn.Module | None = None) -> B
     """The weights of ``source``, by their names in ``model`` if it is given.
 
     Without ``model``, the weights of a folder have the names that they have in the model of the
-    folder's config, or those in the files if transformers does not know this model. ``get`` then
-    finds a weight with or without a prefix of its name, and a tied embedding by the name of the
-    embedding or of the head.
+    folder's config, or those in the files if there is no config or transformers does not know this
+    model. ``get`` then finds a weight with or without a prefix of its name, and a tied embedding by
+    the name of the embedding or of the head.
 
     Raises:
-        CheckpointError: the path holds no safetensors, or damaged ones.
+        CheckpointError: the path holds no safetensors, damaged ones, or tensors that do not fill a
+            parameter of the model.
     """
     if isinstance(source, nn.Module):
         return module_weights(unwrap(source))
@@ -198,8 +198,8 @@ def _open_folder_by_config(folder: Path) -> BaseWeights:
 
 def _match_name(known_names: Collection[str], name: str) -> str | None:
     """The entry of ``known_names`` for the weight ``name``: the same name, with or without a
-    prefix, or, if ``name`` is an embedding or a head (``TIED_ENDINGS``), another name in
-    ``TIED_ENDINGS``. None if there is no such entry."""
+    prefix, or, if ``name`` ends like that of an embedding or a head (``TIED_ENDINGS``), the first
+    entry that does so too. None if there is no such entry."""
     components = name.split(".")
     suffixes = (".".join(components[start:]) for start in range(max(1, len(components) - 1)))
     match = next((suffix for suffix in suffixes if suffix in known_names), None)
@@ -223,8 +223,8 @@ class ModuleWeight:
             model.
         names: all its names in the state dict.
         module: the module at ``ref``.
-        weight: the object that the module holds: a tensor, or the ``ParametrizationList`` that
-            computes it.
+        weight: a tensor, the ``ParametrizationList`` that computes it, or ``module`` itself if only
+            the module's own forward can read the weight.
         storage: how ``weight`` stores the values; None for a buffer, or if Veneer knows no storage
             for ``weight``. ``weight`` itself is then read as the tensor of the values.
     """

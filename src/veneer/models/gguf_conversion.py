@@ -74,7 +74,8 @@ def convert_gguf(file: Path) -> Path:
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a GGUF file. The model has the architecture's class without
-    quantisation, and weights in fp32. ``ConfigError``: the file cannot be read."""
+    quantisation, and weights in fp32. ``ConfigError``: the file is damaged, or of an architecture
+    that transformers cannot convert."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

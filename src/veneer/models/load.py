@@ -361,7 +361,7 @@ def _indexed_device(device: str) -> Any:
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that ``load_base`` would load. No weights are loaded, so that data can be
-    checked before. ``ConfigError``: the base or its tokenizer is not found."""
+    checked before they are. ``ConfigError``: the base or its tokenizer is not found."""
     return tokenizer_at(find_base(str(source)), str(source))
 
 
@@ -401,8 +401,8 @@ def pick_dtype(precision: Precision) -> torch.dtype:
 
 
 def _has_fast_bf16() -> bool:
-    """Whether the GPU, or without one the CPU, has instructions that multiply bf16. Without them,
-    bf16 is emulated, which is slower than fp32."""
+    """Whether the CUDA GPU, or without one the CPU, has instructions that multiply bf16. Without
+    them, bf16 is emulated, which is slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

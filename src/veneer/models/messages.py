@@ -29,8 +29,8 @@ def loading(name: str) -> Iterator[None]:
 
 def explain_error(name: str, error: Exception) -> Exception:
     """A ``ConfigError`` with a readable text for an exception that transformers raised while it
-    read the base ``name``. An exception of an unknown kind is returned unchanged, as are errors of
-    the file system (no space, no permission), whose own text is clear."""
+    read the base ``name``. Errors of the file system (no space, no permission) are returned
+    unchanged, and so are exceptions of unknown kinds if the base is a local path or a package."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
     if needs_remote_code(error):

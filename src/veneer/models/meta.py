@@ -297,8 +297,8 @@ def _map_converted(
         state_dict: that of the model.
 
     Returns:
-        {name of a tensor: slices of parameters}; empty if the rule is of an unknown form or tensors
-        are missing.
+        {name of a tensor: slices of parameters}; empty if the rule is of an unknown form, or if
+        tensors or parameters are missing.
     """
     operation_dims = {
         type(operation).__name__: getattr(operation, "dim", None) for operation in rule.operations

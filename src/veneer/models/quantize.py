@@ -155,8 +155,8 @@ def sources_of(model: nn.Module) -> Mapping[str, str]:
 
 def quantization_in(model: nn.Module) -> dict[str, Any] | None:
     """The quantisation of a model, as an adapter's record describes it: {"by": "bitsandbytes",
-    "as": "nf4"}, with "original": True if ``sources_of`` is not empty, so that fingerprints in the
-    record can be those of the files' weights. None if the model is not quantised."""
+    "as": "nf4"}, with "original": True if ``sources_of`` is not empty: fingerprints in the record
+    can then be those of the files' weights. None if the model is not quantised."""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None

@@ -130,7 +130,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the folder has no safetensors file, several without an index, an index that
-            does not match the files or tensors, or a damaged file.
+            does not match the files or tensors, a damaged file, or a dtype that is not supported.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -188,7 +188,7 @@ def _call_reader(reader: Any, path: Path) -> Any:
 def _listed_files(path: Path, index: Mapping[str, Any]) -> list[str]:
     """The names of the weight files in an index, sorted. ``path``: the path of the index, for
     errors. ``CheckpointError``: there is no valid weight_map, or a name contains a folder, which
-    could lead out of the folder of the index."""
+    could lead out of the folder of the index, or does not end in ".safetensors"."""
     weight_map = index.get("weight_map")
     if (
         not isinstance(weight_map, dict)

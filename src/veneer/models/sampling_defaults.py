@@ -65,7 +65,7 @@ class SamplingDefaults:
 
 def sampling_defaults(model: Any) -> SamplingDefaults:
     """The sampling defaults of a model of transformers, from its ``generation_config``.
-    ``ConfigError``: it holds a value that is out of range, such as a negative temperature."""
+    ``ConfigError``: a value is of another type or out of range, such as a negative temperature."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return SamplingDefaults()

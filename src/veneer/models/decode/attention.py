@@ -10,7 +10,7 @@ layer, ``store`` writes the new keys and values into the rows, and ``attend`` th
 attention. Linear layers compute all rows as one batch. Attention is computed on views of the cache,
 one for each run of neighbouring rows of one size class (rows with equal numbers of columns).
 
-Shapes: h: query heads   kv: key-value heads   d: size of a query or key   e: size of a value
+In the code, h is the number of query heads and d the size of a query or key.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Fill:
         self.layers_stored = self.layers_attended = 0
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Store the keys [rows, heads, width, size] and values of the new tokens in a layer, for
-        its key-value heads. Padding is not stored."""
+        """Store the keys [rows, key-value heads, width, size] and values of the new tokens in a
+        layer. Padding is not stored."""
         self.layer_index, self.new_keys_values = layer_index, (key, value)
         for batch_index, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
             layer_memory, count = (
@@ -193,8 +193,8 @@ class Decode:
         self.layers_stored = self.layers_attended = 0
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Store the keys [rows, heads, 1, size] and values of the new tokens in a layer, for its
-        key-value heads."""
+        """Store the keys [rows, key-value heads, 1, size] and values of the new tokens in a
+        layer."""
         self.layer_index = layer_index
         for group_index, (size_class, start, stop) in enumerate(self.groups):
             layer_memory = size_class.layer(layer_index, key, value)
@@ -291,7 +291,7 @@ class Decode:
 
 class DecodeWithPrompts:
     """A ``Decode`` and ``pieces`` of prompts in one call of the model, so that its weights are read
-    only once. Each piece is a ``Fill`` of one row without padding. The batch begins with the n rows
+    only once. Each piece is a ``Fill`` of one row without padding. The batch begins with the rows
     of the ``Decode``. Then each token of a piece is a batch row of its own, so that all batch rows
     have one token."""
 
@@ -301,9 +301,8 @@ class DecodeWithPrompts:
         self.layers_stored = self.layers_attended = 0
 
     def store(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Store the keys [batch rows, heads, 1, size] and values of the new tokens in a layer, for
-        its key-value heads. The batch rows are those of ``decode``, then the tokens of all
-        pieces."""
+        """Store the keys [batch rows, key-value heads, 1, size] and values of the new tokens in a
+        layer. The batch rows are those of ``decode``, then the tokens of all pieces."""
         self.decode.store(layer_index, key[: self.decode_count], value[: self.decode_count])
         for piece, token_slice in self._batches():
             # [1, heads, tokens, size], the shape that ``Fill.store`` expects

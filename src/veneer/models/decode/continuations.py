@@ -57,7 +57,8 @@ def open_forward(model: Any, length: int) -> Forward:
     rounding errors of 16-bit numbers beyond the tolerance of the trial.
 
     Raises:
-        ConfigError: the model cannot be called on the KV cache, or not with such long rows.
+        ConfigError: the model cannot be called on the KV cache, or not with such long rows, or its
+            ``generate`` was replaced.
     """
     if "generate" in vars(model):  # set by another library; it may do more than that of the class
         raise ConfigError(

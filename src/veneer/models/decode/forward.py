@@ -209,8 +209,8 @@ class Forward:
                 )
             finally:
                 CALL_STATE.rows = None
-        # The hook has selected these rows already, unless the head is adapted or the model has
-        # none.
+        # ``_keep_last_tokens`` has selected these rows already, unless the head is adapted or the
+        # model has no head module.
         if len(logits) > len(wanted_rows):
             logits = logits.index_select(0, wanted_rows_tensor.to(logits.device))
         return logits
@@ -250,10 +250,12 @@ class Forward:
         Args:
             length: the most tokens of a row.
             select_base: takes the number of rows of a call, and returns a block in which such a
-                call uses no adapter. A trained adapter could amplify rounding errors.
+                call uses no adapter, because a trained adapter could amplify rounding errors. The
+                block of the default changes nothing, for models without adapters.
 
         Raises:
-            ConfigError: the logits differ, or a call fails.
+            ConfigError: the logits differ, a call fails, or a sliding window is in the model's
+                masks alone (``_check_windows``).
         """
         token_count = min(9, length)
         vocabulary_size = self.model.get_input_embeddings().weight.shape[0]
@@ -420,7 +422,8 @@ def _multiply_taken_rows(head: Any, inputs: Any, output: Tensor) -> Tensor | Non
 
 
 def _select_last(values: Tensor, last_tokens: Tensor) -> Tensor:
-    """Select from row i of ``values`` [rows, width, ·] the entry ``last[i]``: [rows, 1, ·]."""
+    """Select from row i of ``values`` [rows, width, ·] the entry ``last_tokens[i]``:
+    [rows, 1, ·]."""
     return values[torch.arange(len(values), device=values.device), last_tokens.to(values.device)][
         :, None
     ]

@@ -78,7 +78,7 @@ class Slots(Cache):
         smallest: columns of the smallest size class.
 
     Attributes:
-        reclaim: is called with the number of bytes that the budget lacks for a row. The caller may
+        reclaim: is called with the number of bytes that the budget lacks for rows. The caller may
             set it to a function that frees other memory of the budget, such as cached prefixes.
         call: the call of the model that runs; None outside of ``fill``, ``decode`` and
             ``together``.
@@ -121,8 +121,8 @@ class Slots(Cache):
 
     def reserve(self, length: int, count: int) -> None:
         """Allocate memory for ``count`` more rows of ``length`` tokens at once, so that
-        ``allocate`` need not resize the class for each row. Does nothing if the budget has no room
-        for all of them."""
+        ``allocate`` need not resize the class for each row. Allocates nothing if the budget has no
+        room for all of them."""
         size_class = self._class_for(length)
         capacity = len(size_class.rows) + count
         if capacity > size_class.capacity and self._make_room(size_class, capacity):
