@@ -21,6 +21,7 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 import veneer
 from veneer import context
 from veneer.attach import adapters_of
+from veneer.errors import ConfigError
 from veneer.models.decode import continuations as engine
 from veneer.models.decode.forward import Forward
 from veneer.train import generate
@@ -237,6 +238,14 @@ def test_the_model_is_tried_once_and_again_after_a_change(monkeypatch):
     by_engine, by_generate = both_ways(model.double(), UNEQUAL)
     assert by_engine == by_generate
     assert len(tried) == 2
+
+
+def test_a_refusal_ends_with_its_cause() -> None:
+    """Training mode is no trait of the model, so its refusal is not kept."""
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="training mode"):
+        engine.open_forward(model.train(), 9)
+    engine.open_forward(model.eval(), 9).close()
 
 
 def test_the_base_is_tried_without_its_adapters():

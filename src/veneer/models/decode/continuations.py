@@ -74,20 +74,18 @@ def open_forward(model: Any, length: int) -> Forward:
         trial_result = None
     elif isinstance(trial_result, str):
         raise ConfigError(trial_result)
+    forward = Forward(model)
     try:
-        forward = Forward(model)
-        try:
-            if trial_result is None:
-                forward.compare_logits(
-                    forward.context or TRIAL_LENGTH, lambda _: _without_adapter(model)
-                )
-            else:
-                forward.forms = trial_result
-        except BaseException:
-            forward.close()
-            raise
-    except ConfigError as error:
-        _TRIAL_RESULTS[model] = trial_key, error.problem
+        if trial_result is None:
+            forward.compare_logits(
+                forward.context or TRIAL_LENGTH, lambda _: _without_adapter(model)
+            )
+        else:
+            forward.forms = trial_result
+    except BaseException as error:
+        forward.close()
+        if isinstance(error, ConfigError):
+            _TRIAL_RESULTS[model] = trial_key, error.problem
         raise
     _TRIAL_RESULTS[model] = trial_key, forward.forms
     if forward.context is not None and length > forward.context:
