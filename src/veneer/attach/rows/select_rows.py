@@ -88,9 +88,9 @@ class RowAdapters(Mapping[Any, Any]):
         )
 
     def are_rows_of(self, x: Any) -> bool:
-        """Whether x is a tensor that holds the rows of the batch along its first axis. False if the
-        second axis could be the rows too: it is as long, and the model has modules with inputs
-        [time, batch, …]."""
+        """Whether x is a tensor of two axes or more that holds the rows of the batch along the
+        first. False if the second of three or more axes could be the rows too: it is as long, and
+        the model has modules with inputs [time, batch, …]."""
         if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != self.row_count:
             return False
         return not (self.time_first and x.ndim > 2 and x.shape[1] == self.row_count)
