@@ -38,11 +38,11 @@ class LowRankPlan:
         layer, storage: the kind of that module, and the way in which the weight is stored.
         dims: (groups, out, in) of the weight. ``groups`` is 1 for a linear layer.
         holders: (path, name) of the weight in every module that holds it; several if tied.
-        weight_readers: the methods that read the weight without a call of the module with it.
+        weight_readers: the methods that read the weight without calling a module that holds it.
         rows: the indices of the output rows to change; None for all of them.
         tokens: the ids of the tokens whose rows of an embedding or head are trained in full; None
             for none. If ``rank`` is 0, nothing else changes.
-        module_only: whether methods that do not call the module read the unchanged weight, as in
+        module_only: whether code that does not call such a module gets the unchanged weight, as in
             PEFT. Then ``weight_readers`` is empty.
     """
 
@@ -134,8 +134,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        # the chosen paths, as regular expressions: as patterns, a path may be a word such as "all"
-        # or match the end of another path
+        # the chosen paths as regular expressions, because a plain path could be taken for a word
+        # such as "all", or match the end of another path
         patterns = tuple(dict.fromkeys(f"re:{re.escape(path)}" for path, _ in targets))
         plans = replace(plans, config=replace(config, targets=patterns))
     return plans
@@ -367,7 +367,7 @@ def with_ties(
 
 
 def _direct_readers(model_index: ModelIndex, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
-    """The methods that read some of these parameters without a call of the module with them."""
+    """The methods that read some of these parameters without calling the modules that hold them."""
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(model_index, *ref)

@@ -73,8 +73,8 @@ def paths_used_by(
 @functools.cache
 def words_in_method(cls: type[nn.Module], method: str) -> frozenset[str]:
     """The names and string constants in the compiled code of a method and of the functions that it
-    may call. They are found without parsing, so faster than by ``paths_used_by``, which
-    ``weight_readers`` calls only for methods that mention the name of the weight."""
+    may call, found without parsing. If the name of a weight is not among the words of a method
+    other than forward, ``weight_readers`` does not run the slow ``paths_used_by`` on it."""
     functions_by_name, visited_functions, mentioned_words = _functions_by_name(cls), set(), set()
     pending_functions = [*functions_by_name.get(method, ())]
     while pending_functions:
