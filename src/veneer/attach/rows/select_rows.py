@@ -145,14 +145,14 @@ class RowAdapters(Mapping[Any, Any]):
         return self._constants[cache_key]
 
     @contextmanager
-    def only(self, selection: ActiveAdapter, is_leaf: bool = False) -> Iterator[None]:
+    def only(self, selection: ActiveAdapter, no_lookups: bool = False) -> Iterator[None]:
         """A context manager in which calls of the model use only ``selection``, one of
         ``selections``, and random numbers come from its own stream, if it has one.
 
-        ``is_leaf``: whether no code inside of the block looks up the selection. Then the context
+        ``no_lookups``: whether no code inside of the block looks up the selection. Then the context
         need not be changed, which saves time.
         """
-        if selection.random_stream is None and is_leaf:
+        if selection.random_stream is None and no_lookups:
             yield
             return
         with (
