@@ -108,9 +108,9 @@ def check(
         example: the inputs of a call: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments.
         name: the adapter; None stands for the default one, or the only one. Or a blend
-            {name: coefficient}, as ``veneer.use`` takes it: then all changes of its adapters are
-            checked in calls of the blend, also those that do not train. Comparing the gradients of
-            a blend takes as much memory as the weights that change.
+            {name: coefficient}, as ``veneer.use`` takes it: then all changes of adapters with
+            coefficients other than 0 are checked in calls of the blend, also if they do not train.
+            Comparing its gradients takes as much memory as the weights that change.
 
     Raises:
         CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
@@ -461,7 +461,7 @@ def _use_definition(
                     weight: partial(_blend_weight, layer_adapter, module_view, weight)
                     for weight in readers
                 }
-            if weights_are_spread:  # FSDP2 would overwrite ``replacements`` by gathered weights
+            if weights_are_spread:  # FSDP2 would overwrite ``replacements`` with gathered weights
                 readers |= {
                     name: lambda _, value=value: value for name, value in replacements.items()
                 }
@@ -491,7 +491,7 @@ def _blend_weight(blend: Blend, module_view: nn.Module, weight_name: str, _: Any
 
 
 def _differentiable_tensors(output: Any) -> Iterator[Tensor]:
-    """Yield each floating-point tensor with a graph in an output of nested dicts and sequences."""
+    """Yield each floating-point tensor that requires a gradient in nested dicts and sequences."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and output.requires_grad:
             yield output

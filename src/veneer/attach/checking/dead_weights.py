@@ -81,7 +81,7 @@ def blocking_weights(
 
 
 def _fill_zeros(parameters: Iterable[nn.Parameter]) -> Any:
-    """A context manager in which small random numbers, the same at each use, replace the values of
+    """A context manager in which small random numbers from a fixed seed replace the values of
     ``parameters``, which are all zero."""
     generator = torch.Generator().manual_seed(0)
     return replace_data(

@@ -42,7 +42,7 @@ def merged_content(
         return None
     if full_values is None:
         return _fold_low_rank(weight, rounding, second_moment, problems)
-    # running statistics and other buffers: the trained ones replace them, without rounding
+    # running statistics and other buffers: the adapter's replace them, without rounding
     if isinstance(weight_holder, Tensor) and not isinstance(weight_holder, nn.Parameter):
         return {"values": full_values.detach().clone()}, None
     exact_weight = double(full_values)

@@ -129,8 +129,8 @@ def _merge_all(
     second_moments: dict[str, Tensor],
 ) -> MergeReport:
     """Overwrite all weights that the adapter ``name`` changes, or, if an error is raised, leave all
-    of them as they were. ``second_moments`` is the argument ``inputs`` of ``merge``; this function
-    consumes the dict.
+    of them as they were. ``second_moments`` is the argument ``inputs`` of ``merge``; entries that
+    are used are removed from it.
 
     Raises:
         MergeError: with every reason why a weight cannot be merged.

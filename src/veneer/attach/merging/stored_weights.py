@@ -63,7 +63,7 @@ class StoredWeight:
         return self.storage.stored_tensors(self.weight_holder)
 
     def write(self, new_tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the stored tensors of the weight, in place, by those of the same names."""
+        """Overwrite the stored tensors of the weight, in place, with those of the same names."""
         self.storage.write(self.weight_holder, new_tensors)
         self.storage.prepare(self.module)
 

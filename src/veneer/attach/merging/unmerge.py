@@ -35,8 +35,8 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
 
     Raises:
         MergeError: nothing is merged; another adapter was merged on top of this one; the old
-            weights were not kept; or a merged weight was edited since, so that restoring would
-            lose the edit; or the weights are spread over processes. No weight was changed.
+            weights were not kept; a merged weight was edited since, so that restoring would lose
+            the edit; or the weights are spread over processes. No weight was changed.
     """
     model = unwrap(model)
     model_adapters = need_adapters(model)

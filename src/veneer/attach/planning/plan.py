@@ -38,12 +38,12 @@ class LowRankPlan:
         layer, storage: the kind of that module, and the way in which the weight is stored.
         dims: (groups, out, in) of the weight. ``groups`` is 1 for a linear layer.
         holders: (path, name) of the weight in every module that holds it; several if tied.
-        weight_readers: the methods that read the weight without a call of the module with it.
+        weight_readers: the methods that read the weight without calling a module that holds it.
         rows: the indices of the output rows to change; None for all of them.
         tokens: the ids of the tokens whose rows of an embedding or head are trained in full; None
             for none. If ``rank`` is 0, nothing else changes.
-        module_only: whether such methods read the unchanged weight, as in PEFT. Then
-            ``weight_readers`` is empty.
+        module_only: whether code that does not call such a module gets the unchanged weight, as in
+            PEFT. Then ``weight_readers`` is empty.
     """
 
     path: str
@@ -134,8 +134,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
             )
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        # the chosen paths, as regular expressions: as patterns, a path may be a word such as "all"
-        # or match the end of another path
+        # the chosen paths as regular expressions, because a plain path could be taken for a word
+        # such as "all", or match the end of another path
         patterns = tuple(dict.fromkeys(f"re:{re.escape(path)}" for path, _ in targets))
         plans = replace(plans, config=replace(config, targets=patterns))
     return plans
@@ -316,8 +316,8 @@ class _Planner:
         self, full_refs: Sequence[ParamRef], low_rank_paths: Sequence[str]
     ) -> dict[str, tuple[str, ...]]:
         """{module path: names} of the parameters that are trained in full: those of ``train_also``,
-        the targets ``full_refs``, the biases that ``config.bias`` selects ("targets": those of the
-        modules ``low_rank_paths``), and all parameters that are tied to these."""
+        ``full_refs``, the biases that ``config.bias`` selects ("targets": those of the modules
+        ``low_rank_paths``), and all parameters that are tied to these."""
         model_index, bias = self.model_index, self.config.bias
         full_params = {
             path: [n for n, p in model_index.modules[path]._parameters.items() if p is not None]
@@ -345,8 +345,8 @@ class _Planner:
 def _changed_refs(
     low_rank_plans: Sequence[LowRankPlan], full_params: Mapping[str, Sequence[str]]
 ) -> list[ParamRef]:
-    """(path, name) of every parameter that an adapter changes at a low rank or trains in full
-    (``full_params``, {module path: names}). A tied one is listed under each of its names."""
+    """(path, name) of every parameter that an adapter changes at a low rank, under each of its
+    names if it is tied, or trains in full (``full_params``, {module path: names})."""
     full_refs = [(path, name) for path, parameters in full_params.items() for name in parameters]
     return [*(ref for weight_plan in low_rank_plans for ref in weight_plan.holders), *full_refs]
 
@@ -367,7 +367,7 @@ def with_ties(
 
 
 def _direct_readers(model_index: ModelIndex, refs: Sequence[ParamRef]) -> tuple[WeightReader, ...]:
-    """The methods that read some of these parameters without a call of the module with them."""
+    """The methods that read some of these parameters without calling the modules that hold them."""
     return tuple(
         dict.fromkeys(
             weight_reader for ref in refs for weight_reader in weight_readers(model_index, *ref)
@@ -376,8 +376,8 @@ def _direct_readers(model_index: ModelIndex, refs: Sequence[ParamRef]) -> tuple[
 
 
 def is_matrix(model_index: ModelIndex, ref: ParamRef) -> bool:
-    """Whether a parameter can take a low-rank change, as the kind of its module says. A parameter
-    that the kind does not list must have two axes of more than one entry, and must be no bias."""
+    """Whether a parameter can take a low-rank change, as the kind of its module says. One that the
+    kind does not list must be no bias and have two axes or more, without leading axes of size 1."""
     path, name = ref
     module = model_index.modules[path]
     kind = kind_of(module)

@@ -74,8 +74,8 @@ def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
         layer_adapter = layer_state.get(name)
         if layer_adapter is None:
             continue
-        full_params = (*layer_adapter.changes.items(), *layer_adapter.full._parameters.items())
-        for weight_name, change in full_params:
+        weight_changes = (*layer_adapter.changes.items(), *layer_adapter.full._parameters.items())
+        for weight_name, change in weight_changes:
             full_path, weight = parameter_path(path, weight_name), weight_of(module, weight_name)
             first_path, first_weight = first_weights.setdefault(id(change), (full_path, weight))
             are_tensors = isinstance(weight, Tensor) and isinstance(first_weight, Tensor)
@@ -107,10 +107,11 @@ class Untied:
 def untie(model_index: ModelIndex, refs: Iterable[ParamRef]) -> Untied:
     """Give each of the names ``refs``, (module path, parameter name), of tied weights a new
     parameter with the same values. If ``refs`` holds all names of a weight, the first name keeps
-    the original parameter. Also sets ``tie_word_embeddings`` of the model's config to False.
+    the original parameter. If a name gets a new one, ``tie_word_embeddings`` of the model's config
+    is set to False.
 
     Raises:
-        AdapterError: a weight is stored packed (quantised). Nothing was changed.
+        AdapterError: a weight to untie is stored packed (quantised). Nothing was changed.
     """
     chosen_refs, untied_refs = set(refs), []
     for tied_refs in model_index.refs_by_parameter_id().values():

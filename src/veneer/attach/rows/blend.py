@@ -9,9 +9,9 @@ linear in its one weight computes the blend in factors, without forming a weight
     y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x; ΔWᵢ)) - y₀)        y₀ = op(x; W)
 
 op is the layer's operation without its bias, gainᵢ a factor for each output, as in DoRA. If no
-adapter has a gain, the sum is one low-rank product, whose rank is the sum of the adapters' ranks.
-All other layers form the blended weights. A ``Bank`` does not use this file for its blends, but
-``kernels/batched.py``.
+adapter has a gain or dropout, the sum is one low-rank product, whose rank is the sum of the
+adapters' ranks. All other layers form the blended weights. A ``Bank`` uses this file only for
+calls that it cannot compute with ``kernels/batched.py``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def blend_adapters(weighted_adapters: Sequence[tuple[ActiveAdapter, float]]) -> 
 
 def common_base_adapter(selections: Sequence[ActiveAdapter]) -> str | None:
     """The name of the adapter that was merged into the weights when ``selections``, the adapters
-    that one call uses together, were attached. None if none was merged.
+    that one call uses together, were attached (``ActiveAdapter.merged_at_attach``). None if none
+    was merged.
 
     Raises:
         SelectionError: the adapters were attached to different weights, because another adapter was
@@ -268,7 +269,8 @@ class Blend:
 
     def _run_factored(self, call: LinearCall) -> Tensor:
         """The output of a blend in factored form: one product with the base weight, and a low-rank
-        product for each adapter, or for all adapters at once if no change has a gain or dropout."""
+        product for each adapter, or for all adapters at once if no change has a gain or dropout. In
+        the latter case, a call with many tokens may form W + ΔW instead."""
         layer_state, x, base_weight = call.layer_state, call.x, call.weight
         kind: Any = layer_state.layer
         weighted_changes = [

@@ -156,7 +156,7 @@ class LayerRows:
 
         Args:
             inputs: the arguments of the call, as (args, kwargs).
-            is_leaf: whether the module has no children.
+            is_leaf: whether the module has no children besides its layer state.
             holds_routed_tokens: whether the inputs hold one entry for each token
                 (``_count_tokens_per_row``).
         """

@@ -109,7 +109,7 @@ class LinearRows:
     def output(
         self, module: Any, layer_state: Any, x: Any
     ) -> tuple[Tensor | None, list[int | None]]:
-        """(the output of the layer for x, for each selection the dropout seed that was drawn or
+        """(the output of the layer for x; for each selection the dropout seed that was drawn, or
         None). The output is None if no fast path applies; the caller must then run the layer by
         another path with these seeds, so that no second seed is drawn."""
         seeds: list[int | None] = [None] * len(self.layer_adapters)
@@ -357,8 +357,8 @@ class LinearRows:
             return None
         bias = None if fused_change.bias is None else module._parameters[fused_change.bias]
         if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:
-            # With gradients, ``batched.linear`` rounds the low-rank term plus the bias to 16 bits,
-            # then adds x Wᵀ. The path for one adapter rounds only the sum with the bias: take that.
+            # With gradients, ``batched.linear`` rounds the low-rank term plus the bias to 16 bits
+            # before it adds x Wᵀ. The general path, taken instead, adds the bias before it rounds.
             return None
         factors = [_plain_factors(layer_adapter, x) for layer_adapter in self.layer_adapters]
         first_factors = next(

@@ -88,9 +88,9 @@ class RowAdapters(Mapping[Any, Any]):
         )
 
     def are_rows_of(self, x: Any) -> bool:
-        """Whether x is a tensor that holds the rows of the batch along its first axis. False if the
-        second axis could be the rows too: it is as long, and the model has modules with inputs
-        [time, batch, …]."""
+        """Whether x is a tensor of two axes or more that holds the rows of the batch along the
+        first. False if the second of three or more axes could be the rows too: it is as long, and
+        the model has modules with inputs [time, batch, …]."""
         if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != self.row_count:
             return False
         return not (self.time_first and x.ndim > 2 and x.shape[1] == self.row_count)
@@ -145,14 +145,14 @@ class RowAdapters(Mapping[Any, Any]):
         return self._constants[cache_key]
 
     @contextmanager
-    def only(self, selection: ActiveAdapter, is_leaf: bool = False) -> Iterator[None]:
+    def only(self, selection: ActiveAdapter, no_lookups: bool = False) -> Iterator[None]:
         """A context manager in which calls of the model use only ``selection``, one of
         ``selections``, and random numbers come from its own stream, if it has one.
 
-        ``is_leaf``: whether no code inside of the block looks up the selection. Then the context
+        ``no_lookups``: whether no code inside of the block looks up the selection. Then the context
         need not be changed, which saves time.
         """
-        if selection.random_stream is None and is_leaf:
+        if selection.random_stream is None and no_lookups:
             yield
             return
         with (

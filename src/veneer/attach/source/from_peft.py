@@ -6,7 +6,7 @@
                                    adapted
 
 A model with adapters of Veneer has no methods of ``PeftModel``. But transformers and diffusers mix
-methods of the same names into every model, and these would look for adapters of PEFT. transformers
+methods of the same names into their models, and these would look for adapters of PEFT. transformers
 and TRL test for PEFT by ``hasattr(model, "get_base_model")`` and the like, which must be False. So
 the model's class is replaced by a subclass in which PEFT's method names raise AttributeErrors. The
 subclass inherits everything else, such as the forward.
@@ -69,8 +69,8 @@ PEFT_METHODS = {
     "print_trainable_parameters": "print(handle.summary())",
     "get_nb_trainable_parameters": "handle.summary(), which has trainable and total",
 }
-#: Python modules that define the mixins with PEFT's method names, which every model of transformers
-#: and diffusers inherits
+#: Python modules that define the mixins with PEFT's method names, from which the models of
+#: transformers and diffusers inherit
 _MIXINS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 
 

@@ -1,8 +1,8 @@
 """Override methods of one model object while it has adapters.
 
-    override_method(module, name, function)     module.name(…) calls function(module, …)
-    remove_overrides(module)                    restores the object
-    without_adapters(module)                    a view without adapters and overrides
+    override_method(module, method_name, function)      calls of the method call function(module, …)
+    remove_overrides(module)                            restores the object
+    without_adapters(module)                            a view without adapters and overrides
 
 An override is an attribute of the object, which Python finds before the method of the class. The
 attribute is a ``MethodOverride``, which refers to its module, and not a plain function: Python does

@@ -21,8 +21,8 @@ values. It has limits. It sees nothing in C code, in code made at run time, and 
 source; it ignores attribute names that are computed (``getattr(self, name)``); it follows calls to
 a depth of 16; and it counts a branch that never runs, unless the caller passes the attributes that
 rule it out. So no result is certain, and each caller checks it: ``veneer.check`` finds weights that
-are read in other ways, ``fused_linear.py`` compares the inputs, and ``train/loss.py`` tries the
-result on an example.
+are read in other ways, ``fused_linear.py`` compares the inputs, and ``train/head_split.py``
+tests the head on a few rows.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def paths_used_by(
 @functools.cache
 def words_in_method(cls: type[nn.Module], method: str) -> frozenset[str]:
     """The names and string constants in the compiled code of a method and of the functions that it
-    may call. They are found fast, without parsing: if the name of a weight is not among them, the
-    slow ``paths_used_by`` need not be called, because it would not find that weight."""
+    may call, found without parsing. If the name of a weight is not among the words of a method
+    other than forward, ``weight_readers`` does not run the slow ``paths_used_by`` on it."""
     functions_by_name, visited_functions, mentioned_words = _functions_by_name(cls), set(), set()
     pending_functions = [*functions_by_name.get(method, ())]
     while pending_functions:
@@ -228,8 +228,9 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
 
     The caller wants to compute the code after a call for some rows of its output only, which fails
     if that code depends on all rows: ``is_late`` is whether the code after the call reads an input
-    of the forward, such as ``input_ids``, or writes to the module. Branches for labels, router
-    logits and ``logits_to_keep`` are ignored, because they do not run in the caller's use.
+    of the forward, such as ``input_ids``, or writes to the module. Branches for labels and router
+    logits are ignored, because they do not run in the caller's use. So is ``logits_to_keep``, which
+    has no effect there.
     """
     python_forward = python_function(forward)
     tree = tree_of(python_forward) if python_forward else None

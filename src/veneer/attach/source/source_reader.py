@@ -65,7 +65,7 @@ _COMPARISONS: dict[type[ast.cmpop], Any] = {
     ast.GtE: operator.ge,
 }
 
-#: how many calls deep functions that call functions are followed
+#: the depth to which calls within calls are followed
 _MAX_DEPTH = 16
 
 
@@ -153,7 +153,7 @@ class Reader(ast.NodeVisitor):
     ) -> set[ModulePath]:
         """Visit a function that is called with these arguments. An argument, like the result, is
         the set of paths that the value may stand for. Returns an empty set for a function without
-        source or below ``_MAX_DEPTH`` calls."""
+        source or more than ``_MAX_DEPTH`` calls deep."""
         tree = None if function is None or len(self.call_stack) > _MAX_DEPTH else tree_of(function)
         if function is None or tree is None:
             return set()
@@ -208,7 +208,7 @@ class Reader(ast.NodeVisitor):
 
     def attribute_paths(self, holder_paths: set[ModulePath], name: str) -> set[ModulePath]:
         """The paths of the attribute ``name`` of the objects at ``holder_paths``. If it is a
-        property of ``self``, the paths that its getter returns."""
+        property of ``self``, also the paths that its getter returns."""
         if name in _TABLE_ATTRIBUTES:
             return holder_paths
         getter = class_attribute(self.cls, name) if () in holder_paths else None
@@ -218,8 +218,8 @@ class Reader(ast.NodeVisitor):
         return member_paths | property_paths
 
     def call_paths(self, node: ast.Call) -> set[ModulePath]:
-        """The paths that a call may return. If the called function has source, it is visited too,
-        which records the paths that it uses."""
+        """The paths that a call may return. A called function that gets ``self`` or something below
+        it as an argument is visited too, if it has source, which records the paths it uses."""
         called_node = node.func
         first_argument_paths = self.paths_of(node.args[0]) if node.args else set()
         match called_node:
@@ -258,7 +258,7 @@ class Reader(ast.NodeVisitor):
     def resolve_function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
         """(the function that the called expression names, the paths of the arguments that are
         already bound to it: [{()}] for a method of ``self``). None for a function that is not
-        followed: a method of ``nn.Module``, a function of torch, or an unknown one."""
+        followed, such as a method of ``nn.Module`` or a function of torch."""
         if () in self.paths_of(node) and self.follow_forward:
             return python_function(self.cls.forward), [{()}]
         if isinstance(node, ast.Attribute):
@@ -392,9 +392,8 @@ class Reader(ast.NodeVisitor):
         function_name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if isinstance(node.func, ast.Name) and function_name in _METADATA_CALLS:
             return
-        if function_name.endswith("_") and not function_name.endswith(
-            "__"
-        ):  # w.copy_(x), nn.init.zeros_(w)
+        # w.copy_(x), nn.init.zeros_(w)
+        if function_name.endswith("_") and not function_name.endswith("__"):
             written_node = node.func.value if isinstance(node.func, ast.Attribute) else None
             is_module_function = written_node is None or isinstance(
                 self.global_value(written_node), ModuleType

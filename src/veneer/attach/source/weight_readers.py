@@ -5,10 +5,10 @@
     self.tables[i]                            a ParameterList has no forward at all
     model.encode(x)                           a caller uses another method, which reads a weight
 
-``weight_readers`` finds the methods whose code reads a weight in one of these ways. An adapter runs
-these methods on a view: another object of the module's class, with the changed weight.
-``FAST_PATH_SWITCHES`` holds the attributes that turn off torch's fused fast paths. On the plain
-path that runs instead, every adapter takes effect.
+``weight_readers`` finds these methods, except for those with a fused kernel. An adapter runs them
+on a view: another object of the module's class, with the changed weight. ``FAST_PATH_SWITCHES``
+holds the attributes that turn off torch's fused fast paths. On the plain path that runs instead,
+every adapter takes effect.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def _reads_parameter(
     module: nn.Module, method: str, path_below: ModulePath, constants: _Constants = frozenset()
 ) -> bool:
     """Whether a method reads the parameter at ``path_below``. A method besides forward that also
-    writes this parameter, or one with the same name, does not count: it initialises or converts the
-    base's weight, so it must not see the changed one. ``constants`` are as in ``_used_paths``."""
+    writes this parameter, or one with the same name, does not count: it is to work on the base's
+    values, as an initialisation does. ``constants`` are as in ``_used_paths``."""
     used_paths = _used_paths(module, method, constants)
     is_written = method != "forward" and any(
         _begins_with(path, path_below[: len(path)]) or path_below[-1] in path
