@@ -181,7 +181,7 @@ def _base_dtypes(
         try:
             with without_modes, torch.random.fork_rng(devices=cuda_devices):
                 dtype_cache[key] = _call_base(call)
-        except Exception:  # the view, in float32, may not fail
+        except Exception:  # the call of the view, in float32, may still work
             return ()
     return dtype_cache[key]
 
