@@ -75,7 +75,8 @@ def install_adapter(
         calibration: reads the data, besides the weight itself, from which a variant is initialised.
 
     Raises:
-        TargetError: the name is taken, or the variant cannot be initialised from some weights.
+        TargetError: no adapter of this name can be added now (``name_problems``), or the variant
+            cannot be initialised from some weights.
     """
     # checked again: another thread may have attached an adapter of this name since the plan
     problems = list(name_problems(model, name))

@@ -111,7 +111,7 @@ class Layer(ABC):
         return values.reshape(sizes)
 
     def fan_in(self, dims: Dims) -> int:
-        """The fan-in for A's Kaiming initialisation: how many inputs may be non-zero at a time."""
+        """The fan-in for A's Kaiming initialisation: by default, the number of A's columns."""
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:

@@ -6,7 +6,7 @@ run_materialised    y = op(x; gain ⊙ (W + ΔW)) + bias                  the de
 
 op is the layer's operation without its bias, drop is dropout, gain is a factor for each output. The
 factored form needs no memory for W + ΔW. The materialised form is used if the caller requests it,
-or if the change has a gain and the layer holds the weight transposed.
+or if the change has a gain and the layer reads the weight transposed (``Change.is_transposed_in``).
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class ActiveAdapter:
     base alone.
 
     Fields:
-        name: the name of the adapter; None for the base alone.
+        name: the name of the adapter or blend; None for the base alone, and for rows with different
+            adapters.
         layer_adapters: for each layer that changes, the object that computes its output, such as a
             ``LayerAdapter``. The keys are ``LayerState.key``, or (key, method) for methods
             besides forward. None if the call is an error: the model has several adapters and none
