@@ -119,7 +119,7 @@ _LAZY = {
     "detach": "uninstall",  # remove an adapter, and restore the model
     "Reference": "reference",  # the model under a fixed selection, as the reference model of a loss
     "reference_of": "reference",  # the Reference that computes what the model computes now
-    # the reports that these functions return
+    # reports on an adapter
     "CallPlan": "summary",  # the predicted cost of a call in linear layers, by layer size
     "LayerMerge": "merging.merge_report",  # the effect of a merge on one weight
     "MergeReport": "merging.merge_report",  # the effect of a merge on all weights
@@ -191,11 +191,11 @@ _LAZY = {
     "require_attached_base": "merging.stored_weights",  # an error if the base of an adapter changed
     "without_backup": "merging.stored_weights",  # merged weights without a copy of their old bits
     # analysis of the source code of a model
-    "attributes_read_above": "source.weight_readers",  # attributes that forwards of parents read
+    "attributes_read_above": "source.weight_readers",  # attributes that forwards above read
     "compares_attention": "source.source_analysis",  # whether code tests for attention "sdpa"
     "has_forward": "source.weight_readers",  # whether a module's class defines a forward
     "submodule_calls": "source.source_analysis",  # the submodules that a forward calls
-    "weight_readers": "source.weight_readers",  # methods that read a weight, besides forward
+    "weight_readers": "source.weight_readers",  # all readers but the layer's own forward
     # methods of a model that are overridden
     "answer_peft_names": "source.from_peft",  # PEFT's method names raise errors that name Veneer's
     "PEFT_METHODS": "source.from_peft",  # PEFT's method names, and what replaces them in Veneer

@@ -228,8 +228,9 @@ def _loss_gradients(
     loss: Loss,
 ):
     """{(path, name) of a planned weight: Σ ∂ loss / ∂W over the batches, [g, out, in], float64},
-    where g is the number of matrices in the weight. The weights require a gradient only during this
-    function. Raises a ConfigError if the loss does not depend on some of the weights."""
+    where g is the number of matrices in the weight. ``requires_grad`` of the weights is True during
+    this function and restored afterwards. Raises a ConfigError if the loss does not depend on some
+    of the weights."""
     weights = {
         weight_plan.ref: weight_of(modules[weight_plan.path], weight_plan.weight)
         for weight_plan in filter(_has_low_rank, plans.low_rank_plans)
@@ -276,7 +277,8 @@ def _original_weights(
         original: the model from before the base was quantised, or its state dict.
 
     Raises:
-        ConfigError: ``original`` lacks some of the weights, or has them in another shape.
+        ConfigError: ``original`` lacks some of the weights, or has them in another shape or not in
+            floating point.
     """
     original_is_module = isinstance(original, nn.Module)
     original_tensors = original.state_dict() if original_is_module else original

@@ -75,7 +75,8 @@ def install_adapter(
         calibration: reads the data, besides the weight itself, from which a variant is initialised.
 
     Raises:
-        TargetError: the name is taken, or the variant cannot be initialised from some weights.
+        TargetError: no adapter of this name can be added now (``name_problems``), or the variant
+            cannot be initialised from some weights.
     """
     # checked again: another thread may have attached an adapter of this name since the plan
     problems = list(name_problems(model, name))
@@ -177,7 +178,8 @@ def build_layer_adapters(
     for path, module in modules.items():
         if without_gradient(module):
             # Creates an entry, so that this module is adapted. Its own forward may have no
-            # derivative; the adapted forward passes gradients on to earlier layers.
+            # derivative; the adapted forward passes gradients on to earlier layers, or raises an
+            # error if it cannot.
             layer_adapters[path]
     for path, layer_adapter in layer_adapters.items():
         layer_adapter.requires_grad_(trainable).train(modules[path].training)
@@ -429,8 +431,8 @@ def _variant_parameters(
     """The variant's parameters of one weight, trained and frozen: ``loaded_parameters``, or newly
     initialised ones if that is empty. Adapter files do not contain frozen parameters whose values
     follow from the sizes of the weight (``Variant.derived``), so these are initialised even if the
-    others were loaded. Raises
-    an _InitializationError if the variant cannot be initialised from the weight."""
+    others were loaded. Raises an _InitializationError if the variant cannot be initialised from the
+    weight or its calibration data."""
     layer, variant, rows = weight_plan.layer, VARIANTS[config.variant], _row_indices(weight_plan)
 
     def read_base() -> Tensor:

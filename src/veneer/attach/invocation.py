@@ -71,7 +71,8 @@ class CachedStarts:
     def resized(self, length: int, row_count: int, token_count: int) -> CachedStarts:
         """This object for the cache as it is now, with ``length`` columns of ``row_count`` rows: it
         may have been cut, or its rows repeated, since the search. ``token_count`` is the number of
-        invocation tokens. Raises a SelectionError if ``row_count`` is no multiple of the rows."""
+        invocation tokens. Raises a SelectionError if ``row_count`` is not a multiple of the number
+        of searched rows."""
         starts = [
             None if start is None or start + token_count > length else start
             for start in _repeat_starts(self.starts, row_count, "a cache")
@@ -82,7 +83,7 @@ class CachedStarts:
 
 def _repeat_starts(starts: Sequence[int | None], row_count: int, source: str) -> list[int | None]:
     """``starts`` of the searched rows, each repeated equally often, so that there is one for each
-    of ``row_count`` rows: beams and samples turn a row into several neighbours. Raises a
+    of ``row_count`` rows: beams and samples turn a row into several adjacent rows. Raises a
     SelectionError if that is impossible; ``source`` is the text for the searched rows in it."""
     repeats, remainder = divmod(row_count, len(starts))
     if remainder or not repeats:
@@ -116,8 +117,8 @@ AdapterRows = tuple[ActiveAdapter, Sequence[int] | None]
 
 def with_invocation(adapters_by_key: dict[Any, Any], name: str) -> dict[Any, Any]:
     """``adapters_by_key``, the layer adapters of the adapter ``name``, wrapped so that each one
-    changes only the tokens from the invocation on. A layer adapter that changes no weight only
-    turns a fused fast path off, so it is not wrapped."""
+    changes only the tokens from the invocation on. A layer adapter that changes no weight, such as
+    one that turns a fused fast path off, is not wrapped."""
     return {
         key: InvokedAdapter(layer_adapter, name) if layer_adapter.changes else layer_adapter
         for key, layer_adapter in adapters_by_key.items()

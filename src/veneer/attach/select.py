@@ -42,14 +42,14 @@ class use:
     0 leaves an adapter out.
 
     A sequence of names, None and blends selects one of them for each row of the batch: ``with
-    veneer.use(model, ["a", None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each
-    distinct entry.
+    veneer.use(model, ["a", None, {"a": 0.7, "b": 0.3}]):``. A layer then runs once for each
+    distinct entry, unless it is a linear layer that can compute all rows at once.
 
     A ``with`` block in a generator applies while the generator runs. Between two steps of the
     generator, a call that makes no selection is an error, because the caller may or may not expect
     the block to apply. As a decorator, ``@veneer.use(model, "a")`` selects in each call of a
-    function. A decorated generator function, asynchronous or not, has the selection during the
-    steps of the generator only.
+    function. In a decorated generator function, asynchronous or not, the selection applies only
+    during the steps of the generator.
 
     Args:
         path: "factored" (the product with W plus the low-rank product) or "materialised" (the

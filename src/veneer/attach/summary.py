@@ -21,8 +21,8 @@ class SummaryRow:
     """The size of an adapter for one kind of layer.
 
     Fields:
-        kind: a text of the layer kind, the weight's storage unless it is a plain parameter, and the
-            LoRA variant, such as "linear, lora"; or "trained in full".
+        kind: a text with the layer kind, the weight's storage unless it is a plain parameter, and
+            the LoRA variant, such as "linear, lora"; or "trained in full".
         layers: the number of weights with a low-rank change, or of layers with parameters that are
             trained in full.
         parameters: the number of elements of the trained parameters.

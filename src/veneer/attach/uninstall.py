@@ -44,8 +44,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     removed_names = list(model_adapters.configs) if name is None else [name]
     _require_detachable(model_adapters, removed_names, keep_merged)
     if not set(removed_names).isdisjoint(model_adapters.merge_order):
-        # Weights that were untied for the merge now differ, so ``_release_layers`` must not tie
-        # them again.
+        # Weights that were untied for an adapter may differ now that it is merged, so
+        # ``_release_layers`` must not tie them again.
         model_adapters.untied = ()
     was_answering_peft_names = stop_answering_peft_names(model)
     for adapter_name in removed_names:

@@ -40,9 +40,8 @@ class Dims(NamedTuple):
 
 
 class Layer(ABC):
-    """One kind of layers: how modules of certain classes use their weights. It has no state: all
-    methods get the module. Subclasses are abstract or final. ``LAYERS`` holds one instance of each
-    final subclass."""
+    """One kind of layer: how modules of certain classes use their weights. It has no state.
+    Subclasses are abstract or final. ``LAYERS`` holds one instance of each final subclass."""
 
     name: str
     #: the weight's name in a module with one weight
@@ -112,7 +111,7 @@ class Layer(ABC):
         return values.reshape(sizes)
 
     def fan_in(self, dims: Dims) -> int:
-        """The fan-in for A's Kaiming initialisation: how many inputs may be non-zero at a time."""
+        """The fan-in for A's Kaiming initialisation: by default, the number of A's columns."""
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:
@@ -189,11 +188,11 @@ class Layer(ABC):
 
     def bind(self, view: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
         """Prepare a view of a module (an object with the module's class and attributes) for its
-        forward on changed weights. ``values.get(name)``: the changed weight ``name``, or None if
-        it is not changed. A kind overrides this method if the module's forward reads weights in
-        another way than by their names on the module."""
+        forward on changed weights. ``values.get(name)``: the tensor that replaces the parameter
+        or buffer ``name`` of the module, or None. A kind overrides this method if other attributes
+        of the view must change too, such as a list of the weights that forward reads."""
 
-    # If the rows of a batch use different adapters, a layer is called once for each adapter.
+    # If the rows of a batch use different adapters, a layer may be called once for each adapter.
     # ``take`` selects the rows for one of these calls, and ``put`` joins the outputs.
 
     def take(
@@ -258,7 +257,7 @@ class Layer(ABC):
 
 def join_outputs(outputs: list[Any], order: Tensor, axis_of: Callable[[int], int]) -> Any:
     """Concatenate the outputs of several calls (trees of the same structure), tensor by tensor, and
-    sort the rows. Scalars, and values that are no tensors, are taken from the first output.
+    reorder the rows. Scalars, and values that are not tensors, are taken from the first output.
 
     Args:
         order: for each row of the result, its index in the concatenated outputs.

@@ -30,7 +30,7 @@ class _Lookup(Layer):
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
         """The weight in which every row with a norm above ``max_norm`` is scaled down to
-        ``max_norm``. Forward scales each row that it reads in place in this way."""
+        ``max_norm``. Forward scales each row that it reads in this way, in place."""
         if module.max_norm is None:
             return weight
         norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)

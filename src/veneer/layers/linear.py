@@ -21,7 +21,7 @@ from veneer.kernels import reference
 from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
-#: (module, class name) of linear layers of other libraries that are no subclasses of ``nn.Linear``
+#: (module, class name) of linear layers of other libraries that do not subclass ``nn.Linear``
 OTHER_LINEAR_CLASSES = (
     ("hqq.core.quantize", "HQQLinear"),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),

@@ -37,8 +37,7 @@ class Recurrent(Layer):
         # A recurrent module passes the list ``_flat_weights`` of its parameters to its kernel, and
         # keeps a list of references to the same parameters. If the references match the parameters,
         # forward does not assign a new list. A new list in the view would be copied back to the
-        # module, because Veneer copies attributes that forward changes; the module would then
-        # compute with the adapted weights.
+        # module, because Veneer copies attributes that forward changes.
         weights = [
             values.get(name, view._parameters.get(name)) for name in view._flat_weights_names
         ]

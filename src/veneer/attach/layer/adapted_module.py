@@ -185,8 +185,8 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     """Change the class of ``module`` to its adapted class, and add the layer state as a child.
-    Parameters and names stay the same. Wrappers of the module's forward by accelerate and
-    compressed-tensors are changed so that they call the adapted forward."""
+    Parameters and names stay the same. A wrapper of the module's forward, by accelerate or
+    compressed-tensors, is changed or removed so that calls run the adapted forward."""
     stop_answering_peft_names(module)
     forward_wrapper = instance_forward(module)
     layer_state.instance_forward = (

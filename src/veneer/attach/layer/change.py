@@ -156,9 +156,9 @@ class Change(nn.Module):
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
         """(LowRank, gain) of the change of ``weight``, for which the changed weight is gain ⊙ (W +
-        ΔW). Differentiable in the adapter parameters.
-        The gain has one factor for each output row, [g · out], or is None for a gain of 1.
-        ``dtype`` is the dtype of both; None keeps that of the parameters."""
+        ΔW). Differentiable in the adapter parameters. The gain has one factor for each output row,
+        [g · out], or is None for a gain of 1. ``dtype`` is the dtype of both; None keeps that of
+        the parameters."""
         # No test of the rank before this return: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
@@ -179,8 +179,7 @@ class Change(nn.Module):
                 name: precision.cast(tensor, dtype) for name, tensor in parameters.items()
             }
         if self.frozen_input is not None and "A" in parameters:
-            # Zero the column of A for this input already here, because the variant may compute its
-            # gain from ΔW.
+            # Zero this column of A before the variant runs, which may compute its gain from ΔW.
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
         low_rank, gain = self.variant.resolve(
             parameters, self.scale, self._weight_reader(weight, dtype)
@@ -259,7 +258,7 @@ class Change(nn.Module):
     ) -> Tensor:
         """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low_rank``,
         ``gain ⊙ W``. This formula defines an adapter; all other code computes the same. In training
-        mode ``with_dropout`` sets whole input columns of ΔW to zero, which is a dropout of the
+        mode, ``with_dropout`` sets whole input columns of ΔW to zero, which is a dropout of the
         input of ΔW with one mask for all rows."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low_rank is not None:

@@ -4,8 +4,7 @@
 A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
 against W. Each tensor of the output is then cast to the dtype that it would have without an
 adapter. The tensors of one output may have different dtypes: a router returns float32 scores
-beside bfloat16 logits. Integers
-(token ids, masks) pass through unchanged.
+beside bfloat16 logits. Integers (token ids, masks) pass through unchanged.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
 
 def cast_outputs(tree: Any, dtypes: Sequence[torch.dtype | None], default: torch.dtype) -> Any:
     """Cast each floating-point leaf of an output (a pytree): the i-th leaf to ``dtypes[i]``, or to
-    ``default`` if that is None. If ``dtypes`` has another length than the output has leaves, all
-    are cast to ``default``."""
+    ``default`` if that is None. If the output and ``dtypes`` differ in length, all leaves are
+    cast to ``default``."""
     leaves, spec = pytree.tree_flatten(tree)
     if len(dtypes) != len(leaves):
         dtypes = [default] * len(leaves)

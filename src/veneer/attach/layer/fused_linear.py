@@ -83,8 +83,8 @@ class PendingOutputs(threading.local):
     """Outputs that the call of one layer has computed for layers that read the same x and are
     called later.
 
-    Each thread holds the outputs for one x at a time. Outputs that are never taken, because of an
-    exception, are dropped when outputs for another x are stored.
+    Each thread holds the outputs for one x at a time. Outputs that are never taken, for
+    example because of an exception, are dropped when the next outputs are stored.
     """
 
     def __init__(self) -> None:
@@ -159,8 +159,8 @@ def fused_outputs(
 
 class SharedInputLayers:
     """Layers of one module that read the same input, such as q_proj, k_proj and v_proj. The call
-    of the first layer computes the outputs of all of them (shares the outputs); the calls of the
-    other layers return these outputs.
+    of the first layer computes the outputs of all of them; the calls of the other layers return
+    these shared outputs.
 
     Shared outputs come from one autograd node. A ``backward`` through one of them frees the tensors
     that the node has saved, so a second ``backward``, through another output, fails. If x has a
@@ -182,7 +182,7 @@ class SharedInputLayers:
         """Whether the outputs for x may be shared (see the class) in the present gradient mode."""
         if torch.is_grad_enabled():
             return x.grad_fn is not None or (x.requires_grad and fused_change.active_dropout > 0)
-        # not for an inference tensor: it has no version, so a later write to it would not be found
+        # not for an inference tensor: it has no version, so a later write to it would go unnoticed
         return fused_change.active_dropout > 0 and not x.is_inference()
 
     def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class SharedInputLayers:
 
     def seed(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
         """The dropout seed of ``module`` for x, for a call that computes this output alone. The
-        first member draws a seed for all members, so that they use the same dropout mask as in
+        first member draws a seed for all members, so that they use one dropout mask, as in
         ``output``. Several adapters may each have seeds for later members at once, because each
         adapter may have rows of x."""
         seeded_x, version, seeds = getattr(_PENDING_SEEDS, "seeds", (None, 0, {}))
@@ -248,7 +248,7 @@ class SharedInputLayers:
 
 def shared_dropout_seed(module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
     """The dropout seed for x of a layer adapter that has a ``FusedChange``. Layers that read the
-    same x get the same seed, unless x is an inference tensor, whose writes cannot be found."""
+    same x get the same seed, unless x is an inference tensor, whose writes cannot be detected."""
     shared_layers = layer_adapter.shared_input_layers
     return (
         new_seed()

@@ -80,8 +80,8 @@ class InvokedTokens:
 
 class InvokedAdapter:
     """A wrapper of the ``LayerAdapter`` of a linear layer, which applies it only to the tokens from
-    the invocation on. ``name`` is the adapter's name. It has the members of a ``LayerAdapter`` that
-    the code for selections uses."""
+    the invocation on. It has the members of a ``LayerAdapter`` that a selection needs. ``name`` is
+    the adapter's name."""
 
     def __init__(self, layer_adapter: LayerAdapter, name: str) -> None:
         self.layer_adapter, self.name = layer_adapter, name
@@ -106,7 +106,8 @@ class InvokedAdapter:
             return self.layer_adapter.run(call)
         if not len(indices) and not torch.is_grad_enabled():
             return base_forward(call.module, call.base_cls, *call.args, **call.kwargs)
-        # With gradients also if there is no token, so that A and B get gradients of zero, not None.
+        # If gradients are recorded, run even without such tokens, so that A and B get gradients of
+        # zero instead of None.
         return self._run_at(indices, LinearCall(call, {}, False))
 
     def _run_at(self, indices: Tensor, linear_call: LinearCall) -> Tensor:

@@ -139,8 +139,8 @@ class LayerAdapter(nn.Module):
             yield from layer_adapter.reached_ids()
 
     def adapters_read_by(self, method: str) -> Mapping[ModulePath, LayerAdapter]:
-        """The layer adapters of modules below whose weights ``method`` reads without calling the
-        module, by the path of the module."""
+        """The layer adapters of the modules whose weights ``method`` reads without calling the
+        module, by the path of the module from this one."""
         return (
             self.submodule_adapters
             if method == "forward"

@@ -6,7 +6,7 @@ run_materialised    y = op(x; gain ⊙ (W + ΔW)) + bias                  the de
 
 op is the layer's operation without its bias, drop is dropout, gain is a factor for each output. The
 factored form needs no memory for W + ΔW. The materialised form is used if the caller requests it,
-or if the change has a gain and the layer holds the weight transposed.
+or if the change has a gain and the layer reads the weight transposed (``Change.is_transposed_in``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_jagged(x: Any) -> bool:
 def run_on_values(run: Callable[[Call], Any], call: Call) -> Any:
     """The output of a layer for a jagged nested tensor, if the layer computes each position
     independently. ``run`` is called with the positions of all rows as one plain tensor. The output
-    gets the offsets object of the input, because torch takes the shapes of two jagged tensors for
+    gets the offsets object of the input, because torch considers the shapes of two jagged tensors
     equal only if they have the same object."""
     x = call.x
     y = run(call._replace(args=(x.values(),), kwargs={}))
@@ -173,8 +173,8 @@ def _run_on_device(
     gain: Tensor | None,
     dropout: float,
 ) -> Tensor | None:
-    """The output of a layer that is a matrix product, by the kernel for devices besides the CPU.
-    None if that kernel does not support the call, or has no advantage in it.
+    """The output of a layer that is a matrix product, by the kernel for devices other than the
+    CPU. None if that kernel does not support the call, or has no advantage for it.
 
     For a packed weight, the kernel is used only if there is a gain: it decodes the weight again in
     backward instead of saving a dense copy. Without a gain, the product of the library that packed

@@ -50,7 +50,8 @@ class ActiveAdapter:
     base alone.
 
     Fields:
-        name: the name of the adapter; None for the base alone.
+        name: the name of the adapter or blend; None for the base alone, and for rows with different
+            adapters.
         layer_adapters: for each layer that changes, the object that computes its output, such as a
             ``LayerAdapter``. The keys are ``LayerState.key``, or (key, method) for methods
             besides forward. None if the call is an error: the model has several adapters and none
@@ -244,7 +245,7 @@ class ModelAdapters:
         )
 
     def claim(self, root: nn.Module) -> None:
-        """Record that these are the adapters of the model ``root``, unless a model is known."""
+        """Record that these are the adapters of the model ``root``, unless their model is known."""
         if self.root is None:
             self.root = weakref.ref(root)
             COPIES_WITHOUT_ROOT.discard(self)
@@ -296,7 +297,8 @@ class LayerState(nn.Module):
             class's forward. None if there is none.
         opaque_storage: ``BASES["opaque"]`` for a module whose weight only its own forward can read,
             or whose forward may have no derivative. The storage's method ``call`` runs that forward
-            and passes gradients on to the input. None for every other module.
+            and passes gradients on to the input, or raises an error if it cannot. None for every
+            other module.
         base_dtypes: a cache of ``views.py``: the dtypes of the tensors in the output of the layer
             without adapters, by everything that they depend on, such as the arguments' dtypes.
     """
@@ -322,8 +324,8 @@ class LayerState(nn.Module):
 
     def selection_error(self, active_adapter: ActiveAdapter) -> SelectionError:
         """The error of a call whose selection cannot run: it selects none of several adapters, a
-        detached adapter, or an adapter whose ΔW does not belong to the present weights, because an
-        adapter was merged or unmerged since the attach."""
+        detached adapter, or an adapter (or the base alone) that does not belong to the present
+        weights, because an adapter was merged or unmerged."""
         merged = self.model_adapters.merged
         if active_adapter.layer_adapters is None and active_adapter.name is not None:
             return active_adapter.selection_error()

@@ -48,7 +48,7 @@ def with_token_rows(
     dtype = at_least_float32(token_rows.dtype)
     rows, vocabulary_size = token_rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:
-        rows = rows / gain.to(dtype)  # the gain has a factor per column, for all rows
+        rows = rows / gain.to(dtype)  # because the gain multiplies every row
     elif gain is not None:
         gain = gain.index_fill(0, ids, 1)
     row_difference = rows - dense.index_select(0, ids).to(dtype)

@@ -63,7 +63,7 @@ class Stack:
         call_state: a cache that the stacks of one call share, by the ``id`` of an index tensor. It
             holds how the rows are grouped by expert.
         call_input: the input of the module's call. If the input of a product consists of rows of
-            this tensor, backward can save this tensor instead.
+            this tensor, this tensor can be saved for backward instead.
         unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
             recorded.
     """
@@ -83,7 +83,7 @@ class Stack:
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
             # Unbind all matrices once: the backward of ``unbind`` creates one gradient of the
-            # stack's size for all of them, that of a subscript would create one for each matrix.
+            # stack's size for all of them; that of a subscript would create one for each matrix.
             if self.needs_gradient:
                 if not self.unbound:
                     self.unbound = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]

@@ -53,7 +53,8 @@ ARGUMENT_TYPES = (Tensor, PackedSequence, int, float, str, torch.dtype, torch.de
 def run_on_view(layer_adapter: Any, call: Call) -> Any:
     """Run the called method of the module, usually forward, on a view: a second object of the
     module's class with the changed weights of ``layer_adapter``, such as a ``LayerAdapter``. What
-    the method writes to attributes and buffers of the view is copied to the module."""
+    the method writes to attributes and buffers of the view is copied to the module. A layer with an
+    opaque storage is computed without its forward (``_run_opaque``)."""
     module, base_cls, layer_state, args, kwargs, _, method, *_ = call
     if any(change.storage.opaque for change in layer_adapter.changes.values()):
         return _run_opaque(layer_adapter, module, layer_state, args, kwargs)
@@ -181,7 +182,7 @@ def _base_dtypes(
         try:
             with without_modes, torch.random.fork_rng(devices=cuda_devices):
                 dtype_cache[key] = _call_base(call)
-        except Exception:  # the view, in float32, may not fail
+        except Exception:  # the call of the view, in float32, may still work
             return ()
     return dtype_cache[key]
 
