@@ -217,6 +217,13 @@ def _base_selected(model, path):
         model.save_pretrained(path)
 
 
+def _blend_selected(model, path):
+    attach(model, "a")
+    attach(model, "b")
+    with veneer.use(model, {"a": 0.7, "b": 0.3}):
+        model.save_pretrained(path)
+
+
 def _rows_selected(model, path):
     attach(model, "a")
     attach(model, "b")
@@ -273,6 +280,7 @@ def _merged_over_an_adapter(model, path):
     [
         (_several, SelectionError, r"2 adapters \(a, b\) and no name"),
         (_base_selected, SelectionError, "a selection of the base"),
+        (_blend_selected, SelectionError, "of a blend"),
         (_rows_selected, SelectionError, "an adapter for each row"),
         (
             _a_part,

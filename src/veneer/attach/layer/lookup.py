@@ -147,13 +147,14 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
     active_adapter = context.current.selection.get(model_adapters.uid)
     if active_adapter is None:
         return name_or_default(model, None)
-    if active_adapter.name is None:
+    name = active_adapter.name
+    if name is None or name not in model_adapters.configs:
         raise SelectionError(
-            "a selection of the base, or of an adapter for each row",
+            "a selection of the base, of a blend, or of an adapter for each row",
             "one adapter",
             f"call {method} inside `with veneer.use(model, name):`",
         )
-    return name_or_default(model, active_adapter.name)
+    return name
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
