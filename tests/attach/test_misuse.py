@@ -177,6 +177,9 @@ def test_the_summary_names_the_matrices_that_all_linear_leaves_out() -> None:
             == ""
         )
     assert veneer.attach(tiny_model(), LORA).summary().left_out == ""
+    nested = nn.Sequential(nn.Sequential(conv_net()), nn.Flatten(), nn.Linear(16, 8))
+    in_full = veneer.LoraConfig(rank=2, train_also=["0"])  # trains what is below, too
+    assert veneer.attach(nested, in_full).summary().left_out == ""
 
 
 # ---- folders

@@ -265,15 +265,13 @@ def _count_types(model_index: ModelIndex) -> str:
 def layers_left_out(model_index: ModelIndex, config: LoraConfig) -> str:
     """How many layers of each class "all-linear" leaves out although they multiply their inputs by
     a matrix (stacks of experts, convolutions, recurrent layers, but not embeddings), as a text such
-    as "2 Conv2d". Layers that the config excludes, that match ``train_also`` or that are in none of
+    as "2 Conv2d". Layers that the config excludes, that ``train_also`` trains or that are in none of
     the blocks ``layers`` do not count. The text is empty if the targets are not "all-linear"."""
     if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
     excluded_weights = excluded_refs(model_index, config, [])
     output_head = _output_head(model_index)
-    train_also_paths = {
-        path for pattern in config.train_also for path in model_index.modules_matching(pattern)
-    }
+    train_also_paths = {*expand_patterns(model_index, config.train_also, "train_also", [])}
     block_count = _block_count(model_index)
     block_indices = {index % block_count for index in config.layers or () if block_count}
     count_by_class: Counter[str] = Counter()
