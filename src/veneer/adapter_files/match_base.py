@@ -38,9 +38,7 @@ class PartialChange(UserWarning):
 
 
 def must_be_base(
-    model_index: ModelIndex,
-    adapter_files: AdapterFiles,
-    fingerprint_cache: dict[str, dict[str, str]],
+    model_index: ModelIndex, adapter_files: AdapterFiles, cache: dict[str, dict[str, str]]
 ) -> None:
     """Compare the fingerprint of every tensor of the base that the adapter's record lists with that
     of the model's tensor. Warn ``UnverifiedAdapter`` if the two do not have the same tensors and
@@ -48,7 +46,7 @@ def must_be_base(
 
     Args:
         model_index: the modules of the model by path.
-        fingerprint_cache: the model's fingerprints by kind of hash and by name. New ones are added.
+        cache: the model's fingerprints by kind of hash and by name. New ones are added.
 
     Raises:
         BaseMismatchError: fingerprints differ.
@@ -56,7 +54,7 @@ def must_be_base(
     base_record = adapter_files.metadata["base"]
     expected_fingerprints = recorded_fingerprints(base_record)
     hash_kind = recorded_hash_kind(base_record)
-    fingerprints = fingerprint_cache.setdefault(hash_kind, {})
+    fingerprints = cache.setdefault(hash_kind, {})
     token_weight_fingerprints = {
         weight_path: expected_fingerprints.pop(weight_path)
         for weight_path, change in adapter_files.metadata["changes"].items()

@@ -265,8 +265,8 @@ def _count_types(model_index: ModelIndex) -> str:
 def layers_left_out(model_index: ModelIndex, config: LoraConfig) -> str:
     """How many layers of each class "all-linear" leaves out although they multiply their inputs by
     a matrix (stacks of experts, convolutions, recurrent layers, but not embeddings), as a text such
-    as "2 Conv2d". Layers that the config excludes, that ``train_also`` trains or that are in none of
-    the blocks ``layers`` do not count. The text is empty if the targets are not "all-linear"."""
+    as "2 Conv2d". Layers that the config excludes, that ``train_also`` trains or that are in none
+    of the blocks ``layers`` do not count. The text is empty if the targets are not "all-linear"."""
     if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
     excluded_weights = excluded_refs(model_index, config, [])
