@@ -168,11 +168,11 @@ def prove(
     """Verify byte by byte that ``out`` is the result of ``merge_checkpoint`` with these arguments.
     Tensors that the merge copied are compared with the base's, and merged tensors with the results
     of a new merge in memory. The configuration and tokenizer files are compared too. Returns the
-    number of tensors in ``out``. Nothing is written.
+    number of tensors in ``out``. Nothing is written. Arguments that ``merge_checkpoint`` refuses
+    raise the same errors here.
 
     Raises:
         MergeError: tensors or files differ; the error lists them.
-        Also the errors with which ``merge_checkpoint`` refuses its arguments.
     """
     job = plan_job(base, adapters, dtype, rounding, False, model)
     merged_checkpoint = open_checkpoint(out)
