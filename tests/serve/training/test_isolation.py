@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -159,6 +160,23 @@ def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, m
         assert path not in words
         assert category == "user"
         other.step()
+
+
+def test_a_checkpoint_that_a_full_disk_refuses_names_no_path(base, tmp_path, monkeypatch):
+    service = open_service(base, None, train=str(tmp_path))
+    trainer = training_of(service).worker.trainer
+    with listening(service) as (url, _):
+        run = trained_run(Client(url))
+        with monkeypatch.context() as full_disk:
+            path = str(tmp_path / "runs" / "1" / "weights")
+            error = OSError(28, "No space left on device", path)
+            full_disk.setattr(trainer, "export", Mock(side_effect=error))
+            words, category = failure_of(lambda: run.save("first"))
+        assert "No space left on device" in words
+        assert "Do: try again" in words
+        assert str(tmp_path) not in words
+        assert category == "server"
+        assert run.save("first").endswith("first")
 
 
 def test_a_server_that_ends_writes_each_state_that_can_be_written(base, tmp_path, monkeypatch):

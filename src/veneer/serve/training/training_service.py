@@ -36,6 +36,7 @@ from veneer.serve.training.quotas import check_quota
 from veneer.serve.training.run_trainer import FairLock, Trainer
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Checkpoint, Store
+from veneer.serve.training.wire import disk_failure
 from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
@@ -154,13 +155,7 @@ class Training:
         try:
             return await writing
         except (sqlite3.Error, OSError) as error:
-            raise Refusal(
-                503,
-                f"a folder that cannot be written ({error})",
-                "one that can",
-                "try again, or tell whoever runs the server",
-                code="disk",
-            ) from error
+            raise Refusal(503, *disk_failure(error), code="disk") from error
 
     def record_heartbeat(self, session_id: str) -> None:
         with self._lock:

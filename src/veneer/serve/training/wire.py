@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from veneer.errors import DataError
+from veneer.errors import DataError, sentence
 from veneer.serve.training.losses import Datum
 
 #: name of a message -> name of a field -> (number of the field, type). A type that begins with a
@@ -136,10 +136,25 @@ class Answer(NamedTuple):
     binary: bool = False
 
 
+def disk_failure(error: Exception) -> tuple[str, str, str]:
+    """The texts (found, expected, do) for a client whose request failed because of a disk.
+    ``error``: an error of SQLite or the system. The paths that an ``OSError`` names are not shown
+    to clients."""
+    reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+    return (
+        f"a folder of the server that cannot be read or written ({reason})",
+        "one that can",
+        "try again, or tell whoever runs the server",
+    )
+
+
 def failure_answer(error: BaseException, is_bug: bool = False) -> Answer:
     """The JSON answer to a request that failed with ``error``. ``is_bug``: the server is at fault,
     not the client; the text then begins with the error's class."""
-    error_text = f"{type(error).__name__}: {error}" if is_bug else str(error)
+    if isinstance(error, OSError):
+        error_text = sentence(*disk_failure(error))
+    else:
+        error_text = f"{type(error).__name__}: {error}" if is_bug else str(error)
     category = "server" if is_bug else "user"
     return Answer(json.dumps({"error": error_text, "category": category}).encode())
 
