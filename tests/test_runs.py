@@ -153,7 +153,10 @@ def test_inference_mode_inside_and_outside(kind, number):
         assert torch.equal(flat(module(*args)), merged)
     assert error(merged, inside) < 1e-5
     veneer.unmerge(module)
-    assert torch.equal(flat(module(*args)), inside)
+    with torch.no_grad():
+        assert torch.equal(flat(module(*args)), inside)
+    # with gradients another kernel may compute a single row, which rounds in another order
+    assert error(flat(module(*args)), inside) < 1e-6
     flat(module(*args)).square().sum().backward()  # what was attached inside can be trained outside
     for key, parameter in module.named_parameters():
         assert (parameter.grad is not None) == ("veneer" in key)
