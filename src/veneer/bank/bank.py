@@ -290,8 +290,7 @@ class Bank:
         row i of the inputs. All beams and returned sequences of a row use the row's adapter.
 
         Raises:
-            SelectionError: as ``rows``; also for several sequences a row from an encoder-decoder.
-            AdapterError, BaseMismatchError, BankFullError: as ``rows``.
+            SelectionError: several sequences a row from an encoder-decoder. Others as ``rows``.
         """
         model: Any = self.model
         sequence_count = sequences_per_row(model, kwargs)

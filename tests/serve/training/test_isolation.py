@@ -162,7 +162,7 @@ def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, m
         other.step()
 
 
-def test_a_checkpoint_that_a_full_disk_refuses_names_no_path(base, tmp_path, monkeypatch):
+def test_a_checkpoint_that_a_full_disk_refuses_names_no_path(base, tmp_path, monkeypatch, caplog):
     service = open_service(base, None, train=str(tmp_path))
     trainer = training_of(service).worker.trainer
     with listening(service) as (url, _):
@@ -176,6 +176,8 @@ def test_a_checkpoint_that_a_full_disk_refuses_names_no_path(base, tmp_path, mon
         assert "Do: try again" in words
         assert str(tmp_path) not in words
         assert category == "server"
+        (record,) = [record for record in caplog.records if "No space left" in record.getMessage()]
+        assert not record.exc_info  # a full disk needs no traceback
         assert run.save("first").endswith("first")
 
 

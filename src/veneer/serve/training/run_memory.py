@@ -27,9 +27,9 @@ from veneer.serve.training.store import SUCCEEDED, Store
 log = logging.getLogger("veneer.serve.training")
 
 
-def log_failure(text: str, error: Exception) -> None:
-    """Log an error of an action that will be tried again. ``text``: what failed. The traceback is
-    logged too, except for an error of the disk, because a full disk would log it at each try."""
+def log_failure(text: str, error: BaseException) -> None:
+    """Log an error for whoever runs the server. ``text``: what failed. The traceback is logged too,
+    except for an error of the disk, because a full disk would log it at each try."""
     is_disk_error = isinstance(error, (OSError, sqlite3.Error))
     log.error("%s: %s", text, error, exc_info=None if is_disk_error else error)
 
@@ -187,10 +187,10 @@ class RunMemory:
         log.warning("%s has failed: %s", active_run.run_id, reason)
         try:
             self._store.record_failure(active_run.run_id, reason)
-        except (sqlite3.Error, OSError):
+        except (sqlite3.Error, OSError) as error:
             # Only log the error: after a restart, the failure is detected again by computing the
             # same requests.
-            log.exception("%s: its failure could not be written", active_run.run_id)
+            log_failure(f"{active_run.run_id}: its failure could not be written", error)
 
     def write_state_if_due(self, active_run: ActiveRun) -> None:
         """Write the state of a run in memory, except in two cases. If no request was answered since

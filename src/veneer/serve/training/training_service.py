@@ -33,6 +33,7 @@ from veneer.serve.requests import Busy
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, adapter_folder
 from veneer.serve.training.quotas import check_quota
+from veneer.serve.training.run_memory import log_failure
 from veneer.serve.training.run_trainer import FairLock, Trainer
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Checkpoint, Store
@@ -219,7 +220,7 @@ class Training:
                 self.store.settle_tokens, key.owner, max_tokens, used_tokens
             )
             settle_future.add_done_callback(
-                partial(_log_failure, f"{used_tokens} tokens of {key.owner} were not counted")
+                partial(_log_future_error, f"{used_tokens} tokens of {key.owner} were not counted")
             )
 
         return charge
@@ -270,15 +271,15 @@ class Training:
                     self.worker.memory.evict(active_run)
 
         self.worker.submit(evict_idle_runs).add_done_callback(
-            partial(_log_failure, f"the runs of session {session_id} are still in memory")
+            partial(_log_future_error, f"the runs of session {session_id} are still in memory")
         )
 
     def _check_sessions(self) -> None:
         while not self._stop.wait(CHECK_SECONDS):
             try:
                 self.clean_up()
-            except Exception:
-                log.exception("a check of the sessions failed")
+            except Exception as error:
+                log_failure("a check of the sessions failed", error)
 
     def clean_up(self) -> None:
         """Free the resources of silent clients, queue errors in place of requests that never
@@ -297,7 +298,7 @@ class Training:
         for session_id in silent_session_ids:
             self.evict_session(session_id)
         self.worker.submit(self._delete_old_checkpoints).add_done_callback(
-            partial(_log_failure, "old checkpoints are still there")
+            partial(_log_future_error, "old checkpoints are still there")
         )
 
     def _delete_old_checkpoints(self) -> None:
@@ -308,8 +309,8 @@ class Training:
         for checkpoint in [*self.store.expired_checkpoints(), *unused_checkpoints]:
             try:
                 self.operations.delete(checkpoint)
-            except (VeneerError, OSError, sqlite3.Error):  # continue with the other checkpoints
-                log.exception("%s could not be deleted", checkpoint.path)
+            except (VeneerError, OSError, sqlite3.Error) as error:  # continue with the others
+                log_failure(f"{checkpoint.path} could not be deleted", error)
             else:
                 with self._lock:
                     self._recent_adapters.pop(checkpoint.path, None)
@@ -382,10 +383,10 @@ class Training:
             ]
 
 
-def _log_failure(message: str, future: Future[None]) -> None:
-    """Log the error of a future that is done, with its traceback; do nothing if it succeeded."""
+def _log_future_error(text: str, future: Future[None]) -> None:
+    """``log_failure`` of the error of a future that is done; do nothing if it succeeded."""
     if (error := future.exception()) is not None:
-        log.error(message, exc_info=error)
+        log_failure(text, error)
 
 
 def training_of(service: Any) -> Training:

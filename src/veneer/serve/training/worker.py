@@ -287,7 +287,7 @@ class Worker:
             log.info("%s: request %d failed: %s", active_run.run_id, request.seq, error)
             answer, status = failure_answer(error), FAILED
         except Exception as error:
-            log.exception("%s: request %d failed", active_run.run_id, request.seq)
+            log_failure(f"{active_run.run_id}: request {request.seq} failed", error)
             answer, status = failure_answer(error, is_bug=True), FAILED
             # The request may have changed the run in part, so load the run from the disk again.
             if request.kind in REPLAYED_KINDS:
@@ -360,7 +360,7 @@ class Worker:
         except Exception as error:
             is_bug = not isinstance(error, VeneerError)
             if is_bug:
-                log.exception("%s: request %d failed", active_run.run_id, request.seq)
+                log_failure(f"{active_run.run_id}: request {request.seq} failed", error)
             self._store_answer(active_run, request.seq, failure_answer(error, is_bug), FAILED)
             if active_run.owner:  # uncount the tokens, which were counted when it was accepted
                 self.store.count_tokens(active_run.owner, -read_header(request.body).token_count)
