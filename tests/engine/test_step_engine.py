@@ -120,6 +120,15 @@ def test_a_forward_has_outputs_or_losses_and_no_gradients():
         assert not engine.adapters[name].has_gradients
 
 
+def test_a_forward_of_one_adapter_draws_as_one_of_several_from_its_stream_alone():
+    joined, alone = create_engine(), create_engine()
+    expected = joined.forward(create_requests(joined)).values["a"]
+    state = torch.get_rng_state()
+    value = alone.forward({"a": create_requests(alone)["a"]}).values["a"]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(value, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("max_norm", [0.5, 50.0])
 def test_clipping_has_the_bits_of_torch(dtype, max_norm):

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -217,8 +217,7 @@ class StepEngine:
         it."""
         result = PassResult({}, {})
         for group in _group_requests(requests):
-            selection, dropout = self._select_adapters(group)
-            with torch.no_grad(), context.override(selection), dropout:
+            with torch.no_grad(), self._use_adapters(group) as dropout, dropout:
                 result.values.update(self._compute_values(group, result.failures, keep_going))
         return result
 
@@ -226,11 +225,7 @@ class StepEngine:
         """Run the forward and the backward of a group of requests that share a forward. Add the
         losses and errors to ``result``. ``SelectionError``: the base drew random numbers for the
         rows of several adapters together, so an adapter's results would depend on the others."""
-        with ExitStack() as stack:
-            selection, dropout = self._select_adapters(group)
-            stack.enter_context(context.override(selection))
-            if len(group) == 1:
-                stack.enter_context(self.adapters[next(iter(group))].stream)
+        with self._use_adapters(group) as dropout:
             states_before = generator_states(self._devices)
             with dropout:
                 losses = self._compute_values(group, result.failures, keep_going, _check_loss)
@@ -282,6 +277,16 @@ class StepEngine:
                 continue
             values[name] = value
         return values
+
+    @contextmanager
+    def _use_adapters(self, group: Requests) -> Iterator[AbstractContextManager[Any]]:
+        """Select the adapters of ``group`` for calls of the model. A single adapter's stream also
+        draws all random numbers in the block. Yields the context for the forward in which the
+        base's dropout draws for each of several adapters from its stream."""
+        selection, dropout = self._select_adapters(group)
+        stream = self.adapters[next(iter(group))].stream if len(group) == 1 else nullcontext()
+        with context.override(selection), stream:
+            yield dropout
 
     def _select_adapters(
         self, group: Requests
