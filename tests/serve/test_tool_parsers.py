@@ -85,6 +85,9 @@ CASES = {
         [("f", {"days": 2, "city": "x"})],
     ),
     "deepseek_v3": ("deepseek_v3", f"Hm.{BEGIN}{V3}\n{V3}{END}", ["Hm.", ("f", {}), ("f", {})]),
+    "deepseek_v3, no end tag": (
+        "deepseek_v3", f"{BEGIN}{V3.removesuffix("<｜tool▁call▁end｜>")}\n{V3}{END}", [("f", {}), ("f", {})],
+    ),
     "deepseek_v31": ("deepseek_v31", f"{BEGIN}{V31}{V31}{END}", [("f", {}), ("f", {})]),
 }  # fmt: skip
 

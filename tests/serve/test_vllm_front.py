@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -227,6 +228,15 @@ def test_an_adapter_changes_only_after_a_load_that_reads_its_copy(base, adapters
     lease.release()
     until(lambda: not [*folder.iterdir()])
     assert in_time == [True]
+
+
+def test_an_unknown_pin_is_refused_before_vllm_starts(base, adapters, monkeypatch):
+    start = Mock()
+    monkeypatch.setattr(vllm_front.VllmProcess, "start", start)
+    settings = settings_of(str(base), adapters=str(adapters), pin=("frensh",))
+    with pytest.raises(ConfigError, match=r"no adapter named 'frensh'.*'french'"):
+        vllm_front.start(settings, KEYS)
+    start.assert_not_called()
 
 
 def test_a_budget_puts_out_what_was_used_longest_ago(base, adapters):

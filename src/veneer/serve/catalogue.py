@@ -17,13 +17,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterError, BankFullError, LibraryError, VeneerError, nearest
+from veneer.errors import (
+    AdapterError,
+    BankFullError,
+    ConfigError,
+    LibraryError,
+    VeneerError,
+    listing,
+    nearest,
+)
 from veneer.serve.refusal import Refusal
 from veneer.serve.served_state import ServedState, lock_state, read_state, write_state
 from veneer.store import catalogue as store_catalogue
@@ -441,6 +449,18 @@ def served_folders(address: str | Path) -> Mapping[str, Path]:
     """The adapter folders that a server of ``address`` would serve, by adapter name. Raises the
     same errors as ``Catalogue``."""
     return {name: location.path for name, location in ServedNames(address).list().items()}
+
+
+def check_pinned_names(pinned_names: Sequence[str], adapters: Collection[str]) -> None:
+    """Check the names in ``--pin`` before the base is loaded, which takes long. ``adapters``: the
+    names of the adapters that will be served. ``ConfigError``: there is no adapter of a name."""
+    if unknown_names := [name for name in pinned_names if name not in adapters]:
+        raise ConfigError(
+            f"--pin, and no adapter named {unknown_names[0]!r}"
+            f"{nearest(unknown_names[0], adapters)}",
+            f"one of {listing(adapters, 8)}" if adapters else "an adapter",
+            "check --pin and --adapters",
+        )
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import torch
 
 from veneer import models
 from veneer.bank import Bank
-from veneer.errors import ConfigError, listing, nearest
+from veneer.errors import ConfigError, listing
 from veneer.kernels import batched, onednn
 from veneer.models.remote_code import with_trust_of_config
 from veneer.models.sampling_defaults import CONFIG_FILE, sampling_defaults
 from veneer.serve.access import Keyring
-from veneer.serve.catalogue import Catalogue, served_folders
+from veneer.serve.catalogue import Catalogue, check_pinned_names, served_folders
 from veneer.serve.embed import Embedder
 from veneer.serve.engine import Engine
 from veneer.serve.extension import Plugin
@@ -118,12 +118,7 @@ def _check_adapters_exist(settings: Settings) -> None:
     if settings.adapters is not None and is_remote(settings.adapters):
         return
     adapters = {} if settings.adapters is None else served_folders(settings.adapters)
-    if unknown_pins := [name for name in settings.pin if name not in adapters]:
-        raise ConfigError(
-            f"--pin, and no adapter named {unknown_pins[0]!r}{nearest(unknown_pins[0], adapters)}",
-            f"one of {listing(adapters, 8)}" if adapters else "an adapter",
-            "check --pin and --adapters",
-        )
+    check_pinned_names(settings.pin, adapters)
 
 
 def _load_causal(settings: Settings) -> Any:

@@ -36,7 +36,7 @@ from veneer.models.remote_code import with_trust_of_config
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import api, vllm
 from veneer.serve.access import Keyring
-from veneer.serve.catalogue import Catalogue, served_folders
+from veneer.serve.catalogue import Catalogue, check_pinned_names, served_folders
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import RETRY_AFTER, Refusal, body_refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD, ID_HEADER
@@ -392,14 +392,15 @@ def start(
         on_exit: called with vLLM's exit status, in a thread, if vLLM ends without ``close``.
 
     Raises:
-        ConfigError: the settings contradict each other, or vLLM is not installed or does not start.
+        ConfigError: the settings contradict each other, there is no adapter with a name in
+            ``settings.pin``, or vLLM is not installed or does not start.
         AdapterError: vLLM cannot load some of the adapters.
-        SelectionError: there is no adapter with a name in ``settings.pin``.
     """
     must_have_keys_for_any_origin(settings, keys.is_open)
     check_parser(settings.tool_call_parser)
     program = vllm.program()
     adapter_folders = {} if settings.adapters is None else served_folders(settings.adapters)
+    check_pinned_names(settings.pin, adapter_folders)
     rank = vllm.largest_rank(adapter_folders)
     base = str(folder_of(settings.base))
     tokenizer = load_tokenizer(base)

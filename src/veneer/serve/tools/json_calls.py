@@ -204,9 +204,9 @@ class JsonCallParser(CallParser):
     #: and, in some notations, a second group for the call's id
     header_pattern: ClassVar[re.Pattern[str]]
     state_after_arguments: ClassVar[str] = "text"
-    #: the tag that ends a call, and the tag that follows it: if the model omits the first, the call
-    #: ends at the second
-    close_tags: ClassVar[tuple[str, str]]
+    #: the tag that ends a call, then the tags that may follow it: if the model omits the first, the
+    #: call ends at the next of the others
+    close_tags: ClassVar[tuple[str, ...]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -340,7 +340,7 @@ class DeepSeek(JsonCallParser):
     call_tag, state_after_call_tag = "<｜tool▁call▁begin｜>", "header"
     other_tags = (CALLS_BEGIN, CALLS_END)
     state_after_arguments = "close"
-    close_tags = (CALL_END, CALLS_END)
+    close_tags = (CALL_END, CALLS_END, call_tag)
     markers = (CALLS_BEGIN, CALLS_END, call_tag, CALL_END, SEPARATOR)
 
 
