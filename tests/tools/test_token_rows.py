@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -179,6 +180,19 @@ def test_a_merge_of_several_takes_the_tokenizer_that_knows_all_tokens_or_refuses
     ):
         merge_checkpoint(base, [adapter, fewer, other], tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_tokenizer_of_a_snapshot_in_the_hubs_cache_is_merged_too(tmp_path):
+    base = written(tmp_path / "base")
+    adapter, _ = trained(base, tmp_path / "a")
+    repository = tmp_path / "models--owner--name"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(adapter, blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+    merge_checkpoint(base, [snapshot], tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("<c>").input_ids == [261]
 
 
 def test_what_has_no_place_for_tokens_says_so(tmp_path):

@@ -71,11 +71,9 @@ def trains_tokens(path: Path) -> bool:
 
 def tokenizer_folder(path: Path) -> Path | None:
     """``path`` itself if the adapter in this folder trains tokens and the folder has a tokenizer;
-    else None. A tokenizer does not count if neither tokenizer.json nor tokenizer_config.json is a
-    file of the folder itself (not a link), or if any of its files is a link out of the folder."""
-    has_tokenizer = any(
-        (path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER_FILES[:2]
-    )
+    else None. A tokenizer needs a tokenizer.json or tokenizer_config.json, and does not count if
+    any of its files is a link out of the folder (``location_problems``)."""
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES[:2])
     return (
         path
         if has_tokenizer
