@@ -37,6 +37,8 @@ LOWEST_RATE, HIGHEST_RATE, STEPS = 1e-6, 1.0, 80
 STOP_FACTOR = 1.5
 #: decay of the exponential moving average of the losses
 MEAN_DECAY = 0.8
+#: how many steps a printed table shows at most
+SHOWN_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ class RateSweep:
         power_of_ten = 10.0 ** math.floor(math.log10(rate))
         return float(f"{round(rate / power_of_ten) * power_of_ten:.0e}")
 
-    def lines(self, count: int = 16) -> list[str]:
-        """The lines of a table of about `count` steps: the rate, and the smoothed loss as a number
-        and as a bar. A header comes first."""
+    def lines(self) -> list[str]:
+        """The lines of a table of up to `SHOWN_STEPS` steps: the rate, and the smoothed loss as a
+        number and as a bar. A header comes first."""
         smoothed_losses = self.smoothed_losses
         min_loss, first_loss = min(smoothed_losses), max(smoothed_losses[0], min(smoothed_losses))
+        last_index = len(smoothed_losses) - 1
         shown_indices = sorted(
-            {round(k * (len(smoothed_losses) - 1) / (count - 1)) for k in range(count)}
+            {round(k * last_index / (SHOWN_STEPS - 1)) for k in range(SHOWN_STEPS)}
         )
         lines = ["     rate     loss"]
         for step in shown_indices:

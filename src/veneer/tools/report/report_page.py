@@ -246,7 +246,11 @@ def _similarity_section(facts: Facts) -> str:
     heading = f"<h2>Beside {escape(Path(facts['other']).name)}</h2>"
     exclusive_text = escape("; ".join(exclusive_texts))
     if not shared_layers:
-        return f"{heading}<p>They change no weight in common. {exclusive_text}</p>"
+        if any(layer["shared"] for layer in facts["layers"]):
+            reason = "In each weight that both have, the change of one of them is zero."
+        else:
+            reason = "They change no weight in common."
+        return f"{heading}<p>{reason} {exclusive_text}</p>"
     series = {}
     for verb, side in (("reads from", "read"), ("writes to", "written")):
         angle_count = min(len(layer["shared"][f"angles_{side}"]) for layer in shared_layers)
