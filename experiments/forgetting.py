@@ -34,7 +34,7 @@ PLAN = Tuned(
     arms={LORA: {"method": "lora"}, FULL: {"method": "full"}},
     rates={LORA: [2.5e-4, 5e-4, 1e-3], FULL: [2.5e-5, 5e-5, 1e-4]},
     shared={"steps": STEPS, "batch": BATCH, "every": EVERY, "target": TARGET},
-    score=f"forgetting (–: {TARGET:g} is not reached)",
+    score=f"forgetting (–: {TARGET - MARGIN:g} is not reached)",
     worst=UNREACHED,
 )
 ABOUT = f"""

@@ -34,8 +34,9 @@ configurations of full size are in `experiments/full/`, and the pages name them.
 from a grid that grows until its best rate lies inside. All methods get as many grid points and the
 same number of steps. Results are of other rows and of at least three other seeds. The 95 % interval
 of Student's t over these seeds decides: a claim held, did not hold, or cannot be told at this size.
-A page that breaks the rule is not written (`experiments/study.py`). Earlier pages broke it; each
-page says what it showed then, and [the corrections](../benchmarks.md#corrections) list it.
+A page that breaks the rule is not written (`experiments/study.py`). Earlier pages broke it;
+each page whose claims changed says what it showed then, and [the
+corrections](../benchmarks.md#corrections) list it.
 
 ```console
 make paper                       # run what is missing, then write these pages

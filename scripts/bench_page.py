@@ -74,7 +74,7 @@ README_ROWS = (
     ("peak memory of a step, 4 × 256", "step_memory", {}, "veneer", "peak"),
     ("forward pass, 256 tokens", "forward", {"tokens": 256}, "veneer", "wall"),
     ("forward pass, 1 token", "forward", {"tokens": 1}, "veneer", "wall"),
-    ("16 rows with 8 adapters, 1 token", "mixed", {}, "veneer", "wall"),
+    ("16 rows, 8 adapters, 1 token, server's cache", "mixed", {}, "veneer", "wall"),
 )
 PAGE_ROWS = (
     *README_ROWS,
@@ -236,7 +236,7 @@ def readme() -> str:
         return PENDING
     lead = _paragraph(
         "Time and memory as ratios to the frozen base's own (lower is better), of SmolLM2-135M's"
-        " shape at rank 8 on a CPU: medians, and the range between processes ([how, and all"
+        " shape (4 to 30 layers) at rank 8 on a CPU: medians, and ranges between processes ([how, and all"
         " others](docs/benchmarks.md))."
     )
     head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters"]
@@ -533,6 +533,8 @@ def _history(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
         if arm.startswith("veneer") and values:
             lines.append(f"- `{arm}`: {sparkline(values)} {values[0]:.3g} → {values[-1]:.3g}")
     count = f"{len(recorded)} record{'s' if len(recorded) > 1 else ''}"
+    if len({old["machine"] for old in recorded}) > 1:
+        count += " of different machines"
     lead = f"All that was recorded ({count}), {title}, {describe(result['cases'][0]['setting'])}:"
     return [lead, "", *lines, ""] if lines else [f"{count}.", ""]
 
