@@ -236,8 +236,8 @@ def readme() -> str:
         return PENDING
     lead = _paragraph(
         "Time and memory as ratios to the frozen base's own (lower is better), of SmolLM2-135M's"
-        " shape (4 to 30 layers) at rank 8 on a CPU: medians, and ranges between processes ([how, and all"
-        " others](docs/benchmarks.md))."
+        " shape (4 to 30 layers) at rank 8 on a CPU: medians, and ranges between processes"
+        " ([how, and all others](docs/benchmarks.md))."
     )
     head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters"]
     return "\n".join([*lead, *table(head, rows)]).rstrip()
