@@ -456,6 +456,13 @@ def test_a_fingerprint_is_of_shape_and_values_in_either_hash():
         assert found != hashing.fingerprint(weight.reshape(50_000, 3), kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_a_fingerprint_of_a_view_is_of_its_own_values(dtype):
+    column = torch.arange(12).view(6, 2).to(dtype)[:, 0]
+    for view in (column, column[:, None], column[1].expand(6)):
+        assert hashing.fingerprint(view) == hashing.fingerprint(view.contiguous())
+
+
 # ---------------------------------------------------------------------------------------------- new
 # heads
 

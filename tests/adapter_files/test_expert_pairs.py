@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.support import moe
 from tests.support.moe import build
 from tests.support.toys import error
 
@@ -114,6 +115,23 @@ def test_ranks_and_alphas_of_single_experts_are_kept(rooted, tmp_path):
     with torch.no_grad():
         assert error(model(ids).logits, expected(ids).logits) < 1e-5
     assert {change.rank for change in handle.changes.values()} == {5, 2}
+
+
+def test_experts_of_many_layers(tmp_path, monkeypatch):
+    """As many as Qwen3-30B-A3B has: ranks and alphas of 96 stacks."""
+    monkeypatch.setitem(moe._SHAPE, "num_hidden_layers", 48)
+    model, (_, *projections) = build("qwen3_moe", torch.float32), LAYOUTS["qwen3_moe"]
+    pairs = {
+        path: pair
+        for number in range(48)
+        for path, pair in pairs_of(
+            model, (f"model.layers.{number}.mlp.experts", *projections), {}, experts=[0]
+        ).items()
+    }
+    handle = veneer.load(model, written(tmp_path / "old", pairs, target_modules=projections))
+    ranks = {(path.rpartition(".")[2], change.rank) for path, change in handle.changes.items()}
+    assert len(handle.changes) == 96
+    assert ranks == {("gate_up_proj", 4), ("down_proj", 2)}
 
 
 def test_pairs_beside_other_layers_and_of_one_projection(tmp_path):

@@ -4,11 +4,13 @@ else, and what a killed writer left is settled."""
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -286,6 +288,96 @@ def test_a_plan_whose_folder_somebody_wrote_anew_is_dropped(tmp_path):
     recover(path)
     assert content(path) == {"config": "theirs", "tensors": "old"}
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+# ----------------------------------------------------------------------------------------------
+# folders of strangers
+
+
+def plan_of(*writes: Any, removes: Any = ()) -> dict[str, Any]:
+    return {"entry": "config", "writes": ["config", *writes], "removes": list(removes)}
+
+
+#: "OUTSIDE" stands for a folder beside the target folder
+HOSTILE_PLANS = {
+    "no JSON": "{",
+    "a list": [],
+    "no fields": {},
+    "no entry": {"writes": ["config"], "removes": []},
+    "an entry that is not written": {"entry": "more", "writes": ["config"], "removes": []},
+    "a text for a list": {"entry": "config", "writes": "config", "removes": []},
+    "no list of removals": {"entry": "config", "writes": ["config"]},
+    "a number for a name": plan_of(1),
+    "an empty name": plan_of(""),
+    "a name that no system takes": plan_of(removes=["a\0b"]),
+    "an absolute removal": plan_of(removes=["OUTSIDE/secret"]),
+    "a removal outside": plan_of(removes=["../OUTSIDE/secret"]),
+    "a removal through a link": plan_of(removes=["linked/secret"]),
+    "a file to a place outside": plan_of("../escaped"),
+    "a file to an absolute place": plan_of("OUTSIDE/escaped"),
+    "a file through a link": plan_of("linked/escaped"),
+    "a file from a link": plan_of("hidden/secret"),
+    "a link among the files": plan_of("link"),
+    "a folder among the files": plan_of("hiding"),
+}
+
+
+def plant(path: Path, plan: Any) -> Path:
+    """A temporary folder in ``path`` as a stranger may send one: no writer has left it."""
+    outside, container = path.parent / "outside", path / ".veneer-abc12345.tmp"
+    fill(path, "theirs", "tensors")
+    fill(outside, "theirs", "secret", "config")
+    (path / "linked").symlink_to(outside)
+    fill(container / NEW, "new", "config", "linked/escaped", "hiding/x")
+    fill(container, "new", "escaped")
+    (container / NEW / "hidden").symlink_to(outside)
+    (container / NEW / "link").symlink_to(outside / "secret")
+    text = plan if isinstance(plan, str) else json.dumps(plan)
+    text = text.replace("../OUTSIDE", "../outside").replace("OUTSIDE", str(outside))
+    (container / temporary.PLAN).write_text(text)
+    return container
+
+
+@pytest.mark.parametrize("plan", HOSTILE_PLANS.values(), ids=list(HOSTILE_PLANS))
+def test_a_plan_that_leads_elsewhere_is_not_followed(tmp_path, plan):
+    """Nothing is moved, removed or created, whatever the plan says."""
+    plant(tmp_path / "run", plan)
+    before = content(tmp_path)
+    recover(tmp_path / "run")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [temporary.LOCK, temporary.PLAN, NEW, "."])
+def test_a_temporary_folder_with_links_is_left_alone(tmp_path, name):
+    container = plant(tmp_path / "run", plan_of())
+    linked = container / name
+    target = tmp_path / "outside" / ("secret" if name in (temporary.LOCK, temporary.PLAN) else "")
+    temporary.remove(linked)
+    linked.symlink_to(target)
+    before = content(tmp_path)
+    recover(tmp_path / "run")
+    assert content(tmp_path) == before
+    assert linked.is_symlink()
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_lock_that_is_no_file_is_no_error(tmp_path, within):
+    container = plant(tmp_path / "run", plan_of())
+    lock = container / temporary.LOCK if within else tmp_path / "run" / temporary.FOLDER_LOCK
+    lock.mkdir()
+    before = content(tmp_path)
+    recover(tmp_path / "run")
+    assert content(tmp_path) == before
+
+
+def test_a_replacement_that_the_system_refuses_is_told(tmp_path):
+    plant(tmp_path / "run", plan_of("tensors"))
+    (tmp_path / "run" / "tensors").unlink()
+    fill(tmp_path / "run", "theirs", "tensors/x")
+    fill(tmp_path / "run" / ".veneer-abc12345.tmp" / NEW, "new", "tensors")
+    (text,) = temporary.recovery_problems(tmp_path / "run")
+    assert "a replacement of files that cannot be finished" in text
+    assert content(tmp_path / "run")["tensors/x"] == "theirs"
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -346,6 +346,22 @@ def test_a_link_inside_the_folder_and_to_the_folder(tmp_path):
     veneer.load(small(), tmp_path / "link")
 
 
+def test_a_plan_in_a_folder_without_a_config_reaches_no_other_file(tmp_path):
+    """Such a folder is read as if a killed writer had left it."""
+    path, other = small_adapter(tmp_path / "adapter"), tmp_path / "notes.txt"
+    container = path / ".veneer-abc12345.tmp"
+    (container / "new").mkdir(parents=True)
+    shutil.move(path / CONFIG, container / "new" / CONFIG)
+    other.write_text("mine")
+    for removes in ([str(other)], ["../notes.txt"], None):
+        plan = {"entry": CONFIG, "writes": [CONFIG], "removes": removes}
+        (container / "plan.json").write_text(json.dumps(plan))
+        refused(small(), path, f"no {CONFIG} in")
+    assert other.read_text() == "mine"
+    (container / "plan.json").write_text(json.dumps({**plan, "removes": []}))
+    veneer.load(small(), path)
+
+
 @pytest.mark.parametrize("inside", ["", "sub"])
 def test_the_cache_of_the_hub(tmp_path, inside):
     """models--owner--name/snapshots/<revision>/<file> -> ../../blobs/<hash>, as huggingface_hub

@@ -105,7 +105,7 @@ def stack_experts(
     ]
     for field, attribute in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
         patterns = {
-            f"^{re.escape(weight_path)}$": getattr(layer, attribute)
+            f"^{re.escape(weight_path)}": getattr(layer, attribute)
             for weight_path, layer in {**parameter_layers, **module_layers}.items()
         }
         peft_config[field] = {**patterns, **(peft_config.get(field) or {})}

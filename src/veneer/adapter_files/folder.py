@@ -43,7 +43,7 @@ from veneer.adapter_files.tuner_folder import TunerFolder, UnknownShapes, conver
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
-from veneer.fileio.temporary import recover
+from veneer.fileio.temporary import recovery_problems
 from veneer.fileio.tensors import read_tensors
 from veneer.fileio.untrusted import (
     json_object,
@@ -286,13 +286,17 @@ def _report_unwritten(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read(path: str | Path, weights: WeightLookup | None = None) -> AdapterFiles:
+def read(
+    path: str | Path, weights: WeightLookup | None = None, *, with_base: bool = False
+) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
 
     Args:
         weights: a function that returns the shape and dtype of a base's weight by its path, which
             some tuners of PEFT need. Without it, any access to ``low`` of a VeRA folder raises an
             AdapterError, as the shapes of its changes are unknown.
+        with_base: whether to accept adapters that only their base converts to changes of weights
+            (PiSSA, ``lora_bias``), because the caller loads them on it. ``weights`` implies it.
 
     Raises:
         AdapterError: a file is missing, truncated, altered, a pickle or a link that leaves the
@@ -317,7 +321,7 @@ def read(path: str | Path, weights: WeightLookup | None = None) -> AdapterFiles:
         parameters = read_parameters(path, record)
         require_unchanged(compare_hashes(path, record, peft_config, tensors, parameters), path)
     lora_config, all_tensors = peft_tokens.convert_to_lora(peft_config, tensors)
-    check_config(lora_config, record is not None, weights is not None)
+    check_config(lora_config, record is not None, with_base or weights is not None)
     problems = list(number_problems({**all_tensors, **parameters}, "get another copy"))
     raise_all(AdapterError, f"{path} cannot be used", problems)
     if record is not None:
@@ -427,19 +431,15 @@ def _fetch_advice(path: str) -> str:
 def folder_problems(path: Path) -> list[str]:
     """The problems that keep a folder from being read: missing files, links, pickles. If a process
     was killed while it replaced the files, this function first completes the replacement."""
-    if not (path / peft.CONFIG).is_file():
-        recover(path.resolve())
+    problems = [] if (path / peft.CONFIG).is_file() else recovery_problems(path.resolve())
     if not path.is_dir():
         return [sentence(f"no folder {path}", "an adapter folder", _fetch_advice(str(path)))]
-    problems = [*pickle_problems(path), *location_problems(path, file_names.FILES)]
+    problems += [*pickle_problems(path), *location_problems(path, file_names.FILES)]
     missing_files = [name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()]
     if missing_files and not problems:
         problem = f"no {' and no '.join(missing_files)} in {path}"
-        problems.append(
-            sentence(
-                problem, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"
-            )
-        )
+        expected, advice = f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"
+        problems.append(sentence(problem, expected, advice))
     return problems
 
 

@@ -93,7 +93,7 @@ def _update_hash(hasher: Any, tensor: Tensor) -> None:
         return
     block_size = DEVICE_BLOCK if tensor.device.type != "cpu" else max(1, len(flat_values))
     for start in range(0, len(flat_values), block_size):
-        block = flat_values[start : start + block_size].to(dtype).cpu()
+        block = flat_values[start : start + block_size].to(dtype).cpu().contiguous()
         hasher.update(memory_of(block))
 
 

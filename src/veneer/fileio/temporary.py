@@ -12,6 +12,10 @@ the new ``entry``. So a reader sees the old files, the new files, or a folder th
 the writer is killed meanwhile, ``recover`` continues from the plan and the files that are left in
 new/. Rejected: a new folder with hard links to the files to keep, because processes whose working
 directory is the old folder would lose it.
+
+A folder that a stranger wrote may hold a temporary folder too. ``recover`` leaves a temporary
+folder alone that no writer of Veneer can have left: one with links, or with a plan whose names lead
+out of the target folder.
 """
 
 from __future__ import annotations
@@ -21,13 +25,16 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from veneer.errors import AdapterError, first_line, sentence
 from veneer.fileio.locks import acquire, hold_lock
+from veneer.fileio.untrusted import read_json
 
 #: names of the entries of a temporary folder (see the top of this file)
 NEW, LOCK, PLAN = "new", "lock", "plan.json"
@@ -68,7 +75,8 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
 
 def recover(path: Path) -> None:
     """Clean up the temporary folders of killed writers of ``path``: if there is a plan, finish
-    replacing files, then remove the folder. Folders of running processes stay."""
+    replacing files, then remove the folder. Folders of running processes stay, and so do folders
+    that no writer can have left (``_may_be_ours``)."""
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING_PATTERN.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
@@ -77,6 +85,20 @@ def recover(path: Path) -> None:
     for inner_folder in sorted(path.iterdir()) if path.is_dir() else ():
         if INNER_PATTERN.fullmatch(inner_folder.name):
             _finish_or_remove(inner_folder, path)
+
+
+def recovery_problems(path: Path) -> list[str]:
+    """Call ``recover``. Return an error text if the operating system refuses to move or remove the
+    files that a killed writer left; else an empty list."""
+    try:
+        recover(path)
+    except OSError as error:
+        problem = (
+            f"{path}, in which a killed process left a replacement of files that cannot be finished"
+            f" ({first_line(error)})"
+        )
+        return [sentence(problem, "a folder as it was saved", "get it again, or save it again")]
+    return []
 
 
 def recover_all(folder: Path) -> None:
@@ -88,7 +110,7 @@ def recover_all(folder: Path) -> None:
 
 
 def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
-    if not temporary_folder.is_dir():
+    if not _may_be_ours(temporary_folder, path):
         return
     try:
         lock = acquire(temporary_folder / LOCK)
@@ -109,6 +131,72 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
         remove(temporary_folder)
     finally:
         lock.release()
+
+
+def _may_be_ours(temporary_folder: Path, path: Path) -> bool:
+    """Return whether a writer of ``path`` can have left ``temporary_folder``: it is a folder, its
+    locks and its plan are regular files if they exist, and the plan is valid. None is a link."""
+    plan_file = temporary_folder / PLAN
+    files = (temporary_folder / LOCK, path / FOLDER_LOCK, plan_file)
+    return (
+        stat.S_ISDIR(_mode_of(temporary_folder))
+        and all(map(_is_regular_or_absent, files))
+        and (not os.path.lexists(plan_file) or _has_valid_plan(temporary_folder, path))
+    )
+
+
+def _has_valid_plan(temporary_folder: Path, path: Path) -> bool:
+    """Return whether the plan in ``temporary_folder`` has the fields that ``write_plan`` writes,
+    and moves regular files only, from ``new/`` to places within ``path``, through no link."""
+    try:
+        plan = read_json(temporary_folder / PLAN)
+    except (AdapterError, OSError):
+        return False
+    entry_name, written_names, removed_names = (
+        plan.get(field) for field in ("entry", "writes", "removes")
+    )
+    return (
+        isinstance(written_names, list)
+        and isinstance(removed_names, list)
+        and entry_name in written_names
+        and all(_is_inner_name(name, path) for name in (*written_names, *removed_names))
+        and all(
+            _is_inner_name(f"{NEW}/{name}", temporary_folder)
+            and _is_regular_or_absent(temporary_folder / NEW / name)
+            for name in written_names
+        )
+    )
+
+
+def _is_inner_name(name: Any, folder: Path) -> bool:
+    """Return whether ``name`` is the relative path of a file within ``folder``, of which no parent
+    below ``folder`` is a link."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    relative_path = PurePath(name)
+    return (
+        bool(relative_path.parts)
+        and not relative_path.anchor
+        and ".." not in relative_path.parts
+        and not any(
+            stat.S_ISLNK(_mode_of(folder / parent)) for parent in relative_path.parents[:-1]
+        )
+    )
+
+
+def _is_regular_or_absent(path: Path) -> bool:
+    """Return whether ``path`` is a regular file and no link, or does not exist."""
+    mode = _mode_of(path)
+    return not mode or stat.S_ISREG(mode)
+
+
+def _mode_of(path: Path) -> int:
+    """Return the type and permissions of ``path`` itself, as a link if it is one; 0 if it does not
+    exist, or is in a folder that cannot be read."""
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return 0
 
 
 def _put_back(moved_folder: Path, path: Path) -> None:
