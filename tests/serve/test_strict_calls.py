@@ -9,6 +9,7 @@ import random
 import jsonschema
 import pytest
 
+from veneer.serve.refusal import Refusal
 from veneer.serve.tools.choose import PARSERS
 from veneer.serve.tools.deltas import Call, join_deltas
 from veneer.serve.tools.strict import strict_grammar
@@ -58,7 +59,7 @@ CASES = {
         f"[TOOL_CALLS]f[ARGS]{WRONG}", '"days": 1',
     ),
     "pythonic": (
-        '[f(city="bern", days=2, unit="F", near=[true]), g(a=None, b={"c": 1}), get-time()]',
+        '[f(city="bern", days=2, unit="F", near=[true]), g(a=None, user-id={"c": 1}), get-time()]',
         "[f(city=\"bern\", unit='C')]", '"bern", ',
     ),
     "qwen3_coder": (f"Hm. {XML.format(2)}\n{XML.format(9)}", XML.format(12), "<parameter=days>\n1"),
@@ -145,6 +146,35 @@ def test_whatever_may_be_written_is_read_as_valid_calls(name, seed, tokenizer):
     for call in calls:
         assert isinstance(call, Call)
         jsonschema.validate(json.loads(call.arguments), tools[call.name])
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+def test_a_parameter_may_have_a_name_that_is_none_in_python(name, tokenizer):
+    arguments = {"from": 1, "user-id": 2, "$top": 3, "max results": 4}
+    properties = {key: {"type": "integer"} for key in arguments}
+    tools = {"2fa": {"type": "object", "properties": properties, "required": [*arguments]}}
+    text = f"[2fa({', '.join(f'{key}={value}' for key, value in arguments.items())})]"
+    if name == "qwen3_coder":
+        pairs = (f"<parameter={key}>{value}</parameter>" for key, value in arguments.items())
+        text = f"<tool_call>\n<function=2fa>\n{''.join(pairs)}</function>\n</tool_call>"
+    matcher = new_matcher(tokenizer, name, tools, {"2fa"})
+    assert matcher.try_consume_tokens(tokenizer.tokenize_str(text)) == len(text.encode())
+    assert matcher.is_accepting()
+    (call,) = read(name, text, tools)
+    assert (call.name, json.loads(call.arguments)) == ("2fa", arguments)
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+def test_required_parameters_are_a_list_of_texts(name):
+    def grammar(**fields):
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, **fields}
+        return strict_grammar(PARSERS[name], {"f": schema}, {"f"}, {}).text
+
+    assert grammar(required=None) == grammar() == grammar(required=[]) != grammar(required=["a"])
+    for required in (True, False, 5, "a", {"a": True}, ["a", 1]):
+        with pytest.raises(Refusal, match=r"in 'required' of the parameters of 'f'") as caught:
+            grammar(required=required)
+        assert (caught.value.status, caught.value.param) == (400, "tools")
 
 
 def test_tags_that_are_special_tokens_stand_by_their_ids():

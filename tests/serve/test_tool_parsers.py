@@ -52,6 +52,10 @@ CASES = {
     ),
     "hermes, arguments as a text": ("hermes", hermes(json.dumps(RAW)), [("f", ARGUMENTS)]),
     "hermes, none": ("hermes", '<tool_call>{"name": "f"}</tool_call>', [("f", {})]),
+    "hermes, half a character as a name": (
+        "hermes", r'<tool_call>{"name": "\ud83d", "arguments": {}}</tool_call>',
+        [r'<tool_call>{"name": "\ud83d", "arguments": {}}</tool_call>'],
+    ),
     "hermes, no JSON": ("hermes", "<tool_call>f()</tool_call>", ["<tool_call>f()</tool_call>"]),
     "hermes, no call": ("hermes", '<tool_call>{"a": 1}', ['<tool_call>{"a": 1}']),
     "llama": ("llama3_json", hermes(key="parameters").split("\n")[1], [("f", ARGUMENTS)]),
@@ -78,15 +82,32 @@ CASES = {
     "pythonic, text": ("pythonic", "[1, 2] is a list", ["[1, 2] is a list"]),
     "pythonic, code": ("pythonic", "[f(x=g()), 1]", ["[f(x=g()), 1]"]),
     "pythonic, cut": ("pythonic", "[f(x=1", ["[f(x=1"]),
+    "pythonic, a name twice": ("pythonic", "[f(x=1, x=2)]", ["[f(x=1, x=2)]"]),
+    "pythonic, names that are none in Python": (
+        "pythonic", '[2fa(from="a=b", in=[1, "x,)"], user-id = -3, $top={"a": 1}, max results=true, a[b]=0)]',
+        [("2fa", {"from": "a=b", "in": [1, "x,)"], "user-id": -3, "$top": {"a": 1}, "max results": True, "a[b]": 0})],
+    ),
+    "pythonic, lines": (
+        "pythonic", '[\n  f(\n    a="x"\n    "y",\n    b=2,\n  )\n]', [("f", {"a": "xy", "b": 2})],
+    ),
+    "pythonic, escapes": ("pythonic", r'[f(a="\ud83d\ude00 \u00e9")]', [("f", {"a": "😀 é"})]),
+    "pythonic, comparison": ("pythonic", "[f(x >= 1)]", ["[f(x >= 1)]"]),
+    "pythonic, no value": ("pythonic", "[f(a=)]", ["[f(a=)]"]),
+    "pythonic, empty argument": ("pythonic", "[f(a=1,,)]", ["[f(a=1,,)]"]),
+    "pythonic, called again": ("pythonic", "[f(a=1).g(b=2)]", ["[f(a=1).g(b=2)]"]),
     "xml": ("qwen3_coder", f"Hm. {XML}", ["Hm.", ("f", XML_ARGUMENTS)]),
     "xml, two": ("qwen3_xml", XML + XML, [("f", XML_ARGUMENTS)] * 2),
+    "xml, a name with a space": (
+        "qwen3_xml", "<function=f>\n<parameter=max results>\n3\n</parameter>\n</function>",
+        [("f", {"max results": "3"})],
+    ),
     "xml, no end tags": (
         "qwen3_xml", "<function=f>\n<parameter=days>\n2\n<parameter=city>\nx\n</function>",
         [("f", {"days": 2, "city": "x"})],
     ),
     "deepseek_v3": ("deepseek_v3", f"Hm.{BEGIN}{V3}\n{V3}{END}", ["Hm.", ("f", {}), ("f", {})]),
     "deepseek_v3, no end tag": (
-        "deepseek_v3", f"{BEGIN}{V3.removesuffix("<｜tool▁call▁end｜>")}\n{V3}{END}", [("f", {}), ("f", {})],
+        "deepseek_v3", f"{BEGIN}{V3.split('```<')[0]}```\n{V3}{END}", [("f", {}), ("f", {})],
     ),
     "deepseek_v31": ("deepseek_v31", f"{BEGIN}{V31}{V31}{END}", [("f", {}), ("f", {})]),
 }  # fmt: skip
@@ -153,6 +174,20 @@ def test_any_text_in_any_pieces_gives_the_same(data, name):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "arguments"),
+    [
+        ("pythonic", r'[f(a="\ud83d")]', rb'{"a": "\ud83d"}'),
+        ("hermes", hermes(r'"\ud83d"'), rb'"\ud83d"'),
+    ],
+)
+def test_half_a_surrogate_pair_stays_an_escape(name, text, arguments):
+    """UTF-8 cannot encode it, so no response could have it."""
+    deltas, _ = parse(name, text)
+    (call,) = join_deltas(deltas)
+    assert call.arguments.encode() == arguments
+
+
 def test_arguments_are_passed_on_as_they_come():
     parser = PARSERS["hermes"]()
     text, call = parser.feed('Hm.\n\n<tool_call>{"name": "f", "argum')
@@ -204,6 +239,9 @@ def test_mistral_has_ids_of_its_own_kind():
         ("pythonic", "[f(a=" + "(" * 8000 + ")" * 8001 + "]"),
         ("qwen3_xml", "<function=f><parameter=a>" + "[" * 8000 + "</parameter>"),
         ("qwen3_xml", "<function=" + "a " * 4000),
+        ("qwen3_xml", "<function=f><parameter=" + "a " * 4000),
+        ("qwen3_xml", "<function=f><parameter=a" + " " * 8000),
+        ("pythonic", "[f(" + "a=1," * 2000 + ")]"),
     ],
 )
 def test_a_text_that_is_made_to_cost_much_costs_little(name, text):

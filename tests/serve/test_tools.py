@@ -498,6 +498,19 @@ def test_a_strict_schema_that_is_none_is_refused_as_openai_does(tiny):
     assert "frog" in answer.json()["error"]["message"]
 
 
+def test_required_parameters_that_are_no_list_are_refused_too(tiny, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(tiny.service, "tool_call_parser", "pythonic")
+    for required, status in ((None, 200), (5, 400)):
+        properties = {"a": {"type": "integer"}}
+        strict = tool("f", {"type": "object", "properties": properties, "required": required})
+        strict["function"]["strict"] = True
+        body = {"model": "tiny", "messages": ASKED, "max_tokens": 2, "tools": [strict]}
+        answer = httpx.post(f"{tiny.url}/v1/chat/completions", json=body)
+        assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"] == "tools"
+
+
 def test_tokens_in_the_cache_are_told_in_the_words_of_each_api(tiny):
     question = "the weather? " * 20
     chat = [{"role": "user", "content": question}]

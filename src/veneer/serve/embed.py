@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.errors import sentence
+from veneer.errors import listing, sentence
 from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
 from veneer.serve.request_log import CURRENT_RECORD
@@ -186,10 +186,11 @@ class Embedder:
         self._thread.join(timeout=30)
 
     def _queue_loaded(self, call: _Call, lease_future: Future[Any]) -> None:
-        """Put a call into the queue, once its adapter is in memory. If loading failed or the thread
-        has stopped, end the call with an error."""
+        """Put a call into the queue, once its adapter is in memory. If loading failed, the adapter
+        has invocation tokens or the thread has stopped, end the call with an error."""
         try:
             call.lease = lease_future.result()
+            _refuse_invocation_tokens(call)
         except BaseException as error:
             self._end_call(call, error)
             return
@@ -321,6 +322,21 @@ class Embedder:
             self._waiting_by_account[call.account] -= len(call.tokenized_texts)
             self._waiting_by_account += Counter()  # drop accounts without waiting texts
             self._changed.notify_all()
+
+
+def _refuse_invocation_tokens(call: _Call) -> None:
+    """``Refusal``: an adapter of the call, with a weight other than 0, has invocation tokens
+    (activated LoRA). It would act from these tokens on, but a batch applies its adapters to all
+    tokens of a text."""
+    weighted_adapters: Any = getattr(call.lease, "uses", ())
+    if any(weight and adapter.invocation_tokens for adapter, weight in weighted_adapters):
+        raise Refusal(
+            400,
+            f"invocation tokens of {listing(map(repr, call.blend))}, on an encoder",
+            "adapters that act on every token",
+            "ask for another adapter, or for the base",
+            param="model",
+        )
 
 
 def _stopping_refusal() -> Refusal:

@@ -240,14 +240,10 @@ async def _tokenize(
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The token ids and token types of texts, or of pairs of texts. ``truncated_length``: the most
     tokens to keep of each, -1 for the context length; None: do not truncate. ``Refusal``: an input
-    has no tokens or, truncated or not, is too long."""
+    has no tokens or, truncated or not, is too long, or ``truncated_length`` leaves no token of it.
+    """
     max_input_tokens = prompts.max_prompt_tokens(service.length, truncated_length)
-    options: dict[str, Any] = {}
-    if truncated_length is not None:  # -1: to the context length
-        max_length = (
-            service.length if truncated_length < 1 else min(truncated_length, service.length)
-        )
-        options = {"truncation": True, "max_length": max_length}
+    options = _truncation_options(service, truncated_length, is_pair=len(sequences[0]) == 2)
     token_ids: list[tuple[int, ...]] = []
     token_types: list[tuple[int, ...]] = []
 
@@ -266,6 +262,28 @@ async def _tokenize(
     if not min(map(len, token_ids)):
         raise Refusal(400, "a text without a token", "at least one", "send some text")
     return token_ids, token_types
+
+
+def _truncation_options(
+    service: Service, truncated_length: int | None, *, is_pair: bool
+) -> dict[str, Any]:
+    """The arguments with which the tokenizer truncates a text, or a pair of texts if ``is_pair``.
+    ``truncated_length``: as in ``_tokenize``. ``Refusal``: it is at most the number of special
+    tokens, so that no token of the text would be left."""
+    if truncated_length is None:
+        return {}
+    if truncated_length < 1:
+        return {"truncation": True, "max_length": service.length}
+    special_count = service.tokenizer.num_special_tokens_to_add(pair=is_pair)
+    if truncated_length <= special_count:
+        raise Refusal(
+            400,
+            f"truncate_prompt_tokens {truncated_length}, with {special_count} special tokens",
+            f"-1, or at least {special_count + 1}",
+            "ask for more tokens",
+            param="truncate_prompt_tokens",
+        )
+    return {"truncation": True, "max_length": min(truncated_length, service.length)}
 
 
 def _check_lengths(token_ids: Sequence[Sequence[int]], max_tokens: int, advice: str) -> None:

@@ -11,9 +11,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from tests.serve.training.conftest import Local
 from tests.serve.training.test_service import TEXT, opened, texts, trained_run
 from tests.support.api_server import listening, until
@@ -23,8 +25,10 @@ from tests.support.training_client import Client, Failed, Run, datum
 from veneer.errors import DataError
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.requests import Busy, Piece
+from veneer.serve.training import active_runs as active_runs_
 from veneer.serve.training import run_trainer as run_trainer_
 from veneer.serve.training import samples as samples_
+from veneer.serve.training import store as store_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
 from veneer.serve.training.run_memory import RunMemory
@@ -265,6 +269,46 @@ def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch)
         again = other.send("copy_weights", **{**asked, "model_seq_id": 1})
         assert again.status_code == 409
         assert trained.id in again.json()["error"]["message"]
+
+
+def test_a_copy_of_other_weights_under_a_name_that_is_taken_is_refused(base, tmp_path):
+    with opened(base, tmp_path) as (url, _):
+        client, other = Client(url), Client(url)
+        first, second = trained_run(client, 1).save("a"), client.run(1, seed=2).save("a")
+        copied = other.post("copy_weights", session_id=other.session, source_path=first)
+        refused = other.send("copy_weights", session_id=other.session, source_path=second)
+        assert refused.status_code == 409
+        assert copied["tinker_path"] in refused.json()["error"]["message"]
+
+
+def test_saves_for_samples_keep_as_many_adapters_in_memory_as_runs(base, tmp_path):
+    service = open_service(base, None, train=str(tmp_path), runs=1)
+    bank = training_of(service).bank
+    with listening(service) as (url, _):
+        client = Client(url)
+        run, sizes = trained_run(client, 1), set()
+        for number in range(3):
+            client.result(run.ask("save_weights_for_sampler", path=f"s{number}"))
+            sizes.add(bank.nbytes)
+        assert len(sizes) == 1
+        assert sizes != {0}
+        session = client.post(
+            "create_sampling_session",
+            session_id=client.session,
+            sampling_session_seq_id=0,
+            model_path=f"tinker://{run.id}/sampler_weights/s0",
+        )
+        assert client.sample(session["sampling_session_id"], TEXT).sequences[0].tokens
+
+
+def test_answers_are_kept_for_as_many_requests_as_may_wait():
+    assert store_.MAX_OLD_ANSWERS >= active_runs_.MAX_WAITING_REQUESTS
+
+
+def test_scores_of_a_prompt_from_logits_that_are_not_finite_are_refused():
+    logits = torch.tensor([[0.0, float("nan")], [0.0, 0.0]])
+    with pytest.raises(DataError, match="not finite"):
+        samples_._prompt_scores(logits, torch.tensor([1, 0]), Mock(Sample))
 
 
 def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(

@@ -21,7 +21,9 @@ from veneer.serve.training.training_service import training_of
 def adapter_at(path, **config):
     model = tiny_model(**SHAPE)
     handle = veneer.attach(
-        model, veneer.LoraConfig(**{"rank": 4, "targets": ["attention", "mlp"], **config})
+        model,
+        veneer.LoraConfig(**{"rank": 4, "targets": ["attention", "mlp"], **config}),
+        batches=[torch.tensor([TEXT])] if config.get("variant") == "eva" else None,
     )
     with torch.no_grad():
         for parameter in handle.parameters():
@@ -126,9 +128,10 @@ def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
         )
 
 
-def test_an_adapter_of_16_bits_is_loaded_again_by_a_client_and_after_a_kill(base, tmp_path):
+@pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"variant": "eva"}], ids=str)
+def test_an_adapter_is_loaded_again_by_a_client_and_after_a_kill(base, tmp_path, config):
     adapters, folder = tmp_path / "adapters", str(tmp_path / "runs")
-    adapter_at(adapters / "style", dtype="bfloat16")
+    adapter_at(adapters / "style", **config)
     service = open_service(base, adapters, train=folder)
     crash(service)  # no state is written: the load itself is computed again
     with listening(service) as (url, _):

@@ -9,7 +9,9 @@ import time
 
 import pytest
 from tests.serve.training.conftest import Local
+from tests.serve.training.test_from_adapters import adapter_at
 from tests.serve.training.test_service import TEXT, opened, texts
+from tests.support.adapters import TENSORS
 from tests.support.api_server import listening
 from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run, datum
@@ -65,6 +67,18 @@ def test_a_refusal_is_the_answer_to_its_number(client, name):
     local.pass_(texts(0)), local.step(0.02)
     assert run.pass_(texts(1)).loss == pytest.approx(local.pass_(texts(1)), rel=1e-3)
     assert run.save("all").endswith("/weights/all")
+
+
+def test_a_damaged_adapter_is_the_failure_of_its_number(base, tmp_path):
+    adapter = adapter_at(tmp_path / "adapters" / "style")
+    tensors = adapter / TENSORS
+    tensors.write_bytes(tensors.read_bytes()[:-9])
+    service = open_service(base, tmp_path / "adapters", train=str(tmp_path / "runs"))
+    with listening(service) as (url, _):
+        run = Client(url).run()
+        with pytest.raises(Failed, match="style"):
+            run.client.result(run.ask("load_weights", path="style", optimizer=False))
+        assert run.pass_(texts(0)).loss > 0
 
 
 def test_what_has_no_number_of_the_keys_own_run_is_refused_as_it_is(base, tmp_path):

@@ -102,7 +102,8 @@ def call_reading(
         strict_tools: names of the tools whose arguments must follow their schemas.
 
     Raises:
-        Refusal: no call is forced, and the notation in which the base writes calls is not known.
+        Refusal: no call is forced, and the notation in which the base writes calls is not known, or
+            no grammar can be written for the schema of a strict tool (``strict_grammar``).
     """
     parser_name = parser_option or detect_parser(tokenizer.chat_template)
     parser_class = None if parser_name is None else PARSERS[parser_name]

@@ -181,13 +181,16 @@ class CallObjectReader:
 
 
 def _parse_string(text: str) -> str | None:
-    """The value of the JSON string ``text``; None if the JSON is invalid or its value is not a
-    string."""
+    """The value of the JSON string ``text``. None if the JSON is invalid, or if its value is not a
+    string or cannot be encoded as UTF-8 (it has half of a surrogate pair)."""
     try:
         value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, str) else None
+        if isinstance(value, str):
+            value.encode()  # raises UnicodeEncodeError, a ValueError
+            return value
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 class JsonCallParser(CallParser):

@@ -2,8 +2,8 @@
 (Llama 3.2 and 4, ToolACE).
 
 An answer is either a list of calls or text. The parser returns a call when the call is complete.
-The call is parsed as Python, but never run. If an argument is not a literal, the call is returned
-as text.
+The values of its arguments are parsed as Python, but never run. If a value is not a literal, the
+call is returned as text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from typing import Any
 
 from veneer.serve.tools.deltas import CallParser
 
-_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_NAME = re.compile(r"[\w.-]+")
 _OPENING = re.compile(rf"\[\s*{_NAME.pattern}\(")
 #: matches a text that may become the opening of a list of calls when more text arrives: nothing, or
 #: a bracket and the beginning of a tool's name
 _PARTIAL_OPENING = re.compile(rf"(\[\s*({_NAME.pattern})?)?")
+#: matches the name of an argument. It need not be a name in Python, because a JSON schema may have
+#: properties such as "from", "user-id", "$top" and "max results". A quote belongs to a string, and
+#: one of the characters ! < > : before "=" belongs to an operator, as in f(a >= 1).
+_ARGUMENT_NAME = re.compile(r"[^\"'\n]*[^\"'\s!<>:]")
+#: matches a string, a comma or a bracket in the text of a call
+_STRING_OR_PUNCTUATION = re.compile(
+    r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[,()\[\]{}]", re.DOTALL
+)
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
@@ -105,21 +113,51 @@ def _parse_call(source: str) -> tuple[str, str] | None:
     name, bracket, _ = source.partition("(")
     if not bracket or not _NAME.fullmatch(name.strip()):
         return None
+    argument_texts = _split_arguments(source, len(name))
+    if argument_texts is None:
+        return None
     try:
-        # a tool's name may have hyphens and dots, unlike a name in Python: parse f(…) instead
-        call_node = ast.parse(f"f{source[len(name) :]}", mode="eval").body
-        if (
-            not isinstance(call_node, ast.Call)
-            or not isinstance(call_node.func, ast.Name)
-            or call_node.args
-        ):
+        arguments = dict(map(_parse_argument, argument_texts))
+        if len(arguments) < len(argument_texts):  # a name occurs twice
             return None
-        arguments = {keyword.arg: _literal(keyword.value) for keyword in call_node.keywords}
-        if None in arguments:  # a key of None comes from f(**arguments)
-            return None
-        return name.strip(), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        # the JSON is ASCII: a string may have half of a surrogate pair, which UTF-8 cannot encode
+        return name.strip(), json.dumps(arguments, allow_nan=False)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
+
+
+def _split_arguments(source: str, start: int) -> list[str] | None:
+    """The texts of the arguments of a call, which are separated by commas. ``start``: the index in
+    ``source`` of the bracket that opens them. None if the last character of ``source`` does not
+    close this bracket, as in ``f(a=1).g(b=2)``."""
+    argument_texts: list[str] = []
+    argument_start, bracket_depth = start + 1, 0
+    for match in _STRING_OR_PUNCTUATION.finditer(source, start):
+        if match[0] in ("(", "[", "{"):
+            bracket_depth += 1
+        elif match[0] in (")", "]", "}"):
+            bracket_depth -= 1
+        if not bracket_depth or (bracket_depth == 1 and match[0] == ","):
+            argument_texts.append(source[argument_start : match.start()])
+            argument_start = match.end()
+        if not bracket_depth:
+            break
+    if bracket_depth or argument_start < len(source):
+        return None
+    if not argument_texts[-1].strip():  # there are no arguments, or a comma follows the last one
+        argument_texts.pop()
+    return argument_texts
+
+
+def _parse_argument(text: str) -> tuple[str, Any]:
+    """The name and the value of one argument, ``name=value``. Raises ``SyntaxError`` or
+    ``ValueError`` if ``text`` has another form, or if its value is not a literal."""
+    name, _, value_text = text.partition("=")
+    name = name.strip()
+    if not value_text.strip() or not _ARGUMENT_NAME.fullmatch(name):
+        raise ValueError("an argument without a name or without a value")
+    # the brackets allow a value of several lines, as the brackets of the call do
+    return name, _literal(ast.parse(f"({value_text})", mode="eval").body)
 
 
 def _literal(node: ast.expr) -> Any:

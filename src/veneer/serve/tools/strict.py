@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from veneer.serve.grammars import LAYOUT
+from veneer.serve.refusal import Refusal, describe_value
 from veneer.serve.requests import Grammar
 from veneer.serve.tools.deltas import CallParser
 from veneer.serve.tools.forced import Schema, arguments_schema
@@ -59,6 +60,10 @@ def strict_grammar(
         parameters_by_tool: for each tool's name, the JSON schema of its parameters.
         strict_tools: names of the tools for which this schema is enforced.
         markers: {token id: text} of the notation's tags that are special tokens.
+
+    Raises:
+        Refusal: the field "required" of a strict tool's schema is invalid. This function reads it
+            only for notations whose arguments are not a JSON object.
     """
     writer = _GrammarWriter(
         parameters_by_tool, strict_tools, {text: id for id, text in markers.items()}
@@ -142,17 +147,40 @@ class _GrammarWriter:
     def strict_properties(self, tool_name: str) -> list[tuple[str, dict[str, Any], bool]] | None:
         """For each parameter of a strict tool: (name, schema, whether it is required). None if the
         tool is not strict or its schema lists no properties, so that the grammar cannot constrain
-        them."""
+        them. ``Refusal``: see ``_required_names``."""
         schema = self.strict_schema(tool_name)
         properties = None if schema is None else schema.get("properties")
         if schema is None or not isinstance(properties, dict):
             return None
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        required = schema.get("required", ())
+        required_names = _required_names(schema, tool_name)
         return [
-            (key, {**value, **definitions} if isinstance(value, dict) else {}, key in required)
+            (
+                key,
+                {**value, **definitions} if isinstance(value, dict) else {},
+                key in required_names,
+            )
             for key, value in properties.items()
         ]
+
+
+def _required_names(schema: Mapping[str, Any], tool_name: str) -> list[str]:
+    """The names of the parameters that a tool's schema requires; none if it has no field
+    "required", or null there. ``Refusal``: the field is not a list of texts."""
+    required_names = schema.get("required")
+    if required_names is None:
+        return []
+    if not isinstance(required_names, list) or not all(
+        isinstance(name, str) for name in required_names
+    ):
+        raise Refusal(
+            400,
+            f"{describe_value(required_names)} in 'required' of the parameters of {tool_name!r}",
+            "a list of texts, which are names of parameters",
+            "change it",
+            param="tools",
+        )
+    return required_names
 
 
 def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any] = JSON_OPTIONS) -> str:
@@ -222,7 +250,8 @@ def _qwen3_xml_rules(writer: _GrammarWriter) -> str:
             for key, schema, required in properties
         ]
         rules.append(f"parameters_{number}: {' '.join(parameter_rules) or _EMPTY_TEXT}\n")
-    rules.append('NAME: /[^<>\\s]+/\nup_to_end[lazy]: /(.|\\n)*/ "</parameter>"\n')
+    rules.append("NAME: /[^<>\\s]([^<>\\n]*[^<>\\s])?/\n")
+    rules.append('up_to_end[lazy]: /(.|\\n)*/ "</parameter>"\n')
     return "".join(rules)
 
 
@@ -253,7 +282,7 @@ def _pythonic_rules(writer: _GrammarWriter) -> str:
         f'start: WS ({begin} WS)? "[" WS call (WS "," WS call)* WS "]" ({end})? WS | FREE\n',
         f"call: {call_alternatives}\n",
         "FREE: /[ \\r\\n\\t]*([^ \\r\\n\\t\\[](.|\\n)*)?/\n",
-        "NAME: /[A-Za-z_][A-Za-z0-9_]*/\n",
+        "NAME: /[^\"'=,()\\[\\]{}\\s!<>:]+/\n",
         f'any: NAME "=" ("True" | "False" | "None" | {_json_rule({}, PYTHON_OPTIONS)})\n',
     ]
     for number, name in enumerate(writer.tool_names):

@@ -32,6 +32,10 @@ class Qwen3Xml(CallParser):
 
     FUNCTION_END, PARAMETER_START, PARAMETER_END = "</function>", "<parameter=", "</parameter>"
     NAME_PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"\s*([^<>\s]+)\s*>")
+    #: unlike the name of a tool, that of a parameter may contain spaces
+    PARAMETER_NAME_PATTERN: ClassVar[re.Pattern[str]] = re.compile(
+        r"\s*([^<>\s](?:[^<>\n]*[^<>\s])?)\s*>"
+    )
     call_tag, state_after_call_tag = "<function=", "function"
     markers = other_tags = ("<tool_call>", "</tool_call>")
 
@@ -44,7 +48,7 @@ class Qwen3Xml(CallParser):
     def _step_function(self, *, at_end: bool) -> bool:
         """After the tag "<function=": read the tool's name and begin a call. Without a valid name,
         the tag is text."""
-        name = self._read_name(at_end=at_end)
+        name = self._read_name(self.NAME_PATTERN, at_end=at_end)
         if name == "":
             return False
         if name is None:
@@ -71,7 +75,7 @@ class Qwen3Xml(CallParser):
     def _step_parameter(self, *, at_end: bool) -> bool:
         """After the tag "<parameter=": read the name of the argument. Without a valid name, skip
         the parameter."""
-        name = self._read_name(at_end=at_end)
+        name = self._read_name(self.PARAMETER_NAME_PATTERN, at_end=at_end)
         if name == "":
             return False
         self._argument_name, self._value_pieces = name or "", []
@@ -101,12 +105,13 @@ class Qwen3Xml(CallParser):
         self._argument_count, self._state = self._argument_count + 1, "inside"
         return True
 
-    def _read_name(self, *, at_end: bool) -> str | None:
+    def _read_name(self, pattern: re.Pattern[str], *, at_end: bool) -> str | None:
         """Read the name of a tool or argument, and the ">" after it. Return "" if the ">" may not
-        have arrived yet, and None if there is no valid name."""
+        have arrived yet, and None if there is no valid name. ``pattern``: matches both, with a
+        group for the name."""
         if ">" not in self._buffer and not at_end:
             return ""
-        match = self.NAME_PATTERN.match(self._buffer)
+        match = pattern.match(self._buffer)
         if match is None:
             return None
         self._consume(match.end())

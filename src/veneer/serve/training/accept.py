@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from veneer.errors import VeneerError
 from veneer.serve import refusal
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
@@ -135,7 +136,7 @@ class NumberedRoute(Route):
     ) -> Response:
         try:
             return await handle(request)
-        except (RequestValidationError, HTTPException, Refusal) as error:
+        except (RequestValidationError, HTTPException, VeneerError) as error:
             service, body = request.app.state.service, await request.body()
             error_refusal = _refusal_of(error)
             run_id_and_seq = await beside_loop(service, body, _read_run_id_and_seq)
@@ -155,9 +156,9 @@ class NumberedRoute(Route):
             )
 
 
-def _refusal_of(error: RequestValidationError | HTTPException | Refusal) -> Refusal:
-    if isinstance(error, Refusal):
-        return error
+def _refusal_of(error: RequestValidationError | HTTPException | VeneerError) -> Refusal:
+    if isinstance(error, VeneerError):
+        return refusal.error_refusal(error)
     if isinstance(error, HTTPException):
         return Refusal(error.status_code, str(error.detail))
     return refusal.body_refusal(error.errors(), error.body)

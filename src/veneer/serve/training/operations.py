@@ -8,10 +8,11 @@ trains.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ class Operations:
     Each operation takes ``options``, the fields of the request, and returns the fields of the
     answer. If it raises an error of Veneer, the error's text is the answer."""
 
-    def __init__(self, worker: Worker, bank: Any, base_name: str) -> None:
+    def __init__(
+        self, worker: Worker, bank: Any, base_name: str, record_use: Callable[[str], None]
+    ) -> None:
         self.worker, self.trainer, self.store = worker, worker.trainer, worker.store
-        self.bank, self.base = bank, base_name
+        self.bank, self.base, self.record_use = bank, base_name, record_use
         worker.operations |= {
             "create": self.create,
             "load": self.load,
@@ -162,6 +165,7 @@ class Operations:
         self._write_checkpoint(active_run, checkpoint, options)
         folder = self.store.files_of(checkpoint) / ADAPTER_FOLDER
         self.bank.put(checkpoint.path, folder, active_run.adapter_name)
+        self.record_use(checkpoint.path)  # bounds the copies in memory, sampled from or not
         self._record_checkpoint(active_run, checkpoint, options, is_hidden=sampler_id is not None)
         if sampler_id is None:
             return {"path": checkpoint.path, "type": "save_weights_for_sampler"}
@@ -288,6 +292,17 @@ class Operations:
                 dirs_exist_ok=True,
             )
         self._update_bank(target)
+
+    def are_equal(self, first: Checkpoint, second: Checkpoint) -> bool:
+        """Whether two checkpoints of one config have the same files with the same content."""
+        folders = [self.store.files_of(checkpoint) for checkpoint in (first, second)]
+        file_names, other_names = (
+            {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+            for folder in folders
+        )
+        return file_names == other_names and all(
+            filecmp.cmp(folders[0] / name, folders[1] / name, shallow=False) for name in file_names
+        )
 
 
 def parse_current_run(adapter_name: str) -> str | None:

@@ -263,7 +263,14 @@ async def copy_weights(
                 "choose another model_seq_id",
             )
         if target_run_row is not None and training.store.checkpoint(target_checkpoint) is not None:
-            return target_checkpoint.path  # the client has repeated a request that succeeded
+            if training.operations.are_equal(source, target_checkpoint):
+                return target_checkpoint.path  # the client has repeated a request that succeeded
+            raise Refusal(
+                409,
+                f"{target_checkpoint.path}, a copy of other weights",
+                "a run without a copy of this name",
+                "choose another model_seq_id",
+            )
         check_quota(training.store, key, "bytes", source_row["bytes"])
         if target_run_row is None:
             training.store.new_run(

@@ -407,6 +407,10 @@ def _prompt_scores(logits: Tensor, next_ids: Tensor, request: Sample) -> dict[st
     """
     scores: dict[str, Any] = {}
     log_normalizers = logits.logsumexp(-1, keepdim=True)  # [n - 1, 1]
+    if not log_normalizers.isfinite().all():  # ``multinomial`` would fail, on a GPU for all clients
+        raise DataError(
+            "logits of the prompt that are not finite", "finite ones", "sample from other weights"
+        )
     prompt_length = len(next_ids) + 1
     first_row = max(prompt_length - (request.prompt_logprobs_last_n or len(next_ids)), 1)
     if request.prompt_logprobs:

@@ -44,8 +44,8 @@ CHECKPOINT_KINDS = {
 #: values of the column `done` of an answered request (0: no answer yet): success; a failure that
 #: changed nothing; a failure of a request whose gradients the run's next optimizer step lacks
 SUCCEEDED, FAILED, FAILED_STEP_INPUT = 1, 2, 3
-#: how many of a run's answers are kept for clients, of those that its saved state includes
-MAX_OLD_ANSWERS = 256
+#: how many answers a saved state keeps for clients: as many as requests may wait for a run
+MAX_OLD_ANSWERS = 1024
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS sessions (

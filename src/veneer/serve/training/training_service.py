@@ -93,7 +93,7 @@ class Training:
             vocabulary_size=embedding.shape[0],
             max_resident=max_resident,
         )
-        self.operations = Operations(self.worker, self.bank, self.base)
+        self.operations = Operations(self.worker, self.bank, self.base, self.record_use)
         self.samples = Samples(self.engine, self.bank, self.worker, service.timeout)
         #: has one thread, which writes to the store's index for the routes, so that the event loop
         #: need not wait for the disk
@@ -173,9 +173,10 @@ class Training:
         return path
 
     def record_use(self, bank_name: str) -> None:
-        """Record that samples are drawn from an adapter of the bank. Only the ``max_resident``
-        adapters that were recorded last may stay in the bank's memory. The bank forgets the weights
-        of the others, and reads them from the disk when they are needed again."""
+        """Record that samples are drawn from an adapter of the bank, or can be from now on. Only
+        the ``max_resident`` adapters that were recorded last may stay in the bank's memory. The
+        bank forgets the weights of the others, and reads them from the disk when they are needed
+        again."""
         with self._lock:
             self._last_uses[bank_name] = time.monotonic()
             self._recent_adapters[bank_name] = None
