@@ -335,10 +335,12 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
     advice = "pass one that lightning_callback had a part in"
     try:
         checkpoint_content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    # torch.load refuses files that are no checkpoint, or whose pickle would run code
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    # torch.load refuses files that are no checkpoint, or whose pickle would run code; the EOFError
+    # of an empty file has no text
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error) or "it ends too early"
         raise AdapterError(
-            f"{checkpoint}, of which no adapter can be read ({error})", expected, advice
+            f"{checkpoint}, of which no adapter can be read ({reason})", expected, advice
         ) from error
     veneer_entry = checkpoint_content.get(KEY) if isinstance(checkpoint_content, dict) else None
     files_by_path = veneer_entry.get("adapters") if isinstance(veneer_entry, dict) else None

@@ -15,9 +15,10 @@ from tests.support.tiny import sums, tiny_model, tiny_tokenizer, write_rows
 from veneer import models
 from veneer.errors import ConfigError, DataError
 from veneer.train import data
-from veneer.train.causal import must_not_see_later_tokens
+from veneer.train.causal import must_keep_packed_examples_apart, must_not_see_later_tokens
 from veneer.train.data import Columns
 from veneer.train.run import fit
+from veneer.train.tasks import TASKS
 
 BERT = {
     "vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -113,6 +114,32 @@ def test_what_a_config_does_not_tell_two_rows_tell(
     config = make(base=str(folder))
     with pytest.raises(ConfigError, match="XLNetLMHeadModel whose predictions change"):
         fit(config, quiet=True)
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "products"])
+def test_a_base_that_keeps_packed_examples_apart_may_pack(
+    attention: str, precision: Any, base: Path
+) -> None:
+    loaded = models.load_base(base, attention=attention, precision=precision)
+    must_keep_packed_examples_apart(loaded.model, "it")
+
+
+def test_a_base_that_mixes_packed_examples_is_refused_with_packing_alone(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    """BLOOM takes the positions of packed examples and ignores them."""
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4)
+    folder = written(transformers.BloomForCausalLM(config), tmp_path / "bloom")
+    unpacked = TASKS["sft"](make(base=str(folder)))
+    unpacked.open_base()
+    assert unpacked.load().model.config.model_type == "bloom"
+    config = make(base=str(folder), packing=True, max_length=64)
+    with pytest.raises(ConfigError, match="a BloomForCausalLM that mixes packed examples") as error:
+        fit(config, quiet=True)
+    assert "Do: leave out packing" in str(error.value)
     assert not config.output.exists()
 
 

@@ -24,7 +24,8 @@ from veneer.train import checkpoint
 from veneer.train.config import make_config
 from veneer.train.order import EpochSampler, ShareSampler
 from veneer.train.processes import check_divided_settings, share_config
-from veneer.train.run import fit
+from veneer.train.run import fit, prepare_data
+from veneer.train.tasks import TASKS as ALL_TASKS
 
 Make = Callable[..., Any]
 
@@ -281,6 +282,22 @@ def test_shares() -> None:
             share_config(make_config({**fields, **changes}), 2, compares_rows=True)
 
 
+@pytest.mark.parametrize(("parallel", "own_batch"), [("ddp", 6), ("fsdp", 6), ("tp", 12)])
+def test_an_epoch_has_the_steps_of_one_process(
+    make: Make, parallel: str, own_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that cut the matrices of the base all compute the rows of one."""
+
+    def count_steps(batch_size: int) -> int:
+        config = make(parallel=parallel, batch_size=batch_size, epochs=10, eval_fraction=0.0)
+        return prepare_data(ALL_TASKS["sft"](config))[1].steps
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert count_steps(12) == 40
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert count_steps(own_batch) == 40
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 5, 24, 47, 49])
 def test_rows_of_a_step_are_those_of_one_process(rows: int, processes: int) -> None:
@@ -315,7 +332,7 @@ steps = trainer.AdapterTrainer.training_step
 def step(self, model, *args, **kwargs):
     frozen = [p for p in model.parameters() if not p.requires_grad]
     spread = [p for p in frozen if isinstance(p, DTensor)]
-    assert len(spread) == 14 if self.processes.computes_all_rows else spread == frozen
+    assert len(spread) == 14 if self.processes.share_count == 1 else spread == frozen
     assert not any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
     assert sum(p.to_local().numel() for p in spread) < 0.6 * sum(p.numel() for p in spread)
     return steps(self, model, *args, **kwargs)

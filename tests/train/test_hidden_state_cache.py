@@ -99,6 +99,21 @@ def test_a_row_has_the_same_numbers_in_any_batch() -> None:
     assert all(torch.equal(whole.states[key], alone.states[key]) for key in whole.states)
 
 
+def test_a_packed_example_is_kept_once_in_whatever_row_it_lies() -> None:
+    """trl joins the packed rows of a batch to one row, and a batch has other rows in each epoch."""
+    model, inputs = adapted([2, 3]).double(), packed()
+    lower = HiddenStateCache(model)
+    step(model, inputs, lower)
+    kept = dict(lower.states)
+    assert len(kept) == 4
+    other_way = {name: value.flip(0).reshape(1, -1) for name, value in inputs.items()}
+    expected = step(model, other_way)
+    for one, exact in zip(step(model, other_way, lower), expected, strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-9, atol=1e-12)
+    assert lower.states.keys() == kept.keys()
+    assert all(lower.states[key] is kept[key] for key in kept)
+
+
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "max_length": 64, "batch_size": 1},
                                      {"activation_checkpointing": True}])  # fmt: skip
 def test_a_run_is_that_without_it_and_survives_a_crash(make: Make, changes: dict[str, Any]) -> None:

@@ -206,6 +206,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
     "a fraction": ("classify", {}, [{"text": "a", "label": 0.5}], "the label 0.5"),
     "a part": ("dpo", {"columns": "better=a"}, [{"chosen": "a"}], "the part 'better'"),
     "words and labels": ("classify words", {}, [{"words": ["a"], "labels": [1, 2]}], "1 words and 2 labels"),
+    "labels in a text": ("classify words", {}, [{"words": ["a", "b"], "labels": "AB"}], "line 1: labels are 'AB'"),
+    "one label for words": ("classify words", {}, [{"words": ["a"], "labels": 3}], "line 1: labels are 3"),
+    "no labels": ("classify words", {}, [{"words": ["a"], "labels": []}], r"line 1: labels are \[\]"),
     "an image": ("classify images", {}, [{"image": [1, 2], "label": i} for i in (1, 2)], "an image of shape"),
     "a file": ("classify images", {}, [{"image": "no.png", "label": i} for i in (1, 2)], "no image at no.png"),
     "nothing": ("dpo", {}, [{"prompt": "a", "chosen": " b", "rejected": None}], "holds nothing in 'rejected'"),
@@ -345,6 +348,19 @@ def test_an_image_of_each_form(tmp_path: Path) -> None:
         assert (read_image(value, "here", tmp_path) == file).all()
     with pytest.raises(DataError, match=r"0 to 300"):
         read_image([[300]], "here", tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_an_image_of_a_hub_data_set_is_that_of_its_file(mode: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    colours = torch.arange(3 * 4 * 3).view(3, 4, 3).numpy() * 7
+    image = Image.fromarray(colours.astype("uint8")).convert(mode)
+    image.save(tmp_path / "a.tif")
+    file, found = read_image("a.tif", "here", tmp_path), read_image(image, "here", tmp_path)
+    assert found.shape == (3, 4, 3)
+    assert found.dtype == file.dtype
+    assert (found == file).all()
 
 
 def test_a_folder_of_images(folder: Path, tmp_path: Path) -> None:

@@ -569,8 +569,10 @@ def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
     torch.save({"state_dict": {}}, tmp_path / "whole.ckpt")
     torch.save({integrations.KEY: 3}, tmp_path / "number.ckpt")
     torch.save(pytest.raises, tmp_path / "code.ckpt")
+    (tmp_path / "empty.ckpt").touch()
     none, unread = "in which there is no adapter", "of which no adapter can be read"
-    for name, message in (("whole", none), ("number", none), ("code", unread)):
+    cases = (("whole", none), ("number", none), ("code", unread), ("empty", unread))
+    for name, message in cases:
         with pytest.raises(AdapterError, match=message):
             integrations.unpack(tmp_path / f"{name}.ckpt", tmp_path / "adapter")
 

@@ -3,9 +3,9 @@
 The output folder, the data, the tokens and the targets are checked as in a run. The base is on the
 meta device, with shapes and without weights. It is loaded with its weights only if it is or will be
 quantised, if tokens are trained, if the task's model does not generate text, if the variant starts
-from data or from unquantised weights (`Variant.needs`), or if an adapter is trained further. Two
-properties need the weights and are not checked: whether the forward reaches every adapter, and
-whether the loss is finite.
+from data or from unquantised weights (`Variant.needs`), or if an adapter is trained further. Some
+properties need the weights and are not checked: whether the base is causal and keeps packed
+examples apart, whether the forward reaches every adapter, and whether the loss is finite.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ once for each row of the data.
 
 k: number of frozen lower blocks; s: tokens of a row; h: features of a hidden state. Each row is
 computed alone, without padding, so that its cached states do not depend on the batch that first
-contained it, and a resumed run ends with the same bits.
+contained it, and a resumed run ends with the same bits. A packed row is cut into its examples, each
+of which is computed and cached alone, because trl joins the rows of a batch, which differ in each
+epoch, to one row.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +42,7 @@ REMEDY = "leave out cache_lower"
 
 
 class HiddenStateCache:
-    """The frozen lower blocks of a model, and their output for each row.
+    """The frozen lower blocks of a model, and their output for each row or packed example.
 
     Args:
         model: a causal language model of transformers whose trainable parameters are all in its
@@ -53,7 +56,8 @@ class HiddenStateCache:
     def __init__(self, model: nn.Module) -> None:
         #: the frozen lower blocks; the number of all blocks of the model
         self.blocks, self.block_count = _frozen_blocks(model)
-        #: hidden states [s, h] by the hash of a row's inputs, in main memory
+        #: hidden states [s, h] by the hash of the inputs of a row or of a packed example, in main
+        #: memory
         self.states: dict[bytes, Tensor] = {}
         #: if a block returns a tuple, its elements after the hidden states, as the last lower block
         #: returned them; None if a block returns the hidden states alone
@@ -62,7 +66,7 @@ class HiddenStateCache:
     @contextmanager
     def use_for(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
         """A context in which the model's forward on a batch takes the output of the lower blocks
-        from the cache. Rows that the cache lacks are computed first.
+        from the cache. Rows and packed examples that the cache lacks are computed first.
 
         Args:
             model: the model, possibly inside a wrapper such as DDP.
@@ -72,26 +76,31 @@ class HiddenStateCache:
 
         Raises:
             ConfigError: there are other inputs, or padding on the left; or the upper blocks depend
-                on more than the hidden states, which is tested on the first row.
+                on more than the hidden states, which is tested on the first row or example.
         """
-        hidden_by_row = []
-        for row in _split_rows(inputs):
-            row_bytes = b"".join(
-                name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
-            )
-            row_hash, is_first_row = (
-                hashlib.blake2b(row_bytes, digest_size=16).digest(),
-                not self.states,
-            )
-            if row_hash not in self.states:
-                self.states[row_hash] = self._compute_states(unwrap(model), row)
-            if is_first_row:
-                self._test_cached_states(unwrap(model), row, self.states[row_hash])
-            hidden_by_row.append(self.states[row_hash])
+        hidden_by_row = [
+            torch.cat([self._find_states(unwrap(model), example) for example in examples])
+            for examples in _split_rows(inputs)
+        ]
         hidden_batch = pad_sequence(hidden_by_row, batch_first=True).to(inputs["input_ids"].device)
         padding_columns = inputs["input_ids"].shape[1] - hidden_batch.shape[1]
         with self._replace_blocks(nn.functional.pad(hidden_batch, (0, 0, 0, padding_columns))):
             yield
+
+    def _find_states(self, model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+        """The cached hidden states [s, h] of a row or of a packed example. They are computed first
+        if the cache lacks them, and tested if they are the first. Raises ``ConfigError`` as
+        ``use_for`` does."""
+        row_bytes = b"".join(
+            name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
+        )
+        row_hash = hashlib.blake2b(row_bytes, digest_size=16).digest()
+        is_first = not self.states
+        if row_hash not in self.states:
+            self.states[row_hash] = self._compute_states(model, row)
+        if is_first:
+            self._test_cached_states(model, row, self.states[row_hash])
+        return self.states[row_hash]
 
     @torch.no_grad()
     def _compute_states(self, model: nn.Module, row: dict[str, Tensor]) -> Tensor:
@@ -214,10 +223,10 @@ def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
     )
 
 
-def _split_rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """The inputs of each row that its hidden states depend on, by name: [1, s] for its s tokens,
-    without its padding. Raises ``ConfigError`` for inputs that are not supported and for padding on
-    the left."""
+def _split_rows(inputs: Mapping[str, Any]) -> list[list[dict[str, Tensor]]]:
+    """By row, the examples that it consists of: several for a packed row, else one. An example is
+    the inputs that its hidden states depend on, by name: [1, s] for its s tokens, without padding.
+    Raises ``ConfigError`` for inputs that are not supported and for padding on the left."""
     unsupported_names = (
         {name for name, value in inputs.items() if value is not None} - KEY_INPUTS - IGNORED_INPUTS
     )
@@ -238,5 +247,18 @@ def _split_rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
             if not bool(mask[row_index, :length].all()):
                 raise ConfigError("padding on the left", "padding on the right", REMEDY)
             row = {name: value[:, :length] for name, value in row.items()}
-        rows.append(row)
+        rows.append([row] if mask is not None else _split_examples(row))
     return rows
+
+
+def _split_examples(row: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The examples of a row without a mask, whose inputs are [1, s] by name. With position_ids, an
+    example begins at each position 0; else the row is one example."""
+    if "position_ids" not in row:
+        return [row]
+    first_tokens = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
+    bounds = sorted({0, *first_tokens, row["input_ids"].shape[1]})
+    return [
+        {name: value[:, start:end] for name, value in row.items()}
+        for start, end in pairwise(bounds)
+    ]

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from veneer import models
 from veneer.errors import ConfigError
 from veneer.train import data
+from veneer.train.processes import count_shares
 
 if TYPE_CHECKING:
     from veneer.train.config import TrainConfig
@@ -153,9 +154,9 @@ def prepare(
         name: encoded_rows if make_dataset is None else make_dataset(encoded_rows, length_limit)
         for name, encoded_rows in rows_by_split.items()
     }
-    process_count = int(os.environ.get("WORLD_SIZE", "1"))
+    share_count = count_shares(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     steps = config.max_steps or math.ceil(
-        config.epochs * steps_an_epoch(config, len(datasets_by_split["train"]), process_count)
+        config.epochs * steps_an_epoch(config, len(datasets_by_split["train"]), share_count)
     )
     hashes = {name: split_records.sha256 for name, split_records in records_by_split.items()}
     prompt = sample_prompt([train_records.rows[i] for i in rows_by_split["train"].record_indices])
@@ -172,8 +173,10 @@ def prepare(
     )
 
 
-def steps_an_epoch(config: TrainConfig, row_count: int, process_count: int = 1) -> int:
-    return math.ceil(math.ceil(row_count / (config.batch_size * process_count)) / config.grad_accum)
+def steps_an_epoch(config: TrainConfig, row_count: int, share_count: int = 1) -> int:
+    """The number of optimiser steps of an epoch of `row_count` rows. `share_count`: the number of
+    shares into which the rows of a step are divided; `batch_size` is that of one share."""
+    return math.ceil(math.ceil(row_count / (config.batch_size * share_count)) / config.grad_accum)
 
 
 def sample_prompt(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:

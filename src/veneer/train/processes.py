@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from veneer.errors import ConfigError, TrainingError
-from veneer.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from veneer.distributed import Ranks
+    from veneer.train.config import TrainConfig
 
 #: seconds that a process waits for the others. It is long because they may read the base from a
 #: slower disk.
@@ -64,29 +64,28 @@ class Processes:
 
     Attributes:
         ranks: the group of processes; None for a run in one process.
-        computes_all_rows: whether each process computes all rows of a batch with a shard of the
-            base (tensor parallelism). Otherwise each computes its share of the rows.
+        parallel: how the processes divide the work, a value of `TrainConfig.parallel`; `run.fit`
+            sets it.
         parent_pid: the process id of the parent, which is the launcher if there is one.
         count, rank: the number of processes, and the rank of this one.
         is_first: whether this is the process that writes files and prints.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks, self.computes_all_rows, self.parent_pid = ranks, False, os.getppid()
+        self.ranks, self.parallel, self.parent_pid = ranks, "ddp", os.getppid()
         self.count = 1 if ranks is None else len(ranks.members)
         self.rank = 0 if ranks is None else ranks.rank
         self.is_first = ranks is None or ranks.is_writer
 
     @property
     def share_count(self) -> int:
-        """The number of shares into which the rows of a step are divided: 1 if each process
-        computes all rows, else the number of processes."""
-        return 1 if self.computes_all_rows else self.count
+        """The number of shares into which the rows of a step are divided (`count_shares`)."""
+        return count_shares(self.parallel, self.count)
 
     @property
     def share_index(self) -> int:
         """The index, from 0, of the share of a step's rows that this process computes."""
-        return 0 if self.computes_all_rows else self.rank
+        return 0 if self.share_count == 1 else self.rank
 
     def must_have_parent(self) -> None:
         """Raise `TrainingError` if the launcher of this process has died. If this process went on,
@@ -117,6 +116,13 @@ class Processes:
         """Run `work` in the first process only, and return its result, which must be a JSON value,
         in every process. Every process must call this method; an error is raised in all."""
         return work() if self.ranks is None else self.ranks.run_on_first(work)
+
+
+def count_shares(parallel: str, process_count: int) -> int:
+    """The number of shares into which `process_count` processes divide the rows of a step: 1 if
+    `parallel` is "tp" (tensor parallelism), because each process then computes all rows with its
+    part of the base; else `process_count`."""
+    return 1 if parallel == "tp" else process_count
 
 
 def join() -> Processes:

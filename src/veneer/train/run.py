@@ -131,7 +131,7 @@ def fit(
         OSError: the disk is full or not writable.
     """
     processes = join()
-    processes.computes_all_rows = config.parallel == "tp"
+    processes.parallel = config.parallel
     console = (
         (console or Console(stderr=True, quiet=quiet))
         if processes.is_first

@@ -1,7 +1,7 @@
 """Read the image or the audio of a data row, which holds it as the path of a file or as numbers.
 
-image   a path, or nested lists [height][width] or [height][width][channels] of numbers from 0 to
-        255 (a form that transformers' image processors take)
+image   a path, an image of PIL, or nested lists [height][width] or [height][width][channels] of
+        numbers from 0 to 255 (a form that transformers' image processors take)
 audio   a path to a .wav file, numbers from -1 to 1, or {"array": […], "sampling_rate": 16000}
 """
 
@@ -23,7 +23,8 @@ def read_image(value: Any, row_location: str, folder: Path) -> np.ndarray:
     """The image as a uint8 array [height, width, 3].
 
     Args:
-        value: the path of an image file, or nested lists of numbers from 0 to 255.
+        value: the path of an image file, an image of PIL in any mode, as the data sets of the hub
+            hold it, or nested lists of numbers from 0 to 255.
         row_location: where the row is in the data, for errors.
         folder: the folder that relative paths start from.
 
@@ -41,6 +42,8 @@ def read_image(value: Any, row_location: str, folder: Path) -> np.ndarray:
             raise DataError(
                 f"{row_location}: no image at {value} ({error})", "an image file", "check the path"
             ) from error
+    if hasattr(value, "convert"):  # an image of PIL, such as one of palette indices
+        return np.array(value.convert("RGB"))
     try:
         pixels = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):

@@ -138,13 +138,11 @@ class Classify(Task):
     def encode(self, records: data.Records) -> Rows:
         if self.processor is None:
             self.processor = self._load_processor()
-        column = "labels" if self.row_kind == "words" else "label"
         locations = [f"{records.source}, {location}" for location in records.locations]
         label_names = [
-            [
-                _label_name(label, location)
-                for label in (row[column] if self.row_kind == "words" else [row[column]])
-            ]
+            _label_names(row["labels"], location)
+            if self.row_kind == "words"
+            else [_label_name(row["label"], location)]
             for row, location in zip(records.rows, locations, strict=True)
         ]
         self._choose_labels(label_names, locations)
@@ -358,6 +356,18 @@ class Classify(Task):
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         return labelled_loss(model(**self.inputs(batch)).logits, batch["labels"])
+
+
+def _label_names(labels: Any, row_location: str) -> list[str]:
+    """The names of the labels of a row of words. Raises `DataError` if `labels` is no list, is
+    empty, or holds another value than `_label_name` takes."""
+    if not isinstance(labels, list) or not labels:
+        raise DataError(
+            f"{row_location}: labels are {labels!r}"[:300],
+            "a list with a label for each word",
+            "fix or remove that row",
+        )
+    return [_label_name(label, row_location) for label in labels]
 
 
 def _label_name(label: Any, row_location: str) -> str:

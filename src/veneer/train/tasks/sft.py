@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from veneer.train import data, prepare, tokens
+from veneer.train.causal import must_keep_packed_examples_apart
 from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
 from veneer.train.tasks._base import (
+    Base,
     Rows,
     RowSegment,
     Task,
@@ -62,6 +64,15 @@ class Sft(Task):
             too_long=config.too_long,
             completion_only=config.completion_only,
         )
+
+    def load(self) -> Base:
+        """Load the base as `Task.load` does. With `packing`, also raise `ConfigError` if the base
+        mixes the examples of a packed row. A forward pass tests this, because a model may accept
+        the positions of packed examples and ignore them."""
+        base = super().load()
+        if self.config.packing:
+            must_keep_packed_examples_apart(base.model, self.config.base)
+        return base
 
     def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         return self.token_segments("", row["input_ids"], row["labels"])
