@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.support.commands import refused
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,27 @@ def test_the_commands_take_a_folder_of_vera(veneer, base, vera, tmp_path):
     first = veneer(*generate, path)
     assert first.code == 0, first.err
     assert veneer(*generate, tmp_path / "plain").out == first.out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_take_a_folder_that_only_its_base_converts(veneer, base, tmp_path):
+    """PiSSA without conversion: PEFT takes its start off the base's weights. A merge, which has no
+    model with weights, says what to do instead."""
+    import peft
+    import transformers
+
+    import veneer as library
+
+    def fresh():
+        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(fresh(), config).save_pretrained(tmp_path / "pissa")
+    generate = ("generate", base, "--prompt", "1+1=", "--max-new-tokens", 4, "--adapter")
+    run = veneer(*generate, tmp_path / "pissa")
+    assert run.code == 0, run.err
+    run = veneer("merge", base, tmp_path / "pissa", tmp_path / "merged")
+    refused(run, "init_lora_weights='pissa'", r"veneer\.load")
+    library.load(fresh(), tmp_path / "pissa").save(tmp_path / "saved")
+    run = veneer("merge", base, tmp_path / "saved", tmp_path / "merged")
+    assert run.code == 0, run.err

@@ -807,6 +807,31 @@ def test_the_header_is_what_kohyas_tools_read_and_is_kept(tmp_path):
         assert file.metadata()["ss_base_model_version"] == "sd_v1"
 
 
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"converted from": "dense", "header": {"veneer_dense": "{}"}},
+        {"converted from": "diffusers", "header": {"lora_adapter_metadata": "{}"}},
+        {"header": {"ss_base_model_version": "sd_v1"}},
+        {"header": "a text"},
+        {"converted from": "kohya", "header": "a text"},
+    ],
+    ids=str,
+)
+def test_the_header_of_another_format_is_not_copied(tmp_path, provenance):
+    """Readers would take the file for one of that format."""
+    from safetensors import safe_open
+
+    handle = veneer.attach(Picture(), veneer.LoraConfig(rank=2, targets="all"))
+    handle.save(tmp_path / "a", provenance=provenance)
+    convert(tmp_path / "a", tmp_path / "b", to="kohya", part="unet")
+    assert detect(tmp_path / "b") == "kohya"
+    with safe_open(tmp_path / "b", "pt") as file:
+        header = file.metadata()
+    assert {key for key in header if not key.startswith("ss_")} == {"format"}
+    assert header["ss_base_model_version"] == "unknown"
+
+
 @pytest.mark.parametrize("base", ["linear", "conv"])
 @pytest.mark.parametrize("file", ["linear", "conv"])
 def test_a_pointwise_convolution_and_a_linear_layer_are_one(file, base, tmp_path):

@@ -3,6 +3,8 @@ folder."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
-from veneer.errors import OutputExistsError
+from veneer.errors import MergeError, OutputExistsError
 from veneer.fileio import atomic
 from veneer.models import save_plain
 from veneer.tools.compose import compose
@@ -168,6 +170,55 @@ def test_the_shards_of_the_old_model_are_gone(given, tmp_path):
     _merge(given, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert prove(given["base"], [given["adapter"]], tmp_path / "out", model=given["model"])
+
+
+def test_what_an_earlier_merge_copied_of_another_base_is_gone(given, tmp_path):
+    """transformers would use the template, the sampling and the processor of the one base with the
+    weights of the other."""
+    first, second = (
+        Path(shutil.copytree(given["base"], tmp_path / name)) for name in ("first", "second")
+    )
+    gone = ("chat_template.jinja", "generation_config.json", "preprocessor_config.json")
+    fill(first, *gone, "README.md")
+    for name in gone:
+        (second / name).unlink(missing_ok=True)
+
+    out, adapters, model = tmp_path / "out", [given["adapter"]], given["model"]
+
+    def merge(base: Path) -> None:
+        merge_checkpoint(base, adapters, out, model=model, overwrite=True)
+
+    merge(first)
+    fill(out, "notes.txt")
+    merge(second)
+    assert [name for name in gone if (out / name).exists()] == []
+    assert (out / "README.md").read_text() == (out / "notes.txt").read_text() == "theirs"
+    assert prove(second, adapters, out, model=model)
+    # a template that no merge wrote stays, and is told
+    fill(out, "chat_template.jinja")
+    record = json.loads((out / "veneer_merge.json").read_text())
+    for files in (record["files"], ["../second/config.json", "notes.txt", 1], None):
+        (out / "veneer_merge.json").write_text(json.dumps({**record, "files": files}))
+        merge(second)
+    assert (out / "notes.txt").exists()
+    assert (second / "config.json").exists()
+    with pytest.raises(MergeError, match=r"chat_template\.jinja is there"):
+        prove(second, adapters, out, model=model)
+
+
+def test_the_tokenizer_of_the_old_model_is_gone(given, tmp_path):
+    from transformers import AutoTokenizer
+
+    out, tokenizer = tmp_path / "out", tiny_tokenizer()
+    _save_plain(given, out, overwrite=False)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    for name in ("preprocessor_config.json", "notes.txt"):
+        (out / name).write_text("{}")
+    tokenizer.chat_template = None
+    save_plain(given["model"], tokenizer, out, overwrite=True)
+    assert not AutoTokenizer.from_pretrained(out).chat_template
+    assert (out / "preprocessor_config.json").exists()
+    assert (out / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("writer", MODELS)

@@ -186,7 +186,7 @@ def open_base_and_adapters(
     setup_logging()
     folders = {name: resolve(adapter) for name, adapter in adapters.items()}
     for folder in folders.values():
-        veneer.adapter_files.read(folder)
+        veneer.adapter_files.read(folder, with_base=True)
     tokenizer = adapter_tokenizer(folders)
     with trust_remote_code(base, trusted):
         must_be_causal(base)

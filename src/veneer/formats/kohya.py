@@ -35,7 +35,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -372,9 +371,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         )
     for omission in _omissions_of_diffusers(adapter.changes, locations, base):
         reader = f"diffusers (as of {DIFFUSERS_VERSION})"
-        problem = (
-            f"a kohya file of which {reader} leaves out {omission}, so that its outputs differ"
-        )
+        problem = f"a kohya file of which {reader} leaves out {omission}, so its outputs differ"
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
         advice = 'for diffusers, convert to "diffusers", which it reads right, or merge'
         warnings.warn(sentence(problem, expected, advice), MisreadElsewhere, stacklevel=3)
@@ -469,14 +466,16 @@ def plain_lora_alpha(layer: PeftLayer) -> float:
 def _header(adapter: Adapter) -> dict[str, str]:
     """The header that kohya's tools read: the rank, the alpha and the method, and the fields of the
     kohya file that the adapter was read from, if there was one."""
-    source_header: Mapping[str, Any] = adapter.metadata.get("provenance", {}).get("header", {})
+    provenance = adapter.metadata.get("provenance", {})
+    header = provenance.get("header") if provenance.get("converted from") == "kohya" else None
+    source_fields = header.items() if isinstance(header, Mapping) else ()
     ranks = {change.layer.rank for change in adapter.changes}
     alphas = {plain_lora_alpha(change.layer) for change in adapter.changes}
     is_dora = any(change.magnitude is not None for change in adapter.changes)
     return {
         "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",
         "ss_base_model_version": str((adapter.metadata.get("base") or {}).get("name") or "unknown"),
-        **{key: value for key, value in source_header.items() if isinstance(value, str)},
+        **{key: value for key, value in source_fields if isinstance(value, str)},
         "format": "pt",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",

@@ -37,7 +37,7 @@ from veneer.models.remote_code import (
     refuse_hub_kernel,
     without_hub_kernel,
 )
-from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter
+from veneer.models.safetensors_dir import MODEL_FILES, TEXT_FILES, must_hold_no_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -456,7 +456,8 @@ def save_plain(
 
     Args:
         path: the folder to write.
-        overwrite: whether to replace the model in an existing folder.
+        overwrite: whether to replace the model and the tokenizer in an existing folder. Other files
+            in it stay.
         state_dict: the tensors to write instead of the model's own, for example merged weights. If
             None, the model's tensors are written without the parameters of attached adapters.
 
@@ -465,7 +466,8 @@ def save_plain(
     """
     path = Path(path).expanduser()
     must_hold_no_adapter(path)
-    with new_folder(path, overwrite=overwrite, replaces=MODEL_FILES) as staging_folder, quiet():
+    replaced_names = (*MODEL_FILES, *TEXT_FILES)
+    with new_folder(path, overwrite=overwrite, replaces=replaced_names) as staging_folder, quiet():
         base_model: Any = without_adapters(model)
         base_model.save_pretrained(staging_folder, state_dict=state_dict)
         tokenizer.save_pretrained(staging_folder)

@@ -58,6 +58,33 @@ MODEL_FILES = (
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json", "consolidated*.safetensors",
 )  # fmt: skip
+#: names of the files beside a model's weights with which transformers generates and tokenizes
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "tekken.json",
+)
+#: names of the files with which transformers prepares images, videos and sound for a model
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
 
 
 def must_hold_no_adapter(folder: Path) -> None:

@@ -93,7 +93,8 @@ def merge_checkpoint(
         verify_base: whether to compare each changed weight with the fingerprints (hashes of base
             weights) in the adapters' records.
         overwrite: whether an existing folder ``out`` may be replaced. Files in it that do not
-            belong to a model stay.
+            belong to a model stay. Of the files of a tokenizer, a processor or generation, those
+            are replaced or removed that an earlier merge wrote.
         progress: called after each tensor, with (bytes of the base's tensors that are done, bytes
             of all of them, name of the tensor).
         model: the model of ``base``, if transformers cannot build it from the config.json.
@@ -144,7 +145,11 @@ def _write_merge(
                 "wait for it, or choose another folder",
             ),
         ),
-        new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as staging_folder,
+        new_folder(
+            out,
+            overwrite=overwrite,
+            replaces=(*MODEL_FILES, *aux_files.list_earlier_files(out)),
+        ) as staging_folder,
     ):
         layer_reports = CheckpointWriter(job, staging_folder).write(progress)
         left_out = _write_aux_files(job, staging_folder)
@@ -167,9 +172,10 @@ def prove(
 ) -> int:
     """Verify byte by byte that ``out`` is the result of ``merge_checkpoint`` with these arguments.
     Tensors that the merge copied are compared with the base's, and merged tensors with the results
-    of a new merge in memory. The configuration and tokenizer files are compared too. Returns the
-    number of tensors in ``out``. Nothing is written. Arguments that ``merge_checkpoint`` refuses
-    raise the same errors here.
+    of a new merge in memory. The configuration and tokenizer files are compared too; further files
+    of a tokenizer, a processor or generation in ``out`` are a difference. Returns the number of
+    tensors in ``out``. Nothing is written. Arguments that ``merge_checkpoint`` refuses raise the
+    same errors here.
 
     Raises:
         MergeError: tensors or files differ; the error lists them.
@@ -220,9 +226,9 @@ def _write_aux_files(job: MergeJob, target_folder: Path) -> list[str]:
 
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
-    """The content of the file ``MERGE_RECORD`` in the result: the base, the adapters, the options
-    and the effect on each weight. Folders are given by their last name only, so that the record
-    reveals no paths of this machine."""
+    """The content of the file ``MERGE_RECORD`` in the result: the base, the adapters, the files
+    without weights, the options and the effect on each weight. Folders are given by their last name
+    only, so that the record reveals no paths of this machine."""
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,
@@ -230,6 +236,7 @@ def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, A
             {"name": path.name, "weight": weight, "content": content_hash(path)}
             for path, weight in job.adapters
         ],
+        aux_files.FILES_FIELD: aux_files.list_written_files(job.checkpoint, job.aux_changes),
         "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
         "rounding": job.rounding,
         "layers": {

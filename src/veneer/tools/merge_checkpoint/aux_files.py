@@ -19,11 +19,15 @@ from typing import Any
 import torch
 
 from veneer.adapter_files.file_names import TOKENIZER_FILES
-from veneer.models.safetensors_dir import Checkpoint
+from veneer.errors import AdapterError
+from veneer.fileio.untrusted import read_json
+from veneer.models.safetensors_dir import PROCESSOR_FILES, TEXT_FILES, Checkpoint
 from veneer.tools.merge_checkpoint.growth import Head
 
 #: file names: the record that a merge writes, and the configuration of the model
 MERGE_RECORD, MODEL_CONFIG = "veneer_merge.json", "config.json"
+#: the field of the record that lists the files without weights
+FILES_FIELD = "files"
 #: suffixes of files that hold weights
 WEIGHT_SUFFIXES = (
     ".bin",
@@ -111,12 +115,35 @@ def write_aux_files(checkpoint: Checkpoint, changes: FileChanges, target_folder:
     return left_out
 
 
+def list_written_files(checkpoint: Checkpoint, changes: FileChanges) -> list[str]:
+    """The paths, relative to the result, of the files that ``write_aux_files`` writes."""
+    return sorted(relative_path.as_posix() for relative_path in _sources(checkpoint, changes)[0])
+
+
+def list_earlier_files(merged_folder: Path) -> list[str]:
+    """The names of the files of a tokenizer, a processor or generation that an earlier merge wrote
+    to ``merged_folder``, as its record says; empty without a valid record. transformers would use
+    them with the weights of another merge."""
+    record_path = merged_folder / MERGE_RECORD
+    try:
+        listed_names = read_json(record_path).get(FILES_FIELD) if record_path.is_file() else None
+    except (AdapterError, OSError):
+        return []
+    known_names = (*TEXT_FILES, *PROCESSOR_FILES)
+    return [name for name in known_names if isinstance(listed_names, list) and name in listed_names]
+
+
 def list_differences(
     checkpoint: Checkpoint, changes: FileChanges, merged_folder: Path
 ) -> Iterator[str]:
     """An error text for each file that ``write_aux_files`` would write, and that is missing from
-    ``merged_folder`` or has other bytes there."""
-    for relative_path, source_path in _sources(checkpoint, changes)[0].items():
+    ``merged_folder`` or has other bytes there; and for each other file of a tokenizer, a processor
+    or generation in ``merged_folder``, which transformers would use with the merged weights."""
+    source_paths, _ = _sources(checkpoint, changes)
+    for name in (*TEXT_FILES, *PROCESSOR_FILES):
+        if Path(name) not in source_paths and (merged_folder / name).exists():
+            yield f"{name} is there, which this merge does not write"
+    for relative_path, source_path in source_paths.items():
         if not (merged_folder / relative_path).is_file():
             yield f"{relative_path} is not there"
         elif (merged_folder / relative_path).read_bytes() != _expected_content(

@@ -233,6 +233,7 @@ def plan_job(
     weighted_paths = [(Path(path), float(weight)) for path, weight in adapter_pairs]
     # open the checkpoint first, so that a wrong path is reported before the adapters are read
     checkpoint = open_checkpoint(Path(base).expanduser())
+    # without ``with_base``: the model of the plan has no values, from which to convert PiSSA
     saved_adapters = [read(path) for path, _ in weighted_paths]
     for saved_adapter in saved_adapters:
         saved_adapter.refuse_invocation_tokens("a merge")
