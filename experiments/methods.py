@@ -71,8 +71,8 @@ within 0.01" did not hold in three forms, and then held in a fourth (rank 64, a 
 600 steps: 0.0099 ± 0.0051 apart), after some fourteen settings of rank, alpha and rates had been
 tried with seeds 0 and 1, which were among the five that it was reported on. That claim is gone:
 here a setting is reported on seeds that chose nothing. Bars of this project (a span F1 of 0.87,
-0.15 above the head alone) are gone as well. "LoRA is no worse than adapter layers" held (0.898 beside
-0.869).
+0.15 above the head alone) are gone as well. "LoRA is no worse than adapter layers" held (0.898
+beside 0.869).
 """
 
 

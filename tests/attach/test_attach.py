@@ -392,6 +392,16 @@ def test_trained_biases(bias):
         assert error(model(IDS), unmerged) < 1e-5
 
 
+def test_all_biases_have_other_names_too():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.LSTM(4, 4), "c": nn.Linear(4, 4)})
+    model["d"] = nn.MultiheadAttention(4, 2)
+    config = veneer.LoraConfig(rank=2, targets=["a"], bias="all", exclude=["c"])
+    handle = veneer.attach(model, config)
+    trained = {name for name, _ in handle.named_parameters() if "bias" in name}
+    lstm = {"b.bias_ih_l0", "b.bias_hh_l0"}
+    assert trained == {"a.bias", *lstm, "d.in_proj_bias", "d.out_proj.bias"}
+
+
 # ---- errors
 # -----------------------------------------------------------------------------------------------------------------
 
@@ -951,6 +961,32 @@ def test_every_method_that_reads_a_weight_sees_the_change_once(targets, calls, v
     assert model.seen > 5
     veneer.detach(model)
     assert state(model, versions=False) == before
+
+
+class ListedMatrices(nn.Module):
+    """``encode`` reads an element of a list of parameters that ``forward`` does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList([nn.Parameter(torch.randn(6, 6)) for _ in range(2)])
+
+    def encode(self, x):
+        return x @ self.matrices[1]
+
+    def forward(self, x):
+        return x @ self.matrices[0]
+
+
+def test_a_method_that_reads_an_element_of_a_list_sees_the_change():
+    model, x = ListedMatrices().double(), torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        plain = model.encode(x)
+        config = veneer.LoraConfig(rank=2, targets=["matrices.0", "matrices.1"])
+        randomise(veneer.attach(model, config))
+        changed = model.encode(x)
+        veneer.merge(model)
+        assert error(model.encode(x), changed) < 1e-12
+    assert error(changed, plain) > 1e-3
 
 
 def test_methods_follow_the_selection_and_the_rows():

@@ -117,6 +117,18 @@ def test_what_the_model_computes_now_stays_whatever_it_learns(model, variant, tr
     )
 
 
+def test_a_reference_whose_parameters_were_replaced_says_so(model):
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    train(handle)
+    reference = reference_of(model)
+    with reference.selected():
+        reference(x)  # within itself
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(SelectionError, match="parameters were replaced"):
+        reference(x)
+    reference_of(model)(x)
+
+
 def test_a_plain_start_takes_no_memory_at_all(model):
     veneer.attach(model, veneer.LoraConfig(rank=2))
     assert reference_of(model)._frozen_copies == {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import types
 
 import pytest
 import torch
@@ -308,6 +309,73 @@ def test_a_small_change_survives_in_sixteen_bits(kind):
         assert all(
             p.grad.abs().sum() > 0 for name, p in handle.named_parameters() if name.endswith(".B")
         )
+
+
+class Activated(nn.Module):
+    """A bare parameter and a child without tensors; it keeps the dtype of the weight it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.activation = nn.Parameter(torch.randn(5, 7)), nn.GELU()
+
+    def forward(self, x):
+        self.dtype = self.weight.dtype
+        return self.activation(x @ self.weight.T)
+
+
+def test_a_child_without_tensors_leaves_the_changed_weight_in_float32():
+    module = Activated().bfloat16()
+    attached(module)
+    assert module(torch.randn(3, 7).bfloat16()).dtype == torch.bfloat16
+    assert module.dtype == torch.float32
+
+
+def test_the_gain_of_dora_keeps_its_digits_over_a_16_bit_base():
+    module = nn.Linear(64, 64, bias=False).bfloat16()
+    handle = veneer.attach(module, veneer.LoraConfig(rank=2, targets="all", variant="dora"))
+    handle.changes["weight"].magnitude.data.mul_(1.003)  # bfloat16 has steps of 0.8 % above 1
+    x = torch.randn(256, 64).bfloat16()
+    with torch.no_grad():
+        with veneer.use(module, None):
+            base = module(x).double()
+        for path in PATHS:
+            with context.override(path=path):
+                ratio = (module(x).double() * base).sum() / base.square().sum()
+            assert ratio.item() == pytest.approx(1.003, abs=1e-3)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that is not linear in its weight, with torch's own ``forward``."""
+
+    def _conv_forward(self, x, weight, bias):
+        mean = weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(x, weight - mean * mean, bias)
+
+
+def test_a_convolution_of_its_own_runs_on_the_changed_weight():
+    module, x = Standardised(3, 4, 3).double(), torch.randn(2, 3, 6, 6).double()
+    (change,) = attached(module).changes.values()
+    delta = change.resolve(module.weight)[0].delta()[0].view_as(module.weight)
+    expected = module._conv_forward(x, module.weight + delta, module.bias)
+    assert error(module(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize("size", [8, 200])
+def test_a_convolution_replaced_on_the_module_is_called(size):
+    """As for seamless tiles: circular padding by a function, in place of the module's zeros."""
+    module = nn.Conv2d(4, 4, 3, padding=1)
+
+    def tile(self, x, weight, bias):
+        return torch.nn.functional.conv2d(
+            torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias
+        )
+
+    module._conv_forward = types.MethodType(tile, module)
+    (change,) = attached(module).changes.values()
+    x = torch.randn(1, 4, size, size)
+    delta = change.resolve(module.weight)[0].delta()[0].view_as(module.weight)
+    expected = tile(module, x, module.weight + delta, module.bias)
+    assert error(module(x), expected) < 1e-5
 
 
 def test_keyword_inputs_and_unbatched_inputs():

@@ -17,7 +17,7 @@ tree would silently compute the policy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -31,7 +31,7 @@ from veneer.attach.layer.lookup import adapters, changes, need_adapters, selecte
 from veneer.attach.select import use
 from veneer.attach.source.method_overrides import without_adapters
 from veneer.bases import weight_of
-from veneer.errors import MergeError
+from veneer.errors import MergeError, SelectionError
 
 
 class Reference(nn.Module):
@@ -50,7 +50,8 @@ class Reference(nn.Module):
     Raises:
         SelectionError: the model has no adapter, or none of this name.
         MergeError: an adapter is merged into the weights, so the base cannot be computed. Calls
-            raise this error too.
+            raise this error too, and SelectionError if the parameters of the adapter were replaced
+            (sharding, ``load_state_dict(assign=True)``) since ``reference_of`` copied them.
     """
 
     def __init__(self, model: nn.Module, name: str | None = None) -> None:
@@ -97,10 +98,18 @@ class Reference(nn.Module):
     def selected(self) -> Iterator[None]:
         """A context manager in which the model computes what this reference computes."""
         self._require_unmerged()
+        holders = _tensor_holders(self._root, self._adapter) if self._frozen_copies else []
+        known_ids = {*self._frozen_copies, *map(id, self._frozen_copies.values())}
+        if any(id(tensor) not in known_ids for tensor in _own_tensors(holders)):
+            raise SelectionError(
+                f"a reference of {self._adapter!r}, whose parameters were replaced since",
+                "the parameters that it was made of",
+                "call reference_of after sharding, or after load_state_dict(assign=True)",
+            )
         with (
             context.evaluation_mode(self._root),
             use(self._root, self._adapter),
-            replaced_tensors(_tensor_holders(self._root, self._adapter), self._frozen_copies),
+            replaced_tensors(holders, self._frozen_copies),
         ):
             yield
 
@@ -164,14 +173,13 @@ def reference_of(model: nn.Module) -> Reference:
     if _changes_nothing(model, name):
         return Reference(model)
     frozen_copies: dict[int, Tensor] = {}
-    for holder in _tensor_holders(model, name):
-        for tensor in (*holder.parameters(recurse=False), *holder.buffers(recurse=False)):
-            tensor_copy = tensor.detach().clone()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            frozen_copy = (
-                nn.Parameter(tensor_copy, requires_grad=False) if is_parameter else tensor_copy
-            )
-            frozen_copies.setdefault(id(tensor), frozen_copy)
+    for tensor in _own_tensors(_tensor_holders(model, name)):
+        tensor_copy = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        frozen_copy = (
+            nn.Parameter(tensor_copy, requires_grad=False) if is_parameter else tensor_copy
+        )
+        frozen_copies.setdefault(id(tensor), frozen_copy)
     return Reference(model, name)._set_attributes(model, name, frozen_copies, model)
 
 
@@ -184,6 +192,12 @@ def _tensor_holders(model: nn.Module, name: str | None) -> list[nn.Module]:
         for _, _, layer_adapter in adapters(model, name)
         for module in layer_adapter.modules()
     ]
+
+
+def _own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The parameters and buffers of modules, without those of their children."""
+    for module in modules:
+        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
 
 
 def _changes_nothing(model: nn.Module, name: str) -> bool:

@@ -29,7 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels import has_amx, reference, without_autocast
-from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
+from veneer.kernels.saved_inputs import (
+    SavedInput,
+    has_saved_tensor_hooks,
+    input_to_save,
+    restore_input,
+)
 from veneer.kernels.switch import is_on
 from veneer.precision import at_least_float32
 
@@ -259,6 +264,8 @@ def _source_rows(x: Tensor, source: Tensor | None, allows_any_size: bool) -> Ten
     if x._version or source._version or x_node.name() != "IndexBackward0":
         return None
     if x_node.next_functions[0][0] is not source.grad_fn:
+        return None
+    if has_saved_tensor_hooks():
         return None
     try:
         indices = x_node._saved_indices

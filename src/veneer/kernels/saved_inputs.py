@@ -72,6 +72,12 @@ class SavedInput(NamedTuple):
     gate: Gate | None = None
 
 
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks replace the tensors that autograd saves. Under activation checkpointing they
+    do: to read the saved tensors of a node would then recompute the block."""
+    return _C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def input_to_save(x: Tensor, is_one_of_many: bool = False) -> SavedInput:
     """The tensors to save for backward in place of a layer's input x: factors of x that autograd
     has saved anyway, if x is a large product that the autograd graph shows, else x itself.
@@ -89,8 +95,7 @@ def input_to_save(x: Tensor, is_one_of_many: bool = False) -> SavedInput:
         or product_node.name() != "MulBackward0"
     ):
         return SavedInput(x)
-    if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        # Under activation checkpointing, reading a node's saved tensors would recompute them.
+    if has_saved_tensor_hooks():
         return SavedInput(x)
     try:
         is_small = x.numel() <= SMALL_INPUT_SIZE

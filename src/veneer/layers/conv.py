@@ -78,6 +78,12 @@ class Conv(_Convolution):
     def dims(self, module: Any, shape: torch.Size) -> Dims:
         return Dims(module.groups, shape[0] // module.groups, shape[1:].numel())
 
+    def factors(self, module: Any) -> bool:
+        """Whether the module has torch's ``_conv_forward``, not one of a subclass (such as weight
+        standardisation, which is not linear in the weight) or of the instance."""
+        method = getattr(module._conv_forward, "__func__", None)
+        return method is getattr(self._module_class, "_conv_forward", None)
+
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return module._conv_forward(x, weight, bias)
 

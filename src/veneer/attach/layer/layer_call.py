@@ -242,7 +242,7 @@ def add_update(
     else:
         y = kind.update(module, drop(x, dropout) if dropout else x, low_rank, y)
     if gain is not None:
-        y = y * kind.per_output(module, gain, y).to(y.dtype)
+        y = (y * kind.per_output(module, gain, y)).to(y.dtype)  # a gain near 1 needs its digits
         y = y if bias is None else y + kind.per_output(module, bias, y).to(y.dtype)
     return y
 

@@ -70,7 +70,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     narrow_dtype = next(
         (dtype for dtype in weight_dtypes if at_least_float32(dtype) != dtype), None
     )
-    if submodule_adapters or any(child is not layer_state for child in module._modules.values()):
+    if submodule_adapters or _has_child_tensors(module, layer_state):
         # Not in float32: the modules below keep their own dtype, so the dtypes would not match.
         narrow_dtype = None
     runs_wide = narrow_dtype is not None
@@ -109,6 +109,16 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     for view_record in views:
         _write_back(view_record)
     return y
+
+
+def _has_child_tensors(module: nn.Module, layer_state: LayerState) -> bool:
+    """Whether a child of the module, besides its ``layer_state``, has parameters or buffers."""
+    return any(
+        True
+        for child in module._modules.values()
+        if child is not None and child is not layer_state
+        for _ in (*child.parameters(), *child.buffers())
+    )
 
 
 def _wide_copies(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -323,16 +323,10 @@ class _Planner:
             path: [n for n, p in model_index.modules[path]._parameters.items() if p is not None]
             for path in self.train_also_paths
         }
-        excluded_refs = {
-            *((path, "bias") for path in self.train_also_paths),
-            *targeting.excluded_refs(model_index, self.config, []),
-        }
-        bias_paths = [path for path in model_index.modules if (path, "bias") not in excluded_refs]
-        candidates = {"none": (), "targets": low_rank_paths, "all": bias_paths}[bias]
         biases = [
-            (path, "bias")
-            for path in candidates
-            if model_index.modules[path]._parameters.get("bias") is not None
+            ref
+            for ref in targeting.bias_refs(model_index, self.config, low_rank_paths)
+            if ref[0] not in self.train_also_paths
         ]
         if bias != "none" and not biases:
             problem = f"bias={bias!r} and no bias there"

@@ -87,6 +87,30 @@ def excluded_refs(
     return excluded
 
 
+def bias_refs(
+    model_index: ModelIndex, config: LoraConfig, low_rank_paths: Sequence[str]
+) -> list[ParamRef]:
+    """(path, name) of each bias that ``config.bias`` selects. "targets": the parameter "bias" of
+    the modules ``low_rank_paths``. "all": also parameters such as "in_proj_bias" or "bias_ih_l0",
+    of all modules, but for those that ``config.exclude`` excludes."""
+    if config.bias != "all":
+        paths = low_rank_paths if config.bias == "targets" else ()
+        return [
+            (path, "bias")
+            for path in paths
+            if model_index.modules[path]._parameters.get("bias") is not None
+        ]
+    excluded = excluded_refs(model_index, config, [])
+    return [
+        (path, name)
+        for path, module in model_index.modules.items()
+        for name, parameter in module._parameters.items()
+        if (name == "bias" or name.startswith("bias_") or name.endswith("_bias"))
+        and parameter is not None
+        and (path, name) not in excluded
+    ]
+
+
 def value_for(
     model_index: ModelIndex,
     refs: Sequence[ParamRef],

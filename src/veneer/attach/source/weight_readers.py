@@ -87,6 +87,7 @@ def weight_readers(
             if path_below and has_forward(model_index.modules[path_above]):
                 yield WeightReader(path_above, path_below)
                 break
+    is_list = isinstance(model_index.modules[path], nn.ParameterList | nn.ParameterDict)
     for path_above, path_below in _modules_above(model_index, path):
         module, weight_path = model_index.modules[path_above], (*path_below, weight_name)
         module_class = base_class(module)
@@ -104,13 +105,13 @@ def weight_readers(
         )
         if reading_methods and is_reachable:
             yield WeightReader(path_above, path_below)
-        for method in _public_methods(module_class):
-            mentioned_words = words_in_method(module_class, method)
-            first_name = weight_path[0]
-            is_named = weight_name in mentioned_words and (
-                first_name in mentioned_words or first_name.isdigit()
-            )
-            if is_named and _reads_parameter(module, method, weight_path):
+        # a method that reads a list or dict of parameters may read any of its elements
+        read_path = path_below if is_list else weight_path
+        for method in _public_methods(module_class) if read_path else ():
+            # code reads the elements of lists of modules by their index
+            names = {name for name in (read_path[0], read_path[-1]) if not name.isdigit()}
+            is_named = names <= words_in_method(module_class, method)
+            if is_named and _reads_parameter(module, method, read_path):
                 yield WeightReader(path_above, path_below, method)
 
 
