@@ -360,6 +360,21 @@ def test_a_temporary_folder_with_links_is_left_alone(tmp_path, name):
     assert linked.is_symlink()
 
 
+def test_a_name_that_stands_for_another_folder_is_not_recovered(tmp_path):
+    """ "....x.tmp" is that of a writer of "..", and ".link.x.tmp" that of a writer of a link."""
+    folder, outside = tmp_path / "runs", tmp_path / "outside"
+    fill(outside, "theirs", "secret")
+    for name in ("....abc12345.tmp", ".link.abc12345.tmp"):
+        fill(folder / name / NEW, "new", "fresh")
+        (folder / name / temporary.PLAN).write_text(
+            json.dumps({"entry": "fresh", "writes": ["fresh"], "removes": ["secret"]})
+        )
+    (folder / "link").symlink_to(outside)
+    before = content(tmp_path)
+    recover_all(folder)
+    assert content(tmp_path) == before
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_a_lock_that_is_no_file_is_no_error(tmp_path, within):
     container = plant(tmp_path / "run", plan_of())

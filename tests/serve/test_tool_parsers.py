@@ -82,6 +82,9 @@ CASES = {
     "pythonic, text": ("pythonic", "[1, 2] is a list", ["[1, 2] is a list"]),
     "pythonic, code": ("pythonic", "[f(x=g()), 1]", ["[f(x=g()), 1]"]),
     "pythonic, cut": ("pythonic", "[f(x=1", ["[f(x=1"]),
+    "pythonic, three quotes": (
+        "pythonic", '[f(code="""print("Hello, world")""", b=1)]', [("f", {"code": 'print("Hello, world")', "b": 1})],
+    ),
     "pythonic, a name twice": ("pythonic", "[f(x=1, x=2)]", ["[f(x=1, x=2)]"]),
     "pythonic, names that are none in Python": (
         "pythonic", '[2fa(from="a=b", in=[1, "x,)"], user-id = -3, $top={"a": 1}, max results=true, a[b]=0)]',

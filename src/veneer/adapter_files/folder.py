@@ -230,11 +230,8 @@ def write(
         texts_by_file[RECORD] = json.dumps(record, indent=2) + "\n"
     with _report_unwritten(path):
         peft_fields.check_config(peft_config, record is not None, with_base=record is not None)
-        raise_all(
-            AdapterError,
-            "Its record",
-            list(record_problems(record, path)) if record is not None else [],
-        )
+        problems = [] if record is None else [*record_problems(record, path)]
+        raise_all(AdapterError, "Its record", problems)
         assemble(path, peft_config, record, tensors, parameters)
         for file_name, text in texts_by_file.items():
             json_object(text, file_name, "give less provenance")
@@ -433,7 +430,8 @@ def folder_problems(path: Path) -> list[str]:
     was killed while it replaced the files, this function first completes the replacement."""
     problems = [] if (path / peft.CONFIG).is_file() else recovery_problems(path.resolve())
     if not path.is_dir():
-        return [sentence(f"no folder {path}", "an adapter folder", _fetch_advice(str(path)))]
+        advice = _fetch_advice(str(path))
+        return [*problems, sentence(f"no folder {path}", "an adapter folder", advice)]
     problems += [*pickle_problems(path), *location_problems(path, file_names.FILES)]
     missing_files = [name for name in (peft.CONFIG, peft.TENSORS) if not (path / name).is_file()]
     if missing_files and not problems:

@@ -62,7 +62,7 @@ class Reference(nn.Module):
         self,
         root: nn.Module,
         name: str | None,
-        frozen_copies: Mapping[int, Tensor],
+        frozen_copies: Mapping[int, tuple[Tensor, Tensor]],
         submodule: nn.Module,
     ) -> Reference:
         """Set the attributes of the reference, and return it. Raises the errors of the class.
@@ -70,8 +70,8 @@ class Reference(nn.Module):
         Args:
             root: the model.
             name: the adapter, or None for the base alone.
-            frozen_copies: the tensors that replace the adapter's during a call, by the ``id`` of
-                the adapter's tensor.
+            frozen_copies: by the ``id`` of a tensor of the adapter, this tensor and the copy that
+                replaces it during a call.
             submodule: the module that a call of the reference runs: ``root`` or a module below it.
         """
         # not by nn.Module.__setattr__: a registered child would be trained, moved and saved
@@ -99,17 +99,19 @@ class Reference(nn.Module):
         """A context manager in which the model computes what this reference computes."""
         self._require_unmerged()
         holders = _tensor_holders(self._root, self._adapter) if self._frozen_copies else []
-        known_ids = {*self._frozen_copies, *map(id, self._frozen_copies.values())}
+        copies = {key: copy for key, (_, copy) in self._frozen_copies.items()}
+        known_ids = {*copies, *map(id, copies.values())}
         if any(id(tensor) not in known_ids for tensor in _own_tensors(holders)):
             raise SelectionError(
                 f"a reference of {self._adapter!r}, whose parameters were replaced since",
                 "the parameters that it was made of",
-                "call reference_of after sharding, or after load_state_dict(assign=True)",
+                "call reference_of after sharding, or after load_state_dict(assign=True); give a"
+                " trainer that shards the model a ref_model",
             )
         with (
             context.evaluation_mode(self._root),
             use(self._root, self._adapter),
-            replaced_tensors(holders, self._frozen_copies),
+            replaced_tensors(holders, copies),
         ):
             yield
 
@@ -172,14 +174,14 @@ def reference_of(model: nn.Module) -> Reference:
     name = selected_name(model)
     if _changes_nothing(model, name):
         return Reference(model)
-    frozen_copies: dict[int, Tensor] = {}
+    frozen_copies: dict[int, tuple[Tensor, Tensor]] = {}
     for tensor in _own_tensors(_tensor_holders(model, name)):
         tensor_copy = tensor.detach().clone()
         is_parameter = isinstance(tensor, nn.Parameter)
         frozen_copy = (
             nn.Parameter(tensor_copy, requires_grad=False) if is_parameter else tensor_copy
         )
-        frozen_copies.setdefault(id(tensor), frozen_copy)
+        frozen_copies.setdefault(id(tensor), (tensor, frozen_copy))
     return Reference(model, name)._set_attributes(model, name, frozen_copies, model)
 
 

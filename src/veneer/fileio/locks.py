@@ -38,6 +38,7 @@ def hold_lock(path: Path, refusal: Callable[[str], Exception] | None = None) -> 
         )
     try:
         if refusal is not None:
+            holder_file.unlink(missing_ok=True)  # it may be a link in a stranger's folder
             process_text = f"{os.getpid()} on {socket.gethostname()}: {_program_name()}"
             holder_file.write_text(f"another process ({process_text})", encoding="utf-8")
         yield

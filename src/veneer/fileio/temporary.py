@@ -105,7 +105,8 @@ def recover_all(folder: Path) -> None:
     """Call ``recover`` for every path in ``folder`` that a killed writer was writing."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _SIBLING_PATTERN.fullmatch(path.name) or _MOVED_ASIDE.fullmatch(path.name)
-        if match is not None:
+        # a name such as "....x.tmp" would stand for the parent, a link for any folder
+        if match and match[1] not in (".", "..") and not (folder / match[1]).is_symlink():
             recover(folder / match[1])
 
 

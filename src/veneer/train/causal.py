@@ -48,7 +48,7 @@ def must_not_see_later_tokens(model: Any, base_name: str) -> None:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[
             :, :SHARED_TOKENS
         ]
-    if _differ(*logits):
+    if _differ(logits[0], logits[1], logits.dtype):
         raise ConfigError(
             f"{base_name}, a {type(model).__name__} whose predictions change with the tokens that"
             " come after them",
@@ -84,7 +84,7 @@ def must_keep_packed_examples_apart(model: Any, base_name: str) -> None:
     with evaluation_mode(model):
         logits = model(**inputs, use_cache=False).logits[0]
     first_logits, _, last_logits = logits.split(PACKED_TOKENS)
-    if _differ(first_logits, last_logits):
+    if _differ(first_logits, last_logits, model.dtype):
         raise ConfigError(
             f"{base_name}, a {type(model).__name__} that mixes packed examples: the predictions for"
             " one change with those before it in the row",
@@ -93,10 +93,10 @@ def must_keep_packed_examples_apart(model: Any, base_name: str) -> None:
         )
 
 
-def _differ(first_logits: Tensor, second_logits: Tensor) -> bool:
+def _differ(first_logits: Tensor, second_logits: Tensor, dtype: torch.dtype) -> bool:
     """Whether the logits [t, v] of two sequences of t tokens in one forward pass differ by more
-    than rounding. For equal inputs, only the order of sums may differ, on a GPU or at another
-    position of a row."""
-    tolerance = max(1e-4, 4 * torch.finfo(first_logits.dtype).eps)
+    than rounding to ``dtype``, in which they were computed. For equal inputs, only the order of
+    sums may differ, on a GPU or at another position of a row."""
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
     first_logits, second_logits = double(first_logits), double(second_logits)
     return bool((first_logits - second_logits).norm() > tolerance * first_logits.norm())

@@ -9,6 +9,7 @@ cache, a counter), they are written back to the module afterwards.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -70,8 +71,7 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     narrow_dtype = next(
         (dtype for dtype in weight_dtypes if at_least_float32(dtype) != dtype), None
     )
-    if submodule_adapters or _has_child_tensors(module, layer_state):
-        # Not in float32: the modules below keep their own dtype, so the dtypes would not match.
+    if submodule_adapters or _keeps_dtype(layer_adapter, module, layer_state):
         narrow_dtype = None
     runs_wide = narrow_dtype is not None
     unformed_weights = (
@@ -111,13 +111,16 @@ def run_on_view(layer_adapter: Any, call: Call) -> Any:
     return y
 
 
-def _has_child_tensors(module: nn.Module, layer_state: LayerState) -> bool:
-    """Whether a child of the module, besides its ``layer_state``, has parameters or buffers."""
+def _keeps_dtype(layer_adapter: Any, module: nn.Module, layer_state: LayerState) -> bool:
+    """Whether a module with 16-bit weights runs on W + ΔW in 16 bits. It does if a child has
+    tensors, because the child keeps its dtype, and the dtypes would not match. So does a module of
+    stacks (experts) with children, whose products would take too long in float32."""
+    children = [child for child in module._modules.values() if child not in (None, layer_state)]
     return any(
-        True
-        for child in module._modules.values()
-        if child is not None and child is not layer_state
-        for _ in (*child.parameters(), *child.buffers())
+        next(itertools.chain(child.parameters(), child.buffers()), None) is not None
+        for child in children
+    ) or (
+        bool(children) and any(change.dims.groups > 1 for change in layer_adapter.changes.values())
     )
 
 

@@ -87,6 +87,11 @@ def excluded_refs(
     return excluded
 
 
+#: matches the name of a bias: "bias", "in_proj_bias", "bias_ih_l0", "bias_k" …, but not those that
+#: balance the load of experts, which get no gradient
+_BIAS_NAME = re.compile(r"(?!expert_|\w*correction_)(\w+_)?bias(_[kuv]|_(ih|hh)_l\d+(_reverse)?)?")
+
+
 def bias_refs(
     model_index: ModelIndex, config: LoraConfig, low_rank_paths: Sequence[str]
 ) -> list[ParamRef]:
@@ -105,9 +110,7 @@ def bias_refs(
         (path, name)
         for path, module in model_index.modules.items()
         for name, parameter in module._parameters.items()
-        if (name == "bias" or name.startswith("bias_") or name.endswith("_bias"))
-        and parameter is not None
-        and (path, name) not in excluded
+        if _BIAS_NAME.fullmatch(name) and parameter is not None and (path, name) not in excluded
     ]
 
 

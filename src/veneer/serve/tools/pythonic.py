@@ -26,7 +26,9 @@ _PARTIAL_OPENING = re.compile(rf"(\[\s*({_NAME.pattern})?)?")
 _ARGUMENT_NAME = re.compile(r"[^\"'\n]*[^\"'\s!<>:]")
 #: matches a string, a comma or a bracket in the text of a call
 _STRING_OR_PUNCTUATION = re.compile(
-    r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[,()\[\]{}]", re.DOTALL
+    r"\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}"
+    r"|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|[,()\[\]{}]",
+    re.DOTALL,
 )
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 

@@ -301,7 +301,9 @@ class Operations:
             for folder in folders
         )
         return file_names == other_names and all(
-            filecmp.cmp(folders[0] / name, folders[1] / name, shallow=False) for name in file_names
+            (folders[0] / name).samefile(folders[1] / name)  # copies are hard links
+            or filecmp.cmp(folders[0] / name, folders[1] / name, shallow=False)
+            for name in file_names
         )
 
 
