@@ -230,8 +230,9 @@ class Worker:
         if request.kind not in KINDS_WITHOUT_RUN:
             try:
                 self.memory.ensure_loaded(active_run)
-            except Exception:
-                return  # loading fails again in a later round, which answers the request
+            except Exception as error:  # a later round fails too, and answers the request
+                log.warning("%s: not loaded before its request: %s", active_run.run_id, error)
+                return
         if self.store.count_attempt(active_run.run_id, request.seq) > MAX_DEATHS:
             log.error(
                 "%s: request %d ended the server %d times: given up",
