@@ -15,16 +15,12 @@ from veneer.errors import AdapterError, OutputExistsError, listing, raise_all, s
 from veneer.fileio.untrusted import location_problems, read_json
 from veneer.formats import peft, peft_tokens
 from veneer.models.load import tokenizer_at
+from veneer.models.safetensors_dir import TOKENIZER_FILES
 
 #: the files that ``folder.read`` opens, all of them JSON or safetensors, which cannot run code
 CORE_FILES = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 #: all files that an adapter folder may have, without those of a tokenizer
 FILES = (*CORE_FILES, model_card.CARD_FILE)
-#: the files of a tokenizer, in the folder of an adapter that trains added tokens
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
-)  # fmt: skip
 #: patterns of the weight files of a complete model in the layout of transformers or diffusers
 MODEL_FILE_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
 

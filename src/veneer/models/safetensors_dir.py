@@ -58,26 +58,16 @@ MODEL_FILES = (
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json", "consolidated*.safetensors",
 )  # fmt: skip
+#: the files of a tokenizer, which an adapter that trains added tokens has in its folder, too
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+)  # fmt: skip
 #: names of the files beside a model's weights with which transformers generates and tokenizes
 TEXT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "bpe.codes",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "spm.model",
-    "tekken.json",
-)
+    *TOKENIZER_FILES, "generation_config.json", "chat_template.json", "bpe.codes", "spiece.model",
+    "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "tekken.json",
+)  # fmt: skip
 #: names of the files with which transformers prepares images, videos and sound for a model
 PROCESSOR_FILES = (
     "processor_config.json",

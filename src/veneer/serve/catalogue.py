@@ -32,7 +32,7 @@ from veneer.errors import (
     listing,
     nearest,
 )
-from veneer.serve.refusal import Refusal
+from veneer.serve.refusal import Refusal, disk_reason
 from veneer.serve.served_state import ServedState, lock_state, read_state, write_state
 from veneer.store import catalogue as store_catalogue
 from veneer.store.catalogue import FolderSource, LibrarySource, Location, RemoteSource, open_source
@@ -469,10 +469,9 @@ def _refuse_disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
         raise Refusal(
             503,
-            f"an adapter folder that cannot be read or written ({reason})",
+            f"an adapter folder that cannot be read or written ({disk_reason(error)})",
             "one that can",
             "see to it; nothing was changed",
             code="disk",

@@ -164,6 +164,12 @@ def draining_refusal() -> Refusal:
     )
 
 
+def disk_reason(error: Exception) -> str:
+    """Why a disk failed, for clients. ``error``: of SQLite or the system. The paths that an
+    ``OSError`` names are left out, because they are the server's."""
+    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+
+
 def error_refusal(error: VeneerError) -> Refusal:
     """The refusal for an error that the library raised while it worked on a request. Errors that
     have no case of their own get status 400."""

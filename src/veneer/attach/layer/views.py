@@ -116,11 +116,11 @@ def _keeps_dtype(layer_adapter: Any, module: nn.Module, layer_state: LayerState)
     tensors, because the child keeps its dtype, and the dtypes would not match. So does a module of
     stacks (experts) with children, whose products would take too long in float32."""
     children = [child for child in module._modules.values() if child not in (None, layer_state)]
-    return any(
-        next(itertools.chain(child.parameters(), child.buffers()), None) is not None
-        for child in children
-    ) or (
-        bool(children) and any(change.dims.groups > 1 for change in layer_adapter.changes.values())
+    if not children:
+        return False
+    has_stacks = any(change.dims.groups > 1 for change in layer_adapter.changes.values())
+    return has_stacks or any(
+        True for child in children for _ in itertools.chain(child.parameters(), child.buffers())
     )
 
 

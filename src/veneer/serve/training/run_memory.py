@@ -15,7 +15,6 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any
 
 from veneer.config import LoraConfig
@@ -108,23 +107,22 @@ class RunMemory:
             return
         self.make_room()
         run_row, load_started = self._store.existing_run(active_run.run_id), time.monotonic()
-        replayed_rows = (
+        replayed_rows = [
             row
             for row in self._store.requests_after(active_run.run_id, run_row["state"])
             if row["done"] == SUCCEEDED
             and row["seq"] < active_run.next_seq
             and row["kind"] in REPLAYED_KINDS
-        )
+        ]
         try:
-            first_row = next(replayed_rows, None)
             if run_row["state"] >= 0:
                 saved_state_folder = state_folder(self._store, active_run.run_id, run_row["state"])
                 self._trainer.load(active_run.adapter_name, saved_state_folder, optimizer=True)
-            elif first_row is None or first_row["kind"] != "load":
+            elif not replayed_rows or replayed_rows[0]["kind"] != "load":
                 # a load makes the adapter itself; its variant may have no start without data
                 config = LoraConfig.from_dict(json.loads(run_row["config"]))
                 self._trainer.begin(active_run.adapter_name, config, run_row["seed"])
-            for row in chain((first_row,) if first_row else (), replayed_rows):
+            for row in replayed_rows:
                 self._replay(active_run, row["kind"], row["body"])
         except DivergenceError as error:
             # A replayed step makes weights that are too large to be saved. It succeeded before only

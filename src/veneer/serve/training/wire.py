@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from veneer.errors import DataError, sentence
+from veneer.serve.refusal import disk_reason
 from veneer.serve.training.losses import Datum
 
 #: name of a message -> name of a field -> (number of the field, type). A type that begins with a
@@ -138,11 +139,9 @@ class Answer(NamedTuple):
 
 def disk_failure(error: Exception) -> tuple[str, str, str]:
     """The texts (found, expected, do) for a client whose request failed because of a disk.
-    ``error``: an error of SQLite or the system. The paths that an ``OSError`` names are not shown
-    to clients."""
-    reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+    ``error``: an error of SQLite or the system."""
     return (
-        f"a folder of the server that cannot be read or written ({reason})",
+        f"a folder of the server that cannot be read or written ({disk_reason(error)})",
         "one that can",
         "try again, or tell whoever runs the server",
     )
