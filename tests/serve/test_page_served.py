@@ -109,6 +109,7 @@ def test_keys(show):
         page.get_by_role("button", name="Use this key").click()
         if said:
             expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text(said)
+    expect(page.get_by_role("dialog")).to_be_hidden()  # it takes what is typed while it is open
     expect(page.locator(".column")).to_have_count(1)
     send(page, "hello", tokens=2)
     expect_states(page, "done")
