@@ -17,7 +17,7 @@ def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: 
         "--task",
         config.task,
         "--epochs",
-        4,
+        8,
         "--batch-size",
         8,
         "--learning-rate",
@@ -40,6 +40,27 @@ def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: 
     assert ("base" in found) == (name == "dpo")  # a base with a new head tells nothing
     if name == "dpo":
         assert found["base"]["margin"] == 0
+
+
+def test_a_preference_is_measured_from_the_adapter_that_was_trained_further(
+    veneer: Any, tmp_path: Path
+) -> None:
+    config = config_of("dpo", tmp_path)
+    common = ("train", "--base", config.base, "--data", config.data, "--no-check", "--task", "dpo")
+    common += ("--max-steps", 2, "--precision", "fp32")
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = veneer(*common, "--output", first, "--learning-rate", 0.1)
+    assert done.code == 0, done.err
+    start = ("--adapter", first / "adapter", "--learning-rate", 1e-12)
+    done = veneer(*common, "--output", second, *start)
+    assert done.code == 0, done.err
+    measure = ("eval", config.base, config.data, "--adapter", second / "adapter", "--json")
+    measure += ("--precision", "fp32")
+    assert json.loads(veneer(*measure).out)["adapter"]["margin"] == pytest.approx(0, abs=1e-4)
+    (first / "adapter").rename(first / "moved")
+    done = veneer(*measure)
+    assert abs(json.loads(done.out)["adapter"]["margin"]) > 1e-2
+    assert "is gone or has changed; the loss compares with the base" in done.err.replace("\n", " ")
 
 
 def test_a_head_is_not_measured_without_its_adapter(veneer: Any, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import pyarrow.parquet
 import pytest
 from tests.support.tiny import CHATML, sums, tiny_tokenizer, write_rows
 
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.train import data, tokens
+from veneer.train.config import make_config
 from veneer.train.data import Columns
 from veneer.train.evaluate import exact_match_rate
 from veneer.train.generate import generate
-from veneer.train.prepare import Rows, sample_prompt
+from veneer.train.prepare import Prepared, Rows, prepare, sample_prompt
 
 TOKENIZER = tiny_tokenizer()
 ROWS = sums(4)
@@ -78,6 +79,49 @@ def test_the_hash_of_a_hub_data_set_is_that_of_its_images(monkeypatch: pytest.Mo
         digests.append(data.raw_rows("owner/images")[1])
     assert digests[0] == digests[1]
     assert len({*digests}) == 4
+
+
+def test_the_split_to_evaluate_on_is_read_and_is_not_that_of_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def load_dataset(name: str, *_: Any, split: str, **__: Any) -> list[Any]:
+        asked.append((name, split))
+        return [{"chosen": f"{split} a", "rejected": "b"}] * 2
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def read(source: str, split: str) -> data.Records:
+        located_rows, digest = data.raw_rows(source, split)
+        return data.select_fields(located_rows, source, digest, ("chosen", "rejected"))
+
+    def prepare_rows(**changes: Any) -> Prepared:
+        fields = {"base": "b", "data": "org/rows", "output": "o", "eval_data": "org/rows"}
+        config = make_config({**fields, **changes})
+        return prepare(config, read, lambda records: Rows(records.rows, [1, 1], [0, 1]), 8)
+
+    prepared = prepare_rows(eval_split="test")
+    assert asked == [("org/rows", "train"), ("org/rows", "test")]
+    assert prepared.evaluation is not None
+    assert prepared.evaluation.rows[0]["chosen"] == "test a"
+    with pytest.raises(ConfigError, match="split train, which are the training data"):
+        prepare_rows()
+
+
+def test_columns_of_later_rows_count() -> None:
+    rows = [("1", {"chosen": "a", "rejected": "b"})]
+    rows.append(("2", {"prompt": "p", "chosen": "c", "rejected": "d", "note": "n"}))
+
+    def select(*optional: str) -> data.Records:
+        return data.select_fields(rows, "s", "h", ("chosen", "rejected"), optional)
+
+    with pytest.raises(DataError, match="1 holds nothing in 'prompt'"):
+        select("prompt")
+    assert select().unused == ("prompt", "note")
+    sparse = data.select_fields(rows, "s", "h", ("chosen",), sparse=("note",))
+    assert ["note" in row for row in sparse.rows] == [False, True]
+    assert sparse.unused == ("rejected", "prompt")
 
 
 def test_a_text_file_is_one_example_a_line(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import veneer
 from veneer.adapter_files import read
 from veneer.attach.layer.lookup import need_adapters
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError
+from veneer.train import checkpoint
 from veneer.train.config import make_config
 from veneer.train.processes import check_divided_settings
 from veneer.train.run import fit
@@ -122,6 +123,14 @@ def test_an_adapter_of_each_task_goes_on(name: str, folder: Path) -> None:
     assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-9) for name in before)
     told = [read(one.adapter).metadata["provenance"]["task"] for one in (first, second)]
     assert told[0] == told[1]
+
+
+def test_an_adapter_in_the_output_folder_is_refused_before_anything_is_removed(make: Make) -> None:
+    first = fit(make("run", epochs=1), quiet=True)
+    with pytest.raises(ConfigError, match=r"in output .*another output folder"):
+        fit(make("run", adapter=str(first.adapter), overwrite=True, **BARE), quiet=True)
+    assert (first.adapter / "adapter_model.safetensors").is_file()
+    assert checkpoint.newest(first.output) is not None
 
 
 def test_another_adapter_is_another_run(folder: Path, adapter: Path, tmp_path: Path) -> None:

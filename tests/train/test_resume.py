@@ -145,6 +145,32 @@ def test_a_stopped_run_keeps_the_newest_checkpoint_beside_the_best(
     }
 
 
+def test_the_best_is_loaded_after_the_output_folder_moved(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_evaluation_losses(monkeypatch, {2: 1.0, 4: 2.0, 6: 3.0})
+    changes = {"early_stopping": 2, "eval_every": 2, "save_every": 4, "epochs": 1}
+    config = make("before", **changes)
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(5)], quiet=True)
+    moved = make("after", **changes)
+    config.output.rename(moved.output)
+    run = fit(moved, quiet=True)
+    assert run.steps == 6
+    must_hold_adapter_of_step(run, 2)
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(make: Make) -> None:
+    stopped = fit(make("run", save_every=1000), callbacks=[StopAfter(3)], quiet=True)
+    assert stopped.steps == 3
+    config = make("run", save_every=2)
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(9)], quiet=True)
+    newest = checkpoint.newest(config.output)
+    assert newest is not None
+    assert newest[1] == 8
+
+
 def test_early_stopping_survives_a_resume_and_keeps_the_best(make: Make) -> None:
     changes = {
         "early_stopping": 2,

@@ -23,6 +23,7 @@ from veneer.train.config import make_config, task_names
 from veneer.train.evaluate import evaluate_task, task_from_record
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS, Rows
+from veneer.train.tasks._base import truncate_ids
 from veneer.train.tasks._media import read_audio, read_image
 from veneer.train.tokens import tokenise
 from veneer.train.trainer import TaskTrainer
@@ -287,6 +288,7 @@ def test_settings_that_do_not_agree(changes: dict[str, Any], message: str) -> No
         ("{}/r.py:text", "no list of numbers"),
         ("{}/r.py:few", "8 finite numbers"),
         ("{}/r.py:nan", "8 finite numbers"),
+        ("{}/r.py:words", "no list of numbers"),
     ],
 )
 def test_a_reward_function_that_is_wrong(
@@ -296,6 +298,7 @@ def test_a_reward_function_that_is_wrong(
         "def text(completions): return ['a'] * len(completions)\n"
         "def few(prompts): return [1.0]\n"
         "def nan(**given): return [float('nan')] * len(given['prompts'])\n"
+        "def words(completion_ids): return [[]] * len(completion_ids)\n"
     )
     config = config_of("grpo", folder, reward=[spec.format(tmp_path)])
     task: Any = TASKS["grpo"](config)
@@ -317,6 +320,29 @@ def test_a_reward_function_gets_the_columns_of_all_rows(folder: Path, tmp_path: 
     task: Any = TASKS["grpo"](config)
     task.open_base()
     assert task.rewards(task.prepare().train.rows, [[5, 6]] * 2).tolist() == [0.0, 1.0]
+
+
+def test_a_reward_function_of_trl_is_called(folder: Path, tmp_path: Path) -> None:
+    """Which may define a dataclass, read the tokens, and leave an answer to the others."""
+    (tmp_path / "r.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Judge:\n    limit: int\n"
+        "def brief(prompts, completions, completion_ids, **_):\n"
+        "    return [None if len(ids) > Judge(1).limit else 2.0 for ids in completion_ids]\n"
+    )
+    config = config_of("grpo", folder, reward=[f"{tmp_path}/r.py:brief"])
+    task: Any = TASKS["grpo"](config)
+    task.open_base()
+    rows = task.prepare().train.rows[:2]
+    assert task.rewards(rows, [[5, 6], [5]]).tolist() == [0.0, 2.0]
+
+
+def test_the_tokens_of_all_answers_are_counted(folder: Path) -> None:
+    result = fit(config_of("grpo", folder, "counted", max_steps=2), quiet=True)
+    answers = 8 * 4  # of a step; each prompt has two tokens
+    lengths = [answers * (2 + length) for length in logged(result, "answer_length")]
+    assert result.tokens == pytest.approx(sum(lengths))
 
 
 @pytest.mark.parametrize("varies", [True, False])
@@ -482,6 +508,50 @@ def test_tools_and_their_calls_reach_the_template_and_calls_are_learnt(
     assert '"arguments": {"a": 1}' in learnt
     assert learnt.endswith("two\n")
     assert "one more" not in learnt
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "grpo"])
+def test_tools_reach_the_template_in_tasks_of_answers(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    prompt, answer = [{"role": "user", "content": "one"}], [CHAT[-1]]
+    row = {"prompt": prompt, "tools": TOOLS}
+    row |= {
+        "dpo": {"chosen": answer, "rejected": [{"role": "assistant", "content": "three"}]},
+        "kto": {"completion": answer, "label": True},
+        "grpo": {},
+    }[name]
+    rows = write_rows(tmp_path / "rows.jsonl", [row, {**row, "tools": None}])
+    config = config_of(name, folder, data=str(rows), eval_fraction=0.0)
+    task: Any = TASKS[name](config)
+    tokenizer = task.open_base()
+    tokenizer.chat_template = TEMPLATE
+    prepared = task.prepare()
+    assert prepared.unused == ()
+    key = {"dpo": "chosen"}.get(name, "ids")
+    values = [row[key] for row in prepared.train.rows]
+    texts = [tokenizer.decode(ids[0] if name == "dpo" else ids) for ids in values]
+    assert [text.startswith("tools [") for text in texts] == [True, False]
+    tokenizer.chat_template = TEMPLATE.replace("tools", "t")
+    with pytest.raises(DataError, match="holds tools, and the base's chat template has no place"):
+        task.prepare()
+
+
+def test_words_are_apart_and_a_cut_row_ends_in_a_special_token_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Of a tokenizer that tells words by the space before them, and adds no end."""
+    rows = [{"words": ["play", "jazz", "now"], "labels": ["A", "B", "A"]}] * 2
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    options = {"data": str(file), "eval_fraction": 0.0, "too_long": "truncate"}
+    task: Any = TASKS["classify"](config_of("classify words", folder, max_length=11, **options))
+    task.open_base()
+    row, tokenizer = task.prepare().train.rows[0], task.processor
+    assert tokenizer.decode(row["ids"]) == "play jazz n"
+    assert [task.labels[label] for label in row["labels"] if label >= 0] == ["A", "B", "A"]
+    end = tokenizer.all_special_ids[0]
+    assert truncate_ids([5, 6, 7, 8], 3, tokenizer) == [5, 6, 7]
+    assert truncate_ids([5, 6, 7, end], 3, tokenizer) == [5, 6, end]
 
 
 def test_a_template_without_a_place_for_tools_is_told(tmp_path: Path) -> None:

@@ -205,18 +205,11 @@ def _measure_task(request: _Request, task_record: Any, task_options: dict[str, A
     """Measure a task other than sft, and print the results. ``task_record``: from `_task_record`;
     ``task_options``: further arguments of `task_from_record`."""
     import veneer
-    from veneer.cli.console import (
-        adapter_tokenizer,
-        base_and_adapter,
-        echo_json,
-        err,
-        out,
-        table_of,
-    )
+    from veneer.cli.console import adapter_tokenizer, base_and_adapter, echo_json, err
     from veneer.errors import ConfigError
     from veneer.store.library import resolve
-    from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_from_record
+    from veneer.train.further import as_reference
 
     task = task_from_record(
         task_record, request.base, request.data, request.loading_options, **task_options
@@ -239,16 +232,42 @@ def _measure_task(request: _Request, task_record: Any, task_options: dict[str, A
         if adapter_folder is None
         else veneer.load(loaded_base.model, adapter_folder, verify_base=request.verify, grow=True)
     )
+    needs_reference = adapter_folder is not None and task.needs_reference()
+    initial_adapter = _reference_of(adapter_folder) if needs_reference else None
     results: dict[str, dict[str, Any]] = {}
     measures_base = task.evaluates_base and not request.only_adapter
-    for label, selection in base_and_adapter(handle, include_base=measures_base):
-        with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
-            results[label] = evaluate_task(
-                task, loaded_base.model, examples, batch_size=task_options["batch_size"]
-            )
+    with as_reference(loaded_base.model, initial_adapter, needs_reference):
+        for label, selection in base_and_adapter(handle, include_base=measures_base):
+            with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
+                results[label] = evaluate_task(
+                    task, loaded_base.model, examples, batch_size=task_options["batch_size"]
+                )
     if request.as_json:
         echo_json(results)
-        return
+    else:
+        _print_task_results(results, task, examples)
+
+
+def _reference_of(adapter_folder: Any) -> Any:
+    """The adapter that the run of ``adapter_folder`` trained further, or None for the base. Prints
+    a note if that adapter can no longer be read."""
+    from veneer.cli.console import err
+    from veneer.train.further import read_reference
+
+    initial_adapter, initial_name = read_reference(adapter_folder)
+    if initial_name is not None and initial_adapter is None:
+        err.print(
+            f"Note: {initial_name}, which the run trained further, is gone or has changed; the loss"
+            " compares with the base instead."
+        )
+    return initial_adapter
+
+
+def _print_task_results(results: dict[str, dict[str, Any]], task: Any, examples: Any) -> None:
+    """Print the results of a task other than sft, by model, as a table."""
+    from veneer.cli.console import out, table_of
+    from veneer.train.callbacks import measure_formatter
+
     measure_names = [name for name in task.measures if name in next(iter(results.values()))]
     table = table_of("", ">loss", *(f">{name.replace('_', ' ')}" for name in measure_names))
     for label, measures in results.items():

@@ -115,6 +115,7 @@ class TrainConfig(BaseModel):
         None, "Seed that chooses the rows of eval_fraction (default: seed).", ge=0
     )
     split: str = _data("train", "Which split of a hub data set to train on.")
+    eval_split: str = _data("train", "Which split of a hub data set in eval_data to evaluate on.")
     messages_column: str | None = _data(None, "Column with the chat messages (default: messages).")
     prompt_column: str | None = _data(None, "Column with the prompt (default: prompt).")
     completion_column: str | None = _data(None, "Column with the completion (default: completion).")

@@ -139,22 +139,25 @@ def select_fields(
     required: Sequence[str],
     optional: Sequence[str] = (),
     column_names: Mapping[str, str] | None = None,
+    sparse: Sequence[str] = (),
 ) -> Records:
     """The records of a task other than sft. Each row has the `required` fields, and the `optional`
-    fields that the first row has. Values are not changed.
+    fields for which any row has a column. A row has a `sparse` field if it has a value for it.
+    Values are not changed.
 
     Args:
         located_rows: [(location, row)] as from `raw_rows`; a row is a dict by column.
         source: the file or data set, for errors and for `Records.source`.
         digest: the hash of the source, for `Records.sha256`.
-        required, optional: names of fields.
-        column_names: by field, the name of its column if it is not the field's name.
+        required, optional, sparse: names of fields.
+        column_names: by required or optional field, the name of its column, if that is another.
 
     Raises:
         DataError: `column_names` has an unknown field, a column is missing (the error names the
             nearest column), or a row has no value in one of the columns that are read.
     """
-    column_names, data_columns = column_names or {}, list(located_rows[0][1])
+    column_names = column_names or {}
+    data_columns = list(dict.fromkeys(column for _, row in located_rows for column in row))
     if unknown_fields := [field for field in column_names if field not in (*required, *optional)]:
         raise DataError(
             f"columns names the part {unknown_fields[0]!r}"
@@ -169,7 +172,7 @@ def select_fields(
         if field in column_names or field in data_columns
     }
     read_columns = [*column_by_field.values()]
-    unused_columns = [column for column in data_columns if column not in read_columns]
+    unused_columns = [column for column in data_columns if column not in (*read_columns, *sparse)]
     if missing_columns := [column for column in read_columns if column not in data_columns]:
         problem = (
             f"{source} has no column {missing_columns[0]!r}"
@@ -191,11 +194,13 @@ def select_fields(
             raise DataError(
                 f"{source}, {location} holds nothing in {missing_columns[0]!r};"
                 f" it has {list_names(row)}",
-                f"{missing_columns[0]!r} in every row, as in the first",
+                f"{missing_columns[0]!r} in every row, as in others",
                 "add it, or remove that row",
             )
     rows = [
-        {field: row[column] for field, column in column_by_field.items()} for _, row in located_rows
+        {field: row[column] for field, column in column_by_field.items()}
+        | {field: row[field] for field in sparse if row.get(field) is not None}
+        for _, row in located_rows
     ]
     locations = [location for location, _ in located_rows]
     return Records("columns", rows, locations, source, digest, tuple(unused_columns))

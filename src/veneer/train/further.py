@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from veneer.adapter_files import read
 from veneer.adapter_files.file_names import content_hash
 from veneer.attach import ModelIndex, detach, fresh_head, use
-from veneer.errors import ConfigError, listing
+from veneer.errors import ConfigError, VeneerError, listing
 from veneer.handle import Handle, load
 from veneer.store.library import resolve
 
@@ -60,6 +60,38 @@ def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
     return InitialAdapter(
         folder, content_hash(folder), task_record if isinstance(task_record, dict) else {}
     )
+
+
+def must_lie_outside(initial_adapter: InitialAdapter | None, output: Path) -> None:
+    """Raise ``ConfigError`` if the adapter to train further lies in the folder ``output`` of the
+    run, which removes an earlier run's adapter and checkpoints when it begins."""
+    if initial_adapter is not None and initial_adapter.folder.resolve().is_relative_to(
+        output.resolve()
+    ):
+        raise ConfigError(
+            f"adapter {initial_adapter.folder} in output {output}, whose files the run replaces",
+            "another output folder",
+            "choose one, or copy the adapter elsewhere first",
+        )
+
+
+def read_reference(folder: Path) -> tuple[InitialAdapter | None, str | None]:
+    """The adapter from which a run trained the adapter in ``folder`` further, which is the
+    reference of its loss, or None; and its name in the run's configuration, or None if the run
+    began with a new adapter. The adapter is None, too, if it is not at that place any more, or if
+    its files have changed."""
+    provenance = read(folder).metadata.get("provenance", {})
+    name = provenance.get("config", {}).get("adapter")
+    if name is None:
+        return None, None
+    try:
+        initial_adapter = read_initial_adapter(name)
+    except (VeneerError, OSError):
+        return None, name
+    is_same = initial_adapter is not None and initial_adapter.hash == provenance.get(
+        "data", {}
+    ).get("adapter")
+    return initial_adapter if is_same else None, name
 
 
 def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:

@@ -393,11 +393,14 @@ def _stream_options(
     return options
 
 
-def encode(prompt: Prompt, tokenizer: Any, location: str = "the prompt") -> list[int]:
+def encode(
+    prompt: Prompt, tokenizer: Any, location: str = "the prompt", tools: Any = None
+) -> list[int]:
     """The token ids of a prompt. A chat is encoded by the tokenizer's chat template and ends with
     the header that begins the assistant's turn. Raises `DataError` for an empty prompt, for a chat
     if the tokenizer has no template, and for a chat that the template refuses; only the last error
-    names the ``location`` of the prompt."""
+    names the ``location`` of the prompt. ``tools``: JSON schemas of the functions that the answer
+    to a chat may call, or None."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:
@@ -407,7 +410,7 @@ def encode(prompt: Prompt, tokenizer: Any, location: str = "the prompt") -> list
             "pass the prompt as text",
         )
     else:
-        ids = chat_tokens(prompt, tokenizer, location, header=True)
+        ids = chat_tokens(prompt, tokenizer, location, header=True, tools=tools)
     if not ids:
         raise DataError("an empty prompt", "at least one token", "write something to continue")
     return ids

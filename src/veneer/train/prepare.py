@@ -123,7 +123,7 @@ def prepare(
 ) -> Prepared:
     """Read, check, split and encode the data of `config`, and count the steps. Raises the errors of
     `read_records` and `encode_records`, and `ConfigError` if `eval_fraction` leaves no row to train
-    on.
+    on, or if the evaluation would read the split of a hub data set that the run trains on.
 
     Args:
         read_records: reads the records of (source, split), a file or data set and its split.
@@ -132,9 +132,17 @@ def prepare(
         make_dataset: turns (rows, `length_limit`) into the data set that the trainer takes; by
             default the rows are this data set.
     """
+    if (config.eval_data, config.eval_split) == (config.data, config.split) and not data.is_local(
+        config.data
+    ):
+        raise ConfigError(
+            f"eval_data {config.eval_data}, split {config.eval_split}, which are the training data",
+            "other rows",
+            "name another split with eval_split, or set eval_fraction instead of eval_data",
+        )
     train_records = read_records(config.data, config.split)
     held_out_records = (
-        read_records(config.eval_data, "train") if config.eval_data is not None else None
+        read_records(config.eval_data, config.eval_split) if config.eval_data is not None else None
     )
     if config.eval_fraction:
         train_records, held_out_records = split(

@@ -47,7 +47,7 @@ from veneer.train.callbacks import (
     say,
 )
 from veneer.train.config import TrainConfig
-from veneer.train.further import as_reference
+from veneer.train.further import as_reference, must_lie_outside
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
@@ -249,6 +249,7 @@ def prepare_run(
     should_resume = processes.run_on_first(lambda: can_resume(config, output))
     with processes.joint_work():
         task = _make_task(config, processes)
+        must_lie_outside(task.initial_adapter, output)
     with processes.joint_work("data") as compare:
         token_ids, prepared = prepare_data(task)
         compare(_hash_data, token_ids, prepared)

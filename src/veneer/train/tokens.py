@@ -131,7 +131,7 @@ def _make_encoder(records: Records, tokenizer: Any) -> Encoder:
             " template.\nExpected a chat model.\nDo: choose its instruct version, or give `prompt`"
             " and `completion` as text."
         )
-    _must_show_tools(records, tokenizer)
+    must_show_tools(records, tokenizer)
     if records.kind == "prompt":
         return lambda row, row_location: _encode_turns(
             row["prompt"], row["completion"], tokenizer, row_location, row.get(TOOLS)
@@ -162,7 +162,7 @@ def _must_share_form(records: Records) -> None:
             )
 
 
-def _must_show_tools(records: Records, tokenizer: Any) -> None:
+def must_show_tools(records: Records, tokenizer: Any) -> None:
     """Raise `DataError` for a record with tools or tool calls if the chat template does not contain
     the word "tools" or "tool_calls", since it would then silently omit them."""
     template = str(tokenizer.chat_template)

@@ -220,6 +220,16 @@ class AdapterTrainerBase(Trainer):
             self.control.should_save = True
         return is_best
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Create or load the state of the run. A resumed run saves as often as its configuration
+        says now, and finds its best checkpoint in its output folder, which may have moved."""
+        epochs_and_steps = super()._init_training_state(*args, **kwargs)
+        self.state.save_steps = int(self.args.save_steps)
+        if best_step := self.state.best_global_step:
+            best_folder = checkpoint.path_of(str(self.args.output_dir), best_step)
+            self.state.best_model_checkpoint = str(best_folder) if best_folder.is_dir() else None
+        return epochs_and_steps
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the folder of the checkpoint of this step, atomically: the adapter, the states of
         the optimiser and of the schedule, the random states and the trainer's state. Older
@@ -346,7 +356,12 @@ class TaskTrainer(AdapterTrainerBase):
         if not model.training:
             self._add_evaluation(batch_loss.total, item_count, *measure_sums)
             return batch_loss.total.detach() / max(batch_loss.items, 1)
-        for name, value in zip(("items", *self.measures), (item_count, *measure_sums), strict=True):
+        token_count = torch.as_tensor(batch_loss.sums.get("tokens", 0))
+        for name, value in zip(
+            ("items", "tokens", *self.measures),
+            (item_count, token_count, *measure_sums),
+            strict=True,
+        ):
             self._train_sums[name] = self._train_sums.get(name, 0.0) + float(value)
         loss = batch_loss.total / (
             batch_loss.items if num_items_in_batch is None else num_items_in_batch
@@ -367,6 +382,7 @@ class TaskTrainer(AdapterTrainerBase):
             global_sums = self._sum_over_shares(local_sums.to(self.accelerator.device)).tolist()
             global_sum_by_name = dict(zip(self._train_sums, global_sums, strict=True))
             item_count = global_sum_by_name.pop("items", 0.0)
+            self._total_train_tokens += int(global_sum_by_name.pop("tokens", 0.0))
             logs |= {
                 name: value / max(item_count, 1.0)
                 for name, value in global_sum_by_name.items()

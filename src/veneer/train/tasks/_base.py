@@ -16,6 +16,8 @@ each measure over the items in the same way.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -49,7 +51,9 @@ class TaskLoss(NamedTuple):
     Fields:
         total: the sum of the losses of all items (such as tokens), a scalar with gradient.
         items: the number of items of the batch; in training, what `Task.count_items` returns.
-        sums: the sum of each measure over the same items, by the measure's name.
+        sums: the sum of each measure over the same items, by the measure's name. In training,
+            "tokens" may be the number of tokens that the loss computed besides those that the
+            attention mask of the batch counts.
     """
 
     total: Tensor
@@ -86,6 +90,8 @@ class Task(ABC):
             over the items.
         required_columns, optional_columns: the roles of the columns that the task reads, such as
             "prompt". A column has the name of its role unless `TrainConfig.columns` names another.
+            Data that have an optional column have a value for it in every row.
+        sparse_columns: further optional columns, which may hold nothing in some rows.
         auto_class: the name of the auto class of transformers that loads the model.
         loss_unit: the unit over which the loss is a mean, such as "token" or "pair".
         evaluates_base: whether an evaluation also measures the base without the adapter. False if
@@ -100,6 +106,7 @@ class Task(ABC):
     measures: ClassVar[tuple[str, ...]] = ("accuracy",)
     required_columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
+    sparse_columns: ClassVar[tuple[str, ...]] = ()
     auto_class: str = "AutoModelForCausalLM"
     loss_unit: ClassVar[str] = "example"
     evaluates_base: ClassVar[bool] = True
@@ -144,7 +151,10 @@ class Task(ABC):
         which may take a minute. Data sets of the hub are downloaded only after `open_base`, so that
         a missing base is reported before the download."""
         config = self.config
-        for source, split in ((config.data, config.split), (config.eval_data, "train")):
+        for source, split in (
+            (config.data, config.split),
+            (config.eval_data, config.eval_split),
+        ):
             if source is not None and data.is_local(source):
                 self._records[source, split] = self.read(source, split)
 
@@ -195,6 +205,7 @@ class Task(ABC):
             self.required_columns,
             self.optional_columns,
             self.config.columns,
+            self.sparse_columns,
         )
 
     @abstractmethod
@@ -406,10 +417,19 @@ def apply_max_length(
     return retained_indices, [rows[i] for i in retained_indices], 0
 
 
-def cut_before_end(values: list[int], limit: int) -> list[int]:
-    """Truncate a sequence of token ids, or of labels, to `limit` tokens. Keeps the last token and
-    removes tokens before it, because the last one is a special token that marks the end."""
-    return values if len(values) <= limit else [*values[: limit - 1], values[-1]]
+def retained_positions(ids: Sequence[int], limit: int, tokenizer: Any) -> list[int]:
+    """The positions of a sequence of token ids that remain when it is truncated to `limit` tokens:
+    the first ones. If the last token is one of the tokenizer's special tokens, such as [SEP], it
+    marks the end and remains in place of the last of these."""
+    positions = [*range(min(len(ids), limit))]
+    if len(ids) > limit and ids[-1] in tokenizer.all_special_ids:
+        positions[-1] = len(ids) - 1
+    return positions
+
+
+def truncate_ids(ids: list[int], limit: int, tokenizer: Any) -> list[int]:
+    """Truncate a sequence of token ids as `retained_positions` says."""
+    return [ids[i] for i in retained_positions(ids, limit, tokenizer)]
 
 
 def read_text_column(records: data.Records, column: str) -> list[str]:
@@ -435,10 +455,12 @@ def load_function(spec: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{spec!r}, and no such file", "FILE.py:NAME of a function", "correct the path"
         )
+    path_hash = hashlib.sha256(str(module_path.resolve()).encode()).hexdigest()[:8]
     module_spec: Any = importlib.util.spec_from_file_location(
-        f"veneer_reward_{module_path.stem}", module_path
+        f"veneer_reward_{module_path.stem}_{path_hash}", module_path
     )
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look a class's module up here
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):

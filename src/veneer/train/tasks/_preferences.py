@@ -26,6 +26,8 @@ class CausalTask(Task):
     """Base class of the tasks that train on prompts with answers: kto, grpo, dpo and orpo, whose
     model writes answers, and ``reward``, whose model scores them."""
 
+    sparse_columns = (row_shape.TOOLS,)
+
     @property
     def beta(self) -> float:
         """The coefficient β in the losses of dpo, kto and orpo; by default 0.1, as in their
@@ -40,12 +42,26 @@ class CausalTask(Task):
         Args:
             records: the records from which `rows` were made, for the locations in errors.
             rows: by record, {"prompt", "completion"} (texts or chats) or {"text"}.
+
+        Raises:
+            DataError: a record has tools and is no chat; also the errors of `tokens.tokenise`.
         """
         row_kind = "prompt" if "prompt" in rows[0] else "text"
-        shaped_rows = [
-            row_shape.check_texts_or_chats(row, f"{records.source}, {location}")
-            for row, location in zip(rows, records.locations, strict=True)
-        ]
+        shaped_rows = []
+        for row, record, location in zip(rows, records.rows, records.locations, strict=True):
+            row_location = f"{records.source}, {location}"
+            shaped_row = row_shape.check_texts_or_chats(row, row_location)
+            if row_shape.TOOLS in record:
+                if any(isinstance(value, str) for value in shaped_row.values()):
+                    raise DataError(
+                        f"{row_location} holds {row_shape.TOOLS} beside texts",
+                        "a chat: lists of messages",
+                        f"write it as messages, or remove the column {row_shape.TOOLS}",
+                    )
+                shaped_row[row_shape.TOOLS] = row_shape.parse_tools(
+                    record[row_shape.TOOLS], row_location
+                )
+            shaped_rows.append(shaped_row)
         answer_records = replace(records, kind=row_kind, rows=shaped_rows)
         length_options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
         return tokens.tokenise(answer_records, self.processor, **length_options)

@@ -37,12 +37,12 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
-    cut_before_end,
     labelled_loss,
     pad_rows,
     padding_token,
     read_text_column,
     register,
+    retained_positions,
     token_batch,
 )
 from veneer.train.tasks._media import list_labelled_images, read_image
@@ -199,12 +199,16 @@ class Classify(Task):
             for column in ("text", "text_pair")
             if column in records.rows[0]
         ]
-        ids = self.processor(*text_columns)["input_ids"]
+        encodings = self.processor(*text_columns)
         rows = [
             {"ids": list(token_ids), "labels": labels}
-            for token_ids, labels in zip(ids, label_indices, strict=True)
+            for token_ids, labels in zip(encodings["input_ids"], label_indices, strict=True)
         ]
-        return self._build_token_rows(records, rows, text_columns)
+        if len(text_columns) == 2 and "token_type_ids" in encodings:
+            # the type of a token tells from which of the two texts it is
+            for row, token_types in zip(rows, encodings["token_type_ids"], strict=True):
+                row["token_types"] = list(token_types)
+        return self._build_token_rows(records, rows)
 
     def _encode_words(
         self, records: data.Records, locations: list[str], label_indices: list[list[int]]
@@ -228,7 +232,10 @@ class Classify(Task):
                     "as many",
                     "fix that row",
                 )
-            encoding = self.processor(words, is_split_into_words=True)
+            # a tokenizer of bytes (GPT-2's, RoBERTa's) tells a new word from the rest of the one
+            # before by the space; others ignore it
+            spaced_words = [words[0], *(f" {word}" for word in words[1:])]
+            encoding = self.processor(spaced_words, is_split_into_words=True)
             word_indices = encoding.word_ids()
             seen_word_indices: set[int | None] = {None}
             token_labels = [IGNORED] * len(word_indices)
@@ -237,15 +244,20 @@ class Classify(Task):
                     seen_word_indices.add(word_index)
                     token_labels[i] = labels[word_index]
             rows.append({"ids": list(encoding["input_ids"]), "labels": token_labels})
-        return self._build_token_rows(records, rows, [])
+        return self._build_token_rows(records, rows)
 
-    def _build_token_rows(
-        self, records: data.Records, rows: list[dict[str, Any]], text_columns: list[Any]
-    ) -> Rows:
+    def _build_token_rows(self, records: data.Records, rows: list[dict[str, Any]]) -> Rows:
         """Truncate or drop encoded rows that are too long, or raise `DataError`, as
-        `config.too_long` says. Add token types to pairs of texts if the tokenizer makes them.
-        ``text_columns``: by column, the texts of all records; [] for words."""
+        `config.too_long` says."""
         token_limit = self.max_length()
+
+        def truncate(row: dict[str, Any]) -> dict[str, Any]:
+            positions = retained_positions(row["ids"], token_limit, self.processor)
+            return {  # the single label of a text is shorter than any limit
+                name: values if len(values) <= token_limit else [values[i] for i in positions]
+                for name, values in row.items()
+            }
+
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
             records,
@@ -253,17 +265,8 @@ class Classify(Task):
             lengths,
             self.config,
             token_limit,
-            lambda row: {name: cut_before_end(values, token_limit) for name, values in row.items()},
+            truncate,
         )
-        if len(text_columns) == 2:  # the type of a token tells which of the two texts it is from
-            token_types = self.processor(
-                *([column_texts[i] for i in retained_indices] for column_texts in text_columns)
-            ).get("token_type_ids")
-            if token_types is not None:
-                rows = [
-                    {**row, "token_types": row_types[: len(row["ids"])]}
-                    for row, row_types in zip(rows, token_types, strict=True)
-                ]
         return Rows(
             rows,
             [len(row["ids"]) for row in rows],

@@ -32,11 +32,11 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
-    cut_before_end,
     pad_rows,
     padding_token,
     read_text_column,
     register,
+    truncate_ids,
 )
 
 COSINE_SCALE = 20.0  # factor of cosines in the ranking loss; sentence-transformers' default
@@ -83,7 +83,10 @@ class Embed(Task):
             text_lengths,
             self.config,
             token_limit,
-            lambda row: {**row, "ids": [cut_before_end(ids, token_limit) for ids in row["ids"]]},
+            lambda row: {
+                **row,
+                "ids": [truncate_ids(ids, token_limit, self.processor) for ids in row["ids"]],
+            },
         )
         lengths = [len(text_columns) * max(map(len, row["ids"])) for row in rows]
         return Rows(

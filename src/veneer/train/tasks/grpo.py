@@ -12,12 +12,13 @@ answers do not wait for long ones. Each answer is used for one step only, so ρ 
 its gradient is that of log π. KL is estimated per token by exp(d) - d - 1 with d = log π₀ - log π.
 π₀ is the reference policy, as defined in `dpo.py`. With β = 0, the default, KL is not computed.
 
-A reward is FILE.py:NAME of a function with trl's signature: f(prompts=…, completions=…, **columns)
-returns a number for each completion. Prompts and completions are texts, or lists of messages if the
-prompts are chats. An evaluation takes the greedy answer to each prompt; its loss is -reward.
-Measures: the mean reward (`reward`), the mean number of tokens of an answer (`answer_length`), and
-in training `reward_spread`: the standard deviation of the rewards of a prompt's answers, as a mean
-over the prompts. If the spread is 0, A is 0 for all answers, so only KL has a gradient.
+A reward is FILE.py:NAME of a function with trl's signature: f(prompts=…, completions=…,
+completion_ids=…, **columns) returns for each completion a number, or None to leave it to the other
+functions. Prompts and completions are texts, or lists of messages if the prompts are chats. An
+evaluation takes the greedy answer to each prompt; its loss is -reward. Measures: the mean reward
+(`reward`), the mean number of tokens of an answer (`answer_length`), and in training
+`reward_spread`: the standard deviation of the rewards of a prompt's answers, as a mean over the
+prompts. If the spread is 0, A is 0 for all answers, so only KL has a gradient.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from veneer.train.tasks._base import (
     register,
 )
 from veneer.train.tasks._preferences import CausalTask
-from veneer.train.tokens import IGNORED
+from veneer.train.tokens import IGNORED, must_show_tools
 
 
 @register
@@ -113,14 +114,18 @@ class Grpo(CausalTask):
                 "room for a prompt",
                 "lower answer_tokens, or raise max_length",
             )
-        rows = []
+        rows, shaped_rows = [], []
         for row, row_location in zip(records.rows, records.locations, strict=True):
             row_location = f"{records.source}, {row_location}"
-            prompt = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, row_location)[
-                "prompt"
-            ]
-            ids = encode(prompt, self.processor, row_location)
+            shaped_row = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, row_location)
+            prompt, tools = shaped_row["prompt"], row["columns"].get(row_shape.TOOLS)
+            if tools is not None and not isinstance(prompt, str):
+                shaped_row[row_shape.TOOLS] = row_shape.parse_tools(tools, row_location)
+            shaped_rows.append(shaped_row)
+            ids = encode(prompt, self.processor, row_location, shaped_row.get(row_shape.TOOLS))
             rows.append({"ids": ids, "prompt": prompt, "columns": row["columns"]})
+        if not isinstance(rows[0]["prompt"], str):
+            must_show_tools(replace(records, rows=shaped_rows), self.processor)
         lengths = [len(row["ids"]) for row in rows]
         retained_indices, rows, truncated_count = apply_max_length(
             records,
@@ -158,9 +163,8 @@ class Grpo(CausalTask):
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        ids = [row["ids"] for row in rows]
-        attention_mask = pad_rows([[1] * len(row) for row in ids], 0)
-        return {"input_ids": pad_rows(ids, 0), "attention_mask": attention_mask, "rows": list(rows)}
+        # without an attention mask, by which the trainer counts tokens: `loss` counts them instead
+        return {"input_ids": pad_rows([row["ids"] for row in rows], 0), "rows": list(rows)}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
         """The model's keyword arguments for the shortest prompt, followed by at most
@@ -206,6 +210,7 @@ class Grpo(CausalTask):
         inputs = {
             name: value.to(device) for name, value in self.collate_pairs(labelled_answers).items()
         }
+        measure_sums["tokens"] = inputs["attention_mask"].sum()
         log_p = log_probabilities(model, inputs, self.config.temperature)
         reference_log_p = None
         if self.config.beta:
@@ -235,7 +240,11 @@ class Grpo(CausalTask):
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        reward_arguments = {"prompts": prompts, "completions": completions}
+        reward_arguments: dict[str, Any] = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": [list(ids) for ids in answers],
+        }
         reward_arguments |= {
             name: [row["columns"][name] for row in rows]
             for name in rows[0]["columns"]
@@ -295,11 +304,14 @@ def _call_with_accepted_arguments(function: Any, arguments: dict[str, Any]) -> A
 
 
 def _reward_tensor(spec: str, values: Any, answer_count: int) -> Tensor:
-    """The values that a reward function returned, as a float64 tensor [answer_count]. Raises
-    `DataError` if they are not one finite number for each answer. ``spec``: FILE.py:NAME of the
-    function, for the error."""
+    """The values that a reward function returned, as a float64 tensor [answer_count]. None, by
+    which the function leaves an answer to the other functions, counts 0, as in trl. Raises
+    `DataError` if they are not one finite number or None for each answer. ``spec``: FILE.py:NAME of
+    the function, for the error."""
     try:
-        rewards = torch.as_tensor([float(value) for value in values], dtype=torch.float64)
+        rewards = torch.as_tensor(
+            [0.0 if value is None else float(value) for value in values], dtype=torch.float64
+        )
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{spec} gave what is no list of numbers ({error})",

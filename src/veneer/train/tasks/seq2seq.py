@@ -30,13 +30,13 @@ from veneer.train.tasks._base import (
     Task,
     TaskLoss,
     apply_max_length,
-    cut_before_end,
     labelled_loss,
     pad_rows,
     padding_token,
     read_text_column,
     register,
     token_batch,
+    truncate_ids,
 )
 from veneer.train.tasks._media import read_audio
 from veneer.train.tokens import IGNORED
@@ -133,7 +133,11 @@ class Seq2seq(Task):
             self.config,
             token_limit,
             lambda row: (
-                row | {name: cut_before_end(row[name], token_limit) for name in truncated_fields}
+                row
+                | {
+                    name: truncate_ids(row[name], token_limit, self.processor)
+                    for name in truncated_fields
+                }
             ),
         )
         # the lengths by which `group_by_length` groups rows; audio is not counted
