@@ -168,7 +168,7 @@ PAIR = ["read prompt b?", "learnt chosen  bbb<|im_end|>", "learnt rejected  aaaa
 #: what of the first example is read, and what is learnt
 SHOWN = {
     "classify": ["read text bbb bb bbb", "learnt label is b"],
-    "classify words": ["read words baaaab", "learnt labels b → B, aa → A, aa → A, b → B"],
+    "classify words": ["read words b aa aa b", "learnt labels b → B, aa → A, aa → A, b → B"],
     "classify images": ["read image 8 × 8 pixels", "learnt label 1"],
     "dpo": PAIR, "orpo": PAIR,
     "reward": [*(line.replace("learnt", "read") for line in PAIR), "learnt score higher for chosen than for rejected"],
