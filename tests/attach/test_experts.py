@@ -293,6 +293,11 @@ def _ids(weight, x):
     return left + right + torch.bmm(x.expand(3, 2, 4), torch.index_select(weight, 0, ids).mT)
 
 
+def _negative_ids(weight, x):
+    picked = weight[torch.tensor([-1, 0])]
+    return torch.bmm(x[:, None], picked.mT), torch.bmm(x.expand(2, 2, 4), picked.mT)
+
+
 def _one(weight, x):
     matrix = weight[-1]
     ones = x.new_ones(5)
@@ -314,7 +319,7 @@ def _joined(y):
     return torch.cat([part.flatten() for part in y]) if isinstance(y, tuple) else y
 
 
-READS = (_einsum, _function, _below_python, _in_place, _slices, _halves, _ids, _one)
+READS = (_einsum, _function, _below_python, _in_place, _slices, _halves, _ids, _negative_ids, _one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -338,6 +343,54 @@ def test_whatever_a_forward_does_it_sees_the_changed_weight(read, dtype):
     found = torch.autograd.grad((y * weights.to(dtype)).sum(), tuple(handle.parameters()))
     for own, gradient in zip(found, wanted, strict=True):
         assert error(own, gradient) < 3 * bound
+
+
+def _written_ids(weight, x):
+    ids = torch.tensor([2, 0])
+    picked = weight[ids]
+    products = [torch.bmm(x[:, None], picked.mT)]
+    ids.copy_(torch.tensor([1, -1]))
+    products.append(torch.bmm(x[:, None], weight[ids].mT))
+    products += [torch.bmm(rows, picked.mT) for rows in (x[:, None], x.expand(2, 2, 4))]
+    return tuple(products)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_indices_that_are_written_after_use_select_as_before(mode):
+    module = _Reads(_written_ids)
+    handle = veneer.attach(module, veneer.LoraConfig(rank=2, targets=["proj"]))
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 4)
+    with mode():
+        y = module(x)
+    with torch.no_grad():
+        A, B = handle.parameters()
+        changed = module.proj + handle.changes["proj"].scale * B @ A
+        assert error(y, _joined(_written_ids(changed, x))) < 1e-5
+
+
+def _written_ends(weight, x):
+    ends, rows = torch.tensor([1, 2, 2], dtype=torch.int32), x.repeat(2, 2)
+    first = torch._grouped_mm(rows, weight.mT, offs=ends)
+    ends.copy_(torch.tensor([0, 1, 4], dtype=torch.int32))
+    return first[:2], torch._grouped_mm(rows, weight.mT, offs=ends)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch has no _grouped_mm")
+def test_row_ends_that_are_written_between_products_count():
+    module = _Reads(_written_ends)
+    module.proj = nn.Parameter(torch.randn(3, 8, 8))
+    handle = veneer.attach(module, veneer.LoraConfig(rank=2, targets=["proj"]))
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        A, B = handle.parameters()
+        W = module.proj + handle.changes["proj"].scale * B @ A
+        rows = x.repeat(2, 2)
+        pieces = (rows[:1] @ W[0].T, rows[1:2] @ W[1].T, rows[:1] @ W[1].T, rows[1:] @ W[2].T)
+        assert error(module(x), torch.cat([piece.flatten() for piece in pieces])) < 1e-5
 
 
 def test_a_loaded_adapter_lies_in_memory_as_a_fresh_one(tmp_path):

@@ -63,7 +63,7 @@ def unformed_weights_of(
     stacks_by_name = layer_adapter.stacks(module)
     if not stacks_by_name:
         return None
-    call_state: dict[int, Any] = {}
+    call_state: dict[tuple, Any] = {}
     call_input = next((leaf for leaf in leaves if is_float(leaf)), None)
     return {
         name: make_unformed(
@@ -404,19 +404,15 @@ def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
     """(order, inverse, segments) for ``ids``, the index of the matrix that each row uses: the order
     that sorts the rows by matrix, the inverse of that order, and the range of each matrix among the
     sorted rows. ``order`` and ``inverse`` are None if the rows are sorted already. The result is
-    cached for all stacks of a call."""
-    cached_entry = stack.call_state.get(id(ids))
-    if cached_entry is None:
-        matrix_count = len(stack.W)
-        order, segments = grouped.sort_by_expert(
-            [index + matrix_count if index < 0 else index for index in ids.tolist()], matrix_count
-        )
+    cached for all stacks of a call, by the values of ``ids``."""
+    expert_of_row, matrix_count = ids.tolist(), len(stack.W)
+    cache_key = matrix_count, tuple(expert_of_row)
+    if cache_key not in stack.call_state:
+        order, segments = grouped.sort_by_expert(expert_of_row, matrix_count)
         row_order = torch.tensor(order) if order != list(range(len(order))) else None
-        cached_entry = stack.call_state[id(ids)] = (
-            ids,  # kept, so that no other tensor can get its ``id``
-            (row_order, None if row_order is None else row_order.argsort(), segments),
-        )
-    return cached_entry[1]
+        inverse = None if row_order is None else row_order.argsort()
+        stack.call_state[cache_key] = row_order, inverse, segments
+    return stack.call_state[cache_key]
 
 
 def _grouped_product(
@@ -445,8 +441,9 @@ def _grouped_product(
     with no_autocast(x) if _has_autocast(x) else nullcontext():  # the base's product ignores it
         if not x.is_cpu:
             return grouped.linear_on_device(x, W, A, B, stack.scale, row_ends, base_product)
-        cached_entry = stack.call_state.get(id(row_ends))
-        if cached_entry is None:
-            segments = grouped.segments(row_ends.tolist(), len(x))
-            cached_entry = stack.call_state[id(row_ends)] = row_ends, segments
-        return grouped.linear(x, W, A, B, stack.scale, cached_entry[1], stack.call_input)
+        # by value: ``row_ends`` may be written in place between two products
+        cache_key = tuple(row_ends.tolist()), len(x)
+        segments = stack.call_state.get(cache_key)
+        if segments is None:
+            segments = stack.call_state[cache_key] = grouped.segments(cache_key[0], len(x))
+        return grouped.linear(x, W, A, B, stack.scale, segments, stack.call_input)

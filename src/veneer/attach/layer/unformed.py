@@ -60,8 +60,8 @@ class Stack:
     Fields:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
         can_form: whether W + ΔW may be formed in the dtype of W.
-        call_state: a cache that the stacks of one call share, by the ``id`` of an index tensor. It
-            holds how the rows are grouped by expert.
+        call_state: a cache that the stacks of one call share. It holds the copies of index tensors
+            (``copy_index``), and how the rows are grouped by expert.
         call_input: the input of the module's call. If the input of a product consists of rows of
             this tensor, this tensor can be saved for backward instead.
         unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
@@ -73,7 +73,7 @@ class Stack:
     B: Tensor
     scale: float
     can_form: bool
-    call_state: dict[int, Any]
+    call_state: dict[tuple, Any]
     call_input: Tensor | None = None
     unbound: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
@@ -93,6 +93,20 @@ class Stack:
         elif index is not None:
             W, A, B = (stacked.index_select(0, index) for stacked in (W, A, B))
         return (W.mT, B.mT, A.mT) if is_transposed else (W, A, B)
+
+    def copy_index(self, ids: Tensor) -> Tensor:
+        """A copy of ``ids``, indices of matrices, with negative ones counted from the start. An
+        ``Unformed`` keeps the copy, because the caller may write to ``ids`` before a product uses
+        it. The stacks of a call share one copy of each version of ``ids``, unless it is an
+        inference tensor, which has no version."""
+        key = None if ids.is_inference() else (id(ids), ids._version, len(self.W))
+        if key is not None and key in self.call_state:
+            return self.call_state[key][1]
+        copied_ids = torch.where(ids < 0, ids + len(self.W), ids)
+        if key is not None:
+            # ``ids`` is kept too, so that no other tensor can get its ``id``
+            self.call_state[key] = ids, copied_ids
+        return copied_ids
 
     @property
     def needs_gradient(self) -> bool:
@@ -158,7 +172,9 @@ class Unformed(Tensor):
         return self.stack.factors(self.index, self.is_transposed != transposed)
 
     def take_matrices(self, index: Index) -> Unformed:
-        """The ``Unformed`` of the matrices ``index`` of the stack."""
+        """The ``Unformed`` of the matrices ``index`` of the stack, which keeps a copy of a
+        tensor."""
+        index = self.stack.copy_index(index) if isinstance(index, Tensor) else index
         return make_unformed(self.stack, index, self.is_transposed)
 
     def transpose_matrices(self) -> Unformed:
