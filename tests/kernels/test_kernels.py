@@ -209,3 +209,11 @@ def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
         assert abs(kept - 1) < (0.15 if bias else 0.05)
     with pytest.raises(ValueError, match="float32"):
         fused.linears(fused.Settings((1.0,), forms_weight=True), x, [W], [b], [A], [B])
+
+
+def test_a_bias_is_added_on_a_cpu_without_bfloat16_in_onednn(monkeypatch):
+    monkeypatch.setattr(fused, "onednn_supports_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
+    x, W, b, change = (torch.randn(size).bfloat16() for size in ((5, 4), (3, 4), (3,), (5, 3)))
+    y = fused.add_product(change.clone(), x, W, b)
+    assert error(y, change.double() + F.linear(x.double(), W.double(), b.double())) < 2e-2

@@ -56,3 +56,11 @@ def has_amx() -> bool:
     product of one bfloat16 row with a matrix twice as fast as torch's matrix kernel does; without
     AMX, it is half as fast as the matrix kernel."""
     return torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def onednn_supports_bfloat16() -> bool:
+    """Whether oneDNN can multiply bfloat16 matrices on this CPU, for example by AVX-512. If not,
+    its operations raise an error; torch's ``F.linear`` and ``addmm`` use another kernel."""
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return is_supported is not None and is_supported()

@@ -38,6 +38,7 @@ from veneer.kernels import (
     device,
     dropout,
     has_amx,
+    onednn_supports_bfloat16,
     reference,
     split_equally,
     weight_first,
@@ -177,7 +178,8 @@ def add_product(
         return change.addmm_(x, weight.mT)
     if not change.is_cpu:
         return device.add_frozen_product(change, x, weight, bias)
-    if change.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
+    is_bfloat16 = change.dtype is torch.bfloat16
+    if is_bfloat16 and torch.backends.mkldnn.enabled and onednn_supports_bfloat16():
         return torch.ops.mkldnn._linear_pointwise.binary(x, change, weight, bias, "add")
     return change.addmm_(x, weight.mT).add_(bias)  # rounded twice
 
