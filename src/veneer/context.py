@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -295,7 +295,9 @@ def enter(
 def leave(opener: Any) -> bool:
     """End the block that ``enter`` opened with this ``opener``, and return True. Blocks in
     generators may end in any order. Any other block must be the last that was opened in this thread
-    or task; otherwise nothing changes and the result is False."""
+    or task; otherwise nothing changes and the result is False. Blocks that hooks of modules opened
+    later end too: after a KeyboardInterrupt in a module, torch does not call the hook that would
+    end them."""
     stored_context = _CONTEXT.get()
     blocks = [
         block
@@ -311,15 +313,28 @@ def leave(opener: Any) -> bool:
             _close_block(block)
             _CONTEXT.set(_remove_block(stored_context, block))
             return True
-    if stored_context.opener is not opener or stored_context.outer is None:
+    context, open_blocks = stored_context, _open_blocks(stored_context.blocks)
+    while context.opener is not opener and isinstance(context.opener, torch.nn.Module):
+        context = cast(Context, context.outer)
+        open_blocks = (*_open_blocks(context.blocks), *open_blocks)
+    outer_context = context.outer
+    if context.opener is not opener or outer_context is None:
         return False
-    outer_context, open_blocks = stored_context.outer, _open_blocks(stored_context.blocks)
     _CONTEXT.set(
         replace(outer_context, blocks=(*outer_context.blocks, *open_blocks))
         if open_blocks
         else outer_context
     )
     return True
+
+
+def is_open(opener: Any) -> bool:
+    """Whether this call is inside of a block that ``enter`` opened with this ``opener``, except for
+    blocks in generators."""
+    context: Context | None = _CONTEXT.get()
+    while context is not None and context.opener is not opener:
+        context = context.outer
+    return context is not None
 
 
 def _open_blocks(blocks: tuple[Block, ...]) -> tuple[Block, ...]:

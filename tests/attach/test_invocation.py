@@ -17,6 +17,7 @@ from tests.support.toys import error
 from torch import nn
 
 import veneer
+from veneer import context
 from veneer.attach.invocation import find_starts
 from veneer.errors import AdapterError, ConfigError, MergeError, SelectionError, TargetError
 from veneer.models.load import load_base
@@ -388,6 +389,27 @@ def test_an_error_in_a_call_leaves_no_trace(both):
     assert torch.equal(model(ids).logits, expected)
     with pytest.raises(SelectionError, match="outside of a call of its model"):
         model.model.layers[0].self_attn.q_proj(torch.zeros(1, 4, 16).double())
+
+
+def test_an_interrupted_call_leaves_no_trace(both):
+    _, model = both("llama", "a")
+    ids, other_ids = torch.tensor([[5, 6, 1, 2, 7, 8]]), torch.tensor([[1, 2, 5, 6, 7, 8]])
+    expected = model(other_ids).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), veneer.use(model, "a"):
+        model(ids)
+    assert context.current.invoked_calls == context.current.selection == {}
+    with pytest.raises(KeyboardInterrupt):
+        model(ids)
+    hook.remove()
+    with veneer.use(model, "a"):
+        assert torch.equal(model(other_ids).logits, expected)
+    assert torch.equal(model(other_ids).logits, expected)
+    assert context.current.invoked_calls == {}
 
 
 def test_a_check_reaches_every_change():

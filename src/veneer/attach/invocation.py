@@ -145,8 +145,7 @@ def update_invocation_hooks(model: nn.Module, model_adapters: ModelAdapters) -> 
 
 
 def _remove_hooks(module: nn.Module) -> None:
-    """Undo the changes of ``update_invocation_hooks`` to a module, except for the override of
-    ``generate``."""
+    """Undo ``update_invocation_hooks`` for a module, except for the override of ``generate``."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for hook_id, hook in list(hooks.items()):
             if isinstance(hook, partial) and hook.func in (_begin_call, _end_call):
@@ -168,8 +167,10 @@ def _remove_hooks(module: nn.Module) -> None:
 def _begin_call(model_adapters: ModelAdapters, module: nn.Module, args: tuple, kwargs: Any) -> None:
     """Pre-forward hook: search the ids of the call, unless the call of a module above has done so,
     and set the result in the context of the call."""
+    was_interrupted = context.is_open(module)  # an earlier call, by Ctrl-C: ``_end_call`` never ran
+    context.leave(module)
     invoked_calls = context.current.invoked_calls
-    if model_adapters.uid not in invoked_calls:
+    if was_interrupted or model_adapters.uid not in invoked_calls:
         adapter_rows = _invoked_adapter_rows(model_adapters)
         if adapter_rows:
             invoked_call = _search_call(model_adapters, module, adapter_rows, args, kwargs)
@@ -492,8 +493,7 @@ def _run_with_invoked_calls(
 
 
 def _wrap_checkpoint_functions(module: nn.Module) -> None:
-    """Replace the checkpoint function of each layer with activation checkpointing by a
-    ``_CheckpointInCall``."""
+    """Replace the checkpoint function of each layer that has one by a ``_CheckpointInCall``."""
     for layer in module.modules():
         function = layer.__dict__.get(_CHECKPOINT_ATTRIBUTE)
         if function is not None and not isinstance(function, _CheckpointInCall):
