@@ -226,6 +226,29 @@ def test_what_was_computed_in_advance_is_not_taken_once_a_layer_has_changed(chan
         assert error(found, module.k(x)) < 1e-11
 
 
+@pytest.mark.parametrize("records_first", [True, False])
+def test_each_call_records_gradients_as_its_own_mode_says(records_first):
+    module, handle = adapted(Attention(), dropout=0.1)
+    assert together(handle) == [("q", "k", "v")]
+    x = torch.randn(3, 6, dtype=torch.float64).requires_grad_() * 1
+    with torch.set_grad_enabled(records_first):
+        module.train().q(x)
+    with torch.set_grad_enabled(not records_first):
+        assert module.k(x).requires_grad is not records_first
+
+
+def test_rows_of_several_adapters_record_gradients_as_the_mode_says():
+    module = Attention()
+    for name in ("a", "b"):
+        randomise(veneer.attach(module, veneer.LoraConfig(rank=2), name))
+    x = torch.randn(2, 6).requires_grad_() * 1
+    with veneer.use(module, ["a", "b"]):
+        module.q(x)
+        with torch.no_grad():
+            assert not module.k(x).requires_grad
+        assert module.v(x).requires_grad
+
+
 def test_layers_of_one_module_keep_their_own_dropout():
     module, _ = adapted(Attention(), dropout=0.5)
     module.train().k.eval()

@@ -61,8 +61,8 @@ class FusedChange:
         return weight.mT if self.is_transposed else weight, bias
 
     def dependency_key(self, module: nn.Module) -> tuple[Any, ...]:
-        """A key of everything besides x that the layer's output depends on. For one x, equal keys
-        mean equal outputs."""
+        """A key of everything besides x that the layer's output and its graph depend on. For one x,
+        equal keys mean equal outputs."""
         factors, parameters = self.change._parameters, module._parameters
         tensors = (
             parameters[self.weight],
@@ -70,7 +70,8 @@ class FusedChange:
             factors["A"],
             factors["B"],
         )
-        return self.active_dropout, self.change.scale, *tensor_versions(tensors)
+        settings = torch.is_grad_enabled(), self.active_dropout, self.change.scale
+        return *settings, *tensor_versions(tensors)
 
 
 def tensor_versions(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:

@@ -243,11 +243,10 @@ class LinearRows:
         if spans is None:
             return None
         pending_output = _PENDING_OUTPUTS.take(x, self)
-        if pending_output is not None and pending_output[1:] == (
-            spans,
-            self._tensor_versions(module),
-        ):
-            return pending_output[0]
+        if pending_output is not None and torch.is_grad_enabled():
+            y, *dependencies = pending_output
+            if dependencies == [spans, self._tensor_versions(module)]:
+                return y
         layers: list[tuple[Any, LinearRows]] = [(module, self)]
         if self.siblings and torch.is_grad_enabled() and x.grad_fn is not None and can_batch(spans):
             for sibling_module, sibling in self.siblings:
