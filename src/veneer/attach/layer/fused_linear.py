@@ -48,8 +48,9 @@ class FusedChange:
 
     def can_compute_early(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the layer's output for x may be computed before the layer is called: the kernel
-        supports x, and no hook of the layer replaces its input."""
-        weight: Any = module._parameters[self.weight]
+        supports x and the weight, which is still a parameter, and no hook of the layer replaces its
+        input."""
+        weight: Any = module._parameters.get(self.weight)
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
 
