@@ -96,9 +96,9 @@ def freeze_a(named_parameters: NamedParameters | Any) -> list[nn.Parameter]:
 
         optimiser = torch.optim.AdamW(freeze_a(handle), lr=1e-3)
 
-    In the product B A x, only the gradient of A needs x. With A frozen, the factored path saves A x
-    for backward instead of x: ``rank`` numbers per token instead of ``in``. The gradients of the
-    trained parameters stay exact. Undo it with ``A.requires_grad_()``.
+    A gets no gradient and no state of the optimiser; the gradients of the trained parameters stay
+    exact. The fused kernels save x for backward all the same. Where torch computes B A x, as under
+    ``torch.compile``, it saves A x instead of x. Undo it with ``A.requires_grad_()``.
 
     Args:
         named_parameters: a handle, a module, or (name, parameter) pairs.
