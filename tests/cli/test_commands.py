@@ -366,8 +366,8 @@ def test_compose_with_a_base(veneer: Case, base: Path, tmp_path: Path) -> None:
     assert found.code == 0, found.err
     library.detach(model)
     library.load(model, tmp_path / "b")
-    for method in ("ties", "dare"):
-        options = ("--method", method, "--density", 0.5, "--seed", 1, "--base", base)
+    for method, seed_options in (("ties", ()), ("dare", ("--seed", 1))):
+        options = ("--method", method, "--density", 0.5, *seed_options, "--base", base)
         assert veneer("compose", tmp_path / method, f"{tmp_path / 'a'}=2", *options).code == 0
 
 

@@ -101,6 +101,9 @@ def test_what_a_report_refuses(
 ) -> None:
     page = tmp_path / "look.html"
     refused(veneer("inspect", adapter, "--base", base), "--base without --report")
+    values = {"intruders": 3, "batch-size": 2, "precision": "fp32", "device": "cpu"}
+    for flag, value in values.items():
+        refused(veneer("inspect", adapter, f"--{flag}", value), f"--{flag} without --report")
     refused(veneer("inspect", adapter, "--report", tmp_path / "look.pdf"), r"a file \.html")
     refused(
         veneer("inspect", adapter, "--report", tmp_path / "nowhere" / "look.html"),
@@ -140,6 +143,8 @@ def test_what_a_repair_refuses(veneer: Case, base: Path, adapter: Path, tmp_path
         veneer("compose", out, adapter, "--repair", "--base", base, "--factor", 3), r"in \[0, 1\]"
     )
     refused(veneer("compose", out, adapter, "--factor", 0.5), "without --repair")
+    for options in ((), ("--method", "ties", "--density", 0.5), ("--rank", 2)):
+        refused(veneer("compose", out, adapter, *options, "--seed", 2), "--seed with --method")
     assert not out.exists()
 
 

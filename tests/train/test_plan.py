@@ -599,6 +599,9 @@ def test_the_command_plans_a_service(config: Path):
         (["--base", "CONFIG", "--target", "q_prj"], "q_proj"),
         (["--base", "CONFIG", "--rank", "0"], "rank"),
         (["--base", "CONFIG", "--serve", "--requests", "0"], "requests=0"),
+        (["--base", "CONFIG", "--requests", "5"], "--requests without --serve"),
+        (["--base", "CONFIG", "--rows", "2"], "--rows without --serve"),
+        (["--base", "CONFIG", "--serve", "--strategy", "tp"], "--strategy with --serve"),
     ],
 )
 def test_errors_say_what_to_do(config: Path, arguments: list[str], message: str, capfd: Any):

@@ -107,6 +107,7 @@ def compose_command(
         raise ConfigError(
             "--factor, --intruders or --threshold without --repair", "both", "add --repair"
         )
+    _refuse_unused_seed(method, seed)
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     layer_factors = dict(_parse_layer_factor(text) for text in layer or ())
     must_not_exist(output, overwrite)  # checked now, because converting the base takes long
@@ -122,6 +123,16 @@ def compose_command(
             **combine_options,
         )
     _print_report(report, output, "layers", {"error": report.error}, as_json)
+
+
+def _refuse_unused_seed(method: str | None, seed: int) -> None:
+    """Raise a ``ConfigError`` for a seed of a method that draws nothing."""
+    if seed and method not in ("dare", "dare_ties"):
+        raise ConfigError(
+            f"--seed with --method {method or 'sum or svd'}",
+            "dare or dare_ties, which draw entries",
+            "leave --seed out",
+        )
 
 
 def _print_report(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from veneer.cli.options import ADAPTER_HELP, Adapter, AsJson, Device, Precision
+from veneer.cli.options import ADAPTER_HELP, Adapter, AsJson, Device, Precision, changed_flags
 from veneer.errors import ConfigError
 
 ShownLayers = Annotated[
@@ -82,6 +82,10 @@ def inspect_command(
 
     flag_values = {"--with": other, "--base": base, "--data": data, "--general": general}
     used_flags = [flag for flag, value in flag_values.items() if value is not None]
+    loading_options = {"precision": precision, "device": device}
+    used_flags += changed_flags(
+        inspect_command, intruders=intruders, batch_size=batch_size, **loading_options
+    )
     if report is None and used_flags:
         raise ConfigError(f"{used_flags[0]} without --report", "both", "add --report FILE.html")
     adapter_files = veneer.adapter_files.read(resolve(adapter))
@@ -89,7 +93,6 @@ def inspect_command(
     if report is not None:
         from veneer.cli.inspect_report import ReportRequest, write_report
 
-        loading_options = {"precision": precision, "device": device}
         request = ReportRequest(
             report, other, base, data, general, intruders, batch_size, loading_options
         )

@@ -3,9 +3,10 @@ typer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -31,6 +32,17 @@ def split_flag_values(values: Sequence[str]) -> list[str]:
     """Split each value of a flag at its commas, and return all parts as one list. ``values``: one
     text for each use of the flag."""
     return [entry for flag_value in values for entry in split_commas(flag_value)]
+
+
+def changed_flags(command: Callable[..., Any], **values: Any) -> list[str]:
+    """The flags of a command whose values differ from their defaults. ``values``: parameters of the
+    function ``command`` with their values in this call."""
+    parameters = signature(command).parameters
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in values.items()
+        if value != parameters[name].default
+    ]
 
 
 BaseModel = Annotated[str, Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]

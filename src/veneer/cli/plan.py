@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from veneer.cli.options import AsJson, merge_flag_values
+from veneer.cli.options import AsJson, changed_flags, merge_flag_values
 from veneer.errors import ConfigError
 
 GIB = 2**30
@@ -110,6 +110,14 @@ def plan_command(
     """
     from veneer.train.plan.hardware import find_hardware
 
+    service_options = {
+        "adapters": adapters,
+        "requests": requests,
+        "prompt": prompt,
+        "answer": answer,
+        "rows": rows,
+    }
+    _refuse_unused_flags(serve, strategy, changed_flags(plan_command, **service_options))
     device_type = find_hardware(hardware)
     flags = {
         "base": base,
@@ -134,6 +142,18 @@ def plan_command(
         _print_plan(as_json, asdict(service_plan), _service_lines(service_plan))
         return
     _plan_run(settings, model, strategy, devices, device_type, as_json)
+
+
+def _refuse_unused_flags(serve: bool, strategy: str | None, service_flags: list[str]) -> None:
+    """Raise a ``ConfigError`` for a flag of a service in the plan of a run, or the reverse."""
+    if service_flags and not serve:
+        raise ConfigError(f"{service_flags[0]} without --serve", "both", "add --serve")
+    if strategy and serve:
+        raise ConfigError(
+            "--strategy with --serve",
+            "a run, whose devices share the work in one way or another",
+            "leave --strategy out",
+        )
 
 
 def _plan_run(
