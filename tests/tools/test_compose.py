@@ -22,9 +22,11 @@ from torch import nn
 import veneer
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import read
+from veneer.adapter_files.verify import verify
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
+from veneer.tools.compare import compare
 from veneer.tools.compose import METHODS, compose
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants import VARIANTS
@@ -48,6 +50,27 @@ class Experts(nn.Module):
     def forward(self, x):
         h = torch.bmm(x, self.gate_up.mT)
         return torch.bmm(h[..., : self.down.shape[2]], self.down.mT)
+
+
+class UpDown(nn.Module):
+    """Two stacks in one module, the later of which has the earlier name."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 6, 8) / 3)
+        self.down = nn.Parameter(torch.randn(4, 8, 6) / 3)
+
+    def forward(self, x):
+        return torch.bmm(torch.bmm(x, self.up.mT), self.down.mT)
+
+
+class BelowModel(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x):
+        return self.experts(x)
 
 
 def trained(model, path, size=0.3, args=(IDS,), **config):
@@ -709,6 +732,43 @@ def test_peft_loads_parameters_that_are_nested(tmp_path):
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out").eval()
     veneer.load(model, tmp_path / "out")
     assert error(theirs(x), model(x)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+def test_parameters_that_peft_lists_in_another_order_than_the_models(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(9)
+    model, paths = BelowModel(UpDown()), [tmp_path / name for name in "ab"]
+    for path in paths:
+        config = peft.LoraConfig(
+            r=2,
+            lora_alpha=2,
+            target_modules=[],
+            target_parameters=["experts.down", "experts.up"],
+            rank_pattern={"experts.up": 4},
+            alpha_pattern={"experts.up": 4},
+        )
+        made = peft.get_peft_model(copy.deepcopy(model), config)
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        made.save_pretrained(path)
+    for use in (
+        lambda: compose(paths, tmp_path / "out"),
+        lambda: compare(*paths),
+        lambda: read(paths[0]).products,
+    ):
+        with pytest.raises(AdapterError, match=r"parameters of 'experts'.*pass the model"):
+            use()
+    assert not (tmp_path / "out").exists()
+    assert verify(paths[0]).ok
+    compose(paths, tmp_path / "out", model=copy.deepcopy(model).to("meta"))
+    check(model, tmp_path / "out", paths, [1, 1])
+    # read without a model, the result, which Veneer wrote, has the changes where they are
+    full = merged(model, tmp_path / "out")
+    for path, low in read(tmp_path / "out").products.items():
+        delta = full[path] - model.state_dict()[path]
+        assert error(low.delta(torch.float64).norm(), delta.norm()) < BOUND
 
 
 def test_adapters_that_do_not_belong_together(tmp_path):

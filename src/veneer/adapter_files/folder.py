@@ -52,7 +52,7 @@ from veneer.fileio.untrusted import (
     read_header,
     read_json,
 )
-from veneer.formats import peft, peft_fields, peft_targets, peft_tokens
+from veneer.formats import peft, peft_fields, peft_paths, peft_targets, peft_tokens
 from veneer.formats.peft_config import BIASES
 from veneer.formats.peft_tuners import WeightLookup, check_config, check_tensors, tuner_of
 from veneer.layers import LAYERS
@@ -77,6 +77,7 @@ class AdapterFiles:
         tokens: the trained token rows of embeddings and heads, by the path of the module.
         ignored_modules: in a folder of another library, the modules that the config does not match,
             so that PEFT ignores their tensors (``formats/peft_targets.py``).
+        has_model_order: whether a model gave the parameters of ``unordered_modules`` their order.
     """
 
     path: Path
@@ -89,6 +90,23 @@ class AdapterFiles:
     tuner: TunerFolder | None = None
     tokens: Mapping[str, peft_tokens.TokenRows] = field(default_factory=dict)
     ignored_modules: tuple[str, ...] = ()
+    has_model_order: bool = False
+
+    @cached_property
+    def unordered_modules(self) -> tuple[str, ...]:
+        """The modules with several changed parameters, of which only the model tells the order, so
+        that ``low`` may name the wrong ones (``peft_paths.unordered_modules``)."""
+        is_ordered = self.record is not None or self.has_model_order
+        return () if is_ordered else peft_paths.unordered_modules(self.peft_config, self.low)
+
+    def require_parameter_order(self) -> None:
+        """Raise AdapterError if ``unordered_modules`` is not empty."""
+        if self.unordered_modules:
+            raise AdapterError(
+                f"parameters of {listing(map(repr, self.unordered_modules), 3)} in {self.path}",
+                "their order in the model, in which PEFT nests them",
+                "pass the model (--base on the command line), or load it there and save that",
+            )
 
     def refuse_trained_tokens(self, operation: str) -> None:
         """Raise AdapterError if the adapter trains tokens, which ``operation`` does not support."""
@@ -126,12 +144,8 @@ class AdapterFiles:
     @cached_property
     def layers(self) -> dict[str, LowRank]:
         """Each change as a low-rank product, by the path of the changed module, or of the changed
-        parameter if the config targets a parameter.
-
-        Raises:
-            AdapterError: a change is more than a low-rank product. DoRA, for example, also rescales
-                the weight.
-        """
+        parameter if the config targets a parameter. ``AdapterError``: a change is more than a
+        low-rank product (DoRA, for example, also rescales the weight), or as for ``products``."""
         non_product_paths = [layer.target_path for layer in self.low.values() if layer.extras]
         if non_product_paths:
             problem = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
@@ -148,7 +162,8 @@ class AdapterFiles:
     @cached_property
     def products(self) -> dict[str, LowRank]:
         """The low-rank product of each change, by the same paths as in ``layers``, but without
-        DoRA's magnitudes."""
+        DoRA's magnitudes. ``AdapterError``: only the model tells the paths."""
+        self.require_parameter_order()
         return {layer.target_path: layer.low for layer in self.low.values()}
 
     @property
@@ -236,7 +251,7 @@ def write(
         for file_name, text in texts_by_file.items():
             json_object(text, file_name, "give less provenance")
     file_names.must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
-    texts_by_file[model_card.CARD_FILE] = _card_text(path, peft_config, record, tensors)
+    texts_by_file[model_card.CARD_FILE] = model_card.folder_card(path, peft_config, record, tensors)
     replaced_names = (
         file_names.FILES if tokenizer is None else (*file_names.FILES, *file_names.TOKENIZER_FILES)
     )
@@ -254,21 +269,6 @@ def write(
         with _report_unwritten(path):
             for file_name in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
                 read_header(staging_folder / file_name)
-
-
-def _card_text(
-    path: Path,
-    peft_config: Mapping[str, Any],
-    record: Mapping[str, Any] | None,
-    tensors: Mapping[str, Tensor],
-) -> str:
-    """The model card of an adapter, with the notes that people added to the card in ``path``."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    card_path = path / model_card.CARD_FILE
-    old_card = (
-        card_path.read_text(encoding="utf-8", errors="replace") if card_path.is_file() else None
-    )
-    return model_card.renew_card(model_card.card(peft_config, record, shapes), old_card)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from veneer.errors import escape_controls
 from veneer.fileio.hashing import hash_json
 from veneer.formats import peft, vllm
@@ -91,6 +93,21 @@ def renew_card(new_card: str, old_card: str | None) -> str:
         return new_card
     _, marker, notes = old_card.partition(NOTES_MARKER)
     return new_card.rstrip("\n") + notes if marker else old_card
+
+
+def folder_card(
+    path: Path,
+    peft_config: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+) -> str:
+    """The model card of an adapter, with the notes that people added to the card in ``path``."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    card_path = path / CARD_FILE
+    old_card = (
+        card_path.read_text(encoding="utf-8", errors="replace") if card_path.is_file() else None
+    )
+    return renew_card(card(peft_config, record, shapes), old_card)
 
 
 class _Card:

@@ -253,6 +253,13 @@ class _Verification:
             )
             self.log.add("warning", "layers", message)
             return
+        if adapter_files.unordered_modules:
+            message = (
+                f"several parameters of {listing(adapter_files.unordered_modules, 3)}, whose order"
+                " only the model tells: load it to have their changes checked"
+            )
+            self.log.add("warning", "layers", message)
+            return
         products = self.log.try_step("layers", lambda: adapter_files.products)
         if products is not None:
             self.check_changes(adapter_files, products)

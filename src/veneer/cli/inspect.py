@@ -111,17 +111,21 @@ def inspect_command(
 def _facts(adapter_files: Any) -> dict[str, Any]:
     """What the files of an adapter say about it, as JSON values for `veneer inspect --json`."""
     from veneer.fileio.hashing import coverage, hash_json
+    from veneer.formats.peft_paths import strip_wrappers
 
     base_record = adapter_files.metadata.get("base", {})
     weights = base_record.get("weights", {})
-    # For some of PEFT's tuners, the shape of ΔW depends on the base, which is not read here. Only
-    # the paths of the changed weights are reported then, and no norms.
-    paths_without_shapes = (
+    # For some of PEFT's tuners, the shape of ΔW depends on the base, which is not read here; and
+    # only the base tells the order of several parameters of one module. Only the paths of the
+    # changed weights or modules are reported then, and no norms.
+    paths_without_norms = (
         adapter_files.tuner.paths
         if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes
+        else [strip_wrappers(path)[0] for path in adapter_files.low]
+        if adapter_files.unordered_modules
         else ()
     )
-    products = {} if paths_without_shapes else adapter_files.products
+    products = {} if paths_without_norms else adapter_files.products
     base_facts = {
         name: value
         for name, value in base_record.items()
@@ -140,7 +144,7 @@ def _facts(adapter_files: Any) -> dict[str, Any]:
         "bytes": sum(
             file.stat().st_size for file in adapter_files.path.iterdir() if file.is_file()
         ),
-        "targets": Counter(path.rsplit(".", 1)[-1] for path in products or paths_without_shapes),
+        "targets": Counter(path.rsplit(".", 1)[-1] for path in products or paths_without_norms),
         "trained_in_full": sorted(adapter_files.full),
         "norms": {path: float(change.norm()) for path, change in products.items()},
         "provenance": adapter_files.metadata.get("provenance", {}),

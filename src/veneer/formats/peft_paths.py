@@ -139,26 +139,49 @@ def parameter_at(config: Mapping[str, Any], path: str, by_veneer: bool) -> list[
     """[the path of the parameter that the change at ``path`` in a file belongs to], or [] if the
     change belongs to a module's weight. If ``target_parameters`` has several parameters of the
     module, the change under the outermost wrapper belongs to the last one, and each further
-    segment ``base_layer`` in the path leads to the parameter before it. ``by_veneer``: whether
-    Veneer wrote the config, which then has full paths; else targets may be the ends of paths."""
+    segment ``base_layer`` in the path leads to the parameter before it. For the modules that
+    ``unordered_modules`` returns, the result is a guess. ``by_veneer``: whether Veneer wrote the
+    config, which then has full paths; else targets may be the ends of paths."""
     bare_path, wrapper_count = strip_wrappers(path)
-    split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
-    parameters = [parameter for module, _, parameter in split_targets if module == bare_path]
-    if (
-        not by_veneer
-        and not parameters
-        and not expected_paths({**config, "exclude_modules": None}, [bare_path])
-    ):
-        parameters = [
-            parameter
-            for module, _, parameter in split_targets
-            if not module or _matches_names([module], bare_path)
-        ]
+    parameters = _target_parameters_of(config, bare_path, by_veneer)
     return (
         [f"{bare_path}.{parameters[-1 - wrapper_count]}".lstrip(".")]
         if wrapper_count < len(parameters)
         else []
     )
+
+
+def unordered_modules(config: Mapping[str, Any], file_paths: Iterable[str]) -> tuple[str, ...]:
+    """The modules among ``file_paths`` of which the config may target several parameters in another
+    order than the model's. PEFT nests its wrappers in the order of the model and ignores the order
+    of ``target_parameters``. Veneer lists them in the order of the model; its configs lack
+    "auto_mapping", which is in every config of PEFT."""
+    if "auto_mapping" not in config or len(config.get("target_parameters") or ()) < 2:
+        return ()
+    module_paths = dict.fromkeys(strip_wrappers(path)[0] for path in file_paths)
+    return tuple(
+        path for path in module_paths if len(_target_parameters_of(config, path, False)) > 1
+    )
+
+
+def _target_parameters_of(
+    config: Mapping[str, Any], module_path: str, by_veneer: bool
+) -> list[str]:
+    """The names of a module's parameters that ``target_parameters`` may mean, in their order there.
+    ``by_veneer``: as for ``parameter_at``."""
+    split_targets = [target.rpartition(".") for target in config.get("target_parameters") or ()]
+    parameters = [parameter for module, _, parameter in split_targets if module == module_path]
+    if (
+        not by_veneer
+        and not parameters
+        and not expected_paths({**config, "exclude_modules": None}, [module_path])
+    ):
+        parameters = [
+            parameter
+            for module, _, parameter in split_targets
+            if not module or _matches_names([module], module_path)
+        ]
+    return list(dict.fromkeys(parameters))
 
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:

@@ -128,6 +128,7 @@ def find_intruders(
             "a whole number, and a cosine in (0, 1]",
             f"use {DEFAULT_VECTOR_COUNT} and {DEFAULT_THRESHOLD}",
         )
+    saved_adapter = base_weights.read_adapter(saved_adapter)
     changes_by_path = effective_changes(saved_adapter)
     for aligned_weight in align([saved_adapter], base_weights.parameter_order):
         if aligned_weight.alias_of is None:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from veneer.adapter_files.derived_folder import common_base_record, write_derived
-from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.folder import AdapterFiles
 from veneer.config import path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
@@ -138,8 +138,9 @@ def compose(
             parameters that are trained in full, unless the method is "sum" or "svd" and the
             weights of the adapters that train the parameter add up to 1.
         model: the model that the weights in ``base`` belong to, possibly on the meta device. It is
-            needed where the shape of a weight does not determine its layout: square weights of
-            GPT-2's Conv1D, stacks of square matrices.
+            needed where the shape of a weight does not determine its layout (square weights of
+            GPT-2's Conv1D, stacks of square matrices), and for an adapter of another library that
+            changes several parameters of one module.
         seed: seed of the random choice of the entries that DARE drops.
         provenance: JSON values to add to the provenance in the new adapter's record.
 
@@ -159,7 +160,8 @@ def compose(
         len(adapters), adapter_weights, method, rank, energy, density, layers, seed
     )
     must_not_exist(Path(out), overwrite)
-    saved_adapters = _read_adapters(adapters)
+    base_weights = FrozenWeights(base, model)
+    saved_adapters = _read_adapters(adapters, base_weights)
     notes = [
         f"{saved_adapter.path} has weight 0 and is left out"
         for saved_adapter, weight in zip(saved_adapters, adapter_weights, strict=True)
@@ -170,7 +172,6 @@ def compose(
     sources = [saved_adapters[index] for index in used_indices]
     common_base_record(sources)  # raises early if the adapters have different bases
     notes += _unrecorded_notes(sources)
-    base_weights = FrozenWeights(base, model)
     aligned_weights = align(sources, base_weights.parameter_order)
     weigh_adapter = _make_weigher(coefficients, used_indices, layers, aligned_weights, sources)
     changes, layer_reports, variant = _combine_changes(
@@ -194,12 +195,13 @@ def compose(
     )
 
 
-def _read_adapters(adapters: Sequence[str | Path | AdapterFiles]) -> list[AdapterFiles]:
+def _read_adapters(
+    adapters: Sequence[str | Path | AdapterFiles], base_weights: FrozenWeights
+) -> list[AdapterFiles]:
     """The content of each adapter folder. ``AdapterError``: an adapter trains single token rows, or
-    is active only from its invocation tokens on, neither of which a combination can express."""
-    saved_adapters = [
-        adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
-    ]
+    is active only from its invocation tokens on, neither of which a combination can express; or
+    only the model tells the order of its parameters."""
+    saved_adapters = [base_weights.read_adapter(adapter) for adapter in adapters]
     for saved_adapter in saved_adapters:
         saved_adapter.refuse_trained_tokens("a combination of adapters")
         saved_adapter.refuse_invocation_tokens("a combination of adapters")

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from veneer.adapter_files.folder import AdapterFiles
+from veneer.adapter_files.peft_mapping import means_parameter, ref_at
+from veneer.attach import ModelIndex
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.layers import parameter_path
@@ -296,6 +298,34 @@ def _order_parameters(
     return parameter_paths
 
 
+def order_parameters(saved_adapter: AdapterFiles, model_index: ModelIndex | None) -> AdapterFiles:
+    """The adapter with each change of ``unordered_modules`` at the parameter that it belongs to in
+    the model, with this parameter's rank and alpha. ``AdapterError``: there are such modules, and
+    no model is known (``model_index`` is None), or it lacks one of them."""
+    if not saved_adapter.unordered_modules or model_index is None:
+        saved_adapter.require_parameter_order()
+        return saved_adapter
+    peft_config, ordered_layers = saved_adapter.peft_config, dict(saved_adapter.low)
+    for path, layer in saved_adapter.low.items():
+        module_path = peft_paths.strip_wrappers(path)[0]
+        if module_path not in saved_adapter.unordered_modules:
+            continue
+        ref = ref_at(model_index, path, peft_config)
+        if ref is None:
+            raise AdapterError(
+                f"a change of {module_path!r} in {saved_adapter.path}, which the model lacks",
+                "the same modules",
+                "pass the model that it was made for",
+            )
+        is_parameter = means_parameter(model_index, ref, peft_config)
+        target_path = parameter_path(module_path, ref[1]) if is_parameter else module_path
+        rank, alpha, scale = peft_paths.rank_alpha_scale(peft_config, target_path)
+        ordered_layers[path] = replace(
+            layer, target_path=target_path, rank=rank, alpha=alpha, scale=scale
+        )
+    return replace(saved_adapter, low=ordered_layers, has_model_order=True)
+
+
 def effective_changes(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
     """The low-rank product of each change, by model path, with the scale at which the library that
     wrote the folder applies it. PEFT adds the change of an attention's out-projection
@@ -303,8 +333,10 @@ def effective_changes(saved_adapter: AdapterFiles) -> dict[str, LowRank]:
     multiplied by this number.
 
     Raises:
-        AdapterError: it is unknown how the PEFT version that wrote the folder applies a change.
+        AdapterError: it is unknown how the PEFT version that wrote the folder applies a change, or
+            only the model tells which parameter a change belongs to.
     """
+    saved_adapter.require_parameter_order()
     changes_by_path = {}
     for path, layer in saved_adapter.low.items():
         is_repeated = saved_adapter.record is None and peft_paths.attention_of(path) is not None

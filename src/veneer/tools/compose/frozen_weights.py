@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.folder import AdapterFiles
+from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import ref_at
 from veneer.attach import ModelIndex, adapters_of, unwrap
 from veneer.bases import own_parameters
@@ -28,7 +29,7 @@ from veneer.formats import peft
 from veneer.layers import GENERAL_KIND, LAYERS, kind_for, parameter_path
 from veneer.layers.parameter import is_transposed_stack, without_unit_axes
 from veneer.models.base_weights import BaseWeights, open_base_weights
-from veneer.tools.compose.align import AlignedWeight, ParameterOrder
+from veneer.tools.compose.align import AlignedWeight, ParameterOrder, order_parameters
 
 #: where base weights come from: a model, or dense tensors by path
 Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
@@ -77,6 +78,14 @@ class FrozenWeights:
             None
             if model_index is None
             else lambda path: own_parameters(model_index.modules[model_index.canonical[path]])
+        )
+
+    def read_adapter(self, adapter: str | Path | AdapterFiles) -> AdapterFiles:
+        """The content of an adapter folder, with its parameters in the order of the model.
+        ``AdapterError``: it cannot be read, or its order is unknown (``order_parameters``)."""
+        saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
+        return order_parameters(
+            saved_adapter, self.model_index if saved_adapter.unordered_modules else None
         )
 
     @cached_property

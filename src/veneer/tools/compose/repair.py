@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.derived_folder import write_derived
-from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.folder import AdapterFiles
 from veneer.errors import ConfigError
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
@@ -136,10 +136,11 @@ def repair(
     """
     _check_arguments(base, factor)
     must_not_exist(Path(out), overwrite)
-    saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
+    base_weights = FrozenWeights(base, model)
+    saved_adapter = base_weights.read_adapter(adapter)
     saved_adapter.refuse_trained_tokens("a repair")
     saved_adapter.refuse_invocation_tokens("a repair")
-    base_weights, changes_by_path = FrozenWeights(base, model), effective_changes(saved_adapter)
+    changes_by_path = effective_changes(saved_adapter)
     if intruders is None:
         intruders = [*find_intruders(saved_adapter, base_weights, count=count, threshold=threshold)]
     repaired_layers, weight_reports = {}, []

@@ -24,6 +24,7 @@ from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.fileio.untrusted import read_json
 from veneer.formats import FORMATS, BaseFacts, Contents, Options, peft, peft_tuners
 from veneer.models.base_weights import list_weights
+from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo
 
@@ -45,13 +46,14 @@ def read_source(
         factored, by path.
 
     Raises:
-        AdapterError: the source has no change, only some of its layers are DoRA, or dense changes
-            are to be factored without a base.
+        AdapterError: the source has no change, only some of its layers are DoRA, dense changes are
+            to be factored without a base, or only the model tells the order of its parameters.
         BaseMismatchError: ``verify_base`` is True, and the dense changes are of another base.
     """
     read_contents = FORMATS[source_format].read
     if read_contents is None:
-        return folder.read(source, _weight_lookup(base_info.facts)), Contents(), {}
+        adapter_files = folder.read(source, _weight_lookup(base_info.facts))
+        return FrozenWeights(None, base_info.structure).read_adapter(adapter_files), Contents(), {}
     contents = read_contents(source, base_info.facts, options)
     if not contents.low and not contents.deltas:
         raise AdapterError(f"no change at all in {source}", "at least one", "check the file")

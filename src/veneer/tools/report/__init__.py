@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.folder import AdapterFiles
 from veneer.errors import AdapterError
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
@@ -233,8 +233,8 @@ def examine(
         BaseMismatchError: the adapter was trained on another base.
         ConfigError: ``count`` or ``threshold`` has an invalid value, and ``base`` is not None.
     """
-    saved_adapter = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     base_weights = FrozenWeights(base, model)
+    saved_adapter = base_weights.read_adapter(adapter)
     aligned_weights = [
         aligned_weight
         for aligned_weight in align([saved_adapter], base_weights.parameter_order)
@@ -252,6 +252,7 @@ def examine(
             saved_adapter, base_weights, count=count, threshold=threshold, control=True, seed=seed
         )
         intruders_by_path = _collect_intruders(intruder_results, len(aligned_weights), progress)
+    other = None if other is None else base_weights.read_adapter(other)
     adapter_difference = None if other is None else compare(saved_adapter, other)
     comparisons = {
         layer.path: _relate_layers(layer, changes_by_path[layer.path])
