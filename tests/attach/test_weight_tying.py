@@ -17,6 +17,7 @@ import veneer
 from veneer.adapter_files.ties import TieBroken
 from veneer.adapter_files.verify import verify
 from veneer.errors import AdapterError, MergeError
+from veneer.tools.compose import compose
 from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.train.loss import causal_loss
@@ -86,6 +87,30 @@ def test_two_copies_of_a_tied_weight_compute_as_peft_does(tmp_path, modules):
     assert error(theirs(IDS).logits, expected) < 1e-5
     with veneer.use(model, None):
         assert torch.equal(model(IDS).logits, llama()(IDS).logits)
+
+
+def test_a_head_that_peft_adapts_with_its_embedding_stays_in_a_composed_folder(tmp_path):
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "embed_tokens"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(llama(), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "theirs")
+    expected = model(IDS).logits
+    compose([tmp_path / "theirs"], tmp_path / "out", weights=[1.0])
+    for folder in ("theirs", "out"):
+        ours = llama()
+        veneer.load(ours, tmp_path / folder)
+        assert error(ours(IDS).logits, expected) < 1e-5
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    assert error(theirs(IDS).logits, expected) < 1e-5
 
 
 def peft_loss(path):

@@ -268,28 +268,26 @@ def _peft_config(
             layer.target_path for path, layer in low.items() if peft.targets_parameter(path, layer)
         )
     )
-    target_paths = [
+    target_paths = {
         layer.target_path for path, layer in low.items() if not peft.targets_parameter(path, layer)
-    ]
+    }
     target_lists = [config.get("target_modules") for config in configs]
+    # with ensure_weight_tying, PEFT also adapts modules that no name in target_modules matches
     has_name_lists = all(isinstance(names, list) for names in target_lists) and not any(
-        config.get("exclude_modules") or config.get("layers_to_transform") is not None
+        config.get("exclude_modules")
+        or config.get("layers_to_transform") is not None
+        or config.get("ensure_weight_tying")
         for config in configs
     )
-    target_names = (
-        sorted({name for names in target_lists for name in names or ()}) if has_name_lists else []
-    )
+    target_names = {name for names in target_lists for name in names or ()}
     source_targets = {
         layer.target_path
         for source in sources
         for path, layer in source.low.items()
         if not peft.targets_parameter(path, layer)
     }
-    target_modules = (
-        target_names
-        if target_names and source_targets == set(target_paths)
-        else sorted(set(target_paths))
-    )
+    keeps_names = has_name_lists and target_names and source_targets == target_paths
+    target_modules = sorted(target_names if keeps_names else target_paths)
     peft_types = [str(config.get("peft_type")) for config in configs]
     invocation_tokens = configs[0].get("alora_invocation_tokens")
     biases = [config.get("bias") or "none" for config in configs]
