@@ -655,6 +655,18 @@ def test_parts_trained_in_full(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_module_in_full_here_and_at_a_low_rank_there_is_refused(tmp_path):
+    model = TinyLM()
+    full = trained(model, tmp_path / "full", targets=["q_proj"], train_also=["lm_head"])
+    low = trained(model, tmp_path / "low", targets=["q_proj", "lm_head"])
+    for parts in ([full, low], [low, full]):
+        with pytest.raises(
+            AdapterError, match=r"'lm_head\.weight', trained in full in \S+full and .* \S+low"
+        ):
+            compose(parts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tied_head_that_is_trained_in_full_stays_tied(tmp_path):
     model = TinyLM(tied=True)
     parts = [

@@ -41,15 +41,12 @@ def combine_full_params(
 
     Raises:
         AdapterError: the base is missing and needed, shapes differ, or a running variance would be
-            negative. The error lists every problem.
+            negative (the error lists every problem); or one adapter trains in full what another
+            changes at a low rank.
         BaseMismatchError: the adapters store different values of the same frozen weight.
     """
     tensors_by_parameter, folder_paths = _collect_params(source_adapters)
-    changed_modules = {
-        aligned_weight.model_path
-        for aligned_weight in aligned_weights
-        if not aligned_weight.is_parameter
-    }
+    low_rank_paths = _require_one_form(source_adapters, tensors_by_parameter, aligned_weights)
     combined_params: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     missing_in_base: list[str] = []
@@ -61,7 +58,7 @@ def combine_full_params(
                     f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"
                 )
             )
-        elif name == "weight" and module_path in changed_modules:
+        elif path in low_rank_paths:
             # PEFT stores the frozen weight of an adapted embedding together with its change. It is
             # no trained value, so it is copied.
             first_tensor, *other_tensors = tensors.values()
@@ -93,6 +90,34 @@ def combine_full_params(
         problems.append(sentence(problem, "the base, from which their changes are counted", fix))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
     return combined_params
+
+
+def _require_one_form(
+    source_adapters: Sequence[AdapterFiles],
+    tensors_by_parameter: Mapping[tuple[str, str], Mapping[int, Tensor]],
+    aligned_weights: Sequence[AlignedWeight],
+) -> set[str]:
+    """The paths of the parameters that adapters change at a low rank. ``AdapterError``: an adapter
+    changes a parameter at a low rank, and another stores it without such a change, so that it
+    trains it in full."""
+    low_rank_changes = {
+        change.model_path: change.layers for change in aligned_weights if change.is_parameter
+    } | {
+        parameter_path(change.model_path, "weight"): change.layers
+        for change in aligned_weights
+        if not change.is_parameter
+    }
+    for (module_path, name), tensors in tensors_by_parameter.items():
+        path = parameter_path(module_path, name)
+        layers = low_rank_changes.get(path, tensors)
+        if full_indices := tensors.keys() - layers.keys():
+            raise AdapterError(
+                f"{path!r}, trained in full in {source_adapters[min(full_indices)].path} and"
+                f" changed at a low rank in {source_adapters[min(layers)].path}",
+                "one of the two",
+                "leave one of the adapters out",
+            )
+    return set(low_rank_changes)
 
 
 def _collect_params(
