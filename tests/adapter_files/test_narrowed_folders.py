@@ -228,6 +228,43 @@ def test_a_field_that_the_config_of_a_tuner_lacks_narrows_nothing(tmp_path):
     assert error(flat(model(IDS)), expected) < 1e-5
 
 
+class Mixes(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.q, self.v, self.mixer = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), Mixer()
+
+    def forward(self, x):
+        return self.mixer(self.v(self.q(x)))
+
+
+class Mixer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Parameter(torch.randn(8, 8) / 3)
+
+    def forward(self, x):
+        return x @ self.mix
+
+
+def test_a_config_that_names_a_parameter_of_any_module_is_narrowed_too(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q", "v"], target_parameters=["mix"])
+    theirs = peft.get_peft_model(Mixes(), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["q"]}))
+    x, model = torch.randn(3, 8), Mixes()
+    expected = flat(peft.PeftModel.from_pretrained(Mixes(), tmp_path).eval()(x))
+    with pytest.warns(TensorsLeftOut, match=r"tensors of 1 modules .*\(v\)"):
+        handle = veneer.load(model, tmp_path)
+    assert {*handle.changes} == {"q.weight", "mixer.mix"}
+    assert error(flat(model(x)), expected) < 1e-5
+
+
 def test_vllm_which_applies_every_tensor_is_told(tmp_path):
     path, *_ = narrowed(tmp_path)
     (reason,) = [reason for reason in reasons_against(path) if "leaves out" in reason]

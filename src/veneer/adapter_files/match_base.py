@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -17,10 +18,12 @@ from veneer.adapter_files.base_proof import (
     was_modified_by_call,
 )
 from veneer.adapter_files.folder import AdapterFiles
+from veneer.adapter_files.peft_mapping import means_parameter, ref_at
 from veneer.attach import ModelIndex
 from veneer.errors import BaseMismatchError, listing, sentence
 from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.formats import peft_paths
+from veneer.formats.peft_targets import TensorsLeftOut, describe_ignored
 from veneer.models.base_weights import list_weights
 from veneer.models.quantize import sources_of
 
@@ -186,6 +189,46 @@ def _untrained_rows_match(
     return (
         fingerprint_without_rows(module_weight, token_ids, hash_kind=expected_fingerprint)
         == expected_fingerprint
+    )
+
+
+def leave_out_ignored(adapter_files: AdapterFiles, model_index: ModelIndex) -> AdapterFiles:
+    """The adapter without the changes that PEFT ignores, as ``formats/peft_targets.py`` describes,
+    where only the model tells: if ``target_parameters`` names a parameter without its module, any
+    change of the file may be of such a parameter. The warning that names their modules points at
+    the call of ``veneer.load``, four frames above."""
+    peft_config = adapter_files.peft_config
+    has_bare_target = any("." not in name for name in peft_config.get("target_parameters") or ())
+    # PEFT also adapts modules that are tied to a target, which no name matches
+    is_tied = peft_config.get("ensure_weight_tying")
+    if adapter_files.record is not None or not has_bare_target or is_tied:
+        return adapter_files
+    ignored_paths = {
+        path: ref[0]
+        for path in adapter_files.low
+        if (ref := ref_at(model_index, path, peft_config)) is not None
+        and not means_parameter(model_index, ref, peft_config)
+        and peft_paths.expected_paths(
+            peft_config,
+            {
+                peft_paths.strip_wrappers(name)[0]
+                for name in (path, peft_paths.attention_of(path) or path)
+            },
+        )
+        == set()
+    }
+    if ignored_paths:
+        warnings.warn(
+            f"{adapter_files.path} holds {describe_ignored(ignored_paths.values())}.",
+            TensorsLeftOut,
+            stacklevel=5,
+        )
+    return replace(
+        adapter_files,
+        low={
+            path: layer for path, layer in adapter_files.low.items() if path not in ignored_paths
+        },
+        ignored_modules=(*adapter_files.ignored_modules, *ignored_paths.values()),
     )
 
 

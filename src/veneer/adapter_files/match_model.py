@@ -4,6 +4,7 @@ what has to be installed.
 The steps of ``match``, which returns a ``LoadPlan``, and the files that hold them:
 
 read              read the folder, without the model                          folder
+leave_out_ignored leave out changes that PEFT ignores                         match_base
 match_modules     find the weight of the model for each change of the file    peft_mapping
 plan_low_rank     plan each low-rank change; read A, B and further tensors    match_parameters
 plan_full         plan the parameters that are trained in full
@@ -22,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files import saved_token_rows
+from veneer.adapter_files import match_base, saved_token_rows
 from veneer.adapter_files.expert_pairs import stack_experts
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.initial_products import without_initial_product
-from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
 from veneer.adapter_files.match_parameters import COPY_ADVICE, MODEL_ADVICE, ParameterReader
 from veneer.adapter_files.peft_deviations import attention_above, deviation_reasons
 from veneer.adapter_files.peft_mapping import all_refs, means_parameter, module_at, ref_at
@@ -135,7 +135,8 @@ def match(
     """
     cache = MatchCache(ModelIndex(model)) if cache is None else cache
     index = cache.model_index
-    adapter_files = stack_experts(read(path, weight_lookup_of(index)), index, problems)
+    adapter_files = match_base.leave_out_ignored(read(path, weight_lookup_of(index)), index)
+    adapter_files = stack_experts(adapter_files, index, problems)
     by_peft_rules = adapter_files.record is None and not of_weights
     matching = _Match(adapter_files, index, problems, by_peft_rules)
     matching.match_modules()
@@ -146,10 +147,11 @@ def match(
         AdapterError, f"The adapter {path} does not fit this {base_class(model).__name__}", problems
     )
     if adapter_files.record is None:
-        warn_foreign(path)
-        warn_module_only(path, [plan.path for plan in matching.low_rank if plan.module_only])
+        match_base.warn_foreign(path)
+        module_only_paths = [plan.path for plan in matching.low_rank if plan.module_only]
+        match_base.warn_module_only(path, module_only_paths)
     elif verify_base:
-        must_be_base(index, adapter_files, cache.fingerprints)
+        match_base.must_be_base(index, adapter_files, cache.fingerprints)
     return LoadPlan(adapter_files, matching.plans, matching.adapter_parameters, matching.full)
 
 

@@ -172,7 +172,8 @@ def _module_path(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -
 
 
 def _may_target_parameter(config: Mapping[str, Any], path_in_file: str) -> bool:
-    """Whether ``target_parameters`` may name a parameter of the module at a path of the file."""
+    """Whether ``target_parameters`` may name a parameter of the module at a path of the file. A
+    parameter that it names without a module may be of any; ``match_base`` then asks the model."""
     module_path = peft_paths.strip_wrappers(path_in_file)[0]
     target_modules = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
     return any(
