@@ -709,15 +709,16 @@ def test_peft_loads_classifiers_of_ours(tmp_path, kind, fields):
         assert error(other, ours) < 1e-5
 
 
-def test_biases_and_a_container_of_modules_to_save_from_peft(tmp_path):
+@pytest.mark.parametrize("name", ["default", "sst2"])
+def test_biases_and_a_container_of_modules_to_save_from_peft(tmp_path, name):
     config = peft.LoraConfig(
         r=2, target_modules=["query"], modules_to_save=["pooler"], task_type="SEQ_CLS", bias="all"
     )
-    theirs = peft.get_peft_model(bert(), config).eval()
+    theirs = peft.get_peft_model(bert(), config, adapter_name=name).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     model, ids = bert(), torch.arange(12).view(2, 6)
     with pytest.warns(veneer.UnverifiedAdapter):
-        veneer.load(model, tmp_path / "adapter")
+        veneer.load(model, tmp_path / "adapter" / (name if name != "default" else ""))
     assert error(model(ids).logits, theirs(ids).logits) < 1e-5
 
 

@@ -210,10 +210,11 @@ def split_tensors(
             entry["suffixes"] = pair or entry["suffixes"]
         else:
             path, _, parameter = bare_key.rpartition(".")
-            # skip the base's values of replaced modules, which PEFT also saves with bias="all"
-            if ".original_module" in path:
+            # with bias="all", PEFT also saves the base's values of replaced modules, and trained
+            # biases in modules_to_save twice: below a container, one key has the adapter's name
+            repeated_key = re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", key)
+            if ".original_module" in path or (repeated_key != key and repeated_key in tensors):
                 continue
-            # with modules_to_save, PEFT saves trained biases twice; both keys get the same path
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full_parameters.setdefault(path, {})[parameter] = tensor
