@@ -80,8 +80,9 @@ class LoraConfig:
     """Which weights to adapt, and how. Every pattern (``targets``, ``exclude``, ``train_also``, the
     keys of ``ranks`` and ``alphas``) is one of
 
-    - a word: ``"all-linear"`` (linear layers of the body, no output head; it also trains in full a
-      new task head, which transformers initialised because the checkpoint does not hold it),
+    - a word, but not as a key: ``"all-linear"`` (linear layers of the body, no output head; it also
+      trains in full a new task head, which transformers initialised because the checkpoint does not
+      hold it),
       ``"attention"`` (the linear layers of the body whose paths name attention), ``"mlp"`` (the
       other linear layers of the repeated blocks), ``"all"`` (everything that can be attached to),
       ``"peft-all-linear"`` (PEFT's "all-linear": every ``nn.Linear`` and ``Conv1D`` but the output
