@@ -100,7 +100,13 @@ def test_peft_refuses_tokens_beside_a_low_rank_change_of_their_embedding():
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "indices", [[42, 40], {"embed_tokens": [42, 40]}, {"embed_tokens": [42], "lm_head": [42]}]
+    "indices",
+    [
+        [42, 40],
+        {"embed_tokens": [42, 40]},
+        {"tokens": [42, 40]},
+        {"embed_tokens": [42], "lm_head": [42]},
+    ],
 )
 def test_an_adapter_of_pefts_computes_the_same_here(tmp_path, indices, tied):
     torch.manual_seed(5)

@@ -267,7 +267,8 @@ def _missing_rows(
     for path_ending in token_ids if isinstance(token_ids, Mapping) else ():
         first_refs = {
             first_ref_at(model_index, path, refs_by_id)
-            for path in model_index.modules_matching(path_ending)
+            for path, aliases in model_index.aliases.items()
+            if any(alias.endswith(path_ending) for alias in aliases)
         }
         if not first_refs & rows_by_ref.keys():
             problem = (

@@ -119,11 +119,8 @@ def token_ids(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
     indices_field = config.get(INDICES_FIELD) or ()
     if not isinstance(indices_field, Mapping):
         return list(indices_field)
-    return next(
-        (
-            ids
-            for path_ending, ids in indices_field.items()
-            if module_path == path_ending or module_path.endswith(f".{path_ending}")
-        ),
-        [],
-    )
+    path_endings = [ending for ending in indices_field if module_path.endswith(ending)]
+    # PEFT takes an end within a name too ("tokens" for "embed_tokens"), but a path comes first, so
+    # that Veneer's folders, which list paths, mean these alone
+    path_endings.sort(key=lambda ending: not f".{module_path}".endswith(f".{ending}"))
+    return indices_field[path_endings[0]] if path_endings else []
