@@ -225,9 +225,7 @@ def leave_out_ignored(adapter_files: AdapterFiles, model_index: ModelIndex) -> A
         )
     return replace(
         adapter_files,
-        low={
-            path: layer for path, layer in adapter_files.low.items() if path not in ignored_paths
-        },
+        low={path: layer for path, layer in adapter_files.low.items() if path not in ignored_paths},
         ignored_modules=(*adapter_files.ignored_modules, *ignored_paths.values()),
     )
 
