@@ -108,6 +108,10 @@ class BankFullError(VeneerError, MemoryError):
       `--memory`.
     """
 
+    #: bytes that the adapters asked for and the pinned ones need together; None if they exceed the
+    #: budget, so that waiting for leases to end cannot help
+    needed_bytes: int | None = None
+
 
 class MergeError(VeneerError, RuntimeError):
     """A merge or an unmerge that would lose values. Nothing was changed.

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -394,12 +395,22 @@ def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_b
     class Small(Recorder):
         """Holds one blend at a time."""
 
+        capacity = 1
+
         def acquire(self, blend):
             if any(lease.blend != blend for lease in self.held):
-                future = Future()
-                future.set_exception(BankFullError("no memory"))
+                future, error = Future(), BankFullError("no memory")
+                error.needed_bytes = self.capacity
+                future.set_exception(error)
                 return future
             return super().acquire(blend)
+
+        def status(self):
+            return [
+                SimpleNamespace(name=name, bytes=1, users=1, pinned=False)
+                for lease in self.held
+                for name in lease.blend
+            ]
 
     bank = Small(failing={"huge": BankFullError("larger than all memory")})
     engine = opened(start=False, bank=bank, rows=2)

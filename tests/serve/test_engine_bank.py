@@ -168,3 +168,61 @@ def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
     assert (
         after - before < 500
     )  # not the 1,500 after which they end; few, but a busy machine reads the file slowly
+
+
+def test_a_load_that_waited_in_vain_is_tried_again_when_it_fits(serving, folders, monkeypatch):
+    """Each try excludes the requests for adapters in memory for as long as it waits."""
+    monkeypatch.setattr("veneer.bank.bank.MAX_WAIT_SECONDS", 0.5)
+    engine, bank = serving(rows=4)
+    for name in NAMES:
+        bank.acquire({name: 1.0}).result().release()
+    used, cold, warm = NAMES
+    (size,) = (status.bytes for status in bank.status() if status.name == used)
+    bank.capacity = bank.nbytes - size // 2
+    bank.remove(cold)
+    bank.register(cold, folders[cold])
+    over, failures, has_failed = threading.Event(), [], threading.Event()
+
+    def note(kind, name, seconds):
+        if kind == "fail":
+            failures.append(name)
+            has_failed.set()
+
+    bank.on_event = note
+    # the pause makes it outlast the other requests
+    long = Client(
+        engine,
+        asked((5, 6, 7), 240, blend={used: 1.0}, ignore_eos=True),
+        lambda _: over.wait(0.02),
+    )
+    assert long.first.wait(30)
+    blend = Client(engine, asked((5, 6, 7), 3, blend={cold: 0.5, warm: 0.5}, ignore_eos=True))
+    assert has_failed.wait(30)
+    for _ in range(3):
+        client = Client(engine, asked((5, 6, 7), 3, blend={warm: 1.0}, ignore_eos=True))
+        assert client.wait().finish == "length"
+    assert failures == [cold]
+    assert not (bank.crowded or blend.over.is_set() or long.over.is_set())
+    long.ticket.cancel()
+    over.set()
+    assert blend.wait().finish == "length"
+
+
+def test_a_blend_that_can_never_fit_is_refused_while_others_run(serving, folders):
+    engine, bank = serving(rows=4)
+    for name in NAMES:
+        bank.acquire({name: 1.0}).result().release()
+    sizes = {status.name: status.bytes for status in bank.status()}
+    _, large, other = NAMES
+    bank.capacity = sizes[large] + sizes[other] - 1
+    over = threading.Event()
+    long = Client(engine, asked((5, 6, 7), 240, ignore_eos=True), lambda _: over.wait(0.02))
+    assert long.first.wait(30)
+    bank.remove(large)
+    bank.register(large, folders[large])
+    blend = Client(engine, asked((5, 6, 7), 3, blend={large: 0.5, other: 0.5}))
+    assert blend.wait().finish == "error"
+    assert "asked for with it" in blend.error
+    assert not long.over.is_set()
+    over.set()
+    long.ticket.cancel()

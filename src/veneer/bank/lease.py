@@ -113,7 +113,10 @@ def full_error(
     if waited_seconds is not None:
         problem += f", and others in use for {waited_seconds:g} s"
     do = "give the bank more, unpin adapters, or use fewer at once"
-    return BankFullError(problem, f"at most {capacity_bytes:,}", do)
+    error = BankFullError(problem, f"at most {capacity_bytes:,}", do)
+    if waited_seconds is not None:
+        error.needed_bytes = byte_count + unevictable_bytes
+    return error
 
 
 def require_live_lease(bank: Any, lease: Any) -> Lease:

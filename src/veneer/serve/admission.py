@@ -11,6 +11,8 @@ requests that the scheduler puts before them, and would occupy memory without ha
 
 While a load waits for memory that leases occupy, only requests for the base alone are admitted.
 Otherwise new leases could always replace those that end, and the load would never get its memory.
+Leases of long answers may outlast this wait. The request is then queued again, and admitted when
+its adapters fit beside those that are leased: a second wait would stop the others once more.
 """
 
 from __future__ import annotations
@@ -57,9 +59,9 @@ class Admission:
         self.admitted: list[RequestState] = []  # their adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._max_rows = bank, scheduler, lock, max_rows
         self._wake, self._end = wake, end
-        # blends (adapters with weights) that found no memory; requests for them are admitted again
-        # once a lease is released
-        self._blends_without_memory: set[BlendKey] = set()
+        # blends (adapters with weights) that found no memory, with ``BankFullError.needed_bytes``;
+        # requests for them are admitted again once they fit
+        self._blends_without_memory: dict[BlendKey, int] = {}
 
     @property
     def loaded(self) -> list[RequestState]:
@@ -71,6 +73,8 @@ class Admission:
         that are in use."""
         for state in [each for each in self.admitted if each.lease is None]:
             self._take_loaded_lease(state, running_count)
+        if not (running_count or self.admitted):  # no release will come after which a blend may fit
+            self._blends_without_memory.clear()
         loading_blends = {state.blend_key for state in self.admitted if state.lease is None}
         while (
             len(self.loaded) < self._max_rows - running_count + MAX_LOADED_AHEAD
@@ -91,7 +95,7 @@ class Admission:
                     else set()
                 )
                 state = self._scheduler.take(
-                    self._blends_without_memory | loading_blends | waiting_blends
+                    self._blends_without_memory.keys() | loading_blends | waiting_blends
                 )
             if state is None:
                 break
@@ -122,7 +126,7 @@ class Admission:
 
     def release(self, state: RequestState) -> None:
         """Release a request's lease: now, or once its adapters are loaded if they are loading.
-        Requests whose adapters found no memory may then be admitted again."""
+        Requests whose adapters found no memory are admitted again if these fit now."""
         future, state.lease_future, state.lease = state.lease_future, None, None
         if future is None:
             return
@@ -132,7 +136,16 @@ class Admission:
                 future.result().release()
 
         future.add_done_callback(release_loaded)  # runs at once if the future is done
-        self._blends_without_memory.clear()
+        if self._blends_without_memory:
+            self._forget_blends_that_fit()
+
+    def _forget_blends_that_fit(self) -> None:
+        leased = [entry for entry in self._bank.status() if entry.users and not entry.pinned]
+        for blend_key, needed_bytes in [*self._blends_without_memory.items()]:
+            names = {name for name, _ in blend_key}
+            leased_bytes = sum(entry.bytes for entry in leased if entry.name not in names)
+            if needed_bytes + leased_bytes <= self._bank.capacity:
+                del self._blends_without_memory[blend_key]
 
     def _take_loaded_lease(self, state: RequestState, running_count: int) -> None:
         if not state.lease_future.done():
@@ -148,11 +161,12 @@ class Admission:
     def _handle_load_error(
         self, state: RequestState, error: BaseException, running_count: int
     ) -> None:
-        """Handle a request whose adapters could not be loaded or combined. If memory is lacking and
-        other requests' leases occupy some, queue it again; otherwise end it with the error."""
+        """Handle a request whose adapters could not be loaded or combined. If it lacks memory that
+        other requests' leases occupy, queue it again; otherwise end it with the error."""
         self.admitted.remove(state)
-        if (running_count or self.admitted) and isinstance(error, BankFullError):
-            self._blends_without_memory.add(state.blend_key)
+        needed_bytes = error.needed_bytes if isinstance(error, BankFullError) else None
+        if needed_bytes is not None and (running_count or self.admitted):
+            self._blends_without_memory[state.blend_key] = needed_bytes
             state.lease_future, state.has_left_queue = None, False
             with self._lock:
                 self._scheduler.push_back(state)
