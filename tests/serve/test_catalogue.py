@@ -448,6 +448,25 @@ def test_a_change_that_cannot_be_loaded_leaves_the_old_one(folder, caplog):
     assert caplog.text.count("the new one cannot be loaded") == 1
 
 
+def test_a_change_that_the_disk_kept_from_being_read_is_tried_again(folder, monkeypatch, caplog):
+    catalogue = opened(folder)
+    catalogue.load("french", None)
+    loads, load = catalogue._bank.loads, FakeBank.add
+    disk_errors = [OSError(errno.EMFILE, "Too many open files") for _ in range(2)]
+
+    def add(bank, path, name, *, replace=False):
+        if disk_errors:
+            raise disk_errors.pop()
+        return load(bank, path, name, replace=replace)
+
+    monkeypatch.setattr(FakeBank, "add", add)
+    (folder / "french" / "adapter_model.safetensors").write_bytes(b"other")
+    for _ in range(4):  # seen, twice in vain, and loaded
+        catalogue.refresh(force=True)
+    assert catalogue._bank.loads == loads + 1
+    assert caplog.text.count("the new one cannot be loaded") == 1
+
+
 @pytest.mark.parametrize("pin", [(), ("french",)])
 def test_a_change_without_room_for_both_takes_the_old_ones_place(folder, monkeypatch, pin):
     """And stays pinned, whether the API or the command line pinned it."""

@@ -82,9 +82,11 @@ def test_changes_are_reported_until_they_are_taken_over(tmp_path):
     assert catalogue.resolve("german") is None
 
 
-def test_files_that_are_written_in_place_count_when_they_rest(tmp_path):
+@pytest.mark.parametrize("file_name", ["adapter_model.safetensors", "veneer.safetensors"])
+def test_files_that_are_written_in_place_count_when_they_rest(tmp_path, file_name):
     catalogue = Catalogue(FolderSource(tmp_path).list)
-    tensors = adapter_at(tmp_path / "french") / "adapter_model.safetensors"
+    tensors = adapter_at(tmp_path / "french") / file_name
+    tensors.touch()
     catalogue.accept("french", catalogue.refresh().added["french"])
     os.utime(tensors, (1, 1))
     assert not catalogue.refresh().changed

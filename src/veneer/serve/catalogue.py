@@ -414,7 +414,8 @@ class Catalogue:
     def _replace(self, name: str, location: Location) -> None:
         """Replace the adapter of a name by the one at ``location``. The old adapter answers until
         the new one is in memory, and requests that use the old one finish with it. If the new one
-        cannot be loaded, the old one stays."""
+        cannot be loaded, the old one stays. After an ``OSError``, whose cause may pass, the next
+        listing tries again."""
         try:
             try:
                 status = self._bank.status()
@@ -425,9 +426,14 @@ class Catalogue:
                 self._bank.register(path=location.path, name=name, replace=True)
                 self._applied_pins -= {name}
         except (VeneerError, OSError) as error:
-            self._adapters.reject(name, location)
+            if isinstance(error, VeneerError):
+                self._adapters.reject(name, location)
+            elif self._warnings.get(name) == str(error):
+                return
+            self._warnings[name] = str(error)
             log.warning("Adapter %r was changed, and the new one cannot be loaded: %s", name, error)
         else:
+            self._warnings.pop(name, None)
             self._adapters.accept(name, location)
             log.info("Adapter %r was replaced by a new version", name)
 

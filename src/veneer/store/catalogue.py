@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from veneer.adapter_files.file_names import CORE_FILES
 from veneer.errors import ConfigError, LibraryError, RemoteError, VeneerError
 from veneer.formats import peft
 from veneer.store.library import INDEX, NAME, OBJECTS, Library
@@ -86,7 +87,8 @@ class FolderSource:
         """The location of an adapter folder whose files may be overwritten. Its version consists of
         the inode, modification time and size of each file; it is () if a file cannot be read."""
         with suppress(OSError):
-            file_stats = [(path / file_name).stat() for file_name in (peft.CONFIG, peft.TENSORS)]
+            file_paths = [path / file_name for file_name in CORE_FILES]
+            file_stats = [file_path.stat() for file_path in file_paths if file_path.exists()]
             return Location(
                 path, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in file_stats)
             )
