@@ -20,7 +20,7 @@ import veneer
 import veneer.bank.bank
 from veneer.bank.batch_state import BatchedLayer
 from veneer.bases import BASES
-from veneer.errors import BankFullError, SelectionError
+from veneer.errors import AdapterError, BankFullError, SelectionError
 
 DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
 
@@ -260,6 +260,20 @@ def test_an_adapter_that_can_never_fit_evicts_nothing(tmp_path):
         bank.pin("large")
     assert events == [("fail", "large")]
     assert bank.nbytes == bank.capacity
+
+
+def test_a_damaged_replacement_evicts_nothing(tmp_path):
+    model = save_adapters(Linears(), tmp_path, "a", "b")
+    bank = bank_of(model, tmp_path, "a")
+    bank.capacity = bank.nbytes  # for one of them
+    tensors = tmp_path / "b" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-4] + b"\x00\x00\x80\x3f")  # 1.0
+    for pinned in (False, True):
+        (bank.pin if pinned else bank.unpin)("a")
+        with pytest.raises(AdapterError):
+            bank.add(tmp_path / "b", "a", replace=True)
+        (status,) = bank.status()
+        assert (status.path, status.resident) == (tmp_path / "a", True)
 
 
 def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.adapter_files.folder import folder_problems
-from veneer.adapter_files.match_model import MatchCache
+from veneer.adapter_files.match_model import MatchCache, match
 from veneer.attach import (
     BASE,
     ActiveAdapter,
@@ -139,7 +139,7 @@ class Bank:
     ) -> str:
         """Load an adapter now and register it as ``name``, by default the name of its folder.
         Returns the name. ``replace``: the name may belong to another adapter, which keeps it until
-        the new one is loaded; both are in memory until then. ``pin``: see ``pin``.
+        the new one is verified and loaded; both are in memory until then. ``pin``: see ``pin``.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: nothing is registered.
@@ -184,6 +184,8 @@ class Bank:
         """Load an adapter while ``name`` still belongs to another one, then give it the name."""
         raise_all(AdapterError, f"{name!r} cannot be replaced", folder_problems(path))
         with self._loading:
+            if self.capacity is not None:  # verify the files before other adapters are evicted
+                match(self.model, path, [], verify_base=self.verify_base, cache=self._match_cache)
             with self._changed:
                 self._require_open()
                 new_entry = Entry(name, path, users=1)
@@ -306,10 +308,7 @@ class Bank:
 
     def close(self) -> None:
         """Remove all adapters; restore the modules' classes and the parameters' ``requires_grad``.
-
-        Raises:
-            SelectionError: an adapter is in use or being loaded. The bank is unchanged.
-        """
+        ``SelectionError``: an adapter is in use or being loaded. The bank is unchanged."""
         if not self._loading.acquire(blocking=False):
             problem = "a bank that loads an adapter"
             raise SelectionError(problem, "no running load", "let it end first")
