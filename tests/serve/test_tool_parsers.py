@@ -65,6 +65,10 @@ CASES = {
     ),
     "llama, text": ("llama3_json", 'It is {"name": "f"}', ['It is {"name": "f"}']),
     "llama, other JSON": ("llama3_json", '{"a": {"b": 1}} x', ['{"a": {"b": 1}} x']),
+    "llama, JSON with a name": ("llama3_json", '{"name": "Bob", "age": 3}', ['{"name": "Bob", "age": 3}']),
+    "llama, JSON with a name behind a call": (
+        "llama3_json", '{"name": "f"}; {"name": "Bob"}', [("f", {}), '{"name": "Bob"}'],
+    ),
     "mistral": (
         "mistral", f'[TOOL_CALLS] [{{"name": "f", "arguments": {RAW}}}, {{"name": "g", "arguments": {{}}}}]',
         [("f", ARGUMENTS), ("g", {})],

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 from veneer.serve.tools.deltas import CallParser, NewId, short_id
@@ -66,6 +66,7 @@ class CallObjectReader:
     Args:
         on_name: called with the tool's name when it has been read.
         on_arguments: called after ``on_name``, with each piece of the arguments' text.
+        tool_names: an object with another name is no call; None accepts any name.
 
     Attributes:
         has_name: whether the name was read.
@@ -77,8 +78,13 @@ class CallObjectReader:
 
     ARGUMENTS_KEYS = ("arguments", "parameters")
 
-    def __init__(self, on_name: Callable[[str], None], on_arguments: Callable[[str], None]) -> None:
-        self._on_name, self._on_arguments = on_name, on_arguments
+    def __init__(
+        self,
+        on_name: Callable[[str], None],
+        on_arguments: Callable[[str], None],
+        tool_names: Collection[str] | None = None,
+    ) -> None:
+        self._on_name, self._on_arguments, self._tool_names = on_name, on_arguments, tool_names
         self.has_name = self.is_complete = self.has_failed = False
         self.text_up_to_name = ""
         #: what must come next: "{", "key", ":", "value", or "," (which stands for "," or "}")
@@ -154,7 +160,7 @@ class CallObjectReader:
         self._expected_token = ","
         if self._key == "name" and not self.has_name:
             name = _parse_string(self._value_text)
-            if not name:
+            if not name or (self._tool_names is not None and name not in self._tool_names):
                 self.has_failed = True
                 return
             self.has_name = True
@@ -210,6 +216,9 @@ class JsonCallParser(CallParser):
     #: the tag that ends a call, then the tags that may follow it: if the model omits the first, the
     #: call ends at the next of the others
     close_tags: ClassVar[tuple[str, ...]]
+    #: whether an object is text if its name is none of the request's tools, since any other JSON
+    #: object of an answer may have a name too
+    requires_known_tool = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -218,7 +227,9 @@ class JsonCallParser(CallParser):
 
     def _step_object(self, *, at_end: bool) -> bool:
         reader = self._object_reader = self._object_reader or CallObjectReader(
-            self._emit_call, self._emit_arguments
+            self._emit_call,
+            self._emit_arguments,
+            self._parameter_schemas if self.requires_known_tool else None,
         )
         self._consume(reader.read(self._buffer))
         if not (reader.is_complete or reader.has_failed or at_end):
@@ -274,12 +285,13 @@ class Hermes(JsonCallParser):
 
 
 class Llama3Json(JsonCallParser):
-    """The notation of Llama 3.1 to 3.3: an answer that begins with a JSON object is a call, or
-    several calls separated by ";". Any other answer is text."""
+    """The notation of Llama 3.1 to 3.3: an answer that begins with a JSON object that names a tool
+    is a call, or several calls separated by ";". Any other answer is text."""
 
     PYTHON_TAG = "<|python_tag|>"
     markers = (PYTHON_TAG,)
     first_state = state_after_object = "start"
+    requires_known_tool = True
 
     def _step_start(self, *, at_end: bool) -> bool:
         """At the beginning of the answer or after a call: find out whether a call's object follows.
@@ -289,6 +301,7 @@ class Llama3Json(JsonCallParser):
             text = text.lstrip("; \n")
         if text.startswith(self.PYTHON_TAG):
             self._buffer = text[len(self.PYTHON_TAG) :]
+            self.requires_known_tool = False  # the tag says that a call follows
             return True
         if text.startswith("{"):
             self._buffer, self._state = text, "object"
