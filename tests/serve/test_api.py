@@ -280,7 +280,7 @@ def test_completion_logprobs(client, stream):
     )
     assert [token for part in shown for token in part.tokens] == ["w0 ", "w1 "]
     assert [offset for part in shown for offset in part.text_offset] == [0, 3]
-    assert shown[0].top_logprobs[0] == {"x0": -1.0}
+    assert shown[0].top_logprobs[0] == {"x0": -1.0, "w0 ": -0.5}
     assert shown[0].token_logprobs[0] == -0.5
 
 

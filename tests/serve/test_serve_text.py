@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.tiny import tiny_tokenizer
 
+from veneer.serve.logprobs import chat_logprobs, shown_text, token_offsets
+from veneer.serve.requests import Token
 from veneer.serve.text import UNKNOWN, Detokenizer, Text
 
 TOKENIZER = tiny_tokenizer()
@@ -148,6 +150,37 @@ def test_special_tokens_have_no_text_and_a_name():
     assert pieces(words, (), [2, *TOKENIZER("hi")["input_ids"], 2])[0] == ["", "h", "i", "", ""]
     assert words.text(2) == "<|im_end|>"
     assert words.text(TOKENIZER("h")["input_ids"][0]) == "h"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids", "text"),
+    [
+        (TOKENIZER, TOKENIZER("a é😀")["input_ids"], "a é😀"),
+        (FALLBACK, [257, 258, *fallback_ids("é 😀"), 260], " a é 😀 ab"),
+    ],
+    ids=["bytes", "fallback"],
+)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer, ids, text):
+    text_of = Detokenizer(tokenizer).text
+    tokens = [Token(id, text_of(id), -1.0) for id in ids]
+    entries = chat_logprobs(tokens, lambda id, text: shown_text(text))
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == text
+    names = [entry["token"] for entry in entries]
+    assert "bytes:\\xf0" in names
+    assert not any(UNKNOWN in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "offsets"),
+    [
+        ("😀b", [*(chr(0xDC00 + byte) for byte in "😀".encode()), "b"], [2, 2, 2, 2, 3]),
+        ("a b", ["<s>", " a", " b"], [2, 2, 3]),
+        ("", ["\udcf0"], [2]),
+        ("é", ["\udca9"], [2]),  # its first byte came before
+    ],
+)
+def test_the_offsets_of_tokens_are_those_of_the_text(text, names, offsets):
+    assert token_offsets(text, [Token(0, name) for name in names], 2) == offsets
 
 
 def test_a_tokenizer_without_a_backend_decodes_by_its_own_method():

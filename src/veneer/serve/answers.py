@@ -19,10 +19,17 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from veneer.errors import sentence
+from veneer.serve.logprobs import (
+    chat_logprobs,
+    json_logprob,
+    shown_text,
+    text_logprobs,
+    token_bytes,
+    token_offsets,
+)
 from veneer.serve.refusal import RETRY_AFTER, Refusal, timeout_refusal
 from veneer.serve.request_log import CURRENT_RECORD
 from veneer.serve.requests import ErrorKind, Piece, Request, Token
@@ -183,11 +190,10 @@ class AnswerWriter:
                 token_count += len(piece.tokens)
                 cached[index] = piece.cached
                 usage = self._usage_so_far(token_count, cached)
-                tokens, text = piece.tokens, piece.text
-                if self.echoes_logprobs and piece.prompt:
-                    tokens, text = (*piece.prompt, *tokens), self.echoed_texts[index] + text
-                logprobs = _logprobs(self, tokens, text_offsets[index])
-                text_offsets[index] += sum(len(token.text) for token in tokens)
+                shown_part = _shown_part(self, index, piece)
+                text, tokens = shown_part
+                logprobs = _logprobs(self, [shown_part], text_offsets[index])
+                text_offsets[index] += len(text)
                 if self.is_chat:
                     for event in _chat_events(self, index, piece, logprobs, usage):
                         yield event
@@ -220,7 +226,7 @@ class AnswerWriter:
 
     def token_name(self, id: int, text: str) -> str:
         """How an answer shows a token: its text, or "token_id:…" if the client asks for ids."""
-        return f"token_id:{id}" if self.body.return_tokens_as_token_ids else text
+        return f"token_id:{id}" if self.body.return_tokens_as_token_ids else shown_text(text)
 
     def token_id_fields(
         self, index: int, tokens: Sequence[Token], *, first: bool
@@ -249,7 +255,8 @@ class AnswerWriter:
             return {}
 
         def entry(text: str, logprob: float | None, rank: int | None) -> dict[str, Any]:
-            return {"logprob": _json_logprob(logprob), "rank": rank, "decoded_token": text}
+            decoded_token = token_bytes(text).decode(errors="replace")
+            return {"logprob": json_logprob(logprob), "rank": rank, "decoded_token": decoded_token}
 
         tables: list[dict[str, Any] | None] = [None]
         for token in tokens[1:]:
@@ -357,9 +364,8 @@ def _choice(writer: AnswerWriter, index: int, pieces: Sequence[Piece]) -> dict[s
     echoed_text, text = writer.echoed_texts[index], "".join(piece.text for piece in pieces)
     tokens = [token for piece in pieces for token in piece.tokens]
     prompt_tokens = [token for piece in pieces for token in piece.prompt]
-    echoed_tokens = prompt_tokens if writer.echoes_logprobs else []
-    text_offset = 0 if echoed_tokens else len(echoed_text)
-    logprobs = _logprobs(writer, [*echoed_tokens, *tokens], text_offset)
+    shown_parts = [_shown_part(writer, index, piece) for piece in pieces]
+    logprobs = _logprobs(writer, shown_parts, 0 if writer.echoes_logprobs else len(echoed_text))
     content: dict[str, Any] = {"text": echoed_text + text}
     if writer.is_chat:
         content = {"message": {"role": "assistant", "content": echoed_text + text, "refusal": None}}
@@ -419,14 +425,28 @@ def _chat_events(
         yield _event(writer, index, {"delta": {}}, finish_reason=finish_reason, usage=usage)
 
 
-def _logprobs(writer: AnswerWriter, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+def _shown_part(writer: AnswerWriter, index: int, piece: Piece) -> tuple[str, tuple[Token, ...]]:
+    """The text and tokens that a piece adds to answer ``index``, those of the prompt included if
+    its log-probabilities are listed before the answer's."""
+    if writer.echoes_logprobs and piece.prompt:
+        return writer.echoed_texts[index] + piece.text, (*piece.prompt, *piece.tokens)
+    return piece.text, piece.tokens
+
+
+def _logprobs(
+    writer: AnswerWriter, parts: Sequence[tuple[str, Sequence[Token]]], offset: int
+) -> dict[str, Any] | None:
+    """The field ``logprobs`` for parts of an answer. ``offset``: where their text begins."""
     if writer.alternative_count is None:
         return None
-    return (
-        {"content": chat_logprobs(tokens, writer.token_name), "refusal": None}
-        if writer.is_chat
-        else text_logprobs(tokens, offset, writer.alternative_count, writer.token_name)
-    )
+    tokens = [token for _, part_tokens in parts for token in part_tokens]
+    if writer.is_chat:
+        return {"content": chat_logprobs(tokens, writer.token_name), "refusal": None}
+    offsets: list[int] = []
+    for text, part_tokens in parts:
+        offsets += token_offsets(text, part_tokens, offset)
+        offset += len(text)
+    return text_logprobs(tokens, offsets, writer.alternative_count, writer.token_name)
 
 
 def _event(
@@ -449,52 +469,3 @@ def _encode_event(content: dict[str, Any]) -> bytes:
     """A server-sent event. It is ASCII, because some clients treat U+2028 as the end of a line: a
     model that writes U+2028 could then forge an event."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
-
-
-#: (token id, token text) → the text that an answer shows for the token
-TokenNamer = Callable[[int, str], str]
-
-
-def chat_logprobs(tokens: Sequence[Token], token_name: TokenNamer) -> list[dict[str, Any]]:
-    """Log-probabilities in the format of chats. ``token_name`` gives the shown text of a token."""
-
-    def entry(id: int, text: str, logprob: float | None) -> dict[str, Any]:
-        fields = {"token": token_name(id, text), "logprob": _json_logprob(logprob)}
-        return {**fields, "bytes": list(text.encode())}
-
-    return [
-        {
-            **entry(token.id, token.text, token.logprob),
-            "top_logprobs": [entry(*alternative) for alternative in token.top],
-        }
-        for token in tokens
-    ]
-
-
-def text_logprobs(
-    tokens: Sequence[Token], offset: int, alternative_count: int, token_name: TokenNamer
-) -> dict[str, Any]:
-    """Log-probabilities in the format of completions, with ``alternative_count`` alternatives for
-    each token. ``offset``: where the first token begins in the text, in characters."""
-    offsets = [*accumulate((len(token.text) for token in tokens), initial=offset)][: len(tokens)]
-    alternatives: list[dict[str, float] | None] = []
-    for token in tokens:
-        logprobs: dict[str, float] = {}
-        # of two alternatives with equal text, keep the more likely one
-        for id, text, logprob in token.top[:alternative_count]:
-            logprobs.setdefault(token_name(id, text), _json_logprob(logprob))
-        alternatives.append(None if token.logprob is None else logprobs)
-    return {
-        "tokens": [token_name(token.id, token.text) for token in tokens],
-        "token_logprobs": [
-            None if token.logprob is None else _json_logprob(token.logprob) for token in tokens
-        ],
-        "top_logprobs": alternatives,
-        "text_offset": offsets,
-    }
-
-
-def _json_logprob(logprob: float | None) -> float:
-    """A log-probability for JSON, which has no infinity. None (unknown) and values below -9999,
-    such as that of probability 0, give -9999, as in OpenAI's API."""
-    return -9999.0 if logprob is None or not logprob > -9999.0 else logprob

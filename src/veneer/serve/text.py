@@ -9,6 +9,7 @@ the stop string follows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -17,6 +18,16 @@ from typing import Any
 #: MAX_INCOMPLETE: how many of them at the end of a text later tokens may still complete to a
 #: character. It is 3, since a character has at most four bytes in UTF-8.
 UNKNOWN, MAX_INCOMPLETE = "\ufffd", 3
+
+#: how SentencePiece writes a space in its tokens, and a token that is a single byte
+SPACE_SYMBOL, BYTE_SYMBOL = "▁", re.compile("<0x([0-9A-F]{2})>")
+#: the byte for each character in the tokens of a byte-level tokenizer. Bytes that are no visible
+#: characters of Latin-1 are the characters from U+0100 on.
+VISIBLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHER_BYTES = sorted({*range(0x100)} - {*VISIBLE_BYTES})
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in VISIBLE_BYTES} | {
+    chr(0x100 + index): byte for index, byte in enumerate(OTHER_BYTES)
+}
 
 #: how many tokens of the prompt are decoded before the first tokens of the answer. Without them,
 #: some tokenizers would drop a space at the beginning of the answer.
@@ -31,15 +42,30 @@ class Detokenizer:
         # the Rust backend of a fast tokenizer, because its Python wrapper would take more time
         rust_backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode: Callable[..., str] = decode if rust_backend is None else rust_backend.decode
-        #: the text of a token id: for a special token its name, such as "<|im_end|>", and for a
-        #: part of a character U+FFFD
-        self.text: Callable[[int], str] = cache(
-            lambda token: decode([token], skip_special_tokens=False)
+        self._id_to_token: Callable[[int], str | None] = getattr(
+            rust_backend, "id_to_token", lambda token: None
         )
+        #: the text of a token id: for a special token its name, such as "<|im_end|>", and for a
+        #: part of a character its bytes as surrogates (the error handler "surrogateescape")
+        self.text: Callable[[int], str] = cache(self._token_text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._decode(list(ids), skip_special_tokens=True)
+
+    def _token_text(self, token: int) -> str:
+        text, symbols = self._decode([token], skip_special_tokens=False), self._id_to_token(token)
+        if symbols is None or symbols == text:
+            return text
+        if match := BYTE_SYMBOL.fullmatch(symbols):
+            return bytes.fromhex(match[1]).decode(errors="surrogateescape")
+        if SPACE_SYMBOL in symbols and SPACE_SYMBOL not in text:
+            return symbols.replace(SPACE_SYMBOL, " ")  # decoding drops a space at the beginning
+        if UNKNOWN in text and set(symbols) <= BYTE_OF_CHARACTER.keys():
+            return bytes(map(BYTE_OF_CHARACTER.__getitem__, symbols)).decode(
+                errors="surrogateescape"
+            )
+        return text
 
 
 class Text:
