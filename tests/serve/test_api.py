@@ -237,6 +237,21 @@ def test_probabilities_are_written_out_beside_the_loop(client, monkeypatch):
     assert loops == [None, None]
 
 
+def test_the_table_of_a_prompt_is_written_out_beside_the_loop(client, monkeypatch):
+    from veneer.serve import answers
+
+    events, made = [], answers._event
+
+    def event(writer, index, content, *args, **fields):
+        events.append((content["text"], asyncio._get_running_loop() is None))
+        return made(writer, index, content, *args, **fields)
+
+    monkeypatch.setattr(answers, "_event", event)
+    options = {"max_tokens": 1, "echo": True, "logprobs": 1, "stream": True}
+    list(client.completions.create(model=BASE, prompt="abc", **options))
+    assert events[:2] == [("abc", True), ("w0 ", False)]
+
+
 def test_completion(it, client):
     answer = client.completions.create(model="german", prompt="abc")
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (TEXT, "stop")

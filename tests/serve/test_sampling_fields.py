@@ -82,6 +82,12 @@ def test_sampling_fields_reach_the_engine(it, http, route):
     assert sampling.bad_words == (word,)
 
 
+def test_the_answers_to_a_request_share_the_set_of_allowed_tokens(it, http):
+    assert post(http, n=2, allowed_token_ids=[1, 2, 3], max_tokens=1).status_code == 200
+    first, second = (request.sampling.allowed_tokens for request in it.engine.seen[-2:])
+    assert first is second
+
+
 @ROUTES
 def test_defaults_of_vllm_ask_for_nothing(it, http, route):
     neutral = {

@@ -160,8 +160,8 @@ class AnswerWriter:
             usage = self.usage_counts(token_count, cached)
             return self.response_object(choices, usage=usage, **self.prompt_fields(prompt_tokens))
 
-        # in a thread, because 16 answers of 2,000 tokens with 20 alternatives each take seconds
-        return await asyncio.to_thread(build_body) if self.is_large else build_body()
+        # 16 answers of 2,000 tokens with 20 alternatives each take seconds
+        return await _call_beside_loop(self.is_large, build_body)
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
         """Yield the answers as server-sent events. ``first``: the first (index, piece), which the
@@ -192,7 +192,10 @@ class AnswerWriter:
                 usage = self._usage_so_far(token_count, cached)
                 shown_part = _shown_part(self, index, piece)
                 text, tokens = shown_part
-                logprobs = _logprobs(self, [shown_part], text_offsets[index])
+                is_large = bool(piece.prompt)  # the table of a long prompt takes seconds
+                logprobs = await _call_beside_loop(
+                    is_large, _logprobs, self, [shown_part], text_offsets[index]
+                )
                 text_offsets[index] += len(text)
                 if self.is_chat:
                     for event in _chat_events(self, index, piece, logprobs, usage):
@@ -202,7 +205,9 @@ class AnswerWriter:
                     token_ids = self.token_id_fields(index, piece.tokens, first=is_first)
                     has_prompt_ids[index] = True
                     content = {"text": text, **token_ids}
-                    yield _event(self, index, content, logprobs, piece.finish, usage)
+                    yield await _call_beside_loop(
+                        is_large, _event, self, index, content, logprobs, piece.finish, usage
+                    )
                 indexed_piece = await anext(pieces, None)
             if self.stream_options.include_usage:
                 usage = self.usage_counts(token_count, cached)
@@ -423,6 +428,11 @@ def _chat_events(
     if piece.finish:
         finish_reason = writer.finish_reason(index, piece)
         yield _event(writer, index, {"delta": {}}, finish_reason=finish_reason, usage=usage)
+
+
+async def _call_beside_loop(is_large: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of ``function``, which runs in a thread if its work ``is_large``."""
+    return await asyncio.to_thread(function, *args) if is_large else function(*args)
 
 
 def _shown_part(writer: AnswerWriter, index: int, piece: Piece) -> tuple[str, tuple[Token, ...]]:

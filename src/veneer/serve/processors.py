@@ -12,7 +12,8 @@ result depends on the row's own answer. A request without these fields has no pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,13 +35,18 @@ Processor = Callable[[Any, Any], Tensor]
 class AllowedTokens(LogitsProcessor):
     """Sets the scores of all tokens except the allowed ids to −inf."""
 
-    def __init__(self, allowed_ids: Collection[int]) -> None:
-        self._allowed_ids = torch.tensor(sorted(allowed_ids), dtype=torch.long, device="cpu")
+    def __init__(self, allowed_ids: frozenset[int]) -> None:
+        self._allowed_ids = _sorted_tensor(allowed_ids)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._allowed_ids = self._allowed_ids.to(scores.device)
         allowed_scores = scores.index_select(-1, self._allowed_ids)
         return torch.full_like(scores, -torch.inf).index_copy(-1, self._allowed_ids, allowed_scores)
+
+
+@lru_cache(maxsize=8)  # the answers to one request share the set
+def _sorted_tensor(allowed_ids: frozenset[int]) -> Tensor:
+    return torch.tensor(sorted(allowed_ids), dtype=torch.long, device="cpu")
 
 
 class PromptRepetitionPenalty(LogitsProcessor):

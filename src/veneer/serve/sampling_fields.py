@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -247,7 +248,6 @@ class SamplingFields(BaseModel):
     def sampling_options(self, bad_words: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         """The values of these fields as keyword arguments of ``requests.Sampling``. ``bad_words``:
         the token sequences of the words in the field ``bad_words``."""
-        allowed_ids = self.allowed_token_ids
         return {
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
@@ -258,9 +258,14 @@ class SamplingFields(BaseModel):
             "stop_tokens": frozenset(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
             "bad_words": tuple(bad_words),
-            "allowed_tokens": None if allowed_ids is None else frozenset(allowed_ids),
+            "allowed_tokens": self._allowed_tokens,
             "grammar": self.grammar_of_answer(),
         }
+
+    @cached_property
+    def _allowed_tokens(self) -> frozenset[int] | None:
+        # made once, since a request may have 64 answers and 32,768 allowed tokens
+        return None if self.allowed_token_ids is None else frozenset(self.allowed_token_ids)
 
     def grammar_of_answer(self) -> Grammar | None:
         """The constraint on the answer; None without a constraint, or if it is a JSON schema."""
