@@ -248,6 +248,7 @@ def test_so_is_one_of_embeddings(it, monkeypatch):
         ("model_not_found", 404, True),
         ("out_of_memory", 503, False),
         ("bad_request", 400, False),
+        ("bad_blend", 400, False),
     ],
 )
 def test_a_cause_has_its_status_and_its_words_are_for_whom_they_concern(it, cause, status, hidden):

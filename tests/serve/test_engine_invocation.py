@@ -199,7 +199,7 @@ def test_scores_of_a_prompt_are_those_of_the_model(serving, models):
 def test_a_blend_and_plain_rows_of_a_bank_are_refused(serving):
     engine, bank = serving()
     client = Client(engine, asked((20, 7, 8), 3, blend={"a": 0.5, "plain": 0.5})).wait()
-    assert (client.finish, client.pieces[-1].error_kind) == ("error", "bad_request")
+    assert (client.finish, client.pieces[-1].error_kind) == ("error", "bad_blend")
     assert "a blend of 'a', 'plain', of which one has invocation tokens" in client.error
     ids = torch.tensor([[20, 7, 8]])
     with pytest.raises(SelectionError, match="'a' in a bank's rows, which has invocation tokens"):
@@ -245,6 +245,7 @@ def test_a_server_serves_folders_of_either_library(tmp_path):
         status, answer = complete("tiny", text, adapters=blend)
         assert status == 400
         assert "of which one has invocation tokens" in answer["error"]["message"]
+        assert answer["error"]["param"] == "adapters"
 
 
 def test_an_attached_adapter_that_is_invoked_is_refused(models):

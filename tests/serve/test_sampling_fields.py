@@ -387,6 +387,23 @@ def test_tokens_may_be_named_by_their_ids(http):
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
+    ],
+)
+def test_a_grammar_that_fails_in_the_engine_is_named_by_its_field(it, http, fields, param, stream):
+    it.engine.fails, it.engine.cause = "Found: no text.", "bad_request"
+    try:
+        answer = post(http, "chat/completions", stream=stream, **fields)
+    finally:
+        it.engine.fails, it.engine.cause = "", None
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize(
     ("fields", "schema", "grammar"),
     [

@@ -144,8 +144,9 @@ class AnswerWriter:
         self.sampling: dict[str, Any] = (
             {} if reading is None else {"shown_special_tokens": reading.markers}
         )
+        self.grammar_param = body.schema_param()
         if reading is not None and reading.grammar is not None:
-            self.sampling["grammar"] = reading.grammar
+            self.sampling["grammar"], self.grammar_param = reading.grammar, "tools"
         self.parsers = [reading.new_parser() for _ in range(self.answer_count)] if reading else []
 
     async def complete(self, answers: Answers) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class AnswerWriter:
                     has_prompt_ids[index] = True
             while indexed_piece is not None:
                 index, piece = indexed_piece
-                if refusal := failure(piece, self.shows_internal_errors):
+                if refusal := failure(piece, self):
                     yield _encode_event(refusal.body())
                     return
                 token_count += len(piece.tokens)
@@ -305,7 +306,7 @@ class AnswerWriter:
         }
 
 
-def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
+def failure(piece: Piece, writer: AnswerWriter) -> Refusal | None:
     """The error response if the last ``piece`` of an answer reports a failure, else None."""
     match piece.finish:
         case "timeout":
@@ -321,17 +322,26 @@ def failure(piece: Piece, shows_internal_errors: bool) -> Refusal | None:
             )
         case "error":
             reason = piece.error or "no reason given"
-            return refusal_of_cause(reason, piece.error_kind, shows_internal_errors)
+            shows_internal_errors, param = writer.shows_internal_errors, writer.grammar_param
+            return refusal_of_cause(reason, piece.error_kind, shows_internal_errors, param)
         case _:
             return None
 
 
-def refusal_of_cause(reason: str, cause: ErrorKind | None, shows_internal_errors: bool) -> Refusal:
+def refusal_of_cause(
+    reason: str,
+    cause: ErrorKind | None,
+    shows_internal_errors: bool,
+    grammar_param: str | None = None,
+) -> Refusal:
     """The error response for a failure in the engine. Failures that occur before a request is
-    submitted are answered by ``error_refusal``, with the same status for the same failure."""
+    submitted are answered by ``error_refusal``, with the same status for the same failure.
+    ``grammar_param``: the name of the field with the grammar or schema of the answer."""
     match cause:
         case "bad_request":
-            return Refusal(400, reason, param="response_format")
+            return Refusal(400, reason, param=grammar_param)
+        case "bad_blend":
+            return Refusal(400, reason, param="adapters")
         case "grammar_limit" | "no_token_left":  # always shown: it says what to change
             return Refusal(400, reason, code=cause)
         case "out_of_memory":
@@ -358,7 +368,7 @@ async def collect_pieces(answers: Answers, writer: AnswerWriter) -> list[list[Pi
     pieces_by_answer: list[list[Piece]] = [[] for _ in range(writer.answer_count)]
     async with aclosing(answers.pieces()) as pieces:
         async for index, piece in pieces:
-            if refusal := failure(piece, writer.shows_internal_errors):
+            if refusal := failure(piece, writer):
                 raise refusal
             pieces_by_answer[index].append(piece)
     return pieces_by_answer

@@ -450,7 +450,7 @@ async def _generate_response(
     try:
         # an answer that fails at once gets an HTTP error status, so wait for the first piece
         first_piece = await unless_disconnected(request, anext(pieces))
-        if refused := failure(first_piece[1], writer.shows_internal_errors):
+        if refused := failure(first_piece[1], writer):
             raise refused
     except BaseException:
         answers.cancel()

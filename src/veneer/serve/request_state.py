@@ -17,7 +17,7 @@ from veneer.attach import find_starts
 from veneer.models.decode.slots import Row
 from veneer.serve.prefixes import Namespace
 from veneer.serve.prompt_scores import PromptScore
-from veneer.serve.requests import ErrorKind, Finish, Piece, Request, RequestError, Token
+from veneer.serve.requests import BlendError, ErrorKind, Finish, Piece, Request, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.text import Detokenizer, Text
@@ -105,7 +105,7 @@ class RequestState:
     def take_lease(self, lease: Any) -> None:
         """Keep the lease of its loaded adapters, and set ``acts_from``. An adapter with invocation
         tokens (activated LoRA) acts from the last occurrence of these tokens in the prompt on, or
-        never if the prompt does not contain them. ``RequestError``: such an adapter is blended with
+        never if the prompt does not contain them. ``BlendError``: such an adapter is blended with
         others."""
         adapters = [adapter for adapter, weight in getattr(lease, "uses", ()) if weight]
         invocation_tokens = next(
@@ -113,7 +113,7 @@ class RequestState:
         )
         if invocation_tokens and len(adapters) > 1:
             names = ", ".join(repr(name) for name in lease.adapter_weights)
-            raise RequestError(
+            raise BlendError(
                 f"a blend of {names}, of which one has invocation tokens",
                 "adapters that act on every token",
                 "ask for one of them",

@@ -20,6 +20,7 @@ ErrorKind = Literal[
     "model_not_found",
     "out_of_memory",
     "bad_request",
+    "bad_blend",
     "grammar_limit",
     "no_token_left",
 ]
@@ -148,6 +149,10 @@ class RequestError(VeneerError, ValueError):
     the context, or its JSON schema is invalid."""
 
 
+class BlendError(RequestError):
+    """The adapters of the request's blend cannot act together."""
+
+
 class GrammarLimitError(RequestError):
     """The request's schema or grammar exceeds the limits of llguidance, the library that computes
     which tokens match it."""
@@ -168,6 +173,7 @@ ERROR_KINDS: dict[type[VeneerError], ErrorKind] = {
     AdapterError: "bad_adapter",  # the adapter cannot be loaded
     SelectionError: "model_not_found",  # the adapter was unloaded meanwhile
     BankFullError: "out_of_memory",
+    BlendError: "bad_blend",
     GrammarLimitError: "grammar_limit",
     RequestError: "bad_request",
 }
