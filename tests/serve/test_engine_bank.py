@@ -202,7 +202,8 @@ def test_a_load_that_waited_in_vain_is_tried_again_when_it_fits(serving, folders
         client = Client(engine, asked((5, 6, 7), 3, blend={warm: 1.0}, ignore_eos=True))
         assert client.wait().finish == "length"
     assert failures == [cold]
-    assert not (bank.crowded or blend.over.is_set() or long.over.is_set())
+    assert not bank.crowded
+    assert not any(client.over.is_set() for client in (blend, long))
     long.ticket.cancel()
     over.set()
     assert blend.wait().finish == "length"
