@@ -65,7 +65,7 @@ class MessagesView:
 
     def _piece_events(self, piece: Piece) -> Iterator[Event]:
         """Yield the events of one piece of the answer."""
-        refusal = failure(piece, self._writer.shows_internal_errors)
+        refusal = failure(piece, self._writer)
         if refusal is not None:
             yield refusal.messages_body()
             return

@@ -64,7 +64,7 @@ class ResponsesView:
 
     def _piece_events(self, piece: Piece) -> Iterator[Event]:
         """Yield the events of one piece of the answer."""
-        refusal = failure(piece, self._writer.shows_internal_errors)
+        refusal = failure(piece, self._writer)
         if refusal is not None:
             error = {"code": "server_error", "message": str(refusal)}
             response = self._response("failed", error=error)
