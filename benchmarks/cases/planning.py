@@ -259,6 +259,6 @@ PLAN = Case(
     },
     apart=True,
     group="plan",
-    minutes=25,
+    minutes=85,
 )
 CASES = (PLAN,)

@@ -17,7 +17,7 @@ def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: 
         "--task",
         config.task,
         "--epochs",
-        8,
+        4,
         "--batch-size",
         8,
         "--learning-rate",
@@ -57,6 +57,9 @@ def test_a_preference_is_measured_from_the_adapter_that_was_trained_further(
     measure = ("eval", config.base, config.data, "--adapter", second / "adapter", "--json")
     measure += ("--precision", "fp32")
     assert json.loads(veneer(*measure).out)["adapter"]["margin"] == pytest.approx(0, abs=1e-4)
+    newest = max(second.glob("checkpoint-*"))
+    saved = json.loads(veneer(*measure[:4], newest / "adapter", *measure[5:]).out)
+    assert saved["adapter"]["margin"] == pytest.approx(0, abs=1e-4)
     (first / "adapter").rename(first / "moved")
     done = veneer(*measure)
     assert abs(json.loads(done.out)["adapter"]["margin"]) > 1e-2

@@ -427,6 +427,49 @@ def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_b
         assert len({str(blend) for blend in call}) == 1
 
 
+def test_a_load_that_waited_in_vain_waits_again_once_those_that_outlasted_it_have_ended(opened):
+    """While others hold the memory without a gap, so that it fits at no time."""
+
+    class Full(Recorder):
+        capacity, blockers = 1, ()
+
+        def acquire(self, blend):
+            if "cold" not in blend or not any(lease in self.held for lease in self.blockers):
+                return super().acquire(blend)
+            future, error = Future(), BankFullError("no memory")
+            error.needed_bytes = self.capacity
+            future.set_exception(error)
+            return future
+
+        def status(self):
+            return [SimpleNamespace(name="warm", bytes=1, users=1, pinned=False)]
+
+    bank = Full()
+    engine = opened(bank=bank, rows=2)
+    clients, over = [], threading.Event()
+
+    def ask():
+        begun = []
+
+        def note(piece):
+            if not begun and not over.is_set() and len(clients) < 300:
+                ask()  # so that one of them always holds a lease
+            begun.append(piece)
+
+        request = asked((5, 6), 12, blend={"warm": 1.0}, ignore_eos=True)
+        clients.append(Client(engine, request, note))
+
+    ask()
+    assert clients[0].first.wait(30)
+    bank.blockers = [*bank.held]
+    cold = Client(engine, asked((5, 6), 2, blend={"cold": 1.0}, ignore_eos=True))
+    assert cold.wait().finish == "length"
+    over.set()
+    assert len(clients) < 300
+    for client in clients:
+        client.wait()
+
+
 def test_an_adapter_with_many_requests_does_not_starve_another(opened):
     engine = opened(start=False, bank=Recorder(), rows=2, prefill=16, queue=1000)
     order = []

@@ -177,6 +177,8 @@ def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer, ids, text):
         ("a b", ["<s>", " a", " b"], [2, 2, 3]),
         ("", ["\udcf0"], [2]),
         ("é", ["\udca9"], [2]),  # its first byte came before
+        ("\nA", ["A"], [3]),  # the line break came before, but its text was held back
+        ("e\u0301 la la", ["\xe9", " la", " la"], [2, 5, 7]),  # normalised by the tokenizer
     ],
 )
 def test_the_offsets_of_tokens_are_those_of_the_text(text, names, offsets):

@@ -521,7 +521,8 @@ def test_tools_reach_the_template_in_tasks_of_answers(
         "kto": {"completion": answer, "label": True},
         "grpo": {},
     }[name]
-    rows = write_rows(tmp_path / "rows.jsonl", [row, {**row, "tools": None}])
+    without = {"dpo": [], "kto": "[]", "grpo": "judge"}[name]
+    rows = write_rows(tmp_path / "rows.jsonl", [row, {**row, "tools": without}])
     config = config_of(name, folder, data=str(rows), eval_fraction=0.0)
     task: Any = TASKS[name](config)
     tokenizer = task.open_base()
@@ -548,7 +549,9 @@ def test_words_are_apart_and_a_cut_row_ends_in_a_special_token_alone(
     task.open_base()
     row, tokenizer = task.prepare().train.rows[0], task.processor
     assert tokenizer.decode(row["ids"]) == "play jazz n"
-    assert [task.labels[label] for label in row["labels"] if label >= 0] == ["A", "B", "A"]
+    labelled = [i for i, label in enumerate(row["labels"]) if label >= 0]
+    assert [task.labels[row["labels"][i]] for i in labelled] == ["A", "B", "A"]
+    assert [tokenizer.decode(row["ids"][i]) for i in labelled] == ["p", "j", "n"]
     end = tokenizer.all_special_ids[0]
     assert truncate_ids([5, 6, 7, 8], 3, tokenizer) == [5, 6, 7]
     assert truncate_ids([5, 6, 7, end], 3, tokenizer) == [5, 6, end]

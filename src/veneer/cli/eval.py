@@ -236,7 +236,7 @@ def _measure_task(request: _Request, task_record: Any, task_options: dict[str, A
     initial_adapter = _reference_of(adapter_folder) if needs_reference else None
     results: dict[str, dict[str, Any]] = {}
     measures_base = task.evaluates_base and not request.only_adapter
-    with as_reference(loaded_base.model, initial_adapter, needs_reference):
+    with as_reference(loaded_base.model, initial_adapter, needs_reference, request.verify):
         for label, selection in base_and_adapter(handle, include_base=measures_base):
             with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selection:
                 results[label] = evaluate_task(

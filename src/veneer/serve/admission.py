@@ -12,7 +12,8 @@ requests that the scheduler puts before them, and would occupy memory without ha
 While a load waits for memory that leases occupy, only requests for the base alone are admitted.
 Otherwise new leases could always replace those that end, and the load would never get its memory.
 Leases of long answers may outlast this wait. The request is then queued again, and admitted when
-its adapters fit beside those that are leased: a second wait would stop the others once more.
+its adapters fit beside those that are leased, or when the leases that outlasted the wait have
+ended: until then, a second wait would be in vain and stop the others once more.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class Admission:
         self.admitted: list[RequestState] = []  # their adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._max_rows = bank, scheduler, lock, max_rows
         self._wake, self._end = wake, end
-        # blends (adapters with weights) that found no memory, with ``BankFullError.needed_bytes``;
-        # requests for them are admitted again once they fit
-        self._blends_without_memory: dict[BlendKey, int] = {}
+        self._leased: set[RequestState] = set()
+        # blends (adapters with weights) that found no memory, with ``BankFullError.needed_bytes``
+        # and the requests that had leases then. Requests for such a blend are admitted again once
+        # it fits, or once none of these leases remains, since waiting may help then
+        self._blends_without_memory: dict[BlendKey, tuple[int, frozenset[RequestState]]] = {}
 
     @property
     def loaded(self) -> list[RequestState]:
@@ -126,8 +129,9 @@ class Admission:
 
     def release(self, state: RequestState) -> None:
         """Release a request's lease: now, or once its adapters are loaded if they are loading.
-        Requests whose adapters found no memory are admitted again if these fit now."""
+        Requests whose adapters found no memory may be admitted again."""
         future, state.lease_future, state.lease = state.lease_future, None, None
+        self._leased.discard(state)
         if future is None:
             return
 
@@ -137,14 +141,15 @@ class Admission:
 
         future.add_done_callback(release_loaded)  # runs at once if the future is done
         if self._blends_without_memory:
-            self._forget_blends_that_fit()
+            self._forget_blends_to_retry()
 
-    def _forget_blends_that_fit(self) -> None:
+    def _forget_blends_to_retry(self) -> None:
         leased = [entry for entry in self._bank.status() if entry.users and not entry.pinned]
-        for blend_key, needed_bytes in [*self._blends_without_memory.items()]:
+        for blend_key, (needed_bytes, blockers) in [*self._blends_without_memory.items()]:
             names = {name for name, _ in blend_key}
             leased_bytes = sum(entry.bytes for entry in leased if entry.name not in names)
-            if needed_bytes + leased_bytes <= self._bank.capacity:
+            fits = needed_bytes + leased_bytes <= self._bank.capacity
+            if fits or blockers.isdisjoint(self._leased):
                 del self._blends_without_memory[blend_key]
 
     def _take_loaded_lease(self, state: RequestState, running_count: int) -> None:
@@ -155,6 +160,7 @@ class Admission:
             return
         try:
             state.take_lease(state.lease_future.result())
+            self._leased.add(state)
         except RequestError as error:
             self._handle_load_error(state, error, running_count)
 
@@ -166,7 +172,7 @@ class Admission:
         self.admitted.remove(state)
         needed_bytes = error.needed_bytes if isinstance(error, BankFullError) else None
         if needed_bytes is not None and (running_count or self.admitted):
-            self._blends_without_memory[state.blend_key] = needed_bytes
+            self._blends_without_memory[state.blend_key] = needed_bytes, frozenset(self._leased)
             state.lease_future, state.has_left_queue = None, False
             with self._lock:
                 self._scheduler.push_back(state)

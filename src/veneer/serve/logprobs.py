@@ -9,6 +9,9 @@ from typing import Any
 
 from veneer.serve.requests import Token
 
+#: the maximal number of characters between the texts of two tokens in `token_offsets`
+MAX_SKIPPED = 8
+
 #: (token id, token text) → the text that an answer shows for the token
 TokenNamer = Callable[[int, str], str]
 
@@ -34,7 +37,8 @@ def json_logprob(logprob: float | None) -> float:
 
 def token_offsets(text: str, tokens: Sequence[Token], start: int) -> list[int]:
     """Where ``tokens`` begin, in characters. A token without a text of its own (a special token,
-    the first part of a character) begins where the next one does.
+    the first part of a character) begins where the next one does. Characters that are no token's
+    text are skipped: the tokenizer may normalise a prompt, and a token's text may come late.
 
     Args:
         text: the text by which an answer grew with these tokens.
@@ -43,11 +47,12 @@ def token_offsets(text: str, tokens: Sequence[Token], start: int) -> list[int]:
     offsets, position = [], 0
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        offsets.append(start + position)
         characters = decoder.decode(token_bytes(token.text))
-        # SentencePiece leaves out the space at the beginning of a text
-        forms = (characters, characters.removeprefix(" "))
-        position += next((len(form) for form in forms if text.startswith(form, position)), 0)
+        if not text.startswith(characters, position):
+            characters = characters.removeprefix(" ")  # SentencePiece omits a text's first space
+        begin = text.find(characters, position, position + len(characters) + MAX_SKIPPED)
+        offsets.append(start + max(begin, position))
+        position = position if begin < 0 else begin + len(characters)
     return offsets
 
 

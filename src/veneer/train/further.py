@@ -122,15 +122,18 @@ def load_to_train(model: Any, initial_adapter: InitialAdapter) -> Handle:
 
 @contextmanager
 def as_reference(
-    model: Any, initial_adapter: InitialAdapter | None, needs_reference: bool
+    model: Any,
+    initial_adapter: InitialAdapter | None,
+    needs_reference: bool,
+    verify_base: bool = True,
 ) -> Iterator[None]:
     """A block around the steps of a run. If the loss compares the model with the initial adapter
     (`needs_reference`), the block attaches a second, frozen copy of that adapter
-    (`REFERENCE_ADAPTER`). The trained adapter stays selected."""
+    (`REFERENCE_ADAPTER`). The trained adapter stays selected. ``verify_base``: as for ``load``."""
     if initial_adapter is None or not needs_reference:
         yield
         return
-    load(model, initial_adapter.folder, name=REFERENCE_ADAPTER)
+    load(model, initial_adapter.folder, name=REFERENCE_ADAPTER, verify_base=verify_base)
     try:
         with use(model, TRAINED_ADAPTER):
             yield

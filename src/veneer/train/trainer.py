@@ -304,6 +304,11 @@ class TaskTrainer(AdapterTrainerBase):
         self.task, self.measures = task, task.measures
         self.adapter, self.base_name = adapter, base_name
         self.provenance = {"task": task.record()}
+        if task.initial_adapter is not None:  # by which `veneer eval` finds the reference
+            self.provenance |= {
+                "config": {"adapter": task.config.adapter},
+                "data": {"adapter": task.initial_adapter.hash},
+            }
         # `compute_loss` divides by the number of items of all accumulated batches; these flags keep
         # transformers from dividing the loss by the number of batches as well
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True

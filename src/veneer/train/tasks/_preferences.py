@@ -51,7 +51,7 @@ class CausalTask(Task):
         for row, record, location in zip(rows, records.rows, records.locations, strict=True):
             row_location = f"{records.source}, {location}"
             shaped_row = row_shape.check_texts_or_chats(row, row_location)
-            if row_shape.TOOLS in record:
+            if record.get(row_shape.TOOLS) not in (None, [], "[]", ""):
                 if any(isinstance(value, str) for value in shaped_row.values()):
                     raise DataError(
                         f"{row_location} holds {row_shape.TOOLS} beside texts",

@@ -233,14 +233,21 @@ class Classify(Task):
                     "fix that row",
                 )
             # a tokenizer of bytes (GPT-2's, RoBERTa's) tells a new word from the rest of the one
-            # before by the space; others ignore it
+            # before by the space
             spaced_words = [words[0], *(f" {word}" for word in words[1:])]
-            encoding = self.processor(spaced_words, is_split_into_words=True)
-            word_indices = encoding.word_ids()
+            encoding = self.processor(
+                spaced_words, is_split_into_words=True, return_offsets_mapping=True
+            )
             seen_word_indices: set[int | None] = {None}
-            token_labels = [IGNORED] * len(word_indices)
-            for i, word_index in enumerate(word_indices):
-                if word_index not in seen_word_indices:
+            token_labels = [IGNORED] * len(encoding["input_ids"])
+            for i, (word_index, (start, end)) in enumerate(
+                zip(encoding.word_ids(), encoding["offset_mapping"], strict=True)
+            ):
+                # a token that is only the space before a word comes before the word is read
+                if (
+                    word_index not in seen_word_indices
+                    and spaced_words[word_index][start:end].strip()
+                ):
                     seen_word_indices.add(word_index)
                     token_labels[i] = labels[word_index]
             rows.append({"ids": list(encoding["input_ids"]), "labels": token_labels})
