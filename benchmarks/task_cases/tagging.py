@@ -72,9 +72,7 @@ def train_tagging(
     )
     trainer = Trainer(
         get_peft_model(model, config),
-        TrainingArguments(
-            remove_unused_columns=False, train_sampling_strategy="group_by_length", **arguments
-        ),
+        TrainingArguments(remove_unused_columns=False, **arguments),
         train_dataset=encoded,
         data_collator=DataCollatorForTokenClassification(tokenizer),
         callbacks=callbacks,
