@@ -66,7 +66,6 @@ def train_tagging(
     )
     model = adapt(model, "TOKEN_CLS", exclude_modules=["classifier"])
     collator = DataCollatorForTokenClassification(tokenizer)
-    arguments = {**arguments, "train_sampling_strategy": "group_by_length"}
     plain_trainer(model, encoded, collator, arguments, callbacks).train()
     return model, tokenizer
 
