@@ -208,15 +208,17 @@ def rank_sum_p(first: Sequence[float], again: Sequence[float]) -> float:
     return sum(abs(ranks_sum - expected) >= distance for ranks_sum in divisions) / len(divisions)
 
 
+#: by form of a number in a record: the format in which it is shown, its unit, and the divisor
+DISPLAY_FORMS = {"ratio": (".2f", "", 1), "bytes": (",.0f", " MiB", 2**20)}
+
+
 def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) -> str:
     """The median of a number, and its least and greatest value over the processes; how many of
     these have it, where some do not."""
     spread = runner.spread(case["processes"], arm, floor, number, form)
     if spread is None:
         return "–"
-    form, unit, scale = {"ratio": (".2f", "", 1), "bytes": (",.0f", " MiB", 2**20)}.get(
-        form, (form, "", 1)
-    )
+    form, unit, scale = DISPLAY_FORMS.get(form, (form, "", 1))
     middle_text, least_text, greatest_text = (format(value / scale, form) for value in spread)
     range_text = f" ({least_text}–{greatest_text})" if least_text != greatest_text else ""
     kept = [process for process in case["processes"] if process["kept"]]
@@ -348,16 +350,17 @@ def _plot_name(name: str) -> str:
 def _plot(result: Mapping[str, Any]) -> str:
     """A plot of the first number of each arm, with its range, in each setting."""
     number, (title, form) = next(iter(result["shown"].items()))
+    _, unit, scale = DISPLAY_FORMS.get(form, (form, "", 1))
     panels: dict[str, dict[str, tuple[float, float, float]]] = {}
     for case in result["cases"]:
         arms = {}
         for arm in case["processes"][0]["rounds"]:
             measured = runner.spread(case["processes"], arm, result["floor"], number, form)
             if measured is not None:
-                arms[arm] = (measured[0], measured[1], measured[2])
+                arms[arm] = (measured[0] / scale, measured[1] / scale, measured[2] / scale)
         panels[describe(case["setting"])] = arms
-    unit = f"{title} as ratio to {result['floor']}" if form == "ratio" else title
-    return charts.ranges_file(panels, x=unit)
+    label = f"{title} as ratio to {result['floor']}" if form == "ratio" else title
+    return charts.ranges_file(panels, x=f"{label},{unit}" if unit else label)
 
 
 def _paragraph(text: str) -> list[str]:

@@ -78,7 +78,7 @@ def ranges_file(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], 
             elements.append(
                 f'<line class="axis" x1="{grid_x:.1f}" x2="{grid_x:.1f}" y1="{top}"'
                 f' y2="{bottom}"/><text x="{grid_x:.1f}" y="{bottom + 14}"'
-                f' text-anchor="middle">{axis_end * share:.3g}</text>'
+                f' text-anchor="middle">{_tick_text(axis_end * share)}</text>'
             )
         for number, (name, (middle, least, greatest)) in enumerate(ranges.items()):
             centre = top + ROW_HEIGHT * number + ROW_HEIGHT / 2
@@ -106,6 +106,10 @@ def ranges_file(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], 
         f" circle {{ fill: currentColor; }} {_colour_style()}"
     )
     return _svg_file(RANGE_WIDTH, top + 14, f"{x}: {', '.join(panels)}", style, elements)
+
+
+def _tick_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _colour_style() -> str:
