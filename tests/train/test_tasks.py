@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -536,6 +537,17 @@ def test_tools_reach_the_template_in_tasks_of_answers(
     tokenizer.chat_template = TEMPLATE.replace("tools", "t")
     with pytest.raises(DataError, match="holds tools, and the base's chat template has no place"):
         task.prepare()
+
+
+def test_tools_beside_texts_are_refused_unless_there_are_none(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a?", "chosen": " b", "rejected": " c", "tools": []} for _ in range(2)]
+    for tools, expected in (([], None), (TOOLS, "line 2 holds tools beside texts")):
+        rows[1]["tools"] = tools
+        file = write_rows(tmp_path / "rows.jsonl", rows)
+        task: Any = TASKS["dpo"](config_of("dpo", folder, data=str(file), eval_fraction=0.0))
+        task.open_base()
+        with pytest.raises(DataError, match=expected) if expected else nullcontext():
+            task.prepare()
 
 
 def test_words_are_apart_and_a_cut_row_ends_in_a_special_token_alone(

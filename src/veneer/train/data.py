@@ -29,11 +29,11 @@ from veneer.train.row_shape import (
     TOOLS,
     Columns,
     Kind,
+    add_tools,
     check_texts_or_chats,
     detect_columns,
     json_type,
     list_names,
-    parse_tools,
     snippet,
     to_json,
 )
@@ -268,9 +268,7 @@ def _build_records(
                 )
         fields = {field: row[column] for field, column in column_by_field.items()}
         checked_row = check_texts_or_chats(fields, f"{source}, {location}", column_by_field)
-        has_chat = any(isinstance(value, list) for value in checked_row.values())
-        if has_chat and row.get(TOOLS) is not None:
-            checked_row[TOOLS] = parse_tools(row[TOOLS], f"{source}, {location}")
+        add_tools(checked_row, row.get(TOOLS), f"{source}, {location}")
         rows.append(checked_row)
     used_columns = {*column_by_field.values(), *(TOOLS for row in rows if TOOLS in row)}
     unused_columns = tuple(column for column in data_columns if column not in used_columns)

@@ -283,6 +283,13 @@ def _parse_tool_call(call: Any, row_location: str) -> dict[str, Any]:
     }
 
 
+def add_tools(row: dict[str, Any], tools: Any, row_location: str) -> None:
+    """Add the tools that the assistant may call to a checked row, if it has chats. ``tools``: as
+    for `parse_tools`, or None for none. Raises the errors of `parse_tools`."""
+    if tools is not None and any(isinstance(value, list) for value in row.values()):
+        row[TOOLS] = parse_tools(tools, row_location)
+
+
 def parse_tools(value: Any, row_location: str) -> list[Any]:
     """The tools of a row, as a list of JSON schemas. ``value`` is this list, or the list as JSON
     text, since a CSV file cannot hold lists. Raises `DataError` for any other value."""

@@ -58,9 +58,7 @@ class CausalTask(Task):
                         "a chat: lists of messages",
                         f"write it as messages, or remove the column {row_shape.TOOLS}",
                     )
-                shaped_row[row_shape.TOOLS] = row_shape.parse_tools(
-                    record[row_shape.TOOLS], row_location
-                )
+                row_shape.add_tools(shaped_row, record[row_shape.TOOLS], row_location)
             shaped_rows.append(shaped_row)
         answer_records = replace(records, kind=row_kind, rows=shaped_rows)
         length_options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}

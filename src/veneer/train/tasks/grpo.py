@@ -119,9 +119,9 @@ class Grpo(CausalTask):
             row_location = f"{records.source}, {row_location}"
             shaped_row = row_shape.check_texts_or_chats({"prompt": row["prompt"]}, row_location)
             prompt, tools = shaped_row["prompt"], row["columns"].get(row_shape.TOOLS)
-            # another value is an argument of the rewards alone
-            if isinstance(prompt, list) and (isinstance(tools, list) or str(tools)[:1] == "["):
-                shaped_row[row_shape.TOOLS] = row_shape.parse_tools(tools, row_location)
+            # a value of another form is an argument of the rewards alone
+            if isinstance(tools, list) or str(tools).startswith("["):
+                row_shape.add_tools(shaped_row, tools, row_location)
             shaped_rows.append(shaped_row)
             ids = encode(prompt, self.processor, row_location, shaped_row.get(row_shape.TOOLS))
             rows.append({"ids": ids, "prompt": prompt, "columns": row["columns"]})
