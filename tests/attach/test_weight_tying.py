@@ -51,13 +51,8 @@ def untied(model):
 
 def trained_by_peft(folder, modules=BOTH, **options):
     """(the folder, PEFT's logits) of an adapter that PEFT has trained on the tied model."""
-    config = peft.LoraConfig(
-        r=2,
-        target_modules=["q_proj"],
-        modules_to_save=list(modules),
-        task_type="CAUSAL_LM",
-        **options,
-    )
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(**{**settings, "modules_to_save": list(modules), **options})
     model = peft.get_peft_model(llama(), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(3):
@@ -90,21 +85,9 @@ def test_two_copies_of_a_tied_weight_compute_as_peft_does(tmp_path, modules):
 
 
 def test_a_head_that_peft_adapts_with_its_embedding_stays_in_a_composed_folder(tmp_path):
-    config = peft.LoraConfig(
-        r=2,
-        target_modules=["q_proj", "embed_tokens"],
-        ensure_weight_tying=True,
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(llama(), config)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-    model.eval().save_pretrained(tmp_path / "theirs")
-    expected = model(IDS).logits
-    compose([tmp_path / "theirs"], tmp_path / "out", weights=[1.0])
+    changes = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": None}
+    path, expected = trained_by_peft(tmp_path / "theirs", ensure_weight_tying=True, **changes)
+    compose([path], tmp_path / "out", weights=[1.0])
     for folder in ("theirs", "out"):
         ours = llama()
         veneer.load(ours, tmp_path / folder)
