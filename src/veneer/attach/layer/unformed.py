@@ -60,8 +60,8 @@ class Stack:
     Fields:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
         can_form: whether W + ΔW may be formed in the dtype of W.
-        call_state: a cache that the stacks of one call share. It holds the copies of index tensors
-            (``copy_index``), and how the rows are grouped by expert.
+        call_state: a cache that the stacks of one call share: how the rows are grouped by expert,
+            by the experts of the rows.
         call_input: the input of the module's call. If the input of a product consists of rows of
             this tensor, this tensor can be saved for backward instead.
         unbound: (W, A, B) of each matrix. Empty until a matrix is selected while gradients are
@@ -93,20 +93,6 @@ class Stack:
         elif index is not None:
             W, A, B = (stacked.index_select(0, index) for stacked in (W, A, B))
         return (W.mT, B.mT, A.mT) if is_transposed else (W, A, B)
-
-    def copy_index(self, ids: Tensor) -> Tensor:
-        """A copy of ``ids``, indices of matrices, with negative ones counted from the start. An
-        ``Unformed`` keeps the copy, because the caller may write to ``ids`` before a product uses
-        it. The stacks of a call share one copy of each version of ``ids``, unless it is an
-        inference tensor, which has no version."""
-        key = None if ids.is_inference() else (id(ids), ids._version, len(self.W))
-        if key is not None and key in self.call_state:
-            return self.call_state[key][1]
-        copied_ids = torch.where(ids < 0, ids + len(self.W), ids)
-        if key is not None:
-            # ``ids`` is kept too, so that no other tensor can get its ``id``
-            self.call_state[key] = ids, copied_ids
-        return copied_ids
 
     @property
     def needs_gradient(self) -> bool:
@@ -172,10 +158,16 @@ class Unformed(Tensor):
         return self.stack.factors(self.index, self.is_transposed != transposed)
 
     def take_matrices(self, index: Index) -> Unformed:
-        """The ``Unformed`` of the matrices ``index`` of the stack, which keeps a copy of a
-        tensor."""
-        index = self.stack.copy_index(index) if isinstance(index, Tensor) else index
-        return make_unformed(self.stack, index, self.is_transposed)
+        """The ``Unformed`` of the matrices ``index`` of the stack. The caller may write to a tensor
+        before a product uses the matrices. So on a CPU a copy of it is kept (negative indices
+        counted from the start), by which the product groups its rows; elsewhere, where products
+        gather W, A and B, they are gathered now."""
+        stack = self.stack
+        if isinstance(index, Tensor) and not index.is_cpu:
+            stack, index = stack._with_factors(*stack.factors(index, False)), None
+        elif isinstance(index, Tensor):
+            index = torch.where(index < 0, index + len(stack.W), index)
+        return make_unformed(stack, index, self.is_transposed)
 
     def transpose_matrices(self) -> Unformed:
         return make_unformed(self.stack, self.index, not self.is_transposed)
