@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import veneer
 from veneer.errors import AdapterError
 from veneer.layers import LAYERS
+from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -664,6 +665,14 @@ def test_the_base_weight_that_peft_writes_along_is_no_change(tmp_path, target):
     ).weight.data.add_(0.5)
     with pytest.raises(veneer.errors.BaseMismatchError, match="another weight"):
         veneer.load(other, tmp_path / "adapter")
+    for folder, base in (("base", llama()), ("other", other)):
+        base.save_pretrained(tmp_path / folder)
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert error(merged(ids).logits, theirs(ids).logits) < 1e-5
+    with pytest.raises(veneer.errors.BaseMismatchError, match=target):
+        merge_checkpoint(tmp_path / "other", [tmp_path / "adapter"], tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 def bert(kind=transformers.BertForSequenceClassification):

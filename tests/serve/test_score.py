@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.support.api_server import BASE, listening, serving
 from tests.support.service import open_service
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_config, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import veneer
@@ -266,3 +266,24 @@ def test_a_language_model_and_an_unknown_adapter_are_refused(tmp_path, encoder):
     with serving(tmp_path / "dir") as causal, causal.http() as client:
         answer = client.post("/score", json={"model": BASE, **body})
         assert answer.json()["error"]["code"] == "no_embeddings"
+
+
+def test_texts_are_padded_as_the_classifier_of_a_decoder_finds_their_end(tmp_path):
+    """By the padding token of its config, where the tokenizer has none."""
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=2)).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "adapters").mkdir()
+    with served(tmp_path) as (http, _), torch.no_grad():
+        found = scores(http, text_1="a", text_2=TEXTS, use_activation=False)
+        expected = [
+            float(model(torch.tensor([tokenizer("a", text)["input_ids"]])).logits)
+            for text in TEXTS
+        ]
+    assert found == pytest.approx(expected, abs=1e-4)

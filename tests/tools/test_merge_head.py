@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.support.tiny import tiny_tokenizer, write_tiny
 from tests.support.toys import randomise
 from transformers import AutoModelForSequenceClassification
 
@@ -117,3 +118,28 @@ def test_save_pretrained_says_what_from_pretrained_must_be_told(tmp_path: Path) 
         tmp_path / "saved", num_labels=3
     )
     assert torch.allclose(logits(again), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_token", ["<|pad|>", None])
+def test_a_merged_classifier_of_a_decoder_finds_the_last_token(
+    pad_token: str | None, tmp_path: Path
+) -> None:
+    """As in training: by the padding token of the tokenizer, else its end-of-text token."""
+    base = write_tiny(tmp_path / "base", pad_token_id=None)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = pad_token
+    tokenizer.save_pretrained(base)
+    pad_id = tokenizer.eos_token_id if pad_token is None else tokenizer.pad_token_id
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, pad_token_id=pad_id
+    )
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    handle.save(tmp_path / "adapter")
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "merged")
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[5, 6, 7, pad_id, pad_id], [5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected, found = model.eval()(ids).logits, merged.eval()(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found[0], found[1])

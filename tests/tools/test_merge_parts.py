@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import threading
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
-from tests.support.checkpoints import tiny, trained
+from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained
 
 from veneer.errors import CheckpointError
 from veneer.models.safetensors_dir import open_checkpoint
@@ -83,3 +85,36 @@ def test_torch_has_its_threads_back(tmp_path, monkeypatch):
         assert torch.get_num_threads() == 6
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("trained_also", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_that_is_trained_in_full_changes_once(trained_also, tmp_path):
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(
+        model, tmp_path / "adapter", targets=["q_proj"], train_also=[trained_also]
+    )
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    merged = tensors(tmp_path / "out")
+    equal(merged, in_memory(model, adapter, tmp_path / "memory"))
+    assert not torch.equal(
+        merged["model.embed_tokens.weight"], tensors(base)["model.embed_tokens.weight"]
+    )
+
+
+def test_a_folder_of_peft_leaves_running_statistics_alone(tmp_path):
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=r".*classifier\.1", init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    expected, merged = tensors(tmp_path / "base"), tensors(tmp_path / "out")
+    different_names = [name for name in expected if not torch.equal(expected[name], merged[name])]
+    assert different_names == ["classifier.1.weight"]

@@ -124,7 +124,7 @@ def match(
 
     Args:
         problems: the problems that the caller found already. They are raised with all others.
-        verify_base: whether to compare the fingerprints of the base, if the folder has a record.
+        verify_base: whether to compare the base with the folder's record, or PEFT's base weights.
         of_weights: whether a folder without a record is accepted even if PEFT would compute another
             result with it than a model with changed weights does (see ``install_from``).
         cache: earlier results for the same model; new results are added.
@@ -141,7 +141,7 @@ def match(
     matching = _Match(adapter_files, index, problems, by_peft_rules)
     matching.match_modules()
     matching.plan_low_rank(cache)
-    matching.plan_full()
+    matching.plan_full(verify_base)
     matching.check_complete()
     raise_all(
         AdapterError, f"The adapter {path} does not fit this {base_class(model).__name__}", problems
@@ -403,14 +403,14 @@ class _Match:
                 )
         return specs
 
-    def plan_full(self) -> None:
+    def plan_full(self, verify_base: bool) -> None:
         """Check the tensors that are trained in full against the modules of the model, and set
         ``plans``, the plans of all low-rank changes and of these tensors."""
         model_index = self.model_index
         for file_path, tensors in self.adapter_files.full.items():
             self.full.setdefault(module_at(model_index, file_path), {}).update(tensors)
         for plan in self.low_rank:
-            self.remove_base_weight(plan)
+            self.remove_base_weight(plan, verify_base)
         self.add_biases()
         for path, tensors in self.full.items():
             module = model_index.modules.get(path)
@@ -447,14 +447,15 @@ class _Match:
             split_ties=model_index.split_ties(self.full),
         )
 
-    def remove_base_weight(self, plan: LowRankPlan) -> None:
+    def remove_base_weight(self, plan: LowRankPlan, verify_base: bool) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves
-        it (``save_embedding_layers``). ``BaseMismatchError``: the model has another weight."""
+        it (``save_embedding_layers``). With ``verify_base``, raise ``BaseMismatchError`` if the
+        model has another weight."""
         weight = weight_of(self.model_index.modules[plan.path], plan.weight)
         for module_path, name in plan.holders:
             saved_weight = self.full.get(module_path, {}).pop(name, None)
             trained_rows = plan.tokens or ()  # rows that the adapter replaces, so may differ
-            if saved_weight is not None and fingerprint_without_rows(
+            if verify_base and saved_weight is not None and fingerprint_without_rows(
                 saved_weight, trained_rows
             ) != fingerprint_without_rows(plan.storage.dense(weight), trained_rows):
                 raise BaseMismatchError(

@@ -365,6 +365,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer_at(find_base(str(source)), str(source))
 
 
+def padding_token(tokenizer: Any) -> int:
+    """The token id that pads short rows: that of the padding token, else of the end-of-text token,
+    else 0. The attention mask hides padding from the model."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return 0 if pad_id is None else pad_id
+
+
 def context_length(source: str | Path) -> int | None:
     """The maximum number of tokens of a sequence, by the config of a base; None if the architecture
     has no limit. ``ConfigError``: the config cannot be read."""

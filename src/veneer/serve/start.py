@@ -13,6 +13,7 @@ from veneer import models
 from veneer.bank import Bank
 from veneer.errors import ConfigError, listing
 from veneer.kernels import batched, onednn
+from veneer.models.load import padding_token
 from veneer.models.remote_code import with_trust_of_config
 from veneer.models.sampling_defaults import CONFIG_FILE, sampling_defaults
 from veneer.serve.access import Keyring
@@ -161,11 +162,13 @@ def _start_engine(
 
 
 def _make_embedder(encoder: Any, bank: Bank, rows: int, queue: int, metrics: Metrics) -> Embedder:
+    # a classifier of a decoder finds the last token of a text by the padding token of its config
+    pad_id = getattr(encoder.model.config, "pad_token_id", None)
     return Embedder(
         encoder.model,
         bank,
         metrics,
-        pad_id=encoder.tokenizer.pad_token_id or 0,
+        pad_id=padding_token(encoder.tokenizer) if pad_id is None or pad_id < 0 else pad_id,
         pooling=encoder.pooling,
         normal=encoder.normal,
         rows=rows,

@@ -24,10 +24,19 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles
+from veneer.adapter_files.peft_mapping import module_at
 from veneer.adapter_files.save_load import install_from
-from veneer.attach import Change, changes, detach, output_change_problems, split_tie_problems
+from veneer.attach import (
+    Change,
+    ModelIndex,
+    changes,
+    detach,
+    output_change_problems,
+    split_tie_problems,
+)
 from veneer.attach import adapters as adapters_of
 from veneer.errors import CheckpointError, MergeError, listing, raise_all, sentence
+from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.layers import Layer, parameter_path
 from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
@@ -124,7 +133,9 @@ def plan_merge(
         if model is None
         else (without_meta(model), None)
     )
-    param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
+    param_slices = models.map_checkpoint_names(
+        target_model, checkpoint.file_of, checkpoint.shape
+    )
     # grow the vocabulary only of a model that was built or copied here, not of the caller's own
     is_copy, grown_row_counts = model is None or target_model is not model, {}
     if is_copy and (row_count := grow_model(target_model, saved_adapters)) is not None:
@@ -241,7 +252,9 @@ def _plan_from_model(
             edits_by_tensor.setdefault(tensor_name, []).append(
                 replace(edit, param_slice=param_slice)
             )
-    fingerprints = _expected_fingerprints(model, adapters_by_name, saved_adapters, path_by_id)
+    fingerprints = _expected_fingerprints(
+        model, adapters_by_name, saved_adapters, path_by_id, edits
+    )
     return MergePlan(
         edits={name: tuple(tensor_edits) for name, tensor_edits in edits_by_tensor.items()},
         split_tensors={
@@ -265,11 +278,14 @@ def _expected_fingerprints(
     adapters_by_name: Mapping[str, WeightedFolder],
     saved_adapters: Sequence[AdapterFiles],
     path_by_id: Mapping[int, str],
+    edits: Mapping[str, TensorEdit],
 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """By path of a parameter and then by adapter folder: (the fingerprint, a hash of the base's
     values, in the adapter's record; the ids of the token rows that this fingerprint leaves out
-    because the adapter trains them). ``adapters_by_name`` and ``saved_adapters`` are in the same
-    order."""
+    because the adapter trains them). Without a record, the fingerprint is that of the frozen weight
+    that PEFT writes beside the change of an embedding or head (``save_embedding_layers``).
+    ``adapters_by_name`` and ``saved_adapters`` are in the same order. ``edits``: by path."""
+    model_index = ModelIndex(model)
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved_adapter in zip(adapters_by_name.values(), saved_adapters, strict=True):
         recorded_weights = saved_adapter.metadata.get("base", {}).get("weights", {})
@@ -277,6 +293,15 @@ def _expected_fingerprints(
             path = path_by_id[id(_get_tensor(model, weight_path))]
             expected = fingerprint, saved_adapter.token_ids(weight_path)
             fingerprints.setdefault(path, {})[str(adapter)] = expected
+        for file_path, tensors in saved_adapter.full.items():
+            module_path = module_at(model_index, file_path)
+            for name, frozen_weight in tensors.items():
+                weight_path = parameter_path(module_path, name)
+                path = path_by_id.get(id(_get_tensor(model, weight_path)), "")
+                if path in edits and edits[path].changes:
+                    token_ids = saved_adapter.token_ids(weight_path)
+                    expected = fingerprint_without_rows(frozen_weight, token_ids), token_ids
+                    fingerprints.setdefault(path, {})[str(adapter)] = expected
     return fingerprints
 
 
@@ -359,6 +384,9 @@ def _collect_edits(
                 base_tensor = {**module._parameters, **module._buffers}[name]
                 if trained_value is None or base_tensor is None:
                     continue
+                # attaching copies the running statistics, and PEFT's folders hold none
+                if name in module._buffers and torch.equal(trained_value, base_tensor):
+                    continue
                 edit = edits.get(
                     path_by_id[id(base_tensor)],
                     TensorEdit(path_by_id[id(base_tensor)], base_tensor.shape),
@@ -367,7 +395,7 @@ def _collect_edits(
                 # be added once only.
                 if not any(trained_value is earlier_value for _, earlier_value in edit.full):
                     edits[edit.path] = replace(
-                        edit, full=(*edit.full, (coefficient, trained_value.detach()))
+                        edit, full=(*edit.full, (coefficient, trained_value))
                     )
     if conflicts := [path for path, edit in edits.items() if edit.changes and edit.full]:
         raise MergeError(

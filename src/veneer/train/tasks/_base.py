@@ -351,13 +351,6 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> TaskLoss:
     return TaskLoss(total_loss, len(targets), {"accuracy": correct_count})
 
 
-def padding_token(tokenizer: Any) -> int:
-    """The token id that pads short rows: that of the padding token, else of the end-of-text token,
-    else 0. The attention mask hides padding from the model."""
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return 0 if pad_id is None else pad_id
-
-
 @contextmanager
 def reference(model: Any) -> Iterator[None]:
     """A context manager in whose block `model` computes the reference policy, without gradients and

@@ -26,6 +26,7 @@ import torch
 from veneer import models
 from veneer.errors import ConfigError, DataError, listing
 from veneer.models.locate import config_of, find_base
+from veneer.models.load import padding_token
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
 from veneer.train import data
@@ -39,7 +40,6 @@ from veneer.train.tasks._base import (
     apply_max_length,
     labelled_loss,
     pad_rows,
-    padding_token,
     read_text_column,
     register,
     retained_positions,

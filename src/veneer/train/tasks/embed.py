@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from veneer import models
 from veneer.errors import DataError
 from veneer.models.encoders import pool
-from veneer.models.load import Base
+from veneer.models.load import Base, padding_token
 from veneer.train import data
 from veneer.train.tasks._base import (
     Rows,
@@ -33,7 +33,6 @@ from veneer.train.tasks._base import (
     TaskLoss,
     apply_max_length,
     pad_rows,
-    padding_token,
     read_text_column,
     register,
     truncate_ids,

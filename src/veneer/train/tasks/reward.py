@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.nn.functional import logsigmoid
 
+from veneer.models.load import padding_token
 from veneer.precision import at_least_float32
-from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, padding_token, register
+from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, register
 from veneer.train.tasks._preferences import PreferenceTask, pair_measures
 
 
