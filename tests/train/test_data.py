@@ -178,6 +178,36 @@ def test_generation_marks_of_a_template_are_used(tmp_path: Path) -> None:
     assert learnt(tokens.tokenise(rows, marked, max_length=300)) == "yo<|im_end|>bye<|im_end|>"
 
 
+def test_a_chat_whose_template_ends_by_no_end_token_learns_to_stop(tmp_path: Path) -> None:
+    open_ended, marked = tiny_tokenizer(), tiny_tokenizer()
+    open_ended.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    marked.chat_template = MARKED.replace(" + '<|im_end|>' }}{% endgen", " }}{% endgen").replace(
+        "{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}"
+    )
+    chats = {"messages": CHAT}, {"prompt": CHAT[:4], "completion": CHAT[4:]}
+    for number, chat in enumerate(chats):
+        rows = data.read(write_rows(tmp_path / f"{number}.jsonl", [chat]))
+        for tokenizer in (open_ended, marked):
+            text = learnt(tokens.tokenise(rows, tokenizer, max_length=300))
+            assert text.endswith("bye<|im_end|>")
+            assert text.count("<|im_end|>") == 1
+
+
+def test_a_chat_of_a_base_whose_end_token_is_another_learns_to_stop(tmp_path: Path) -> None:
+    """Bases of Qwen have ChatML as template, and end a text with <|endoftext|>."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    (row,) = tokens.tokenise(rows, tokenizer, max_length=300).rows
+    assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
+    end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    (row,) = tokens.tokenise(rows, tokenizer, max_length=300, end_ids=end_ids).rows
+    assert row["input_ids"] == TOKENIZER.apply_chat_template(CHAT)["input_ids"]
+
+
 def test_a_chat_as_prompt_and_completion_learns_the_completion(tmp_path: Path) -> None:
     rows = data.read(
         write_rows(tmp_path / "a.jsonl", [{"prompt": CHAT[:4], "completion": CHAT[4:]}])

@@ -3,6 +3,7 @@ float64."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.support.tasks import config_of, rows_of, write_llama
+from tests.support.tiny import write_tiny
 from tests.support.toys import randomise
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import veneer
+from veneer.train.config import TrainConfig
 from veneer.train.loss import log_probabilities
 from veneer.train.tasks import TASKS
 from veneer.train.tasks.embed import ranking_losses
@@ -118,6 +121,28 @@ def test_kto(folder: Path) -> None:
         processing_class=task.processor,
     )  # fmt: skip
     assert found == pytest.approx(peer_loss(trainer), rel=TOLERANCE)
+
+
+def test_kto_learns_what_the_assistant_wrote(tmp_path: Path) -> None:
+    """Not the answers of tools and the turns of the user in between."""
+    folder = write_tiny(tmp_path / "base")
+    prompt = [{"role": "user", "content": "hi"}]
+    completion = [
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "two"},
+    ]
+    rows = [{"prompt": prompt, "completion": completion, "label": label} for label in (True, False)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TASKS["kto"](TrainConfig(task="kto", base=str(folder), data=str(file)))
+    task.open_base()
+    encoded = task.encode(task.read(str(file), "train"))
+    batch = task.collate(encoded.rows)
+    for labels in batch["labels"]:
+        learnt = task.processor.decode(labels[labels != -100])
+        assert learnt == "one<|im_end|>\ntwo<|im_end|>\n"
+    assert encoded.head_token_counts == [2 * int((batch["labels"][0] != -100).sum())] * 2
 
 
 def test_orpo() -> None:

@@ -294,6 +294,7 @@ def _measure_sft(request: _Request, sft_options: dict[str, Any]) -> None:
     )
     from veneer.errors import ConfigError
     from veneer.models.load import context_length
+    from veneer.models.sampling_defaults import base_end_tokens
     from veneer.train import evaluate as evaluation
     from veneer.train.data import Columns, read
     from veneer.train.prepare import check_length
@@ -306,12 +307,14 @@ def _measure_sft(request: _Request, sft_options: dict[str, Any]) -> None:
             "--exact on data without prompts and completions", "both columns", "leave out --exact"
         )
     max_length = check_length(sft_options["max_length"], context_length(request.base), request.base)
+    tokenizer = tokenizer_for(request.base, request.adapter)
     examples = tokenise(
         data_rows,
-        tokenizer_for(request.base, request.adapter),
+        tokenizer,
         max_length=max_length,
         too_long=sft_options["too_long"],
         completion_only=not sft_options["count_prompts"],
+        end_ids=base_end_tokens(request.base, tokenizer),
     )
     loaded_base, handle = open_base_and_adapter(
         request.base, request.adapter, request.verify, **request.loading_options

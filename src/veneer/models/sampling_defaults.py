@@ -1,14 +1,17 @@
 """The sampling fields of a base's ``generation_config.json``, which are the defaults for requests
-that do not set these fields."""
+that do not set these fields, and the tokens that end an answer."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import ConfigError, raise_all, sentence
+from veneer.models.locate import config_of, find_base
+from veneer.models.remote_code import code_options
 
 CONFIG_FILE = "generation_config.json"
 #: fields of the file that change which tokens are sampled: {name: the values with which the field
@@ -100,6 +103,30 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
         samples=bool(getattr(config, "do_sample", False)),
         further_fields=_further_fields(config),
     )
+
+
+def base_end_tokens(base: str, tokenizer: Any) -> frozenset[int]:
+    """``end_tokens`` of a base whose weights are not loaded. ``ConfigError``: there is no such
+    base."""
+    from transformers import GenerationConfig
+
+    generation_config = None
+    with contextlib.suppress(OSError):  # a base may lack the file
+        generation_config = GenerationConfig.from_pretrained(find_base(base), **code_options())
+    return _end_ids(generation_config, config_of(base), tokenizer)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer: those of the generation config, the config and the tokenizer."""
+    return _end_ids(getattr(model, "generation_config", None), model.config, tokenizer)
+
+
+def _end_ids(generation_config: Any, config: Any, tokenizer: Any) -> frozenset[int]:
+    sources, ids = (generation_config, config.get_text_config(), tokenizer), set[int | None]()
+    for source in sources:
+        end_ids = getattr(source, "eos_token_id", None)
+        ids |= {*end_ids} if isinstance(end_ids, list | tuple) else {end_ids}
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def changes_greedy_tokens(config: Any) -> bool:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import listing, sentence
-from veneer.models.decode.forward import Forward, context_limit, end_tokens
+from veneer.models.decode.forward import Forward, context_limit
+from veneer.models.sampling_defaults import end_tokens
 from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.grammars import MatcherFactory

@@ -33,6 +33,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.kernels.draws import generators, perturb, sample_seed
 from veneer.models.load import context_length_of
 from veneer.models.sampling_defaults import changes_greedy_tokens
+from veneer.models.sampling_defaults import end_tokens as find_end_tokens
 from veneer.train.tokens import chat_tokens
 
 log = logging.getLogger("veneer.generate")
@@ -133,8 +134,6 @@ def continuations(
         rollouts: how the answers are computed (see the top of this file).
 
     Other arguments and errors are those of ``generate``."""
-    from veneer.models.decode.forward import end_tokens as find_end_tokens
-
     _check_context(model, max(map(len, prompt_ids), default=0), max_new_tokens)
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))

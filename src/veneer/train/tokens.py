@@ -9,7 +9,7 @@ is -100, which the loss skips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -32,6 +32,7 @@ def tokenise(
     max_length: int,
     too_long: Literal["error", "truncate", "drop"] = "error",
     completion_only: bool = True,
+    end_ids: Collection[int] = (),
 ) -> Rows:
     """Tokenise records into rows {"input_ids", "labels"} of at most `max_length` tokens.
     `Rows.head_token_counts` does not count the label of a row's first token, which nothing
@@ -42,6 +43,8 @@ def tokenise(
         too_long: what to do with a longer record. "truncate" keeps its first `max_length` tokens if
             they have a label, and else drops the record.
         completion_only: label only completions and the assistant's messages, not prompts.
+        end_ids: the token ids that end an answer of the base, besides the tokenizer's
+            (`base_end_tokens`).
 
     Raises:
         DataError: a record is too long and `too_long` is "error", a record has no label, no record
@@ -49,7 +52,7 @@ def tokenise(
             chat template, or the template raises an error or would omit the tools of a chat.
     """
     encode, labels_all = (
-        _make_encoder(records, tokenizer),
+        _make_encoder(records, tokenizer, end_ids),
         records.kind != "text" and not completion_only,
     )
     rows: list[dict[str, Any]] = []
@@ -116,7 +119,7 @@ def _length_error(
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _make_encoder(records: Records, tokenizer: Any) -> Encoder:
+def _make_encoder(records: Records, tokenizer: Any, end_ids: Collection[int]) -> Encoder:
     """The function that tokenises one record, chosen by the kind of the records. Raises `DataError`
     if the tokenizer has no chat template for chats, if the template would omit their tools, or if
     some records are texts and others chats."""
@@ -132,18 +135,21 @@ def _make_encoder(records: Records, tokenizer: Any) -> Encoder:
             " and `completion` as text."
         )
     must_show_tools(records, tokenizer)
-    if records.kind == "prompt":
-        return lambda row, row_location: _encode_turns(
-            row["prompt"], row["completion"], tokenizer, row_location, row.get(TOOLS)
+    training_template = None if records.kind == "prompt" else _training_template(tokenizer)
+
+    def encode_chat(row: dict[str, Any], row_location: str) -> tuple[list[int], list[bool]]:
+        prompt, messages = row.get("prompt", []), row.get("messages") or row.get("completion", [])
+        encoded = (
+            _encode_turns(prompt, messages, tokenizer, row_location, row.get(TOOLS))
+            if training_template is None
+            else _encode_by_template(
+                messages, tokenizer, training_template, row_location, row.get(TOOLS)
+            )
         )
-    training_template = _training_template(tokenizer)
-    if training_template is not None:
-        return lambda row, row_location: _encode_by_template(
-            row["messages"], tokenizer, training_template, row_location, row.get(TOOLS)
-        )
-    return lambda row, row_location: _encode_turns(
-        [], row["messages"], tokenizer, row_location, row.get(TOOLS)
-    )
+        ends_with_answer = messages and messages[-1]["role"] == "assistant"
+        return _label_end(*encoded, tokenizer, end_ids) if ends_with_answer else encoded
+
+    return encode_chat
 
 
 def _must_share_form(records: Records) -> None:
@@ -201,6 +207,27 @@ def _append_end(
         if end_token is None or token_ids[-1:] == [end_token]
         else ([*token_ids, end_token], [*is_labelled, True])
     )
+
+
+def _label_end(
+    token_ids: list[int], is_labelled: list[bool], tokenizer: Any, end_ids: Collection[int]
+) -> tuple[list[int], list[bool]]:
+    """Label the token that ends the last message of the assistant, so that the model learns to
+    stop. If the template writes no token there that ends an answer, append the tokenizer's
+    end-of-text token. (The template may end the message with a token that the base does not stop
+    at, or with the header of the next message.) An empty chat is returned unchanged."""
+    if True not in is_labelled:
+        return token_ids, is_labelled
+    end_ids = {*end_ids, tokenizer.eos_token_id}
+    label_end = len(is_labelled) - is_labelled[::-1].index(True)
+    label_start = max((i + 1 for i in range(label_end) if not is_labelled[i]), default=0)
+    if not end_ids.isdisjoint(token_ids[label_start:label_end]):
+        return token_ids, is_labelled
+    for index in range(label_end, len(token_ids)):
+        if token_ids[index] in end_ids:
+            labelled = [*is_labelled[:label_end], *[True] * (index + 1 - label_end)]
+            return token_ids, labelled + is_labelled[index + 1 :]
+    return _append_end(token_ids, is_labelled, tokenizer)
 
 
 def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:

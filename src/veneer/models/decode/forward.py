@@ -476,17 +476,3 @@ def _note_window(function: str, window: int | None) -> None:
     windows = getattr(CALL_STATE, "windows", None)
     if windows is not None and window is not None:
         windows[function].add(window)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer: those of the generation config, the config and the tokenizer."""
-    sources = (
-        getattr(model, "generation_config", None),
-        model.config.get_text_config(),
-        tokenizer,
-    )
-    ids: set[int | None] = set()
-    for source in sources:
-        end_ids = getattr(source, "eos_token_id", None)
-        ids |= {*end_ids} if isinstance(end_ids, list | tuple) else {end_ids}
-    return frozenset(token_id for token_id in ids if token_id is not None)

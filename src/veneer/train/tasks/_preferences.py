@@ -16,9 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from veneer.errors import DataError
+from veneer.models.load import padding_token
+from veneer.models.sampling_defaults import base_end_tokens
 from veneer.train import data, row_shape, tokens
 from veneer.train.loss import log_probabilities
-from veneer.train.tasks._base import Rows, RowSegment, Task, padding_token, token_batch
+from veneer.train.tasks._base import Rows, RowSegment, Task, token_batch
 from veneer.train.tokens import IGNORED
 
 
@@ -61,8 +63,13 @@ class CausalTask(Task):
                 row_shape.add_tools(shaped_row, record[row_shape.TOOLS], row_location)
             shaped_rows.append(shaped_row)
         answer_records = replace(records, kind=row_kind, rows=shaped_rows)
-        length_options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
-        return tokens.tokenise(answer_records, self.processor, **length_options)
+        return tokens.tokenise(
+            answer_records,
+            self.processor,
+            max_length=self.max_length(),
+            too_long=self.config.too_long,
+            end_ids=base_end_tokens(self.config.base, self.processor),
+        )
 
     def collate_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """The batch of rows that are given as (token ids, labels), padded to the longest row."""

@@ -50,12 +50,13 @@ class Kto(CausalTask):
         rows = [
             {
                 "ids": example["input_ids"],
+                "labels": example["labels"],
                 "start": next(i for i, label in enumerate(example["labels"]) if label != IGNORED),
                 "good": is_good[index],
             }
             for example, index in zip(examples.rows, examples.record_indices, strict=True)
         ]
-        head_token_counts = [2 * (len(row["ids"]) - row["start"]) for row in rows]
+        head_token_counts = [2 * sum(label != IGNORED for label in row["labels"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
         return Rows(
             rows,
@@ -88,9 +89,11 @@ class Kto(CausalTask):
             *zip(rows, [rows[-1], *rows[:-1]], strict=True),
         ]:
             prompt_ids = prompt_row["ids"][: prompt_row["start"]]
-            answer_ids = answer_row["ids"][answer_row["start"] :]
+            answer_ids, answer_labels = (
+                answer_row[name][answer_row["start"] :] for name in ("ids", "labels")
+            )
             ids = [*prompt_ids, *answer_ids][:token_limit]
-            pairs.append((ids, [*[IGNORED] * len(prompt_ids), *answer_ids][:token_limit]))
+            pairs.append((ids, [*[IGNORED] * len(prompt_ids), *answer_labels][:token_limit]))
         return {**self.collate_pairs(pairs), "good": torch.tensor([row["good"] for row in rows])}
 
     def needs_reference(self) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from veneer.models.load import padding_token
+from veneer.models.sampling_defaults import base_end_tokens
 from veneer.train import data, prepare, tokens
 from veneer.train.causal import must_keep_packed_examples_apart
 from veneer.train.loss import token_loss
@@ -18,7 +20,6 @@ from veneer.train.tasks._base import (
     RowSegment,
     Task,
     TaskLoss,
-    padding_token,
     register,
     short_row_index,
     token_batch,
@@ -63,6 +64,7 @@ class Sft(Task):
             max_length=self.max_length(),
             too_long=config.too_long,
             completion_only=config.completion_only,
+            end_ids=base_end_tokens(config.base, self.processor),
         )
 
     def load(self) -> Base:
