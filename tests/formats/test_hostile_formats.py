@@ -15,6 +15,7 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
+from veneer.adapter_files.folder import read
 from veneer.errors import VeneerError
 from veneer.tools.convert import conversion, convert
 
@@ -123,6 +124,21 @@ KOHYA = {
         **{f"{K}.hada_w{n}_a": torch.ones(8, 0) for n in (1, 2)},
         **{f"{K}.hada_w{n}_b": torch.ones(0, 8) for n in (1, 2)},
     },
+    "LoHa of another shape": {
+        **NONE,
+        **{f"{K}.hada_w{n}_a": torch.ones(3_000_000, 1) for n in (1, 2)},
+        **{f"{K}.hada_w{n}_b": torch.ones(1, 3_000_000) for n in (1, 2)},
+    },
+    "LoKr of another shape": {
+        **NONE,
+        f"{K}.lokr_w1": torch.ones(1000, 1000),
+        f"{K}.lokr_w2": torch.ones(1000, 1000),
+    },
+    "a Tucker core of another shape": {
+        f"{K}.lora_mid.weight": torch.ones(2, 2, 1000, 1000),
+        f"{K}.lora_down.weight": torch.ones(2, 1_000_000, 1, 1),
+        f"{K}.lora_up.weight": torch.ones(8, 2, 1, 1),
+    },
 }
 
 
@@ -230,3 +246,33 @@ def test_shapes_in_a_gguf_file(what, tensor, tmp_path):
     writer.close()
     with pytest.raises(VeneerError):
         conversion(tmp_path / "odd", tmp_path / "out", to="peft", base=model)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr, w2 decomposed"])
+def test_factors_of_kohya_of_a_large_rank_take_no_more_memory_than_the_weight(kind, tmp_path):
+    """As factors of a LoRA, these would have a rank of 20,000² or 40,000."""
+    rank = 20_000
+    tensors = {
+        "LoHa": {
+            **{f"{K}.hada_w{n}_a": torch.rand(8, rank) / 100 for n in (1, 2)},
+            **{f"{K}.hada_w{n}_b": torch.rand(rank, 8) / 100 for n in (1, 2)},
+        },
+        "LoKr": {f"{K}.lokr_w1": torch.rand(2, 8), f"{K}.lokr_w2": torch.rand(4, 1)},
+        "LoKr, w2 decomposed": {
+            f"{K}.lokr_w1": torch.rand(2, 4),
+            f"{K}.lokr_w2_a": torch.rand(4, rank) / 100,
+            f"{K}.lokr_w2_b": torch.rand(rank, 2) / 100,
+        },
+    }[kind]
+    save_file(tensors, tmp_path / "file")
+    convert(tmp_path / "file", tmp_path / "out", to="veneer", base=Picture(), part="unet")
+    t = {name.removeprefix(f"{K}."): value.double() for name, value in tensors.items()}
+    expected = {
+        "LoHa": lambda: (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]),
+        "LoKr": lambda: torch.kron(t["lokr_w1"], t["lokr_w2"]),
+        "LoKr, w2 decomposed": lambda: torch.kron(
+            t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"]
+        ),
+    }[kind]()
+    (change,) = read(tmp_path / "out").layers.values()
+    torch.testing.assert_close(change.delta()[0].double(), expected, rtol=1e-5, atol=0)

@@ -280,3 +280,27 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(data[:-4])
     with pytest.raises(CheckpointError, match="ended within 'a'"):
         checkpoint.read("a")
+
+
+def test_tensors_of_different_sizes_are_joined(tmp_path):
+    """The convolutions of q, k and v of OLMo-Hybrid, as its published files hold them."""
+    from safetensors.torch import load_file
+    from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoHybridConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    OlmoHybridForCausalLM(config).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors, prefix = load_file(file), "model.layers.0.linear_attn."
+    joined = torch.cat([tensors.pop(f"{prefix}{name}_conv1d.weight") for name in "qkv"])
+    key_size = len(joined) // 4
+    for name, part in zip("qkv", joined.split([key_size, key_size, 2 * key_size]), strict=True):
+        tensors[f"{prefix}{name}_conv1d.weight"] = part.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = checkpoint_weights(models.meta_model(tmp_path), open_checkpoint(tmp_path))[0]
+    assert torch.equal(weights[f"{prefix}conv1d.weight"].read(), joined)
+    loaded = OlmoHybridForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(loaded[f"{prefix}conv1d.weight"], joined)

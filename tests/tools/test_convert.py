@@ -653,6 +653,22 @@ def test_alpha_is_kept_exactly(to, alpha, tmp_path):
     }
 
 
+def test_a_layer_that_is_switched_off_stays_so_in_a_kohya_file(tmp_path):
+    """PEFT allows alpha 0, and readers of kohya's files take it for a file without alpha."""
+    import peft
+
+    model = nn.ModuleDict({"to_q": nn.Linear(6, 6), "to_k": nn.Linear(6, 6)})
+    config = peft.LoraConfig(
+        r=2, target_modules=["to_q", "to_k"], alpha_pattern={"to_k": 0}, init_lora_weights=False
+    )
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "file", to="kohya", part="unet", base=model)
+    convert(tmp_path / "file", tmp_path / "b", to="veneer", part="unet", base=model)
+    norms = {path: layer.delta().norm() for path, layer in read(tmp_path / "b").layers.items()}
+    assert norms["to_q"] > 0
+    assert norms["to_k"] == 0
+
+
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_alphas_of_others_mean_what_they_mean_there(to, tmp_path):
     """None and 0 (to sd-scripts) are the rank; a slider's may be negative."""

@@ -138,7 +138,7 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
     save_file(swapped(own), base / "model.safetensors", metadata={"format": "pt"})
     map_checkpoint_names = merge_plan.models.map_checkpoint_names
 
-    def rule(model, names):  # as transformers' own rules of conversion would say it
+    def rule(model, names, shape_of=None):  # as transformers' own rules of conversion would say it
         return swapped(map_checkpoint_names(model, swapped(dict.fromkeys(names))))
 
     monkeypatch.setattr(merge_plan.models, "map_checkpoint_names", rule)

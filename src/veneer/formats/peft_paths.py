@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from veneer.formats import patterns
@@ -26,7 +26,10 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     """The module paths among ``paths`` that the config's targets match by PEFT's rules. None if the
     match cannot be evaluated: for "all-linear", and for regular expressions that are invalid or
     exceed the limits of ``patterns.py`` (their length, or the time to match them)."""
-    targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
+    targets, exclude = (
+        names if isinstance(names, str) else frozenset(names or ())
+        for names in (config.get("target_modules"), config.get("exclude_modules"))
+    )
     if targets == "all-linear":
         return None
     # leave out the modules of modules_to_save and those below them, because PEFT adapts none there
@@ -77,12 +80,13 @@ def _layer_index(path: str, config: Mapping[str, Any]) -> int | None:
     return index_candidates[first_match[1]][0] if first_match is not None else None
 
 
-def _matches_names(names: str | Iterable[str], path: str) -> bool:
+def _matches_names(names: str | Collection[str], path: str) -> bool:
     """Whether a path matches a regular expression (if ``names`` is a text), or ends with one of the
     ``names``, as in PEFT."""
     if isinstance(names, str):
         return patterns.full_matcher(names)(path)
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    segments = path.split(".")
+    return any(".".join(segments[start:]) in names for start in range(len(segments)))
 
 
 def rank_alpha_scale(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
@@ -186,7 +190,8 @@ def _target_parameters_of(
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
     """The parameters among ``paths`` that the config's ``target_parameters`` match."""
-    return {path for path in paths if _matches_names(config.get("target_parameters") or (), path)}
+    names = frozenset(config.get("target_parameters") or ())
+    return {path for path in paths if _matches_names(names, path)}
 
 
 def targets_for(target_paths: list[str], all_paths: Iterable[str]) -> list[str] | str:

@@ -71,6 +71,9 @@ def ignored_tensors(
         for key in keys
         if paths_to_match[path] & matched_paths
     ]
+    keys_by_prefix: dict[str, list[str]] = {}
+    for key in tensors:
+        keys_by_prefix.setdefault(key.rpartition(".")[0], []).append(key)
     ignored_by_module: dict[str, list[str]] = {}
     for path, keys in keys_by_module.items():
         if paths_to_match[path] & matched_paths or (
@@ -78,12 +81,7 @@ def ignored_tensors(
         ):
             continue
         # PEFT also ignores the trained bias of this layer, or the frozen weight of this embedding
-        wrapped_prefix = f"{peft.PREFIX}{path}.base_layer."
-        keys += [
-            key
-            for key in tensors
-            if key.startswith(wrapped_prefix) and "." not in key.removeprefix(wrapped_prefix)
-        ]
+        keys += keys_by_prefix.get(f"{peft.PREFIX}{path}.base_layer", [])
         ignored_by_module.setdefault(peft_paths.strip_wrappers(path)[0], []).extend(keys)
     return ignored_by_module
 

@@ -355,7 +355,7 @@ def checkpoint_weights(
     Raises:
         CheckpointError: the tensors for a parameter do not fill the parameter's shape.
     """
-    param_slices = map_checkpoint_names(model, checkpoint.file_of)
+    param_slices = map_checkpoint_names(model, checkpoint.file_of, checkpoint.shape)
     tensors_of_path: dict[str, list[tuple[str, ParamSlice]]] = {}
     for tensor_name, tensor_slices in param_slices.items():
         for param_slice in tensor_slices:

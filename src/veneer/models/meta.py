@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -245,9 +245,12 @@ def without_meta(model: Any) -> Any:
     return materialize_meta(copy.deepcopy(model)) if has_meta_tensor else model
 
 
-def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[ParamSlice, ...]]:
+def map_checkpoint_names(
+    model: Any, names: Iterable[str], shape_of: Callable[[str], Sequence[int]] | None = None
+) -> dict[str, tuple[ParamSlice, ...]]:
     """Map the tensors of a checkpoint to slices of the parameters of ``model``, by the rules with
-    which transformers renames, stacks, joins and splits tensors on loading.
+    which transformers renames, stacks, joins and splits tensors on loading. ``shape_of``: returns
+    the shape of a tensor by name; None: tensors that are joined have equally many rows.
 
     The result omits tensors for which the model has no parameter, and tensors that transformers
     converts by rules that this function does not know. The caller must check whether all parameters
@@ -280,12 +283,16 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pa
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
             tensors_to_convert.setdefault(path, (converter, []))[1].append((tensor_name, pattern))
     for path, (converter, tensors) in tensors_to_convert.items():
-        slices_by_tensor |= _map_converted(path, converter, tensors, state_dict)
+        slices_by_tensor |= _map_converted(path, converter, tensors, state_dict, shape_of)
     return slices_by_tensor
 
 
 def _map_converted(
-    path: str, rule: Any, tensors: list[tuple[str, str]], state_dict: Any
+    path: str,
+    rule: Any,
+    tensors: list[tuple[str, str]],
+    state_dict: Any,
+    shape_of: Callable[[str], Sequence[int]] | None,
 ) -> dict[str, tuple[ParamSlice, ...]]:
     """The result of ``map_checkpoint_names`` for tensors that one conversion rule of transformers
     stacks or joins to a parameter, or splits into several.
@@ -295,6 +302,7 @@ def _map_converted(
         rule: a ``WeightConverter`` of transformers.
         tensors: (name of a tensor, pattern of the rule that it matches).
         state_dict: that of the model.
+        shape_of: that of ``map_checkpoint_names``.
 
     Returns:
         {name of a tensor: slices of parameters}; empty if the rule is of an unknown form, or if
@@ -335,16 +343,18 @@ def _map_converted(
         for pattern in rule.source_patterns
         if any(tensor_pattern == pattern for _, tensor_pattern in tensors)
     ]
-    rows_per_pattern = shape[int(is_stacked)] // len(patterns)
-    for pattern_index, pattern in enumerate(patterns):
+    row_count, end = shape[int(is_stacked)] // len(patterns), 0
+    for pattern in patterns:
         names_of_pattern = [
             tensor_name for tensor_name, tensor_pattern in tensors if tensor_pattern == pattern
         ]
         if len(names_of_pattern) != (shape[0] if is_stacked else 1):
             return {}
+        if shape_of is not None and not is_stacked:
+            row_count = shape_of(names_of_pattern[0])[0]
+        start, end = end, end + row_count
         for stack_index, tensor_name in enumerate(names_of_pattern):
             index = (slice(stack_index, stack_index + 1),) if is_stacked else ()
-            start = pattern_index * rows_per_pattern
-            rows = (slice(start, start + rows_per_pattern),) if len(patterns) > 1 else ()
+            rows = (slice(start, end),) if len(patterns) > 1 else ()
             slices_by_tensor[tensor_name] = (ParamSlice(path, index + rows),)
     return slices_by_tensor
