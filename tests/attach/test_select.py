@@ -307,6 +307,37 @@ def test_check_passes_and_says_so():
     assert torch.equal(model.norm.running_mean, statistics)
 
 
+def test_a_check_uses_no_cudnn_whose_recurrent_layers_have_no_backward_in_eval_mode():
+    """Also after a setting of torch for which ``cudnn.flags`` raises an error."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(5, 4)
+
+        def forward(self, x):
+            used.append(torch.backends.cudnn.enabled)
+            return self.lstm(x)[0]
+
+    used: list[bool] = []
+    model = Recurrent().eval()
+    veneer.attach(model, veneer.LoraConfig(rank=1, targets="all"))
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        veneer.check(model, torch.randn(3, 2, 5))
+        veneer.detach(model)
+        config = veneer.LoraConfig(rank=1, targets="all", variant="lora_ga")
+        veneer.attach(
+            model, config, batches=[torch.randn(3, 2, 5)], loss=lambda m, x: m(x).square().sum()
+        )
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert used
+    assert not any(used)
+    assert torch.backends.cudnn.enabled
+
+
 class Rerun(torch.autograd.Function):
     """Calls ``model`` again in backward, in a context without a selection: what a GPU's backward
     threads do when activation checkpointing runs a layer again."""

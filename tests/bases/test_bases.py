@@ -685,6 +685,26 @@ def test_torchao_weights_that_quantise_x_are_refused():
         assert storage_of(module.weight) is None
 
 
+def test_torchao_weights_that_cannot_be_dequantised_are_refused_before_the_training():
+    need("torchao")
+    from torchao.quantization import Int4Tensor
+
+    weight = Int4Tensor(
+        torch.zeros(32, 32, dtype=torch.int8),
+        torch.ones(2, 32, dtype=torch.bfloat16),
+        torch.zeros(2, 32, dtype=torch.bfloat16),
+        [1, 32],
+        torch.Size([32, 64]),
+    )
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 4))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    assert storage_of(model[0].weight) is None
+    with pytest.raises(TargetError):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["1"]))
+    assert list(handle.changes) == ["1.weight"]
+
+
 def test_torchao_a_layout_that_cannot_be_written_is_read_and_refused_by_a_merge():
     need("torchao")
     from torchao.utils import TorchAOBaseTensor

@@ -56,6 +56,8 @@ def cell(
     the variant."""
     device = place.device
     model, inputs = copy.deepcopy(module).to(device), on(device, args)
+    # cuDNN's RNNs have no backward in eval mode
+    model.train(any(isinstance(part, nn.RNNBase) for part in module.modules()))
     config = veneer.LoraConfig(rank=1, targets="all", variant=variant)
     handle = veneer.attach(model, config, **calibration(model, variant, inputs))
     randomise(handle)

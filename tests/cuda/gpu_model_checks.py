@@ -5,6 +5,9 @@ compilation, experts, 4 bits, banks, the engine, several devices, and that the h
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -153,7 +156,12 @@ def dropout(place: Place) -> str:
 
 @check("torch.compile and torch.export")
 def compiled(place: Place) -> str:
-    backend = "inductor" if place.kind == "cuda" and torch.version.cuda else "aot_eager"
+    # on CUDA, inductor's Triton needs a C compiler and Python's headers
+    has_compiler = (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) and (
+        Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    )
+    is_cuda = place.kind == "cuda" and torch.version.cuda
+    backend = "inductor" if is_cuda and has_compiler else "aot_eager"
     model, _ = llama(place, name="a", layers=1)
     randomise(veneer.attach(model, veneer.LoraConfig(rank=4), name="b"), 0.1)
     ids, definition = IDS.to(place.device), exact(model)

@@ -54,8 +54,8 @@ LIMITS = {
     "autocast": ({"autocast": True}, 4, 6),
     "autocast over float32": ({"dtype": torch.float32, "autocast": True}, 4, 6),
     "dropout": ({"dropout": 0.1}, 6, 8),
-    "dora": ({"variant": "dora"}, 10, 12),
-    "dora in float32": ({"variant": "dora", "dtype": torch.float32}, 9, 12),
+    "dora": ({"variant": "dora"}, 10, 13),
+    "dora in float32": ({"variant": "dora", "dtype": torch.float32}, 9, 13),
     "rslora": ({"variant": "rslora"}, 4, 6),
     "pissa": ({"variant": "pissa"}, 13, 19),
 }

@@ -231,3 +231,13 @@ def test_the_page_shows_what_a_gpu_gave_and_nothing_else(recorded, tmp_path, mon
     lines = page.splitlines()
     for number in (number for number, line in enumerate(lines) if line.startswith("|---")):
         assert lines[number].count("|") == lines[number - 1].count("|")
+
+
+def test_checks_that_did_not_finish_end_the_program_with_an_error(tmp_path):
+    right = {"check": "linear: every variant", "found": "right", "text": ""}
+    with pytest.raises(SystemExit) as end:
+        gpu.main(
+            ["--quick", "--only", "checks", "--out", str(tmp_path)],
+            ask=lambda *_: ([right], "ended by signal 11"),
+        )
+    assert end.value.code == 1

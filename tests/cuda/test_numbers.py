@@ -27,6 +27,7 @@ from veneer.serve.requests import Sampling
 from veneer.serve.sampling import Sampler, sample
 from veneer.train.loss import causal_loss
 from veneer.variants import VARIANTS
+from veneer.variants.dora import gain_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(5))
@@ -255,3 +256,26 @@ def test_float64_is_refused_there():
         ):
             with pytest.raises(TypeError, match="doesn't support float64"):
                 make()
+
+
+def test_the_gradient_of_a_magnitude_does_not_overflow_in_float16():
+    """dy · y = 300 · 320 exceeds the range of float16, but the gradient does not."""
+    module = nn.Sequential(nn.Linear(64, 8, bias=False)).half()
+    nn.init.constant_(module[0].weight, 5.0)
+    module = module.to(G0)
+    handle = veneer.attach(module, veneer.LoraConfig(rank=2, targets="all", variant="dora"))
+    y = module(torch.ones(1, 64, device=G0, dtype=torch.float16))
+    y.backward(torch.full_like(y, 300.0))
+    (gradient,) = (
+        parameter.grad for name, parameter in module.named_parameters() if "magnitude" in name
+    )
+    assert handle.changes
+    assert gradient.tolist() == pytest.approx([300 * 320 / 40] * 8, rel=1e-3)
+
+
+def test_a_gradient_of_a_magnitude_that_is_not_finite_stays_so():
+    """GradScaler finds an overflow by it."""
+    magnitude = torch.ones(3, device=G0, requires_grad=True)
+    norms = torch.tensor([0.0, 1.0, 2.0], device=G0)
+    gain_of(magnitude, norms).backward(torch.tensor([1.0, torch.inf, 4.0], device=G0))
+    assert magnitude.grad.tolist() == [0.0, torch.inf, 2.0]

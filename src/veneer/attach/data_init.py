@@ -239,7 +239,9 @@ def _loss_gradients(
         return {}
     requires_grad_before = {ref: weight.requires_grad for ref, weight in weights.items()}
     gradient_sums: dict[ParamRef, Tensor] = {}
+    uses_cudnn = torch.backends.cudnn.enabled
     try:
+        torch.backends.cudnn.enabled = False  # its RNNs have no backward in eval mode
         for weight in weights.values():
             weight.requires_grad_(True)
         with _use_base(model), torch.enable_grad():
@@ -258,6 +260,7 @@ def _loss_gradients(
                             else dense_gradient
                         )
     finally:
+        torch.backends.cudnn.enabled = uses_cudnn
         for ref, weight in weights.items():
             weight.requires_grad_(requires_grad_before[ref])
     _require_all_weights(plans, gradient_sums, "gradient")

@@ -58,7 +58,8 @@ class Torchao(GridStorage):
             getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization")
         )
         return (
-            hasattr(weight, "dequantize")
+            # torchao's int4 types define none, and torch's of any tensor is for its own types
+            type(weight).dequantize is not Tensor.dequantize
             and hasattr(weight, "tensor_data_names")
             and not quantises_x
         )

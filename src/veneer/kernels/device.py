@@ -402,7 +402,11 @@ def _gradients(ctx: Any, *dys: Tensor | None) -> Any:
         db[layer] = dy.sum(0) if need_bias[layer] else None
         if gains[layer] is not None:
             if need_gain[layer]:
-                dgain[layer] = (dy * outputs_before_gain[layer]).sum(0, dtype=gains[layer].dtype)
+                # products of float16 may exceed its range
+                wide_dy = dy.float() if dy.dtype == torch.float16 else dy
+                dgain[layer] = (wide_dy * outputs_before_gain[layer]).sum(
+                    0, dtype=gains[layer].dtype
+                )
             dy = torch.mul(dy, gains[layer], out=torch.empty_like(dy))
         product(dy, cast_B[layer], scale, u[:, start:end])
         dB[layer] = product(dy.mT, h[:, start:end], scale) if need_B[layer] else None

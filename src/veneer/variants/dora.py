@@ -74,8 +74,8 @@ def _is_launched(tensor: Tensor) -> bool:
 
 
 class _Gain(torch.autograd.Function):
-    """``gain_of`` with as few launches as possible: it divides by norms of zero too, and replaces
-    the infinities and NaN afterwards, by 1 in the gain and by 0 in the gradient."""
+    """``gain_of`` with few launches: it divides by norms of zero too, and replaces the results
+    afterwards, by 1 in the gain and by 0 in the gradient."""
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ class _Gain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (norms,) = ctx.saved_tensors
-        return (gradient / norms).nan_to_num(0.0, 0.0, 0.0), None
+        # not by ``nan_to_num``, which would hide a gradient that overflowed
+        return (gradient / norms).masked_fill_(norms == 0, 0.0), None
 
 
 @torch.no_grad()

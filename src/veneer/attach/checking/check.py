@@ -272,8 +272,7 @@ def _gradient_problems(
     W + ΔW, both in the model's present dtype. The layers of ``packed_adapters``, whose quantised
     weights cannot be replaced, use their adapters in both."""
     model: Any = call.func
-    # without cuDNN, whose RNNs have no backward in eval mode
-    with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
+    with _preserve_state(model, trained):
         model.eval()
         _perturb(trained)
         with _use_selection(model, active):
@@ -349,8 +348,10 @@ def _checked_changes(model: nn.Module, adapter_name: str) -> list[_CheckedChange
 
 @contextmanager
 def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """A context manager in which the parameters ``trained`` require a gradient. Restores their
-    values and ``requires_grad``, the modules' modes, and the buffers that a pass changes."""
+    """A context manager in which the parameters ``trained`` require a gradient, and cuDNN is not
+    used, because its RNNs have no backward in eval mode. Restores their values and
+    ``requires_grad``, the modules' modes, and the buffers that a pass changes."""
+    uses_cudnn = torch.backends.cudnn.enabled
     training_flags = {module: module.training for module in model.modules()}
     requires_grad_flags = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
@@ -364,10 +365,12 @@ def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[N
         (buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed_ids
     ]
     try:
+        torch.backends.cudnn.enabled = False
         for parameter in trained:
             parameter.requires_grad_(True)
         yield
     finally:
+        torch.backends.cudnn.enabled = uses_cudnn
         reshard(model)
         for module, is_training in training_flags.items():
             module.training = is_training
