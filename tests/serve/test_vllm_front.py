@@ -328,6 +328,20 @@ def test_keys_share_no_prefixes_unless_they_say_so(it):
     assert "alice" not in first
 
 
+def test_keys_share_no_pictures_and_no_prefixes_of_messages(it):
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "1"}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "hi"}]}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"uuid": {}}}}]
+    for key in ("vnr-a", "vnr-b"):
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            it.post(path, key=key, model="french", messages=messages, tools=tools)
+    asked = it.state["asked"]
+    assert len({entry["cache_salt"] for entry in asked}) == 2
+    for entry in asked:
+        assert "uuid" not in entry["messages"][0]["content"][0]
+        assert entry["tools"] == tools
+
+
 def test_nothing_that_is_kept_can_be_asked_for(it):
     for name in ("previous_response_id", "conversation", "background"):
         answer = it.post("/v1/responses", model="tiny", prompt="hi", **{name: "resp_1"})

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,6 @@ MODEL_OPTIONAL = ("/tokenize", "/detokenize")
 #: fields that make vLLM store data of a request or use stored data. They are refused, because a
 #: client could reach the data of another API key with them.
 STORAGE_FIELDS = ("previous_response_id", "conversation", "background")
-#: the routes whose bodies have the field ``cache_salt``: vLLM shares cached prefixes only among
-#: requests with the same salt
-SALTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 router = APIRouter(route_class=Route)
 _BLEND = TypeAdapter[dict[str, float]](Blend)
@@ -117,7 +115,8 @@ async def forward(request: Request, service: CurrentService, key: ApiKey) -> Res
     # browsers do not ask the server for its permission (CORS preflight) before they send this type.
     if "json" not in request.headers.get("content-type", ""):
         raise Refusal(400, "no JSON object", "one, with Content-Type: application/json", "send it")
-    body = await beside_loop(service, await request.body(), lambda body: _read_body(body, path))
+    read_body = partial(_read_body, path=path, has_keys=bool(key.owner))
+    body = await beside_loop(service, await request.body(), read_body)
     model, blend = body.get("model"), body.pop("adapters", None)
     if model is None:  # /tokenize and the like: all adapters have the base's tokenizer
         model, blend = service.base, {}
@@ -125,9 +124,10 @@ async def forward(request: Request, service: CurrentService, key: ApiKey) -> Res
         blend = await requested_adapters(service, key, model, blend)
     if not service.ready:
         raise service.unready_refusal()
-    if path in SALTED_PATHS and key.owner and not body.get("cache_salt"):
-        # a salt for each API key, so that a client cannot find out from the time of an answer
-        # whether a client with another key sent the same prompt
+    if path not in MODEL_OPTIONAL and key.owner and not body.get("cache_salt"):
+        # a salt for each API key: vLLM shares cached prefixes only among requests with the same
+        # salt, so a client cannot find out from the time of an answer whether a client with another
+        # key sent the same prompt
         secret_and_owner = f"{service.engine.salt_secret}\0{key.owner}"
         body["cache_salt"] = hashlib.sha256(secret_and_owner.encode()).hexdigest()
     priority = body.get("priority")
@@ -143,10 +143,11 @@ for _path in FORWARDED_PATHS:
     router.add_api_route(_path, forward, methods=["POST"], name=_path.strip("/").replace("/", "_"))
 
 
-def _read_body(content: bytes, path: str) -> dict[str, Any]:
+def _read_body(content: bytes, path: str, has_keys: bool) -> dict[str, Any]:
     """Parse the body of a request for the route ``path``, check its model and blend, and keep vLLM
-    from storing it (``store``). ``Refusal``: it is no JSON object, its model or blend is invalid,
-    or it has one of ``STORAGE_FIELDS``."""
+    from storing it (``store``) and, on a server with keys, from caching its pictures by the
+    client's ids. ``Refusal``: it is no JSON object, its model or blend is invalid, or it has one of
+    ``STORAGE_FIELDS``."""
     try:
         body: Any = parse(content)
     except ValueError as error:
@@ -163,6 +164,8 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
             raise Refusal(400, problem, "the whole conversation", "leave it out", param=name)
     if path == "/v1/responses":
         body["store"] = False
+    if has_keys:
+        _remove_media_ids(body)
     if body.get("adapters") is not None:
         try:
             body["adapters"] = _BLEND.validate_python(body["adapters"], strict=True)
@@ -170,6 +173,17 @@ def _read_body(content: bytes, path: str) -> dict[str, Any]:
             errors = [{**detail, "loc": ("adapters", *detail["loc"])} for detail in error.errors()]
             raise body_refusal(errors, body) from error
     return body
+
+
+def _remove_media_ids(value: Any) -> None:
+    """Remove the field ``uuid`` of the pictures, sounds and videos in a body, in place. vLLM caches
+    them by it for all API keys, so a client could get those of another one."""
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, dict | list):
+            _remove_media_ids(child)
+    for part in value.get("content") or () if isinstance(value, dict) else ():
+        if isinstance(part, dict):
+            part.pop("uuid", None)
 
 
 class ForwardedStream(StreamingResponse):

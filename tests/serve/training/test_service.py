@@ -515,6 +515,14 @@ def test_what_is_said_of_a_prompt(client):
             "ids below 259",
         ),
         ({"record_stability_info": True}, "stable_reinforce"),
+        (
+            {
+                "count": 128,
+                "topk_sample_logprobs": 256,
+                "params": {"max_tokens": 200},
+            },
+            "log-probabilities of samples in one call",
+        ),
     ],
 )
 def test_samples_that_cannot_be_drawn(client, fields, words):
@@ -712,6 +720,20 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
     assert first == pytest.approx(local.pass_(texts(4)), rel=1e-3)
     local.step(0.02)
     assert loss == pytest.approx(local.pass_(texts(4)), rel=1e-3)
+
+
+def test_what_a_killed_process_left_of_a_state_is_removed(base, tmp_path):
+    with opened(base, tmp_path) as (url, service):
+        client = Client(url)
+        run = client.run()
+        run.pass_(texts(0))
+        run.step(0.02)
+        folder = training_of(service).store.folder_of(run.id)
+        for name in (".state-0.abcd.tmp/new", "state-0"):
+            (folder / name).mkdir(parents=True)
+    states = [path.name for path in folder.iterdir() if "state-" in path.name]
+    assert len(states) == 1
+    assert states[0] not in ("state-0", ".state-0.abcd.tmp")
 
 
 def test_more_runs_than_memory_holds(base, tmp_path):

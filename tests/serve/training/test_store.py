@@ -173,3 +173,19 @@ def test_a_commit_that_a_full_disk_refuses_leaves_no_transaction_open(tmp_path):
     index.execute("INSERT INTO numbers VALUES (?)", 2)
     assert [row["number"] for row in index.rows("SELECT number FROM numbers")] == [2]
     index.close()
+
+
+def test_a_disk_that_fails_as_a_reservation_ends_keeps_only_the_used_tokens(store, monkeypatch):
+    store.reserve_tokens("a", 32_000)
+    with monkeypatch.context() as failing:
+
+        def refuse(*arguments):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        failing.setattr(store._index, "execute", refuse)
+        with pytest.raises(sqlite3.OperationalError):
+            store.settle_tokens("a", 32_000, 10)
+    assert store.tokens_today("a") == 10
+    store.reserve_tokens("a", 500)
+    store.settle_tokens("a", 500, 20)
+    assert store.tokens_today("a") == 30

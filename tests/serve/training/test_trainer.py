@@ -150,6 +150,18 @@ def test_a_token_that_does_not_count_may_be_impossible():
     assert logprobs.grad.tolist() == [0.0, -1.0]
 
 
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo"])
+def test_a_token_that_does_not_count_may_have_any_probability(loss):
+    """−1000: a placeholder for a token that was not sampled. Its ratio exp(999) is infinite."""
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    inputs = {
+        "logprobs": torch.tensor([-1000.0, -1.0]),
+        "advantages": torch.tensor([0.0, 1.0]),
+    }
+    LOSSES[loss].terms(logprobs, inputs, LOSSES[loss].settings).sum().backward()
+    assert logprobs.grad.tolist() == [0.0, -1.0]
+
+
 def test_several_targets_a_token(trainer):
     draw = random.Random(2)
     data = [datum(draw, "cross_entropy", k=3) for _ in range(3)]

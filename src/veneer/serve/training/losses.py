@@ -106,8 +106,10 @@ def _dro(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Ten
 
 def _probability_ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
     """The probability of each target, divided by its probability when it was sampled, which is
-    exp(``inputs["logprobs"]``)."""
-    return (logprobs - inputs["logprobs"]).exp()
+    exp(``inputs["logprobs"]``). It is 1, without a gradient, for a target whose advantage is 0, so
+    that its gradient is not 0 · ∞."""
+    log_ratio = logprobs - inputs["logprobs"]
+    return log_ratio.masked_fill(inputs["advantages"] == 0, 0.0).exp()
 
 
 def _masked_product(factor: Tensor, values: Tensor) -> Tensor:

@@ -225,18 +225,19 @@ class RunMemory:
 
     def write_state(self, active_run: ActiveRun) -> None:
         """Write the state of a run (adapter, optimizer, loss curve) after its last answered
-        request, record the number of this request in the store, then delete the previous state.
+        request, record the number of this request in the store, then delete the earlier states, and
+        what a killed process left of them.
         ``AdapterError``: the weights are too large to be saved. If an error is raised, also by the
         disk, the previous state stays."""
-        seq, previous_seq = active_run.next_seq - 1, active_run.state_seq
+        seq = active_run.next_seq - 1
         new_folder = state_folder(self._store, active_run.run_id, seq)
         self._trainer.save(active_run.adapter_name, new_folder, None)
         self.curve(active_run).write(new_folder)
         self._store.set_state(active_run.run_id, seq)
         active_run.state_seq, active_run.unsaved_seconds = seq, 0.0
-        if 0 <= previous_seq != seq:
-            previous_folder = state_folder(self._store, active_run.run_id, previous_seq)
-            shutil.rmtree(previous_folder, ignore_errors=True)
+        for folder in new_folder.parent.glob("*state-*"):
+            if folder != new_folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def curve(self, active_run: ActiveRun) -> Curve:
         """The loss curve of a run. The first call reads it from the disk and keeps it in

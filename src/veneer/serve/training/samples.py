@@ -16,6 +16,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,8 +44,12 @@ from veneer.serve.training.worker import Answer, Worker, failure_answer
 log = logging.getLogger("veneer.serve.training")
 
 #: the largest number of samples that wait or run; the largest number of ended calls whose answers
-#: are stored for their clients, and the seconds for which such an answer is stored
-MAX_WAITING_SAMPLES, MAX_ANSWERED_CALLS, ANSWER_SECONDS = 16384, 4096, 1800.0
+#: are stored for their clients, the bytes of these answers for each API key, and the seconds for
+#: which such an answer is stored
+MAX_WAITING_SAMPLES, MAX_ANSWERED_CALLS, MAX_ANSWER_BYTES = 16384, 4096, 2**28
+ANSWER_SECONDS = 1800.0
+#: the largest number of log-probabilities of alternatives (``topk_sample_logprobs``) in one call
+MAX_ALTERNATIVES = 2**22
 #: the largest number of samples of an API key that are in the engine or try to enter its queue, as
 #: a multiple of the number of sequences in the engine's batch; seconds between two tries
 SAMPLES_PER_ROW, RETRY_SECONDS = 4, 0.05
@@ -173,6 +178,13 @@ class Samples:
         ended_ids = [id for id, call in self._calls.items() if call.ended is not None]
         expired_ids = [id for id in ended_ids if (self._calls[id].ended or 0.0) < cutoff_time]
         excess_ids = ended_ids[: max(0, len(ended_ids) - MAX_ANSWERED_CALLS)]
+        bytes_by_owner: Counter[str] = Counter()
+        for id in reversed(ended_ids):
+            call = self._calls[id]
+            if not call.task.cancelled():
+                bytes_by_owner[call.owner] += len(call.task.result().body)
+            if bytes_by_owner[call.owner] > MAX_ANSWER_BYTES:
+                excess_ids.append(id)
         for id in dict.fromkeys([*expired_ids, *excess_ids]):
             del self._calls[id]
 
@@ -195,6 +207,13 @@ class Samples:
                     "use the base's tokenizer",
                 )
             check_prompt(request, len(prompt_tokens))
+            count = self.max_tokens(request) * request.topk_sample_logprobs
+            if count > MAX_ALTERNATIVES:
+                raise DataError(
+                    f"{count:,} log-probabilities of samples in one call",
+                    f"at most {MAX_ALTERNATIVES:,}",
+                    "ask for fewer samples, tokens or alternatives at once",
+                )
             draw_tasks = [
                 asyncio.create_task(self._draw_sample(call, blend, request, index))
                 for index in range(request.num_samples)

@@ -452,8 +452,10 @@ class Store:
     def settle_tokens(self, owner: str, reserved_tokens: int, used_tokens: int) -> None:
         """End a reservation of ``reserved_tokens``, and count the ``used_tokens`` instead."""
         with self._index.lock:
+            # if the disk fails in between, only the used tokens stay reserved
+            self._reserved_tokens[owner] -= reserved_tokens - used_tokens
             self.count_tokens(owner, used_tokens)
-            self._reserved_tokens[owner] -= reserved_tokens
+            self._reserved_tokens[owner] -= used_tokens
 
     def count_tokens(self, owner: str, token_count: int) -> None:
         query = (
