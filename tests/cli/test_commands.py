@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tests.support.commands import refused
 from tests.support.forked import LARGE, Program, printed
-from tests.support.tiny import sums, write_rows, write_tiny
+from tests.support.tiny import sums, tiny_model, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veneer.train.config import TrainConfig
@@ -219,6 +219,17 @@ def test_verify_takes_what_other_commands_take(
     named = tmp_path / "of:x:y"
     shutil.copytree(adapter, named)
     assert f"{named}: good" in veneer("verify", named).out, "no picture in the place of :x:"
+
+
+def test_inspect_shows_a_provenance_of_any_form(veneer: Case, tmp_path: Path) -> None:
+    import veneer as library
+
+    for number, metrics in enumerate(
+        ({"eval_loss": float("nan"), "steps": 3}, {"steps": "7"}, 3, {"last_loss": [1]})
+    ):
+        handle = library.attach(tiny_model(), library.LoraConfig(rank=2))
+        handle.save(tmp_path / str(number), provenance={"metrics": metrics, "config": "data"})
+        assert veneer("inspect", tmp_path / str(number)).code == 0
 
 
 def test_inspect_shows_everything(veneer: Case, adapter: Path) -> None:

@@ -964,3 +964,13 @@ def test_the_record_says_what_it_was_made_of(tmp_path):
     assert said["composed"]["layers"] == {"q_proj": [2]}
     record = read(b).metadata["hashes"]["record"]
     assert said["composed"]["of"][1] == {"adapter": "b", "record": record, "weight": 0.5}
+
+
+def test_parts_trained_in_full_need_the_base_that_they_were_trained_on(tmp_path):
+    model = TinyLM()
+    parts, other = heads(tmp_path, model), copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.add_(1)
+    with pytest.raises(BaseMismatchError, match="another weight"):
+        compose(parts, tmp_path / "out", weights=[1, 1], base=other)
+    assert not (tmp_path / "out").exists()

@@ -120,7 +120,7 @@ class _Card:
         self.peft_config = config
         self.record = record
         self.shapes = shapes
-        self.provenance = _parse_provenance(record)
+        self.provenance = parse_provenance(record)
         self.base_record = record.get("base", {})
         config_base = config.get("base_model_name_or_path")
         self.base_name = self.base_record.get("name") or config_base
@@ -388,7 +388,7 @@ def _licence_fields(text: str) -> dict[str, str]:
     }
 
 
-def _parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+def parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record's provenance that the card reads, with values of the expected types. A
     provenance may hold any values; a missing key, or a value of another type, becomes empty."""
     provenance = record.get("provenance", {})

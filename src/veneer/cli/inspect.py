@@ -159,11 +159,14 @@ def _summary_table(facts: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from veneer.adapter_files.model_card import parse_provenance
     from veneer.errors import format_bytes
 
     config, architecture = facts["config"], facts["base"].get("architecture")
-    metrics = facts["provenance"].get("metrics") or {}
-    run_config = facts["provenance"].get("config") or {}
+    provenance = parse_provenance({"provenance": facts["provenance"]})
+    # a record holds a number that is not finite as text
+    metrics = {k: v for k, v in provenance["metrics"].items() if type(v) in (int, float)}
+    run_config = provenance["config"]
     training_notes = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
     training_notes += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
     training_notes += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []

@@ -173,30 +173,45 @@ class FrozenWeights:
         weights) in the adapters' records. A weight that no record lists is not checked.
         ``BaseMismatchError``: an adapter was trained on another value of the weight."""
         frozen_weight = self.frozen_weight(aligned_weight, source_adapters[0].peft_config)
-        path = aligned_weight.weight_path
-        if path is None:
-            return frozen_weight
-        # The weight's fingerprint by (ids of the token rows that it leaves out, hash function). An
-        # adapter with trained tokens records a fingerprint of the weight without these rows.
-        fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
-        for source_adapter in source_adapters:
-            recorded_fingerprint = (
-                source_adapter.metadata.get("base", {}).get("weights", {}).get(path)
-            )
-            if recorded_fingerprint is None:
-                continue
-            fingerprint_key = source_adapter.token_ids(path), kind_of(recorded_fingerprint)
-            if fingerprint_key not in fingerprints:
-                fingerprints[fingerprint_key] = fingerprint_without_rows(
-                    frozen_weight.dense_weight, *fingerprint_key
-                )
-            if fingerprints[fingerprint_key] != recorded_fingerprint:
-                raise BaseMismatchError(
-                    f"another weight {path!r} in the base than {source_adapter.path} was made for",
-                    "the base of the adapters",
-                    "pass that base",
-                )
+        if (path := aligned_weight.weight_path) is not None:
+            _must_match(path, frozen_weight.dense_weight, source_adapters)
         return frozen_weight
+
+    def verify_recorded(self, source_adapters: Sequence[AdapterFiles]) -> None:
+        """Compare each weight of the base that an adapter's record lists with its fingerprint.
+        ``BaseMismatchError``: an adapter was trained on another value of the weight."""
+        for path in dict.fromkeys(
+            path
+            for source_adapter in source_adapters
+            for path in source_adapter.metadata.get("base", {}).get("weights", {})
+        ):
+            if (dense_weight := self.get(path)) is not None:
+                _must_match(path, dense_weight, source_adapters)
+
+
+def _must_match(path: str, dense_weight: Tensor, source_adapters: Sequence[AdapterFiles]) -> None:
+    """``BaseMismatchError`` if the record of an adapter has another fingerprint for the weight at
+    ``path`` of the base."""
+    # The weight's fingerprint by (ids of the token rows that it leaves out, hash function). An
+    # adapter with trained tokens records a fingerprint of the weight without these rows.
+    fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
+    for source_adapter in source_adapters:
+        recorded_fingerprint = (
+            source_adapter.metadata.get("base", {}).get("weights", {}).get(path)
+        )
+        if recorded_fingerprint is None:
+            continue
+        fingerprint_key = source_adapter.token_ids(path), kind_of(recorded_fingerprint)
+        if fingerprint_key not in fingerprints:
+            fingerprints[fingerprint_key] = fingerprint_without_rows(
+                dense_weight, *fingerprint_key
+            )
+        if fingerprints[fingerprint_key] != recorded_fingerprint:
+            raise BaseMismatchError(
+                f"another weight {path!r} in the base than {source_adapter.path} was made for",
+                "the base of the adapters",
+                "pass that base",
+            )
 
 
 def _weight_by_shape(
