@@ -395,18 +395,6 @@ def test_a_replacement_that_the_system_refuses_is_told(tmp_path):
     assert content(tmp_path / "run")["tensors/x"] == "theirs"
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_an_earlier_version_moved_aside_comes_back(tmp_path, there):
-    """It renamed twice, and a death in between left the only whole folder under a hidden name."""
-    fill(tmp_path / ".run.replaced", "old", *OURS)
-    fill(tmp_path / ".run.abc12345.tmp", "new", *OURS)
-    if there:  # scripts make their output folder as they start
-        (tmp_path / "run").mkdir()
-    recover_all(tmp_path)
-    assert content(tmp_path / "run") == dict.fromkeys(OURS, "old")
-    assert [one.name for one in tmp_path.iterdir()] == ["run"]
-
-
 def test_what_a_living_process_writes_is_not_swept(tmp_path):
     fill(tmp_path / "within", "theirs", "notes.txt")
     for path in (tmp_path / "run", tmp_path / "within"):

@@ -120,14 +120,15 @@ def common_tokenizer(adapter_folders: Mapping[str, Path]) -> Path | None:
         if differences:
             different_tokens = listing((f"{token!r} at {id_}" for id_, token in differences), 3)
             token_at_id = tokens_by_id.get(differences[0][0])
-            problem = (
-                f"{name!r} has {different_tokens}, where {largest_name!r} has"
-                f" {'nothing' if token_at_id is None else repr(token_at_id)}"
+            problems.append(
+                sentence(
+                    f"{name!r} has {different_tokens}, where {largest_name!r} has"
+                    f" {'nothing' if token_at_id is None else repr(token_at_id)}",
+                    "adapters that one tokenizer serves",
+                    "use one of them alone, or train them again with one tokenizer of all these"
+                    " tokens",
+                )
             )
-            advice = (
-                "use one of them alone, or train them again with one tokenizer of all these tokens"
-            )
-            problems.append(sentence(problem, "adapters that one tokenizer serves", advice))
     raise_all(AdapterError, "The tokens of these adapters differ", problems)
     return tokenizer_folders[largest_name]
 

@@ -126,9 +126,12 @@ class AdapterFiles:
         """Raise AdapterError if the adapter acts only on the tokens from its invocation tokens on
         (aLoRA), which ``operation`` cannot express."""
         if tokens := self.config.invocation_tokens:
-            problem = f"{self.path}, which acts from its invocation tokens {list(tokens)} on, for "
-            advice = "use it as the adapter that it is; `veneer serve` takes it"
-            raise AdapterError(problem + operation, "an adapter that acts on every token", advice)
+            raise AdapterError(
+                f"{self.path}, which acts from its invocation tokens {list(tokens)} on, for"
+                f" {operation}",
+                "an adapter that acts on every token",
+                "use it as the adapter that it is; `veneer serve` takes it",
+            )
 
     def token_ids(self, weight_path: str) -> tuple[int, ...]:
         """The ids of the tokens whose rows of a weight are trained, or (). A tied weight has ids
@@ -148,14 +151,11 @@ class AdapterFiles:
         low-rank product (DoRA, for example, also rescales the weight), or as for ``products``."""
         non_product_paths = [layer.target_path for layer in self.low.values() if layer.extras]
         if non_product_paths:
-            problem = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
-            advice = (
-                "merge it to have the changed weights, or take `products` to leave the rest out"
-            )
             raise AdapterError(
-                f"{problem} (at {listing(non_product_paths, 3)})",
+                f"variant {self.config.variant!r}, whose change is no low-rank product alone (at"
+                f" {listing(non_product_paths, 3)})",
                 "changes of the form scale · B @ A",
-                advice,
+                "merge it to have the changed weights, or take `products` to leave the rest out",
             )
         return self.products
 

@@ -161,11 +161,12 @@ def _warn_unproven(
     # do not warn for records of earlier releases, which cover only the adapted layers ("rest", the
     # fingerprints of the other tensors, is missing), as nearly every model has other tensors
     if problem_texts and "rest" in base_record:
-        warning_text = (
+        warnings.warn(
             f"{adapter_files.path} does not prove all of this base: {'; '.join(problem_texts)}."
-            " That is right where nothing that "
+            " That is right where nothing that you use reads them.",
+            UnverifiedAdapter,
+            stacklevel=6,
         )
-        warnings.warn(f"{warning_text}you use reads them.", UnverifiedAdapter, stacklevel=6)
 
 
 def _untrained_rows_match(

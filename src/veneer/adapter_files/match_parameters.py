@@ -65,9 +65,11 @@ class ParameterReader:
             return {}
         A, B = factors
         if layer.extras.keys() != set(variant.peft_keys.values()):
-            expected = f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has"
-            problem = f"{listing(layer.extras)} at {plan.path!r}"
-            self.add_problem(problem, expected, "get both files again")
+            self.add_problem(
+                f"{listing(layer.extras)} at {plan.path!r}",
+                f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has",
+                "get both files again",
+            )
             return {}
         variant_parameters = self.adapter_files.adapter_parameters.get(weight_path)
         if variant_parameters is not None:
@@ -76,20 +78,27 @@ class ParameterReader:
                 self.model_index, plan, dict(variant_parameters), product, variant
             )
             if reason:
-                problem = f"{reason} in {PARAMETERS} for {weight_path!r}"
-                self.add_problem(problem, f"what {peft.TENSORS} holds of it", COPY_ADVICE)
+                self.add_problem(
+                    f"{reason} in {PARAMETERS} for {weight_path!r}",
+                    f"what {peft.TENSORS} holds of it",
+                    COPY_ADVICE,
+                )
             return dict(variant_parameters)
         self.check_sizes(plan, layer, variant)
         row_indices = None if plan.rows is None else torch.tensor(plan.rows)
         if row_indices is not None and B.index_fill(1, row_indices, 0).any():
-            problem = f"a change outside the rows that the record names for {weight_path!r}"
-            self.add_problem(problem, "zeros there", COPY_ADVICE)
+            self.add_problem(
+                f"a change outside the rows that the record names for {weight_path!r}",
+                "zeros there",
+                COPY_ADVICE,
+            )
         parameters = {"A": A, "B": B if row_indices is None else B[:, row_indices]}
         for name, suffix in variant.peft_keys.items():
             vector = layer.extras[suffix].reshape(-1)
             if vector.numel() != plan.dims.groups * plan.dims.out:
-                problem = f"no {suffix!r} that fits {plan.path!r}"
-                self.add_problem(problem, "one number an output", "get it again")
+                self.add_problem(
+                    f"no {suffix!r} that fits {plan.path!r}", "one number an output", "get it again"
+                )
                 return {}
             parameters[name] = vector if row_indices is None else vector[row_indices]
         return parameters
@@ -100,16 +109,19 @@ class ParameterReader:
         weight_path = parameter_path(*plan.ref)
         missing_names = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
         if missing_names and self.adapter_files.record is not None:
-            problem = f"no {listing(sorted(missing_names))} of {weight_path!r} in {PARAMETERS}"
-            self.add_problem(problem, f"those of variant {variant.name!r}", COPY_ADVICE)
+            self.add_problem(
+                f"no {listing(sorted(missing_names))} of {weight_path!r} in {PARAMETERS}",
+                f"those of variant {variant.name!r}",
+                COPY_ADVICE,
+            )
         scale = variant.scale(plan.alpha, plan.rank)
         if plan.rank != layer.rank or not math.isclose(scale, layer.scale):
-            problem = (
+            self.add_problem(
                 f"rank {plan.rank}, alpha {plan.alpha:g} and scale {scale:g} of {weight_path!r}"
-                " in the record"
+                " in the record",
+                f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}",
+                COPY_ADVICE,
             )
-            expected = f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}"
-            self.add_problem(problem, expected, COPY_ADVICE)
 
     def tied_factors(self, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
         """(A, B) of a planned weight, the same for every module that shares the weight: if their
@@ -125,14 +137,19 @@ class ParameterReader:
             len(change) != len(first_change) or not all(map(torch.equal, change, first_change))
             for change in changes
         ):
-            problem = f"different changes for {plan.path!r} and the modules that share its weight"
-            self.add_problem(problem, "one change of a tied weight", UNTIE_ADVICE)
+            self.add_problem(
+                f"different changes for {plan.path!r} and the modules that share its weight",
+                "one change of a tied weight",
+                UNTIE_ADVICE,
+            )
         A, B, *_ = first_change
         frozen_input = plan.layer.frozen_input(self.model_index.modules[plan.path])
         if frozen_input is not None and A[..., frozen_input].any():
-            problem = f"a change of the padding row {frozen_input} of {plan.path!r}"
-            expected = "none, as Veneer keeps that row at rest"
-            self.add_problem(problem, expected, "set it to zero, or use PEFT for it")
+            self.add_problem(
+                f"a change of the padding row {frozen_input} of {plan.path!r}",
+                "none, as Veneer keeps that row at rest",
+                "set it to zero, or use PEFT for it",
+            )
         return A, B
 
     def factors_at(self, ref: ParamRef, plan: LowRankPlan) -> tuple[Tensor, Tensor] | None:
@@ -173,17 +190,18 @@ class ParameterReader:
             or factors[0].shape[::2] != (groups, in_)
             or factors[1].shape[:2] != (groups, out)
         ):
-            problem = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {module_path!r}"
-            expected = (
+            self.add_problem(
+                f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {module_path!r}",
                 f"those of a {layer_kind.name} layer with (groups, out, in) ="
-                f" {tuple(layer_kind.dims(module, weight_shape))}"
+                f" {tuple(layer_kind.dims(module, weight_shape))}",
             )
-            self.add_problem(problem, expected)
             return None
         if factors[0].shape[1] != layer.rank:
-            problem = f"rank {factors[0].shape[1]} at {module_path!r}"
-            expected = f"{layer.rank}, as the config says"
-            self.add_problem(problem, expected, "get both files again")
+            self.add_problem(
+                f"rank {factors[0].shape[1]} at {module_path!r}",
+                f"{layer.rank}, as the config says",
+                "get both files again",
+            )
             return None
         return factors
 

@@ -345,8 +345,10 @@ def _peft_type(model_index: ModelIndex, entries: list[PeftEntry]) -> str:
             attributes_read_above(model_index, entry.path) if reason is None else ()
         ):
             if peft_behaviour.wrapper_lacks(attribute):  # PEFT's forward would fail
-                problem = f"{parent_path or 'the model'!r} reads its {attribute!r}, which"
-                reason = f"{problem} the module that PEFT puts around it lacks"
+                reason = (
+                    f"{parent_path or 'the model'!r} reads its {attribute!r}, which the module that"
+                    " PEFT puts around it lacks"
+                )
                 break
         if reason is not None:
             return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"

@@ -185,11 +185,12 @@ class _Verification:
             is_valid, parameters = self.check_hashes(record, peft_config or {}, tensors)
             return (record if is_valid else None), parameters
         if not (path / RECORD).exists() and "veneer" not in header:
-            message = (
+            self.log.add(
+                "warning",
+                "record",
                 "written by another library: nothing tells whether it was altered, or for which"
-                " base"
+                " base",
             )
-            self.log.add("warning", "record", message)
         return None, {}
 
     def check_hashes(
@@ -247,18 +248,20 @@ class _Verification:
         if adapter_files is None:
             return
         if adapter_files.tuner is not None and adapter_files.tuner.needs_base_shapes:
-            message = (
+            self.log.add(
+                "warning",
+                "layers",
                 f"{len(adapter_files.tuner.paths)} changes of {adapter_files.tuner.tuner.type},"
-                " whose shapes only the base tells: give it to have them checked"
+                " whose shapes only the base tells: give it to have them checked",
             )
-            self.log.add("warning", "layers", message)
             return
         if adapter_files.unordered_modules:
-            message = (
+            self.log.add(
+                "warning",
+                "layers",
                 f"several parameters of {listing(adapter_files.unordered_modules, 3)}, whose order"
-                " only the model tells: load it to have their changes checked"
+                " only the model tells: load it to have their changes checked",
             )
-            self.log.add("warning", "layers", message)
             return
         products = self.log.try_step("layers", lambda: adapter_files.products)
         if products is not None:
@@ -270,11 +273,12 @@ class _Verification:
         ``products``: the low-rank change of each module or parameter, by path."""
         token_count = sum(len(token_rows.ids) for token_rows in adapter_files.tokens.values())
         tokens_text = f", {token_count} tokens" if token_count else ""
-        message = (
+        self.log.add(
+            "ok",
+            "layers",
             f"{len(products)} changes, as the config says, and {len(adapter_files.full)} in full"
-            f"{tokens_text}"
+            f"{tokens_text}",
         )
-        self.log.add("ok", "layers", message)
         # in a folder of another library, a target without tensors may be a sign of lost tensors;
         # without a model, nothing else tells
         if adapter_files.record is None:
@@ -285,18 +289,20 @@ class _Verification:
                 if not peft_paths.expected_paths({"target_modules": [name]}, products)
             ]
             if unused_targets:
-                problem = f"targets without a tensor: {listing(unused_targets)}"
-                self.log.add("warning", "config", problem)
+                self.log.add(
+                    "warning", "config", f"targets without a tensor: {listing(unused_targets)}"
+                )
         norms = {path: product.norm() for path, product in products.items()}
         self.check_norms(adapter_files, products, norms)
         fresh_names = adapter_files.metadata.get("base", {}).get("fresh")
         if fresh_names:
-            problem = (
+            self.log.add(
+                "warning",
+                "proof",
                 f"random as it was trained, and in no file: {listing(fresh_names, 4)}. Whatever"
                 " reads them gives other answers after each load of the base; train_also would have"
-                " kept them"
+                " kept them",
             )
-            self.log.add("warning", "proof", problem)
         if self.weights is not None:
             try:
                 check_against_base(self.log, adapter_files, products, norms, self.weights)
@@ -337,8 +343,11 @@ class _Verification:
         if len(dtype_names) > 1:
             self.log.add("warning", "numbers", f"stored in several types: {', '.join(dtype_names)}")
         elif dtype_names == ["float64"]:
-            problem = "stored as float64, of which nothing that loads it keeps more than float32"
-            self.log.add("warning", "numbers", problem)
+            self.log.add(
+                "warning",
+                "numbers",
+                "stored as float64, of which nothing that loads it keeps more than float32",
+            )
 
     def check_norms(
         self,
@@ -353,22 +362,32 @@ class _Verification:
         }
         zero_paths = [path for path, norm in norms.items() if norm == 0 and path in plain_paths]
         if zero_paths and len(zero_paths) == len(norms) and not adapter_files.full:
-            problem = "every change is zero: this adapter changes nothing (was it ever trained?)"
-            self.log.add("warning", "norms", problem)
+            self.log.add(
+                "warning",
+                "norms",
+                "every change is zero: this adapter changes nothing (was it ever trained?)",
+            )
         elif zero_paths:
-            problem = f"changes of zero, as before training, at {listing(zero_paths)}"
-            self.log.add("warning", "norms", problem)
+            self.log.add(
+                "warning",
+                "norms",
+                f"changes of zero, as before training, at {listing(zero_paths)}",
+            )
         outliers = list(_outliers(products, norms))
         for path, norm, median in outliers:
-            problem = (
+            self.log.add(
+                "warning",
+                "norms",
                 f"‖ΔW‖ is {norm:.3g} at {path!r}, and {median:.3g} in the middle of the layers of"
-                " its shape"
+                " its shape",
             )
-            self.log.add("warning", "norms", problem)
         if not zero_paths and not outliers:
-            largest_text = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
-            message = f"no change stands out among those of its shape ({largest_text})"
-            self.log.add("ok", "norms", message)
+            self.log.add(
+                "ok",
+                "norms",
+                "no change stands out among those of its shape"
+                f" (‖ΔW‖ up to {max(norms.values(), default=0.0):.3g})",
+            )
 
 
 def _file_danger(file: Path) -> str | None:

@@ -51,8 +51,11 @@ def check_against_base(
             log, base_record, base_weights, len(recorded_weights) - unproven_count, advice
         )
     if large_changes:
-        problem = f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large_changes)}"
-        log.add("warning", "norms", problem)
+        log.add(
+            "warning",
+            "norms",
+            f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large_changes)}",
+        )
     _check_full_parameters(log, adapter_files, base_weights)
 
 
@@ -164,17 +167,17 @@ def _check_unchanged_tensors(
     ]
     if different_names:
         problem = (
-            f"other numbers in {len(different_names)} of {len(expected_fingerprints)} tensors "
-            "that it computes with and does not change"
+            f"other numbers in {len(different_names)} of {len(expected_fingerprints)} tensors that"
+            f" it computes with and does not change ({listing(different_names, 4)})"
         )
-        message = sentence(f"{problem} ({listing(different_names, 4)})", "its own base", advice)
-        log.add("error", "base", message)
+        log.add("error", "base", sentence(problem, "its own base", advice))
     if missing_names:
-        problem = (
+        log.add(
+            "warning",
+            "base",
             f"{len(missing_names)} tensors that it computes with are not in this base:"
-            f" {listing(missing_names, 4)}"
+            f" {listing(missing_names, 4)}",
         )
-        log.add("warning", "base", problem)
     proven_count += len(expected_fingerprints) - len(missing_names) - len(different_names)
     log.add(
         "ok",
@@ -262,12 +265,13 @@ def _check_tied_values(
         if len(values) < len(tied_names) or not all(
             equal_values(value, first_value) for value in further_values
         ):
-            problem = (
+            log.add(
+                "warning",
+                "base",
                 f"values of their own for {listing(values)} of {listing(tied_names)}, one weight of"
-                " the base"
+                " the base: they load as PEFT computes them, each place with its own. Before a"
+                f" merge, {HOW_TO_UNTIE}",
             )
-            advice = "they load as PEFT computes them, each place with its own. Before a merge,"
-            log.add("warning", "base", f"{problem}: {advice} {HOW_TO_UNTIE}")
 
 
 def change_dims(product: LowRank) -> tuple[int, int, int]:

@@ -326,11 +326,9 @@ def _refuse_packed(
         and bool((positions.diff(dim=1) < 0).any())
     )
     if positions_restart or any(arguments.get(name) is not None for name in _PACKING_NAMES):
-        problem = f"a call of {base_class(module).__name__} with several sequences in one row"
-        name = adapter_rows[0][0].name
         raise SelectionError(
-            problem,
-            f"one sequence a row, for the invocation tokens of {name!r}",
+            f"a call of {base_class(module).__name__} with several sequences in one row",
+            f"one sequence a row, for the invocation tokens of {adapter_rows[0][0].name!r}",
             "do not pack the rows",
         )
 

@@ -98,9 +98,12 @@ class use:
 
     def __enter__(self) -> None:
         self._was_entered = True
-        selection = {self._model_uid: self._selected}
         context.enter(
-            self, selection, make_suspended=self._make_suspended_selection, **self._context_fields
+            self,
+            {self._model_uid: self._selected},
+            # calls while a generator that has entered this block is suspended raise an error
+            make_suspended=lambda: OutsideGenerator(f"veneer.use(…, {self._name!r})"),
+            **self._context_fields,
         )
 
     def __exit__(self, *_: object) -> None:
@@ -111,11 +114,6 @@ class use:
                 "the block that was entered last here",
                 "leave blocks where they were entered, the last one first, as `with` does",
             )
-
-    def _make_suspended_selection(self) -> OutsideGenerator:
-        """The selection of calls that are made while a generator that has entered this block is
-        suspended: each such call raises an error."""
-        return OutsideGenerator(f"veneer.use(…, {self._name!r})")
 
     def __call__(self, function: Function) -> Function:
         """Wrap ``function`` so that its calls run with this selection. A generator function runs

@@ -24,7 +24,10 @@ CPU_BLOCK, DEVICE_BLOCK = 1 << 15, 1 << 24
 
 def digest(tensor: Tensor) -> str:
     """Return the hash of a tensor's dtype and values."""
-    return _hash(str(tensor.dtype), [tensor])
+    hasher = hashlib.sha256(str(tensor.dtype).encode())
+    values = tensor.detach().contiguous().cpu()
+    hasher.update(memory_of(values))
+    return hasher.hexdigest()
 
 
 def fingerprint(weight: Tensor, like: str = XXH3) -> str:
@@ -141,11 +144,3 @@ def coverage(base_entry: Mapping[str, Any] | None) -> str:
 def hash_json(value: Any) -> str:
     """Return the SHA-256 of a JSON value. The order of the keys of its objects does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(prefix: str, tensors: Iterable[Tensor]) -> str:
-    hasher = hashlib.sha256(prefix.encode())
-    for tensor in tensors:
-        values = tensor.detach().contiguous().cpu()
-        hasher.update(memory_of(values))
-    return hasher.hexdigest()

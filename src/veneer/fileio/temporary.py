@@ -45,9 +45,6 @@ _SIBLING_PATTERN, INNER_PATTERN = (
     re.compile(r"\.(.+)\.[^.]+\.tmp"),
     re.compile(r"\.veneer-[^.]+\.tmp"),
 )
-#: names of folders that earlier versions of Veneer moved aside for a moment
-_MOVED_ASIDE = re.compile(r"\.(.+)\.replaced")
-
 
 #: attempts to remove a folder that another process changes at the same time
 MAX_REMOVAL_ATTEMPTS = 20
@@ -80,8 +77,6 @@ def recover(path: Path) -> None:
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING_PATTERN.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
-        elif (match := _MOVED_ASIDE.fullmatch(sibling.name)) and match[1] == path.name:
-            _put_back(sibling, path)
     for inner_folder in sorted(path.iterdir()) if path.is_dir() else ():
         if INNER_PATTERN.fullmatch(inner_folder.name):
             _finish_or_remove(inner_folder, path)
@@ -104,7 +99,7 @@ def recovery_problems(path: Path) -> list[str]:
 def recover_all(folder: Path) -> None:
     """Call ``recover`` for every path in ``folder`` that a killed writer was writing."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _SIBLING_PATTERN.fullmatch(path.name) or _MOVED_ASIDE.fullmatch(path.name)
+        match = _SIBLING_PATTERN.fullmatch(path.name)
         # a name such as "....x.tmp" would stand for the parent, a link for any folder
         if match and match[1] not in (".", "..") and not (folder / match[1]).is_symlink():
             recover(folder / match[1])
@@ -198,17 +193,6 @@ def _mode_of(path: Path) -> int:
         return path.lstat().st_mode
     except OSError:
         return 0
-
-
-def _put_back(moved_folder: Path, path: Path) -> None:
-    """Rename ``moved_folder``, which an earlier version of Veneer renamed for a moment, back to
-    ``path``. If ``path`` exists again, remove ``moved_folder`` instead."""
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    if os.path.lexists(path):
-        remove(moved_folder)
-    else:
-        moved_folder.rename(path)
 
 
 def _read_plan(temporary_folder: Path) -> dict[str, Any]:

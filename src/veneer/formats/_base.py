@@ -92,10 +92,6 @@ class Contents:
     left_out: tuple[str, ...] = ()
     transposed: bool = False
 
-    @property
-    def variant(self) -> str:
-        return "dora" if any(layer.extras for layer in self.low.values()) else "lora"
-
 
 @dataclass(frozen=True)
 class LowRankChange:

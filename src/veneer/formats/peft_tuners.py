@@ -121,15 +121,22 @@ def _read_adalora(stored: ModuleTensors) -> VariantChange:
     )
 
 
+def _read_product(stored: ModuleTensors, prefix: str, index: str) -> tuple[Tensor, Tensor]:
+    """(B [out, r], A [r, in]) of the ``index``-th product of LoHa ("hada") or LoKr ("lokr"). If it
+    is a Tucker decomposition, its core is multiplied into A."""
+    B, A = (stored.tensors[f"{prefix}_w{index}_{name}"] for name in "ab")
+    core = stored.tensors.get(f"{prefix}_t{index}")
+    if core is not None:
+        B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
+    if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
+        raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
+    return B, A
+
+
 def _read_loha(stored: ModuleTensors) -> VariantChange:
     factors = {}
     for factor_index in "12":
-        B, A = (stored.tensors[f"hada_w{factor_index}_{name}"] for name in "ab")
-        core = stored.tensors.get(f"hada_t{factor_index}")
-        if core is not None:
-            B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
-        if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
+        B, A = _read_product(stored, "hada", factor_index)
         factors |= {f"A{factor_index}": A[None], f"B{factor_index}": B[None]}
     return VariantChange(factors, stored.scale)
 
@@ -148,11 +155,7 @@ def _read_lokr(stored: ModuleTensors) -> VariantChange:
         eye = torch.eye(min(w2.shape), dtype=w2.dtype)
         B, A = (eye, w2) if w2.shape[0] <= w2.shape[1] else (w2, eye)
     else:
-        B, A = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
-        if "lokr_t2" in tensors:
-            B, A = B.mT, torch.einsum("ijkl,jn->inkl", tensors["lokr_t2"], A).flatten(1)
-        if A.shape[0] != stored.rank or B.shape[1] != stored.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {stored.rank} in its config")
+        B, A = _read_product(stored, "lokr", "2")
     return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, stored.scale)
 
 

@@ -66,11 +66,11 @@ class Attention(Layer):
     def take(
         self, module: Any, args: tuple, kwargs: dict, row_indices: Tensor, batch_size: int
     ) -> tuple[tuple, dict]:
-        argument_names = _FORWARD_ARGUMENTS
-        subclass_args = args[len(argument_names) :]  # further arguments, which a subclass may have
-        arguments = dict(zip(argument_names, args, strict=False)) | kwargs
+        # further arguments, which a subclass may have
+        subclass_args = args[len(_FORWARD_ARGUMENTS) :]
+        arguments = dict(zip(_FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         batch_axis = 0 if module.batch_first else 1
-        for name in argument_names[:3]:
+        for name in _FORWARD_ARGUMENTS[:3]:
             if arguments[name].dim() != 3 or arguments[name].shape[batch_axis] != batch_size:
                 raise LookupError
             arguments[name] = arguments[name].index_select(
@@ -86,7 +86,7 @@ class Attention(Layer):
             head_indices = torch.arange(module.num_heads, device=row_indices.device)
             mask_rows = (row_indices[:, None] * module.num_heads + head_indices).reshape(-1)
             arguments["attn_mask"] = mask.index_select(0, mask_rows.to(mask.device))
-        return (*(arguments[name] for name in argument_names[: len(args)]), *subclass_args), {
+        return (*(arguments[name] for name in _FORWARD_ARGUMENTS[: len(args)]), *subclass_args), {
             name: arguments[name] for name in kwargs
         }
 

@@ -161,14 +161,16 @@ class ConvTranspose(_Convolution):
         return channels.reshape(shape[0], out, *[1] * self.spatial)
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        options = (
+        return _TRANSPOSED[self.spatial - 1](
+            x,
+            weight,
+            bias,
             module.stride,
             module.padding,
             module.output_padding,
             module.groups,
             module.dilation,
         )
-        return _TRANSPOSED[self.spatial - 1](x, weight, bias, *options)
 
     def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
         in_, _, *kernel = module.weight.shape

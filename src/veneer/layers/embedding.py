@@ -57,8 +57,14 @@ class Embedding(_Lookup):
         return (nn.Embedding,)
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        options = module.max_norm, module.norm_type, module.scale_grad_by_freq
-        return F.embedding(x, weight, module.padding_idx, *options)
+        return F.embedding(
+            x,
+            weight,
+            module.padding_idx,
+            module.max_norm,
+            module.norm_type,
+            module.scale_grad_by_freq,
+        )
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         hidden = F.embedding(x, low.A[0].mT)  # [*, r]
@@ -100,14 +106,14 @@ class EmbeddingBag(_Lookup):
         )
         if module.mode == "max":
             return identity[ids.reshape(1, -1)]
-        includes_last, padding_idx = module.include_last_offset, module.padding_idx
-        options = {
-            "mode": module.mode,
-            "include_last_offset": includes_last,
-            "padding_idx": padding_idx,
-        }
         return F.embedding_bag(
-            ids, identity, offsets, per_sample_weights=sample_weights, **options
+            ids,
+            identity,
+            offsets,
+            mode=module.mode,
+            per_sample_weights=sample_weights,
+            include_last_offset=module.include_last_offset,
+            padding_idx=module.padding_idx,
         )[None]
 
     def take(

@@ -20,11 +20,13 @@ class Norm(Layer):
     name = "norm"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        batch_norm, instance_norm = (
+        return (
+            nn.LayerNorm,
+            nn.RMSNorm,
+            nn.GroupNorm,
             nn.modules.batchnorm._BatchNorm,
             nn.modules.instancenorm._InstanceNorm,
         )
-        return (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, batch_norm, instance_norm)
 
     def weights(self, module: Any) -> tuple[str, ...]:
         return ()

@@ -63,9 +63,12 @@ def must_be_causal(source: str | Path) -> None:
     """
     reason = _describe_non_causal(str(source))
     if reason is not None:
-        advice = "to train another kind of model, call veneer.attach on it in Python and train it"
-        remedy = f"choose a causal base; {advice} with transformers' Trainer or a loop of your own"
-        raise ConfigError(f"{source}, {reason}", "a causal language model", remedy)
+        raise ConfigError(
+            f"{source}, {reason}",
+            "a causal language model",
+            "choose a causal base; to train another kind of model, call veneer.attach on it in"
+            " Python and train it with transformers' Trainer or a loop of your own",
+        )
 
 
 def _describe_non_causal(name: str) -> str | None:

@@ -127,16 +127,14 @@ def _resolve_folder(path: Path, name: str) -> Path:
             f"name the file, for example {gguf_files[0]}",
         )
     if (path / "adapter_config.json").is_file():
-        problem, expected = (
+        raise ConfigError(
             f"{name} is an adapter, not a base model",
             "the folder of the model that it adapts",
+            f"`veneer inspect {name}` names its base",
         )
-        raise ConfigError(problem, expected, f"`veneer inspect {name}` names its base")
     file_names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    problem, expected = (
-        f"{name} is not a model folder; it holds {file_names}",
-        "config.json with model.safetensors, or one ",
-    )
     raise ConfigError(
-        problem, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote"
+        f"{name} is not a model folder; it holds {file_names}",
+        "config.json with model.safetensors, or one .gguf file",
+        "name the folder that `save_pretrained` wrote",
     )

@@ -41,15 +41,12 @@ def explain_error(name: str, error: Exception) -> Exception:
             " --trust-remote-code",
         )
     if not Path(name).expanduser().exists() and not name.startswith("package:"):
-        problem = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
-        expected = (
+        return ConfigError(
+            f"no folder {name} here, and the hub gives no such model ({first_line(error)})",
             "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be"
-            " reached "
+            " reached from here",
+            "check the spelling and the network; for a private model log in with `hf auth login`",
         )
-        remedy = (
-            "check the spelling and the network; for a private model log in with `hf auth login`"
-        )
-        return ConfigError(problem, f"{expected}from here", remedy)
     if (
         isinstance(error, (OSError, ValueError, KeyError, RecursionError))
         or type(error).__name__ == "SafetensorError"

@@ -236,11 +236,7 @@ class Library:
             # this raises if the index is damaged, so that no object is deleted by mistake
             named_hashes = {entry.object for entry in self._read_entries().values()}
             objects_folder = self.folder / OBJECTS
-            leftovers = [
-                *self.folder.glob(".*.tmp"),
-                *objects_folder.glob(".*.tmp"),
-                *objects_folder.glob(".*.replaced"),
-            ]
+            leftovers = [*self.folder.glob(".*.tmp"), *objects_folder.glob(".*.tmp")]
             leftover_sizes = {path: _byte_count(path) for path in leftovers}
             # leftovers first: one may have a name that the rename below needs, left by a killed
             # ``gc``. ``recover_all`` keeps the temporary folders of running processes.

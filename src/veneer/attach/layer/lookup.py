@@ -100,12 +100,12 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
     # checked again under the lock, because another thread may be in the middle of an attach
     if not foreign_paths() or not (paths := one_thread_at_a_time(foreign_paths)()):
         return None
-    problem = f"adapters attached through another model object at {listing(paths, 3)}"
-    advice = (
+    return sentence(
+        f"adapters attached through another model object at {listing(paths, 3)}",
+        "one root for all adapters",
         "go through the model that they were attached to; if a layer was copied, take the copy out,"
-        " and detach before "
+        " and detach before copying or attach after",
     )
-    return sentence(problem, "one root for all adapters", f"{advice}copying or attach after")
 
 
 def name_or_default(model: nn.Module, name: str | None) -> str:

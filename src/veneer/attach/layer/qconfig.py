@@ -33,15 +33,13 @@ class Qconfig:
             module.__dict__.pop("qconfig", None)
         else:
             module.__dict__["qconfig"] = value
-        problem = (
+        warning_text = sentence(
             "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the"
-            " exact class"
-        )
-        advice = (
+            " exact class",
+            "plain layers to quantise",
             "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a"
-            " plain model"
+            " plain model",
         )
-        warning_text = sentence(problem, "plain layers to quantise", advice)
         # The warning names the first caller outside of these packages. typing_extensions is one of
         # them because torch decorates its quantisation functions with its ``deprecated``.
         warn_caller(warning_text, NotQuantized, within=("veneer", "torch", "typing_extensions"))

@@ -97,17 +97,15 @@ class OutsideGenerator(ActiveAdapter):
         self.block_source = block_source
 
     def selection_error(self) -> SelectionError:
-        problem = (
-            f"a call outside of a generator that is suspended inside of `with {self.block_source}:`"
-        )
-        expected = "a call inside of that block, or one that selects for itself"
-        advice = (
+        return SelectionError(
+            "a call outside of a generator that is suspended inside of"
+            f" `with {self.block_source}:`",
+            "a call inside of that block, or one that selects for itself",
             "decorate the generator function instead (`@veneer.use(model, name)`: it then selects"
             " in its steps alone), or put this call into a `with veneer.use(model, name):` of its"
             " own; a generator whose block is to hold for its caller is a"
-            " `contextlib.contextmanager`"
+            " `contextlib.contextmanager`",
         )
-        return SelectionError(problem, expected, advice)
 
 
 #: the selection of the base alone
@@ -134,9 +132,10 @@ def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
 def detached_error(name: str | None) -> SelectionError:
     """The error of a call whose adapter has been detached."""
-    problem = f"a call that selects {name!r}, which was detached"
     return SelectionError(
-        problem, "an adapter that stays until the call has ended", "detach it later"
+        f"a call that selects {name!r}, which was detached",
+        "an adapter that stays until the call has ended",
+        "detach it later",
     )
 
 

@@ -133,16 +133,12 @@ def _misread_base_problem(model: nn.Module) -> str | None:
     ]
     if not misread_texts:
         return None
-    problem = (
-        f"{listing(misread_texts, 3)} in 4 bits on a CPU, whose rows are no whole blocks:"
-        " bitsandbytes reads them with the "
-    )
-    advice = (
-        "move the model to a GPU, quantise it to int8, or leave these layers out of it"
-        " (llm_int8_skip_modules)"
-    )
     return sentence(
-        f"{problem}scales of other blocks", "a base that answers by its weights", advice
+        f"{listing(misread_texts, 3)} in 4 bits on a CPU, whose rows are no whole blocks:"
+        " bitsandbytes reads them with the scales of other blocks",
+        "a base that answers by its weights",
+        "move the model to a GPU, quantise it to int8, or leave these layers out of it"
+        " (llm_int8_skip_modules)",
     )
 
 
@@ -260,18 +256,19 @@ def invocation_problems(
         low_rank_plans: the ``LowRankPlan`` of each low-rank change.
         full_params: the parameters that it trains in full, as {module path: parameter names}.
     """
-    model_class = base_class(model_index.model)
     paths_with_input_ids = [
         path for path, module in model_index.modules.items() if takes_input_ids(module)
     ]
     model_config = getattr(model_index.model, "config", None)
     if not paths_with_input_ids or getattr(model_config, "is_encoder_decoder", False):
-        problem = f"invocation_tokens for a {model_class.__name__}, "
-        problem += (
+        trait = (
             "which has an encoder" if paths_with_input_ids else "whose forward takes no input_ids"
         )
-        expected = "a model in whose input_ids they are found"
-        yield sentence(problem, expected, "leave invocation_tokens out")
+        yield sentence(
+            f"invocation_tokens for a {base_class(model_index.model).__name__}, {trait}",
+            "a model in whose input_ids they are found",
+            "leave invocation_tokens out",
+        )
     for weight_plan in low_rank_plans:
         for path, weight_name in weight_plan.holders:
             module, kind = (
@@ -282,13 +279,17 @@ def invocation_problems(
                 kind, module, base_class(module), weight_plan.storage.modules()
             )
             if not can_be_factored or weight_plan.weight_readers or weight_plan.tokens is not None:
-                problem = f"{path!r}, a {base_class(module).__name__}, with invocation_tokens"
-                expected = "linear layers, of whose tokens some change"
-                yield sentence(problem, expected, "exclude it")
+                yield sentence(
+                    f"{path!r}, a {base_class(module).__name__}, with invocation_tokens",
+                    "linear layers, of whose tokens some change",
+                    "exclude it",
+                )
     for path in (path for path, parameter_names in full_params.items() if [*parameter_names]):
-        problem = f"{path!r} trained in full, with invocation_tokens"
-        expected = "changes that act from the invocation on: low-rank ones alone"
-        yield sentence(problem, expected, "leave it out")
+        yield sentence(
+            f"{path!r} trained in full, with invocation_tokens",
+            "changes that act from the invocation on: low-rank ones alone",
+            "leave it out",
+        )
 
 
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:
@@ -304,14 +305,11 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     if problem := peft_problem(model):
         yield problem
     if model_adapters and model_adapters.has_unrelated_merges:
-        problem = f"{model_adapters.merged!r} merged into the weights, one over the other"
-        advice = (
-            "call veneer.unmerge(model), or keep these weights with detach(model, keep_merged=True)"
-        )
         yield sentence(
-            problem,
+            f"{model_adapters.merged!r} merged into the weights, one over the other",
             "a base, or weights into which one adapter after the other was merged and attached",
-            advice,
+            "call veneer.unmerge(model), or keep these weights with"
+            " detach(model, keep_merged=True)",
         )
     if problem := _misread_base_problem(model):
         yield problem

@@ -93,12 +93,11 @@ class RepairReport:
                 " written as it was"
             )
         ranks_text = rank_range(weight.rank for weight in self.weights)
-        summary = (
+        return (
             f"{count_noun(self.intruders, 'intruder')} among {vector_count} leading singular"
             f" vectors, in {repaired_count} of {count_noun(len(self.weights), 'weight')}, scaled by"
-            f" {self.factor:g}; {ranks_text}; "
+            f" {self.factor:g}; {ranks_text}; {self.removed:.1%} of the change taken off"
         )
-        return f"{summary}{self.removed:.1%} of the change taken off"
 
 
 @torch.no_grad()

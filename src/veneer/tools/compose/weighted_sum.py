@@ -160,16 +160,12 @@ def merge_by_method(
         gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
-    task_vector_functions, seed = (
-        [partial(dense_change, term) for term in terms],
-        f"{options.seed}/{model_path}",
-    )
     merged_delta = merge_vectors(
         MERGE_METHODS[options.method],
-        task_vector_functions,
+        [partial(dense_change, term) for term in terms],
         [term.coefficient for term in terms],
         options.density,
-        seed,
+        seed=f"{options.seed}/{model_path}",
     )
     rank = (
         sum(term.low_rank.rank for term in terms)

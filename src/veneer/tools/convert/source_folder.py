@@ -84,7 +84,12 @@ def read_source(
         full={},
         adapter_parameters={},
     )
-    write_derived(scratch_folder, [config_only_adapter], contents.low, variant=contents.variant)
+    write_derived(
+        scratch_folder,
+        [config_only_adapter],
+        contents.low,
+        variant="dora" if any(dora_flags) else "lora",
+    )
     return folder.read(scratch_folder), contents, {}
 
 
