@@ -50,37 +50,38 @@ Content = (
 )
 
 
-class InputMessage(Strict):
-    """A message. ``id``, ``status`` and ``phase`` have no effect; they are accepted because a
-    message that is copied from an earlier answer has them."""
+class CopyableItem(Strict):
+    """An input item. ``id`` and ``status`` have no effect; they are accepted because an item that
+    is copied from an earlier answer has them."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(CopyableItem):
+    """A message. ``phase`` has no effect either."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    id: str | None = None
-    status: str | None = None
     phase: str | None = None
 
 
-class InputCall(Strict):
+class InputCall(CopyableItem):
     """A tool call in an earlier answer."""
 
     type: Literal["function_call"]
     call_id: Name
     name: Name
     arguments: str = ""
-    id: str | None = None
-    status: str | None = None
 
 
-class InputResult(Strict):
+class InputResult(CopyableItem):
     """The result of a tool call."""
 
     type: Literal["function_call_output"]
     call_id: Name
     output: Content
-    id: str | None = None
-    status: str | None = None
 
 
 def _item_type(value: Any) -> Any:
