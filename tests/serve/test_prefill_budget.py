@@ -96,13 +96,13 @@ def test_without_a_gap_prompts_take_a_share_of_what_decoding_takes():
 
 def test_a_prompt_that_is_scored_has_a_price_of_its_own():
     prefill_budget = PrefillBudget(0.15, 512, max_scored_tokens=64)
-    assert prefill_budget.scored_tokens(0, 1) == 64
+    assert prefill_budget.tokens(0, 1, scored=True) == 64
     prefill_budget.note_fill(512, 512 * TOKEN)
-    assert prefill_budget.scored_tokens(8, 1) == 0  # it is measured first how long rows take
+    assert prefill_budget.tokens(8, 1, scored=True) == 0  # it is measured first how long rows take
     prefill_budget.note_decode(8, 0.05)
-    assert prefill_budget.scored_tokens(8, 1) == 64
+    assert prefill_budget.tokens(8, 1, scored=True) == 64
     prefill_budget.note_fill(64, 64 * 3 * TOKEN, scored=True)
-    assert prefill_budget.scored_tokens(8, 1) == 24  # 0.15 s of 0.006 s each
+    assert prefill_budget.tokens(8, 1, scored=True) == 24  # 0.15 s of 0.006 s each
     assert prefill_budget.tokens(8, 1) > 64
 
 

@@ -81,10 +81,6 @@ class PassRequest(NamedTuple):
     forward: Forward | None = None
     weight: float = 1.0
 
-    @property
-    def group_key(self) -> Hashable:
-        return self.forward, self.batch.shape_key
-
 
 Requests = Mapping[str, PassRequest]
 
@@ -322,15 +318,12 @@ class StepEngine:
         joined_selection = ActiveAdapter(
             None, assignment, common_base_adapter(assignment.selections)
         )
-        dropout = DropoutByAdapter(assignment) if self._has_dropout() else nullcontext()
-        return {model_adapters.uid: joined_selection}, dropout
-
-    def _has_dropout(self) -> bool:
-        """Whether any dropout of the base is active."""
-        return any(
+        has_dropout = any(
             module.training and getattr(module, attribute) > 0
             for module, attribute in self._dropout_settings
         )
+        dropout = DropoutByAdapter(assignment) if has_dropout else nullcontext()
+        return {model_adapters.uid: joined_selection}, dropout
 
     def _check_rows(self, batches: Mapping[str, AdapterBatch]) -> None:
         """Raise a ``SelectionError`` if the base's output for some rows depends on other rows. This
@@ -372,7 +365,8 @@ def _group_requests(requests: Requests) -> list[dict[str, PassRequest]]:
     """Groups of requests that share a forward, ordered by the first request of each group."""
     groups: dict[Hashable, dict[str, PassRequest]] = {}
     for name, request in requests.items():
-        groups.setdefault(request.group_key, {})[name] = request
+        group_key = request.forward, request.batch.shape_key
+        groups.setdefault(group_key, {})[name] = request
     return list(groups.values())
 
 

@@ -186,7 +186,7 @@ class AnswerWriter:
             while indexed_piece is not None:
                 index, piece = indexed_piece
                 if refusal := failure(piece, self):
-                    yield _encode_event(refusal.body())
+                    yield encode_event(refusal.body())
                     return
                 token_count += len(piece.tokens)
                 cached[index] = piece.cached
@@ -212,7 +212,7 @@ class AnswerWriter:
                 indexed_piece = await anext(pieces, None)
             if self.stream_options.include_usage:
                 usage = self.usage_counts(token_count, cached)
-                yield _encode_event(self.response_object([], chunk=True, usage=usage))
+                yield encode_event(self.response_object([], chunk=True, usage=usage))
             yield b"data: [DONE]\n\n"
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
@@ -482,10 +482,12 @@ def _event(
     choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
     if writer.stream_options.include_usage:
         fields["usage"] = usage
-    return _encode_event(writer.response_object([choice], chunk=True, **fields))
+    return encode_event(writer.response_object([choice], chunk=True, **fields))
 
 
-def _encode_event(content: dict[str, Any]) -> bytes:
-    """A server-sent event. It is ASCII, because some clients treat U+2028 as the end of a line: a
-    model that writes U+2028 could then forge an event."""
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+def encode_event(content: Mapping[str, Any]) -> bytes:
+    """A server-sent event, with a line for the field ``type`` if ``content`` has it. It is ASCII,
+    because some clients treat U+2028 as the end of a line: a model that writes U+2028 could then
+    forge an event."""
+    type_line = f"event: {content['type']}\n" if "type" in content else ""
+    return f"{type_line}data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()

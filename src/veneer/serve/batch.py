@@ -110,10 +110,8 @@ class Batch:
                 sorted(candidates, key=lambda s: abs(len(s.ids) - s.length - first_length)),
             )
         is_scored = candidates[0].is_scored
-        token_budget = (
-            budget.scored_tokens(running_count, len(candidates))
-            if is_scored
-            else budget.tokens(running_count, len(candidates), self.max_shared_prompt_tokens)
+        token_budget = budget.tokens(
+            running_count, len(candidates), self.max_shared_prompt_tokens, scored=is_scored
         )
         if not token_budget:
             return []

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Self
 import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -30,12 +30,12 @@ from veneer.errors import AdapterError, SelectionError
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.answers import refusal_of_cause
-from veneer.serve.body_rules import Name, Strict
+from veneer.serve.body_rules import Strict
 from veneer.serve.embed import Embedder, as_base64
 from veneer.serve.refusal import Refusal, value_error
 from veneer.serve.requests import error_kind_of
 from veneer.serve.sampling_fields import Truncation
-from veneer.serve.schemas import Blend, EmbeddingRequest
+from veneer.serve.schemas import EmbeddingRequest, ModelRequest, as_list
 from veneer.serve.service import (
     ApiKey,
     CurrentService,
@@ -52,11 +52,9 @@ router = APIRouter(route_class=Route)
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
 
 
-class PairRequest(Strict):
+class PairRequest(ModelRequest):
     """The fields that score and rerank requests share."""
 
-    model: Name
-    adapters: Blend | None = None
     truncate_prompt_tokens: Truncation | None = None
     use_activation: bool = True
 
@@ -76,8 +74,8 @@ class ScoreRequest(PairRequest):
     """Pairs of texts to score. ``text_1`` has one text for all texts of ``text_2``, or one for each
     of them. Both fields may have other names (``PAIR_NAMES``)."""
 
-    text_1: str | Texts
-    text_2: str | Texts
+    text_1: Annotated[str | Texts, AfterValidator(as_list)]
+    text_2: Annotated[str | Texts, AfterValidator(as_list)]
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +89,7 @@ class ScoreRequest(PairRequest):
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        first_count, second_count = len(self.texts(self.text_1)), len(self.texts(self.text_2))
+        first_count, second_count = len(self.text_1), len(self.text_2)
         if first_count not in (1, second_count):
             raise value_error(
                 f"{first_count} texts in text_1 and {second_count} in text_2",
@@ -101,14 +99,9 @@ class ScoreRequest(PairRequest):
             )
         return self
 
-    @staticmethod
-    def texts(value: str | list[str]) -> list[str]:
-        return [value] if isinstance(value, str) else value
-
     def pairs(self) -> list[tuple[str, str]]:
-        first_texts, second_texts = self.texts(self.text_1), self.texts(self.text_2)
-        first_texts = first_texts * (len(second_texts) // len(first_texts))
-        return list(zip(first_texts, second_texts, strict=True))
+        first_texts = self.text_1 * (len(self.text_2) // len(self.text_1))
+        return list(zip(first_texts, self.text_2, strict=True))
 
 
 class Document(Strict):

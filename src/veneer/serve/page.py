@@ -38,10 +38,11 @@ HEADERS = {
 
 def digest(file_contents: dict[str, bytes]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of all files, with their names."""
-    file_hash = hashlib.sha256()
-    for name, content in sorted(file_contents.items()):
-        file_hash.update(f"{name}\0{len(content)}\0".encode() + content)
-    return file_hash.hexdigest()[:16]
+    entries = [
+        f"{name}\0{len(content)}\0".encode() + content
+        for name, content in sorted(file_contents.items())
+    ]
+    return hashlib.sha256(b"".join(entries)).hexdigest()[:16]
 
 
 # The files are read once, so that a running server never mixes two versions of them, even if they

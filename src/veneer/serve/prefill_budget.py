@@ -85,7 +85,12 @@ class PrefillBudget:
         )
 
     def tokens(
-        self, running_rows: int, prompt_count: int, max_shared_tokens: int = MAX_TOKENS_TOGETHER
+        self,
+        running_rows: int,
+        prompt_count: int,
+        max_shared_tokens: int = MAX_TOKENS_TOGETHER,
+        *,
+        scored: bool = False,
     ) -> int:
         """How many prompt tokens the next step computes, for ``prompt_count`` prompts together.
 
@@ -93,36 +98,29 @@ class PrefillBudget:
             running_rows: the number of rows that generate tokens.
             prompt_count: the number of prompts that are not fully computed.
             max_shared_tokens: the most prompt tokens that are computed in the decode call.
+            scored: whether a client asks for the log-probabilities of these prompts, which
+                therefore have a call of their own.
 
         Returns:
-            The number; ``max_prompt_tokens`` if no row runs or no call for prompts was measured
-            yet; 0 if the duration of a decode call with about ``running_rows`` rows is not known,
-            so that the next step only decodes and its duration can be measured.
+            The number; the most prompt tokens of a step if no row runs or no call for prompts was
+            measured yet; 0 if the duration of a decode call with about ``running_rows`` rows is
+            not known, so that the next step only decodes and its duration can be measured.
         """
-        if not running_rows or not self._alone_token_seconds:
-            return self.max_prompt_tokens
+        max_tokens = self.max_scored_tokens if scored else self.max_prompt_tokens
+        # seconds of a prompt token in a call for prompts alone, and in a decode call, in which
+        # there are never scored prompts
+        alone_seconds = (self._scored_token_seconds if scored else 0.0) or self._alone_token_seconds
+        shared_seconds = (0.0 if scored else self._shared_token_seconds) or alone_seconds
+        if not running_rows or not alone_seconds:
+            return max_tokens
         if not self._knows_decode(running_rows):
             return 0
-        seconds = self._prompt_seconds(running_rows, prompt_count)
-        token_count = int(seconds / (self._shared_token_seconds or self._alone_token_seconds))
+        share = PROMPT_SHARE * max(1.0, 2 * prompt_count / running_rows)
+        seconds = self._decode_seconds * share if self.gap is None else self.gap
+        token_count = int(seconds / shared_seconds)
         if token_count > max_shared_tokens:
-            token_count = max(max_shared_tokens, int(seconds / self._alone_token_seconds))
-        return min(
-            self.max_prompt_tokens, max(TOKEN_MULTIPLE, token_count - token_count % TOKEN_MULTIPLE)
-        )
-
-    def scored_tokens(self, running_rows: int, prompt_count: int) -> int:
-        """``tokens``, for a step that computes prompts whose log-probabilities a client asks for.
-        These prompts have a call of their own. At most ``max_scored_tokens``."""
-        token_seconds = self._scored_token_seconds or self._alone_token_seconds
-        if not running_rows or not token_seconds:
-            return self.max_scored_tokens
-        if not self._knows_decode(running_rows):
-            return 0
-        token_count = int(self._prompt_seconds(running_rows, prompt_count) / token_seconds)
-        return min(
-            self.max_scored_tokens, max(TOKEN_MULTIPLE, token_count - token_count % TOKEN_MULTIPLE)
-        )
+            token_count = max(max_shared_tokens, int(seconds / alone_seconds))
+        return min(max_tokens, max(TOKEN_MULTIPLE, token_count - token_count % TOKEN_MULTIPLE))
 
     def _knows_decode(self, rows: int) -> bool:
         """Whether the latest call that only decoded had about ``rows`` rows. Otherwise its duration
@@ -131,12 +129,6 @@ class PrefillBudget:
         return self._decode_rows <= MAX_ROW_GROWTH * rows and rows <= (
             MAX_ROW_GROWTH * self._decode_rows
         )
-
-    def _prompt_seconds(self, running_rows: int, prompt_count: int) -> float:
-        """Seconds of a step that ``prompt_count`` prompts may take while ``running_rows`` rows
-        run."""
-        share = PROMPT_SHARE * max(1.0, 2 * prompt_count / running_rows)
-        return self._decode_seconds * share if self.gap is None else self.gap
 
 
 def _average(previous_average: float, seconds: float) -> float:

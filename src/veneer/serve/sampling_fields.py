@@ -184,7 +184,16 @@ class StructuredOutputs(BaseModel):
         return None if self.grammar is None else Grammar("grammar", self.grammar)
 
 
-class SamplingFields(BaseModel):
+class CommonSamplingFields(BaseModel):
+    """The sampling fields that all APIs for answers have. None: the base's own value."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+
+class SamplingFields(CommonSamplingFields):
     """vLLM's sampling fields. A field that keeps its default value has no effect."""
 
     presence_penalty: Penalty = 0.0

@@ -67,7 +67,7 @@ def _input_check(field: str, max_inputs: int) -> Callable[[Any], Any]:
     return check
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """The inputs as a list: a text or a list of token ids becomes a list with this one element."""
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
@@ -146,18 +146,19 @@ class SchemaFormat(Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class GenerationRequest(Strict, SamplingFields, ABC):
-    """The fields that chats and completions share. ``adapters``, a blend (weights by adapter name),
-    is Veneer's own field; ``top_k`` and ``cache_salt`` are vLLM's."""
+class ModelRequest(Strict):
+    """The fields that name what computes the answer. ``adapters``, a blend (weights by adapter
+    name), is Veneer's own field."""
 
     model: Name
     adapters: Blend | None = None
+
+
+class GenerationRequest(ModelRequest, SamplingFields, ABC):
+    """The fields that chats and completions share. ``top_k`` and ``cache_salt`` are vLLM's."""
+
     n: Annotated[int, Field(ge=1, le=limits.CHOICES)] = 1
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[Stop | Stops | None, BeforeValidator(_check_stops)] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -358,7 +359,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)],
         BeforeValidator(_input_check("prompt", limits.PROMPTS)),
-        AfterValidator(_as_list),
+        AfterValidator(as_list),
     ]
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     add_special_tokens: bool = True
@@ -374,16 +375,14 @@ class CompletionRequest(GenerationRequest):
         return max(asked_counts, default=None)
 
 
-class EmbeddingRequest(Strict):
-    model: Name
-    adapters: Blend | None = None
+class EmbeddingRequest(ModelRequest):
     input: Annotated[
         str
         | Tokens
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)],
         BeforeValidator(_input_check("input", limits.INPUTS)),
-        AfterValidator(_as_list),
+        AfterValidator(as_list),
     ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None

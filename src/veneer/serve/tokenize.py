@@ -7,13 +7,12 @@ GET  /version
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import metadata
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter
 from pydantic import Field, model_validator
 
+from veneer import __version__
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.body_rules import Name, Strict
@@ -135,12 +134,7 @@ async def detokenize(
 @router.get("/version")
 async def version() -> dict[str, str]:
     """The version of this server."""
-    return {"version": _version()}
-
-
-@cache
-def _version() -> str:
-    return metadata.version("veneer")
+    return {"version": __version__}
 
 
 async def _check_model(service: Service, key: Key, model: str | None) -> None:

@@ -181,10 +181,6 @@ class VllmAdapters:
             name, entry.path, loaded is not None, nbytes, entry.pinned, user_count, None, None
         )
 
-    def close(self) -> None:
-        """Does nothing, because ``VllmProcess.close`` ends vLLM and removes the folder of
-        copies."""
-
     def find(self, blend: Mapping[str, float]) -> Lease | None:
         """A lease on ``blend`` (weights by adapter name; empty or all 0: the base). None if it is
         not loaded, so that ``acquire`` must load it."""

@@ -20,6 +20,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.errors import AdapterError
 from veneer.serve.training import training_service as training_
+from veneer.serve.training.operations import adapter_folder
 from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS, Worker
 
@@ -269,7 +270,7 @@ def test_an_adapter_that_cannot_be_read_any_more_is_not_the_failure_of_who_pushe
         sessions = [trained_run(client, 1).sampler() for client in clients]
         clients[0].sample(sessions[0], TEXT)
         path = training_of(service).store.sampler(sessions[0])["path"]
-        shutil.rmtree(training_of(service).folder_of(path))
+        shutil.rmtree(adapter_folder(training_of(service).store, path))
         assert clients[1].sample(sessions[1], TEXT).sequences[0].tokens
         assert path not in service.bank
 

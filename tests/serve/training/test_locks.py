@@ -20,6 +20,7 @@ from tests.support.training_client import Client
 from veneer.attach.layer import state as state_
 from veneer.serve import training
 from veneer.serve.requests import Request, Sampling
+from veneer.serve.training.operations import adapter_folder
 from veneer.serve.training.training_service import training_of
 
 #: the locks of a server in their order, as the page has them
@@ -199,7 +200,8 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(
             sessions[0], TEXT, number=5, prompt_logprobs=True, params={"max_tokens": 1}
         ).prompt
         bank.capacity = int(1.5 * max(status.bytes for status in bank.status()))
-        bank.register(paths[1], training_of(service).folder_of(paths[1]), replace=True)
+        folder = adapter_folder(training_of(service).store, paths[1])
+        bank.register(paths[1], folder, replace=True)
         bank.prefetch(paths[0]).result(timeout=20)
         pieces, real, began = [], worker.submit, threading.Event()
         request = Request(

@@ -9,13 +9,19 @@ If the answer fails, the stream ends with an event ``error``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
 from veneer.fileio.untrusted import parse
-from veneer.serve.answers import Answers, AnswerWriter, Pieces, collect_pieces, failure
+from veneer.serve.answers import (
+    Answers,
+    AnswerWriter,
+    Pieces,
+    collect_pieces,
+    encode_event,
+    failure,
+)
 from veneer.serve.messages.request import MessagesRequest
 from veneer.serve.requests import Piece
 from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas, random_id
@@ -57,10 +63,10 @@ class MessagesView:
         indexed_piece: tuple[int, Piece] | None = first_indexed_piece
         self._cached_token_count = first_indexed_piece[1].cached
         async with aclosing(pieces):
-            yield _encode({"type": "message_start", "message": self._empty_message()})
+            yield encode_event({"type": "message_start", "message": self._empty_message()})
             while indexed_piece is not None:
                 for event in self._piece_events(indexed_piece[1]):
-                    yield _encode(event)
+                    yield encode_event(event)
                 indexed_piece = await anext(pieces, None)
 
     def _piece_events(self, piece: Piece) -> Iterator[Event]:
@@ -165,9 +171,3 @@ def _content_block(text_or_call: str | Call) -> dict[str, Any]:
         "name": text_or_call.name,
         "input": arguments,
     }
-
-
-def _encode(event: Event) -> bytes:
-    """``event`` as a server-sent event."""
-    data = json.dumps(event, separators=(",", ":"))
-    return f"event: {event['type']}\ndata: {data}\n\n".encode()

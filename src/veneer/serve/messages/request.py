@@ -21,8 +21,10 @@ from veneer.serve import limits
 from veneer.serve.body_rules import Name, Strict
 from veneer.serve.chat_messages import (
     FunctionCall,
+    FunctionName,
     Message,
     NamedChoice,
+    TextPart,
     Tool,
     ToolCall,
     ToolName,
@@ -30,16 +32,11 @@ from veneer.serve.chat_messages import (
     check_tools,
 )
 from veneer.serve.refusal import CUSTOM_ERROR_TYPE, value_error
-from veneer.serve.schemas import Blend, ChatRequest, Stops
-
-
-class TextBlock(Strict):
-    type: Literal["text"]
-    text: str
-
+from veneer.serve.sampling_fields import CommonSamplingFields
+from veneer.serve.schemas import ChatRequest, ModelRequest, Stops
 
 Texts = (
-    str | Annotated[list[TextBlock], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
+    str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
 )
 
 
@@ -57,7 +54,7 @@ class ToolResult(Strict):
 
     type: Literal["tool_result"]
     tool_use_id: Name
-    content: str | Annotated[list[TextBlock], Field(fail_fast=True, max_length=limits.PARTS)] = ""
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=limits.PARTS)] = ""
     is_error: bool = False
 
 
@@ -71,7 +68,7 @@ _UNKNOWN_BLOCK = sentence(
     "a block of another type in messages", "text, tool_use or tool_result", "leave it out"
 )
 Block = Annotated[
-    Annotated[TextBlock, Tag("text")]
+    Annotated[TextPart, Tag("text")]
     | Annotated[ToolUse, Tag("tool_use")]
     | Annotated[ToolResult, Tag("tool_result")],
     Discriminator(
@@ -106,7 +103,7 @@ class Turn(Strict):
         blocks = self.content
         if isinstance(blocks, str):
             return [_chat_message(self.role, blocks)]
-        text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
+        text = "".join(block.text for block in blocks if isinstance(block, TextPart))
         if self.role == "assistant":
             calls = [_chat_tool_call(block) for block in blocks if isinstance(block, ToolUse)]
             return [_chat_message("assistant", text, tool_calls=calls)]
@@ -133,18 +130,15 @@ class Choice(Strict):
     disable_parallel_tool_use: bool = False
 
 
-class ToolNameChoice(Strict):
+class ToolNameChoice(FunctionName):
     type: Literal["tool"]
-    name: Name
     disable_parallel_tool_use: bool = False
 
 
-class Conversation(Strict, ABC):
+class Conversation(ModelRequest, ABC):
     """The fields of a request that make up its prompt. ``adapters`` is an addition to Anthropic's
     API."""
 
-    model: Name
-    adapters: Blend | None = None
     messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
     system: Texts | None = None
     tools: Annotated[list[ClientTool], Field(fail_fast=True, max_length=limits.TOOLS)] = []
@@ -166,8 +160,8 @@ class Conversation(Strict, ABC):
     def chat(self) -> ChatRequest:
         """This request as a request of the chat API. Its fields have been validated, so its objects
         are constructed without validation, except that ``check_history`` checks the tool results.
-        ``ClientTool`` has the fields of ``Function``, and ``ToolNameChoice`` has the field of
-        ``FunctionName``, so their instances are used as such in the chat request."""
+        ``ClientTool`` has the fields of ``Function``, so its instances are used as such in the chat
+        request."""
         system_messages = [] if self.system is None else [_chat_message("system", self.system)]
         messages = [
             *system_messages,
@@ -195,15 +189,11 @@ class CountRequest(Conversation):
     """A body of ``/v1/messages/count_tokens``."""
 
 
-class MessagesRequest(Conversation):
+class MessagesRequest(Conversation, CommonSamplingFields):
     """A body of ``/v1/messages``. ``seed`` is an addition to Anthropic's API."""
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     stop_sequences: Stops = []
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
 
     def chat(self) -> ChatRequest:
@@ -214,7 +204,7 @@ class MessagesRequest(Conversation):
         return super().chat().model_copy(update={**field_values, "stop": stop_sequences})
 
 
-def _chat_message(role: str, content: str | list[TextBlock], **fields: Any) -> Message:
+def _chat_message(role: str, content: str | list[TextPart], **fields: Any) -> Message:
     """A chat message with the given fields, which are not validated again."""
     return Message.model_construct(role=role, content=content, **fields)
 

@@ -16,13 +16,19 @@ The response body of an answer that is not streamed is the object ``response`` o
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from veneer.serve.answers import Answers, AnswerWriter, Pieces, collect_pieces, failure
+from veneer.serve.answers import (
+    Answers,
+    AnswerWriter,
+    Pieces,
+    collect_pieces,
+    encode_event,
+    failure,
+)
 from veneer.serve.requests import Piece
 from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.tools.deltas import CallDelta, Delta, random_id
@@ -161,9 +167,9 @@ class ResponsesView:
 
     def _encode(self, event: Event) -> bytes:
         """``event`` as a server-sent event, with the next sequence number."""
-        data = json.dumps({**event, "sequence_number": self._event_number}, separators=(",", ":"))
+        numbered_event = {**event, "sequence_number": self._event_number}
         self._event_number += 1
-        return f"event: {event['type']}\ndata: {data}\n\n".encode()
+        return encode_event(numbered_event)
 
     def _response(self, status: str = "in_progress", **fields: Any) -> dict[str, Any]:
         """The response object with the output items so far. ``fields`` replace its default

@@ -20,9 +20,11 @@ from veneer.serve.chat_messages import (
     check_tools,
 )
 from veneer.serve.refusal import CUSTOM_ERROR_TYPE, value_error
+from veneer.serve.sampling_fields import CommonSamplingFields
 from veneer.serve.schemas import (
-    Blend,
     ChatRequest,
+    JsonSchema,
+    ModelRequest,
     ObjectFormat,
     SchemaFormat,
     TextFormat,
@@ -48,37 +50,38 @@ Content = (
 )
 
 
-class InputMessage(Strict):
-    """A message. ``id``, ``status`` and ``phase`` have no effect; they are accepted because a
-    message that is copied from an earlier answer has them."""
+class CopyableItem(Strict):
+    """An input item. ``id`` and ``status`` have no effect; they are accepted because an item that
+    is copied from an earlier answer has them."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(CopyableItem):
+    """A message. ``phase`` has no effect either."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    id: str | None = None
-    status: str | None = None
     phase: str | None = None
 
 
-class InputCall(Strict):
+class InputCall(CopyableItem):
     """A tool call in an earlier answer."""
 
     type: Literal["function_call"]
     call_id: Name
     name: Name
     arguments: str = ""
-    id: str | None = None
-    status: str | None = None
 
 
-class InputResult(Strict):
+class InputResult(CopyableItem):
     """The result of a tool call."""
 
     type: Literal["function_call_output"]
     call_id: Name
     output: Content
-    id: str | None = None
-    status: str | None = None
 
 
 def _item_type(value: Any) -> Any:
@@ -119,12 +122,8 @@ class FlatChoice(Strict):
     name: Name
 
 
-class FlatSchemaFormat(Strict):
+class FlatSchemaFormat(JsonSchema):
     type: Literal["json_schema"]
-    name: Annotated[str, Field(max_length=limits.NAME)] = "answer"
-    description: Annotated[str, Field(max_length=4096)] | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
 
 
 class TextConfig(Strict):
@@ -138,12 +137,10 @@ class ResponsesStreamOptions(Strict):
     """OpenAI's stream options of this API, none of which changes the answer of this server."""
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(ModelRequest, CommonSamplingFields):
     """A body of ``/v1/responses``. ``adapters``, ``top_k`` and ``seed`` are additions to OpenAI's
     API."""
 
-    model: Name
-    adapters: Blend | None = None
     input: (
         str
         | Annotated[
@@ -155,10 +152,6 @@ class ResponsesRequest(Strict):
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool = True
     text: TextConfig | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     stream: bool = False
     stream_options: ResponsesStreamOptions | None = None
@@ -222,9 +215,9 @@ class ResponsesRequest(Strict):
     def chat(self) -> ChatRequest:
         """This request as a request of the chat API. Its fields have been validated, so its objects
         are constructed without validation, except that ``check_history`` checks the tool results.
-        ``FlatTool``, ``InputCall``, ``FlatChoice`` and ``FlatSchemaFormat`` have the fields of
-        ``Function``, ``FunctionCall``, ``FunctionName`` and ``JsonSchema``, so their instances are
-        used as such in the chat request."""
+        ``FlatTool``, ``InputCall`` and ``FlatChoice`` have the fields of ``Function``,
+        ``FunctionCall`` and ``FunctionName``, so their instances are used as such in the chat
+        request."""
         messages = self.messages()
         # this also sets the called function's name in each message with a tool's result
         check_history(messages, "input")

@@ -198,27 +198,25 @@ def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:
     """Join each two neighbouring deltas if both are text, or both are arguments of the same call,
     and drop empty deltas."""
     merged_deltas: list[Delta] = []
-    for delta in deltas:
+    filled_deltas = (
+        delta
+        for delta in deltas
+        if (delta.text if isinstance(delta, TextDelta) else delta.name or delta.arguments)
+    )
+    for delta in filled_deltas:
         last_delta = merged_deltas[-1] if merged_deltas else None
-        if isinstance(delta, TextDelta):
-            if not delta.text:
-                continue
-            if isinstance(last_delta, TextDelta):
-                merged_deltas[-1] = TextDelta(last_delta.text + delta.text)
-                continue
-        elif delta.name is None:
-            if not delta.arguments:
-                continue
-            if (
-                isinstance(last_delta, CallDelta)
-                and last_delta.name is None
-                and last_delta.index == delta.index
-            ):
-                merged_deltas[-1] = replace(
-                    last_delta, arguments=last_delta.arguments + delta.arguments
-                )
-                continue
-        merged_deltas.append(delta)
+        if isinstance(delta, TextDelta) and isinstance(last_delta, TextDelta):
+            merged_deltas[-1] = TextDelta(last_delta.text + delta.text)
+        elif (
+            isinstance(delta, CallDelta)
+            and isinstance(last_delta, CallDelta)
+            and delta.name is last_delta.name is None
+            and delta.index == last_delta.index
+        ):
+            arguments = last_delta.arguments + delta.arguments
+            merged_deltas[-1] = replace(last_delta, arguments=arguments)
+        else:
+            merged_deltas.append(delta)
     return merged_deltas
 
 

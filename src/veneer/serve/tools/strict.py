@@ -213,16 +213,6 @@ def _mistral_rules(writer: _GrammarWriter) -> str:
     return rules + writer.object_rules() + "ID: /[A-Za-z0-9]{9}/\n"
 
 
-def _deepseek_v3_rules(writer: _GrammarWriter) -> str:
-    return _deepseek_rules(
-        writer, '"function" {separator} {name} WS "```json" WS {arguments} WS "```"'
-    )
-
-
-def _deepseek_v31_rules(writer: _GrammarWriter) -> str:
-    return _deepseek_rules(writer, "{name} {separator} WS {arguments}")
-
-
 def _deepseek_rules(writer: _GrammarWriter, call_template: str) -> str:
     separator = writer.tag_symbol(DeepSeek.SEPARATOR)
     call_alternatives = writer.tool_alternatives(
@@ -323,8 +313,10 @@ _RULE_WRITERS: dict[type[CallParser], Callable[[_GrammarWriter], str]] = {
     Hermes: _hermes_rules,
     Llama3Json: _llama3_json_rules,
     Mistral: _mistral_rules,
-    DeepSeekV3: _deepseek_v3_rules,
-    DeepSeekV31: _deepseek_v31_rules,
+    DeepSeekV3: lambda writer: _deepseek_rules(
+        writer, '"function" {separator} {name} WS "```json" WS {arguments} WS "```"'
+    ),
+    DeepSeekV31: lambda writer: _deepseek_rules(writer, "{name} {separator} WS {arguments}"),
     Qwen3Xml: _qwen3_xml_rules,
     Pythonic: _pythonic_rules,
 }

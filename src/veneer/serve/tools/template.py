@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -56,24 +55,16 @@ FRAMED_CHATS = (
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
-@dataclass(frozen=True)
-class TemplateSupport:
-    """Whether a chat template shows the model the tools of a request (``shows_tools``), and the
-    tool calls in earlier messages (``shows_calls``)."""
-
-    shows_tools: bool
-    shows_calls: bool
-
-
 @lru_cache(maxsize=1)
-def template_support(tokenizer: Any, template: str) -> TemplateSupport:
-    """Whether the chat template of ``tokenizer`` shows tools and calls. ``template``: the text of
-    this template; it is an argument only so that the cache has no entry for a tokenizer whose
-    template has been replaced."""
+def template_support(tokenizer: Any, template: str) -> tuple[bool, bool]:
+    """(Whether the chat template of ``tokenizer`` shows the model the tools of a request, whether
+    it shows the tool calls in earlier messages). ``template``: the text of this template; it is an
+    argument only so that the cache has no entry for a tokenizer whose template has been replaced.
+    """
     chats = product((CHAT_WITH_CALL, CHAT_WITH_CALL[:2]), (None, [PROBE_TOOL]))
-    return TemplateSupport(
-        shows_tools=_shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [PROBE_TOOL]),
-        shows_calls=any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
+    return (
+        _shows(tokenizer, PROBE_NAME, [USER_MESSAGE], [PROBE_TOOL]),
+        any(_shows(tokenizer, PROBE_ARGUMENT, chat, tools) for chat, tools in chats),
     )
 
 
@@ -99,8 +90,8 @@ def check_template(tokenizer: Any, *, has_tools: bool, has_calls: bool) -> None:
     """
     if not (has_tools or has_calls):
         return
-    support = template_support(tokenizer, str(tokenizer.chat_template))
-    if has_tools and not support.shows_tools:
+    shows_tools, shows_calls = template_support(tokenizer, str(tokenizer.chat_template))
+    if has_tools and not shows_tools:
         raise Refusal(
             400,
             "tools, and a base whose chat template does not show them to the model",
@@ -109,7 +100,7 @@ def check_template(tokenizer: Any, *, has_tools: bool, has_calls: bool) -> None:
             param="tools",
             code="template_without_tools",
         )
-    if has_calls and not support.shows_calls:
+    if has_calls and not shows_calls:
         raise Refusal(
             400,
             "calls of tools in messages, and a base whose chat template does not show them",

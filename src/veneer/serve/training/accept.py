@@ -176,8 +176,12 @@ def _read_run_id_and_seq(body: bytes) -> tuple[str, int] | None:
     )
     # Each run id is ASCII. Other text is rejected here, because ``json`` accepts lone surrogates,
     # and SQLite raises an error for them.
-    if not isinstance(run_id, str) or not run_id.isascii():
-        return None
-    if not isinstance(seq, int) or isinstance(seq, bool):
-        return None
-    return (run_id, seq) if 0 < seq < 2**31 else None  # the server assigns 0 itself
+    if (
+        isinstance(run_id, str)
+        and run_id.isascii()
+        and isinstance(seq, int)
+        and not isinstance(seq, bool)
+        and 0 < seq < 2**31  # the server assigns 0 itself
+    ):
+        return run_id, seq
+    return None

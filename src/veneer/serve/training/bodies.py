@@ -130,27 +130,27 @@ class OptimStep(RunBody):
     seq_id: RequestNumber | None = None
 
 
-class SaveWeights(RunBody):
+class SaveBody(RunBody):
+    """The fields that all requests to save a checkpoint share."""
+
     path: Annotated[str, Field(max_length=256)] | None = None
     seq_id: RequestNumber | None = None
     ttl_seconds: LifetimeSeconds | None = None
+
+
+class SaveWeights(SaveBody):
     overwrite: bool = False
     user_metadata: Metadata | None = None
 
 
-class SaveForSampler(RunBody):
-    path: Annotated[str, Field(max_length=256)] | None = None
+class SaveForSampler(SaveBody):
     sampling_session_seq_id: RequestNumber | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
-    seq_id: RequestNumber | None = None
-    ttl_seconds: LifetimeSeconds | None = None
     user_metadata: Metadata | None = None
 
 
-class SaveExternal(RunBody):
+class SaveExternal(SaveBody):
     path: Annotated[str, Field(max_length=256)]
-    seq_id: RequestNumber | None = None
-    ttl_seconds: LifetimeSeconds | None = None
     age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = (
         None
     )
@@ -241,13 +241,12 @@ class Sample(TypedBody):
     record_stability_info: bool | None = None
 
 
-class RetrieveFuture(Body):
-    request_id: IdText
-    allow_metadata_only: bool = False
-
-
 class CancelFuture(Body):
     request_id: IdText
+
+
+class RetrieveFuture(CancelFuture):
+    allow_metadata_only: bool = False
 
 
 class CheckpointBody(Body):

@@ -10,6 +10,9 @@ from typing import Any
 
 from veneer.errors import DataError
 
+# pyrage is optional and has no type stubs. ``import_module``, unlike ``import``, gives an untyped
+# module, so that the type check passes whether or not pyrage is installed.
+
 ENCRYPTED_SUFFIX = ".age"
 
 
@@ -19,7 +22,7 @@ def read_recipients(public_keys: Sequence[str]) -> list[Any]:
     if not public_keys:
         return []
     try:
-        pyrage = _import_pyrage()
+        pyrage: Any = import_module("pyrage")
     except ModuleNotFoundError as error:
         raise DataError(
             "age_encryption_recipients on a server without pyrage",
@@ -43,13 +46,7 @@ def read_recipients(public_keys: Sequence[str]) -> list[Any]:
 def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     """Replace each FILE in a folder and its subfolders by FILE.age, which only the owners of the
     keys ``recipients`` (from ``read_recipients``) can decrypt."""
-    pyrage = _import_pyrage()
+    pyrage: Any = import_module("pyrage")
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{ENCRYPTED_SUFFIX}", recipients)
         file.unlink()
-
-
-def _import_pyrage() -> Any:
-    # pyrage has no type stubs. ``import_module``, unlike ``import``, gives an untyped module, so
-    # that the type check passes whether or not pyrage is installed.
-    return import_module("pyrage")

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from veneer.errors import SelectionError
 from veneer.serve.access import Key
 from veneer.serve.service import ApiKey, Route
-from veneer.serve.training.operations import CURRENT_WEIGHTS
+from veneer.serve.training.operations import CURRENT_WEIGHTS, adapter_folder
 from veneer.serve.training.routes import TrainingDep
 from veneer.serve.training.store import CHECKPOINT_KINDS, Checkpoint
 from veneer.serve.training.training_service import Training
@@ -166,7 +166,7 @@ def publish(training: Training, run_id: str) -> str:
         return bank_name
     was_resident = active_run in worker.memory
     worker.memory.ensure_loaded(active_run)
-    export_folder = training.folder_of(bank_name)
+    export_folder = adapter_folder(training.store, bank_name)
     provenance = {"run": run_id, "request": active_run.next_seq}
     worker.trainer.export(active_run.adapter_name, export_folder, training.base, provenance)
     bank.put(bank_name, export_folder, active_run.adapter_name)

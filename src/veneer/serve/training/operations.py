@@ -220,7 +220,16 @@ class Operations:
                 self.trainer.save_optimizer(active_run.adapter_name, staging_folder)
             if recipients:
                 encrypt_files(staging_folder / ADAPTER_FOLDER, recipients)
-            self._check_bytes(active_run, checkpoint, options, staging_folder)
+            problem_text = quota_problem(
+                self.store,
+                active_run.owner,
+                "bytes",
+                options.get("most_bytes"),
+                folder_bytes(staging_folder),
+                replaced=checkpoint,
+            )
+            if problem_text is not None:
+                raise DataError(problem_text)
 
     def _update_bank(self, checkpoint: Checkpoint) -> None:
         """Tell the bank, from whose adapters the engine samples, that the files of a checkpoint
@@ -233,23 +242,6 @@ class Operations:
             self.bank.remove(checkpoint.path)
         else:
             self.bank.register(checkpoint.path, folder, replace=True)
-
-    def _check_bytes(
-        self,
-        active_run: ActiveRun,
-        checkpoint: Checkpoint,
-        options: Mapping[str, Any],
-        staging_folder: Path,
-    ) -> None:
-        """Check the size of a checkpoint before its files are moved from the temporary folder
-        ``staging_folder`` into place. ``DataError``: with these files, but without those that they
-        replace, the checkpoints of the run's API key exceed the key's quota."""
-        bytes_limit, checkpoint_size = options.get("most_bytes"), folder_bytes(staging_folder)
-        problem_text = quota_problem(
-            self.store, active_run.owner, "bytes", bytes_limit, checkpoint_size, replaced=checkpoint
-        )
-        if problem_text is not None:
-            raise DataError(problem_text)
 
     def _record_checkpoint(
         self,

@@ -166,7 +166,7 @@ class Training:
         """Register a checkpoint with the bank, from whose adapters the engine samples, unless it is
         registered already, and record its use. Returns its name in the bank, which is its ``path``
         (tinker://RUN/KIND/NAME). ``SelectionError``: there is no such checkpoint."""
-        folder = self.folder_of(path)
+        folder = adapter_folder(self.store, path)
         if path not in self.bank:
             self.bank.register(path, folder)
         self.record_use(path)
@@ -188,19 +188,14 @@ class Training:
         for unused_name in least_recent_names:
             try:
                 if unused_name in self.bank:
-                    self.bank.register(unused_name, self.folder_of(unused_name), replace=True)
+                    folder = adapter_folder(self.store, unused_name)
+                    self.bank.register(unused_name, folder, replace=True)
             except (VeneerError, OSError):
                 # Only log the error, because the call for samples from ``bank_name`` does not need
                 # this other adapter.
                 log.exception("the samples of %s cannot be read again", unused_name)
                 with suppress(SelectionError):  # the adapter was deleted meanwhile
                     self.bank.remove(unused_name)
-
-    def folder_of(self, adapter_name: str) -> Path:
-        """The adapter folder of tinker://RUN/KIND/NAME (a checkpoint) or tinker://RUN/now (the
-        run's weights when samples from them were last requested). ``SelectionError``: there is no
-        such checkpoint. ``DataError``: the name has another form."""
-        return adapter_folder(self.store, adapter_name)
 
     async def reserve_tokens(self, key: Key, max_tokens: int) -> Callable[[int], None]:
         """Reserve ``max_tokens``, the most that a call for samples can use, in the key's quota of
