@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
+from veneer.cli.console import echo_json, limit_rows, out, table_of
 from veneer.cli.options import ADAPTER_HELP, AsJson
 
 
@@ -32,7 +33,6 @@ def diff_command(
       veneer diff run/adapter other/adapter
       veneer diff run/adapter other/adapter --json
     """
-    from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
     from veneer.tools.compare import compare
 
@@ -58,8 +58,6 @@ def diff_command(
 def _layer_table(layers: Any, layer_count: int) -> Any:
     """The table of the ``layer_count`` layers that differ most; 0 means all. ``layers``: the
     ``LayerDifference`` of each layer."""
-    from veneer.cli.console import limit_rows, table_of
-
     ordered_layers = sorted(
         layers, key=lambda layer: layer.difference * max(layer.norms), reverse=True
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from veneer.cli.console import echo_json, out, table_of
 from veneer.cli.options import AsJson, changed_flags, merge_flag_values
 from veneer.errors import ConfigError
 
@@ -264,8 +265,6 @@ def _make_run(settings: Any, model: Any) -> Any:
 def _print_plan(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
     """Print ``facts`` as JSON if ``as_json``, else ``renderables``, a sequence of texts and rich
     tables."""
-    from veneer.cli.console import echo_json, out
-
     if as_json:
         echo_json(facts)
         return
@@ -280,8 +279,6 @@ def _run_renderables(
 
     ``plans``: a ``RunPlan`` for each number of devices and strategy; ``omissions``: sentences about
     combinations that cannot be planned; ``advice``: which plan to choose."""
-    from veneer.cli.console import table_of
-
     step_rows = settings.batch_size * settings.grad_accum
     storage_note = f", {settings.quantize}" if settings.quantize else ""
     header_lines: list[Any] = [
