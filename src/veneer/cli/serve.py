@@ -209,10 +209,10 @@ def serve_command(
     fields |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
     settings = settings_of(base, **fields, **load_options, **cache_options)
     if engine == "vllm":
-        unsupported_options = {"replicas": replicas, "train": train, "docs": docs}
-        unsupported_options |= {**load_options, **cache_options}
-        unsupported_options |= {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
-        _check_vllm_flags(unsupported_options)
+        _check_vllm_flags(
+            {"replicas": replicas, "train": train, "docs": docs, **load_options, **cache_options}
+            | {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
+        )
     _serve(settings, listener, replicas, train, runs, engine)
 
 
