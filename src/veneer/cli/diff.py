@@ -67,11 +67,15 @@ def _layer_table(layers: Any, layer_count: int) -> Any:
     columns = ("layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out")
     table = table_of(*columns, *([">magnitude"] if has_magnitudes else []))
     for layer in limit_rows(table, ordered_layers, layer_count, "layers that differ less"):
-        cells = [f"{layer.ranks[0]}, {layer.ranks[1]}", *(f"{norm:.4g}" for norm in layer.norms)]
-        cells += [f"{layer.difference:.3g}", f"{layer.cosine:.3f}"]
-        cells += [
-            "–" if overlap is None else f"{overlap.similarity:.3f}"
-            for overlap in (layer.rows, layer.columns)
+        cells = [
+            f"{layer.ranks[0]}, {layer.ranks[1]}",
+            *(f"{norm:.4g}" for norm in layer.norms),
+            f"{layer.difference:.3g}",
+            f"{layer.cosine:.3f}",
+            *(
+                "–" if overlap is None else f"{overlap.similarity:.3f}"
+                for overlap in (layer.rows, layer.columns)
+            ),
         ]
         if has_magnitudes:
             magnitude = layer.magnitude

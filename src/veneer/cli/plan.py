@@ -289,9 +289,15 @@ def _run_renderables(
     headings = (">rows × passes", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
     plan_table = table_of("devices", "by", *headings)
     for plan in plans:
-        cells = [f"{plan.run.batch} × {plan.run.accumulate}", f"{plan.total / GIB:.1f}"]
-        cells += ["fits" if plan.fits else "does not", f"{plan.operations / 1e12:,.1f}"]
-        cells += [f"{plan.sent / 1e9:,.2f}", f"{plan.seconds:.3g}", f"{plan.speed:,.0f}"]
+        cells = (
+            f"{plan.run.batch} × {plan.run.accumulate}",
+            f"{plan.total / GIB:.1f}",
+            "fits" if plan.fits else "does not",
+            f"{plan.operations / 1e12:,.1f}",
+            f"{plan.sent / 1e9:,.2f}",
+            f"{plan.seconds:.3g}",
+            f"{plan.speed:,.0f}",
+        )
         strategy = plan.strategy if plan.devices > 1 else ""
         plan_table.add_row(f"{plan.devices} × {plan.hardware}", strategy, *cells)
     memory_uses = dict.fromkeys(use for plan in plans for use in plan.memory)
