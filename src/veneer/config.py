@@ -223,27 +223,26 @@ class LoraConfig:
             yield sentence(problem, f"None, or one of {', '.join(DTYPES)}", "use None")
 
     def _rank_and_alpha_problems(self):
-        yield from _positive_integer_problems("rank", self.rank)
-        alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
-        for name in ("ranks", "alphas"):
-            if not isinstance(getattr(self, name), Mapping):
-                problem = f"{name}={getattr(self, name)!r}"
-                yield sentence(problem, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
-            elif name == "ranks":
-                for pattern, rank in self.ranks.items():
-                    yield from _positive_integer_problems(f"ranks[{pattern!r}]", rank)
+        ranks: dict[str, Any] = {"rank": self.rank}
+        alphas: dict[str, Any] = {"alpha": 1.0 if self.alpha is None else self.alpha}
+        for field_name, values in (("ranks", ranks), ("alphas", alphas)):
+            overrides = getattr(self, field_name)
+            if isinstance(overrides, Mapping):
+                values.update(
+                    (f"{field_name}[{pattern!r}]", value) for pattern, value in overrides.items()
+                )
             else:
-                alphas |= {f"alphas[{pattern!r}]": alpha for pattern, alpha in self.alphas.items()}
+                problem = f"{field_name}={overrides!r}"
+                yield sentence(problem, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
+        for name, rank in ranks.items():
+            if type(rank) is not int or rank < 1:
+                problem, advice = f"{name}={rank!r}", "use 16, or 8 for small data"
+                yield sentence(problem, "a whole number of at least 1", advice)
         for name, alpha in alphas.items():
             if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 yield sentence(
                     f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank"
                 )
-        if not isinstance(self.slices, Mapping) or not all(map(_are_slices, self.slices.values())):
-            expected = "a mapping of pattern to bools or to (start, stop) ranges"
-            yield sentence(
-                f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}"
-            )
 
     def _target_problems(self):
         trainable_tokens = self.trainable_tokens
@@ -252,6 +251,13 @@ class LoraConfig:
         has_targets = callable(self.targets) or _are_patterns(self.targets)
         are_indices = isinstance(self.layers, tuple) and {*map(type, self.layers)} == {int}
         checks = [
+            (
+                not isinstance(self.slices, Mapping)
+                or not all(map(_are_slices, self.slices.values())),
+                "slices",
+                "a mapping of pattern to bools or to (start, stop) ranges",
+                "use e.g. {'c_attn': [True, False, True]}",
+            ),
             (
                 not all(map(_are_distinct_ids, id_lists or (trainable_tokens,))) or () in id_lists,
                 "trainable_tokens",
@@ -436,13 +442,6 @@ def _field_problems(field_names: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _positive_integer_problems(name: str, value: object):
-    if type(value) is not int or value < 1:
-        yield sentence(
-            f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data"
-        )
-
-
 def _ids_as_tuples(value: Any) -> Any:
     """Token ids as tuples, so that equal configs compare equal. Values that are not token ids are
     returned unchanged, so that the error text of a later check shows them."""
@@ -469,9 +468,11 @@ def _is_plain_product(variant: str) -> bool:
 
 def _are_distinct_ids(value: Any) -> bool:
     """Whether a value is a tuple of distinct token ids."""
-    if not isinstance(value, tuple):
-        return False
-    return all(type(id_) is int and id_ >= 0 for id_ in value) and len({*value}) == len(value)
+    return (
+        isinstance(value, tuple)
+        and all(type(id_) is int and id_ >= 0 for id_ in value)
+        and len({*value}) == len(value)
+    )
 
 
 def _are_slices(slices: object) -> bool:
@@ -491,10 +492,9 @@ def _is_number(value: object) -> bool:
 
 
 def _are_patterns(value: object) -> bool:
-    if isinstance(value, str):
-        return bool(value)
+    patterns = [value] if isinstance(value, str) else value
     return (
-        isinstance(value, Sequence)
-        and len(value) > 0
-        and all(isinstance(pattern, str) and pattern for pattern in value)
+        isinstance(patterns, Sequence)
+        and len(patterns) > 0
+        and all(isinstance(pattern, str) and pattern for pattern in patterns)
     )

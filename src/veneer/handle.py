@@ -45,15 +45,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_PAGE = "https://huggingface.co/"
 
 
-def _patch_model(model: nn.Module) -> None:
-    """Patch methods that other libraries call, such as ``model.save_pretrained``, so that they save
-    and load the adapter instead of all weights."""
-    # imported late, because ``adapter_files`` takes as long to import as the rest of the package
-    from veneer.adapter_files.trainers import patch_model
-
-    patch_model(model)
-
-
 def attach(
     model: nn.Module,
     config: LoraConfig | None = None,
@@ -89,13 +80,16 @@ def attach(
         FreshWeights: parameters that were not in the checkpoint (a new head) are not trained in
             full, so that the adapter will not hold them either. "all-linear" trains a new head.
     """
+    # imported here, because ``adapter_files`` takes as long to import as the rest of the package
+    from veneer.adapter_files.trainers import patch_model
+
     model = unwrap(model)
     plans = plan(model, LoraConfig() if config is None else config, name)
     calibration = collect_calibration_data(
         model, plans, batches=batches, loss=loss, original=original
     )
     install_adapter(model, name, plans, calibration=calibration)
-    _patch_model(model)
+    patch_model(model)
     model_index = ModelIndex(model)
     adapter_parameter_ids = {
         id(model_index.modules[path]._parameters[parameter_name])
@@ -171,10 +165,11 @@ def load(
         TieBroken: names of a tied weight have separate parameters now.
         TensorsLeftOut: the folder's config leaves out modules of which it holds tensors.
     """
+    from veneer.adapter_files.save_load import install_from
+    from veneer.adapter_files.trainers import patch_model
+
     model, name = unwrap(model), name if name is not None else "default"
     adapter_folder = _local_folder(path, revision, None if cache_dir is None else Path(cache_dir))
-    from veneer.adapter_files.save_load import install_from
-
     install_from(
         model,
         adapter_folder,
@@ -184,7 +179,7 @@ def load(
         untie=untie,
         grow=grow,
     )
-    _patch_model(model)
+    patch_model(model)
     return Handle(model, name)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
+from veneer.cli import console
 from veneer.cli.options import AsJson, BaseModel
 from veneer.errors import ConfigError
 
@@ -60,7 +61,6 @@ def advise_command(
     }
     settings = make_config({**fields, "max_length": max_length, "overwrite": overwrite})
 
-    from veneer.cli import console
     from veneer.fileio.atomic import write_whole
     from veneer.train.callbacks import say
 
@@ -93,7 +93,6 @@ def _try_advice(
     ``step_count``: optimiser steps of the planned run; ``try_out``: the function of that name in
     `veneer.train.advise`, which trains and writes to ``sweep_folder``. Exits with code 130 if
     the sweep is interrupted."""
-    from veneer.cli import console
     from veneer.train.sweep.table import Progress
 
     with Progress(console.err) as progress:

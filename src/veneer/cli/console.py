@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.table import Table
 
-from veneer.errors import ConfigError, escape_controls
+import veneer
+from veneer.errors import AdapterError, ConfigError, escape_controls, raise_all
 
 if TYPE_CHECKING:
     from veneer.models.load import Base
@@ -177,7 +178,6 @@ def open_base_and_adapters(
         trusted: whether Python code in the base's folder may run.
         loading_options: further arguments of `load_base`.
     """
-    import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
     from veneer.models.remote_code import trust_remote_code
@@ -202,7 +202,6 @@ def must_be_adapters(folders: Iterable[str | Path]) -> None:
     """Raise AdapterError if one of the folders holds no adapter. Commands call this before they
     read or convert a base, so that this error comes at once."""
     from veneer.adapter_files.folder import folder_problems
-    from veneer.errors import AdapterError, raise_all
 
     for folder in folders:
         raise_all(AdapterError, f"{folder} cannot be read", folder_problems(Path(folder)))
@@ -241,8 +240,6 @@ def base_and_adapter(
 
     ``handle``: the handle of the attached adapter; None for the base alone. ``include_base``:
     whether to include the base beside the adapter."""
-    import veneer
-
     if handle is None:
         return [("base", nullcontext())]
     return [

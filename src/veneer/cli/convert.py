@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from veneer.cli.console import echo_json, err, out, setup_logging
 from veneer.cli.options import ADAPTER_HELP, AsJson, Verify
 
 PipelineModel = Annotated[
@@ -71,7 +72,6 @@ def convert_command(
       veneer convert run/adapter plain --to peft
       veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
     """
-    from veneer.cli.console import echo_json, out, setup_logging
     from veneer.store.library import resolve
     from veneer.tools.convert import conversion as convert_adapter
 
@@ -102,7 +102,6 @@ def _print_and_collect_warnings(messages: list[str]) -> Iterator[None]:
     """A block in which warnings are printed on stderr and appended to ``messages``, for the JSON
     output. Warnings about the adapter are shown even if a filter hides them."""
     from veneer.adapter_files import UnverifiedAdapter
-    from veneer.cli.console import err
     from veneer.tools.convert import MisreadElsewhere
 
     def show_warning(message: Warning | str, *_: object) -> None:

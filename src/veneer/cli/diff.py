@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Exit, Option
 
+from veneer.cli.console import echo_json, limit_rows, out, table_of
 from veneer.cli.options import ADAPTER_HELP, AsJson
 
 
@@ -32,7 +33,6 @@ def diff_command(
       veneer diff run/adapter other/adapter
       veneer diff run/adapter other/adapter --json
     """
-    from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
     from veneer.tools.compare import compare
 
@@ -58,8 +58,6 @@ def diff_command(
 def _layer_table(layers: Any, layer_count: int) -> Any:
     """The table of the ``layer_count`` layers that differ most; 0 means all. ``layers``: the
     ``LayerDifference`` of each layer."""
-    from veneer.cli.console import limit_rows, table_of
-
     ordered_layers = sorted(
         layers, key=lambda layer: layer.difference * max(layer.norms), reverse=True
     )
@@ -69,11 +67,15 @@ def _layer_table(layers: Any, layer_count: int) -> Any:
     columns = ("layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out")
     table = table_of(*columns, *([">magnitude"] if has_magnitudes else []))
     for layer in limit_rows(table, ordered_layers, layer_count, "layers that differ less"):
-        cells = [f"{layer.ranks[0]}, {layer.ranks[1]}", *(f"{norm:.4g}" for norm in layer.norms)]
-        cells += [f"{layer.difference:.3g}", f"{layer.cosine:.3f}"]
-        cells += [
-            "–" if overlap is None else f"{overlap.similarity:.3f}"
-            for overlap in (layer.rows, layer.columns)
+        cells = [
+            f"{layer.ranks[0]}, {layer.ranks[1]}",
+            *(f"{norm:.4g}" for norm in layer.norms),
+            f"{layer.difference:.3g}",
+            f"{layer.cosine:.3f}",
+            *(
+                "–" if overlap is None else f"{overlap.similarity:.3f}"
+                for overlap in (layer.rows, layer.columns)
+            ),
         ]
         if has_magnitudes:
             magnitude = layer.magnitude

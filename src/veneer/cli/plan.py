@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from veneer.cli.console import echo_json, out, table_of
 from veneer.cli.options import AsJson, changed_flags, merge_flag_values
 from veneer.errors import ConfigError
 
@@ -264,8 +265,6 @@ def _make_run(settings: Any, model: Any) -> Any:
 def _print_plan(as_json: bool, facts: dict[str, Any], renderables: Any) -> None:
     """Print ``facts`` as JSON if ``as_json``, else ``renderables``, a sequence of texts and rich
     tables."""
-    from veneer.cli.console import echo_json, out
-
     if as_json:
         echo_json(facts)
         return
@@ -280,8 +279,6 @@ def _run_renderables(
 
     ``plans``: a ``RunPlan`` for each number of devices and strategy; ``omissions``: sentences about
     combinations that cannot be planned; ``advice``: which plan to choose."""
-    from veneer.cli.console import table_of
-
     step_rows = settings.batch_size * settings.grad_accum
     storage_note = f", {settings.quantize}" if settings.quantize else ""
     header_lines: list[Any] = [
@@ -292,9 +289,15 @@ def _run_renderables(
     headings = (">rows × passes", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
     plan_table = table_of("devices", "by", *headings)
     for plan in plans:
-        cells = [f"{plan.run.batch} × {plan.run.accumulate}", f"{plan.total / GIB:.1f}"]
-        cells += ["fits" if plan.fits else "does not", f"{plan.operations / 1e12:,.1f}"]
-        cells += [f"{plan.sent / 1e9:,.2f}", f"{plan.seconds:.3g}", f"{plan.speed:,.0f}"]
+        cells = (
+            f"{plan.run.batch} × {plan.run.accumulate}",
+            f"{plan.total / GIB:.1f}",
+            "fits" if plan.fits else "does not",
+            f"{plan.operations / 1e12:,.1f}",
+            f"{plan.sent / 1e9:,.2f}",
+            f"{plan.seconds:.3g}",
+            f"{plan.speed:,.0f}",
+        )
         strategy = plan.strategy if plan.devices > 1 else ""
         plan_table.add_row(f"{plan.devices} × {plan.hardware}", strategy, *cells)
     memory_uses = dict.fromkeys(use for plan in plans for use in plan.memory)

@@ -4,12 +4,21 @@ keygen`: make an API key.
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 from typer import Argument, Option, echo
 
+from veneer.cli.console import err, setup_logging, share_log_handlers
 from veneer.cli.options import (
     REPEATABLE,
     Attention,
@@ -29,6 +38,8 @@ from veneer.cli.serve_options import (
     OtlpEndpoint,
     PrefixCache,
 )
+from veneer.errors import ConfigError, format_bytes, listing
+from veneer.serve import access
 from veneer.serve.request_log import formatter_of
 from veneer.serve.settings import (
     LENGTH,
@@ -41,7 +52,6 @@ from veneer.serve.settings import (
 )
 
 if TYPE_CHECKING:
-    from veneer.serve.access import Keyring
     from veneer.serve.training.registration import TrainingPlugin
 
 #: advice in errors about a server that other machines can reach without keys
@@ -186,8 +196,6 @@ def serve_command(
       keys: keys.toml
       cors: https://app.example.com
     """
-    from veneer.cli.console import setup_logging
-
     setup_logging(formatter_of(log_format))
     listener = _Listener(host, port, grace, keys, log_format)
     _check_flags(listener, allow_open, replicas, train)
@@ -201,17 +209,16 @@ def serve_command(
     fields |= {"otlp_endpoint": otlp_endpoint, "prefix_cache": prefix_cache}
     settings = settings_of(base, **fields, **load_options, **cache_options)
     if engine == "vllm":
-        unsupported_options = {"replicas": replicas, "train": train, "docs": docs}
-        unsupported_options |= {**load_options, **cache_options}
-        unsupported_options |= {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
-        _check_vllm_flags(unsupported_options)
+        _check_vllm_flags(
+            {"replicas": replicas, "train": train, "docs": docs, **load_options, **cache_options}
+            | {"no_prefix_cache": not prefix_cache, "tool_call_parser": None}
+        )
     _serve(settings, listener, replicas, train, runs, engine)
 
 
 def _check_flags(
     listener: _Listener, allow_open: bool, replicas: str | None, train: Path | None
 ) -> None:
-    from veneer.errors import ConfigError
     from veneer.serve.listen import is_loopback
 
     host = listener.host
@@ -255,11 +262,8 @@ def _serve(
     _serve_on_ray(settings, allowed_hosts, listener, replicas)
 
 
-def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
-    from veneer.errors import ConfigError
-    from veneer.serve.access import Keyring, read_keys
-
-    keyring = Keyring() if key_file is None else read_keys(key_file)
+def _read_keyring(key_file: Path | None, train: Path | None) -> access.Keyring:
+    keyring = access.Keyring() if key_file is None else access.read_keys(key_file)
     may_any_train = keyring.keys is None or any(key.train for key in keyring.keys)
     if train is not None and not may_any_train:
         raise ConfigError(
@@ -273,8 +277,6 @@ def _read_keyring(key_file: Path | None, train: Path | None) -> Keyring:
 def _check_vllm_flags(options: dict[str, Any]) -> None:
     """Raise ``ConfigError`` if ``options``, {name: value} of the options that only Veneer's own
     engine has, contains one that the user has set."""
-    from veneer.errors import ConfigError, listing
-
     option_values = {name: None if value is False else value for name, value in options.items()}
     if flags := used_flags(option_values):
         raise ConfigError(
@@ -286,7 +288,7 @@ def _check_vllm_flags(options: dict[str, Any]) -> None:
 
 def _serve_in_process(
     settings: Settings,
-    keyring: Keyring,
+    keyring: access.Keyring,
     allowed_hosts: tuple[str, ...] | None,
     server_socket: Any,
     listener: _Listener,
@@ -295,9 +297,6 @@ def _serve_in_process(
 ) -> None:
     """Serve in this process until a signal ends it. With ``engine`` "vllm", a vLLM server that this
     process starts computes the answers. ``allowed_hosts``: accepted Host headers, None for all."""
-    import logging
-
-    from veneer.cli.console import err
     from veneer.serve import api, start, vllm
 
     log = logging.getLogger("veneer.serve")
@@ -321,8 +320,6 @@ def _serve_in_process(
 def _end_with_vllm(exit_code: int) -> NoReturn:
     """End this process after vLLM has ended, with vLLM's exit code or, if that is not from 1 to
     255, with 1. So a supervisor sees the failure and starts the server again."""
-    import os
-
     os._exit(exit_code if 0 < exit_code < 256 else 1)
 
 
@@ -333,11 +330,7 @@ def _listen(
     adapter_memory: int | None,
     create_app: Any,
 ) -> None:
-    from functools import partial
-
-    from veneer.cli.console import share_log_handlers
     from veneer.serve import page
-    from veneer.serve.access import KeyWatch
     from veneer.serve.listen import Server
 
     share_log_handlers("uvicorn")  # so that uvicorn's tracebacks have the log's format
@@ -348,7 +341,7 @@ def _listen(
         if listener.key_file is not None:
             # not ``resolve()``: if the path is a symbolic link, its target may change later
             key_path = listener.key_file.absolute()
-            service.key_watch = KeyWatch(service, key_path)
+            service.key_watch = access.KeyWatch(service, key_path)
             reload_keys = service.key_watch.reload  # called on SIGHUP
         Server(app, service.drain, listener.grace, announce, reload_keys).run([server_socket])
     _end_process()
@@ -357,10 +350,6 @@ def _listen(
 def _end_process() -> NoReturn:
     """Exit with code 0, after the ``atexit`` functions but without the interpreter's teardown,
     which would take seconds to free a model object by object."""
-    import atexit
-    import os
-    import sys
-
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -373,11 +362,6 @@ def _serve_on_ray(
     listener: _Listener,
     replicas: str,
 ) -> None:
-    import signal
-    import threading
-    from dataclasses import replace
-
-    from veneer.cli.console import err
     from veneer.serve.cluster.on_ray import run
     from veneer.store.remote import is_remote
 
@@ -420,13 +404,8 @@ def _address(listener: _Listener) -> str:
 def _announce(service: Any, listener: _Listener, adapter_memory: int | None) -> None:
     """Print the address, the base and the adapters of a server that has started: as a table, or, if
     the log is in JSON, as a line of the log. ``adapter_memory``: bytes, None for no limit."""
-    import logging
-
     from rich.table import Table
     from rich.text import Text
-
-    from veneer.cli.console import err
-    from veneer.errors import format_bytes, listing
 
     adapter_names = service.catalogue.refresh()
     access_note = ", open to whoever can reach it"
@@ -492,9 +471,6 @@ def keygen_command(
       veneer keygen operator --adapter '*' --admin >> keys.toml
       veneer keygen bob --train >> keys.toml
     """
-    from veneer.cli.console import err
-    from veneer.serve.access import generate
-
-    key, entry = generate(name, adapters=adapter or (), base=base, admin=admin, train=train)
+    key, entry = access.generate(name, adapters=adapter or (), base=base, admin=admin, train=train)
     echo(entry)
     err.print(f"The key of {name}, which is shown this once: {key}", soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
+from veneer.cli import console
 from veneer.cli.options import AsJson
 from veneer.errors import ConfigError
 
@@ -66,7 +67,6 @@ def sweep_command(
     overrides = {"output": output, "resume": resume, "overwrite": overwrite or None}
     train_config, settings = load_sweep(config, **overrides)
 
-    from veneer.cli import console
     from veneer.kernels import onednn
     from veneer.train.callbacks import say
     from veneer.train.processes import join

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from typer import Argument, Exit, Option
 
+from veneer.cli import console
 from veneer.cli.options import DEFAULT_NEW_TOKENS, merge_flag_values
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
@@ -120,8 +121,6 @@ def train_command(
         )
         compare(_content_hash, settings)
 
-    from veneer.cli import console
-
     console.setup_logging()
     if dry_run:
         from veneer.train.dry_run import dry_run as rehearse
@@ -204,7 +203,6 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
     returns whether to stop; None never stops."""
     from rich.console import Console
 
-    from veneer.cli import console
     from veneer.kernels import onednn
     from veneer.train.callbacks import say
     from veneer.train.run import fit
@@ -288,20 +286,19 @@ def _length_flags(prompt: str, result: Result) -> list[str]:
 def _find_rate(settings: TrainConfig) -> None:
     """Run --find-rate: print a sweep over learning rates, the suggested one and the next
     command."""
-    from veneer.cli.console import err, out
     from veneer.train.callbacks import say
     from veneer.train.find_rate import find_rate as sweep_rates
 
-    rate_sweep = sweep_rates(settings, console=err)
+    rate_sweep = sweep_rates(settings, console=console.err)
     rate = rate_sweep.suggested_rate
     for line in rate_sweep.lines():
-        say(out, line)
-    say(out, f"suggested: --learning-rate {rate:g}")
+        say(console.out, line)
+    say(console.out, f"suggested: --learning-rate {rate:g}")
     command_words = _without_flag(
         "--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"]
     )
     say(
-        err,
+        console.err,
         f"\nNext:\n  {shlex.join(['veneer', *command_words, '--learning-rate', f'{rate:g}'])}",
     )
 

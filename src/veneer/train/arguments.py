@@ -31,8 +31,11 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     # Early stopping keeps the checkpoint with the lowest evaluation loss, so each checkpoint needs
     # an evaluation: if only one of the two intervals is set, the other gets the same value.
     early_stopping = config.early_stopping
-    eval_every = config.eval_every or (early_stopping and config.save_every)
-    eval_every = eval_every or max(1, math.ceil(prepared.steps / 5))
+    eval_every = (
+        config.eval_every
+        or (early_stopping and config.save_every)
+        or max(1, math.ceil(prepared.steps / 5))
+    )
     default_save_every = eval_every if early_stopping else max(1, math.ceil(prepared.steps / 10))
     arguments_class, sft_arguments = TrainingArguments, {}
     if config.task == "sft":  # no other task needs trl, which takes half a second to import

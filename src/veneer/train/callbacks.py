@@ -63,8 +63,8 @@ class LossLog(TrainerCallback):
             "epoch",
             "eval_loss",
             *self.measure_names,
+            *(f"eval_{name}" for name in self.measure_names),
         }
-        logged_names |= {f"eval_{name}" for name in self.measure_names}
         line: dict[str, Any] = {
             "step": state.global_step,
             **{name: logs[name] for name in logs if name in logged_names},

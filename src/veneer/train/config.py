@@ -337,7 +337,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_agreement(self) -> TrainConfig:
-        sft_names, adapter_names = map(self._list_changed, (SFT_FIELDS, ADAPTER_FIELDS))
+        sft_names, adapter_names = map(self.changed_names, (SFT_FIELDS, ADAPTER_FIELDS))
         is_evaluated = self.eval_data is not None or self.eval_fraction > 0
         problems = [  # (whether there is the problem, its description)
             (
@@ -352,8 +352,8 @@ class TrainConfig(BaseModel):
             (self.task != "grpo" and self.reward, "reward needs task grpo"),
             (
                 self.task != "sft" and sft_names,
-                f"{sft_names} given for task {self.task}; expected task sft (the columns of other"
-                " tasks are named in columns)",
+                f"{', '.join(sft_names)} given for task {self.task}; expected task sft (the columns"
+                " of other tasks are named in columns)",
             ),
             (
                 self.invocation is not None and (self.packing or self.task not in INVOKED_TASKS),
@@ -383,7 +383,8 @@ class TrainConfig(BaseModel):
             ),
             (
                 self.adapter is not None and adapter_names,
-                f"{adapter_names} beside adapter, which has its own: leave one of them out",
+                f"{', '.join(adapter_names)} beside adapter, which has its own: leave one of them"
+                " out",
             ),
             (
                 self.resume and self.overwrite,
@@ -395,10 +396,10 @@ class TrainConfig(BaseModel):
                 raise ValueError(description)
         return self
 
-    def _list_changed(self, field_names: tuple[str, ...]) -> str:
-        """The names in `field_names` whose fields differ from their defaults, joined by commas."""
+    def changed_names(self, field_names: tuple[str, ...]) -> list[str]:
+        """The names in `field_names` whose fields differ from their defaults."""
         defaults = self.defaults()
-        return ", ".join(name for name in field_names if getattr(self, name) != defaults[name])
+        return [name for name in field_names if getattr(self, name) != defaults[name]]
 
     def content(self) -> dict[str, Any]:
         """All fields by name, with their values as JSON values."""
@@ -454,11 +455,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
             getattr(error, "problem", None) or str(error),
         )
         position = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        message = (
+        raise ConfigError(
             f"{path}{position} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo:"
             " fix it."
-        )
-        raise ConfigError(message) from error
+        ) from error
     except RecursionError as error:
         raise ConfigError(
             f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it"

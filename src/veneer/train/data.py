@@ -75,7 +75,8 @@ class Records:
 
 
 def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
-    """Read and check every row of `source`, for the task sft.
+    """Read and check every row of `source`, for the task sft. The first row decides which columns
+    are read.
 
     Args:
         source: a file (see `READERS`) or the id of a data set on the hub.
@@ -88,7 +89,27 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
             the one with the nearest name.
     """
     located_rows, digest = raw_rows(source, split)
-    return _build_records(located_rows, columns or Columns(), str(source), digest)
+    data_columns = list(located_rows[0][1])
+    kind, column_by_field = detect_columns(
+        data_columns, located_rows[0][1], columns or Columns(), str(source)
+    )
+    rows = []
+    for location, row in located_rows:
+        for column in column_by_field.values():
+            if column not in row:
+                raise DataError(
+                    f"{source}, {location} has no column {column!r}; it has"
+                    f" {list_names(row)}.\nExpected {column!r} in every row, as in the first.\nDo:"
+                    " add it, or remove that row."
+                )
+        fields = {field: row[column] for field, column in column_by_field.items()}
+        checked_row = check_texts_or_chats(fields, f"{source}, {location}", column_by_field)
+        add_tools(checked_row, row.get(TOOLS), f"{source}, {location}")
+        rows.append(checked_row)
+    used_columns = {*column_by_field.values(), *(TOOLS for row in rows if TOOLS in row)}
+    unused_columns = tuple(column for column in data_columns if column not in used_columns)
+    locations = [location for location, _ in located_rows]
+    return Records(kind, rows, locations, str(source), digest, unused_columns)
 
 
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
@@ -242,39 +263,6 @@ def _describe_value(value: Any) -> Any:
         return str(value)
     form_texts = [str(getattr(value, name, None)) for name in ("mode", "dtype", "size", "shape")]
     return [*form_texts, hashlib.sha256(value.tobytes()).hexdigest()]
-
-
-def _build_records(
-    located_rows: list[tuple[str, Any]], columns: Columns, source: str, digest: str
-) -> Records:
-    """The records of the task sft. The first row decides which columns are read. Raises `DataError`
-    if a row lacks one of these columns or has a value of a wrong type there.
-
-    Args:
-        located_rows: [(location, row)], at least one; a row is a dict by column.
-        columns: the columns that the user has named.
-        digest: the hash of the source, for `Records.sha256`.
-    """
-    data_columns = list(located_rows[0][1])
-    kind, column_by_field = detect_columns(data_columns, located_rows[0][1], columns, source)
-    rows = []
-    for location, row in located_rows:
-        for column in column_by_field.values():
-            if column not in row:
-                raise DataError(
-                    f"{source}, {location} has no column {column!r}; it has"
-                    f" {list_names(row)}.\nExpected {column!r} in every row, as in the first.\nDo:"
-                    " add it, or remove that row."
-                )
-        fields = {field: row[column] for field, column in column_by_field.items()}
-        checked_row = check_texts_or_chats(fields, f"{source}, {location}", column_by_field)
-        add_tools(checked_row, row.get(TOOLS), f"{source}, {location}")
-        rows.append(checked_row)
-    used_columns = {*column_by_field.values(), *(TOOLS for row in rows if TOOLS in row)}
-    unused_columns = tuple(column for column in data_columns if column not in used_columns)
-    return Records(
-        kind, rows, [location for location, _ in located_rows], source, digest, unused_columns
-    )
 
 
 #: name of the folder of the demo data, which `make demo` writes

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from veneer.errors import ConfigError, TrainingError
@@ -178,8 +178,6 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
             adapter=handle,
             base_name=config.base,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.group_by_length = config.group_by_length
         say(
             console,
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates"

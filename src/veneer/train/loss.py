@@ -319,24 +319,6 @@ def _balancing_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     return balancing_loss * float(getattr(config, "router_aux_loss_coef", 0.0))
 
 
-class _ChunkedForward(NamedTuple):
-    """The result of `_forward_in_chunks`.
-
-    Fields:
-        rows: hidden states [n, h] of the n positions with a label, or of one position if there are
-            no labels; None if the model could not be split.
-        sums: the losses and gradients of the chunks of rows; None if there are no chunks.
-        outputs: the model's output; None if there were chunks, whose `sums` replace it.
-        balancing_loss: the weighted load-balancing loss of the model (`_balancing_loss`); None if
-            the model returns none or could not be split.
-    """
-
-    rows: Tensor | None
-    sums: ChunkedCrossEntropy | None
-    outputs: Any
-    balancing_loss: Tensor | None
-
-
 def _loss_in_chunks(
     model: nn.Module,
     body_path: ModulePath,
@@ -346,8 +328,9 @@ def _loss_in_chunks(
     chunk: int,
     count: int | None,
 ) -> TokenLoss:
-    chunked_forward = _forward_in_chunks(model, body_path, inputs, labels, accuracy, chunk, count)
-    rows, sums, outputs, balancing_loss = chunked_forward
+    rows, sums, outputs, balancing_loss = _forward_in_chunks(
+        model, body_path, inputs, labels, accuracy, chunk, count
+    )
     if rows is None:  # the model could not be split
         return _loss_of_columns(model, outputs, _labelled_columns(labels), labels, accuracy)
     label_count = (labels[:, 1:] != IGNORED).sum()
@@ -376,9 +359,20 @@ def _forward_in_chunks(
     accuracy: bool,
     chunk: int,
     count: int | None,
-) -> _ChunkedForward:
+) -> tuple[Tensor | None, ChunkedCrossEntropy | None, Any, Tensor | None]:
     """Run the body once, and the head on `chunk` labelled rows at a time, whose loss is
-    differentiated at once. Arguments are those of `token_loss`; `inputs` are without labels."""
+    differentiated at once. Arguments are those of `token_loss`; `inputs` are without labels.
+
+    Returns:
+        (rows, sums, outputs, balancing loss):
+
+        - the hidden states [n, h] of the n positions with a label, or of one position if there are
+          no labels; None if the model could not be split;
+        - the losses and gradients of the chunks of rows; None if there are no chunks;
+        - the model's output; None if there were chunks, whose sums replace it;
+        - the weighted load-balancing loss of the model (`_balancing_loss`); None if the model
+          returns none or could not be split.
+    """
     # [b, s]: the next token at each position
     next_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     has_label = next_labels != IGNORED
@@ -414,7 +408,7 @@ def _forward_in_chunks(
     balancing_loss = None if rows is None else _balancing_loss(model, outputs)
     if rows is None or len(positions) == 0:
         head.release()
-        return _ChunkedForward(rows, None, outputs, balancing_loss)
+        return rows, None, outputs, balancing_loss
     sums = ChunkedCrossEntropy(outputs.logits, accuracy)
     sums.add(first_chunk, outputs.logits, target_ids[:chunk])
     del outputs  # frees the logits of the first chunk
@@ -422,4 +416,4 @@ def _forward_in_chunks(
         leaf = make_leaf(rows[start : start + chunk])
         sums.add(leaf, head(leaf).logits, target_ids[start : start + chunk])
     head.release()
-    return _ChunkedForward(rows, sums, None, balancing_loss)
+    return rows, sums, None, balancing_loss

@@ -188,9 +188,7 @@ def _fit_locked(
         adapter=handle,
         base_name=config.base,
     )
-    trainer.remove_callback(PrinterCallback)
     trainer.processes, trainer.stop = processes, stopper
-    trainer.group_by_length = config.group_by_length
     if processes.share_index:
         # processes with different rows need different dropout masks and sampled answers; the seed
         # is reduced because numpy accepts at most 32 bits
@@ -253,12 +251,14 @@ def prepare_run(
     with processes.joint_work("data") as compare:
         token_ids, prepared = prepare_data(task)
         compare(_hash_data, token_ids, prepared)
-    resume_point = (
-        _as_resume_point(
-            processes.run_on_first(lambda: find_resume_point(config, output, prepared, console))
-        )
+    newest_checkpoint = (
+        processes.run_on_first(lambda: find_resume_point(config, output, prepared, console))
         if should_resume
         else None
+    )
+    # the first process sends (folder, step) as JSON to the others, which makes the pair a list
+    resume_point = (
+        None if newest_checkpoint is None else (Path(newest_checkpoint[0]), newest_checkpoint[1])
     )
     with processes.joint_work():
         arguments = arguments_of(task.config, output, prepared)
@@ -296,12 +296,6 @@ def _hash_data(token_ids: tuple[int, ...], prepared: Prepared) -> str:
     return hash_json([token_ids, prepared.steps, prepared.hashes])
 
 
-def _as_resume_point(folder_and_step: list[Any] | tuple[str, int] | None) -> ResumePoint:
-    """Convert (checkpoint folder, step) to a `ResumePoint`. Another process sends the pair as JSON,
-    which makes it a list. None stays None."""
-    return None if folder_and_step is None else (Path(folder_and_step[0]), folder_and_step[1])
-
-
 def load_model(
     task: Task,
     load_base: Callable[[], Base],
@@ -321,12 +315,16 @@ def make_trainer(
     task: Task, model: Any, hidden_state_cache: HiddenStateCache | None, **options: Any
 ) -> Any:
     """The trainer of a task: for sft `AdapterTrainer`, which supports packing and offloading, and
-    else `TaskTrainer`. ``options``: further keyword arguments of the trainer."""
+    else `TaskTrainer`. It prints no logs. ``options``: further keyword arguments of the trainer."""
     if task.name == "sft":  # imported only here, because trl takes half a second to import
         from veneer.train.sft_trainer import AdapterTrainer
 
-        return AdapterTrainer(model, hidden_state_cache=hidden_state_cache, **options)
-    return TaskTrainer(model, task=task, **options)
+        trainer: Any = AdapterTrainer(model, hidden_state_cache=hidden_state_cache, **options)
+    else:
+        trainer = TaskTrainer(model, task=task, **options)
+    trainer.remove_callback(PrinterCallback)
+    trainer.group_by_length = task.config.group_by_length
+    return trainer
 
 
 def _hash_parameter_counts(handle: Any) -> str:

@@ -266,14 +266,10 @@ class AdapterTrainerBase(Trainer):
 
         checkpoint.write(run_dir, step, write_files, self.processes)
         if is_main_process:
-            checkpoint_limit, best_checkpoint = (
-                self.args.save_total_limit,
-                self.state.best_model_checkpoint,
-            )
             rotate_checkpoints(
                 run_dir,
-                save_total_limit=checkpoint_limit,
-                best_model_checkpoint=best_checkpoint,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
             )
 

@@ -86,14 +86,11 @@ class Cost:
         remote_bytes = (
             (self.saved_bytes - self.replicated_bytes) * (device_count - 1) // device_count
         )
-        byte_values = (
+        return Cost(
             self.saved_bytes - remote_bytes,
             self.replicated_bytes,
             self.loss_peak_bytes - remote_bytes,
             self.backward_peak_bytes - remote_bytes,
-        )
-        return Cost(
-            *byte_values,
             shard_work(self.forward_work, device_count),
             shard_work(self.backward_work, device_count),
         )

@@ -313,11 +313,7 @@ def recommend(
             if plan.fits
         ]
         if fitting_plans:
-            fewest_devices = min(plan.devices for plan in fitting_plans)
-            best = max(
-                (plan for plan in fitting_plans if plan.devices == fewest_devices),
-                key=lambda plan: plan.speed or 0,
-            )
+            best = min(fitting_plans, key=lambda plan: (plan.devices, -(plan.speed or 0)))
             devices_text = (
                 f"{best.devices} × {hardware.name}, {best.strategy}"
                 if best.devices > 1

@@ -232,12 +232,12 @@ def _describe_problem(problem: Any) -> str:
 def check_sweep_support(config: TrainConfig) -> None:
     """Raise `ConfigError` if the run has a setting that a sweep does not support, or no held-out
     rows to compare the candidates on."""
-    default_values = TrainConfig.defaults()
-    for name in UNSUPPORTED:
-        if getattr(config, name) != default_values[name]:
-            raise ConfigError(
-                f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"
-            )
+    if unsupported_names := config.changed_names(UNSUPPORTED):
+        raise ConfigError(
+            f"{unsupported_names[0]} in a sweep",
+            "candidates that share each pass of the base",
+            "leave it out",
+        )
     if config.eval_data is None and not config.eval_fraction:
         raise ConfigError(
             "nothing to evaluate on",
