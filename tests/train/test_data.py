@@ -19,7 +19,7 @@ from veneer.train import data, tokens
 from veneer.train.config import make_config
 from veneer.train.data import Columns
 from veneer.train.evaluate import exact_match_rate
-from veneer.train.generate import generate
+from veneer.train.generate import encode, generate
 from veneer.train.prepare import Prepared, Rows, prepare, sample_prompt
 
 TOKENIZER = tiny_tokenizer()
@@ -236,6 +236,24 @@ def test_tokens_that_merge_across_the_border_do_not_change_the_prompt(tmp_path: 
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]))
     (row,) = tokens.tokenise(rows, merging, max_length=9).rows
     assert row["input_ids"] == [1, 2, 0]  # not [3, 0]
+
+
+def test_a_text_that_begins_with_the_token_of_a_beginning_gets_no_second(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 0)]
+    )
+    texts = ("a", "<|pad|>a")
+    rows = [{"text": text} for text in texts], [{"prompt": t, "completion": "b"} for t in texts]
+    for number, both in enumerate(rows):
+        records = data.read(write_rows(tmp_path / f"{number}.jsonl", both))
+        first, second = tokens.tokenise(records, tokenizer, max_length=9).rows
+        assert first == second
+        assert first["input_ids"].count(0) == 1
+    assert encode(texts[0], tokenizer) == encode(texts[1], tokenizer)
 
 
 def test_columns_of_other_names_can_be_named(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def _print_report(
                 "path": str(merge_result.path),
                 "layers": layer_facts,
                 "left_out": merge_result.left_out,
+                "verified": verified_count,
             }
         )
         return

@@ -34,7 +34,7 @@ from veneer.kernels.draws import generators, perturb, sample_seed
 from veneer.models.load import context_length_of
 from veneer.models.sampling_defaults import changes_greedy_tokens
 from veneer.models.sampling_defaults import end_tokens as find_end_tokens
-from veneer.train.tokens import chat_tokens
+from veneer.train.tokens import chat_tokens, text_tokens
 
 log = logging.getLogger("veneer.generate")
 
@@ -401,7 +401,7 @@ def encode(
     names the ``location`` of the prompt. ``tools``: JSON schemas of the functions that the answer
     to a chat may call, or None."""
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = text_tokens(prompt, tokenizer)
     elif tokenizer.chat_template is None:
         raise DataError(
             "a chat prompt, and a base without a chat template",

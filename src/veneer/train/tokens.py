@@ -230,10 +230,18 @@ def _label_end(
     return _append_end(token_ids, is_labelled, tokenizer)
 
 
+def text_tokens(text: str, tokenizer: Any) -> list[int]:
+    """The token ids of a text. If the text itself begins with the token that begins texts, as one
+    that a chat template has rendered, the tokenizer adds no second one."""
+    token_ids, begin_token = list(tokenizer(text)["input_ids"]), tokenizer.bos_token_id
+    has_two = begin_token is not None and token_ids[:2] == [begin_token, begin_token]
+    return token_ids[1:] if has_two else token_ids
+
+
 def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Encode a record that is only a text; all its tokens are labelled. An empty text gets no label
     and no end-of-text token, so that `tokenise` reports it."""
-    token_ids = list(tokenizer(text)["input_ids"])
+    token_ids = text_tokens(text, tokenizer)
     return (
         _append_end(token_ids, [True] * len(token_ids), tokenizer)
         if text
@@ -246,8 +254,8 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
     would join the end of the prompt and the beginning of the completion in one token, they are
     encoded separately, so that the prompt has the same tokens as in generation. An empty completion
     gets no end-of-text token, so that `tokenise` reports it."""
-    prompt_ids = list(tokenizer(prompt)["input_ids"])
-    token_ids = list(tokenizer(prompt + completion)["input_ids"])
+    prompt_ids = text_tokens(prompt, tokenizer)
+    token_ids = text_tokens(prompt + completion, tokenizer)
     if token_ids[: len(prompt_ids)] != prompt_ids:
         token_ids = prompt_ids + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     is_labelled = [False] * len(prompt_ids) + [True] * (len(token_ids) - len(prompt_ids))

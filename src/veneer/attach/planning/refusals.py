@@ -222,7 +222,7 @@ def check_full(
                 problem = f"{full_path!r} trained in full: {reader_reason}"
                 problems.append(sentence(problem, "a module that takes effect", "leave it out"))
             if parameter is None:
-                problem = f"{path}.{name} trained in full, which is computed by a parametrization"
+                problem = f"{full_path} trained in full, which is computed by a parametrization"
                 problems.append(sentence(problem, "a plain parameter", "leave it out"))
             elif problem := (
                 None if parameter.is_floating_point() else unreadable_problem(path, module)
