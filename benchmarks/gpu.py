@@ -265,9 +265,10 @@ def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child
         record = {"name": name, **record, **runner.machine()}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    if any(row["found"] == "wrong" for row in result["checks"]) or any(
-        row["part"] == "checks" for row in result["skipped"]
-    ):
+    has_wrong = any(
+        row["found"] == "wrong" or row["text"] == "no time was left" for row in result["checks"]
+    )
+    if has_wrong or any(row["part"] == "checks" for row in result["skipped"]):
         raise SystemExit(1)
     return record
 

@@ -129,6 +129,22 @@ KOHYA = {
         **{f"{K}.hada_w{n}_a": torch.ones(3_000_000, 1) for n in (1, 2)},
         **{f"{K}.hada_w{n}_b": torch.ones(1, 3_000_000) for n in (1, 2)},
     },
+    "LoHa of two shapes": {
+        **NONE,
+        f"{K}.hada_w1_a": torch.ones(8, 300),
+        f"{K}.hada_w1_b": torch.ones(300, 8),
+        f"{K}.hada_w2_a": torch.ones(3000, 300),
+        f"{K}.hada_w2_b": torch.ones(300, 3000),
+    },
+    "LoKr of two ranks": {
+        **NONE,
+        f"{K}.lokr_w1": torch.ones(2, 2),
+        f"{K}.lokr_w2_a": torch.ones(4, 1000),
+        f"{K}.lokr_w2_b": torch.ones(1, 4),
+    },
+    "a Tucker core of another rank": {
+        f"{K}.lora_mid.weight": torch.ones(100_000, 2, 1, 1),
+    },
     "LoKr of another shape": {
         **NONE,
         f"{K}.lokr_w1": torch.ones(1000, 1000),

@@ -290,7 +290,8 @@ def test_tensors_of_different_sizes_are_joined(tmp_path):
     torch.manual_seed(0)
     config = OlmoHybridConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=4, layer_types=["linear_attention", "full_attention"], pad_token_id=0,
+        eos_token_id=1,
     )  # fmt: skip
     OlmoHybridForCausalLM(config).save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")

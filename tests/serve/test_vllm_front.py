@@ -331,7 +331,8 @@ def test_keys_share_no_prefixes_unless_they_say_so(it):
 def test_keys_share_no_pictures_and_no_prefixes_of_messages(it):
     picture = {"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "1"}
     messages = [{"role": "user", "content": [picture, {"type": "text", "text": "hi"}]}]
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"uuid": {}}}}]
+    parameters = {"type": "object", "properties": {"uuid": {"type": "string"}, "content": True}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     for key in ("vnr-a", "vnr-b"):
         for path in ("/v1/chat/completions", "/v1/messages"):
             it.post(path, key=key, model="french", messages=messages, tools=tools)

@@ -24,6 +24,7 @@ import veneer
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
 from veneer.formats import BaseFacts, kohya
+from veneer.formats.lycoris import read_factors
 from veneer.layers import LAYERS
 from veneer.tools.convert import FORMATS, MisreadElsewhere, conversion, convert, detect
 from veneer.tools.convert.file_contents import list_changes
@@ -234,7 +235,7 @@ def test_lokr_of_any_shape_is_its_kronecker_product(sizes, kernel, whole, alpha)
     group |= {"lokr_w2": second} if whole[1] else {"lokr_w2_a": w2[0], "lokr_w2_b": w2[1]}
     if alpha is not None:
         group["alpha"] = torch.tensor(alpha)
-    A, B, found = kohya._read_factors(group)
+    A, B, found = read_factors(group, (l * k, m * n, *kernel))
     scale = 1.0 if all(whole) or alpha is None else alpha / r
     left, right = (a.double() @ b.double() for a, b in (w1, w2))
     expected = scale * torch.einsum("lm,knx->lkmnx", left, right.view(k, n, -1)).reshape(l * k, -1)
@@ -653,6 +654,7 @@ def test_alpha_is_kept_exactly(to, alpha, tmp_path):
     }
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_a_layer_that_is_switched_off_stays_so_in_a_kohya_file(tmp_path):
     """PEFT allows alpha 0, and readers of kohya's files take it for a file without alpha."""
     import peft

@@ -101,6 +101,7 @@ def test_a_tied_weight_that_is_trained_in_full_changes_once(trained_also, tmp_pa
     )
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_a_folder_of_peft_leaves_running_statistics_alone(tmp_path):
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2

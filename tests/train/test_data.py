@@ -187,10 +187,13 @@ def test_a_chat_whose_template_ends_by_no_end_token_learns_to_stop(tmp_path: Pat
     marked.chat_template = MARKED.replace(" + '<|im_end|>' }}{% endgen", " }}{% endgen").replace(
         "{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}"
     )
-    chats = {"messages": CHAT}, {"prompt": CHAT[:4], "completion": CHAT[4:]}
-    for number, chat in enumerate(chats):
+    chats = (
+        ({"messages": CHAT}, (open_ended, marked)),
+        ({"prompt": CHAT[:4], "completion": CHAT[4:]}, (open_ended,)),
+    )
+    for number, (chat, tokenizers) in enumerate(chats):
         rows = data.read(write_rows(tmp_path / f"{number}.jsonl", [chat]))
-        for tokenizer in (open_ended, marked):
+        for tokenizer in tokenizers:
             text = learnt(tokens.tokenise(rows, tokenizer, max_length=300))
             assert text.endswith("bye<|im_end|>")
             assert text.count("<|im_end|>") == 1

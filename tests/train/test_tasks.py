@@ -507,7 +507,7 @@ def test_tools_and_their_calls_reach_the_template_and_calls_are_learnt(
     assert "user:one more\n" in text
     learnt = tokenizer.decode([label for label in examples[0]["labels"] if label != -100])
     assert '"arguments": {"a": 1}' in learnt
-    assert learnt.endswith("two\n")
+    assert learnt.endswith("two\n<|im_end|>")
     assert "one more" not in learnt
 
 

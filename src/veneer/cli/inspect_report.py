@@ -114,11 +114,15 @@ def _tokenise_sources(base: str, adapter: Path, rows_by_source: dict[str, Any]) 
     tokenizer. Rows are truncated to the model's context, at most 2048 tokens. For "data", the loss
     counts only completions."""
     from veneer.models.load import context_length
+    from veneer.models.sampling_defaults import base_end_tokens
     from veneer.train.prepare import check_length
     from veneer.train.tokens import tokenise
 
+    if not rows_by_source:
+        return {}
     length = check_length(None, context_length(base), base)
-    tokenizer = tokenizer_for(base, str(adapter)) if rows_by_source else None
+    tokenizer = tokenizer_for(base, str(adapter))
+    end_ids = base_end_tokens(base, tokenizer)
     return {
         name: tokenise(
             source_rows,
@@ -126,6 +130,7 @@ def _tokenise_sources(base: str, adapter: Path, rows_by_source: dict[str, Any]) 
             max_length=length,
             too_long="truncate",
             completion_only=name == "data",
+            end_ids=end_ids,
         )
         for name, source_rows in rows_by_source.items()
     }

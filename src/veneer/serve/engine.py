@@ -51,8 +51,7 @@ log = logging.getLogger("veneer.serve")
 #: no request used are dropped
 IDLE_SECONDS, PREFIX_IDLE_SECONDS = 2.0, 300.0
 
-#: the result of a forward call: the requests whose next tokens are sampled, and their logits
-#: [requests, vocabulary], or None if there are no such requests
+#: (requests whose next tokens are sampled, their logits [requests, vocabulary]; None if none)
 Computed = tuple[list[RequestState], Tensor | None]
 
 

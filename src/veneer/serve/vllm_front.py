@@ -181,7 +181,8 @@ def _remove_media_ids(value: Any) -> None:
     for child in value.values() if isinstance(value, dict) else value:
         if isinstance(child, dict | list):
             _remove_media_ids(child)
-    for part in value.get("content") or () if isinstance(value, dict) else ():
+    content = value.get("content") if isinstance(value, dict) else None
+    for part in content if isinstance(content, list) else ():
         if isinstance(part, dict):
             part.pop("uuid", None)
 

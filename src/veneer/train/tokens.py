@@ -32,7 +32,7 @@ def tokenise(
     max_length: int,
     too_long: Literal["error", "truncate", "drop"] = "error",
     completion_only: bool = True,
-    end_ids: Collection[int] = (),
+    end_ids: Collection[int] | None = (),
 ) -> Rows:
     """Tokenise records into rows {"input_ids", "labels"} of at most `max_length` tokens.
     `Rows.head_token_counts` does not count the label of a row's first token, which nothing
@@ -44,7 +44,8 @@ def tokenise(
             they have a label, and else drops the record.
         completion_only: label only completions and the assistant's messages, not prompts.
         end_ids: the token ids that end an answer of the base, besides the tokenizer's
-            (`base_end_tokens`).
+            (`base_end_tokens`), so that each chat ends with one; None if the model writes no
+            answers.
 
     Raises:
         DataError: a record is too long and `too_long` is "error", a record has no label, no record
@@ -119,7 +120,9 @@ def _length_error(
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _make_encoder(records: Records, tokenizer: Any, end_ids: Collection[int]) -> Encoder:
+def _make_encoder(
+    records: Records, tokenizer: Any, end_ids: Collection[int] | None
+) -> Encoder:
     """The function that tokenises one record, chosen by the kind of the records. Raises `DataError`
     if the tokenizer has no chat template for chats, if the template would omit their tools, or if
     some records are texts and others chats."""
@@ -146,8 +149,9 @@ def _make_encoder(records: Records, tokenizer: Any, end_ids: Collection[int]) ->
                 messages, tokenizer, training_template, row_location, row.get(TOOLS)
             )
         )
-        ends_with_answer = messages and messages[-1]["role"] == "assistant"
-        return _label_end(*encoded, tokenizer, end_ids) if ends_with_answer else encoded
+        if end_ids is None or not messages or messages[-1]["role"] != "assistant":
+            return encoded
+        return _label_end(*encoded, tokenizer, end_ids)
 
     return encode_chat
 

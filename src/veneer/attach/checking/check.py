@@ -348,24 +348,21 @@ def _checked_changes(model: nn.Module, adapter_name: str) -> list[_CheckedChange
 
 @contextmanager
 def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """A context manager in which the parameters ``trained`` require a gradient, and cuDNN is not
-    used, because its RNNs have no backward in eval mode. Restores their values and
-    ``requires_grad``, the modules' modes, and the buffers that a pass changes."""
+    """A context manager in which the parameters ``trained`` require a gradient. Restores their
+    values and ``requires_grad``, the modules' modes, and the buffers that a pass changes."""
     uses_cudnn = torch.backends.cudnn.enabled
     training_flags = {module: module.training for module in model.modules()}
     requires_grad_flags = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
     # No pass changes the frozen buffers of an adapter, or quantised weights that are buffers. They
     # may be as large as the model, so they are not copied.
-    fixed_modules = (
-        module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
-    )
-    fixed_ids = {id(buffer) for module in fixed_modules for buffer in module.buffers()}
+    fixed = (m for m in model.modules() if isinstance(m, Change) or is_opaque(m))
+    fixed_ids = {id(buffer) for module in fixed for buffer in module.buffers()}
     buffer_copies = [
         (buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed_ids
     ]
     try:
-        torch.backends.cudnn.enabled = False
+        torch.backends.cudnn.enabled = False  # its RNNs have no backward in eval mode
         for parameter in trained:
             parameter.requires_grad_(True)
         yield

@@ -175,15 +175,16 @@ class Samples:
 
     def _delete_old_calls(self) -> None:
         cutoff_time = time.monotonic() - ANSWER_SECONDS
-        ended_ids = [id for id, call in self._calls.items() if call.ended is not None]
-        expired_ids = [id for id in ended_ids if (self._calls[id].ended or 0.0) < cutoff_time]
+        end_times = {id: call.ended for id, call in self._calls.items() if call.ended is not None}
+        ended_ids = sorted(end_times, key=end_times.__getitem__)
+        expired_ids = [id for id in ended_ids if end_times[id] < cutoff_time]
         excess_ids = ended_ids[: max(0, len(ended_ids) - MAX_ANSWERED_CALLS)]
         bytes_by_owner: Counter[str] = Counter()
         for id in reversed(ended_ids):
             call = self._calls[id]
             if not call.task.cancelled():
                 bytes_by_owner[call.owner] += len(call.task.result().body)
-            if bytes_by_owner[call.owner] > MAX_ANSWER_BYTES:
+            if bytes_by_owner[call.owner] > MAX_ANSWER_BYTES and id != ended_ids[-1]:
                 excess_ids.append(id)
         for id in dict.fromkeys([*expired_ids, *excess_ids]):
             del self._calls[id]
@@ -207,7 +208,8 @@ class Samples:
                     "use the base's tokenizer",
                 )
             check_prompt(request, len(prompt_tokens))
-            count = self.max_tokens(request) * request.topk_sample_logprobs
+            sampled_count = self.max_tokens(request) - len(prompt_tokens)
+            count = sampled_count * request.topk_sample_logprobs
             if count > MAX_ALTERNATIVES:
                 raise DataError(
                     f"{count:,} log-probabilities of samples in one call",

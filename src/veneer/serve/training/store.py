@@ -397,9 +397,8 @@ class Store:
         )
 
     def delete_checkpoint(self, checkpoint: Checkpoint) -> None:
-        self._index.execute(
-            "DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *checkpoint
-        )
+        query = "DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?"
+        self._index.execute(query, *checkpoint)
         shutil.rmtree(self.files_of(checkpoint), ignore_errors=True)
 
     def expired_checkpoints(self) -> list[Checkpoint]:
@@ -450,9 +449,8 @@ class Store:
             self._reserved_tokens[owner] += token_count
 
     def settle_tokens(self, owner: str, reserved_tokens: int, used_tokens: int) -> None:
-        """End a reservation of ``reserved_tokens``, and count the ``used_tokens`` instead."""
+        """End a reservation, and count the ``used_tokens``, which a disk error keeps reserved."""
         with self._index.lock:
-            # if the disk fails in between, only the used tokens stay reserved
             self._reserved_tokens[owner] -= reserved_tokens - used_tokens
             self.count_tokens(owner, used_tokens)
             self._reserved_tokens[owner] -= used_tokens

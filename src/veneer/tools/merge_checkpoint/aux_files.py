@@ -4,7 +4,8 @@ Weights in other formats than safetensors are not copied, because the adapters a
 them. A folder that contains weights is left out as a whole, and so are hidden folders (of git and
 the Hub's client).
 config.json is rewritten if the merge changes the dtype, the size of the vocabulary, or the labels
-or the padding token of a classifier. The tokenizer is the adapter's if the adapter added tokens to it, else the base's.
+or the padding token of a classifier. The tokenizer is the adapter's if the adapter added tokens to
+it, else the base's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from veneer.adapter_files.file_names import TOKENIZER_FILES
 from veneer.errors import AdapterError
 from veneer.fileio.untrusted import read_json
-from veneer.models.load import load_tokenizer, padding_token
+from veneer.models.load import padding_token, tokenizer_at
 from veneer.models.safetensors_dir import PROCESSOR_FILES, TEXT_FILES, Checkpoint
 from veneer.tools.merge_checkpoint.growth import Head
 
@@ -187,11 +188,11 @@ def _expected_content(source_path: Path, changes: FileChanges, relative_path: Pa
         config = _with_vocab_size(config, changes.vocabulary_size)
     if changes.head is not None:
         config = _with_labels(config, changes.head)
-        tokenizer_folder = changes.tokenizer_folder or source_path.parent
-        if any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer_folder = str(changes.tokenizer_folder or source_path.parent)
+        if any(Path(tokenizer_folder, name).is_file() for name in TOKENIZER_FILES[:2]):
             # as in training: classifiers of decoders find a row's last token by the padding token
-            text_config = config.get("text_config") or config
-            text_config["pad_token_id"] = padding_token(load_tokenizer(tokenizer_folder))
+            tokenizer = tokenizer_at(tokenizer_folder, tokenizer_folder)
+            (config.get("text_config") or config)["pad_token_id"] = padding_token(tokenizer)
         if config == json.loads(content):
             return content
     return (json.dumps(config, indent=2) + "\n").encode()

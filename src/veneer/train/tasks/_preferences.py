@@ -68,7 +68,9 @@ class CausalTask(Task):
             self.processor,
             max_length=self.max_length(),
             too_long=self.config.too_long,
-            end_ids=base_end_tokens(self.config.base, self.processor),
+            end_ids=base_end_tokens(self.config.base, self.processor)
+            if self.generates_text()
+            else None,
         )
 
     def collate_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:

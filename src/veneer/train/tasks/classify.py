@@ -25,8 +25,8 @@ import torch
 
 from veneer import models
 from veneer.errors import ConfigError, DataError, listing
-from veneer.models.locate import config_of, find_base
 from veneer.models.load import padding_token
+from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
 from veneer.train import data

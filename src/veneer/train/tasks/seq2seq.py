@@ -19,8 +19,8 @@ from torch import Tensor
 
 from veneer import models
 from veneer.errors import ConfigError, DataError
-from veneer.models.locate import config_of, find_base
 from veneer.models.load import padding_token
+from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
 from veneer.train import data, prepare
