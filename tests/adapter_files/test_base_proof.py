@@ -573,6 +573,14 @@ def test_train_also_and_excluding_are_obeyed(checkpoint, tmp_path):
         veneer.attach(classifier(checkpoint, 1), veneer.LoraConfig(rank=2, exclude=["classifier"]))
 
 
+def test_a_new_head_is_trained_in_full_beside_other_targets_than_all_linear(checkpoint, tmp_path):
+    config = veneer.LoraConfig(rank=2, targets=["all-linear", "word_embeddings"])
+    handle = veneer.attach(classifier(checkpoint, 1), config)
+    assert {*handle.layers["classifier"].full._parameters} == {"weight", "bias"}
+    assert "bert.embeddings.word_embeddings" in handle.layers
+    handle.save(tmp_path / "a")  # warnings are errors here
+
+
 def test_the_unused_pooler_of_a_base_model_binds_nobody(checkpoint, tmp_path):
     """Each load of an encoder without a pooler in its checkpoint makes another one, which mean
     pooling never reads."""

@@ -200,9 +200,13 @@ def test_the_next_rank_is_the_smallest_that_keeps_the_gain() -> None:
             *({"what": "rank", "at": 2**power, "data": loss} for power, loss in enumerate(cuts)),
         ]
 
-    assert _recommend_rank(rows(2.0, 1.0, 1.5, 1.005, 1.0)) == (
+    assert _recommend_rank(rows(2.0, 1.0, 1.5, 1.005, 1.0), 8) == (
         2,
         "truncated to rank 2 it keeps 99.5% of what it gained on the data",
     )
-    assert _recommend_rank(rows(2.0, 1.0, 1.5, 1.02)) is None
-    assert _recommend_rank(rows(1.0, 1.0, 1.0)) is None
+    assert _recommend_rank(rows(2.0, 1.0, 1.5, 1.02), 8) == (
+        8,
+        "no truncation keeps 99% of what it gained on the data",
+    )
+    assert _recommend_rank(rows(2.0, 1.0), 8) is None
+    assert _recommend_rank(rows(1.0, 1.0, 1.0), 8) is None

@@ -40,7 +40,13 @@ Exact = Annotated[
 ]
 MaxLength = Annotated[
     int | None,
-    Option(help="Longest example in tokens (default: the model's context, at most 2048).", min=2),
+    Option(
+        help=(
+            "Longest example in tokens (default: that of the adapter's run, except in sft; else the"
+            " model's context, at most 2048)."
+        ),
+        min=2,
+    ),
 ]
 TooLong = Annotated[
     Literal["error", "truncate", "drop"], Option(help="What to do with a longer example.")

@@ -101,10 +101,10 @@ def write_report(adapter_files: Any, request: ReportRequest) -> dict[str, Any]:
             losses = facts["losses"] = _measure_losses(
                 adapter_files, report, request, base_options, examples_by_source, status
             )
-            facts["next_rank"], facts["why"] = _recommend_rank(losses["rows"]) or (
-                report.next_rank,
-                report.why,
-            )
+            largest_rank, by_norm = report.cuts[-1].rank, (report.next_rank, report.why)
+            by_loss = _recommend_rank(losses["rows"], largest_rank) or by_norm
+            needs_more = by_norm[0] > largest_rank == by_loss[0]
+            facts["next_rank"], facts["why"] = by_norm if needs_more else by_loss
     write_whole(request.report, page(facts))
     return facts
 
@@ -267,10 +267,13 @@ def _write_derived_adapters(
     yield from () if has_intruders else map(write_scaled, SCALES)
 
 
-def _recommend_rank(loss_rows: list[dict[str, Any]]) -> tuple[int, str] | None:
+def _recommend_rank(
+    loss_rows: list[dict[str, Any]], largest_rank: int
+) -> tuple[int, str] | None:
     """Return (the smallest rank that keeps nearly all of the gain, a sentence with the reason). The
-    gain is the loss of the base minus the loss of the adapter, on "data". Return None if
-    "data" was not measured, if there is no gain, or if no truncated adapter keeps enough.
+    gain is the loss of the base minus the loss of the adapter, on "data". If no truncated adapter
+    keeps enough, the rank is `largest_rank`, that of the adapter. Return None if "data" was not
+    measured, if there is no gain, or if no truncated adapter was measured.
 
     ``loss_rows``: the measured rows, those of the base and of the adapter first, then the truncated
     adapters by increasing rank."""
@@ -289,4 +292,8 @@ def _recommend_rank(loss_rows: list[dict[str, Any]]) -> tuple[int, str] | None:
                 " data"
             )
             return rank, reason
+    if any(loss_row["what"] == "rank" for loss_row in derived_rows):
+        return largest_rank, (
+            f"no truncation keeps {MIN_RETAINED_GAIN:.0%} of what it gained on the data"
+        )
     return None

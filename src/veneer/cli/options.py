@@ -94,8 +94,8 @@ Temperature = Annotated[
     float | None,
     Option(
         help=(
-            "0: the most likely token each time; above: sampling. Default: the base's"
-            " generation_config.json, else 0."
+            "0: the most likely token each time; above: sampling. Default: the base's, if its"
+            " generation_config.json samples, else 0."
         ),
         min=0,
     ),

@@ -33,7 +33,7 @@ def sweep_command(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace what an earlier sweep left.")
+        bool, Option("--overwrite", help="Replace a finished sweep, or one of other settings; with --no-resume any.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

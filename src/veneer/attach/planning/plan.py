@@ -210,7 +210,7 @@ class _Planner:
         for path in paths_in_both:
             problem = f"{path!r} in targets and in train_also"
             self.problems.append(sentence(problem, "one of them", "leave it out of the other"))
-        head_refs = [] if has_explicit_targets else self.untrained_head()
+        head_refs = self.untrained_head()
         targets = [
             ref for ref in targets if ref[0] not in self.train_also_paths and ref not in head_refs
         ]

@@ -316,6 +316,8 @@ def run(
     max_replicas = scaling.get("num_replicas") or scaling["autoscaling_config"]["max_replicas"]
     owns_cluster = "RAY_ADDRESS" not in os.environ
     ray.init(
+        # without an address, Ray would join a cluster that ``ray start`` began on this machine
+        address="local" if owns_cluster else None,
         include_dashboard=False if owns_cluster else None,
         log_to_driver=True,
         logging_level=logging.WARNING,
