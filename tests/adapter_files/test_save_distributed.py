@@ -131,6 +131,10 @@ def save_pretrained_beside_other_files(rank: int, folder: Path) -> None:
         (folder / way / "optimizer.pt").write_bytes(b"state")
         dist.barrier()
         model.save_pretrained(folder / way, **options)
+    # as accelerate's `get_state_dict`, of which torch gives the other processes an empty dict
+    state = {name: full_tensor(value) for name, value in model.state_dict().items()}
+    options = {"is_main_process": rank == 0, "state_dict": state if rank == 0 else {}}
+    model.save_pretrained(folder / "gathered", **options)
 
 
 def ddp_saves_on_every_rank(rank: int, folder: Path) -> None:
@@ -372,6 +376,7 @@ def test_save_pretrained_of_spread_weights_leaves_what_lies_in_the_folder(ran: A
         assert not [path for path in (folder / way).iterdir() if path.is_dir()]
         (folder / way / "optimizer.pt").unlink()
         same_folder(folder / "alone", folder / way)
+    same_folder(folder / "alone", folder / "gathered")
 
 
 def test_ddp_saves_once_and_every_rank_returns_the_path(ran: Any, tmp_path: Path) -> None:

@@ -188,8 +188,12 @@ def test_round_trip_of_every_variant(tmp_path, variant, dtype):
         return
     if variant == "adalora":
         handle.changes["linear.weight"].mask[0, 1] = 0
+    # an optimiser's state names the parameters by their order
+    names = [name for name, _ in handle.named_parameters()]
     comes_back(handle, tmp_path, [x])
     assert (tmp_path / "adapter" / PARAMETERS).exists() == (variant not in PLAIN)
+    loaded = veneer.load(model, tmp_path / "adapter", name="third", trainable=True)
+    assert [name for name, _ in loaded.named_parameters()] == names
 
 
 @pytest.mark.parametrize("fields", list(FUSED.values()), ids=list(FUSED))

@@ -280,3 +280,13 @@ def test_damaged_and_dishonest_files_are_refused(tmp_path):
     forge(folder, record=lambda record: record["changes"][EMBED].update(tokens=[[0, 10**18]]))
     with pytest.raises(AdapterError, match="other trained tokens"):
         veneer.load(llama(), folder)
+
+
+def test_a_base_grows_for_an_adapter_that_holds_the_grown_head(tmp_path):
+    config = veneer.LoraConfig(
+        rank=2, targets="q_proj", trainable_tokens=[40, 41, 42], train_also=["lm_head"]
+    )
+    folder, expected = trained(grown(tied=False), tmp_path / "a", config)
+    model = llama(False, 40)
+    veneer.load(model, folder, grow=True)
+    assert torch.allclose(logits(model), expected, atol=1e-5)

@@ -275,6 +275,31 @@ def test_an_adapter_that_unties_stands_beside_one_of_the_tied_weight(tmp_path, v
     assert error(again(ids).logits, expected) < 1e-5
 
 
+def test_an_adapter_of_the_tied_weight_is_saved_whole_beside_one_that_unties(tmp_path):
+    path, _ = changed_by_peft(tmp_path / "b", APART["at a low rank"])
+    model = llama()
+    handle = veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens=[3]), "a")
+    with torch.no_grad():
+        for change in handle.changes.values():
+            change.token_rows.add_(1)
+    expected = model(IDS).logits
+    veneer.load(model, path, name="b", untie=True)
+    handle.save(tmp_path / "a")
+    again = llama()
+    veneer.load(again, tmp_path / "a")
+    assert error(again(IDS).logits, expected) < 1e-6
+
+
+def test_a_weight_that_was_untied_is_not_called_random(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    path, _ = changed_by_peft(tmp_path / "b", APART["at a low rank"])
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    veneer.load(model, path, name="b", untie=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", veneer.FreshWeights)
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"]), "c")
+
+
 def test_a_tie_that_holds_a_merged_adapter_is_not_untied(tmp_path):
     path, _ = changed_by_peft(tmp_path / "theirs", APART["at a low rank"])
     model = llama()

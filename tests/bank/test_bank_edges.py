@@ -294,3 +294,19 @@ def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch
     assert {id(module) for module in released} == {
         id(module) for module in (model.one, model.two, model.last)
     }
+
+
+def test_an_adapter_that_is_loaded_in_training_mode_drops_nothing(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).train()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", dropout=0.5))
+    randomise(handle)
+    handle.save(tmp_path / "a")
+    handle.detach()
+    bank = veneer.Bank(model)
+    bank.add(tmp_path / "a")
+    x = torch.randn(1, 3, 8, 8)
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad(), bank.rows(["a"]):
+            assert torch.equal(model(x), model(x))
+    bank.close()

@@ -143,3 +143,36 @@ def test_a_merged_classifier_of_a_decoder_finds_the_last_token(
         expected, found = model.eval()(ids).logits, merged.eval()(ids).logits
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found[0], found[1])
+
+
+def test_labels_of_a_head_that_the_base_has_are_written_and_proved(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "head")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        base, id2label={0: "neg", 1: "neu", 2: "pos"}
+    )
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    assert not any(layer.full._parameters for layer in handle.layers.values())
+    randomise(handle)
+    handle.save(tmp_path / "adapter")
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["id2label"] == {"0": "neg", "1": "neu", "2": "pos"}
+    assert prove(base, [tmp_path / "adapter"], tmp_path / "merged") > 10
+
+
+def test_two_heads_that_the_base_lacks_need_weights_that_add_up_to_one(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "encoder")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        trained(base, ["x", "y"], folder)
+    for adapters in (folders, [(folders[0], 0.7)]):
+        with pytest.raises(MergeError, match="which the base's files lack, in adapters whose"):
+            merge_checkpoint(base, adapters, tmp_path / "out")
+    merge_checkpoint(base, [(folder, 0.5) for folder in folders], tmp_path / "mean")
+    heads = [AutoModelForSequenceClassification.from_pretrained(base) for _ in folders]
+    for head, folder in zip(heads, folders, strict=True):
+        veneer.load(head, folder)
+        veneer.merge(head)
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mean")
+    mean = sum(head.classifier.weight for head in heads) / 2
+    assert torch.allclose(merged.classifier.weight, mean, atol=1e-6)

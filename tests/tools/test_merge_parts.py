@@ -11,8 +11,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained
+from torch import nn
 
-from veneer.errors import CheckpointError
+import veneer
+from veneer.errors import CheckpointError, MergeError
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import merge_checkpoint, merged_files
 from veneer.tools.merge_checkpoint.merged_files import CheckpointWriter, _ByteBudget
@@ -119,3 +121,20 @@ def test_a_folder_of_peft_leaves_running_statistics_alone(tmp_path):
     expected, merged = tensors(tmp_path / "base"), tensors(tmp_path / "out")
     different_names = [name for name in expected if not torch.equal(expected[name], merged[name])]
     assert different_names == ["classifier.1.weight"]
+
+
+def test_a_running_variance_that_becomes_negative_is_refused(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for name, variance in (("a", 0.4), ("b", 0.5)):
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+        handle.layers["1"].full._buffers["running_var"].fill_(variance)
+        handle.save(tmp_path / name)
+        handle.detach()
+    both = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(MergeError, match="'1.running_var', which these weights make negative"):
+        merge_checkpoint(tmp_path, both, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+    halves = [(folder, 0.5) for folder in both]
+    merge_checkpoint(tmp_path, halves, tmp_path / "mean", model=model)
+    assert tensors(tmp_path / "mean")["1.running_var"].tolist() == pytest.approx([0.45] * 4)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tests.support.launched import train, wait_for_all
+from tests.support.tasks import rows_of, write_vit
 from tests.support.tiny import write_rows
 from tests.train.conftest import config_of
 
@@ -170,6 +171,27 @@ def test_tasks(base: Path, tmp_path: Path, task: str) -> None:
     for first, second in zip(*logs, strict=True):
         assert first.get("eval_accuracy") == pytest.approx(second.get("eval_accuracy"))
         assert first.get("accuracy") == pytest.approx(second.get("accuracy"))
+
+
+@pytest.mark.slow
+def test_running_statistics_are_those_of_the_first_process(tmp_path: Path) -> None:
+    """As torch's DDP has it. Each process counts its own rows."""
+    import transformers
+
+    base = write_vit(tmp_path / "vit").rename(tmp_path / "resnet")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    config = transformers.ResNetConfig(**sizes, layer_type="basic")
+    transformers.ResNetModel(config).save_pretrained(base)
+    data = write_rows(tmp_path / "rows.jsonl", rows_of("image"))
+    fields = {"base": str(base), "data": str(data), "task": "classify", "precision": "fp32"}
+    run = {"targets": "all", "batch_size": 4, "max_steps": 4, "save_every": 2}
+    config = make_config({**fields, **run, "output": str(tmp_path / "run")})
+    wait_for_all(train(config, tmp_path, 2))
+    tensors = load_file(config.output / "adapter" / "adapter_model.safetensors")
+    counts = [value for name, value in tensors.items() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(int(count) > 0 for count in counts)
 
 
 def test_what_is_refused_is_refused_once(

@@ -124,3 +124,11 @@ def test_a_text_that_no_row_holds_is_refused(make):
         fit(make(invocation="<d>"), quiet=True)
     with pytest.raises(ConfigError, match="bias='all' with invocation_tokens"):
         fit(make(bias="all"), quiet=True)
+
+
+def test_an_adapter_that_is_trained_further_needs_rows_with_its_invocation(make, tmp_path):
+    first = fit(make(), quiet=True)
+    rows = write_rows(tmp_path / "other.jsonl", [{"prompt": "a", "completion": " b"}] * 4)
+    fields = {"output": str(tmp_path / "more"), "invocation": None, "adapter": str(first.adapter)}
+    with pytest.raises(ConfigError, match="invocation of the adapter, tokens .* in none of the"):
+        fit(make(**fields, data=str(rows)), quiet=True)

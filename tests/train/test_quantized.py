@@ -409,3 +409,22 @@ def test_a_record_whose_word_on_quantisation_is_no_table_is_refused(run: Any) ->
     (problem,) = record_problems({**saved.metadata, "base": base}, saved.path)
     assert "quantized by name" in problem
     assert list(record_problems(saved.metadata, saved.path)) == []
+
+
+def test_a_loftq_adapter_is_of_the_quantised_base_alone(wide: Path, tmp_path: Path) -> None:
+    """It begins with what the quantisation has lost, which the weights of 16 bits still have."""
+    model, plain = load(wide), load(wide, None)
+    config = veneer.LoraConfig(rank=8, variant="loftq")
+    handle = veneer.attach(model, config, original=plain)
+    handle.save(tmp_path / "adapter")
+    ids = torch.arange(12)[None] + 3
+    with torch.no_grad():
+        expected = model(ids).logits
+        again = load(wide)
+        veneer.load(again, tmp_path / "adapter")
+        assert torch.allclose(again(ids).logits, expected, atol=1e-5)
+    with pytest.raises(BaseMismatchError):
+        veneer.load(load(wide, None), tmp_path / "adapter")
+    with pytest.raises(BaseMismatchError):
+        merge_checkpoint(wide, [tmp_path / "adapter"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

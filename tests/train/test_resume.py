@@ -63,6 +63,7 @@ VARIATIONS = {
     "packing": {"packing": True, "max_length": 64, "batch_size": 1, "epochs": 2},
     "rslora-train-also": {"variant": "rslora", "train_also": ["norm"], "epochs": 1},
     "no-shuffle-of-state": {"optimiser": "adafactor", "epochs": 1},
+    "loha": {"variant": "loha", "epochs": 1},
 }
 
 

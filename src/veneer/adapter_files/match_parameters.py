@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,9 @@ class ParameterReader:
                     f"what {peft.TENSORS} holds of it",
                     COPY_ADVICE,
                 )
-            return dict(variant_parameters)
+            # in the variant's order, by which an optimiser's state names the parameters
+            ordered_names = [*_parameter_names(variant.name), *variant_parameters]
+            return {n: variant_parameters[n] for n in ordered_names if n in variant_parameters}
         self.check_sizes(plan, layer, variant)
         row_indices = None if plan.rows is None else torch.tensor(plan.rows)
         if row_indices is not None and B.index_fill(1, row_indices, 0).any():
@@ -207,13 +209,14 @@ class ParameterReader:
 
 
 @functools.cache
-def _parameter_names(variant: str) -> frozenset[str]:
-    """The names of a variant's parameters that a file holds. They are found by initialising the
-    variant for a tiny layer."""
+def _parameter_names(variant: str) -> KeysView[str]:
+    """The names of a variant's parameters that a file holds, in the variant's order. They are found
+    by initialising the variant for a tiny layer."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         eye = torch.eye(2)[None]
         init_context = InitContext(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)
-        return frozenset(VARIANTS[variant].init(init_context)) - VARIANTS[variant].derived
+        names = dict.fromkeys(VARIANTS[variant].init(init_context))
+    return dict.fromkeys(name for name in names if name not in VARIANTS[variant].derived).keys()
 
 
 @torch.no_grad()

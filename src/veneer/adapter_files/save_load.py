@@ -352,7 +352,12 @@ def _base_fingerprints(
         path: weights_by_id[id(weight)] for path, (weight, _) in changes_by_path.items()
     }
     excluded_ids = replaced_ids.union(
-        (id(weight) for weight, _ in changes_by_path.values()),
+        # under every name of a tied weight, which may have been untied for another adapter
+        (
+            id(weight_of(module, weight_name))
+            for _, module, layer_adapter in adapters(model, adapter_name)
+            for weight_name in layer_adapter.changes
+        ),
         lost_ids,
         # without a head, only a pooler can be fresh: random in each load, and without any effect
         () if _has_head(model) else fresh_refs,
@@ -389,13 +394,15 @@ def _find_fingerprints(
 
     For a weight into which an adapter is merged, these are the values from before the merge. For a
     weight that was quantised at loading, the fingerprint of the weight in the checkpoint is used
-    instead, if it is known."""
+    instead, if it is known, except for a variant that starts from what the quantisation has lost:
+    with the weight of the checkpoint, this would count twice."""
     if fingerprints is not None:
         return [
             next((fingerprints[name] for name in module_weight.names if name in fingerprints), None)
             for module_weight in module_weights
         ]
-    file_fingerprints = sources_of(model)
+    variant = VARIANTS[need_adapters(model, adapter_name).configs[adapter_name].variant]
+    file_fingerprints = {} if "original" in variant.needs else sources_of(model)
     computed = fingerprints_of(module_weights, bits_before_merge(model, adapter_name))
     return [file_fingerprints.get(fingerprint, fingerprint) for fingerprint in computed]
 

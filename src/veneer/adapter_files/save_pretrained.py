@@ -142,7 +142,8 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
         )
     passed_state = _passed_state(options)
     if not options.get("is_main_process", True):
-        if not passed_state and is_spread(model.modules()):
+        # torch gives an empty state dict to all processes but the first
+        if options.get("state_dict") is None and is_spread(model.modules()):
             # the main process needs the shards of this process, too, to write the tensors
             write_adapter(model, name, folder, alone=False)
         return

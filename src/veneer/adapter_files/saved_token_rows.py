@@ -333,7 +333,7 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
         untrained_ids = sorted(
             {*range(old_row_count, new_row_count)} - {*trained_ids.get(first_ref, ())}
         )
-        if untrained_ids:
+        if untrained_ids and "weight" not in adapter_files.full.get(first_ref[0], ()):
             problem = (
                 f"row {', '.join(map(str, untrained_ids[:4]))} of {parameter_path(*first_ref)!r}"
                 " that grew and was never trained"

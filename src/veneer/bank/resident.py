@@ -199,6 +199,8 @@ def load_resident(
         model_index, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
+    for layer_adapter in layer_adapters.values():
+        layer_adapter.eval()  # no child of the model, so no ``model.eval()`` reaches it
     layer_adapter_by_key = adapt_modules(model_index, layer_adapters)
     changes_by_adapter_id, unresolved = _split_adapters(model_index, layer_adapters, dtype)
     layer_changes = {

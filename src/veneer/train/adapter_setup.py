@@ -58,6 +58,8 @@ def attach_adapter(
             model, resume_point[0] / checkpoint.ADAPTER, name=TRAINED_ADAPTER, trainable=True
         )
     if task.initial_adapter is not None:
+        if invocation_tokens := task.initial_adapter.invocation_tokens:
+            vocabulary.must_occur(invocation_tokens, "of the adapter", prepared.train)
         return load_to_train(model, task.initial_adapter)
     torch.manual_seed(config.seed)
     return attach(

@@ -33,11 +33,13 @@ class InitialAdapter(NamedTuple):
         hash: the hash of its files.
         task: the record of the task that trained the adapter, from the adapter's metadata; empty if
             there is none.
+        invocation_tokens: the ids of the tokens from which on the adapter acts (aLoRA), or ().
     """
 
     folder: Path
     hash: str
     task: Mapping[str, Any]
+    invocation_tokens: tuple[int, ...]
 
 
 def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
@@ -58,7 +60,10 @@ def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
         )
     task_record = adapter_files.metadata.get("provenance", {}).get("task")
     return InitialAdapter(
-        folder, content_hash(folder), task_record if isinstance(task_record, dict) else {}
+        folder,
+        content_hash(folder),
+        task_record if isinstance(task_record, dict) else {},
+        adapter_files.config.invocation_tokens,
     )
 
 

@@ -49,6 +49,7 @@ UNSUPPORTED_SETTINGS = {
         "cache_lower": "its blocks would have to be cut as well",
         "device_map": "each process has a device",
         "task grpo": "its answers have not been tried on a model that is cut",
+        "early_stopping": "the best adapter cannot be loaded onto a base that is cut",
         "invocation": "it has not been tried on a model that is cut",
         "a preference from adapter": (
             "the base is cut before that adapter is there once more, as it was"
@@ -286,7 +287,10 @@ def share_config(config: TrainConfig, process_count: int, *, compares_rows: bool
 
 
 def check_divided_settings(
-    config: TrainConfig, process_count: int, needs_reference: bool = False
+    config: TrainConfig,
+    process_count: int,
+    needs_reference: bool = False,
+    invocation_tokens: tuple[int, ...] = (),
 ) -> None:
     """Raise `ConfigError` for settings that do not work if the base is divided over `process_count`
     processes: sharded (`parallel` fsdp) or with matrices cut between them (tp). Also raise it for a
@@ -294,6 +298,7 @@ def check_divided_settings(
 
     Args:
         needs_reference: whether the loss compares the model with a reference policy.
+        invocation_tokens: those of the adapter that the run trains further.
     """
     from veneer.models.locate import config_of
 
@@ -305,7 +310,8 @@ def check_divided_settings(
         "cache_lower": config.cache_lower,
         "device_map": config.device_map,
         "task grpo": config.task == "grpo",
-        "invocation": config.invocation is not None,
+        "early_stopping": config.early_stopping,
+        "invocation": config.invocation is not None or invocation_tokens,
         "a preference from adapter": needs_reference and config.adapter is not None,
     }
     for setting_name, reason in UNSUPPORTED_SETTINGS[config.parallel].items():

@@ -276,7 +276,13 @@ def _make_task(config: TrainConfig, processes: Processes) -> Task:
         task_options = {"load_options": {**load_options, "device": "cpu"}}
     task = task_class(config, **task_options)
     if is_divided:
-        check_divided_settings(config, processes.count, task.needs_reference())
+        initial_adapter = task.initial_adapter
+        check_divided_settings(
+            config,
+            processes.count,
+            task.needs_reference(),
+            () if initial_adapter is None else initial_adapter.invocation_tokens,
+        )
     return task
 
 

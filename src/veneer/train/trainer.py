@@ -135,11 +135,12 @@ class AdapterTrainerBase(Trainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """Broadcast the trained parameters of the first process to the others, where initial values
-        may be rounded differently."""
+        """Broadcast the trained parameters and the adapter's buffers of the first process to the
+        others, where initial values may be rounded differently."""
+        buffers = [b for layer in self.adapter.layers.values() for b in layer.buffers()]
         with torch.no_grad():
-            for parameter in self._trained_parameters:
-                dist.broadcast(parameter.data, src=0)
+            for tensor in (*self._trained_parameters, *buffers):
+                dist.broadcast(tensor.data, src=0)
 
     @functools.cached_property
     def _trained_parameters(self) -> list[torch.nn.Parameter]:
@@ -147,11 +148,17 @@ class AdapterTrainerBase(Trainer):
             parameter for parameter in self.adapter.model.parameters() if parameter.requires_grad
         ]
 
+    @functools.cached_property
+    def _running_statistics(self) -> list[torch.Tensor]:
+        return [b for layer in self.adapter.layers.values() for b in layer.full.buffers()]
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.processes.count > 1 and self.accelerator.sync_gradients:
             self.processes.must_have_parent()
             average_gradients(self._trained_parameters)
+            for buffer in self._running_statistics:  # each process has counted its own rows
+                dist.broadcast(buffer, src=0)
         return loss
 
     def get_tp_size(self) -> int:

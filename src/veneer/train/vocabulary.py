@@ -69,21 +69,27 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int
             they are searched for the invocation.
 
     Raises:
-        ConfigError: the invocation has no tokens, or no searched row contains it, so that nothing
-            would train.
+        ConfigError: the invocation has no tokens, or no searched row contains it (`must_occur`).
     """
     if config.invocation is None:
         return ()
     token_ids = tuple(tokenizer.encode(config.invocation, add_special_tokens=False))
+    must_occur(token_ids, repr(config.invocation), rows)
+    return token_ids
+
+
+def must_occur(token_ids: tuple[int, ...], invocation: str, rows: Rows) -> None:
+    """Raise `ConfigError` if an adapter's invocation has no tokens, or rows with `input_ids` are
+    given and none contains them, so that nothing would train. ``invocation``: its name in the
+    error."""
     id_rows = [row["input_ids"] for row in rows.rows if "input_ids" in row]
     if not token_ids or (id_rows and not any(map(partial(_contains_tokens, token_ids), id_rows))):
         raise ConfigError(
-            f"invocation {config.invocation!r}, tokens {list(token_ids)}, in none of the rows",
+            f"invocation {invocation}, tokens {list(token_ids)}, in none of the rows",
             "rows that hold these tokens one after the other",
             "write it as it stands in the tokenised rows (`--dry-run` prints one), between texts"
             " that no token joins with it, such as special tokens",
         )
-    return token_ids
 
 
 def _contains_tokens(searched_ids: tuple[int, ...], row_ids: list[int]) -> bool:

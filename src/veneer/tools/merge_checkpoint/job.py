@@ -30,6 +30,7 @@ from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
 from veneer.models.safetensors_dir import DTYPE_NAMES, Checkpoint, names_by_offset, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import FileChanges
+from veneer.tools.merge_checkpoint.full_values import merge_full
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import (
@@ -477,24 +478,3 @@ def _sum_changes(
         for low_rank, gain in zip(low_ranks, gains, strict=True)
     ]
     return LowRank.sum(scaled_low_ranks, coefficients), total_gain.flatten()
-
-
-def merge_full(edit: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Merge parameters Pᵢ that adapters train in full into W = ``weight``, the slice of a tensor
-    that ``edit`` names: W + Σ wᵢ (Pᵢ − W), rounded once to ``dtype``. Integers, such as the step
-    counter of a batch norm, cannot be averaged, so the result is the first adapter's value."""
-    trained_values = [
-        (coefficient, tensor[edit.param_slice.index].reshape(weight.shape))
-        for coefficient, tensor in edit.full
-    ]
-    if not weight.is_floating_point() or (len(trained_values) == 1 and trained_values[0][0] == 1):
-        trained_value = trained_values[0][1]
-        if not trained_value.is_floating_point():
-            return trained_value.to(dtype)
-        return round_once(trained_value.double(), dtype)
-    base_value = weight.double()
-    change = sum(
-        coefficient * (trained_value.double() - base_value)
-        for coefficient, trained_value in trained_values
-    )
-    return round_once(base_value + change, dtype)

@@ -13,7 +13,8 @@ itself. So loading the model does not rename, transpose or split the tensor.
         embedding and head that are tied (share one weight), and the stub shows no ties
     an unchanged tensor has the shape of a changed layer, and its module has the same last name: the
         two layers may be tied, and the file may hold a copy of their weight for each
-    a layer of another kind changes, a parameter is trained in full, or an adapter has no record
+    a layer of another kind changes, a parameter is trained in full, an adapter has no record, or it
+        has the labels of a classifier, which may change config.json
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from torch import nn
 
 from veneer.adapter_files.folder import AdapterFiles
+from veneer.adapter_files.record import labels_in
 from veneer.models.safetensors_dir import Checkpoint
 
 
@@ -53,7 +55,11 @@ def linear_stub_model(
             if not is_linear or vocabulary_sizes.intersection(shape):
                 return None
             shapes_by_path[weight.removesuffix(".weight")] = shape[0], shape[1]
-        if not saved_adapter.metadata or saved_adapter.full:
+        if (
+            not saved_adapter.metadata
+            or saved_adapter.full
+            or labels_in(saved_adapter.metadata) is not None
+        ):
             return None
     changed_names_and_shapes = {
         (path.rpartition(".")[2], shape) for path, shape in shapes_by_path.items()

@@ -41,6 +41,7 @@ from veneer.layers import Layer, parameter_path
 from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
 from veneer.models.safetensors_dir import Checkpoint
+from veneer.tools.merge_checkpoint.full_values import must_define_new_values
 from veneer.tools.merge_checkpoint.growth import (
     Head,
     add_tensors,
@@ -138,6 +139,7 @@ def plan_merge(
     )
     # grow the vocabulary only of a model that was built or copied here, not of the caller's own
     is_copy, grown_row_counts = model is None or target_model is not model, {}
+    stored_checkpoint = checkpoint
     if is_copy and (row_count := grow_model(target_model, saved_adapters)) is not None:
         grown_ids = vocabulary_parameters(target_model).keys()
         grown_tensors = {
@@ -170,13 +172,13 @@ def plan_merge(
                     for row_count in {*grown_row_counts.values()}
                 ),
             ]
-            return replace(
-                _plan_from_model(
-                    target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
-                ),
-                grown_row_counts=grown_row_counts,
-                head=head,
+            merge_plan = _plan_from_model(
+                target_model, adapters_by_name, saved_adapters, param_slices, checkpoint, notes
             )
+            for tensor_name in grown_row_counts:
+                row_count = stored_checkpoint.shape(tensor_name)[0]
+                must_define_new_values(merge_plan.edits.get(tensor_name, ()), row_count)
+            return replace(merge_plan, grown_row_counts=grown_row_counts, head=head)
         finally:
             for name in adapters_by_name:
                 detach(target_model, name)
@@ -236,6 +238,7 @@ def _plan_from_model(
         for path, edit in edits.items()
         if not slices_by_path[path] and _may_be_head(path, edit)
     }
+    must_define_new_values(edits[path] for path in added_shapes)
     slices_by_path |= {path: {path: models.ParamSlice(path)} for path in added_shapes}
     checkpoint = add_tensors(checkpoint, added_shapes)
     problems = [
