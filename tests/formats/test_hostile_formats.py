@@ -286,9 +286,7 @@ def test_factors_of_kohya_of_a_large_rank_take_no_more_memory_than_the_weight(ki
     expected = {
         "LoHa": lambda: (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]),
         "LoKr": lambda: torch.kron(t["lokr_w1"], t["lokr_w2"]),
-        "LoKr, w2 decomposed": lambda: torch.kron(
-            t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"]
-        ),
+        "LoKr, w2 decomposed": lambda: torch.kron(t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"]),
     }[kind]()
     (change,) = read(tmp_path / "out").layers.values()
     torch.testing.assert_close(change.delta()[0].double(), expected, rtol=1e-5, atol=0)

@@ -283,7 +283,6 @@ def test_texts_are_padded_as_the_classifier_of_a_decoder_finds_their_end(tmp_pat
     with served(tmp_path) as (http, _), torch.no_grad():
         found = scores(http, text_1="a", text_2=TEXTS, use_activation=False)
         expected = [
-            float(model(torch.tensor([tokenizer("a", text)["input_ids"]])).logits)
-            for text in TEXTS
+            float(model(torch.tensor([tokenizer("a", text)["input_ids"]])).logits) for text in TEXTS
         ]
     assert found == pytest.approx(expected, abs=1e-4)

@@ -23,7 +23,7 @@ from torch import nn
 import veneer
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
-from veneer.formats import BaseFacts, kohya
+from veneer.formats import BaseFacts
 from veneer.formats.lycoris import read_factors
 from veneer.layers import LAYERS
 from veneer.tools.convert import FORMATS, MisreadElsewhere, conversion, convert, detect

@@ -92,9 +92,7 @@ def test_torch_has_its_threads_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize("trained_also", ["lm_head", "embed_tokens"])
 def test_a_tied_weight_that_is_trained_in_full_changes_once(trained_also, tmp_path):
     model, base = tiny(tmp_path / "base")
-    adapter = trained(
-        model, tmp_path / "adapter", targets=["q_proj"], train_also=[trained_also]
-    )
+    adapter = trained(model, tmp_path / "adapter", targets=["q_proj"], train_also=[trained_also])
     merge_checkpoint(base, [adapter], tmp_path / "out")
     merged = tensors(tmp_path / "out")
     equal(merged, in_memory(model, adapter, tmp_path / "memory"))
@@ -132,7 +130,7 @@ def test_a_running_variance_that_becomes_negative_is_refused(tmp_path):
         handle.save(tmp_path / name)
         handle.detach()
     both = [tmp_path / "a", tmp_path / "b"]
-    with pytest.raises(MergeError, match="'1.running_var', which these weights make negative"):
+    with pytest.raises(MergeError, match=r"'1\.running_var', which these weights make negative"):
         merge_checkpoint(tmp_path, both, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
     halves = [(folder, 0.5) for folder in both]

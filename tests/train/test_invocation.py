@@ -130,5 +130,5 @@ def test_an_adapter_that_is_trained_further_needs_rows_with_its_invocation(make,
     first = fit(make(), quiet=True)
     rows = write_rows(tmp_path / "other.jsonl", [{"prompt": "a", "completion": " b"}] * 4)
     fields = {"output": str(tmp_path / "more"), "invocation": None, "adapter": str(first.adapter)}
-    with pytest.raises(ConfigError, match="invocation of the adapter, tokens .* in none of the"):
+    with pytest.raises(ConfigError, match=r"invocation of the adapter, tokens .* in none"):
         fit(make(**fields, data=str(rows)), quiet=True)

@@ -135,7 +135,9 @@ def test_kto_learns_what_the_assistant_wrote(tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "completion": completion, "label": label} for label in (True, False)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = TASKS["kto"](TrainConfig(task="kto", base=str(folder), data=str(file)))
+    task = TASKS["kto"](
+        TrainConfig(task="kto", base=str(folder), data=str(file), output=str(tmp_path))
+    )
     task.open_base()
     encoded = task.encode(task.read(str(file), "train"))
     batch = task.collate(encoded.rows)

@@ -423,11 +423,8 @@ class _Match:
                     self.add_problem(problem, "the same modules", "use its model")
                 elif module_tensors[name].shape != tensor.shape:
                     problem = f"{path}.{name} of shape {tuple(tensor.shape)}"
-                    self.add_problem(
-                        problem,
-                        f"{tuple(module_tensors[name].shape)}",
-                        "use the model that it was trained on",
-                    )
+                    expected = f"{tuple(module_tensors[name].shape)}"
+                    self.add_problem(problem, expected, "use the model that it was trained on")
             if module is not None:
                 self.full_names[path] = tuple(
                     name for name in tensors if name in module._parameters
@@ -449,15 +446,17 @@ class _Match:
 
     def remove_base_weight(self, plan: LowRankPlan, verify_base: bool) -> None:
         """Remove the frozen weight of an adapted embedding or head from ``full``, where PEFT saves
-        it (``save_embedding_layers``). With ``verify_base``, raise ``BaseMismatchError`` if the
-        model has another weight."""
+        it. With ``verify_base``, raise ``BaseMismatchError`` if the model has another weight."""
         weight = weight_of(self.model_index.modules[plan.path], plan.weight)
         for module_path, name in plan.holders:
             saved_weight = self.full.get(module_path, {}).pop(name, None)
-            trained_rows = plan.tokens or ()  # rows that the adapter replaces, so may differ
-            if verify_base and saved_weight is not None and fingerprint_without_rows(
-                saved_weight, trained_rows
-            ) != fingerprint_without_rows(plan.storage.dense(weight), trained_rows):
+            if saved_weight is None or not verify_base:
+                continue
+            fingerprints = [  # without the rows that the adapter replaces, which may differ
+                fingerprint_without_rows(tensor, plan.tokens or ())
+                for tensor in (saved_weight, plan.storage.dense(weight))
+            ]
+            if fingerprints[0] != fingerprints[1]:
                 raise BaseMismatchError(
                     f"another weight of {module_path!r} in {self.adapter_files.path} than in this"
                     " model",

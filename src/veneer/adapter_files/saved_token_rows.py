@@ -307,6 +307,8 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
         AdapterError: the model cannot grow, or the adapter has no values for some of the new rows,
             which would then be random.
     """
+    if not adapter_files.tokens:
+        return None
     model_index, new_row_count, problems = ModelIndex(model), vocabulary_size(adapter_files), []
     embedding_layers: list[Any] = [
         getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
@@ -317,7 +319,7 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
         if layer is not None and getattr(layer, "weight", None) is not None
     }
     old_row_count = min((len(layer.weight) for layer in embeddings.values()), default=new_row_count)
-    if not adapter_files.tokens or old_row_count >= new_row_count:
+    if old_row_count >= new_row_count:
         return None
     if adapters_of(model) is not None:
         problems.append(

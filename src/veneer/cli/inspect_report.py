@@ -267,9 +267,7 @@ def _write_derived_adapters(
     yield from () if has_intruders else map(write_scaled, SCALES)
 
 
-def _recommend_rank(
-    loss_rows: list[dict[str, Any]], largest_rank: int
-) -> tuple[int, str] | None:
+def _recommend_rank(loss_rows: list[dict[str, Any]], largest_rank: int) -> tuple[int, str] | None:
     """Return (the smallest rank that keeps nearly all of the gain, a sentence with the reason). The
     gain is the loss of the base minus the loss of the adapter, on "data". If no truncated adapter
     keeps enough, the rank is `largest_rank`, that of the adapter. Return None if "data" was not

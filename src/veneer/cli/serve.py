@@ -66,7 +66,8 @@ AdapterFolder = Annotated[
 Host = Annotated[str, Option(help="Address to listen at.")]
 Port = Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)]
 BaseName = Annotated[
-    str | None, Option(help="What clients call the base. Default: its folder, file, package or hub id.")
+    str | None,
+    Option(help="What clients call the base. Default: its folder, file, package or hub id."),
 ]
 Memory = Annotated[
     str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")

@@ -33,7 +33,11 @@ def sweep_command(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace a finished sweep, or one of other settings; with --no-resume any.")
+        bool,
+        Option(
+            "--overwrite",
+            help="Replace a sweep that is not resumed (--no-resume: any).",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

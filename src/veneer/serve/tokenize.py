@@ -7,12 +7,12 @@ GET  /version
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter
 from pydantic import Field, model_validator
 
-from veneer import __version__
 from veneer.serve import limits, prompts
 from veneer.serve.access import Key
 from veneer.serve.body_rules import Name, Strict
@@ -28,6 +28,9 @@ from veneer.serve.service import (
     check_model,
     in_text_thread,
 )
+
+#: the version of Veneer
+VERSION = metadata.version("veneer")
 
 router = APIRouter(route_class=Route)
 
@@ -134,7 +137,7 @@ async def detokenize(
 @router.get("/version")
 async def version() -> dict[str, str]:
     """The version of this server."""
-    return {"version": __version__}
+    return {"version": VERSION}
 
 
 async def _check_model(service: Service, key: Key, model: str | None) -> None:

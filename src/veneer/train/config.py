@@ -160,7 +160,7 @@ class TrainConfig(BaseModel):
         " changes and how are its own. dpo, kto and grpo then measure from it, not from the base.",
     )
     rank: int = _adapter(16, "Rank r of the adapter.", ge=1)
-    alpha: float | None = _adapter(None, "Numerator of the scale (default: the variant's; 32 for lora).", gt=0)
+    alpha: float | None = _adapter(None, "Numerator of the scale (default: the variant's).", gt=0)
     dropout: float = _adapter(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
     targets: str | list[str] = _adapter(
         "all-linear", "Layers to adapt: all-linear, attention, mlp, names or globs."
@@ -287,7 +287,7 @@ class TrainConfig(BaseModel):
     resume: bool | None = _run(
         None, "Continue an unfinished run (default: if there is one with this configuration)."
     )
-    overwrite: bool = _run(False, "Replace a finished run in the output folder, or one of other settings; with --no-resume any.")
+    overwrite: bool = _run(False, "Replace a run that is not resumed (--no-resume: any).")
 
     @field_validator("precision", "adapter_dtype", mode="before")
     @classmethod

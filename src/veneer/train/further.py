@@ -63,7 +63,7 @@ def read_initial_adapter(adapter: str | None) -> InitialAdapter | None:
         folder,
         content_hash(folder),
         task_record if isinstance(task_record, dict) else {},
-        adapter_files.config.invocation_tokens,
+        tuple(adapter_files.config.invocation_tokens),
     )
 
 

@@ -180,8 +180,8 @@ def print_changed_versions(record: Mapping[str, Any], console: Console) -> None:
         say(
             console,
             f"Versions The run was made with {'; '.join(changed_versions)}: its losses may differ"
-            " from those of a run that\n         was not interrupted. Install the versions of before"
-            " to go on exactly.",
+            " from those of a run that\n         was not interrupted. Install the versions of"
+            " before to go on exactly.",
         )
 
 

@@ -120,9 +120,7 @@ def _length_error(
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _make_encoder(
-    records: Records, tokenizer: Any, end_ids: Collection[int] | None
-) -> Encoder:
+def _make_encoder(records: Records, tokenizer: Any, end_ids: Collection[int] | None) -> Encoder:
     """The function that tokenises one record, chosen by the kind of the records. Raises `DataError`
     if the tokenizer has no chat template for chats, if the template would omit their tools, or if
     some records are texts and others chats."""

@@ -134,7 +134,7 @@ def untie(model_index: ModelIndex, refs: Iterable[ParamRef]) -> Untied:
         )
     for ((path, name), _), weight in zip(untied_refs, tied_weights, strict=True):
         new_parameter = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        new_parameter.__dict__.update(weight.__dict__)  # transformers' mark: not random
+        vars(new_parameter).update(vars(weight))  # transformers' mark: not random
         model_index.modules[path]._parameters[name] = new_parameter
     config = getattr(model_index.model, "config", None)
     changes_config = bool(untied_refs) and getattr(config, "tie_word_embeddings", False) is True

@@ -150,7 +150,7 @@ class SaveForSampler(SaveBody):
 
 
 class SaveExternal(SaveBody):
-    path: Annotated[str, Field(max_length=256)]
+    path: Annotated[str, Field(max_length=256)]  # pyright: ignore[reportGeneralTypeIssues]
     age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = (
         None
     )

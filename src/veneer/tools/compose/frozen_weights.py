@@ -196,16 +196,12 @@ def _must_match(path: str, dense_weight: Tensor, source_adapters: Sequence[Adapt
     # adapter with trained tokens records a fingerprint of the weight without these rows.
     fingerprints: dict[tuple[tuple[int, ...], str], str] = {}
     for source_adapter in source_adapters:
-        recorded_fingerprint = (
-            source_adapter.metadata.get("base", {}).get("weights", {}).get(path)
-        )
+        recorded_fingerprint = source_adapter.metadata.get("base", {}).get("weights", {}).get(path)
         if recorded_fingerprint is None:
             continue
         fingerprint_key = source_adapter.token_ids(path), kind_of(recorded_fingerprint)
         if fingerprint_key not in fingerprints:
-            fingerprints[fingerprint_key] = fingerprint_without_rows(
-                dense_weight, *fingerprint_key
-            )
+            fingerprints[fingerprint_key] = fingerprint_without_rows(dense_weight, *fingerprint_key)
         if fingerprints[fingerprint_key] != recorded_fingerprint:
             raise BaseMismatchError(
                 f"another weight {path!r} in the base than {source_adapter.path} was made for",

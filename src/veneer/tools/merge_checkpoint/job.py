@@ -30,16 +30,15 @@ from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
 from veneer.models.safetensors_dir import DTYPE_NAMES, Checkpoint, names_by_offset, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import FileChanges
-from veneer.tools.merge_checkpoint.full_values import merge_full
 from veneer.tools.merge_checkpoint.growth import add_tensors, grow_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import (
     FLOAT_DTYPES,
     MergePlan,
-    TensorEdit,
     WeightedFolder,
     plan_merge,
 )
+from veneer.tools.merge_checkpoint.tensor_edits import TensorEdit, merge_full
 
 #: bytes of memory that numba (a compiler for the rounding loop) needs when it is imported and used
 NUMBA_BYTES = 128 * 2**20

@@ -27,7 +27,6 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import module_at
 from veneer.adapter_files.save_load import install_from
 from veneer.attach import (
-    Change,
     ModelIndex,
     changes,
     detach,
@@ -41,7 +40,6 @@ from veneer.layers import Layer, parameter_path
 from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
 from veneer.models.safetensors_dir import Checkpoint
-from veneer.tools.merge_checkpoint.full_values import must_define_new_values
 from veneer.tools.merge_checkpoint.growth import (
     Head,
     add_tensors,
@@ -50,36 +48,13 @@ from veneer.tools.merge_checkpoint.growth import (
     model_with_head,
     vocabulary_parameters,
 )
+from veneer.tools.merge_checkpoint.tensor_edits import TensorEdit, must_define_new_values
 
 #: (adapter folder, its coefficient wᵢ in the merged weight W + Σ wᵢ ΔWᵢ)
 WeightedFolder = tuple[Path, float]
-#: the slice of a tensor that holds one whole parameter and nothing else
-WHOLE_PARAM = models.ParamSlice("")
 #: the dtypes of weights into which low-rank changes can be merged, and to which ``dtype`` can cast
 #: the result; tensors of other dtypes keep theirs
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class TensorEdit:
-    """An edit of one tensor in the files, or of a slice of it.
-
-    Fields:
-        path, shape: the parameter's first name in the model (a tied parameter has several), and the
-            shape of the whole parameter.
-        param_slice: ``within`` is the slice of the tensor that is edited, and ``index`` is the
-            slice of the parameter whose values are there. Each is () for the whole.
-        changes: (coefficient wᵢ, the adapter's change of the parameter) for each adapter that
-            trains low-rank factors or token rows of the parameter.
-        full: (coefficient wᵢ, trained value of the whole parameter) for each adapter that trains it
-            in full. Exactly one of ``changes`` and ``full`` is empty.
-    """
-
-    path: str
-    shape: torch.Size
-    param_slice: models.ParamSlice = WHOLE_PARAM
-    changes: tuple[tuple[float, Change], ...] = ()
-    full: tuple[tuple[float, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,9 +109,7 @@ def plan_merge(
         if model is None
         else (without_meta(model), None)
     )
-    param_slices = models.map_checkpoint_names(
-        target_model, checkpoint.file_of, checkpoint.shape
-    )
+    param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of, checkpoint.shape)
     # grow the vocabulary only of a model that was built or copied here, not of the caller's own
     is_copy, grown_row_counts = model is None or target_model is not model, {}
     stored_checkpoint = checkpoint

@@ -1,6 +1,7 @@
-"""Merge parameters that adapters train in full, and check that the weights of the adapters define
-values that the base lacks.
+"""The edit of one tensor of a merge. Edits by parameters that adapters train in full are merged
+here; ``job.py`` merges low-rank changes.
 
+    TensorEdit                                      the weighted changes of a slice of a tensor
     merge_full(edit, weight, dtype)                 W + Σ wᵢ (Pᵢ − W)
     must_define_new_values(edits, first_new_row)    raises MergeError where there is no W
 """
@@ -10,16 +11,40 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from veneer import models
+from veneer.attach import Change
 from veneer.errors import MergeError
 from veneer.kernels.reference import round_once
 
-if TYPE_CHECKING:
-    from veneer.tools.merge_checkpoint.merge_plan import TensorEdit
+#: the slice of a tensor that holds one whole parameter and nothing else
+WHOLE_PARAM = models.ParamSlice("")
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """An edit of one tensor in the files, or of a slice of it.
+
+    Fields:
+        path, shape: the parameter's first name in the model (a tied parameter has several), and the
+            shape of the whole parameter.
+        param_slice: ``within`` is the slice of the tensor that is edited, and ``index`` is the
+            slice of the parameter whose values are there. Each is () for the whole.
+        changes: (coefficient wᵢ, the adapter's change of the parameter) for each adapter that
+            trains low-rank factors or token rows of the parameter.
+        full: (coefficient wᵢ, trained value of the whole parameter) for each adapter that trains it
+            in full. Exactly one of ``changes`` and ``full`` is empty.
+    """
+
+    path: str
+    shape: torch.Size
+    param_slice: models.ParamSlice = WHOLE_PARAM
+    changes: tuple[tuple[float, Change], ...] = ()
+    full: tuple[tuple[float, Tensor], ...] = ()
 
 
 def merge_full(edit: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,8 +92,8 @@ def must_define_new_values(edits: Iterable[TensorEdit], first_new_row: int = 0) 
             if row >= first_new_row
         ):
             raise MergeError(
-                f"values of {edit.path!r}, which the base's files lack, in adapters whose weights do"
-                " not add up to 1",
+                f"values of {edit.path!r}, which the base's files lack, in adapters whose weights"
+                " do not add up to 1",
                 "one adapter with the weight 1, or weights that add up to 1",
                 "change the weights",
             )
