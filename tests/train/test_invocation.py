@@ -129,6 +129,14 @@ def test_a_text_that_no_row_holds_is_refused(make):
 def test_an_adapter_that_is_trained_further_needs_rows_with_its_invocation(make, tmp_path):
     first = fit(make(), quiet=True)
     rows = write_rows(tmp_path / "other.jsonl", [{"prompt": "a", "completion": " b"}] * 4)
-    fields = {"output": str(tmp_path / "more"), "invocation": None, "adapter": str(first.adapter)}
+    config = make_config(
+        {
+            "base": make().base,
+            "data": str(rows),
+            "output": str(tmp_path / "more"),
+            "adapter": str(first.adapter),
+            "max_steps": 1,
+        }
+    )
     with pytest.raises(ConfigError, match=r"invocation of the adapter, tokens .* in none"):
-        fit(make(**fields, data=str(rows)), quiet=True)
+        fit(config, quiet=True)

@@ -288,10 +288,10 @@ def test_what_cannot_be_cut_is_refused(
 
 def test_what_a_cut_base_cannot_do_is_refused(make: Callable[..., Any]) -> None:
     refused = {"quantize": "nf4"}, {"cache_lower": True}, {"device_map": "auto"}
-    early = {"early_stopping": 2, "eval_fraction": 0.2}
+    early = {"early_stopping": 2, "eval_fraction": 0.2, "eval_every": 5, "save_every": 5}
     for changes in (*refused, {"invocation": "<c>"}, early):
         with pytest.raises(ConfigError, match=f"parallel tp with {next(iter(changes))}"):
             check_divided_settings(make(parallel="tp", **changes), 2)
     check_divided_settings(make(parallel="tp"), 2)
     with pytest.raises(ConfigError, match="parallel tp with invocation"):
-        check_divided_settings(make(parallel="tp", adapter="a"), 2, invocation_tokens=(3,))
+        check_divided_settings(make(parallel="tp"), 2, invocation_tokens=(3,))

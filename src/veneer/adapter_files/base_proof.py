@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-from veneer.attach import state_of
-from veneer.bases import Storage
+from veneer.attach import layer_states, state_of
+from veneer.bases import Storage, weight_of
 from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint, memory_of
 from veneer.models.base_weights import ModuleWeight
@@ -306,4 +306,17 @@ def base_record(
             for name in module_weight.names
             if digest is not None
         },
+    }
+
+
+def changed_weight_ids(model: nn.Module, adapter_name: str) -> set[int]:
+    """The ``id`` of each weight that the adapter changes at a low rank, under every name of a tied
+    weight, which another adapter may have untied."""
+    layer_adapters = [
+        (module, layer_state.get(adapter_name)) for _, module, layer_state in layer_states(model)
+    ]
+    return {
+        id(weight_of(module, weight_name))
+        for module, layer_adapter in layer_adapters
+        for weight_name in (() if layer_adapter is None else layer_adapter.changes)
     }

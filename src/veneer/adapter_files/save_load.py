@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from veneer.adapter_files import saved_token_rows
-from veneer.adapter_files.base_proof import base_record, fingerprint_without_rows, fingerprints_of
+from veneer.adapter_files.base_proof import (
+    base_record,
+    changed_weight_ids,
+    fingerprint_without_rows,
+    fingerprints_of,
+)
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import file_tensor, file_tensors, peft_config, peft_entries
@@ -352,12 +357,7 @@ def _base_fingerprints(
         path: weights_by_id[id(weight)] for path, (weight, _) in changes_by_path.items()
     }
     excluded_ids = replaced_ids.union(
-        # under every name of a tied weight, which may have been untied for another adapter
-        (
-            id(weight_of(module, weight_name))
-            for _, module, layer_adapter in adapters(model, adapter_name)
-            for weight_name in layer_adapter.changes
-        ),
+        changed_weight_ids(model, adapter_name),
         lost_ids,
         # without a head, only a pooler can be fresh: random in each load, and without any effect
         () if _has_head(model) else fresh_refs,

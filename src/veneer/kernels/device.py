@@ -370,6 +370,12 @@ class _LinearsOnDevice(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 
 
+def _gain_gradient(dy: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ dy · y over the tokens, [out], in ``dtype``. ``dy``, ``outputs``: [tokens, out]. Products
+    of float16 may exceed its range, so they are computed in float32."""
+    return ((dy.float() if dy.dtype == torch.float16 else dy) * outputs).sum(0, dtype=dtype)
+
+
 def _gradients(ctx: Any, *dys: Tensor | None) -> Any:
     x_or_factor, factor2, factor3, h, joined_A, *saved_tensors = ctx.saved_tensors
     settings, count = ctx.settings, len(ctx.settings.scales)
@@ -402,11 +408,7 @@ def _gradients(ctx: Any, *dys: Tensor | None) -> Any:
         db[layer] = dy.sum(0) if need_bias[layer] else None
         if gains[layer] is not None:
             if need_gain[layer]:
-                # products of float16 may exceed its range
-                wide_dy = dy.float() if dy.dtype == torch.float16 else dy
-                dgain[layer] = (wide_dy * outputs_before_gain[layer]).sum(
-                    0, dtype=gains[layer].dtype
-                )
+                dgain[layer] = _gain_gradient(dy, outputs_before_gain[layer], gains[layer].dtype)
             dy = torch.mul(dy, gains[layer], out=torch.empty_like(dy))
         product(dy, cast_B[layer], scale, u[:, start:end])
         dB[layer] = product(dy.mT, h[:, start:end], scale) if need_B[layer] else None

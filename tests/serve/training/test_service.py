@@ -723,7 +723,8 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
 
 
 def test_what_a_killed_process_left_of_a_state_is_removed(base, tmp_path):
-    with opened(base, tmp_path) as (url, service):
+    service = open_service(base, None, train=str(tmp_path))
+    with listening(service) as (url, _):
         client = Client(url)
         run = client.run()
         run.pass_(texts(0))

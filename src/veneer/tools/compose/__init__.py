@@ -172,8 +172,7 @@ def compose(
     sources = [saved_adapters[index] for index in used_indices]
     common_base_record(sources)  # raises early if the adapters have different bases
     notes += _unrecorded_notes(sources)
-    if any(source.full for source in sources):
-        base_weights.verify_recorded(sources)  # the changes of full parameters are P - P₀
+    base_weights.verify_recorded(sources)
     aligned_weights = align(sources, base_weights.parameter_order)
     weigh_adapter = _make_weigher(coefficients, used_indices, layers, aligned_weights, sources)
     changes, layer_reports, variant = _combine_changes(

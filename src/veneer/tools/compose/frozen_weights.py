@@ -178,11 +178,13 @@ class FrozenWeights:
         return frozen_weight
 
     def verify_recorded(self, source_adapters: Sequence[AdapterFiles]) -> None:
-        """Compare each weight of the base that an adapter's record lists with its fingerprint.
-        ``BaseMismatchError``: an adapter was trained on another value of the weight."""
+        """If an adapter trains parameters P in full, whose changes are P − P₀, compare each weight
+        of the base that an adapter's record lists with its fingerprint. ``BaseMismatchError``: an
+        adapter was trained on another value of the weight."""
+        has_full = any(source_adapter.full for source_adapter in source_adapters)
         for path in dict.fromkeys(
             path
-            for source_adapter in source_adapters
+            for source_adapter in (source_adapters if has_full else ())
             for path in source_adapter.metadata.get("base", {}).get("weights", {})
         ):
             if (dense_weight := self.get(path)) is not None:
