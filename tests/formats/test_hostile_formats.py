@@ -136,6 +136,17 @@ KOHYA = {
         f"{K}.hada_w2_a": torch.ones(3000, 300),
         f"{K}.hada_w2_b": torch.ones(300, 3000),
     },
+    "LoHa of two ranks": {
+        **NONE,
+        **{f"{K}.hada_w{n}_a": torch.ones(8, 20_000) for n in (1, 2)},
+        **{f"{K}.hada_w{n}_b": torch.ones(1, 8) for n in (1, 2)},
+    },
+    "LoKr of a third axis": {
+        **NONE,
+        f"{K}.lokr_w1_a": torch.ones(8, 1),
+        f"{K}.lokr_w1_b": torch.ones(1, 1, 1_000_000),
+        f"{K}.lokr_w2": torch.ones(1, 8),
+    },
     "LoKr of two ranks": {
         **NONE,
         f"{K}.lokr_w1": torch.ones(2, 2),

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import veneer
 from veneer import models
 from veneer.adapter_files.record import record_problems
+from veneer.adapter_files.verify import verify
 from veneer.bases import storage_of
-from veneer.errors import BaseMismatchError, ConfigError
+from veneer.errors import BaseMismatchError, ConfigError, MergeError
 from veneer.fileio.hashing import fingerprint
 from veneer.models import quantize
 from veneer.tools.merge_checkpoint import merge_checkpoint
@@ -423,8 +424,12 @@ def test_a_loftq_adapter_is_of_the_quantised_base_alone(wide: Path, tmp_path: Pa
         again = load(wide)
         veneer.load(again, tmp_path / "adapter")
         assert torch.allclose(again(ids).logits, expected, atol=1e-5)
-    with pytest.raises(BaseMismatchError):
+    with pytest.raises(BaseMismatchError, match="quantised as it was in training"):
         veneer.load(load(wide, None), tmp_path / "adapter")
-    with pytest.raises(BaseMismatchError):
-        merge_checkpoint(wide, [tmp_path / "adapter"], tmp_path / "merged")
+    assert "not compared" in str(verify(tmp_path / "adapter", wide))
+    for verify_base in (True, False):
+        with pytest.raises(MergeError, match="what the quantisation of its base lost"):
+            merge_checkpoint(
+                wide, [tmp_path / "adapter"], tmp_path / "merged", verify_base=verify_base
+            )
     assert not (tmp_path / "merged").exists()

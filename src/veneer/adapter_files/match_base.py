@@ -26,6 +26,7 @@ from veneer.formats import peft_paths
 from veneer.formats.peft_targets import TensorsLeftOut, describe_ignored
 from veneer.models.base_weights import list_weights
 from veneer.models.quantize import sources_of
+from veneer.variants import VARIANTS
 
 
 class UnverifiedAdapter(UserWarning):
@@ -294,6 +295,9 @@ def _mismatch_text(
         advice += (
             "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
         )
+    if "original" in VARIANTS[adapter_files.config.variant].needs:
+        expected_text = f"{base_name}, quantised as it was in training"
+        advice = "load the base so: the adapter begins with what the quantisation has lost"
     if was_called:
         problem += (
             ", in 4 bits with scales that a call on a processor with AVX512-BF16 has rounded, as"

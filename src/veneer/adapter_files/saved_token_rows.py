@@ -335,7 +335,12 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
         untrained_ids = sorted(
             {*range(old_row_count, new_row_count)} - {*trained_ids.get(first_ref, ())}
         )
-        if untrained_ids and "weight" not in adapter_files.full.get(first_ref[0], ()):
+        # beside trained rows or factors, PEFT saves the base's weight, which is not loaded
+        is_in_file = "weight" in adapter_files.full.get(first_ref[0], ())
+        is_replaced = is_in_file and not (
+            first_ref in trained_ids or first_ref[0] in adapter_files.low
+        )
+        if untrained_ids and not is_replaced:
             problem = (
                 f"row {', '.join(map(str, untrained_ids[:4]))} of {parameter_path(*first_ref)!r}"
                 " that grew and was never trained"

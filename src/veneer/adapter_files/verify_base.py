@@ -22,6 +22,7 @@ from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import BaseWeights
 from veneer.precision import equal_values
+from veneer.variants import VARIANTS
 
 
 def check_against_base(
@@ -42,6 +43,10 @@ def check_against_base(
     base_record = adapter_files.metadata.get("base", {})
     base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")
     advice = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
+    if "original" in VARIANTS[adapter_files.config.variant].needs:
+        message = "trained on the quantised base, whose numbers these files lack: not compared"
+        log.add("warning", "base", message)
+        return
     unproven_count, large_changes = _check_changed_weights(
         log, adapter_files, products, norms, base_weights, advice
     )

@@ -38,6 +38,8 @@ def read_factors(
         if mid_factor is not None:  # A [r, in, 1…] is pointwise; M A is [r, in, *k]
             _must_have_shape((B.shape[0], A[0].numel() * mid_factor[0, 0].numel()), shape)
             _must_have_one_rank(mid_factor.shape[0], B.shape[1])
+            if B.shape[1] > min(shape[0], math.prod(shape[1:])):
+                raise ValueError(f"the rank {B.shape[1]} of a weight {shape}")
             dtype = torch.promote_types(A.dtype, torch.float32)
             A = torch.einsum(
                 "mn...,ni->mi...", mid_factor.double(), A.reshape(A.shape[0], -1).double()
@@ -69,7 +71,8 @@ def _loha_factors(
 ) -> tuple[Tensor, Tensor, float]:
     w1_a, w1_b, w2_a, w2_b = _to_float32(*(tensors[name] for name in sorted(LOHA_SUFFIXES)))
     for a, b in ((w1_a, w1_b), (w2_a, w2_b)):
-        _must_have_shape((a.shape[0], b.shape[1]), shape)
+        _must_have_shape((a.shape[0], b[0].numel()), shape)
+        _must_have_one_rank(a[0].numel(), b.shape[0])
     scale = 1.0 if alpha is None else alpha / w1_b.shape[0]
     if w1_b.shape[0] * w2_b.shape[0] > min(w1_a.shape[0], w1_b.shape[1]):
         delta = (w1_a.double() @ w1_b.double()) * (w2_a.double() @ w2_b.double())
@@ -102,10 +105,11 @@ def _lokr_factors(
         for name, pair in ((w, (f"{w}_a", f"{w}_b")) for w in ("lokr_w1", "lokr_w2"))
     )
     k = w2_factors[0].shape[0]
-    out, in_ = w1_factors[0].shape[0] * k, w1_factors[-1].shape[1] * w2_factors[-1][0].numel()
+    out, in_ = w1_factors[0].shape[0] * k, w1_factors[-1][0].numel() * w2_factors[-1][0].numel()
     _must_have_shape((out, in_), shape)
-    if len(w2_factors) > 1:
-        _must_have_one_rank(w2_factors[0].shape[1], w2_factors[1].shape[0])
+    for first, *second in (w1_factors, w2_factors):
+        if second:
+            _must_have_one_rank(first[0].numel(), second[0].shape[0])
     w1, w2_b = w1_factors[0], w2_factors[-1].flatten(1)  # n and the kernel vary fastest in w2_b
     if len(w1_factors) > 1:
         w1 = (w1.double() @ w1_factors[1].double()).to(w1.dtype)

@@ -29,9 +29,6 @@ from veneer.serve.service import (
     in_text_thread,
 )
 
-#: the version of Veneer
-VERSION = metadata.version("veneer")
-
 router = APIRouter(route_class=Route)
 
 #: fields of ``TokenizeRequest`` that are only allowed together with ``messages``
@@ -137,7 +134,7 @@ async def detokenize(
 @router.get("/version")
 async def version() -> dict[str, str]:
     """The version of this server."""
-    return {"version": VERSION}
+    return {"version": metadata.version("veneer")}
 
 
 async def _check_model(service: Service, key: Key, model: str | None) -> None:

@@ -237,7 +237,8 @@ def text_tokens(text: str, tokenizer: Any) -> list[int]:
     that a chat template has rendered, the tokenizer adds no second one."""
     token_ids, begin_token = list(tokenizer(text)["input_ids"]), tokenizer.bos_token_id
     has_two = begin_token is not None and token_ids[:2] == [begin_token, begin_token]
-    return token_ids[1:] if has_two else token_ids
+    adds_one = has_two and list(tokenizer("")["input_ids"][:1]) == [begin_token]
+    return token_ids[1:] if adds_one else token_ids
 
 
 def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:

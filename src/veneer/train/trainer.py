@@ -150,7 +150,9 @@ class AdapterTrainerBase(Trainer):
 
     @functools.cached_property
     def _running_statistics(self) -> list[torch.Tensor]:
-        return [b for layer in self.adapter.layers.values() for b in layer.full.buffers()]
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        full_modules = [layer_adapter.full for layer_adapter in self.adapter.layers.values()]
+        return [m._buffers[name] for m in full_modules for name in names if name in m._buffers]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -65,8 +65,7 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int
     begins to act (activated LoRA); () if the run has no invocation.
 
     Args:
-        rows: the training data. If its rows have ``input_ids``, as only those of the task sft do,
-            they are searched for the invocation.
+        rows: the training data, which is searched for the invocation.
 
     Raises:
         ConfigError: the invocation has no tokens, or no searched row contains it (`must_occur`).
@@ -79,10 +78,15 @@ def invocation_ids(config: TrainConfig, tokenizer: Any, rows: Rows) -> tuple[int
 
 
 def must_occur(token_ids: tuple[int, ...], invocation: str, rows: Rows) -> None:
-    """Raise `ConfigError` if an adapter's invocation has no tokens, or rows with `input_ids` are
-    given and none contains them, so that nothing would train. ``invocation``: its name in the
-    error."""
-    id_rows = [row["input_ids"] for row in rows.rows if "input_ids" in row]
+    """Raise `ConfigError` if an adapter's invocation has no tokens, or no row of token ids contains
+    them, so that nothing would train. ``invocation``: its name in the error. Rows of grpo are not
+    searched, because an answer may contain the invocation."""
+    id_rows = [
+        ids
+        for row in rows.rows
+        for ids in (row.get("input_ids"), *(row[n][0] for n in ("chosen", "rejected") if n in row))
+        if ids is not None
+    ] + [row["ids"] for row in rows.rows if "good" in row]
     if not token_ids or (id_rows and not any(map(partial(_contains_tokens, token_ids), id_rows))):
         raise ConfigError(
             f"invocation {invocation}, tokens {list(token_ids)}, in none of the rows",

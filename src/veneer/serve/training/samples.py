@@ -182,10 +182,11 @@ class Samples:
         bytes_by_owner: Counter[str] = Counter()
         for id in reversed(ended_ids):
             call = self._calls[id]
-            if not call.task.cancelled():
-                bytes_by_owner[call.owner] += len(call.task.result().body)
-            if bytes_by_owner[call.owner] > MAX_ANSWER_BYTES and id != ended_ids[-1]:
+            size = 0 if call.task.cancelled() else len(call.task.result().body)
+            # the newest answer of a key stays, however large it is
+            if 0 < bytes_by_owner[call.owner] > MAX_ANSWER_BYTES - size:
                 excess_ids.append(id)
+            bytes_by_owner[call.owner] += size
         for id in dict.fromkeys([*expired_ids, *excess_ids]):
             del self._calls[id]
 

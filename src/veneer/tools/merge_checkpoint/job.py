@@ -39,6 +39,7 @@ from veneer.tools.merge_checkpoint.merge_plan import (
     plan_merge,
 )
 from veneer.tools.merge_checkpoint.tensor_edits import TensorEdit, merge_full
+from veneer.variants import VARIANTS
 
 #: bytes of memory that numba (a compiler for the rounding loop) needs when it is imported and used
 NUMBA_BYTES = 128 * 2**20
@@ -237,6 +238,12 @@ def plan_job(
     saved_adapters = [read(path) for path, _ in weighted_paths]
     for saved_adapter in saved_adapters:
         saved_adapter.refuse_invocation_tokens("a merge")
+        if "original" in VARIANTS[saved_adapter.config.variant].needs:
+            raise MergeError(
+                f"{saved_adapter.path}, which begins with what the quantisation of its base lost",
+                "an adapter of the weights in the files",
+                "load it on the quantised base, unmerged or merged in memory",
+            )
     tokenizer_folder = common_tokenizer({str(path): path for path, _ in weighted_paths})
     stub_model = (
         linear_stub_model(checkpoint, saved_adapters)

@@ -211,7 +211,6 @@ def _plan_from_model(
         for path, edit in edits.items()
         if not slices_by_path[path] and _may_be_head(path, edit)
     }
-    must_define_new_values(edits[path] for path in added_shapes)
     slices_by_path |= {path: {path: models.ParamSlice(path)} for path in added_shapes}
     checkpoint = add_tensors(checkpoint, added_shapes)
     problems = [
@@ -222,6 +221,7 @@ def _plan_from_model(
     raise_all(
         CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems
     )
+    must_define_new_values(edits[path] for path in added_shapes)
     edits_by_tensor: dict[str, list[TensorEdit]] = {}
     for path, edit in edits.items():
         for tensor_name, param_slice in slices_by_path[path].items():
