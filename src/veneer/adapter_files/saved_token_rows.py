@@ -358,13 +358,8 @@ def grown_row_count(model: nn.Module, adapter_files: AdapterFiles) -> int | None
                 f"{parameter_path(path, 'bias')!r}, of which {new_row_count - old_row_count}"
                 " numbers would be new and in no file"
             )
-            problems.append(
-                sentence(
-                    problem,
-                    "an output layer without a bias, or with one that the adapter holds",
-                    advice,
-                )
-            )
+            expected = "an output layer without a bias, or with one that the adapter holds"
+            problems.append(sentence(problem, expected, advice))
     raise_all(AdapterError, f"The base cannot grow for {adapter_files.path}", problems)
     return new_row_count
 
