@@ -295,7 +295,7 @@ def _mismatch_text(
         advice += (
             "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
         )
-    if "original" in VARIANTS[adapter_files.config.variant].needs:
+    if VARIANTS[adapter_files.config.variant].makes_up_for_quantization:
         expected_text = f"{base_name}, quantised as it was in training"
         advice = "load the base so: the adapter begins with what the quantisation has lost"
     if was_called:

@@ -394,15 +394,14 @@ def _find_fingerprints(
 
     For a weight into which an adapter is merged, these are the values from before the merge. For a
     weight that was quantised at loading, the fingerprint of the weight in the checkpoint is used
-    instead, if it is known, except for a variant that starts from what the quantisation has lost:
-    with the weight of the checkpoint, this would count twice."""
+    instead, if it is known, unless the variant fits the quantised weight alone."""
     if fingerprints is not None:
         return [
             next((fingerprints[name] for name in module_weight.names if name in fingerprints), None)
             for module_weight in module_weights
         ]
     variant = VARIANTS[need_adapters(model, adapter_name).configs[adapter_name].variant]
-    file_fingerprints = {} if "original" in variant.needs else sources_of(model)
+    file_fingerprints = {} if variant.makes_up_for_quantization else sources_of(model)
     computed = fingerprints_of(module_weights, bits_before_merge(model, adapter_name))
     return [file_fingerprints.get(fingerprint, fingerprint) for fingerprint in computed]
 

@@ -43,7 +43,7 @@ def check_against_base(
     base_record = adapter_files.metadata.get("base", {})
     base_name = base_record.get("name") or adapter_files.peft_config.get("base_model_name_or_path")
     advice = "take the base that it was trained on" + (f", {base_name}" if base_name else "")
-    if "original" in VARIANTS[adapter_files.config.variant].needs:
+    if VARIANTS[adapter_files.config.variant].makes_up_for_quantization:
         message = "trained on the quantised base, whose numbers these files lack: not compared"
         log.add("warning", "base", message)
         return

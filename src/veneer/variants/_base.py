@@ -107,6 +107,12 @@ class Variant:
     peft: Mapping[str, Any] | None = field(default_factory=dict)
     peft_keys: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def makes_up_for_quantization(self) -> bool:
+        """Whether the adapter begins with what the quantisation of its base has lost, so that it
+        fits the quantised base alone: in the original weights this would count twice."""
+        return "original" in self.needs
+
     def __reduce__(self) -> tuple[Any, ...]:
         return variant_named, (self.name,)
 

@@ -238,7 +238,7 @@ def plan_job(
     saved_adapters = [read(path) for path, _ in weighted_paths]
     for saved_adapter in saved_adapters:
         saved_adapter.refuse_invocation_tokens("a merge")
-        if "original" in VARIANTS[saved_adapter.config.variant].needs:
+        if VARIANTS[saved_adapter.config.variant].makes_up_for_quantization:
             raise MergeError(
                 f"{saved_adapter.path}, which begins with what the quantisation of its base lost",
                 "an adapter of the weights in the files",
