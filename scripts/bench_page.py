@@ -141,7 +141,8 @@ class RepeatedNumber:
 
     `first` and `again` are cells of a table. `is_within` says whether the median of the repeat lies
     in the range of the record, `chance_outside` how probable it is that it does not although
-    nothing has changed. `p` is of `rank_sum_p`.
+    nothing has changed. `is_identical` says whether both have the same values, which a fixed seed
+    or counted bytes give, so that chance cannot move them. `p` is of `rank_sum_p`.
     """
 
     setting: str
@@ -150,6 +151,7 @@ class RepeatedNumber:
     first: str
     again: str
     is_within: bool
+    is_identical: bool
     chance_outside: float
     p: float
 
@@ -177,6 +179,7 @@ def compare_repeat(result: Mapping[str, Any], repeat: Mapping[str, Any]) -> list
                         title,
                         *cells,
                         is_within=min(first) <= statistics.median(again) <= max(first),
+                        is_identical=sorted(first) == sorted(again),
                         chance_outside=chance_outside(len(first), len(again)),
                         p=rank_sum_p(first, again),
                     )
@@ -407,22 +410,37 @@ def _about_runner() -> list[str]:
 
 
 def _count_repeats() -> list[str]:
-    """A paragraph: how many medians of the repeats lie in the range of the records."""
-    pairs = [(result, repeat_of(result)) for name in _known_cases() if (result := latest(name))]
-    rows = [row for result, repeat in pairs if repeat for row in compare_repeat(result, repeat)]
+    """How many medians of the repeats lie in the range of the records: of all, and of each case."""
+    latest_records = [result for name in _known_cases() if (result := latest(name))]
+    repeated = [(result, repeat) for result in latest_records if (repeat := repeat_of(result))]
+    comparisons = [compare_repeat(result, repeat) for result, repeat in repeated]
+    rows = [row for comparison in comparisons for row in comparison]
     if not rows:
         return []
-    outside = sum(row.chance_outside for row in rows)
+    varied = [row for row in rows if not row.is_identical]
+    expected = sum(1 - row.chance_outside for row in varied)
     text = (
-        f"{sum(repeat is not None for _, repeat in pairs)} of {len(pairs)} cases were recorded a"
-        f" second time, from a fresh clone of the same commit: {sum(row.is_within for row in rows)}"
-        f" of {len(rows)} medians of the second record lie in the range of the first, where about"
-        f" {len(rows) - outside:.0f} would if nothing but chance differed (a range of so few"
+        f"{len(repeated)} of {len(latest_records)} cases were recorded a second time, from a fresh"
+        f" clone of the same commit: {sum(row.is_within for row in rows)} of {len(rows)} medians of"
+        f" the second record lie in the range of the first. {len(rows) - len(varied)} of these"
+        " numbers have the same values in both records, as fixed seeds or counted bytes give them;"
+        f" of the other {len(varied)}, {sum(row.is_within for row in varied)} lie in the range,"
+        f" where about {expected:.0f} would if nothing but chance differed (a range of so few"
         f" processes is narrow). {sum(row.p < P_LIMIT for row in rows)} of them differ by an exact"
-        f" rank-sum test (p below {P_LIMIT}), where at most {P_LIMIT * len(rows):.0f} would. Both"
+        f" rank-sum test (p below {P_LIMIT}), where at most {P_LIMIT * len(varied):.0f} would. Both"
         " records are in the details of each case."
     )
-    return _paragraph(text)
+    by_case = [
+        [
+            f"`{result['name']}`",
+            _fraction(row.is_within for row in comparison if not row.is_identical),
+            str(sum(row.is_identical for row in comparison)),
+            *(_fraction(_are_rounds_discarded(_processes(record))) for record in (result, repeat)),
+        ]
+        for (result, repeat), comparison in zip(repeated, comparisons, strict=True)
+    ]
+    head = ["", "medians in the range", "same values", "rounds thrown away, first", "again"]
+    return [*_paragraph(text), *_details("Second records by case", table(head, by_case))]
 
 
 def _record_section(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -500,24 +518,36 @@ def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[st
     return [lead, "", *table(lines[0], lines[1:])]
 
 
-def _thrown_rounds(processes: Sequence[Mapping[str, Any]]) -> str:
-    """How many rounds were thrown away, where a record says it."""
-    rounds = [process["thrown_away"] for process in processes if "thrown_away" in process]
-    kept_count = sum(len(process["orders"]) for process in processes if "thrown_away" in process)
-    if not rounds:
-        return ""
-    return f"; {kept_count} rounds, {sum(map(len, rounds))} thrown away"
+def _fraction(conditions: Iterable[bool]) -> str:
+    """How many conditions hold, of how many; a dash without any."""
+    values = list(conditions)
+    return f"{sum(values)} of {len(values)}" if values else "–"
+
+
+def _processes(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [process for case in result["cases"] for process in case["processes"]]
+
+
+def _are_rounds_discarded(processes: Iterable[Mapping[str, Any]]) -> list[bool]:
+    """For each round, whether it was thrown away. Records that count no rounds have none."""
+    discarded: list[bool] = []
+    for process in processes:
+        if "thrown_away" in process:
+            discarded += [False] * len(process["orders"]) + [True] * len(process["thrown_away"])
+    return discarded
 
 
 def _provenance(result: Mapping[str, Any]) -> str:
-    processes = [process for case in result["cases"] for process in case["processes"]]
+    processes = _processes(result)
     discarded_count = sum(not process["kept"] for process in processes)
+    rounds = _are_rounds_discarded(processes)
+    rounds_text = f"; {rounds.count(False)} rounds, {rounds.count(True)} thrown away"
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     return (
         f"On {result['machine']}, {result['cores']} cores, load {result['load']:.1f} at the start;"
         f" allocator {result['allocator']}; {versions}. Commit `{result['commit'][:12]}`, recorded"
         f" {result['recorded'][:10]}; {len(processes) - discarded_count} processes,"
-        f" {discarded_count} thrown away{_thrown_rounds(processes)}."
+        f" {discarded_count} thrown away{rounds_text if rounds else ''}."
     )
 
 

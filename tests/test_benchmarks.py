@@ -619,6 +619,13 @@ def test_the_page_shows_a_second_record_of_the_same_commit_beside_the_first(tmp_
     assert "floor" not in by_arm
     assert f"{len(rows) - 1} of {len(rows)} medians of the second record lie in" in page
     assert "1 of them differ by an exact rank-sum test (p below 0.05)" in page
+    # numbers that both records have alike say nothing of chance and are counted apart
+    identical = [row for row in rows if row.is_identical]
+    assert by_arm["peft"] in identical
+    assert by_arm["veneer"] not in identical
+    assert f"{len(identical)} of these numbers have the same values in both records" in page
+    assert f"of the other {len(rows) - len(identical)}, 0 lie in the range" in page
+    assert f"| `step` | 0 of {len(rows) - len(identical)} | {len(identical)} |" in page
 
 
 @pytest.mark.parametrize(("first", "again"), [(5, 5), (9, 5), (4, 3)])
